@@ -1,0 +1,219 @@
+from colaserve.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Interpolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INTERPOLATION_UNSPECIFIED: _ClassVar[Interpolation]
+    INTERPOLATION_LERP: _ClassVar[Interpolation]
+    INTERPOLATION_SLERP: _ClassVar[Interpolation]
+INTERPOLATION_UNSPECIFIED: Interpolation
+INTERPOLATION_LERP: Interpolation
+INTERPOLATION_SLERP: Interpolation
+
+class EncodeTextRequest(_message.Message):
+    __slots__ = ("texts", "with_variance")
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    WITH_VARIANCE_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    with_variance: bool
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., with_variance: bool = ...) -> None: ...
+
+class EncodeTextResponse(_message.Message):
+    __slots__ = ("encodings", "timing")
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    encodings: _containers.RepeatedCompositeFieldContainer[TextEncoding]
+    timing: _types_pb2.Timing
+    def __init__(self, encodings: _Optional[_Iterable[_Union[TextEncoding, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class TextEncoding(_message.Message):
+    __slots__ = ("latents", "log_variance", "token_ids")
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    LOG_VARIANCE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    latents: _types_pb2.Latents
+    log_variance: _types_pb2.Tensor
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., log_variance: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DecodeLatentsRequest(_message.Message):
+    __slots__ = ("latents", "sampling", "top_logprobs", "target_ids", "token_count")
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    latents: _types_pb2.Latents
+    sampling: _types_pb2.Sampling
+    top_logprobs: int
+    target_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_count: int
+    def __init__(self, latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., token_count: _Optional[int] = ...) -> None: ...
+
+class DecodeLatentsResponse(_message.Message):
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "target_logprobs", "timing")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TopLogprobs]
+    target_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    timing: _types_pb2.Timing
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class SampleLatentsRequest(_message.Message):
+    __slots__ = ("prefix", "max_blocks", "sampler", "seed")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    prefix: _types_pb2.Latents
+    max_blocks: int
+    sampler: _types_pb2.Sampler
+    seed: _types_pb2.NoiseSeed
+    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., max_blocks: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+
+class SampleLatentsResponse(_message.Message):
+    __slots__ = ("block_index", "latents", "timing", "seed")
+    BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    block_index: int
+    latents: _types_pb2.Latents
+    timing: _types_pb2.Timing
+    seed: _types_pb2.NoiseSeed
+    def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+
+class Endpoint(_message.Message):
+    __slots__ = ("text", "latents")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    latents: _types_pb2.Latents
+    def __init__(self, text: _Optional[str] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
+
+class InterpolateRequest(_message.Message):
+    __slots__ = ("start", "end", "points", "interpolation", "sampling")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    start: Endpoint
+    end: Endpoint
+    points: int
+    interpolation: Interpolation
+    sampling: _types_pb2.Sampling
+    def __init__(self, start: _Optional[_Union[Endpoint, _Mapping]] = ..., end: _Optional[_Union[Endpoint, _Mapping]] = ..., points: _Optional[int] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ...) -> None: ...
+
+class InterpolateResponse(_message.Message):
+    __slots__ = ("points", "timing")
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[InterpolationPoint]
+    timing: _types_pb2.Timing
+    def __init__(self, points: _Optional[_Iterable[_Union[InterpolationPoint, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class InterpolationPoint(_message.Message):
+    __slots__ = ("weight", "latents", "text", "token_ids")
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    weight: float
+    latents: _types_pb2.Latents
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, weight: _Optional[float] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class InfillSegment(_message.Message):
+    __slots__ = ("text", "token_count")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_count: int
+    def __init__(self, text: _Optional[str] = ..., token_count: _Optional[int] = ...) -> None: ...
+
+class InfillRequest(_message.Message):
+    __slots__ = ("segments", "sampler", "sampling", "seed")
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    segments: _containers.RepeatedCompositeFieldContainer[InfillSegment]
+    sampler: _types_pb2.Sampler
+    sampling: _types_pb2.Sampling
+    seed: _types_pb2.NoiseSeed
+    def __init__(self, segments: _Optional[_Iterable[_Union[InfillSegment, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+
+class InfillResponse(_message.Message):
+    __slots__ = ("text", "segments", "token_ids", "usage", "seed", "timing")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    segments: _containers.RepeatedScalarFieldContainer[str]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    usage: _types_pb2.Usage
+    seed: _types_pb2.NoiseSeed
+    timing: _types_pb2.Timing
+    def __init__(self, text: _Optional[str] = ..., segments: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class ReconstructRequest(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReconstructResponse(_message.Message):
+    __slots__ = ("reconstructions", "timing")
+    RECONSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    reconstructions: _containers.RepeatedCompositeFieldContainer[Reconstruction]
+    timing: _types_pb2.Timing
+    def __init__(self, reconstructions: _Optional[_Iterable[_Union[Reconstruction, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class Reconstruction(_message.Message):
+    __slots__ = ("text", "token_ids", "original_ids", "token_accuracy", "bits_per_token")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    original_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_accuracy: float
+    bits_per_token: float
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., original_ids: _Optional[_Iterable[int]] = ..., token_accuracy: _Optional[float] = ..., bits_per_token: _Optional[float] = ...) -> None: ...
+
+class LatentServiceGetInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LatentServiceGetInfoResponse(_message.Message):
+    __slots__ = ("model", "space", "limits", "server")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    model: _types_pb2.ModelShape
+    space: str
+    limits: _types_pb2.Limits
+    server: _types_pb2.ServerInfo
+    def __init__(self, model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ...) -> None: ...

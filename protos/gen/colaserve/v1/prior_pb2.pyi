@@ -1,0 +1,48 @@
+from colaserve.v1 import types_pb2 as _types_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SampleRequest(_message.Message):
+    __slots__ = ("canvas", "max_blocks", "first_block", "sampler", "seed", "noise")
+    CANVAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    canvas: _types_pb2.Canvas
+    max_blocks: int
+    first_block: int
+    sampler: _types_pb2.Sampler
+    seed: _types_pb2.NoiseSeed
+    noise: _types_pb2.Tensor
+    def __init__(self, canvas: _Optional[_Union[_types_pb2.Canvas, _Mapping]] = ..., max_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class SampleResponse(_message.Message):
+    __slots__ = ("block_index", "latents", "timing")
+    BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    block_index: int
+    latents: _types_pb2.Latents
+    timing: _types_pb2.Timing
+    def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class PriorServiceGetInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PriorServiceGetInfoResponse(_message.Message):
+    __slots__ = ("model", "space", "limits", "server")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    model: _types_pb2.ModelShape
+    space: str
+    limits: _types_pb2.Limits
+    server: _types_pb2.ServerInfo
+    def __init__(self, model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,49 @@
+"""What can go wrong, for every layer. `rpc/errors.py` alone turns these into gRPC and HTTP statuses."""
+
+
+class ColaserveError(Exception):
+    """Base of all errors that a caller or an operator is told about; the message says what to do."""
+
+
+class InvalidRequest(ColaserveError):
+    """The caller's fault: `field` was given something else than expected."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class ModelMismatch(ColaserveError):
+    """Latents, or two stages, belong to different latent spaces."""
+
+
+class Overloaded(ColaserveError):
+    """Queue, cache or another bounded resource is full; nothing ran. `retry_after` is a hint in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(ColaserveError):
+    """The service is down, draining or not ready; another replica may serve the call."""
+
+
+class NotAuthenticated(ColaserveError):
+    """No key, or none that is known."""
+
+
+class DeadlineExceeded(ColaserveError):
+    """The caller's deadline passed before the work was done."""
+
+
+class Cancelled(ColaserveError):
+    """The caller went away."""
+
+
+class CheckpointError(ColaserveError):
+    """A checkpoint, or one of its files, cannot be served. One line, for the operator at start."""
+
+
+class UsageError(ColaserveError):
+    """An impossible combination of settings. One line, for the operator at start."""
