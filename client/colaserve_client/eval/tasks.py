@@ -1,0 +1,106 @@
+"""Which rule judges which task, and the score of a folder of outputs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colaserve_client.eval.records import EvalError, Output, Question, read_outputs
+from colaserve_client.eval.scoring import cut_answer, same_choice, same_first_word, same_text
+
+Rule = Callable[[str, Question], bool]  # (cut answer, question) -> right
+
+
+def _first_word(answer: str, question: Question) -> bool:
+    return same_first_word(answer, question.ground_truth)
+
+
+def _text(answer: str, question: Question) -> bool:
+    return same_text(answer, question.ground_truth)
+
+
+def _choice(answer: str, question: Question) -> bool:
+    return same_choice(answer, question.ground_truth, question.choices)
+
+
+PUBLISHED_RULES: Mapping[str, Rule] = {
+    "lambada": _first_word,
+    "hellaswag": _text,
+    "squad": _text,
+    "story_cloze": _text,
+    "mmlu": _choice,
+    "obqa": _choice,
+    "race": _choice,
+    "siqa": _choice,
+}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How a task went."""
+
+    n: int
+    correct: int
+    failed: int = 0  # outputs that hold an error instead of a text; they are among the n and not correct
+
+    @property
+    def accuracy(self) -> float:
+        """Per cent."""
+        return 100 * self.correct / self.n
+
+    def to_json(self) -> dict[str, Any]:
+        """{n, correct, accuracy}, per cent with two decimals."""
+        return {"n": self.n, "correct": self.correct, "accuracy": round(self.accuracy, 2)}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How all tasks of a folder went."""
+
+    tasks: Mapping[str, TaskScore]
+
+    @property
+    def average(self) -> float:
+        """Unweighted mean of the tasks' accuracies, per cent."""
+        return sum(task.accuracy for task in self.tasks.values()) / len(self.tasks)
+
+    @property
+    def failed(self) -> int:
+        """Outputs of all tasks that hold an error."""
+        return sum(task.failed for task in self.tasks.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """{"tasks": {name: {n, correct, accuracy}}, "average"}, per cent with two decimals."""
+        return {"tasks": {name: task.to_json() for name, task in self.tasks.items()}, "average": round(self.average, 2)}
+
+
+def rule_of(task: str, question: Question) -> Rule:
+    """The published rule of a published task; of any other: by choice where there are choices, else by text."""
+    return PUBLISHED_RULES.get(task) or (_choice if question.choices else _text)
+
+
+def is_correct(task: str, output: Output) -> bool:
+    """Whether an output answers its question."""
+    if output.error is not None:
+        return False
+    return rule_of(task, output.question)(cut_answer(output.generate), output.question)
+
+
+def score_task(task: str, outputs: Iterable[Output]) -> TaskScore:
+    """The score of one task's outputs, at least one."""
+    outputs = list(outputs)
+    return TaskScore(
+        n=len(outputs),
+        correct=sum(is_correct(task, output) for output in outputs),
+        failed=sum(output.error is not None for output in outputs),
+    )
+
+
+def score_folder(folder: Path) -> Score:
+    """The score of every `<task>.jsonl` of a folder, by name. Raises EvalError when there is none."""
+    if not folder.is_dir():
+        raise EvalError(f"{folder}: is no folder; expected one with a <task>.jsonl for each task")
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise EvalError(f"{folder}: holds no .jsonl file; `eval run --output {folder}` writes one for each task")
+    return Score({file.stem: score_task(file.stem, read_outputs(file)) for file in files})
