@@ -1,0 +1,1 @@
+"""What every service shares at its edge: errors, arrays, settings, metrics, logs, server, channels."""

@@ -1,0 +1,154 @@
+"""The one table of the services: our errors to gRPC statuses (with google.rpc details) and HTTP statuses, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc import StatusCode
+from grpc_status import rpc_status
+
+from colaserve_services.errors import (
+    Cancelled,
+    ColaserveError,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelMismatch,
+    NotAuthenticated,
+    Overloaded,
+    Unavailable,
+)
+from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
+
+TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
+    InvalidRequest: (StatusCode.INVALID_ARGUMENT, 400),
+    ModelMismatch: (StatusCode.FAILED_PRECONDITION, 400),
+    NotAuthenticated: (StatusCode.UNAUTHENTICATED, 401),
+    Overloaded: (StatusCode.RESOURCE_EXHAUSTED, 429),
+    Cancelled: (StatusCode.CANCELLED, 499),
+    Unavailable: (StatusCode.UNAVAILABLE, 503),
+    DeadlineExceeded: (StatusCode.DEADLINE_EXCEEDED, 504),
+}
+INTERNAL: Final = (StatusCode.INTERNAL, 500)
+DETAILS_KEY: Final = "grpc-status-details-bin"
+LONGEST_MESSAGE: Final = 1000  # characters; a status travels in a header, whose size is bounded
+
+_log = logging.getLogger(__name__)
+
+
+def grpc_code(error: Exception) -> StatusCode:
+    """The status code of an error; INTERNAL for what is not in the table."""
+    return TABLE.get(_known(error), INTERNAL)[0]
+
+
+def http_status(error: Exception) -> int:
+    """The HTTP status of an error; 500 for what is not in the table."""
+    return TABLE.get(_known(error), INTERNAL)[1]
+
+
+def status_proto(error: Exception) -> status_pb2.Status:
+    """The google.rpc.Status of an error, with BadRequest, RetryInfo or RequestInfo; internals are never told."""
+    status = status_pb2.Status(code=grpc_code(error).value[0], message=_message(error))
+    detail = _detail(error)
+    if detail is not None:
+        status.details.add().Pack(detail)
+    return status
+
+
+def error_from_rpc(error: Any) -> ColaserveError:
+    """Our error for the grpc.RpcError that another service answered with, its details kept; `raise ... from error`."""
+    code, text = error.code(), error.details() or error.code().name
+    field, retry_after = _read_details(error)
+    if code == StatusCode.INVALID_ARGUMENT:
+        named = text.removeprefix(f"{field}: ") if field else text
+        return InvalidRequest(field or "request", named)
+    if code == StatusCode.RESOURCE_EXHAUSTED:
+        return Overloaded(text, retry_after)
+    for kind, (known, _) in TABLE.items():
+        if known == code:
+            return kind(text)
+    return ColaserveError(f"{code.name}: {text}")
+
+
+@asynccontextmanager
+async def status_from_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Answer the call with the status of whatever is raised inside: the only place where errors become statuses.
+
+    Cancellation and a status that was set already pass. An unknown exception becomes INTERNAL with the request id; it
+    is logged with its traceback here and told nobody else.
+    """
+    try:
+        yield
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except grpc.RpcError as error:
+        await abort(context, error_from_rpc(error))
+    except Exception as error:
+        await abort(context, error)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """End the call with the status of `error`."""
+    if _known(error) not in TABLE:
+        _log.error("call failed: %s", type(error).__name__, exc_info=error)
+    status = status_proto(error)
+    await context.abort(grpc_code(error), status.message, trailing_metadata(status))
+    raise AssertionError("abort returned")
+
+
+def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, str | bytes], ...]:
+    """What carries a status' details, and the request id, to the caller."""
+    return ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID, current_request_id()))
+
+
+def _known(error: Exception) -> type[ColaserveError]:
+    return next((kind for kind in TABLE if isinstance(error, kind)), ColaserveError)
+
+
+def _message(error: Exception) -> str:
+    if _known(error) not in TABLE:
+        return f"internal error; the server's log has it under request id {current_request_id() or 'none'}"
+    text = str(error)
+    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 3] + "..."
+
+
+def _detail(error: Exception) -> Any:
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field[:200], description=_message(error))
+        return error_details_pb2.BadRequest(field_violations=[violation])
+    if isinstance(error, Overloaded):
+        return error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after))
+    if _known(error) not in TABLE:
+        return error_details_pb2.RequestInfo(request_id=current_request_id())
+    return None
+
+
+def _duration(seconds: float) -> Duration:
+    nanos = round(max(seconds, 0.0) * 1e9)
+    return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
+
+
+def _read_details(error: Any) -> tuple[str, float]:
+    """(field, retry_after in seconds) of a status; ("", 1) where it does not say."""
+    field, retry_after = "", 1.0
+    for detail in _details(error):
+        if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            message = error_details_pb2.BadRequest.FromString(detail.value)
+            field = message.field_violations[0].field if message.field_violations else field
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
+            retry_after = delay.seconds + delay.nanos / 1e9
+    return field, retry_after
+
+
+def _details(error: Any) -> Sequence[Any]:
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # details that contradict the status: another server's matter
+        return ()
+    return status.details if status else ()

@@ -1,0 +1,230 @@
+"""In-process stubs behave as grpc.aio stubs do: the same test bodies run against both."""
+
+import asyncio
+import gc
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from colaserve_services.errors import InvalidRequest, Overloaded
+from colaserve_services.rpc import requests
+from colaserve_services.rpc.errors import error_from_rpc, status_from_errors
+from colaserve_services.rpc.in_process import InProcessStub
+
+
+class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
+    def __init__(self):
+        self.seen = []
+
+    async def Encode(self, request, context):
+        self.seen.append((requests.adopt(context.invocation_metadata()), context.time_remaining()))
+        async with status_from_errors(context):
+            if not request.sequences:
+                raise InvalidRequest("sequences", "got none, expected 1 to 256")
+            if request.with_variance:
+                raise Overloaded("full", retry_after=2.5)
+            if len(request.sequences) > 1:
+                raise RuntimeError("a secret")
+            return encoder_pb2.EncodeResponse(encodings=[encoder_pb2.Encoding()])
+
+
+class Prior(prior_pb2_grpc.PriorServiceServicer):
+    def __init__(self):
+        self.written, self.ended = 0, []
+
+    async def Sample(self, request, context):
+        try:
+            async with status_from_errors(context):
+                for index in range(request.max_blocks):
+                    yield prior_pb2.SampleResponse(block_index=index)
+                    self.written += 1
+                    await asyncio.sleep(0)
+                if request.first_block:
+                    raise InvalidRequest("first_block", "late")
+        except BaseException as error:
+            self.ended.append(type(error))
+            raise
+        self.ended.append(None)
+
+
+class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
+    async def Decode(self, requests_, context):
+        async with status_from_errors(context):
+            async for request in requests_:
+                if request.WhichOneof("request") is None:
+                    raise InvalidRequest("request", "empty")
+                yield decoder_pb2.DecodeResponse(token_ids=list(request.open.history_ids))
+
+
+@asynccontextmanager
+async def grpc_stub(servicer, add, stub):
+    server = grpc.aio.server()
+    add(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield stub(channel)
+    await server.stop(0)
+
+
+@pytest.fixture(params=["in process", "socket"])
+def connect(request):
+    @asynccontextmanager
+    async def in_process(servicer, add, stub):
+        yield InProcessStub(servicer)
+
+    return in_process if request.param == "in process" else grpc_stub
+
+
+ENCODER = encoder_pb2_grpc.add_EncoderServiceServicer_to_server, encoder_pb2_grpc.EncoderServiceStub
+PRIOR = prior_pb2_grpc.add_PriorServiceServicer_to_server, prior_pb2_grpc.PriorServiceStub
+DECODER = decoder_pb2_grpc.add_DecoderServiceServicer_to_server, decoder_pb2_grpc.DecoderServiceStub
+
+
+def sequences(count):
+    return encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}] * count)
+
+
+ENDLESS = prior_pb2.SampleRequest(max_blocks=100_000_000)
+
+
+async def read_all(call):
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def eventually(condition):
+    for _ in range(200):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came to be")
+
+
+async def test_a_unary_call_returns_its_response_and_carries_metadata_and_deadline(connect):
+    servicer = Encoder()
+    async with connect(servicer, *ENCODER) as stub:
+        response = await stub.Encode(sequences(1), timeout=5, metadata=(("x-request-id", "abc"),))
+    assert len(response.encodings) == 1
+    ((request_id, remaining),) = servicer.seen
+    assert request_id == "abc"
+    assert 3 < remaining <= 5
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (sequences(0), InvalidRequest),
+        (encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}], with_variance=True), Overloaded),
+    ],
+)
+async def test_errors_cross_with_their_details(connect, request_, kind):
+    async with connect(Encoder(), *ENCODER) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Encode(request_)
+    error = error_from_rpc(caught.value)
+    assert type(error) is kind
+    assert getattr(error, "field", "sequences") == "sequences"
+    assert getattr(error, "retry_after", 2.5) == 2.5
+
+
+async def test_an_unknown_exception_tells_the_request_id_and_nothing_else(connect, caplog):
+    async with connect(Encoder(), *ENCODER) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Encode(sequences(2), metadata=(("x-request-id", "find-me"),))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert "find-me" in caught.value.details()
+    assert "secret" not in caught.value.details()
+    assert "a secret" in caplog.text
+
+
+async def test_a_stream_gives_all_messages_in_order_and_then_its_error(connect):
+    async with connect(Prior(), *PRIOR) as stub:
+        call = stub.Sample(prior_pb2.SampleRequest(max_blocks=3, first_block=1))
+        assert [(await call.read()).block_index for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_cancelling_a_stream_ends_the_servicer(connect):
+    servicer = Prior()
+    async with connect(servicer, *PRIOR) as stub:
+        call = stub.Sample(ENDLESS)
+        assert (await call.read()).block_index == 0
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await read_all(call)
+        await eventually(lambda: servicer.ended)
+        assert await call.code() == grpc.StatusCode.CANCELLED
+
+
+async def test_cancelling_the_reader_ends_the_servicer(connect):
+    servicer = Prior()
+    async with connect(servicer, *PRIOR) as stub:
+        reader = asyncio.create_task(read_all(stub.Sample(ENDLESS)))
+        await eventually(lambda: servicer.written > 10)
+        reader.cancel()
+        await eventually(lambda: servicer.ended)
+
+
+async def test_a_dropped_in_process_stream_ends_the_servicer():
+    servicer = Prior()
+    call = InProcessStub(servicer).Sample(ENDLESS)
+    await call.read()
+    del call
+    gc.collect()
+    await eventually(lambda: servicer.ended)
+
+
+async def test_a_deadline_ends_a_stream_on_both_sides(connect):
+    servicer = Prior()
+    async with connect(servicer, *PRIOR) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(stub.Sample(ENDLESS, timeout=0.2))
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(lambda: servicer.ended)
+
+
+async def test_an_unread_in_process_stream_waits_for_its_reader():
+    servicer = Prior()
+    call = InProcessStub(servicer).Sample(prior_pb2.SampleRequest(max_blocks=100))
+    await asyncio.sleep(0.05)
+    assert servicer.written <= 1
+    assert [response.block_index async for response in call] == list(range(100))
+    assert servicer.ended == [None]
+
+
+def opened(*ids):
+    return decoder_pb2.DecodeRequest(open={"history_ids": ids})
+
+
+async def test_both_sides_of_a_bidirectional_stream_take_turns(connect):
+    async with connect(Decoder(), *DECODER) as stub:
+        call = stub.Decode()
+        for number in range(3):
+            await call.write(opened(number))
+            assert list((await call.read()).token_ids) == [number]
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+        assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_a_bidirectional_stream_takes_an_iterator(connect):
+    async def messages():
+        for number in range(3):
+            yield opened(number)
+
+    async with connect(Decoder(), *DECODER) as stub:
+        assert [list(r.token_ids) async for r in stub.Decode(messages())] == [[0], [1], [2]]
+
+
+async def test_writing_to_an_ended_stream_is_an_invalid_state(connect):
+    async with connect(Decoder(), *DECODER) as stub:
+        call = stub.Decode()
+        await call.write(decoder_pb2.DecodeRequest())
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+        with pytest.raises(asyncio.InvalidStateError):
+            await call.write(opened(1))
