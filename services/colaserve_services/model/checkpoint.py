@@ -1,0 +1,326 @@
+"""Checkpoints in the released layout: opened and checked as a whole, each service reading only the tensors it needs.
+
+<model>/cola_dlm/cola_dit/   config.json, model.safetensors or shards with model.safetensors.index.json
+<model>/cola_dlm/cola_vae/   likewise
+<model>/tokenizer.json       and, optionally, generation_config.json
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from colaserve_services.errors import CheckpointError
+from colaserve_services.model.config import (
+    DiTConfig,
+    ModelShape,
+    TextVAEConfig,
+    check_pair,
+    load_dit_config,
+    load_vae_config,
+    read_json,
+)
+from colaserve_services.model.dit import DiT
+from colaserve_services.model.layers import Linear
+from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
+
+_FINGERPRINT_BYTES = 4096  # of each tensor's data
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in its file."""
+
+    path: Path
+    dtype: str  # as safetensors writes it, such as "F32"
+    shape: tuple[int, ...]
+    offset: int  # of the data, from the beginning of the file
+    nbytes: int
+
+
+class WeightFolder:
+    """The tensors of one folder, single-file or sharded; reads headers only until a tensor is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, _Entry] = {}
+        for path, expected in _weight_files(folder):
+            entries = _read_header(path)
+            for name in sorted(expected - entries.keys()):
+                raise CheckpointError(f"{path}: tensor {name!r} is missing, though the index puts it there")
+            self.entries |= entries
+
+    def read(self, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+        """(name, tensor as stored, on the CPU) one by one, in file order; tensors are only valid until the next one."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].path, []).append(name)
+        for path, inside in by_file.items():
+            with _opened(path) as file:
+                for name in sorted(inside, key=lambda n: self.entries[n].offset):
+                    yield name, file.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of SHA-256 over the canonical config.json and each tensor's name, dtype, shape and head.
+
+        Per tensor, in name order: name, dtype and comma-joined shape, each followed by a newline, then up to 4,096 bytes
+        of data.
+        """
+        config = json.dumps(read_json(self.folder / "config.json"), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(config.encode())
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            digest.update(f"{name}\n{entry.dtype}\n{','.join(map(str, entry.shape))}\n".encode())
+            with entry.path.open("rb") as file:
+                file.seek(entry.offset)
+                digest.update(file.read(min(_FINGERPRINT_BYTES, entry.nbytes)))
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """generation_config.json: a checkpoint's own defaults; None where it says nothing."""
+
+    max_new_tokens: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    guidance_start: float | None = None
+    guidance_end: float | None = None
+    resamples: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    chat_frame: str | None = None  # with the place "{prompt}"
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    im_end_token_id: int | None = None
+
+
+class Checkpoint:
+    """A checkpoint whose configs, headers and defaults have been read and found sound; weights are read later."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such folder")
+        self.name = directory.resolve().name
+        self.tokenizer_path = directory / "tokenizer.json"
+        if not self.tokenizer_path.is_file():
+            raise CheckpointError(f"{self.tokenizer_path}: no such file")
+        vae_folder, dit_folder = (directory / "cola_dlm" / name for name in ("cola_vae", "cola_dit"))
+        self.vae_config: TextVAEConfig = load_vae_config(vae_folder / "config.json")
+        self.dit_config: DiTConfig = load_dit_config(dit_folder / "config.json")
+        check_pair(self.vae_config, self.dit_config)
+        self.vae, self.dit = WeightFolder(vae_folder), WeightFolder(dit_folder)
+        self.space = self.vae.fingerprint()
+        self.defaults = _load_defaults(directory / "generation_config.json")
+
+    @classmethod
+    def open(cls, directory: Path | str) -> "Checkpoint":
+        """Open a folder in the released layout; raise `CheckpointError`, one line, if it cannot be served."""
+        return cls(Path(directory))
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the whole model; `parameters` counts all stages."""
+        stored = (*self.vae.entries.values(), *self.dit.entries.values())
+        parameters = sum(_elements(entry.shape) for entry in stored)
+        return self._shape(parameters)
+
+    def load_encoder(
+        self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+    ) -> TextVAEEncoder:
+        """The Text VAE's encoder; decoder weights are never read."""
+        with torch.device("meta"):
+            model = TextVAEEncoder(self.vae_config)
+        return self._load(model, self.vae, "encoder.", device, dtype, progress)
+
+    def load_decoder(
+        self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+    ) -> TextVAEDecoder:
+        """The Text VAE's decoder; encoder weights are never read."""
+        with torch.device("meta"):
+            model = TextVAEDecoder(self.vae_config)
+        return self._load(model, self.vae, "decoder.", device, dtype, progress)
+
+    def load_prior(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> DiT:
+        """The DiT prior."""
+        with torch.device("meta"):
+            model = DiT(self.dit_config)
+        return self._load(model, self.dit, "", device, dtype, progress)
+
+    def shape_of(self, model: nn.Module) -> ModelShape:
+        """The shape with the parameters that `model`, loaded from here, holds."""
+        return self._shape(int(getattr(model, "loaded_parameters", 0)))
+
+    def _shape(self, parameters: int) -> ModelShape:
+        vae, dit = self.vae_config, self.dit_config
+        return ModelShape(
+            vae.latent_dim, dit.block_size, vae.block_size, vae.patch_size, vae.vocab_size, parameters=parameters
+        )
+
+    def _load(
+        self,
+        model: _Model,
+        folder: WeightFolder,
+        prefix: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None,
+    ) -> _Model:
+        """Read, cast and place one tensor after the other, so that only one is held twice."""
+        slots = _check_names(model, folder, prefix)
+        total, done, started = sum(folder.entries[name].nbytes for name in slots), 0, time.monotonic()
+        pending = _Pending(model)
+        with torch.no_grad():
+            for name, stored in folder.read(slots):
+                owner, attribute = slots[name]
+                target = _target_dtype(owner, dtype)
+                value = stored.to(device=device, dtype=target, copy=True)
+                setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+                pending.placed(owner)
+                done += folder.entries[name].nbytes
+                if progress:
+                    progress(done, total)
+        model.loaded_parameters = sum(_elements(folder.entries[name].shape) for name in slots)  # type: ignore[assignment]
+        model.load_seconds = time.monotonic() - started  # type: ignore[assignment]
+        return model.eval()
+
+
+class _Pending:
+    """Packs a Linear as soon as all its parameters are placed."""
+
+    def __init__(self, model: nn.Module):
+        self._missing = {
+            module: sum(1 for _ in module.parameters(recurse=False))
+            for module in model.modules()
+            if isinstance(module, Linear)
+        }
+
+    def placed(self, module: nn.Module) -> None:
+        if isinstance(module, Linear):
+            self._missing[module] -= 1
+            if self._missing[module] == 0:
+                module.pack()
+
+
+def _target_dtype(owner: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Weights of matrix products and embeddings in the compute dtype; norms and frequencies in float32."""
+    return dtype if isinstance(owner, Linear | nn.Embedding) else torch.float32
+
+
+def _check_names(model: nn.Module, folder: WeightFolder, prefix: str) -> dict[str, tuple[nn.Module, str]]:
+    """Stored name -> (owning module, attribute) of every parameter; all must be there with the expected shape."""
+    slots = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}{path}.{attribute}" if path else f"{prefix}{attribute}"
+            entry = folder.entries.get(name)
+            if entry is None:
+                raise CheckpointError(f"{folder.folder}: tensor {name!r} is missing")
+            if entry.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}; "
+                    f"config.json asks for {list(parameter.shape)}"
+                )
+            slots[name] = (module, attribute)
+    unknown = sorted(name for name in folder.entries if name.startswith(prefix) and name not in slots)
+    if unknown:
+        raise CheckpointError(f"{folder.folder}: tensor {unknown[0]!r} has no place in the model of config.json")
+    return slots
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
+    """The files of a folder, each with the tensors that the index expects in it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [(folder / "model.safetensors", set())]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: {name!r} is put into {file!r}; expected a file of the same folder")
+        files.setdefault(file, set()).add(name)
+    return [(folder / file, names) for file, names in sorted(files.items())]
+
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    with _opened(path):  # the library checks the header against the file's size
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    entries = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        if info["dtype"] not in _DTYPE_BYTES:
+            raise CheckpointError(f"{path}: tensor {name!r} is {info['dtype']}; expected a floating-point dtype")
+        begin, end = info["data_offsets"]
+        entries[name] = _Entry(path, info["dtype"], tuple(info["shape"]), 8 + size + begin, end - begin)
+    return entries
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+# Names that Hugging Face's own generation_config.json uses, beside ours, and that carry no default of ours.
+_IGNORED_DEFAULTS = {"transformers_version", "_from_model_config", "bos_token_id", "do_sample"}
+
+
+def _load_defaults(path: Path) -> GenerationDefaults:
+    if not path.is_file():
+        return GenerationDefaults()
+    values: Mapping[str, Any] = read_json(path)
+    defaults = GenerationDefaults()
+    for key, value in values.items():
+        if key in _IGNORED_DEFAULTS:
+            continue
+        kind = _DEFAULT_TYPES.get(key)
+        if kind is None:
+            raise CheckpointError(f"{path}: unknown key {key!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind[-1].__name__}")
+        defaults = replace(defaults, **{key: value})
+    if defaults.chat_frame is not None and "{prompt}" not in defaults.chat_frame:
+        raise CheckpointError(f"{path}: chat_frame has no place '{{prompt}}'")
+    return defaults
+
+
+_INTEGERS = ("max_new_tokens", "steps", "resamples", "top_k", "pad_token_id", "eos_token_id", "im_end_token_id")
+_NUMBERS = ("guidance_scale", "guidance_start", "guidance_end", "temperature", "top_p", "repetition_penalty")
+_DEFAULT_TYPES: dict[str, tuple[type, ...]] = {
+    **{key: (int,) for key in _INTEGERS},
+    **{key: (int, float) for key in _NUMBERS},
+    **{key: (str,) for key in ("solver", "chat_frame")},
+}

@@ -1,0 +1,93 @@
+"""The parts that both networks are made of. Inference and training run the same modules."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# attend(layer, q, k, v) -> output: mixes rows. Queries, keys and values are (..., heads, head_dim), after norm and
+# rotary; the leading dimensions are those of the rows that the network was called with.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+LinearActivation = Literal["none", "gelu", "gelu_tanh", "silu"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+_FUSED = {
+    "none": ("none", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+}
+
+
+class Linear(nn.Linear):
+    """activation(x W^T + b). `pack` fixes the weight for inference in the layout the backend is fastest with."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: LinearActivation = "none"):
+        super().__init__(in_features, out_features, bias)
+        self.activation = activation
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if self._packed is not None:
+            x = x.to(torch.bfloat16)
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *_FUSED[self.activation])
+        if not torch.is_grad_enabled():
+            x = x.to(self.weight.dtype)
+        return _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+
+    def pack(self, rows: int = 32) -> None:
+        """Keep the weight in oneDNN's blocked layout only; `rows` is the batch it is tuned for. bfloat16 on the CPU."""
+        weight = self.weight.detach()
+        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that always computes in float32, whatever comes in; returns float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def rotary_frequencies(dim: int, theta: float) -> Tensor:
+    """theta^(-2i/dim) for i < dim/2, float32."""
+    return torch.pow(theta, -torch.arange(0, dim, 2, dtype=torch.float64) / dim).float()
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency: (...,) -> (..., dim/2) each, float32."""
+    angles = positions.float()[..., None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def masked_attention(mask: Tensor | None) -> Attend:
+    """Attention of whole sequences for training: rows are (N, L), `mask` broadcasts to (N, heads, L, L), True sees."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2)
+
+    return attend
+
+
+def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
+    """True where a query position sees a key position: floor(key / block) <= floor(query / block). (..., Q, K)."""
+    return keys[..., None, :] // block_size <= queries[..., :, None] // block_size
+
+
+def init_linear(linear: nn.Linear, gain: float = 1.0) -> None:
+    """Fan-in scaled normal weight, zero bias: for training from scratch."""
+    nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
