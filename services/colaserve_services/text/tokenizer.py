@@ -1,0 +1,87 @@
+"""The checkpoint's tokenizer: text to ids and back, with its special ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import ByteLevel
+
+from colaserve_services.errors import CheckpointError, InvalidRequest
+from colaserve_services.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WholeDetokenizer, token_bytes
+from colaserve_services.text.special_ids import SpecialIds
+
+
+class Tokenizer:
+    """Encodes a text as it is: no template, no start id; the text of a special token becomes its id. Thread-safe."""
+
+    def __init__(self, library: tokenizers.Tokenizer, vocab_size: int, special: SpecialIds):
+        self._library = library
+        self._byte_level = isinstance(library.decoder, ByteLevel)
+        self.vocab_size, self.special = vocab_size, special
+
+    @classmethod
+    def open(cls, path: Path, vocab_size: int | None = None, defaults: Any = None) -> Tokenizer:
+        """Read tokenizer.json. `vocab_size` is the model's (None: one more than the largest id of the tokenizer);
+        `defaults` may have pad_token_id, eos_token_id and im_end_token_id, each None where not given.
+
+        Raises CheckpointError, one line, when the file is missing, is none, or no pad id is to be found."""
+        library = _read(path)
+        size = vocab_size or 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
+        special = SpecialIds.find(
+            library.token_to_id,
+            size,
+            pad=getattr(defaults, "pad_token_id", None),
+            end_of_text=getattr(defaults, "eos_token_id", None),
+            im_end=getattr(defaults, "im_end_token_id", None),
+        )
+        return cls(library, size, special)
+
+    def encode(self, text: str, field: str = "text") -> list[int]:
+        """Ids of a text. Raises InvalidRequest for text that needs an id the model has not."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return self.checked(ids, field)
+
+    def checked(self, ids: Sequence[int], field: str) -> list[int]:
+        """The ids, each inside the vocabulary; else InvalidRequest."""
+        for index, id_ in enumerate(ids):
+            if not 0 <= id_ < self.vocab_size:
+                raise InvalidRequest(
+                    field,
+                    f"token id {id_} at {index} is outside of the vocabulary, expected 0 to {self.vocab_size - 1}",
+                )
+        return list(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included; bytes that are no UTF-8 read as U+FFFD."""
+        text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder."""
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._library.id_to_token)
+        return WholeDetokenizer(self._library.id_to_token, self.decode)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one id alone; bytes that are no complete character read as U+FFFD."""
+        if self._byte_level:
+            return token_bytes(self._library.id_to_token(token_id) or "").decode("utf-8", "replace")
+        return self.decode([token_id])
+
+    def before_end(self, ids: Sequence[int]) -> list[int]:
+        """The ids before the first end or pad id."""
+        ends = self.special.end | {self.special.pad}
+        return list(ids[: next((index for index, id_ in enumerate(ids) if id_ in ends), len(ids))])
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: is no tokenizer that the tokenizers library can read: {reason}") from error
