@@ -25,11 +25,13 @@ class Question:
     prompt: str  # whole, few-shot part included
     ground_truth: str
     choices: tuple[str, ...] = ()  # in the order of their letters; empty where the task has none
+    rule: str | None = None  # how an answer is judged, a name of `tasks.RULES`; None: by the task's own rule
 
     def to_json(self) -> dict[str, Any]:
-        """The object of a line; `choices` only where there are some."""
+        """The object of a line; `choices` and `rule` only where they are set."""
         line: dict[str, Any] = {"id": self.id, "prompt": self.prompt, "ground_truth": self.ground_truth}
-        return {**line, "choices": list(self.choices)} if self.choices else line
+        choices = {"choices": list(self.choices)} if self.choices else {}
+        return {**line, **choices, **({"rule": self.rule} if self.rule else {})}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def parse_question(fields: Json) -> Question:
     choices = tuple(_texts(fields.get("choices") or [], "choices"))
     if len(choices) > MAX_CHOICES:
         raise ValueError(f"choices: {len(choices)} of them, at most {MAX_CHOICES} have a letter")
-    return Question(_id(fields), _text(fields, "prompt"), _text(fields, "ground_truth"), choices)
+    rule = _text(fields, "rule") if fields.get("rule") is not None else None
+    return Question(_id(fields), _text(fields, "prompt"), _text(fields, "ground_truth"), choices, rule)
 
 
 def parse_output(fields: Json) -> Output:
@@ -134,6 +137,22 @@ def write_outputs(path: Path, outputs: Iterable[Output]) -> None:
 def encode_line(fields: Json) -> str:
     """A JSON object as one line, newline included."""
     return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def json_text(value: Any) -> str:
+    """JSON for people and machines, indented."""
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises EvalError when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvalError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EvalError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def replace_file(path: Path, text: str) -> None:

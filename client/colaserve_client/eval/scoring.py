@@ -50,6 +50,12 @@ def same_first_word(answer: str, truth: str) -> bool:
     return bool(words and expected) and words[0] == expected[0]
 
 
+def begins_with(answer: str, truth: str) -> bool:
+    """For answers that go on after what was asked for: the words of the truth come first, and it has some."""
+    words, expected = normalise(answer).split(), normalise(truth).split()
+    return bool(expected) and words[: len(expected)] == expected
+
+
 def same_choice(answer: str, truth: str, choices: Sequence[str]) -> bool:
     """The rule of tasks with choices: both sides name the same one, or are the same text."""
     letter = answer_letter(answer, choices)
@@ -70,7 +76,7 @@ def answer_segment(answer: str) -> str:
 
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter ("A" for the first choice) that a text names, by letter or else by content; None when it names none."""
+    """The letter ("A" for the first choice) that a text names, by letter or by content; None when it names none."""
     return _named_letter(text, ascii_uppercase[: len(choices)]) or _letter_by_content(text, choices)
 
 

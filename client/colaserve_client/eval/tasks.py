@@ -6,32 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from colaserve_client.eval.records import EvalError, Output, Question, read_outputs
-from colaserve_client.eval.scoring import cut_answer, same_choice, same_first_word, same_text
+from colaserve_client.eval.scoring import begins_with, cut_answer, same_choice, same_first_word, same_text
 
 Rule = Callable[[str, Question], bool]  # (cut answer, question) -> right
 
 
-def _first_word(answer: str, question: Question) -> bool:
-    return same_first_word(answer, question.ground_truth)
-
-
-def _text(answer: str, question: Question) -> bool:
-    return same_text(answer, question.ground_truth)
-
-
-def _choice(answer: str, question: Question) -> bool:
-    return same_choice(answer, question.ground_truth, question.choices)
-
-
-PUBLISHED_RULES: Mapping[str, Rule] = {
-    "lambada": _first_word,
-    "hellaswag": _text,
-    "squad": _text,
-    "story_cloze": _text,
-    "mmlu": _choice,
-    "obqa": _choice,
-    "race": _choice,
-    "siqa": _choice,
+RULES: Mapping[str, Rule] = {
+    "text": lambda answer, question: same_text(answer, question.ground_truth),
+    "begins": lambda answer, question: begins_with(answer, question.ground_truth),
+    "first_word": lambda answer, question: same_first_word(answer, question.ground_truth),
+    "choice": lambda answer, question: same_choice(answer, question.ground_truth, question.choices),
+}
+PUBLISHED_RULES: Mapping[str, str] = {
+    "lambada": "first_word",
+    "hellaswag": "text",
+    "squad": "text",
+    "story_cloze": "text",
+    "mmlu": "choice",
+    "obqa": "choice",
+    "race": "choice",
+    "siqa": "choice",
 }
 
 
@@ -75,8 +69,15 @@ class Score:
 
 
 def rule_of(task: str, question: Question) -> Rule:
-    """The published rule of a published task; of any other: by choice where there are choices, else by text."""
-    return PUBLISHED_RULES.get(task) or (_choice if question.choices else _text)
+    """The published rule of a published task; else the question's own; else by choice if it has choices, or by text.
+
+    Raises EvalError when the question names a rule that does not exist.
+    """
+    default = "choice" if question.choices else "text"
+    name = PUBLISHED_RULES.get(task) or question.rule or default
+    if name not in RULES:
+        raise EvalError(f"task {task}, id {question.id!r}: rule: expected one of {', '.join(RULES)}, got {name!r}")
+    return RULES[name]
 
 
 def is_correct(task: str, output: Output) -> bool:

@@ -1,0 +1,116 @@
+"""Options that several verbs share; each group reaches its command as one value."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from colaserve_client.eval.connect import Connector
+from colaserve_client.eval.demo import demo_tasks
+from colaserve_client.eval.folder import Task
+from colaserve_client.eval.records import EvalError, read_questions
+from colaserve_client.eval.runner import GenerationSettings
+from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
+from colaserve_client.settings import DEFAULT_TARGET
+
+Command = Callable[..., Any]
+Option = Callable[[Command], Command]
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+SOLVERS = click.Choice(("euler", "ab2", "heun"))
+
+pass_connector = click.make_pass_decorator(Connector, ensure=True)
+target_option = click.option(
+    "--target", default=DEFAULT_TARGET, show_default=True, envvar="COLASERVE_TARGET", help="Where the coordinator is."
+)
+concurrency_option = click.option(
+    "--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Requests in flight."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+_QUESTION_OPTIONS: Sequence[Option] = (
+    click.argument("files", nargs=-1, type=FILE),
+    click.option("--demo", is_flag=True, help="Ask the bundled demo checkpoint's own question sets."),
+    click.option(
+        "--template",
+        help="Make the prompts of raw records by this template: a TOML file, or one of "
+        f"{', '.join(shipped_templates())}. Without it FILES hold whole prompts.",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="Only the first questions of each file."),
+)
+_GENERATION_OPTIONS: Sequence[Option] = (
+    click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Length at most."),
+    click.option("--temperature", type=click.FloatRange(0, 100), help="Of the draws.  [default: the server's]"),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of noise and draws."),
+    click.option("--stop", multiple=True, help="End an answer before this string; may be repeated."),
+)
+_SAMPLER_OPTIONS: Sequence[Option] = (
+    click.option("--steps", type=click.IntRange(1, 1000), help="Sampler steps.  [default: the server's]"),
+    click.option("--guidance", type=click.FloatRange(0, 1000), help="Guidance scale.  [default: the server's]"),
+    click.option("--solver", type=SOLVERS, help="Integration rule.  [default: the server's]"),
+)
+
+
+def questions_options(command: Command) -> Command:
+    """FILES, --demo, --template, --limit; the command gets `tasks`."""
+
+    @wraps(command)
+    def wrapped(
+        *args: Any, files: Sequence[Path], demo: bool, template: str | None, limit: int | None, **others: Any
+    ) -> Any:
+        if demo == bool(files) or (demo and template):
+            raise click.UsageError("give question files, with or without --template, or --demo alone")
+        tasks = demo_tasks() if demo else read_tasks(files, template)
+        return command(*args, tasks=[Task(task.name, task.questions[:limit]) for task in tasks], **others)
+
+    return _with(_QUESTION_OPTIONS, wrapped)
+
+
+def generation_options(command: Command) -> Command:
+    """The options of a generation but for the sampler's; the command gets `generation`."""
+
+    @wraps(command)
+    def wrapped(
+        *args: Any, max_new_tokens: int, temperature: float | None, seed: int, stop: Sequence[str], **others: Any
+    ) -> Any:
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop)
+        )
+        return command(*args, generation=settings, **others)
+
+    return _with(_GENERATION_OPTIONS, wrapped)
+
+
+def sampler_options(command: Command) -> Command:
+    """--steps, --guidance, --solver, each at most once."""
+    return _with(_SAMPLER_OPTIONS, command)
+
+
+def comma_separated(kind: "click.ParamType[Any]") -> Callable[[click.Context, click.Parameter, str], list[Any]]:
+    """A click callback: "1,2" becomes two values of a kind."""
+
+    def parse(context: click.Context, parameter: click.Parameter, value: str) -> list[Any]:
+        return [kind.convert(item.strip(), parameter, context) for item in value.split(",")]
+
+    return parse
+
+
+def read_tasks(files: Sequence[Path], template: str | None) -> list[Task]:
+    """A task a file, named after it. Raises EvalError when two files would be the same task."""
+    loaded = load_template(template) if template else None
+    tasks: dict[str, Task] = {}
+    for file in files:
+        if file.stem in tasks:
+            raise EvalError(f"{file}: a file named {file.stem} is given already; tasks are named after their files")
+        questions = read_raw_questions(file, loaded) if loaded else read_questions(file)
+        tasks[file.stem] = Task(file.stem, questions)
+    return list(tasks.values())
+
+
+def _with(options: Sequence[Option], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,137 @@
+"""Asking a served model the questions: many at a time, each output written down at once, resumable."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from colaserve_client.errors import ColaserveError
+from colaserve_client.eval.folder import OutputLog, RunFolder, Speed, Task
+from colaserve_client.eval.pool import work_through
+from colaserve_client.eval.records import EvalError, Output, Question
+
+USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "blocks", "wasted_blocks")
+SEEDS_APART = 1_000  # between base seeds of neighbouring questions: what lies between sample ids of one base seed
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How every question of a run is asked. None: what the server has as its default."""
+
+    max_new_tokens: int = 32
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None  # "euler", "ab2" or "heun"
+    temperature: float | None = None
+    seed: int = 0  # of the noise and the draws: the same questions get the same answers
+    stop: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """By field name."""
+        return {**asdict(self), "stop": list(self.stop)}
+
+
+class Model(Protocol):
+    """What the runner needs of a client; `colaserve_client.AsyncClient` is one."""
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        steps: int | None,
+        guidance_scale: float | None,
+        solver: str | None,
+        temperature: float | None,
+        seed: int,
+        stop: Sequence[str],
+    ) -> Any:
+        """Returns an object with text, finish_reason and usage."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How hard to press, and when to give up."""
+
+    concurrency: int = 8  # questions in flight
+    failures: int = 20  # failed answers in a row after which no more are asked
+
+
+OnOutput = Callable[[Output], None]
+
+
+async def run_tasks(
+    model: Model,
+    settings: GenerationSettings,
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    limits: Limits = Limits(),
+    on_output: OnOutput = lambda output: None,
+) -> Speed:
+    """Ask every question that has no output yet. Returns the speed of this attempt, which the folder counts too.
+
+    An answer that fails is written with its error and asked again by the next attempt. Raises EvalError after
+    `limits.failures` failures in a row.
+    """
+    attempt = _Attempt(model, settings, limits, on_output)
+    logs = [(task, folder.log(task)) for task in tasks]
+    pending = ((log, *item) for task, log in logs for item in log.missing(task.questions))
+    try:
+        await work_through(pending, attempt.ask, limits.concurrency)
+    finally:
+        if attempt.speed.answers:
+            folder.add_speed(attempt.speed)
+    for task, log in logs:
+        log.sort(task.questions)
+    return attempt.speed
+
+
+class _Attempt:
+    """One go at the questions that are left."""
+
+    def __init__(self, model: Model, settings: GenerationSettings, limits: Limits, on_output: OnOutput):
+        self._model, self._settings, self._limits, self._on_output = model, settings, limits, on_output
+        self._began = time.monotonic()
+        self._tokens = self._answers = self._failures = 0
+
+    @property
+    def speed(self) -> Speed:
+        return Speed(time.monotonic() - self._began, self._tokens, self._answers)
+
+    async def ask(self, item: tuple[OutputLog, int, Question]) -> None:
+        """Ask one question and write the output down."""
+        log, position, question = item
+        output = await ask(self._model, self._settings, question, position)
+        log.append(output)
+        self._count(output)
+        self._on_output(output)
+
+    def _count(self, output: Output) -> None:
+        if output.error is None:
+            self._answers, self._failures = self._answers + 1, 0
+            self._tokens += (output.usage or {}).get("completion_tokens", 0)
+            return
+        self._failures += 1
+        if self._failures >= self._limits.failures:
+            raise EvalError(
+                f"{self._failures} answers in a row failed; the last: {output.error}\n"
+                "What was answered is kept: the same command goes on from there."
+            )
+
+
+async def ask(model: Model, settings: GenerationSettings, question: Question, position: int) -> Output:
+    """One question's output; a failure of the service is part of it.
+
+    The question's place in its task picks its noise: that of sample id `position` of the run's seed.
+    """
+    seed = settings.seed + SEEDS_APART * position
+    try:
+        result = await model.generate(question.prompt, **{**asdict(settings), "seed": seed})
+    except ColaserveError as error:
+        return Output(question, "", error=f"{type(error).__name__}: {error}")
+    return Output(question, result.text, str(result.finish_reason), usage_json(result.usage))
+
+
+def usage_json(usage: object) -> Mapping[str, int]:
+    """The counts of a client's usage object, by name."""
+    return {name: getattr(usage, name) for name in USAGE_FIELDS}
