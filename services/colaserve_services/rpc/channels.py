@@ -1,0 +1,107 @@
+"""Connections to other services: balanced over replicas, skipping those that are not SERVING, with TLS and a key."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import grpc
+
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc import requests
+from colaserve_services.rpc.settings import ChannelSettings
+from colaserve_services.rpc.tls import channel_credentials
+
+
+def open_channel(target: str, settings: ChannelSettings, service: str) -> grpc.aio.Channel:
+    """A channel to the replicas of `service` (full name): "host:port", "dns:///host:port" or "a:1,b:2".
+
+    Calls go round over the replicas whose health service says SERVING for `service`. A name is looked up again when a
+    connection is lost or reaches its maximum age; names in a list are looked up once, now.
+    """
+    options = _options(settings, service)
+    address = resolve(target)
+    if settings.tls is None:
+        return grpc.aio.insecure_channel(address, options)
+    if settings.tls.server_name:
+        options.append(("grpc.ssl_target_name_override", settings.tls.server_name))
+    return grpc.aio.secure_channel(address, channel_credentials(settings.tls), options)
+
+
+class Stub:
+    """A grpc.aio stub whose calls carry this process' key, and the request id of the call being served."""
+
+    def __init__(self, kind: Callable[[Any], Any], channel: grpc.aio.Channel, settings: ChannelSettings):
+        self._key = f"Bearer {settings.api_key}" if settings.api_key else ""
+        for name, method in vars(kind(channel)).items():
+            setattr(self, name, self._carrying(method))
+
+    def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, metadata: Iterable[tuple[str, str | bytes]] | None = None, **more: Any) -> Any:
+            return method(*args, metadata=self._metadata(tuple(metadata or ())), **more)
+
+        return call
+
+    def _metadata(self, given: requests.Metadata) -> requests.Metadata:
+        names = {name for name, _ in given}
+        added = tuple(pair for pair in requests.outgoing_metadata() if pair[0] not in names)
+        if self._key and requests.AUTHORIZATION not in names:
+            added += ((requests.AUTHORIZATION, self._key),)
+        return given + added
+
+
+def resolve(target: str) -> str:
+    """The gRPC name of a target; raise UsageError for one that is none."""
+    parts = [part.strip() for part in target.split(",")]
+    if not all(parts):
+        raise UsageError(f"no address in {target!r}; expected host:port, dns:///host:port or a list with commas")
+    if len(parts) == 1:
+        return parts[0] if "://" in parts[0] or parts[0].startswith(("ipv4:", "ipv6:", "unix:")) else _dns(parts[0])
+    addresses = [_address(*_split(part)) for part in parts]
+    version = {ip.version for ip, _ in addresses}
+    if len(version) > 1:
+        raise UsageError(f"{target!r} mixes IPv4 and IPv6 addresses; give addresses of one kind")
+    scheme = f"ipv{version.pop()}"
+    return f"{scheme}:" + ",".join(f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}" for ip, port in addresses)
+
+
+def _dns(part: str) -> str:
+    _split(part)
+    return f"dns:///{part}"
+
+
+def _split(part: str) -> tuple[str, int]:
+    host, _, port = part.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"{part!r} is no address; expected host:port")
+    return host.strip("[]"), int(port)
+
+
+def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"{host!r} cannot be looked up: {error.strerror or error}") from error
+    found.sort(key=lambda info: info[0] != socket.AF_INET)
+    return ipaddress.ip_address(found[0][4][0]), port
+
+
+def _options(settings: ChannelSettings, service: str) -> list[tuple[str, Any]]:
+    config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
+    keepalive = round(settings.keepalive_seconds * 1000)
+    return [
+        ("grpc.service_config", json.dumps(config)),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", keepalive),
+        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 3000),
+        ("grpc.dns_min_time_between_resolutions_ms", 2000),
+        ("grpc.use_local_subchannel_pool", 1),  # channels of one process do not share the fate of a connection
+    ]

@@ -1,0 +1,148 @@
+"""What happens to every call at a server's edge: request id, key, admission, metrics, one log line, status."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, NamedTuple
+
+import grpc
+from grpc import StatusCode
+
+from colaserve_services.rpc import requests
+from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.errors import status_from_errors
+from colaserve_services.rpc.logs import access
+from colaserve_services.rpc.metrics import Metrics
+
+UNGUARDED = "/grpc.health.v1."  # probes show no key, are not counted and not logged
+NAMES = {code.value[0]: code.name for code in StatusCode}
+
+
+class Method(NamedTuple):
+    service: str  # without its package
+    name: str
+
+
+class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic outside of its stubs
+    """Wraps the handler of every method but those of the health service."""
+
+    def __init__(self, metrics: Metrics, admission: Admission, keys: Keys | None = None):
+        self._metrics, self._admission, self._keys = metrics, admission, keys
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """The wrapped handler, or None for a method that nobody implements."""
+        handler = await continuation(handler_call_details)
+        path: str = handler_call_details.method
+        if handler is None or path.startswith(UNGUARDED):
+            return handler
+        service, _, name = path.lstrip("/").rpartition("/")
+        return self._wrap(handler, Method(service.rpartition(".")[2], name))
+
+    def _wrap(self, handler: Any, method: Method) -> Any:
+        serve = self._streaming if handler.response_streaming else self._unary
+        behavior = next(
+            found
+            for found in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+            if found is not None
+        )
+        kind = f"{_word(handler.request_streaming)}_{_word(handler.response_streaming)}_rpc_method_handler"
+        make = getattr(grpc, kind)
+        return make(serve(behavior, method, handler.request_streaming),
+                    handler.request_deserializer, handler.response_serializer)  # fmt: skip
+
+    def _unary(self, behavior: Any, method: Method, streams_in: bool) -> Any:
+        async def serve(request: Any, context: Any) -> Any:
+            async with self._call(method, context):
+                response = await behavior(self._counted(request, method, streams_in), context)
+                self._count("out", response, method)
+                return response
+
+        return serve
+
+    def _streaming(self, behavior: Any, method: Method, streams_in: bool) -> Any:
+        async def serve(request: Any, context: Any) -> None:
+            async with self._call(method, context):
+                responses = behavior(self._counted(request, method, streams_in), context)
+                if inspect.iscoroutine(responses):
+                    await responses
+                    return
+                async with aclosing(responses):  # a handler is closed here and now, however its call ends
+                    async for response in responses:
+                        self._count("out", response, method)
+                        await context.write(response)
+
+        return serve
+
+    def _counted(self, request: Any, method: Method, streams_in: bool) -> Any:
+        if streams_in:
+            return self._counted_stream(request, method)
+        self._count("in", request, method)
+        return request
+
+    async def _counted_stream(self, messages: Any, method: Method) -> AsyncIterator[Any]:
+        async for message in messages:
+            self._count("in", message, method)
+            yield message
+
+    def _count(self, direction: str, message: Any, method: Method) -> None:
+        self._metrics.transfer_bytes.labels(direction, method.service).inc(message.ByteSize())
+
+    @asynccontextmanager
+    async def _call(self, method: Method, context: Any) -> AsyncIterator[None]:
+        request_id = requests.adopt(context.invocation_metadata())
+        context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
+        running = self._metrics.requests_in_progress.labels(*method)
+        running.inc()
+        started, code, client = time.perf_counter(), "OK", ""
+        try:
+            async with status_from_errors(context):
+                client = self._client(context)
+                with self._admission.enter(client) if method.name != "GetInfo" else _nothing():
+                    yield
+        except asyncio.CancelledError:
+            code = _why_cancelled(context)
+            raise
+        except BaseException:
+            code = NAMES.get(_number(context.code()), "UNKNOWN")
+            raise
+        finally:
+            running.dec()
+            self._record(method, code, time.perf_counter() - started, client)
+
+    def _client(self, context: Any) -> str:
+        if self._keys is not None:
+            shown = requests.value(context.invocation_metadata(), requests.AUTHORIZATION)
+            return self._keys.identify(shown)
+        return str(context.peer()).rpartition(":")[0]
+
+    def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
+        self._metrics.request_seconds.labels(*method, code).observe(seconds)
+        told = {"service": method.service, "method": method.name, "code": code, "seconds": round(seconds, 4)}
+        access.info("call", extra={"fields": told | {"client": client}})
+
+
+class _nothing:  # noqa: N801 - reads as a word where it is used
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _word(streaming: bool) -> str:
+    return "stream" if streaming else "unary"
+
+
+def _number(code: Any) -> int:
+    return code.value[0] if isinstance(code, StatusCode) else int(code or 0)
+
+
+def _why_cancelled(context: Any) -> str:
+    remaining = context.time_remaining()
+    late = remaining is not None and remaining <= 0
+    return (StatusCode.DEADLINE_EXCEEDED if late else StatusCode.CANCELLED).name

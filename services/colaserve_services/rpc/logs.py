@@ -1,0 +1,61 @@
+"""Log lines with the request id: JSON for machines, plain for a terminal. Text and latents never get in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from colaserve_services.rpc.requests import current_request_id
+from colaserve_services.rpc.settings import LogSettings
+
+access = logging.getLogger("colaserve_services.access")
+
+
+def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
+    """Send this process' log lines to `stream` (stderr). Call it once, from the launcher."""
+    stream = stream or sys.stderr
+    as_text = settings.format == "text" or (settings.format == "auto" and stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)  # libraries
+    logging.getLogger("colaserve_services").setLevel(settings.level.upper())
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, request_id, the fields of the call, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name.removeprefix("colaserve_services."),
+            "message": record.getMessage(),
+        }
+        if request_id := current_request_id():
+            line["request_id"] = request_id
+        line |= fields(record)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for eyes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        extra = "".join(f" {name}={value}" for name, value in fields(record).items())
+        request = f" request_id={current_request_id()}" if current_request_id() else ""
+        text = f"{when} {record.levelname.lower():7} {record.getMessage()}{extra}{request}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as `extra={"fields": {...}}`."""
+    given = getattr(record, "fields", None)
+    return given if isinstance(given, dict) else {}

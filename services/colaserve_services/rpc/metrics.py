@@ -1,0 +1,147 @@
+"""Every Prometheus metric of colaserve, in one place. A process makes one `Metrics` and hands it to what it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from wsgiref.simple_server import WSGIServer
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from colaserve_services import __version__
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc.settings import MetricsSettings
+
+CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+BLOCK_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30)
+STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Metrics:
+    """All metrics, registered at `registry`. Labels: stage = encoder, prior, decoder or coordinator."""
+
+    def __init__(self, registry: CollectorRegistry | None = None):
+        self.registry = registry or CollectorRegistry()
+        self._calls()
+        self._engines()
+        self._generation()
+        build = self._gauge("build_info", "Version of this process; always 1.", "version")
+        build.labels(version=__version__).set(1)
+
+    def _calls(self) -> None:
+        self.request_seconds = self._histogram(
+            "request_seconds", "Seconds a call took, from its arrival to its status.", CALL_SECONDS,
+            "service", "method", "code",
+        )  # fmt: skip
+        self.requests_in_progress = self._gauge(
+            "requests_in_progress", "Calls being served now, waiting ones included.", "service", "method"
+        )
+        self.transfer_bytes = self._counter(
+            "transfer_bytes_total", "Bytes of request (in) and response (out) messages.", "direction", "service"
+        )
+
+    def _engines(self) -> None:
+        gauge, histogram, counter = self._gauge, self._histogram, self._counter
+        self.queue_depth = gauge("engine_queue_depth", "Sessions or calls that wait to be run.", "stage")
+        self.running = gauge("engine_running", "Sessions or calls that run.", "stage")
+        self.batch_rows = histogram("engine_batch_rows", "Latent positions in one forward pass.", ROWS, "stage")
+        self.step_seconds = histogram("engine_step_seconds", "Seconds of one forward pass.", STEP_SECONDS, "stage")
+        self.kv_bytes = gauge("engine_kv_bytes", "Bytes of the KV budget that are reserved.", "stage")
+        self.kv_budget_bytes = gauge("engine_kv_budget_bytes", "The KV budget in bytes.", "stage")
+        self.kv_utilization = gauge("engine_kv_utilization_ratio", "Reserved share of the KV budget, 0 to 1.", "stage")
+        self.engine_first_block = histogram(
+            "engine_time_to_first_block_seconds", "Seconds from a session's arrival to its first block.",
+            BLOCK_SECONDS, "stage",
+        )  # fmt: skip
+        self.engine_inter_block = histogram(
+            "engine_inter_block_seconds", "Seconds between two blocks of a session.", BLOCK_SECONDS, "stage"
+        )
+        self.prefix_hits = counter("prefix_cache_hits_total", "Leading blocks found in the prefix cache.", "stage")
+        self.prefix_misses = counter("prefix_cache_misses_total", "Leading blocks that were computed.", "stage")
+        self.prefix_bytes = gauge("prefix_cache_bytes", "Bytes that the prefix cache holds.", "stage")
+        self.weights_load_seconds = gauge("weights_load_seconds", "Seconds that reading the weights took.", "stage")
+        self.refused = counter(
+            "refused_total", "Calls refused because a bound was reached: queue, kv, deadline, calls, client, rate.",
+            "stage", "reason",
+        )  # fmt: skip
+        self.engine_tokens = counter(
+            "engine_tokens_total", "Tokens that went into (in) and came out of (out) a stage.", "direction", "stage"
+        )
+
+    def _generation(self) -> None:
+        self.first_block = self._histogram(
+            "time_to_first_block_seconds", "Seconds from a generation's arrival to its first block.", BLOCK_SECONDS
+        )
+        self.inter_block = self._histogram(
+            "inter_block_seconds", "Seconds between two blocks of a generation.", BLOCK_SECONDS
+        )
+        self.wasted_blocks = self._counter(
+            "wasted_blocks_total", "Blocks that the prior wrote after the end of a text was found."
+        )
+        self.tokens = self._counter(
+            "tokens_total", "Tokens of prompts (prompt) and of written text (completion).", "direction"
+        )
+        self.failovers = self._counter(
+            "failovers_total", "Streams moved to another replica; outcome: resumed or failed.", "stage", "outcome"
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"colaserve_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"colaserve_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"colaserve_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+class Aliases(Collector):
+    """The names that inference gateways read, over all stages of this process."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Sums of the queues; the fullest cache."""
+        metrics = self._metrics
+        waiting, running, usage = (
+            [sample.value for family in gauge.collect() for sample in family.samples]
+            for gauge in (metrics.queue_depth, metrics.running, metrics.kv_utilization)
+        )
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Alias: waiting sessions.", sum(waiting))
+        yield GaugeMetricFamily("vllm:num_requests_running", "Alias: running sessions.", sum(running))
+        yield GaugeMetricFamily("vllm:gpu_cache_usage_perc", "Alias: share of KV in use.", max(usage, default=0.0))
+
+
+class MetricsEndpoint:
+    """`GET /metrics` on its own port and thread, so that it answers under any load."""
+
+    def __init__(self, server: WSGIServer, thread: threading.Thread):
+        self._server, self._thread = server, thread
+        self.port: int = server.server_port
+
+    @staticmethod
+    def start(metrics: Metrics, settings: MetricsSettings) -> MetricsEndpoint:
+        """Raise UsageError when the port is taken."""
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # a second gauge for every counter; nobody reads them
+        if settings.aliases:
+            metrics.registry.register(Aliases(metrics))
+        try:
+            server, thread = prometheus_client.start_http_server(
+                settings.port or 0, settings.host, registry=metrics.registry
+            )
+        except OSError as error:
+            raise UsageError(
+                f"--metrics-port: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
+            ) from error
+        return MetricsEndpoint(server, thread)
+
+    def close(self) -> None:
+        """Stop answering and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

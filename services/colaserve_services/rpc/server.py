@@ -1,0 +1,119 @@
+"""A gRPC server of ours: services, health, reflection, bounds, TLS, and a drain that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.edge import Edge
+from colaserve_services.rpc.in_process import service_descriptor
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.settings import ServerSettings
+from colaserve_services.rpc.tls import server_credentials
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+_log = logging.getLogger(__name__)
+
+
+class RpcServer:
+    """Serves servicers on one port.
+
+    server = RpcServer(settings, metrics)
+    server.add(PriorService(...))
+    port = await server.start()      # answers; health says NOT_SERVING
+    await server.serving()           # after the warm-up
+    await server.drain()             # NOT_SERVING, wait, let running calls end, stop
+    """
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics, keys: Keys | None = None):
+        self._settings = settings
+        refused = metrics.refused
+        admission = Admission(settings.admission, lambda reason: refused.labels(self._stage(), reason).inc())
+        self._server = grpc.aio.server(
+            interceptors=[Edge(metrics, admission, keys)], options=_options(settings), migration_thread_pool=None
+        )
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._names: list[str] = []
+        self._stopped = False
+
+    def add(self, servicer: object) -> None:
+        """Serve an object of a generated `<Service>Servicer` class."""
+        name = service_descriptor(servicer).full_name
+        base = next(kind for kind in type(servicer).__mro__ if kind.__module__.endswith("_pb2_grpc"))
+        register = getattr(sys.modules[base.__module__], f"add_{base.__name__}_to_server")
+        register(servicer, self._server)
+        self._names.append(name)
+
+    async def start(self) -> int:
+        """Listen; return the port. Raises UsageError when it is taken or a certificate cannot be read."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)  # type: ignore[no-untyped-call]
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        await self._set_health(NOT_SERVING)
+        port = self._bind()
+        await self._server.start()
+        return port
+
+    async def serving(self) -> None:
+        """Say SERVING, for every service and for the whole."""
+        await self._set_health(SERVING)
+
+    async def drain(self, drain_seconds: float | None = None) -> None:
+        """NOT_SERVING; wait until balancers saw it; refuse new calls and let running ones end, within the grace."""
+        settings = self._settings
+        await self._set_health(NOT_SERVING)
+        await asyncio.sleep(settings.drain_seconds if drain_seconds is None else drain_seconds)
+        await self.stop(settings.grace_seconds)
+
+    async def stop(self, grace: float = 0.0) -> None:
+        """Refuse new calls, give running ones `grace` seconds, then cancel them."""
+        if not self._stopped:
+            self._stopped = True
+            await self._server.stop(grace)
+
+    async def _set_health(self, status: Any) -> None:
+        for name in (*self._names, ""):
+            await self._health.set(name, status)
+
+    def _bind(self) -> int:
+        settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{settings.port}"
+        try:
+            if settings.tls is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, server_credentials(settings.tls))
+        except RuntimeError as error:
+            raise UsageError(f"--grpc-port: cannot listen on {address}; is the port taken?") from error
+
+    def _stage(self) -> str:
+        return self._names[-1].rpartition(".")[2].removesuffix("Service").lower() if self._names else ""
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    keepalive = round(settings.keepalive_seconds * 1000)
+    options = [
+        ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        ("grpc.keepalive_time_ms", keepalive),
+        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+    if settings.max_connection_age:
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age * 1000)))
+    return options

@@ -1,0 +1,79 @@
+"""How a process serves and calls: small frozen settings, made once from the command line (`launch/options.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """A server's certificate; read again when its files change. `client_ca` makes it mutual."""
+
+    cert: Path  # PEM, the chain
+    key: Path  # PEM
+    client_ca: Path | None = None  # PEM; clients must show a certificate that it signed
+
+
+@dataclass(frozen=True)
+class ClientTls:
+    """How the servers that this process calls are verified."""
+
+    ca: Path | None = None  # PEM; None: the system's authorities
+    cert: Path | None = None  # PEM, shown to servers that ask for it
+    key: Path | None = None
+    server_name: str = ""  # expected in the server's certificate; empty: the host that is called
+
+
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """What one server takes at once, whatever the engines behind it could queue. 0: no limit."""
+
+    max_calls: int = 1024  # calls at once; health checks and GetInfo are not counted
+    max_calls_per_client: int = 0  # at once, by key, else by address
+    max_rate_per_client: float = 0.0  # calls a second, bursts of one second's worth
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One gRPC server."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: a free one
+    tls: ServerTls | None = None
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    max_message_bytes: int = 64 * MIB  # of one message, either way
+    max_concurrent_streams: int = 1000  # of one connection
+    max_connection_age: float = 300.0  # seconds, then clients connect anew and find new replicas; 0: for ever
+    keepalive_seconds: float = 30.0  # a silent connection is pinged this often and dropped if no answer comes
+    drain_seconds: float = 2.0  # between NOT_SERVING and refusing calls, so that balancers see it
+    grace_seconds: float = 30.0  # that running calls have to end after that
+
+
+@dataclass(frozen=True)
+class ChannelSettings:
+    """Connections to other services."""
+
+    tls: ClientTls | None = None
+    api_key: str = field(default="", repr=False)  # sent as a bearer key
+    max_message_bytes: int = 64 * MIB
+    keepalive_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    """The Prometheus endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int | None = 9090  # 0: a free one; None: no endpoint
+    aliases: bool = False  # also the vllm: names that inference gateways read
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Log lines on stderr; they never hold text or latents."""
+
+    format: str = "auto"  # "json", "text", or "auto": text on a terminal, JSON elsewhere
+    level: str = "info"

@@ -1,0 +1,110 @@
+import asyncio
+import subprocess
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.rpc.errors import status_from_errors
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import ServerSettings
+
+
+class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
+    """Answers with as many encodings as there are sequences; waits for `gate`, a sequence, when it is closed."""
+
+    def __init__(self):
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.started = 0
+
+    async def Encode(self, request, context):
+        async with status_from_errors(context):
+            self.started += 1
+            if not request.sequences:
+                raise InvalidRequest("sequences", "got none")
+            await self.gate.wait()
+            return encoder_pb2.EncodeResponse(encodings=[encoder_pb2.Encoding()] * len(request.sequences))
+
+    async def GetInfo(self, request, context):
+        return encoder_pb2.EncoderServiceGetInfoResponse(space="0123456789abcdef")
+
+
+ONE = encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}])
+
+
+@dataclass
+class Running:
+    server: RpcServer
+    servicer: Encoder
+    metrics: Metrics
+    port: int
+    channel: grpc.aio.Channel
+    stub: encoder_pb2_grpc.EncoderServiceStub
+
+
+@asynccontextmanager
+async def running(settings=None, keys=None, ready=True):
+    metrics, servicer = Metrics(), Encoder()
+    server = RpcServer(settings or ServerSettings(), metrics, keys)
+    server.add(servicer)
+    port = await server.start()
+    if ready:
+        await server.serving()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Running(server, servicer, metrics, port, channel, encoder_pb2_grpc.EncoderServiceStub(channel))
+    finally:
+        await server.stop()
+
+
+async def eventually(condition, seconds=5.0):
+    for _ in range(round(seconds / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came to be")
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority in a folder, and what it signed."""
+
+    folder: Path
+
+    @property
+    def ca(self):
+        return self.folder / "ca.pem"
+
+    def issue(self, name, common_name="localhost"):
+        """Write name.pem and name.key for 127.0.0.1; again with other contents when they are there."""
+        key, request, cert = (self.folder / f"{name}.{end}" for end in ("key", "csr", "pem"))
+        extension = self.folder / "san.cnf"
+        extension.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        _openssl(
+            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key,
+            "-out", request, "-subj", f"/CN={common_name}",
+        )  # fmt: skip
+        _openssl(
+            "x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self.folder / "ca.key", "-CAcreateserial",
+            "-out", cert, "-days", "2", "-extfile", extension,
+        )  # fmt: skip
+        return cert, key
+
+
+def _openssl(*arguments):
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def authority(tmp_path):
+    made = Authority(tmp_path)
+    _openssl(
+        "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout",
+        tmp_path / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority",
+    )  # fmt: skip
+    return made

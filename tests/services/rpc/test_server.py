@@ -1,0 +1,265 @@
+"""A real server in process on a free port: what happens to a call at its edge, and how it starts and ends."""
+
+import asyncio
+import json
+import logging
+import time
+
+import grpc
+import pytest
+from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
+from colaserve_services.errors import NotAuthenticated, Overloaded, UsageError
+from colaserve_services.rpc import logs
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import (
+    AdmissionLimits,
+    ClientTls,
+    LogSettings,
+    ServerSettings,
+    ServerTls,
+)
+from colaserve_services.rpc.tls import channel_credentials
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.services.rpc.conftest import ONE, eventually, running
+
+SERVICE = "colaserve.v1.EncoderService"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health_of(channel, service=""):
+    stub = health_pb2_grpc.HealthStub(channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def refusal(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return error_from_rpc(caught.value)
+
+
+async def test_health_is_per_service_and_turns_to_serving_after_the_warm_up():
+    async with running(ready=False) as it:
+        assert await health_of(it.channel) == NOT_SERVING
+        assert await health_of(it.channel, SERVICE) == NOT_SERVING
+        await it.server.serving()
+        assert await health_of(it.channel) == SERVING
+        assert await health_of(it.channel, SERVICE) == SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health_of(it.channel, "colaserve.v1.PriorService")
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_services():
+    async with running() as it:
+        stub = reflection_pb2_grpc.ServerReflectionStub(it.channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for response in stub.ServerReflectionInfo(iter([request])):
+            names = {service.name for service in response.list_services_response.service}
+    assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+
+async def test_the_request_id_goes_through_and_an_unsafe_one_is_replaced():
+    async with running() as it:
+        for sent, kept in (("id-1", True), ("bad id with spaces", False)):
+            call = it.stub.Encode(ONE, metadata=(("x-request-id", sent),))
+            await call
+            returned = dict(await call.trailing_metadata())["x-request-id"]
+            assert (returned == sent) is kept
+            assert returned
+
+
+async def test_without_a_known_key_nothing_but_health_is_served(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsecret-1  # first\n\n")
+    async with running(keys=Keys.load(file, "secret-2")) as it:
+        assert isinstance(await refusal(it.stub.Encode(ONE)), NotAuthenticated)
+        for wrong in ("Bearer nope", "Basic secret-1", "Bearer ", "secret-1"):
+            shown = it.stub.Encode(ONE, metadata=(("authorization", wrong),))
+            assert isinstance(await refusal(shown), NotAuthenticated)
+        for right in ("Bearer secret-1", "bearer secret-2"):
+            assert await it.stub.Encode(ONE, metadata=(("authorization", right),))
+        assert await health_of(it.channel) == SERVING
+        assert it.servicer.started == 2
+
+
+def test_keys_follow_their_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("colaserve_services.rpc.auth.LOOK_SECONDS", 0.0)
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+    keys = Keys.load(file)
+    assert keys.identify("Bearer old")
+    file.write_text("newer\n")
+    assert keys.identify("Bearer newer")
+    with pytest.raises(NotAuthenticated):
+        keys.identify("Bearer old")
+    file.unlink()
+    assert keys.identify("Bearer newer")
+
+
+def test_a_key_file_without_a_key_is_refused(tmp_path):
+    (tmp_path / "keys").write_text("# none\n")
+    with pytest.raises(UsageError, match="holds no key"):
+        Keys.load(tmp_path / "keys")
+    with pytest.raises(UsageError, match="cannot read"):
+        Keys.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("limits", [AdmissionLimits(max_calls=2), AdmissionLimits(max_calls_per_client=2)])
+async def test_one_call_too_many_is_refused_at_once_while_health_and_running_calls_go_on(limits):
+    async with running(ServerSettings(admission=limits)) as it:
+        it.servicer.gate.clear()
+        calls = [asyncio.ensure_future(it.stub.Encode(ONE)) for _ in range(2)]
+        await eventually(lambda: it.servicer.started == 2)
+        started = time.monotonic()
+        error = await refusal(it.stub.Encode(ONE))
+        assert isinstance(error, Overloaded)
+        assert error.retry_after > 0
+        assert time.monotonic() - started < 1
+        assert await health_of(it.channel) == SERVING
+        assert await it.stub.GetInfo(encoder_pb2.EncoderServiceGetInfoRequest())
+        it.servicer.gate.set()
+        await asyncio.gather(*calls)
+        assert await it.stub.Encode(ONE)
+        counted = [s for f in it.metrics.refused.collect() for s in f.samples if s.name.endswith("_total")]
+        assert [(s.labels["stage"], s.value) for s in counted] == [("encoder", 1.0)]
+
+
+async def test_a_client_that_calls_too_often_is_told_when_to_come_back():
+    async with running(ServerSettings(admission=AdmissionLimits(max_rate_per_client=2))) as it:
+        await it.stub.Encode(ONE)
+        await it.stub.Encode(ONE)
+        error = await refusal(it.stub.Encode(ONE))
+        assert isinstance(error, Overloaded)
+        await asyncio.sleep(error.retry_after)
+        await it.stub.Encode(ONE)
+
+
+async def test_a_message_beyond_the_limit_is_refused_and_the_server_lives_on():
+    async with running(ServerSettings(max_message_bytes=1000)) as it:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [300] * 5000}]))
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await it.stub.Encode(ONE)
+
+
+async def test_bytes_that_are_no_message_do_no_harm():
+    async with running() as it:
+        raw = it.channel.unary_unary(f"/{SERVICE}/Encode")
+        for junk in (b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await raw(junk)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.channel.unary_unary(f"/{SERVICE}/Nothing")(b"")
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert await it.stub.Encode(ONE)
+
+
+async def test_a_taken_port_is_one_clear_error():
+    async with running() as it:
+        second = RpcServer(ServerSettings(port=it.port), Metrics())
+        with pytest.raises(UsageError, match=f"127.0.0.1:{it.port}"):
+            await second.start()
+
+
+async def test_a_drain_turns_health_and_lets_running_calls_end():
+    async with running(ServerSettings(drain_seconds=0.3)) as it:
+        it.servicer.gate.clear()
+        call = asyncio.ensure_future(it.stub.Encode(ONE))
+        await eventually(lambda: it.servicer.started == 1)
+        drain = asyncio.ensure_future(it.server.drain())
+        await asyncio.sleep(0.1)
+        assert await health_of(it.channel) == NOT_SERVING
+        await asyncio.sleep(0.4)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{it.port}") as late:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await encoder_pb2_grpc.EncoderServiceStub(late).Encode(ONE, timeout=1)
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        assert not drain.done()
+        it.servicer.gate.set()
+        assert await call
+        await asyncio.wait_for(drain, 5)
+
+
+async def test_a_drain_cuts_calls_that_outlive_the_grace():
+    async with running(ServerSettings(drain_seconds=0, grace_seconds=0.2)) as it:
+        it.servicer.gate.clear()
+        call = asyncio.ensure_future(it.stub.Encode(ONE))
+        await eventually(lambda: it.servicer.started == 1)
+        await asyncio.wait_for(it.server.drain(), 5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+async def test_calls_are_counted_timed_and_logged_without_their_content(capsys):
+    stream = __import__("io").StringIO()
+    previous = logging.getLogger().handlers[:]
+    logs.configure(LogSettings(format="json"), stream)
+    try:
+        async with running() as it:
+            await it.stub.Encode(ONE, metadata=(("x-request-id", "seen"),))
+            await refusal(it.stub.Encode(encoder_pb2.EncodeRequest()))
+    finally:
+        logging.getLogger().handlers[:] = previous
+    value = it.metrics.registry.get_sample_value
+    labels = {"service": "EncoderService", "method": "Encode"}
+    assert value("colaserve_request_seconds_count", labels | {"code": "OK"}) == 1
+    assert value("colaserve_request_seconds_count", labels | {"code": "INVALID_ARGUMENT"}) == 1
+    assert value("colaserve_requests_in_progress", labels) == 0
+    assert value("colaserve_transfer_bytes_total", {"direction": "in", "service": "EncoderService"}) == ONE.ByteSize()
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (first["request_id"], first["code"], first["method"]) == ("seen", "OK", "Encode")
+    assert second["code"] == "INVALID_ARGUMENT"
+
+
+def secure(it_port, tls):
+    return grpc.aio.secure_channel(f"127.0.0.1:{it_port}", channel_credentials(tls))
+
+
+async def served_certificate(port, ca):
+    import ssl
+
+    context = ssl.create_default_context(cafile=ca)
+    context.set_alpn_protocols(["h2"])
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    name = dict(pair[0] for pair in writer.get_extra_info("peercert")["subject"])["commonName"]
+    writer.close()
+    return name
+
+
+async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_is_not(authority):
+    cert, key = authority.issue("server", "first")
+    async with running(ServerSettings(tls=ServerTls(cert, key))) as it:
+        assert await served_certificate(it.port, authority.ca) == "first"
+        authority.issue("server", "second")
+        assert await served_certificate(it.port, authority.ca) == "second"
+        cert.unlink()
+        assert await served_certificate(it.port, authority.ca) == "second"
+        async with secure(it.port, ClientTls(authority.ca)) as channel:
+            assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
+
+
+async def test_mutual_tls_refuses_clients_without_a_certificate_of_the_authority(authority):
+    cert, key = authority.issue("server")
+    mine, my_key = authority.issue("client", "client")
+    settings = ServerSettings(tls=ServerTls(cert, key, client_ca=authority.ca))
+    async with running(settings) as it:
+        async with secure(it.port, ClientTls(authority.ca, mine, my_key)) as channel:
+            assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
+        async with secure(it.port, ClientTls(authority.ca)) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await it.stub.Encode(ONE, timeout=2)  # plain text
+
+
+def test_a_missing_certificate_is_one_clear_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        channel_credentials(ClientTls(tmp_path / "absent"))
+    with pytest.raises(UsageError, match="both"):
+        channel_credentials(ClientTls(cert=tmp_path / "cert"))
