@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from colaserve_client.eval.runner import Model
@@ -14,7 +14,7 @@ class Client(Model, Protocol):
     """What the verbs need of a client; `colaserve_client.AsyncClient` is one."""
 
     async def info(self) -> Any:
-        """Who answers: an object with model_name and space."""
+        """Who answers: a `colaserve_client.results.ModelInfo`."""
 
     async def reconstruct(self, texts: Sequence[str]) -> Sequence[Any]:
         """The round trip of each text, in order."""
@@ -35,6 +35,12 @@ class Connector:
 
 
 async def identity(client: Client) -> dict[str, Any]:
-    """What tells one served model from another in a run's settings."""
+    """What in a run's settings tells one served model from another, its defaults and compute dtype included."""
     info = await client.info()
-    return {"name": info.model_name, "space": info.space}
+    return {
+        "name": info.name,
+        "space": info.space,
+        "dtype": info.server.dtype,
+        "default_sampler": asdict(info.default_sampler),
+        "default_sampling": asdict(info.default_sampling),
+    }

@@ -17,8 +17,8 @@ class RoundTrip(Protocol):
     """What a client's reconstruction of one text holds."""
 
     text: str
+    token_ids: Sequence[int]
     original_ids: Sequence[int]
-    token_accuracy: float
     bits_per_token: float
 
 
@@ -36,7 +36,7 @@ class VaeQuality:
     texts: int
     exact_texts: int  # came back unchanged, to the character
     tokens: int
-    wrong_tokens: float
+    wrong_tokens: int
     bits: float  # -log2 of the decoder's probability of the right tokens, summed
     utf8_bytes: int
 
@@ -91,10 +91,14 @@ def quality(texts: Sequence[str], trips: Iterable[RoundTrip]) -> VaeQuality:
         texts=len(pairs),
         exact_texts=sum(trip.text == text for text, trip in pairs),
         tokens=sum(len(trip.original_ids) for _, trip in pairs),
-        wrong_tokens=sum(round(len(trip.original_ids) * (1 - trip.token_accuracy)) for _, trip in pairs),
+        wrong_tokens=sum(_wrong_tokens(trip) for _, trip in pairs),
         bits=sum(len(trip.original_ids) * trip.bits_per_token for _, trip in pairs),
         utf8_bytes=sum(len(text.encode()) for text, _ in pairs),
     )
+
+
+def _wrong_tokens(trip: RoundTrip) -> int:
+    return sum(came != went for came, went in zip(trip.token_ids, trip.original_ids, strict=True))
 
 
 def batched(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -1,0 +1,228 @@
+"""`eval run`: every question asked once, whatever happens in between."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from colaserve_client.eval.folder import RunFolder, Task
+from colaserve_client.eval.records import Question
+from colaserve_client.eval.runner import GenerationSettings, Limits, run_tasks
+
+NAMES = [f"name {number}" for number in range(12)]
+
+
+def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_questions(
+    colaserve_eval, write_questions, tmp_path, read_lines
+):
+    out = tmp_path / "out"
+    file = write_questions(*NAMES, choices=["name 0", "other"])
+    result = colaserve_eval("run", file, "--output", out)
+    assert result.exit_code == 0, result.output
+    lines = read_lines(out / "task.jsonl")
+    assert [line["id"] for line in lines] == list(range(12))
+    assert lines[3] == {
+        "id": 3,
+        "prompt": "name 3",
+        "ground_truth": "name 3",
+        "choices": ["name 0", "other"],
+        "generate": " NAME 3\nmore",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "blocks": 2, "wasted_blocks": 1},
+        "error": None,
+    }
+
+
+def test_settings_reach_the_model_and_each_question_has_its_own_noise(
+    client, colaserve_eval, write_questions, tmp_path
+):
+    sampler = ["--steps", 4, "--guidance", 2.5, "--solver", "heun", "--temperature", 0.5, "--seed", 7, "--stop", "!"]
+    result = colaserve_eval(
+        "run", write_questions("a", "b"), "--output", tmp_path / "out", "--max-new-tokens", 9, *sampler
+    )
+    assert result.exit_code == 0, result.output
+    settings = dict(client.asked)
+    assert settings["a"] == {
+        "max_new_tokens": 9,
+        "steps": 4,
+        "guidance_scale": 2.5,
+        "solver": "heun",
+        "temperature": 0.5,
+        "seed": 7,
+        "stop": ("!",),
+    }
+    assert settings["b"] == {**settings["a"], "seed": 1007}
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_as_many_questions_are_in_flight_as_allowed(client, colaserve_eval, write_questions, tmp_path, concurrency):
+    colaserve_eval("run", write_questions(*NAMES), "--output", tmp_path / "out", "--concurrency", concurrency)
+    assert client.most_in_flight == concurrency
+
+
+def test_a_finished_run_is_not_asked_again(client, colaserve_eval, write_questions, tmp_path):
+    arguments = ("run", write_questions(*NAMES), "--output", tmp_path / "out")
+    first, second = colaserve_eval(*arguments), colaserve_eval(*arguments)
+    assert first.stdout == second.stdout
+    assert sorted(client.prompts) == sorted(NAMES)
+
+
+def test_failed_answers_are_written_with_their_error_and_asked_again(
+    client, colaserve_eval, write_questions, tmp_path, read_lines
+):
+    out, file = tmp_path / "out", write_questions(*NAMES)
+    client.down_for = {"name 2"}
+    result = colaserve_eval("run", file, "--output", out)
+    assert result.exit_code == 1
+    assert "1 answers failed" in result.stderr
+    assert read_lines(out / "task.jsonl")[2]["error"] == "Unavailable: the prior is down"
+    client.down_for = set()
+    assert colaserve_eval("run", file, "--output", out).exit_code == 0
+    assert sorted(client.prompts) == sorted([*NAMES, "name 2"])
+    assert [line["error"] for line in read_lines(out / "task.jsonl")] == [None] * 12
+
+
+async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has(client, tmp_path, read_lines):
+    client.down_for = set(NAMES[2:])
+    task = Task("task", [Question(name, name, name) for name in NAMES])
+    with RunFolder.opened(tmp_path, {}, [task]) as folder, pytest.raises(Exception, match="3 answers in a row failed"):
+        await run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=1, failures=3))
+    assert client.prompts == NAMES[:5]
+    assert [line["error"] is None for line in read_lines(tmp_path / "task.jsonl")] == [True, True, False, False, False]
+
+
+async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_client, tmp_path, read_lines):
+    asked_first = asyncio.Event()
+
+    def answer(prompt: str, settings: dict) -> str:
+        if prompt == NAMES[5]:
+            asked_first.set()
+        return prompt
+
+    client, task = make_client(answer), Task("task", [Question(name, name, name) for name in NAMES])
+    with RunFolder.opened(tmp_path, {}, [task]) as folder:
+        run = asyncio.create_task(run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=2)))
+        await asked_first.wait()
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert client.in_flight == 0
+        kept = [line["id"] for line in read_lines(tmp_path / "task.jsonl")]
+        assert 4 <= len(kept) < 12
+        client.asked.clear()
+        await run_tasks(client, GenerationSettings(), folder, [task])
+    assert sorted(client.prompts + kept) == sorted(NAMES)
+    assert [line["id"] for line in read_lines(tmp_path / "task.jsonl")] == NAMES
+
+
+def test_a_torn_last_line_is_dropped_and_asked_again(client, colaserve_eval, write_questions, tmp_path):
+    out, file = tmp_path / "out", write_questions(*NAMES)
+    colaserve_eval("run", file, "--output", out)
+    content = (out / "task.jsonl").read_bytes()
+    (out / "task.jsonl").write_bytes(content[:-20])
+    client.asked.clear()
+    assert colaserve_eval("run", file, "--output", out).exit_code == 0
+    assert client.prompts == [NAMES[-1]]
+    assert (out / "task.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["--steps", 8], "generation.steps: the folder has None, this run asks for 8"),
+        (["--stop", "."], "generation.stop: the folder has [], this run asks for ['.']"),
+        (["--seed", 1], "generation.seed: the folder has 0, this run asks for 1"),
+        (["--limit", 3], "task task was begun with other questions"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused_naming_them(
+    client, colaserve_eval, write_questions, tmp_path, arguments, difference
+):
+    command = ("run", write_questions(*NAMES), "--output", tmp_path / "out")
+    colaserve_eval(*command)
+    result = colaserve_eval(*command, *arguments)
+    assert result.exit_code == 1
+    assert difference in result.stderr
+    assert len(client.prompts) == 12
+
+
+def test_going_on_with_another_model_is_refused(client, colaserve_eval, write_questions, tmp_path):
+    command = ("run", write_questions(*NAMES), "--output", tmp_path / "out")
+    colaserve_eval(*command)
+    client.name, client.steps = "other", 8
+    result = colaserve_eval(*command)
+    assert "model.name: the folder has 'tiny', this run asks for 'other'" in result.stderr
+    assert "model.default_sampler.steps: the folder has 16, this run asks for 8" in result.stderr
+
+
+def test_another_task_may_join_a_folder(colaserve_eval, write_questions, tmp_path):
+    out = tmp_path / "out"
+    colaserve_eval("run", write_questions("a", name="one"), "--output", out)
+    colaserve_eval("run", write_questions("b", name="two"), "--output", out)
+    assert sorted(json.loads((out / "settings.json").read_text())["tasks"]) == ["one", "two"]
+
+
+def test_a_folder_of_unknown_outputs_is_left_alone(client, colaserve_eval, write_questions, tmp_path):
+    file = write_questions("a")
+    result = colaserve_eval("run", file, "--output", tmp_path)
+    assert "holds .jsonl files but no settings.json" in result.stderr
+    assert client.asked == []
+
+
+def test_two_runs_do_not_share_a_folder(colaserve_eval, write_questions, tmp_path):
+    file, out = write_questions("a"), tmp_path / "out"
+    with RunFolder.opened(out, {}, []):
+        result = colaserve_eval("run", file, "--output", out)
+    assert "another run is writing to this folder" in result.stderr
+
+
+SLOW_RUN = """
+import asyncio, sys
+from contextlib import asynccontextmanager
+from conftest import FakeClient
+from colaserve_client.eval.commands import evaluate
+from colaserve_client.eval.connect import Connector
+
+class Slow(FakeClient):
+    async def generate(self, prompt, **settings):
+        await asyncio.sleep(0.05)
+        return await super().generate(prompt, **settings)
+
+@asynccontextmanager
+async def connect(target):
+    yield Slow()
+
+evaluate(sys.argv[1:], obj=Connector(connect))
+"""
+
+
+@pytest.mark.parametrize(("ending", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_killed_or_interrupted_process_repeats_nothing(
+    client, colaserve_eval, write_questions, tmp_path, read_lines, ending, status
+):
+    out, file, path = (
+        tmp_path / "out",
+        write_questions(*NAMES),
+        os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+    )
+    command = [sys.executable, "-c", SLOW_RUN, "run", str(file), "--output", str(out), "--concurrency", "2"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (out / "task.jsonl").exists() or len(read_lines(out / "task.jsonl")) < 4:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(ending)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    kept = [line["prompt"] for line in read_lines(out / "task.jsonl")]
+    assert len(kept) < 12
+    assert colaserve_eval("run", file, "--output", out).exit_code == 0
+    assert sorted(client.prompts + kept) == sorted(NAMES)
