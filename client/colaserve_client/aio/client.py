@@ -1,0 +1,310 @@
+# ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which the server sees too
+"""The asyncio client of a coordinator: text and latents in, text and latents out."""
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+
+from colaserve.v1 import generation_pb2, latent_service_pb2
+
+from colaserve_client import calls, requests, responses
+from colaserve_client.aio.base import AsyncBaseClient
+from colaserve_client.aio.transport import AsyncStream
+from colaserve_client.calls import CallOptions
+from colaserve_client.errors import ColaserveError
+from colaserve_client.latents import Latents
+from colaserve_client.results import (
+    DecodedLatents,
+    GenerationChunk,
+    GenerationOutcome,
+    GenerationResult,
+    InfillResult,
+    InterpolationPoint,
+    LatentBlock,
+    ModelInfo,
+    Reconstruction,
+    ServiceInfo,
+    TextEncoding,
+    Tokens,
+)
+from colaserve_client.settings import GenerationRequest, Interpolation, NoiseSeed, Prompt, Sampler, Sampling
+
+
+class AsyncClient(AsyncBaseClient):
+    """A connection to a coordinator, for one event loop.
+
+    Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
+    x-request-id, drawn at random when empty), and raises the errors of `colaserve_client.errors`.
+
+    >>> async with AsyncClient(target) as client:
+    ...     result = await client.generate("Once upon a time", max_new_tokens=12)
+    >>> result.text
+    ' there was a'
+    >>> result.finish_reason, result.usage.completion_tokens
+    ('length', 12)
+    """
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        sampling: Sampling | None = None,
+        seed: int | NoiseSeed | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+        with_latents: bool = False,
+        top_logprobs: int | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> GenerationResult:
+        """Continue a prompt and return the whole text.
+
+        Args:
+            prompt: a text, or token ids; may be empty. Tokenized as it is, without a template.
+            max_new_tokens: at least 1; None: the server's default.
+            sampler: how latents are sampled.
+            sampling: how tokens are drawn.
+            seed: of the noise; equal seeds give equal texts. None: random, and returned.
+            stop: up to 16 strings; the text ends before the first of them.
+            ignore_end: write on past end tokens.
+            with_latents: also return the latents of the written blocks.
+            top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
+
+        >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"])
+        >>> result.text, result.finish_reason, result.seed
+        (' there was a ', 'stop', NoiseSeed(base_seed=7, sample_id=0))
+        """
+        request = GenerationRequest(
+            prompt, max_new_tokens, sampler, sampling, seed, stop, ignore_end, with_latents, top_logprobs
+        )
+        return await self._generate(request, CallOptions(timeout, request_id))
+
+    async def _generate(self, request: GenerationRequest, options: CallOptions) -> GenerationResult:
+        async with self._stream(request, options) as stream:
+            chunks = [chunk async for chunk in stream]
+        return responses.generation_result(chunks, stream.request_id)
+
+    def _stream(self, request: GenerationRequest, options: CallOptions) -> AsyncStream[GenerationChunk]:
+        return self._transport.stream(calls.GENERATE, requests.generate(request), responses.generation_chunk, options)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        sampling: Sampling | None = None,
+        seed: int | NoiseSeed | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+        with_latents: bool = False,
+        top_logprobs: int | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> AsyncStream[GenerationChunk]:
+        """Continue a prompt and yield the text block by block, as `generate` otherwise.
+
+        Leaving the stream early cancels the generation. `async with` does so at a certain place, `break` alone when the
+        stream is garbage collected.
+
+        >>> async with client.stream("Once upon a time", max_new_tokens=12) as stream:
+        ...     async for chunk in stream:
+        ...         print(repr(chunk.text), chunk.finish_reason)
+        ' the' None
+        're w' None
+        'as a' length
+        """
+        request = GenerationRequest(
+            prompt, max_new_tokens, sampler, sampling, seed, stop, ignore_end, with_latents, top_logprobs
+        )
+        return self._stream(request, CallOptions(timeout, request_id))
+
+    def generate_many(
+        self, prompts: Iterable[Prompt | GenerationRequest], *, concurrency: int = 8, timeout: float | None = None
+    ) -> AsyncGenerator[GenerationOutcome, None]:
+        """Generate for many prompts, `concurrency` at a time; the outcomes come in the prompts' order.
+
+        A prompt that fails gives an outcome with its error and does not disturb the others. `prompts` is read as far
+        as needed, so it may be endless. Leaving early cancels what runs. `timeout` is for each prompt, from when its
+        turn comes.
+
+        >>> prompts = [GenerationRequest("Once upon a time", max_new_tokens=n) for n in (6, 0)]
+        >>> async for outcome in client.generate_many(prompts):
+        ...     print(outcome.unwrap().text if outcome.result else outcome.error)
+         there
+        max_new_tokens: expected 1 or more, got 0
+        """
+
+        async def one(prompt: Prompt | GenerationRequest) -> GenerationOutcome:
+            request = prompt if isinstance(prompt, GenerationRequest) else GenerationRequest(prompt)
+            try:
+                return GenerationOutcome(request, await self._generate(request, CallOptions(timeout)), None)
+            except ColaserveError as error:
+                return GenerationOutcome(request, None, error)
+
+        return self._transport.map(one, prompts, concurrency)
+
+    async def tokenize(self, text: str, *, timeout: float | None = None, request_id: str = "") -> Tokens:
+        """Text to token ids, as generate does it.
+
+        >>> await client.tokenize("fox")
+        Tokens(ids=(102, 111, 120), texts=('f', 'o', 'x'))
+        """
+        request = requests.tokenize(text)
+        return responses.tokens(await self._transport.unary(calls.TOKENIZE, request, CallOptions(timeout, request_id)))
+
+    async def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
+        """Token ids to text, as generate does it; special tokens included.
+
+        >>> await client.detokenize([102, 111, 120])
+        'fox'
+        """
+        request = requests.detokenize(ids)
+        answer = await self._transport.unary(calls.DETOKENIZE, request, CallOptions(timeout, request_id))
+        return answer.text
+
+    async def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
+        """The model, its defaults, the server's limits and load, and the stages behind it.
+
+        >>> info = await client.info()
+        >>> info.model.block_size, info.default_max_new_tokens, [stage.stage for stage in info.stages]
+        (4, 32, ['encoder', 'prior', 'decoder'])
+        """
+        request = generation_pb2.GenerationServiceGetInfoRequest()
+        return responses.model_info(
+            await self._transport.unary(calls.MODEL_INFO, request, CallOptions(timeout, request_id))
+        )
+
+    async def latent_info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+        """The latent space, its limits and the server's load.
+
+        >>> (await client.latent_info()).space
+        '0123456789abcdef'
+        """
+        request = latent_service_pb2.LatentServiceGetInfoRequest()
+        answer = await self._transport.unary(calls.LATENT_INFO, request, CallOptions(timeout, request_id))
+        return responses.service_info(answer)
+
+    async def encode_text(
+        self, texts: Sequence[str], *, with_variance: bool = False, timeout: float | None = None, request_id: str = ""
+    ) -> list[TextEncoding]:
+        """Texts (1 to 256, none empty) to latents, with the log variance of the posterior on request.
+
+        >>> encodings = await client.encode_text(["fox", "a hen"])
+        >>> [encoding.latents for encoding in encodings]
+        [Latents(n=3, d=2, space='0123456789abcdef'), Latents(n=5, d=2, space='0123456789abcdef')]
+        """
+        request = requests.encode_text(texts, with_variance)
+        return responses.text_encodings(
+            await self._transport.unary(calls.ENCODE_TEXT, request, CallOptions(timeout, request_id))
+        )
+
+    async def decode_latents(
+        self,
+        latents: Latents,
+        *,
+        sampling: Sampling | None = None,
+        top_logprobs: int | None = None,
+        target_ids: Sequence[int] = (),
+        token_count: int | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> DecodedLatents:
+        """Latents to text.
+
+        Args:
+            latents: n >= 1 positions of the server's space; `ModelMismatch` otherwise.
+            sampling: how tokens are drawn; the repetition penalty is 1 unless set.
+            top_logprobs: as for `generate`.
+            target_ids: ids whose log-probability is wanted at each position.
+            token_count: how many tokens to return; None: all, up to the first end or pad token.
+
+        >>> [encoding] = await client.encode_text(["fox"])
+        >>> (await client.decode_latents(encoding.latents)).text
+        'fox'
+        """
+        request = requests.decode_latents(latents, sampling, top_logprobs, target_ids, token_count)
+        return responses.decoded_latents(
+            await self._transport.unary(calls.DECODE_LATENTS, request, CallOptions(timeout, request_id))
+        )
+
+    def sample_latents(
+        self,
+        prefix: Latents | None = None,
+        *,
+        max_blocks: int,
+        sampler: Sampler | None = None,
+        seed: int | NoiseSeed | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> AsyncStream[LatentBlock]:
+        """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
+
+        The positions of a partial last block of the prefix are kept, and that block counts.
+
+        >>> async with client.sample_latents(max_blocks=2, seed=7) as blocks:
+        ...     print([(block.index, block.latents.values.shape) async for block in blocks])
+        [(0, (4, 2)), (1, (4, 2))]
+        """
+        request = requests.sample_latents(prefix, max_blocks, sampler, seed)
+        return self._transport.stream(
+            calls.SAMPLE_LATENTS, request, responses.latent_block, CallOptions(timeout, request_id)
+        )
+
+    async def interpolate(
+        self,
+        start: str | Latents,
+        end: str | Latents,
+        *,
+        points: int = 5,
+        interpolation: Interpolation | None = None,
+        sampling: Sampling | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> list[InterpolationPoint]:
+        """Walk between two texts or latents and decode 2 to 256 points of the way, both ends included.
+
+        interpolation: "slerp" (the default: along the great circle) or "lerp" (along the straight line).
+
+        >>> [point.text for point in await client.interpolate("aaa", "ccc", points=3, interpolation="lerp")]
+        ['aaa', 'bbb', 'ccc']
+        """
+        request = requests.interpolate(start, end, points, interpolation, sampling)
+        return responses.interpolation(
+            await self._transport.unary(calls.INTERPOLATE, request, CallOptions(timeout, request_id))
+        )
+
+    async def infill(
+        self,
+        segments: Sequence[str | int],
+        *,
+        sampler: Sampler | None = None,
+        sampling: Sampling | None = None,
+        seed: int | NoiseSeed | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> InfillResult:
+        """Write the holes of a text. A string is kept byte for byte, a number is a hole of so many tokens.
+
+        A hole sees what is left of it and what is in its own block.
+
+        >>> result = await client.infill(["My name is ", 3, "."], seed=7)
+        >>> result.text, result.segments
+        ('My name is ___.', ('My name is ', '___', '.'))
+        """
+        request = requests.infill(segments, sampler, sampling, seed)
+        return responses.infill(await self._transport.unary(calls.INFILL, request, CallOptions(timeout, request_id)))
+
+    async def reconstruct(
+        self, texts: Sequence[str], *, timeout: float | None = None, request_id: str = ""
+    ) -> list[Reconstruction]:
+        """Texts (1 to 256, none empty) to latents and back: how faithful the latent space is.
+
+        >>> [reconstruction] = await client.reconstruct(["fox"])
+        >>> reconstruction.text, reconstruction.token_accuracy
+        ('fox', 1.0)
+        """
+        request = requests.reconstruct(texts)
+        return responses.reconstructions(
+            await self._transport.unary(calls.RECONSTRUCT, request, CallOptions(timeout, request_id))
+        )

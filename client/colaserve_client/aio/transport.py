@@ -1,0 +1,239 @@
+# ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which the server sees too
+"""Calls over grpc.aio: unary, server streams, sessions. `sync/transport.py` is its twin with threads."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import grpc
+import grpc.aio
+
+from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R
+from colaserve_client.channel import channel_options, credentials
+from colaserve_client.errors import Cancelled, Details, ServerError, invalid
+
+S = TypeVar("S")
+T = TypeVar("T")
+_NOTHING_LEFT: Any = object()
+_EOF: Any = getattr(grpc.aio, "EOF")  # noqa: B009 - type stubs do not know it
+_LOOK_AHEAD = 4  # times the concurrency: results that may wait for a slow one before them
+_HEALTH = "/grpc.health.v1.Health/Check"
+_SERVING = b"\x08\x01"  # a HealthCheckResponse whose status is SERVING
+
+
+class AsyncTransport:
+    """The connection of a client; opened by its first call, since a channel belongs to the running event loop."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._options = channel_options(config.connection, config.tls)
+        self._credentials = None if config.tls is None else credentials(config.tls)
+        self._opened: Any = None
+        self._closed = False
+
+    def _channel(self) -> Any:
+        if self._closed:
+            raise Cancelled("the client is closed")
+        if self._opened is None:
+            self._opened = (
+                grpc.aio.insecure_channel(self._config.target, options=self._options)
+                if self._credentials is None
+                else grpc.aio.secure_channel(self._config.target, self._credentials, options=self._options)
+            )
+        return self._opened
+
+    async def unary(self, method: Method[Q, R], request: Q, options: CallOptions) -> R:
+        """One answer; tried again where that is safe."""
+        options = options.resolved(self._config)
+        attempts = Attempts(self._config.retry, options)
+        call = self._channel().unary_unary(method.path, method.serialize, method.deserialize)
+        while True:
+            try:
+                answer: R = await call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+                return answer
+            except grpc.aio.AioRpcError as failure:
+                await asyncio.sleep(attempts.pause(failure, started=False))
+
+    def stream(
+        self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions
+    ) -> "AsyncStream[T]":
+        """Answers as they come, converted."""
+        options = options.resolved(self._config)
+        attempts = Attempts(self._config.retry, options)
+        call = self._channel().unary_stream(method.path, method.serialize, method.deserialize)
+
+        def start() -> Any:
+            return call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+
+        return AsyncStream(start, convert, attempts, options.request_id)
+
+    def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "AsyncExchange[Q, R]":
+        """A session: it is opened by a request without an answer, then each request gets one."""
+        options = options.resolved(self._config)
+        attempts = Attempts(self._config.retry, options)
+        call = self._channel().stream_stream(method.path, method.serialize, method.deserialize)
+
+        def start() -> Any:
+            return call(timeout=attempts.remaining(), metadata=options.metadata(self._config))
+
+        return AsyncExchange(start, opening, attempts, options.request_id)
+
+    async def healthy(self, timeout: float) -> bool:
+        """Whether the server says that it serves; False too when it cannot be reached."""
+        options = CallOptions(timeout).resolved(self._config)
+        try:
+            call = self._channel().unary_unary(_HEALTH)
+            answer = await call(b"", timeout=options.timeout, metadata=options.metadata(self._config))
+            return bool(answer == _SERVING)
+        except grpc.aio.AioRpcError:
+            return False
+
+    async def map(
+        self, function: Callable[[S], Awaitable[T]], items: Iterable[S], concurrency: int
+    ) -> AsyncGenerator[T, None]:
+        """What `function` makes of the items, in their order, so many at a time; leaving early cancels the rest."""
+        if concurrency < 1:
+            raise invalid("concurrency", f"expected 1 or more, got {concurrency}")
+        free = asyncio.Semaphore(concurrency)
+
+        async def one(item: S) -> T:
+            async with free:
+                return await function(item)
+
+        source, window = iter(items), deque[asyncio.Task[T]]()
+        try:
+            while True:
+                while (
+                    len(window) < _LOOK_AHEAD * concurrency
+                    and (item := next(source, _NOTHING_LEFT)) is not _NOTHING_LEFT
+                ):
+                    window.append(asyncio.create_task(one(item)))
+                if not window:
+                    return
+                yield await window.popleft()
+        finally:
+            for task in window:
+                task.cancel()
+            await asyncio.gather(*window, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Cancel what runs and disconnect; no call can be made afterwards."""
+        self._closed = True
+        if self._opened is not None:
+            await self._opened.close()
+
+
+class AsyncStream(Generic[T]):
+    """The answers of a call as they come. Leaving early (break, `aclose`, end of `async with`) cancels the call."""
+
+    def __init__(self, start: Callable[[], Any], convert: Callable[[Any], T], attempts: Attempts, request_id: str):
+        self._start, self._convert, self._attempts = start, convert, attempts
+        self.request_id = request_id
+        self._received = self._left = False
+        self._call = start()
+
+    def __aiter__(self) -> "AsyncStream[T]":
+        return self
+
+    async def __anext__(self) -> T:
+        while not self._left:
+            try:
+                message = await self._call.read()
+            except grpc.aio.AioRpcError as failure:
+                await self._again(failure)
+                continue
+            except asyncio.CancelledError:
+                if self._left:  # by `cancel`, not because this task is cancelled
+                    raise Cancelled("the stream was left", Details(request_id=self.request_id)) from None
+                self._left = True
+                raise
+            if message is _EOF:
+                break
+            self._received = True
+            return self._convert(message)
+        self._left = True
+        raise StopAsyncIteration
+
+    async def _again(self, failure: grpc.aio.AioRpcError) -> None:
+        try:
+            await asyncio.sleep(self._attempts.pause(failure, started=self._received))
+        except BaseException:
+            self._left = True
+            raise
+        self._call = self._start()
+
+    def cancel(self) -> None:
+        """Cancel the call, from any task; the server frees what it holds."""
+        self._left = True
+        self._call.cancel()
+
+    async def aclose(self) -> None:
+        """Cancel the call, unless it has ended."""
+        self.cancel()
+
+    async def __aenter__(self) -> "AsyncStream[T]":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_left", True):
+            self._call.cancel()
+
+
+class AsyncExchange(Generic[Q, R]):
+    """A session over one stream: a request, its answer, the next request."""
+
+    def __init__(self, start: Callable[[], Any], opening: Q, attempts: Attempts, request_id: str) -> None:
+        self._start, self._attempts, self._opening = start, attempts, opening
+        self.request_id = request_id
+        self._received = self._closed = False
+        self._call: Any = None
+
+    async def ask(self, request: Q) -> R:
+        """The answer to a request."""
+        while True:
+            if self._closed:
+                raise Cancelled("the session is closed", Details(request_id=self.request_id))
+            try:
+                answer = await self._write_and_read(request)
+            except grpc.aio.AioRpcError as failure:
+                await self._again(failure)
+                continue
+            if answer is _EOF:
+                raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
+            self._received = True
+            return answer  # type: ignore[no-any-return]
+
+    async def _write_and_read(self, request: Q) -> Any:
+        if self._call is None:
+            self._call = self._start()
+            await self._write(self._opening)
+        await self._write(request)
+        return await self._call.read()
+
+    async def _write(self, request: Q) -> None:
+        try:
+            await self._call.write(request)
+        except asyncio.InvalidStateError:  # the call has ended already: reading tells why
+            await self._call.read()
+            raise
+
+    async def _again(self, failure: grpc.aio.AioRpcError) -> None:
+        try:
+            await asyncio.sleep(self._attempts.pause(failure, started=self._received))
+        except BaseException:
+            await self.close()
+            raise
+        self._call = None
+
+    async def close(self) -> None:
+        """End the session; the server frees what it holds."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()

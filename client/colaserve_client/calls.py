@@ -1,0 +1,160 @@
+"""What sync and asyncio calls share: the methods, the options of a call, and when a call is tried again."""
+
+import math
+import random
+import time
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import Generic, NoReturn, TypeVar
+
+import grpc
+from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
+from google.protobuf.message import Message
+
+from colaserve_client.channel import check_target
+from colaserve_client.errors import ColaserveError, Overloaded, Unavailable, error_from_rpc, invalid
+from colaserve_client.settings import Connection, Retry, Tls
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+
+
+@dataclass(frozen=True)
+class Method(Generic[Q, R]):
+    """One method of a service, and its messages."""
+
+    path: str
+    request: type[Q]
+    response: type[R]
+
+    def serialize(self, request: Q) -> bytes:
+        """The request's bytes."""
+        return request.SerializeToString()
+
+    def deserialize(self, data: bytes) -> R:
+        """The response of bytes."""
+        return self.response.FromString(data)
+
+
+def _method(name: str, request: type[Q], response: type[R]) -> Method[Q, R]:
+    return Method(f"/colaserve.v1.{name}", request, response)
+
+
+GENERATE = _method("GenerationService/Generate", generation_pb2.GenerateRequest, generation_pb2.GenerateResponse)
+TOKENIZE = _method("GenerationService/Tokenize", generation_pb2.TokenizeRequest, generation_pb2.TokenizeResponse)
+DETOKENIZE = _method(
+    "GenerationService/Detokenize", generation_pb2.DetokenizeRequest, generation_pb2.DetokenizeResponse
+)
+MODEL_INFO = _method(
+    "GenerationService/GetInfo",
+    generation_pb2.GenerationServiceGetInfoRequest,
+    generation_pb2.GenerationServiceGetInfoResponse,
+)
+ENCODE_TEXT = _method(
+    "LatentService/EncodeText", latent_service_pb2.EncodeTextRequest, latent_service_pb2.EncodeTextResponse
+)
+DECODE_LATENTS = _method(
+    "LatentService/DecodeLatents", latent_service_pb2.DecodeLatentsRequest, latent_service_pb2.DecodeLatentsResponse
+)
+SAMPLE_LATENTS = _method(
+    "LatentService/SampleLatents", latent_service_pb2.SampleLatentsRequest, latent_service_pb2.SampleLatentsResponse
+)
+INTERPOLATE = _method(
+    "LatentService/Interpolate", latent_service_pb2.InterpolateRequest, latent_service_pb2.InterpolateResponse
+)
+INFILL = _method("LatentService/Infill", latent_service_pb2.InfillRequest, latent_service_pb2.InfillResponse)
+RECONSTRUCT = _method(
+    "LatentService/Reconstruct", latent_service_pb2.ReconstructRequest, latent_service_pb2.ReconstructResponse
+)
+LATENT_INFO = _method(
+    "LatentService/GetInfo",
+    latent_service_pb2.LatentServiceGetInfoRequest,
+    latent_service_pb2.LatentServiceGetInfoResponse,
+)
+ENCODE = _method("EncoderService/Encode", encoder_pb2.EncodeRequest, encoder_pb2.EncodeResponse)
+ENCODER_INFO = _method(
+    "EncoderService/GetInfo", encoder_pb2.EncoderServiceGetInfoRequest, encoder_pb2.EncoderServiceGetInfoResponse
+)
+SAMPLE = _method("PriorService/Sample", prior_pb2.SampleRequest, prior_pb2.SampleResponse)
+PRIOR_INFO = _method(
+    "PriorService/GetInfo", prior_pb2.PriorServiceGetInfoRequest, prior_pb2.PriorServiceGetInfoResponse
+)
+DECODE = _method("DecoderService/Decode", decoder_pb2.DecodeRequest, decoder_pb2.DecodeResponse)
+DECODER_INFO = _method(
+    "DecoderService/GetInfo", decoder_pb2.DecoderServiceGetInfoRequest, decoder_pb2.DecoderServiceGetInfoResponse
+)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """How a client reaches its server."""
+
+    target: str
+    key: str | None = field(default=None, repr=False)  # sent as "authorization: Bearer KEY"
+    tls: Tls | None = None  # None: not encrypted
+    timeout: float | None = None  # seconds, of calls that give none; None: no deadline
+    retry: Retry = field(default_factory=Retry)
+    connection: Connection = field(default_factory=Connection)
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key):
+            raise invalid("key", "expected printable ASCII characters")
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a caller may say about one call."""
+
+    timeout: float | None = None  # seconds, retries included; None: the client's; math.inf: no deadline
+    request_id: str = ""  # empty: drawn at random
+
+    def resolved(self, config: ClientConfig) -> "CallOptions":
+        """With the client's timeout and a request id; a timeout of None now means no deadline."""
+        timeout = config.timeout if self.timeout is None else self.timeout
+        if timeout is not None and not timeout > 0:
+            raise invalid("timeout", f"expected more than 0 seconds, got {timeout}")
+        request_id = self.request_id or uuid.uuid4().hex
+        if not (request_id.isascii() and request_id.isprintable()):
+            raise invalid("request_id", f"expected printable ASCII characters, got {request_id!r}")
+        return replace(self, timeout=None if timeout == math.inf else timeout, request_id=request_id)
+
+    def metadata(self, config: ClientConfig) -> list[tuple[str, str]]:
+        """The call's metadata."""
+        key = [("authorization", f"Bearer {config.key}")] if config.key else []
+        return [("x-request-id", self.request_id), *key]
+
+
+class Attempts:
+    """The tries of one call: until when, and with what pauses. One thread or task uses it."""
+
+    def __init__(self, retry: Retry, options: CallOptions) -> None:
+        self._retry, self._options, self._failures = retry, options, 0
+        self._deadline = None if options.timeout is None else time.monotonic() + options.timeout
+
+    def remaining(self) -> float | None:
+        """Seconds left for the next try; None: no deadline."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def pause(self, failure: grpc.RpcError, *, started: bool) -> float:
+        """Seconds to wait before the next try; raises the typed error when there is to be none.
+
+        `started`: something of the answer has come already, so that a new try would not be the same call.
+        """
+        error = error_from_rpc(failure, self._options.request_id)
+        self._failures += 1
+        if started or not isinstance(error, Unavailable | Overloaded) or self._failures >= self._retry.attempts:
+            raise error from failure
+        seconds = self._hint(error) * random.uniform(1.0, 1.2)  # apart from others that were refused just now
+        left = self.remaining()
+        if left is not None and seconds >= left:
+            raise error from failure
+        return seconds
+
+    def _hint(self, error: ColaserveError) -> float:
+        hint = error.retry_after if isinstance(error, Overloaded) else None
+        return self._retry.pause(self._failures) if hint is None else hint
+
+    def fail(self, failure: grpc.RpcError) -> NoReturn:
+        """Raise the typed error."""
+        raise error_from_rpc(failure, self._options.request_id) from failure

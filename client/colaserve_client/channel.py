@@ -1,0 +1,72 @@
+"""From settings to what gRPC wants: target, channel arguments, credentials. The same for sync and asyncio."""
+
+import json
+import re
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import grpc
+
+from colaserve_client.errors import invalid
+from colaserve_client.settings import Connection, Tls
+
+_HOST_AND_PORT = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]):\d{1,5}")
+_RESOLVED_BY_GRPC = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
+
+
+@cache
+def client_version() -> str:
+    """Of the installed package; "unknown" when it runs from a source tree that was never installed."""
+    try:
+        return version("colaserve")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def check_target(target: str) -> str:
+    """The target itself; `InvalidRequest` when gRPC could not make sense of it."""
+    if target.startswith(_RESOLVED_BY_GRPC) or _HOST_AND_PORT.fullmatch(target):
+        return target
+    raise invalid("target", f'expected "host:port" or a gRPC name such as "dns:///host:port", got {target!r}')
+
+
+def channel_options(connection: Connection, tls: Tls | None) -> list[tuple[str, str | int]]:
+    """gRPC's channel arguments."""
+    options: list[tuple[str, str | int]] = [
+        ("grpc.primary_user_agent", f"colaserve-client/{client_version()}"),
+        ("grpc.max_send_message_length", connection.max_message_bytes),
+        ("grpc.max_receive_message_length", connection.max_message_bytes),
+        ("grpc.keepalive_time_ms", int(connection.keepalive * 1000)),
+        ("grpc.keepalive_timeout_ms", int(connection.keepalive_timeout * 1000)),
+        ("grpc.client_idle_timeout_ms", int(connection.idle * 1000)),
+        ("grpc.initial_reconnect_backoff_ms", 100),  # so that a server which just started is found at once
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 5000),
+        ("grpc.enable_retries", 0),  # `calls.Attempts` alone decides what is tried again
+        ("grpc.service_config", json.dumps({"loadBalancingConfig": [{connection.load_balancing: {}}]})),
+    ]
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options
+
+
+def credentials(tls: Tls) -> grpc.ChannelCredentials:
+    """gRPC's credentials; `InvalidRequest` names the file that cannot be read."""
+    return grpc.ssl_channel_credentials(
+        root_certificates=_pem(tls.ca, "tls.ca"),
+        private_key=_pem(tls.key, "tls.key"),
+        certificate_chain=_pem(tls.cert, "tls.cert"),
+    )
+
+
+def _pem(path: str | Path | None, field: str) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise invalid(field, f"cannot read {path}: {error.strerror}") from error
+    if b"-----BEGIN " not in content:
+        raise invalid(field, f"{path} is no PEM file")
+    return content

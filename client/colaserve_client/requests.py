@@ -1,0 +1,288 @@
+"""Request messages from Python values. What a field cannot carry is an `InvalidRequest` that names it.
+
+Ranges are the server's to judge; here only what would not survive the way is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
+from google.protobuf.message import Message
+from numpy.typing import ArrayLike
+
+from colaserve_client.arrays import tensor_from_array
+from colaserve_client.errors import invalid
+from colaserve_client.latents import Latents
+from colaserve_client.settings import GenerationRequest, Interpolation, NoiseSeed, Prompt, Sampler, Sampling
+
+M = TypeVar("M", bound=Message)
+
+SOLVERS: Mapping[str, types_pb2.Solver] = {
+    "euler": types_pb2.SOLVER_EULER,
+    "ab2": types_pb2.SOLVER_AB2,
+    "heun": types_pb2.SOLVER_HEUN,
+}
+INTERPOLATIONS: Mapping[str, latent_service_pb2.Interpolation] = {
+    "lerp": latent_service_pb2.INTERPOLATION_LERP,
+    "slerp": latent_service_pb2.INTERPOLATION_SLERP,
+}
+
+
+def build(kind: type[M], path: str = "", **fields: object) -> M:
+    """A message; a value of None leaves its field unset. `path` comes before the field's name in errors."""
+    message = kind()
+    for name, value in fields.items():
+        if value is None:
+            continue
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise invalid(f"{path}{name}", f"cannot be {_shown(value)}: {error}") from error
+    return message
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _named(choices: Mapping[str, int], name: str | None, field: str) -> int | None:
+    if name is not None and name not in choices:
+        raise invalid(field, f"expected one of {', '.join(choices)}, got {name!r}")
+    return None if name is None else choices[name]
+
+
+def _strings(values: Sequence[str], field: str) -> list[str]:
+    """One string where several are expected would be taken letter by letter."""
+    if isinstance(values, str):
+        raise invalid(field, f"expected a list of strings, got one: write [{_shown(values)}]")
+    return list(values)
+
+
+def sampler(settings: Sampler | None) -> types_pb2.Sampler | None:
+    """The message of settings."""
+    if settings is None:
+        return None
+    return build(
+        types_pb2.Sampler,
+        "sampler.",
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        solver=_named(SOLVERS, settings.solver, "sampler.solver"),
+        guidance_start=settings.guidance_start,
+        guidance_end=settings.guidance_end,
+        resamples=settings.resamples,
+    )
+
+
+def sampling(settings: Sampling | None) -> types_pb2.Sampling | None:
+    """The message of settings."""
+    if settings is None:
+        return None
+    return build(
+        types_pb2.Sampling,
+        "sampling.",
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
+    )
+
+
+def noise_seed(seed: int | NoiseSeed | None) -> types_pb2.NoiseSeed | None:
+    """The message of a seed; a number is a base_seed of sample 0."""
+    if seed is None:
+        return None
+    seed = NoiseSeed(seed) if isinstance(seed, int) else seed
+    return build(types_pb2.NoiseSeed, "seed.", base_seed=seed.base_seed, sample_id=seed.sample_id)
+
+
+def token_ids(ids: Sequence[int], field: str) -> types_pb2.TokenIds:
+    """The message of ids."""
+    try:
+        return types_pb2.TokenIds(ids=ids)
+    except (TypeError, ValueError) as error:
+        raise invalid(field, f"expected token ids, got {_shown(ids)}: {error}") from error
+
+
+def generate(request: GenerationRequest) -> generation_pb2.GenerateRequest:
+    """The message of a generation."""
+    text, ids = _prompt(request.prompt)
+    return build(
+        generation_pb2.GenerateRequest,
+        prompt=text,
+        prompt_ids=ids,
+        max_new_tokens=request.max_new_tokens,
+        sampler=sampler(request.sampler),
+        sampling=sampling(request.sampling),
+        seed=noise_seed(request.seed),
+        stop=_strings(request.stop, "stop"),
+        ignore_end=request.ignore_end,
+        with_latents=request.with_latents,
+        top_logprobs=request.top_logprobs,
+    )
+
+
+def _prompt(prompt: Prompt) -> tuple[str | None, types_pb2.TokenIds | None]:
+    return (prompt, None) if isinstance(prompt, str) else (None, token_ids(prompt, "prompt_ids"))
+
+
+def tokenize(text: str) -> generation_pb2.TokenizeRequest:
+    """The message of a text."""
+    return build(generation_pb2.TokenizeRequest, text=text)
+
+
+def detokenize(ids: Sequence[int]) -> generation_pb2.DetokenizeRequest:
+    """The message of ids."""
+    return build(generation_pb2.DetokenizeRequest, token_ids=ids)
+
+
+def encode_text(texts: Sequence[str], with_variance: bool) -> latent_service_pb2.EncodeTextRequest:
+    """The message of texts to encode."""
+    return build(
+        latent_service_pb2.EncodeTextRequest, texts=_strings(texts, "texts"), with_variance=with_variance or None
+    )
+
+
+def decode_latents(
+    latents: Latents,
+    settings: Sampling | None,
+    top_logprobs: int | None,
+    target_ids: Sequence[int],
+    token_count: int | None,
+) -> latent_service_pb2.DecodeLatentsRequest:
+    """The message of latents to decode."""
+    return build(
+        latent_service_pb2.DecodeLatentsRequest,
+        latents=latents.to_proto(),
+        sampling=sampling(settings),
+        top_logprobs=top_logprobs,
+        target_ids=target_ids,
+        token_count=token_count,
+    )
+
+
+def sample_latents(
+    prefix: Latents | None, max_blocks: int, settings: Sampler | None, seed: int | NoiseSeed | None
+) -> latent_service_pb2.SampleLatentsRequest:
+    """The message of latents to continue."""
+    return build(
+        latent_service_pb2.SampleLatentsRequest,
+        prefix=None if prefix is None else prefix.to_proto(),
+        max_blocks=max_blocks,
+        sampler=sampler(settings),
+        seed=noise_seed(seed),
+    )
+
+
+def interpolate(
+    start: str | Latents, end: str | Latents, points: int, path: Interpolation | None, settings: Sampling | None
+) -> latent_service_pb2.InterpolateRequest:
+    """The message of a walk."""
+    return build(
+        latent_service_pb2.InterpolateRequest,
+        start=_endpoint(start, "start."),
+        end=_endpoint(end, "end."),
+        points=points,
+        interpolation=_named(INTERPOLATIONS, path, "interpolation"),
+        sampling=sampling(settings),
+    )
+
+
+def _endpoint(point: str | Latents, path: str) -> latent_service_pb2.Endpoint:
+    if isinstance(point, Latents):
+        return latent_service_pb2.Endpoint(latents=point.to_proto())
+    return build(latent_service_pb2.Endpoint, path, text=point)
+
+
+def infill(
+    segments: Sequence[str | int],
+    sampler_settings: Sampler | None,
+    sampling_settings: Sampling | None,
+    seed: int | NoiseSeed | None,
+) -> latent_service_pb2.InfillRequest:
+    """The message of a text with holes: a string is kept, a number is a hole of so many tokens."""
+    if isinstance(segments, str):
+        raise invalid("segments", "expected a list of texts and hole sizes, got one text without a hole")
+    return build(
+        latent_service_pb2.InfillRequest,
+        segments=[_segment(segment, f"segments[{index}].") for index, segment in enumerate(segments)],
+        sampler=sampler(sampler_settings),
+        sampling=sampling(sampling_settings),
+        seed=noise_seed(seed),
+    )
+
+
+def _segment(segment: str | int, path: str) -> latent_service_pb2.InfillSegment:
+    if isinstance(segment, str):
+        return build(latent_service_pb2.InfillSegment, path, text=segment)
+    return build(latent_service_pb2.InfillSegment, path, token_count=segment)
+
+
+def reconstruct(texts: Sequence[str]) -> latent_service_pb2.ReconstructRequest:
+    """The message of texts to round-trip."""
+    return build(latent_service_pb2.ReconstructRequest, texts=_strings(texts, "texts"))
+
+
+def encode(sequences: Sequence[Sequence[int]], with_variance: bool) -> encoder_pb2.EncodeRequest:
+    """The message of sequences to encode."""
+    messages = [token_ids(ids, f"sequences[{index}]") for index, ids in enumerate(sequences)]
+    return build(encoder_pb2.EncodeRequest, sequences=messages, with_variance=with_variance or None)
+
+
+def sample(
+    latents: Latents | None,
+    open_spans: Sequence[tuple[int, int]],
+    max_blocks: int,
+    first_block: int,
+    settings: Sampler | None,
+    seed: int | NoiseSeed | None,
+    noise: ArrayLike | None,
+) -> prior_pb2.SampleRequest:
+    """The message of a prior's run; the noise is either given or seeded."""
+    if (seed is None) == (noise is None):
+        raise invalid("noise_source", "expected either seed or noise, got " + ("none" if seed is None else "both"))
+    return build(
+        prior_pb2.SampleRequest,
+        canvas=_canvas(latents, open_spans),
+        max_blocks=max_blocks,
+        first_block=first_block or None,
+        sampler=sampler(settings),
+        seed=noise_seed(seed),
+        noise=None if noise is None else tensor_from_array(noise, "noise"),
+    )
+
+
+def _canvas(latents: Latents | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:
+    spans = [build(types_pb2.Span, f"canvas.open[{i}].", start=s, end=e) for i, (s, e) in enumerate(open_spans)]
+    return types_pb2.Canvas(latents=None if latents is None else latents.to_proto(), open=spans)
+
+
+def open_decode(
+    prefix: Latents | None,
+    settings: Sampling | None,
+    history_ids: Sequence[int],
+    with_logits: bool,
+    top_logprobs: int,
+    target_ids: Sequence[int],
+    max_latents: int,
+) -> decoder_pb2.DecodeRequest:
+    """The message that opens a decoder's session."""
+    opening = build(
+        decoder_pb2.OpenDecode,
+        "open.",
+        prefix=None if prefix is None else prefix.to_proto(),
+        sampling=sampling(settings),
+        history_ids=history_ids,
+        with_logits=with_logits or None,
+        top_logprobs=top_logprobs or None,
+        target_ids=target_ids,
+        max_latents=max_latents or None,
+    )
+    return decoder_pb2.DecodeRequest(open=opening)
+
+
+def decode_block(block: Latents) -> decoder_pb2.DecodeRequest:
+    """The message of a session's next block."""
+    return decoder_pb2.DecodeRequest(block=block.to_proto())

@@ -1,0 +1,292 @@
+"""Python values from response messages."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
+
+from colaserve_client import results
+from colaserve_client.arrays import array_from_tensor
+from colaserve_client.errors import ServerError
+from colaserve_client.latents import Latents
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Solver
+
+_FINISH_REASONS: Mapping[int, results.FinishReason] = {
+    types_pb2.FINISH_REASON_STOP: "stop",
+    types_pb2.FINISH_REASON_LENGTH: "length",
+}
+_SOLVERS: Mapping[int, Solver] = {
+    types_pb2.SOLVER_EULER: "euler",
+    types_pb2.SOLVER_AB2: "ab2",
+    types_pb2.SOLVER_HEUN: "heun",
+}
+
+
+class _Logprobs(Protocol):
+    """What GenerateResponse, DecodeResponse and DecodeLatentsResponse have in common."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[float]: ...
+    @property
+    def top_logprobs(self) -> Sequence[types_pb2.TopLogprobs]: ...
+
+
+def timing(message: types_pb2.Timing) -> results.Timing:
+    """Where the time went."""
+    return results.Timing(message.queue_us, message.compute_us)
+
+
+def usage(message: types_pb2.Usage) -> results.Usage:
+    """What was used."""
+    return results.Usage(message.prompt_tokens, message.completion_tokens, message.blocks, message.wasted_blocks)
+
+
+def noise_seed(message: types_pb2.NoiseSeed) -> NoiseSeed:
+    """The seed of a run."""
+    return NoiseSeed(message.base_seed, message.sample_id)
+
+
+def token_logprobs(message: _Logprobs) -> tuple[results.TokenLogprobs, ...]:
+    """One a token; none when the server sent none."""
+    tops = [tuple(zip(top.token_ids, top.logprobs, strict=True)) for top in message.top_logprobs]
+    tops = tops or [()] * len(message.logprobs)
+    if not message.logprobs:
+        return ()
+    rows = zip(message.token_ids, message.logprobs, tops, strict=True)
+    return tuple(results.TokenLogprobs(*row) for row in rows)
+
+
+def generation_chunk(message: generation_pb2.GenerateResponse) -> results.GenerationChunk:
+    """One block of a generation."""
+    return results.GenerationChunk(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=token_logprobs(message),
+        latents=Latents.from_proto(message.latents) if message.HasField("latents") else None,
+        finish_reason=_FINISH_REASONS.get(message.finish_reason),
+        usage=usage(message.usage) if message.HasField("usage") else None,
+        seed=noise_seed(message.seed) if message.HasField("seed") else None,
+        timing=timing(message.timing),
+    )
+
+
+def generation_result(chunks: Iterable[results.GenerationChunk], request_id: str) -> results.GenerationResult:
+    """The whole of all chunks; `ServerError` when the last one is missing or incomplete."""
+    chunks = list(chunks)
+    last = chunks[-1] if chunks else None
+    if last is None or last.finish_reason is None or last.usage is None or last.seed is None:
+        raise ServerError("the stream ended without a finish reason, usage and seed")
+    latents = [chunk.latents for chunk in chunks if chunk.latents is not None]
+    return results.GenerationResult(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        latents=Latents.concatenate(latents) if latents else None,
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        seed=last.seed,
+        timing=last.timing,
+        request_id=request_id,
+    )
+
+
+def tokens(message: generation_pb2.TokenizeResponse) -> results.Tokens:
+    """A tokenized text."""
+    return results.Tokens(tuple(message.token_ids), tuple(message.tokens))
+
+
+def text_encodings(message: latent_service_pb2.EncodeTextResponse) -> list[results.TextEncoding]:
+    """One for each text."""
+    return [
+        results.TextEncoding(
+            Latents.from_proto(each.latents),
+            array_from_tensor(each.log_variance, "log_variance") if each.HasField("log_variance") else None,
+            tuple(each.token_ids),
+        )
+        for each in message.encodings
+    ]
+
+
+def decoded_latents(message: latent_service_pb2.DecodeLatentsResponse) -> results.DecodedLatents:
+    """Latents turned into text."""
+    return results.DecodedLatents(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=token_logprobs(message),
+        target_logprobs=tuple(message.target_logprobs),
+        timing=timing(message.timing),
+    )
+
+
+def latent_block(message: latent_service_pb2.SampleLatentsResponse | prior_pb2.SampleResponse) -> results.LatentBlock:
+    """One block, of the coordinator or of a prior."""
+    return results.LatentBlock(
+        index=message.block_index,
+        latents=Latents.from_proto(message.latents),
+        timing=timing(message.timing),
+        seed=noise_seed(message.seed) if isinstance(message, latent_service_pb2.SampleLatentsResponse) else None,
+    )
+
+
+def interpolation(message: latent_service_pb2.InterpolateResponse) -> list[results.InterpolationPoint]:
+    """The points of a walk, in order."""
+    return [
+        results.InterpolationPoint(point.weight, Latents.from_proto(point.latents), point.text, tuple(point.token_ids))
+        for point in message.points
+    ]
+
+
+def infill(message: latent_service_pb2.InfillResponse) -> results.InfillResult:
+    """A filled text."""
+    return results.InfillResult(
+        text=message.text,
+        segments=tuple(message.segments),
+        token_ids=tuple(message.token_ids),
+        usage=usage(message.usage),
+        seed=noise_seed(message.seed),
+        timing=timing(message.timing),
+    )
+
+
+def reconstructions(message: latent_service_pb2.ReconstructResponse) -> list[results.Reconstruction]:
+    """One for each text."""
+    return [
+        results.Reconstruction(
+            text=each.text,
+            token_ids=tuple(each.token_ids),
+            original_ids=tuple(each.original_ids),
+            token_accuracy=each.token_accuracy,
+            bits_per_token=each.bits_per_token,
+        )
+        for each in message.reconstructions
+    ]
+
+
+def sequence_encodings(message: encoder_pb2.EncodeResponse) -> list[results.SequenceEncoding]:
+    """One for each sequence."""
+    return [
+        results.SequenceEncoding(
+            Latents.from_proto(each.latents),
+            array_from_tensor(each.log_variance, "log_variance") if each.HasField("log_variance") else None,
+        )
+        for each in message.encodings
+    ]
+
+
+def decoded_block(message: decoder_pb2.DecodeResponse) -> results.DecodedBlock:
+    """One block of a decoder's session."""
+    return results.DecodedBlock(
+        token_ids=tuple(message.token_ids),
+        logprobs=token_logprobs(message),
+        logits=array_from_tensor(message.logits, "logits") if message.HasField("logits") else None,
+        target_logprobs=tuple(message.target_logprobs),
+        timing=timing(message.timing),
+    )
+
+
+def model_shape(message: types_pb2.ModelShape) -> results.ModelShape:
+    """The shape of a model."""
+    return results.ModelShape(
+        latent_dim=message.latent_dim,
+        block_size=message.block_size,
+        vae_block_size=message.vae_block_size,
+        patch_size=message.patch_size,
+        vocab_size=message.vocab_size,
+        parameters=message.parameters,
+    )
+
+
+def limits(message: types_pb2.Limits) -> results.Limits:
+    """What a service takes at most."""
+    return results.Limits(
+        max_context=message.max_context,
+        max_message_bytes=message.max_message_bytes,
+        max_running=message.max_running,
+        max_waiting=message.max_waiting,
+        kv_bytes=message.kv_bytes,
+        run_ahead=message.run_ahead,
+    )
+
+
+def server_info(message: types_pb2.ServerInfo) -> results.ServerInfo:
+    """A process and its load."""
+    return results.ServerInfo(
+        version=message.version,
+        device=message.device,
+        dtype=message.dtype,
+        running=message.running,
+        waiting=message.waiting,
+        kv_bytes_used=message.kv_bytes_used,
+        uptime_seconds=message.uptime_seconds,
+    )
+
+
+ServiceInfoMessage = (
+    encoder_pb2.EncoderServiceGetInfoResponse
+    | prior_pb2.PriorServiceGetInfoResponse
+    | decoder_pb2.DecoderServiceGetInfoResponse
+    | latent_service_pb2.LatentServiceGetInfoResponse
+)
+
+
+def service_info(message: ServiceInfoMessage) -> results.ServiceInfo:
+    """A stage, or the latent service."""
+    return results.ServiceInfo(
+        model=model_shape(message.model),
+        space=message.space,
+        limits=limits(message.limits),
+        server=server_info(message.server),
+        has_variance=message.has_variance if isinstance(message, encoder_pb2.EncoderServiceGetInfoResponse) else None,
+    )
+
+
+def model_info(message: generation_pb2.GenerationServiceGetInfoResponse) -> results.ModelInfo:
+    """A coordinator and what it serves."""
+    return results.ModelInfo(
+        name=message.model_name,
+        model=model_shape(message.model),
+        space=message.space,
+        limits=limits(message.limits),
+        server=server_info(message.server),
+        default_sampler=_sampler(message.default_sampler),
+        default_sampling=_sampling(message.default_sampling),
+        default_max_new_tokens=message.default_max_new_tokens,
+        chat_frame=message.chat_frame,
+        end_ids=tuple(message.end_ids),
+        pad_id=message.pad_id,
+        stages=tuple(_stage_info(stage) for stage in message.stages),
+    )
+
+
+def _stage_info(message: generation_pb2.StageInfo) -> results.StageInfo:
+    return results.StageInfo(
+        stage=message.stage,
+        target=message.target,
+        serving=message.serving,
+        space=message.space,
+        limits=limits(message.limits),
+        server=server_info(message.server),
+    )
+
+
+def _sampler(message: types_pb2.Sampler) -> Sampler:
+    return Sampler(
+        steps=message.steps if message.HasField("steps") else None,
+        guidance_scale=message.guidance_scale if message.HasField("guidance_scale") else None,
+        solver=_SOLVERS.get(message.solver),
+        guidance_start=message.guidance_start if message.HasField("guidance_start") else None,
+        guidance_end=message.guidance_end if message.HasField("guidance_end") else None,
+        resamples=message.resamples if message.HasField("resamples") else None,
+    )
+
+
+def _sampling(message: types_pb2.Sampling) -> Sampling:
+    return Sampling(
+        temperature=message.temperature if message.HasField("temperature") else None,
+        top_k=message.top_k if message.HasField("top_k") else None,
+        top_p=message.top_p if message.HasField("top_p") else None,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else None,
+        seed=message.seed if message.HasField("seed") else None,
+    )

@@ -1,0 +1,108 @@
+"""How to connect and how to generate: small frozen dataclasses. A field of None means: the server's default."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from colaserve_client.errors import invalid
+
+Solver = Literal["euler", "ab2", "heun"]
+Interpolation = Literal["lerp", "slerp"]
+Prompt = str | Sequence[int]  # a text, or its token ids
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Tls:
+    """An encrypted connection; all files are PEM."""
+
+    ca: str | Path | None = None  # the authorities to trust; None: those that gRPC ships with
+    cert: str | Path | None = None  # this side's certificate chain, for mutual TLS; needs key
+    key: str | Path | None = None  # its private key
+    server_name: str | None = None  # the name to expect in the server's certificate; None: the target's host
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise invalid("tls", "cert and key belong together; got only one of them")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often a call is tried that failed before anything came back.
+
+    Only what is safe is tried again: Unavailable and Overloaded before the first message. A server's hint
+    (google.rpc.RetryInfo) comes before the pauses here.
+    """
+
+    attempts: int = 4  # in all; 1 switches retries off
+    first_pause: float = 0.2  # seconds before the second attempt
+    growth: float = 2.0  # each later pause is this much longer
+    longest_pause: float = 10.0  # seconds; a longer hint of the server's counts in full
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise invalid("retry.attempts", f"expected 1 or more, got {self.attempts}")
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures, when the server gave no hint."""
+        return min(self.first_pause * self.growth ** (failures - 1), self.longest_pause)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How the connection is kept."""
+
+    keepalive: float = 300.0  # seconds between pings on a silent connection; servers may refuse more frequent ones
+    keepalive_timeout: float = 20.0  # seconds without an answer to a ping after which the connection is broken
+    idle: float = 1800.0  # seconds without a call after which it is closed; the next call opens it again
+    max_message_bytes: int = 64 * _MIB  # of one message, either way
+    load_balancing: Literal["round_robin", "pick_first"] = "round_robin"  # over the addresses that the name resolves to
+
+
+@dataclass(frozen=True)
+class NoiseSeed:
+    """The seed of a run's noise; equal seeds repeat a run."""
+
+    base_seed: int
+    sample_id: int = 0  # below 10,000: tells samples of one base_seed apart
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How latents are carried from noise to text. In brackets: the default where server and checkpoint have none."""
+
+    steps: int | None = None  # [16] 1 to 1000
+    guidance_scale: float | None = None  # [7] 0 to 1000; 1 switches guidance off and halves the work
+    solver: Solver | None = None  # [euler]
+    guidance_start: float | None = None  # [1] guidance is on where guidance_start >= t > guidance_end
+    guidance_end: float | None = None  # [0]
+    resamples: int | None = None  # [1] times each step runs (RePaint)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the decoder's logits. In brackets as for `Sampler`."""
+
+    temperature: float | None = None  # [0] 0 to 100; 0 takes the most likely token
+    top_k: int | None = None  # [50] 0 keeps all
+    top_p: float | None = None  # [0.9] above 0, at most 1
+    repetition_penalty: float | None = None  # [1.1] above 0; 1 switches it off
+    seed: int | None = None  # of the draws; unset: derived from the noise seed
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One generation of a batch; the same fields as `Client.generate` takes."""
+
+    prompt: Prompt
+    max_new_tokens: int | None = None  # [32]
+    sampler: Sampler | None = None
+    sampling: Sampling | None = None
+    seed: int | NoiseSeed | None = None
+    stop: Sequence[str] = ()
+    ignore_end: bool = False
+    with_latents: bool = False
+    top_logprobs: int | None = None

@@ -1,0 +1,71 @@
+# Made from aio/base.py by scripts/generate-sync-client: change that one.
+"""What all blocking clients share: how they connect, and that they are context managers."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from colaserve_client.calls import ClientConfig
+from colaserve_client.errors import Unavailable
+from colaserve_client.settings import DEFAULT_TARGET, Connection, Retry, Tls
+from colaserve_client.sync.transport import Transport
+
+
+class BaseClient:
+    """A connection to one server.
+
+    Args:
+        target: "host:port", or a name that gRPC resolves, such as "dns:///host:port".
+        key: sent as bearer key with every call.
+        tls: None means not encrypted.
+        timeout: seconds that a call may take, retries included, where the call itself gives none; None: no deadline.
+        retry: how often a call is tried that failed before anything came back; None: `Retry()`.
+        connection: keepalive, message sizes, load balancing; None: `Connection()`.
+
+    Raises `InvalidRequest` for a setting that makes no sense. Connecting happens with the first call.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        key: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        connection: Connection | None = None,
+    ) -> None:
+        self._target = target
+        self._transport = Transport(
+            ClientConfig(target, key, tls, timeout, retry or Retry(), connection or Connection())
+        )
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._target
+
+    def healthy(self, timeout: float = 5.0) -> bool:
+        """Whether the server answers within `timeout` seconds that it is ready to serve (grpc.health.v1)."""
+        return self._transport.healthy(timeout)
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Return as soon as the server is ready; `Unavailable` when it is not within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            if self.healthy(left):
+                return
+            time.sleep(min(0.1, left))
+        raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,166 @@
+# Made from aio/stages.py by scripts/generate-sync-client: change that one.
+"""The blocking clients of the three stages, for those who call them directly."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
+from numpy.typing import ArrayLike
+
+from colaserve_client import calls, requests, responses
+from colaserve_client.calls import CallOptions
+from colaserve_client.latents import Latents
+from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.sync.base import BaseClient
+from colaserve_client.sync.transport import Exchange, Stream
+
+
+class EncoderClient(BaseClient):
+    """A connection to an encoder: token ids to latents.
+
+    >>> with EncoderClient(target) as encoder:
+    ...     [encoding] = encoder.encode([[102, 111, 120]])
+    >>> encoding.latents
+    Latents(n=3, d=2, space='0123456789abcdef')
+    """
+
+    def encode(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        with_variance: bool = False,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> list[SequenceEncoding]:
+        """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others."""
+        request = requests.encode(sequences, with_variance)
+        return responses.sequence_encodings(
+            self._transport.unary(calls.ENCODE, request, CallOptions(timeout, request_id))
+        )
+
+    def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+        """The model, its limits and its load."""
+        request = encoder_pb2.EncoderServiceGetInfoRequest()
+        answer = self._transport.unary(calls.ENCODER_INFO, request, CallOptions(timeout, request_id))
+        return responses.service_info(answer)
+
+
+class PriorClient(BaseClient):
+    """A connection to a prior: noise to latents, block by block.
+
+    >>> with PriorClient(target) as prior:
+    ...     with prior.sample(max_blocks=2, seed=7) as blocks:
+    ...         print([block.index for block in blocks])
+    [0, 1]
+    """
+
+    def sample(
+        self,
+        latents: Latents | None = None,
+        *,
+        max_blocks: int,
+        open_spans: Sequence[tuple[int, int]] = (),
+        first_block: int = 0,
+        sampler: Sampler | None = None,
+        seed: int | NoiseSeed | None = None,
+        noise: ArrayLike | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Stream[LatentBlock]:
+        """Write the blocks of a canvas and yield them; leaving early cancels and frees.
+
+        Args:
+            latents: what is known, from position 0 on; None: nothing.
+            max_blocks: blocks to write, at least 1.
+            open_spans: positions within the latents, [start, end), that are to be written too; ascending, disjoint.
+            first_block: k when a run is resumed after k written blocks, which are then part of the latents.
+            sampler: unset fields are steps 16, guidance_scale 7, solver euler, guidance from 1 to 0, resamples 1.
+            seed: of the noise; or
+            noise: the noise itself, (max_blocks, B, d). Exactly one of both.
+        """
+        request = requests.sample(latents, open_spans, max_blocks, first_block, sampler, seed, noise)
+        return self._transport.stream(calls.SAMPLE, request, responses.latent_block, CallOptions(timeout, request_id))
+
+    def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+        """The model, its limits and its load."""
+        request = prior_pb2.PriorServiceGetInfoRequest()
+        answer = self._transport.unary(calls.PRIOR_INFO, request, CallOptions(timeout, request_id))
+        return responses.service_info(answer)
+
+
+class DecoderClient(BaseClient):
+    """A connection to a decoder: latent blocks to token ids.
+
+    >>> with EncoderClient(target) as encoder:
+    ...     [encoding] = encoder.encode([[102, 111, 120, 46]])
+    >>> with DecoderClient(target) as decoder:
+    ...     with decoder.session() as session:
+    ...         block = session.decode(encoding.latents)
+    >>> block.token_ids
+    (102, 111, 120, 46)
+    """
+
+    def session(
+        self,
+        prefix: Latents | None = None,
+        *,
+        sampling: Sampling | None = None,
+        history_ids: Sequence[int] = (),
+        with_logits: bool = False,
+        top_logprobs: int = 0,
+        target_ids: Sequence[int] = (),
+        max_latents: int = 0,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> "DecodeSession":
+        """Open a session: a context manager that decodes block after block and frees its cache at the end.
+
+        Args:
+            prefix: latents before the first block, a multiple of B positions; None: none.
+            sampling: unset fields are temperature 0, top_k 50, top_p 0.9, repetition_penalty 1.1, seed 0.
+            history_ids: all ids sampled so far in this run, untrimmed.
+            with_logits: also return the raw logits.
+            top_logprobs: also return so many likely tokens a position, 0 to 20.
+            target_ids: ids whose log-probability is wanted, for the positions of the session in order.
+            max_latents: positions, prefix included, to reserve the cache for; 0: as many as the server allows.
+            timeout: seconds for the whole session.
+        """
+        opening = requests.open_decode(
+            prefix, sampling, history_ids, with_logits, top_logprobs, target_ids, max_latents
+        )
+        return DecodeSession(self._transport.exchange(calls.DECODE, opening, CallOptions(timeout, request_id)))
+
+    def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+        """The model, its limits and its load."""
+        request = decoder_pb2.DecoderServiceGetInfoRequest()
+        answer = self._transport.unary(calls.DECODER_INFO, request, CallOptions(timeout, request_id))
+        return responses.service_info(answer)
+
+
+class DecodeSession:
+    """An open session of a decoder; `DecoderClient.session` makes it."""
+
+    def __init__(self, exchange: Exchange[decoder_pb2.DecodeRequest, decoder_pb2.DecodeResponse]) -> None:
+        self._exchange = exchange
+
+    @property
+    def request_id(self) -> str:
+        """The session's x-request-id."""
+        return self._exchange.request_id
+
+    def decode(self, block: Latents) -> DecodedBlock:
+        """Decode the next block, (B, d)."""
+        return responses.decoded_block(self._exchange.ask(requests.decode_block(block)))
+
+    def close(self) -> None:
+        """End the session and free what it holds."""
+        self._exchange.close()
+
+    def __enter__(self) -> "DecodeSession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

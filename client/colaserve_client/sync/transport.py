@@ -1,0 +1,268 @@
+"""Calls over blocking gRPC: unary, server streams, sessions. `aio/transport.py` is its twin for asyncio."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R
+from colaserve_client.channel import channel_options, credentials
+from colaserve_client.errors import Cancelled, Details, ServerError, invalid
+
+S = TypeVar("S")
+T = TypeVar("T")
+_NOTHING_LEFT: Any = object()
+_LOOK_AHEAD = 4  # times the concurrency: results that may wait for a slow one before them
+_HEALTH = "/grpc.health.v1.Health/Check"
+_SERVING = b"\x08\x01"  # a HealthCheckResponse whose status is SERVING
+
+
+class Transport:
+    """The connection of a client; any number of threads may use it at once."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        options = channel_options(config.connection, config.tls)
+        self._channel: Any = (
+            grpc.insecure_channel(config.target, options=options)
+            if config.tls is None
+            else grpc.secure_channel(config.target, credentials(config.tls), options=options)
+        )
+        self._closed = False
+
+    def _open_channel(self) -> Any:
+        if self._closed:
+            raise Cancelled("the client is closed")
+        return self._channel
+
+    def unary(self, method: Method[Q, R], request: Q, options: CallOptions) -> R:
+        """One answer; tried again where that is safe."""
+        options = options.resolved(self._config)
+        attempts = Attempts(self._config.retry, options)
+        call = self._open_channel().unary_unary(method.path, method.serialize, method.deserialize)
+        while True:
+            try:
+                answer: R = call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+                return answer
+            except grpc.RpcError as failure:
+                time.sleep(attempts.pause(failure, started=False))
+
+    def stream(self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions) -> "Stream[T]":
+        """Answers as they come, converted."""
+        options = options.resolved(self._config)
+        attempts = Attempts(self._config.retry, options)
+        call = self._open_channel().unary_stream(method.path, method.serialize, method.deserialize)
+
+        def start() -> Any:
+            return call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+
+        return Stream(start, convert, attempts, options.request_id)
+
+    def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "Exchange[Q, R]":
+        """A session: it is opened by a request without an answer, then each request gets one."""
+        options = options.resolved(self._config)
+        attempts = Attempts(self._config.retry, options)
+        call = self._open_channel().stream_stream(method.path, method.serialize, method.deserialize)
+
+        def start(requests: Iterator[Q]) -> Any:
+            return call(requests, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+
+        return Exchange(start, opening, attempts, options.request_id)
+
+    def healthy(self, timeout: float) -> bool:
+        """Whether the server says that it serves; False too when it cannot be reached."""
+        options = CallOptions(timeout).resolved(self._config)
+        try:
+            call = self._open_channel().unary_unary(_HEALTH)
+            return bool(call(b"", timeout=options.timeout, metadata=options.metadata(self._config)) == _SERVING)
+        except grpc.RpcError:
+            return False
+
+    def map(self, function: Callable[[S], T], items: Iterable[S], concurrency: int) -> Generator[T, None, None]:
+        """What `function` makes of the items, in their order, so many at a time; leaving early cancels the rest."""
+        if concurrency < 1:
+            raise invalid("concurrency", f"expected 1 or more, got {concurrency}")
+        batch = _Batch()
+
+        def one(item: S) -> T:
+            _batch_of_thread.value = batch
+            return function(item)
+
+        source, window = iter(items), deque[Future[T]]()
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="colaserve-batch") as pool:
+            try:
+                while True:
+                    while (
+                        len(window) < _LOOK_AHEAD * concurrency
+                        and (item := next(source, _NOTHING_LEFT)) is not _NOTHING_LEFT
+                    ):
+                        window.append(pool.submit(one, item))
+                    if not window:
+                        return
+                    yield window.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                batch.cancel()
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect; no call can be made afterwards."""
+        self._closed = True
+        self._channel.close()
+
+
+class _Batch:
+    """The streams that the threads of one `map` have open, to cancel them together."""
+
+    def __init__(self) -> None:
+        self._streams: set[Stream[Any]] = set()
+        self._cancelled, self._lock = False, threading.Lock()
+
+    def add(self, stream: "Stream[Any]") -> None:
+        """Cancel it with the others, at once when they are cancelled already."""
+        with self._lock:
+            self._streams.add(stream)
+        if self._cancelled:
+            stream.cancel()
+
+    def discard(self, stream: "Stream[Any]") -> None:
+        """It has ended."""
+        with self._lock:
+            self._streams.discard(stream)
+
+    def cancel(self) -> None:
+        """Cancel all, and all that are still added."""
+        self._cancelled = True
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+
+
+class _BatchOfThread(threading.local):
+    value: _Batch | None = None  # set in the threads of a `map`
+
+
+_batch_of_thread = _BatchOfThread()
+
+
+class Stream(Generic[T]):
+    """The answers of a call as they come. Leaving early (break, `close`, end of `with`) cancels the call."""
+
+    def __init__(self, start: Callable[[], Any], convert: Callable[[Any], T], attempts: Attempts, request_id: str):
+        self._start, self._convert, self._attempts = start, convert, attempts
+        self.request_id = request_id
+        self._received, self._left = False, threading.Event()
+        self._call = start()
+        self._batch = _batch_of_thread.value
+        if self._batch is not None:
+            self._batch.add(self)
+
+    def __iter__(self) -> "Stream[T]":
+        return self
+
+    def __next__(self) -> T:
+        while not self._left.is_set():
+            try:
+                message = next(self._call)
+            except grpc.RpcError as failure:
+                self._again(failure)
+                continue
+            except StopIteration:
+                break
+            self._received = True
+            return self._convert(message)
+        self._end()
+        raise StopIteration
+
+    def _again(self, failure: grpc.RpcError) -> None:
+        try:
+            seconds = self._attempts.pause(failure, started=self._received)
+        except BaseException:
+            self._end()
+            raise
+        if self._left.wait(seconds):
+            raise Cancelled("the stream was left", Details(request_id=self.request_id)) from failure
+        self._call = self._start()
+
+    def _end(self) -> None:
+        self._left.set()
+        if self._batch is not None:
+            self._batch.discard(self)
+
+    def cancel(self) -> None:
+        """Cancel the call, from any thread; the server frees what it holds."""
+        self._end()
+        self._call.cancel()
+
+    def close(self) -> None:
+        """Cancel the call, unless it has ended."""
+        self.cancel()
+
+    def __enter__(self) -> "Stream[T]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        left = getattr(self, "_left", None)
+        if left is not None and not left.is_set():
+            self._call.cancel()
+
+
+class Exchange(Generic[Q, R]):
+    """A session over one stream: a request, its answer, the next request."""
+
+    def __init__(self, start: Callable[[Iterator[Q]], Any], opening: Q, attempts: Attempts, request_id: str) -> None:
+        self._start, self._attempts, self._opening = start, attempts, opening
+        self.request_id = request_id
+        self._received = self._closed = False
+        self._call: Any = None
+        self._requests: SimpleQueue[Q | None] = SimpleQueue()
+
+    def ask(self, request: Q) -> R:
+        """The answer to a request."""
+        while True:
+            if self._closed:
+                raise Cancelled("the session is closed", Details(request_id=self.request_id))
+            try:
+                answer = self._write_and_read(request)
+            except grpc.RpcError as failure:
+                self._again(failure)
+                continue
+            except StopIteration:
+                raise ServerError("the session ended without an answer", Details(request_id=self.request_id)) from None
+            self._received = True
+            return answer  # type: ignore[no-any-return]
+
+    def _write_and_read(self, request: Q) -> Any:
+        if self._call is None:
+            self._requests = SimpleQueue()
+            self._call = self._start(iter(self._requests.get, None))
+            self._requests.put(self._opening)
+        self._requests.put(request)
+        return next(self._call)
+
+    def _again(self, failure: grpc.RpcError) -> None:
+        self._requests.put(None)  # ends gRPC's thread that sends
+        try:
+            time.sleep(self._attempts.pause(failure, started=self._received))
+        except BaseException:
+            self.close()
+            raise
+        self._call = None
+
+    def close(self) -> None:
+        """End the session; the server frees what it holds."""
+        self._closed = True
+        self._requests.put(None)
+        if self._call is not None:
+            self._call.cancel()
