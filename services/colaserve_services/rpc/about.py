@@ -1,0 +1,115 @@
+"""What a stage says about itself (GetInfo), and the conversions that the three stage services share. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from colaserve.v1 import types_pb2
+
+from colaserve_services import __version__
+from colaserve_services.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of the process that answers."""
+
+    space: str  # fingerprint of the latent space
+    device: str = ""
+    dtype: str = ""
+    max_message_bytes: int = 0
+    ready_at: float = field(default_factory=time.monotonic)  # time.monotonic seconds
+
+
+class Shape(Protocol):
+    """The fields of model.config.ModelShape."""
+
+    @property
+    def latent_dim(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def vae_block_size(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+
+
+class Timed(Protocol):
+    """The fields of runtime.timings.Timings."""
+
+    @property
+    def queue_us(self) -> int: ...
+    @property
+    def compute_us(self) -> int: ...
+
+
+def info(engine: Any, identity: Identity) -> dict[str, Any]:
+    """The fields that every stage's GetInfo response has: model, space, limits, server."""
+    limits, load = engine.limits, engine.load()
+    return {
+        "model": shape_message(engine.shape),
+        "space": identity.space,
+        "limits": types_pb2.Limits(
+            max_context=limits.max_context,
+            max_message_bytes=identity.max_message_bytes,
+            max_running=limits.max_running,
+            max_waiting=limits.max_waiting,
+            kv_bytes=limits.kv_bytes,
+            run_ahead=limits.run_ahead,
+        ),
+        "server": types_pb2.ServerInfo(
+            version=__version__,
+            device=identity.device,
+            dtype=identity.dtype,
+            running=load.running,
+            waiting=load.waiting,
+            kv_bytes_used=load.kv_bytes_used,
+            uptime_seconds=time.monotonic() - identity.ready_at,
+        ),
+    }
+
+
+def shape_message(shape: Shape) -> types_pb2.ModelShape:
+    """A model's shape as a message."""
+    return types_pb2.ModelShape(
+        latent_dim=shape.latent_dim,
+        block_size=shape.block_size,
+        vae_block_size=shape.vae_block_size,
+        patch_size=shape.patch_size,
+        vocab_size=shape.vocab_size,
+        parameters=shape.parameters,
+    )
+
+
+def timing(timings: Timed) -> types_pb2.Timing:
+    """Timings as a message."""
+    return types_pb2.Timing(queue_us=timings.queue_us, compute_us=timings.compute_us)
+
+
+def deadline(context: Any) -> float | None:
+    """The call's deadline in time.monotonic() seconds; None without one."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def token_ids(ids: Sequence[int], field_name: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids, all of them below the vocabulary size; else InvalidRequest naming the first that is not."""
+    values = np.asarray(ids, dtype=np.uint32)
+    wrong = np.flatnonzero(values >= vocab_size)
+    if len(wrong):
+        at = int(wrong[0])
+        raise InvalidRequest(f"{field_name}[{at}]", f"got id {values[at]}, expected 0 to {vocab_size - 1}")
+    return tuple(values.tolist())
+
+
+def set_fields(message: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The optional fields of a message that were set."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}

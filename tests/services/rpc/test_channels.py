@@ -1,0 +1,106 @@
+"""Channels go round over the replicas that are SERVING, whatever else is at the target."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import grpc
+import pytest
+from colaserve.v1 import encoder_pb2_grpc
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc import requests
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.channels import Stub, open_channel, resolve
+from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
+
+from tests.services.rpc.conftest import ONE, eventually, running
+
+SERVICE = "colaserve.v1.EncoderService"
+
+
+async def test_calls_go_round_over_serving_replicas_only():
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(running()) for _ in range(3)]
+        first, second, third = replicas
+        target = ",".join(f"localhost:{replica.port}" for replica in replicas)
+        channel = await stack.enter_async_context(open_channel(target, ChannelSettings(), SERVICE))
+        stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+
+        async def served_by(count=12):
+            before = [replica.servicer.started for replica in replicas]
+            for _ in range(count):
+                await stub.Encode(ONE, wait_for_ready=True, timeout=5)
+            return [r.servicer.started - b for r, b in zip(replicas, before, strict=True)]
+
+        async def until(condition):
+            async with asyncio.timeout(10):
+                while not condition(await served_by()):
+                    await asyncio.sleep(0.05)
+
+        await until(lambda counts: counts == [4, 4, 4])
+        draining = asyncio.ensure_future(second.server.drain(drain_seconds=3600))
+        await until(lambda counts: counts[1] == 0 and counts[0] == counts[2] == 6)
+        await first.server.stop()
+        await until(lambda counts: counts == [0, 0, 12])
+        draining.cancel()
+
+
+async def test_a_stub_carries_the_key_and_the_request_id_of_the_call_being_served():
+    async with running(keys=Keys(["s3cret"])) as it:
+        settings = ChannelSettings(api_key="s3cret")
+        async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE) as channel:
+            stub = Stub(encoder_pb2_grpc.EncoderServiceStub, channel, settings)
+            requests.adopt((("x-request-id", "outer"),))
+            call = stub.Encode(ONE, wait_for_ready=True, timeout=5)
+            await call
+            assert dict(await call.trailing_metadata())["x-request-id"] == "outer"
+    assert "s3cret" not in repr(settings)
+
+
+async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority):
+    cert, key = authority.issue("server")
+    mine, my_key = authority.issue("client", "client")
+    async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
+        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key, server_name="localhost"))
+        async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE) as channel:
+            await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=5)
+        stranger = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key, server_name="elsewhere"))
+        async with open_channel(f"127.0.0.1:{it.port}", stranger, SERVICE) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=2)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():
+    async with running(ServerSettings(max_connection_age=0.3)) as it:
+        async with open_channel(f"127.0.0.1:{it.port}", ChannelSettings(), SERVICE) as channel:
+            stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+            it.servicer.gate.clear()
+            long = asyncio.ensure_future(stub.Encode(ONE, wait_for_ready=True, timeout=10))
+            await eventually(lambda: it.servicer.started == 1)
+            await asyncio.sleep(0.8)
+            it.servicer.gate.set()
+            await long
+            for _ in range(100):
+                await stub.Encode(ONE, timeout=5)
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("prior:50051", "dns:///prior:50051"),
+        ("dns:///prior.ns.svc:50051", "dns:///prior.ns.svc:50051"),
+        ("127.0.0.1:1, 127.0.0.1:2", "ipv4:127.0.0.1:1,127.0.0.1:2"),
+        ("[::1]:1,[::1]:2", "ipv6:[::1]:1,[::1]:2"),
+    ],
+)
+def test_targets_become_names_that_grpc_resolves(target, name):
+    assert resolve(target) == name
+
+
+@pytest.mark.parametrize(
+    "target", ["", "prior", "prior:", "prior:0", "prior:99999", "a:1,,b:2", "a:1,b", "127.0.0.1:1,[::1]:2"]
+)
+def test_what_is_no_target_is_refused(target):
+    with pytest.raises(UsageError):
+        resolve(target)

@@ -1,0 +1,75 @@
+import grpc
+import pytest
+from colaserve_services import errors
+from colaserve_services.rpc.errors import (
+    TABLE,
+    error_from_rpc,
+    grpc_code,
+    http_status,
+    status_proto,
+    trailing_metadata,
+)
+from grpc.aio import AioRpcError, Metadata
+
+
+def crossed(error):
+    """The error after a trip through a gRPC status."""
+    status = status_proto(error)
+    metadata = Metadata(*trailing_metadata(status))
+    return error_from_rpc(AioRpcError(grpc_code(error), Metadata(), metadata, status.message, ""))
+
+
+RUNTIME = [
+    errors.InvalidRequest("canvas.open[3]", "got 1"),
+    errors.ModelMismatch("other space"),
+    errors.Overloaded("full", 0.25),
+    errors.Unavailable("draining"),
+    errors.NotAuthenticated("no key"),
+    errors.DeadlineExceeded("late"),
+    errors.Cancelled("gone"),
+]
+
+
+@pytest.mark.parametrize("error", RUNTIME, ids=lambda e: type(e).__name__)
+def test_an_error_crosses_a_service_border_unchanged(error):
+    again = crossed(error)
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+def test_the_table_names_every_error_that_a_call_can_end_with():
+    at_start_only = {errors.CheckpointError, errors.UsageError}
+    assert set(TABLE) | at_start_only == set(errors.ColaserveError.__subclasses__())
+
+
+def test_every_error_has_its_own_code():
+    assert len({code for code, _ in TABLE.values()}) == len(TABLE)
+
+
+def test_statuses_agree_with_the_design():
+    assert (grpc_code(RUNTIME[0]), http_status(RUNTIME[0])) == (grpc.StatusCode.INVALID_ARGUMENT, 400)
+    assert (grpc_code(RUNTIME[2]), http_status(RUNTIME[2])) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 429)
+    assert (grpc_code(RUNTIME[3]), http_status(RUNTIME[3])) == (grpc.StatusCode.UNAVAILABLE, 503)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the password is x"), errors.CheckpointError("/secret/path")])
+def test_other_errors_are_internal_and_tell_nothing(error):
+    assert grpc_code(error) == grpc.StatusCode.INTERNAL
+    assert http_status(error) == 500
+    status = status_proto(error)
+    assert "password" not in str(status)
+    assert "secret" not in str(status)
+
+
+def test_a_long_message_is_cut_so_that_it_fits_a_header():
+    status = status_proto(errors.InvalidRequest("stop[0]" * 100, "x" * 100_000))
+    assert len(status.SerializeToString()) < 4000
+
+
+def test_a_status_of_another_program_is_understood_without_details():
+    error = error_from_rpc(AioRpcError(grpc.StatusCode.INVALID_ARGUMENT, Metadata(), Metadata(), "bad", ""))
+    assert (type(error), error.field) == (errors.InvalidRequest, "request")
+    unknown = error_from_rpc(AioRpcError(grpc.StatusCode.DATA_LOSS, Metadata(), Metadata(), "lost", ""))
+    assert type(unknown) is errors.ColaserveError
+    assert "DATA_LOSS" in str(unknown)

@@ -1,0 +1,59 @@
+import shutil
+import subprocess
+import urllib.request
+
+import prometheus_client
+import pytest
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint
+from colaserve_services.rpc.settings import MetricsSettings
+
+
+def filled():
+    """Metrics with one sample of every family."""
+    metrics = Metrics()
+    for family in list(metrics.registry._collector_to_names):
+        names = family._labelnames
+        child = family.labels(**dict.fromkeys(names, "x")) if names else family
+        (getattr(child, "observe", None) or child.inc)(1)
+    return metrics
+
+
+def test_every_metric_has_a_help_text_and_the_prefix():
+    for family in filled().registry.collect():
+        assert family.name.startswith("colaserve_")
+        assert family.documentation.endswith(".")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_the_exposition_is_clean_to_promtool():
+    prometheus_client.disable_created_metrics()
+    text = prometheus_client.generate_latest(filled().registry)
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_the_endpoint_serves_what_is_counted_and_frees_its_port():
+    metrics = Metrics()
+    metrics.wasted_blocks.inc(3)
+    endpoint = MetricsEndpoint.start(metrics, MetricsSettings(port=0))
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics", timeout=5) as answer:
+            assert "colaserve_wasted_blocks_total 3.0" in answer.read().decode()
+        with pytest.raises(UsageError, match=f"--metrics-port.*{endpoint.port}"):
+            MetricsEndpoint.start(metrics, MetricsSettings(port=endpoint.port))
+    finally:
+        endpoint.close()
+    MetricsEndpoint.start(metrics, MetricsSettings(port=endpoint.port)).close()
+
+
+def test_aliases_sum_queues_and_tell_the_fullest_cache():
+    metrics = Metrics()
+    for stage, waiting, usage in (("prior", 3, 0.5), ("decoder", 1, 0.75)):
+        metrics.queue_depth.labels(stage).set(waiting)
+        metrics.kv_utilization.labels(stage).set(usage)
+    metrics.registry.register(Aliases(metrics))
+    value = metrics.registry.get_sample_value
+    assert value("vllm:num_requests_waiting") == 4
+    assert value("vllm:num_requests_running") == 0
+    assert value("vllm:gpu_cache_usage_perc") == 0.75
