@@ -17,33 +17,33 @@ class Keys:
     """The keys that clients may show. Only their SHA-256 is kept."""
 
     def __init__(self, keys: Iterable[str] = (), file: Path | None = None):
-        self._fixed = tuple(_digest(key) for key in keys)
+        self._fixed = _parse(keys)
         self._file, self._looked, self._stamp = file, float("-inf"), (0.0, 0)
-        self._from_file: tuple[bytes, ...] = ()
+        self._from_file: dict[bytes, str] = {}
         self._look()
         if not self._all():
             raise UsageError(f"--api-keys-file: {file} holds no key; write one a line")
 
     @staticmethod
     def load(file: Path | None, text: str = "") -> Keys | None:
-        """Keys of a file (one a line, # begins a comment) and of a comma-separated text; None without either."""
+        """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and of a comma-separated text, or None."""
         given = [part.strip() for part in text.split(",") if part.strip()]
         return Keys(given, file) if given or file is not None else None
 
     def identify(self, authorization: str) -> str:
-        """The client's name (8 hex digits of its key's hash), or NotAuthenticated. `authorization`: "Bearer KEY"."""
+        """The name of the key in `authorization` ("Bearer KEY"): given, or from its hash. Else NotAuthenticated."""
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise NotAuthenticated("no key: send `authorization: Bearer KEY`")
         self._look()
         shown = _digest(key.strip())
-        matches = [hmac.compare_digest(shown, known) for known in self._all()]  # all of them, whatever matched
-        if not any(matches):
+        names = [name for known, name in self._all().items() if hmac.compare_digest(shown, known)]  # looks at each
+        if not names:
             raise NotAuthenticated("unknown key")
-        return shown.hex()[:8]
+        return names[0]
 
-    def _all(self) -> tuple[bytes, ...]:
-        return self._fixed + self._from_file
+    def _all(self) -> dict[bytes, str]:
+        return self._fixed | self._from_file
 
     def _look(self) -> None:
         if self._file is None or time.monotonic() - self._looked < LOOK_SECONDS:
@@ -53,15 +53,24 @@ class Keys:
             status = self._file.stat()
             stamp = (status.st_mtime, status.st_size)
             if stamp != self._stamp:
-                self._from_file, self._stamp = tuple(_read(self._file)), stamp
+                self._from_file = _parse(self._file.read_text(encoding="utf-8").splitlines())
+                self._stamp = stamp
         except OSError as error:
             if not self._from_file:
                 raise UsageError(f"--api-keys-file: cannot read {self._file}: {error.strerror or error}") from error
 
 
-def _read(file: Path) -> Iterable[bytes]:
-    lines = (line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
-    return [_digest(line) for line in lines if line]
+def _parse(lines: Iterable[str]) -> dict[bytes, str]:
+    """Digest to name. A line of more than two words: UsageError, which shows no key."""
+    keys = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split()
+        if len(words) > 2:
+            raise UsageError(f"--api-keys-file: line {number} has {len(words)} words, expected KEY or NAME KEY")
+        if words:
+            digest = _digest(words[-1])
+            keys[digest] = words[0] if len(words) == 2 else f"key-{digest.hex()[:8]}"
+    return keys
 
 
 def _digest(key: str) -> bytes:

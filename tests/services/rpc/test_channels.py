@@ -20,7 +20,7 @@ SERVICE = "colaserve.v1.EncoderService"
 async def test_calls_go_round_over_serving_replicas_only():
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(running()) for _ in range(3)]
-        first, second, third = replicas
+        first, second, _ = replicas
         target = ",".join(f"localhost:{replica.port}" for replica in replicas)
         channel = await stack.enter_async_context(open_channel(target, ChannelSettings(), SERVICE))
         stub = encoder_pb2_grpc.EncoderServiceStub(channel)
@@ -32,9 +32,11 @@ async def test_calls_go_round_over_serving_replicas_only():
             return [r.servicer.started - b for r, b in zip(replicas, before, strict=True)]
 
         async def until(condition):
-            async with asyncio.timeout(10):
-                while not condition(await served_by()):
-                    await asyncio.sleep(0.05)
+            for _ in range(200):
+                if condition(await served_by()):
+                    return
+                await asyncio.sleep(0.05)
+            raise AssertionError("it never came to be")
 
         await until(lambda counts: counts == [4, 4, 4])
         draining = asyncio.ensure_future(second.server.drain(drain_seconds=3600))
@@ -71,18 +73,20 @@ async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority
 
 
 async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():
-    async with running(ServerSettings(max_connection_age=0.3)) as it:
-        async with open_channel(f"127.0.0.1:{it.port}", ChannelSettings(), SERVICE) as channel:
-            stub = encoder_pb2_grpc.EncoderServiceStub(channel)
-            it.servicer.gate.clear()
-            long = asyncio.ensure_future(stub.Encode(ONE, wait_for_ready=True, timeout=10))
-            await eventually(lambda: it.servicer.started == 1)
-            await asyncio.sleep(0.8)
-            it.servicer.gate.set()
-            await long
-            for _ in range(100):
-                await stub.Encode(ONE, timeout=5)
-                await asyncio.sleep(0.01)
+    async with AsyncExitStack() as stack:
+        it = await stack.enter_async_context(running(ServerSettings(max_connection_age=0.3)))
+        target = f"127.0.0.1:{it.port}"
+        channel = await stack.enter_async_context(open_channel(target, ChannelSettings(), SERVICE))
+        stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+        it.servicer.gate.clear()
+        long = asyncio.ensure_future(stub.Encode(ONE, wait_for_ready=True, timeout=10))
+        await eventually(lambda: it.servicer.started == 1)
+        await asyncio.sleep(0.8)
+        it.servicer.gate.set()
+        await long
+        for _ in range(100):
+            await stub.Encode(ONE, timeout=5)
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,17 @@ def test_keys_follow_their_file(tmp_path, monkeypatch):
     assert keys.identify("Bearer newer")
 
 
+def test_a_key_is_named_by_its_line_or_by_its_hash():
+    keys = Keys(["alice secret-a", "secret-b"])
+    assert keys.identify("Bearer secret-a") == "alice"
+    assert keys.identify("Bearer secret-b").startswith("key-")
+    assert "secret" not in keys.identify("Bearer secret-b")
+
+
 def test_a_key_file_without_a_key_is_refused(tmp_path):
+    (tmp_path / "keys").write_text("a b c\n")
+    with pytest.raises(UsageError, match="line 1 has 3 words"):
+        Keys.load(tmp_path / "keys")
     (tmp_path / "keys").write_text("# none\n")
     with pytest.raises(UsageError, match="holds no key"):
         Keys.load(tmp_path / "keys")
