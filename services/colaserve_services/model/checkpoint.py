@@ -73,8 +73,8 @@ class WeightFolder:
     def fingerprint(self) -> str:
         """First 16 hex digits of SHA-256 over the canonical config.json and each tensor's name, dtype, shape and head.
 
-        Per tensor, in name order: name, dtype and comma-joined shape, each followed by a newline, then up to 4,096 bytes
-        of data.
+        Per tensor, in name order: name, dtype and comma-joined shape, each followed by a newline, then the first
+        4,096 bytes of data.
         """
         config = json.dumps(read_json(self.folder / "config.json"), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(config.encode())
@@ -320,7 +320,7 @@ def _load_defaults(path: Path) -> GenerationDefaults:
 _INTEGERS = ("max_new_tokens", "steps", "resamples", "top_k", "pad_token_id", "eos_token_id", "im_end_token_id")
 _NUMBERS = ("guidance_scale", "guidance_start", "guidance_end", "temperature", "top_p", "repetition_penalty")
 _DEFAULT_TYPES: dict[str, tuple[type, ...]] = {
-    **{key: (int,) for key in _INTEGERS},
-    **{key: (int, float) for key in _NUMBERS},
-    **{key: (str,) for key in ("solver", "chat_frame")},
+    **dict.fromkeys(_INTEGERS, (int,)),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(("solver", "chat_frame"), (str,)),
 }

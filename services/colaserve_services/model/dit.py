@@ -174,6 +174,15 @@ class DiT(nn.Module):
         self.txt_out_ada = nn.ModuleDict({"out_in": _modulator(config.emb_dim, 2 * dim)})
         self.txt_out = _Projection(dim, config.txt_out_channels)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return self.txt_in.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.txt_in.proj.weight.device
+
     def rotary(self, positions: Tensor) -> Tensor:
         """Unit complex numbers of absolute latent positions: (...) -> (..., 1, rope_dim / 2)."""
         frequencies = rotary_frequencies(self.config.rope_dim, 10000.0).to(positions.device)

@@ -99,6 +99,8 @@ class PatchEmbedder(Linear):
 class _Transformer(nn.Module):
     """Rotary table and blocks, shared by both halves."""
 
+    final_layer: Linear
+
     def __init__(self, config: TextVAEConfig, num_blocks: int):
         super().__init__()
         self.config = config
@@ -107,6 +109,15 @@ class _Transformer(nn.Module):
     @property
     def num_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return self.final_layer.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.final_layer.weight.device
 
     def transform(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Rows x: (..., D) at latent positions (...)."""

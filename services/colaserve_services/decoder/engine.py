@@ -1,0 +1,231 @@
+"""The decoder's engine: latent blocks of many runs through one forward pass, then sampling."""
+
+import asyncio
+import time
+from collections import deque
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.config import ModelShape
+from colaserve_services.model.kv_cache import KVCache, KVShape, RaggedAttention, Segment
+from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
+from colaserve_services.model.text_vae import TextVAEDecoder
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.engine import Engine
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.session import Session
+from colaserve_services.runtime.timings import Timings
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """What a caller asks for; see OpenDecode in decoder.proto for the meaning of each field."""
+
+    prefix: Tensor  # (n, d) float32, n a multiple of B
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    history_ids: tuple[int, ...] = ()
+    with_logits: bool = False
+    top_logprobs: int = 0
+    target_ids: tuple[int, ...] = ()
+    max_latents: int = 0  # positions to reserve KV for; 0: max_context
+
+
+@dataclass(frozen=True)
+class DecodedBlock:
+    """B * P sampled ids with what was asked for about each."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top: list[tuple[list[int], list[float]]]
+    logits: Tensor | None  # (B * P, vocab_size) float32, on the CPU
+    target_logprobs: list[float]
+    timings: Timings
+
+
+class DecoderSession(Session[DecodedBlock]):
+    """A run being decoded. `decode` takes its blocks in order."""
+
+    def __init__(self, engine: "DecoderEngine", job: DecodeJob, deadline: float | None):
+        self._engine, self.job = engine, job
+        self.capacity = job.max_latents or engine.limits.max_context
+        super().__init__(
+            kv_bytes=engine.kv_shape.nbytes(self.capacity),
+            work=len(job.prefix),
+            deadline=deadline,
+            on_read=engine.wake,
+        )
+        self.pending: deque[tuple[Tensor, float]] = deque()  # blocks to decode, each with its arrival
+        self.seen = set(job.history_ids)
+        self.sampled = len(job.history_ids)
+        self.accepted = len(job.prefix)  # latent positions taken in so far
+        self.position = 0  # latent positions in the cache
+
+    async def decode(self, latents: Tensor) -> DecodedBlock:
+        """Decode the next block, (B, d) float32. Raises `InvalidRequest` when it exceeds the reservation."""
+        B, d = self._engine.shape.block_size, self._engine.shape.latent_dim
+        if latents.shape != (B, d):
+            raise InvalidRequest("block", f"got shape {list(latents.shape)}, expected {[B, d]}")
+        if self.accepted + B > self.capacity:
+            raise InvalidRequest("block", f"position {self.accepted} is beyond the {self.capacity} latents reserved")
+        self.accepted += B
+        self.pending.append((latents, time.monotonic()))
+        self._engine.wake()
+        block = await self.outbox.get()
+        if block is None:
+            raise asyncio.CancelledError
+        return block
+
+    def start(self) -> None:
+        self.cache: KVCache | None = KVCache(self._engine.kv_shape, self.capacity)
+        self.prefix = self.job.prefix.to(self._engine.kv_shape.device)
+        self._engine.observer.tokens(len(self.prefix), 0)
+
+    def free(self) -> None:
+        self.cache = None
+
+    def ready(self) -> bool:
+        return not self.finished and (self.position < len(self.job.prefix) or len(self.pending) > 0)
+
+    def remaining_prefix(self) -> Tensor:
+        return self.prefix[self.position :]
+
+    def take_targets(self, count: int) -> tuple[int, ...]:
+        """Target ids of the block about to be answered."""
+        begin = self.sampled - len(self.job.history_ids)
+        return self.job.target_ids[begin : begin + count]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What one session sends through a pass: latents of its prefix, then, once that is in, its next block."""
+
+    session: DecoderSession
+    prefix: Tensor
+    block: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.prefix) + (0 if self.block is None else len(self.block))
+
+
+class DecoderEngine(Engine[DecoderSession]):
+    """Continuous batching over decode streams."""
+
+    def __init__(
+        self,
+        model: TextVAEDecoder,
+        shape: ModelShape,
+        device: DeviceThread,
+        limits: EngineLimits,
+        observer: EngineObserver | None = None,
+    ):
+        super().__init__(device, limits, observer or EngineObserver())
+        config = model.config
+        self.model, self.shape = model, shape
+        self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
+
+    def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
+        """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
+        check_job(job, self.shape, self.limits)
+        return self._admitted(DecoderSession(self, job, deadline))
+
+    def _forward(self, ready: list[DecoderSession]) -> tuple[int, int]:
+        """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
+        turns = self._turns(ready)
+        hidden = self._hidden(turns)
+        answered = [turn.session for turn in turns if turn.block is not None]
+        if answered:
+            B, P = self.shape.block_size, self.shape.patch_size
+            logits = self.model.logits(hidden).view(len(answered), B * P, -1)
+            for session, rows in zip(answered, logits, strict=True):
+                self._answer(session, rows)
+        return sum(turn.rows for turn in turns), len(turns)
+
+    def _turns(self, ready: list[DecoderSession]) -> list[_Turn]:
+        room, turns = self.limits.chunk, []
+        for session in ready:
+            prefix = session.remaining_prefix()[: max(0, room)]
+            complete = session.position + len(prefix) >= len(session.prefix)
+            room -= len(prefix)
+            block = session.pending[0][0] if complete and session.pending else None
+            if len(prefix) or block is not None:
+                turns.append(_Turn(session, prefix, None if block is None else block.to(self.model.device)))
+        return turns
+
+    def _hidden(self, turns: list[_Turn]) -> Tensor:
+        """One pass; rows after the last layer of the blocks to answer, (blocks * B, D)."""
+        model = self.model
+        segments = [Segment(turn.rows, turn.session.position, turn.session.cache) for turn in turns]
+        parts = [part for turn in turns for part in (turn.prefix, turn.block) if part is not None]
+        positions = torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]).to(model.device)
+        attend = RaggedAttention(segments, model.config.block_size, model.device)
+        hidden = model.transform(model.in_layer(torch.cat(parts)), positions, attend)
+        wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns])
+        for turn in turns:
+            turn.session.position += turn.rows
+        return hidden[wanted.to(model.device)]
+
+    def _answer(self, session: DecoderSession, logits: Tensor) -> None:
+        """Sample one block's ids from (B * P, V) and hand them over."""
+        job, count = session.job, len(logits)
+        _, arrived = session.pending.popleft()
+        seen = torch.tensor(sorted(session.seen), dtype=torch.int64, device=logits.device)
+        ids = sample_block(logits, job.sampling, seen, session.sampled // count).tolist()
+        logprobs = logits.log_softmax(dim=-1)
+        block = DecodedBlock(
+            token_ids=ids,
+            logprobs=chosen_logprobs(logprobs, ids),
+            top=top_logprobs(logprobs, job.top_logprobs) if job.top_logprobs else [],
+            logits=logits.to("cpu", copy=True) if job.with_logits else None,
+            target_logprobs=chosen_logprobs(logprobs, session.take_targets(count)),
+            timings=session.timings(arrived),
+        )
+        self.observer.block(time.monotonic() - arrived, first=session.sampled == len(job.history_ids))
+        self.observer.tokens(0, self.shape.block_size)
+        session.seen.update(ids)
+        session.sampled += count
+        session.outbox.put(block)
+
+
+def check_job(job: DecodeJob, shape: ModelShape, limits: EngineLimits) -> None:
+    """Raise `InvalidRequest` naming the field of a job that this model and these limits cannot do."""
+    B, d, P = shape.block_size, shape.latent_dim, shape.patch_size
+    if job.prefix.ndim != 2 or job.prefix.shape[1] != d or len(job.prefix) % B:
+        raise InvalidRequest(
+            "open.prefix", f"got shape {list(job.prefix.shape)}, expected (n, {d}), n a multiple of {B}"
+        )
+    reserved = job.max_latents or limits.max_context
+    if reserved % B or not len(job.prefix) <= reserved <= limits.max_context:
+        raise InvalidRequest(
+            "open.max_latents",
+            f"got {job.max_latents}, expected a multiple of {B} from the prefix's {len(job.prefix)} to "
+            f"max_context, {limits.max_context}",
+        )
+    if len(job.history_ids) % (B * P):
+        raise InvalidRequest(
+            "open.history_ids", f"got {len(job.history_ids)} ids, expected a multiple of {B * P} (whole blocks)"
+        )
+    if not 0 <= job.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest("open.top_logprobs", f"got {job.top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")
+    if len(job.target_ids) > (reserved - len(job.prefix)) * P:
+        raise InvalidRequest(
+            "open.target_ids",
+            f"got {len(job.target_ids)} ids, expected at most the {(reserved - len(job.prefix)) * P} of this stream",
+        )
+    for name, ids in (("open.history_ids", job.history_ids), ("open.target_ids", job.target_ids)):
+        check_ids(name, ids, shape.vocab_size)
+
+
+def check_ids(field_name: str, ids: Any, vocab_size: int) -> None:
+    """Raise `InvalidRequest` naming the first id outside the vocabulary."""
+    for position, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(field_name, f"id {token} at position {position}; expected 0 to {vocab_size - 1}")

@@ -1,0 +1,153 @@
+"""The encoder's engine: sequences of many calls through one forward pass, long ones in chunks of blocks."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.config import ModelShape
+from colaserve_services.model.kv_cache import KVCache, KVShape, RaggedAttention, Segment
+from colaserve_services.model.text_vae import TextVAEEncoder
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.engine import Engine
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.session import Session
+from colaserve_services.runtime.timings import Timings
+
+MAX_SEQUENCES = 256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Normalised posterior mean and log variance of one sequence, (ceil(L / P), d) float32, on the CPU."""
+
+    latents: Tensor
+    log_variance: Tensor | None
+
+
+class EncoderSession(Session[Encoded]):
+    """One sequence. It needs a cache only when it takes more than one chunk."""
+
+    def __init__(self, engine: "EncoderEngine", ids: Sequence[int], with_variance: bool, deadline: float | None):
+        self._engine, self._with_variance = engine, with_variance
+        P, block = engine.shape.patch_size, engine.shape.patch_size * engine.shape.block_size
+        padding = [engine.pad_id] * (-len(ids) % block)
+        self.ids = torch.tensor([*ids, *padding])
+        self.rows = len(self.ids) // P  # latents, padding included
+        self.length = -(-len(ids) // P)
+        self.chunked = self.rows > engine.limits.chunk
+        super().__init__(
+            kv_bytes=engine.kv_shape.nbytes(self.rows) if self.chunked else 0,
+            work=self.rows,
+            deadline=deadline,
+            on_read=engine.wake,
+        )
+        self.position = 0
+        self._parts: list[tuple[Tensor, Tensor | None]] = []
+
+    def start(self) -> None:
+        self.cache = KVCache(self._engine.kv_shape, self.rows) if self.chunked else None
+        self._engine.observer.tokens(self.length, 0)
+
+    def free(self) -> None:
+        self.cache = None
+
+    def ready(self) -> bool:
+        return not self.finished
+
+    def take(self, mean: Tensor, logvar: Tensor | None) -> None:
+        """The posterior of the next rows."""
+        self._parts.append((mean, logvar))
+        self.position += len(mean)
+        if self.position == self.rows:
+            self._finish()
+
+    def _finish(self) -> None:
+        means, logvars = zip(*self._parts, strict=True)
+        latents = self._engine.model.normalise(torch.cat(means))[: self.length].to("cpu", torch.float32, copy=True)
+        logvar = torch.cat(logvars)[: self.length].to("cpu", copy=True) if self._with_variance else None
+        self.outbox.put(Encoded(latents, logvar))
+        self.outbox.close()
+        self.finished = True
+
+
+class EncoderEngine(Engine[EncoderSession]):
+    """Batches sequences; results do not depend on what they are batched with."""
+
+    def __init__(
+        self,
+        model: TextVAEEncoder,
+        shape: ModelShape,
+        device: DeviceThread,
+        limits: EngineLimits,
+        pad_id: int,
+        observer: EngineObserver | None = None,
+    ):
+        super().__init__(device, limits, observer or EngineObserver())
+        config = model.config
+        self.model, self.shape, self.pad_id = model, shape, pad_id
+        self.has_variance = config.use_variation
+        self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
+
+    async def encode(
+        self, sequences: Sequence[Sequence[int]], *, with_variance: bool = False, deadline: float | None = None
+    ) -> tuple[list[Encoded], Timings]:
+        """Encode 1 to 256 sequences of token ids. Raises `InvalidRequest`, `Overloaded`, `DeadlineExceeded`."""
+        self._check(sequences, with_variance)
+        arrived = time.monotonic()
+        async with AsyncExitStack() as stack:
+            sessions = []
+            for ids in sequences:
+                session = EncoderSession(self, ids, with_variance, deadline)
+                sessions.append(await stack.enter_async_context(self._admitted(session)))
+            results = [result for session in sessions if (result := await session.outbox.get()) is not None]
+        started = min(session.started or arrived for session in sessions)
+        now = time.monotonic()
+        return results, Timings(int((started - arrived) * 1e6), int((now - started) * 1e6))
+
+    def _check(self, sequences: Sequence[Sequence[int]], with_variance: bool) -> None:
+        if not 1 <= len(sequences) <= MAX_SEQUENCES:
+            raise InvalidRequest("sequences", f"got {len(sequences)} sequences, expected 1 to {MAX_SEQUENCES}")
+        if with_variance and not self.has_variance:
+            raise InvalidRequest("with_variance", "this checkpoint has no variance (use_variation is false)")
+        longest, vocabulary = self.limits.max_context * self.shape.patch_size, self.shape.vocab_size
+        for number, ids in enumerate(sequences):
+            if not 1 <= len(ids) <= longest:
+                raise InvalidRequest(
+                    f"sequences[{number}]", f"got {len(ids)} tokens, expected 1 to {longest} (max_context)"
+                )
+            if max(ids) >= vocabulary or min(ids) < 0:
+                raise InvalidRequest(
+                    f"sequences[{number}].ids", f"got an id of {max(ids)}, expected 0 to {vocabulary - 1}"
+                )
+
+    def _forward(self, ready: list[EncoderSession]) -> tuple[int, int]:
+        """The heartbeat: the next rows of as many sequences as one pass takes."""
+        turns = self._turns(ready)
+        P, device = self.shape.patch_size, self.model.device
+        ids = torch.cat([s.ids[s.position * P : (s.position + rows) * P] for s, rows in turns]).to(device)
+        positions = torch.cat([torch.arange(s.position, s.position + rows) for s, rows in turns]).to(device)
+        segments = [Segment(rows, s.position, s.cache) for s, rows in turns]
+        mean, logvar = self.model(ids, positions, RaggedAttention(segments, self.model.config.block_size, device))
+        row = 0
+        for session, rows in turns:
+            part = slice(row, row + rows)
+            session.take(mean[part], None if logvar is None else logvar[part])
+            row += rows
+        return row, len(turns)
+
+    def _turns(self, ready: list[EncoderSession]) -> list[tuple[EncoderSession, int]]:
+        """(session, rows): whole sequences that fit one chunk together, or the next chunk of a long one."""
+        room, turns = self.limits.chunk, []
+        for session in ready:
+            rows = min(session.rows - session.position, self.limits.chunk)
+            if rows > room:
+                break
+            turns.append((session, rows))
+            room -= rows
+        return turns

@@ -1,0 +1,154 @@
+"""Flow matching: the schedule, the solvers and guidance (arXiv:2605.06548 section on sampling; MODEL.md section 4).
+
+A solver is a generator: it yields the points where it wants the velocity, is sent the velocity there, and returns the
+latents at t = 0. It knows neither the network nor the other samples of a batch, so any number of solvers, each at its
+own step of its own schedule, can share one forward pass.
+"""
+
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from colaserve_services.errors import InvalidRequest
+
+TIME_SCALE = 1000.0  # T: the network's time runs from T (noise) to 0 (latents)
+MAX_STEPS = 1000
+
+SolverName = Literal["euler", "ab2", "heun"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A point (z, t) where the velocity is wanted; z: (B, d), t in 0..1000."""
+
+    z: Tensor
+    t: float
+
+
+Solver = Generator[Evaluation, Tensor, Tensor]
+Renoise = Callable[[], Tensor]  # draws (B, d) standard normal values
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a block is carried from noise to latents; the defaults are those of the wire contract's brackets."""
+
+    steps: int = 16
+    guidance_scale: float = 7.0
+    solver: SolverName = "euler"
+    guidance_start: float = 1.0
+    guidance_end: float = 0.0
+    resamples: int = 1
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.steps <= MAX_STEPS, "sampler.steps", self.steps, f"1 to {MAX_STEPS}")
+        _require(0 <= self.guidance_scale <= 1000, "sampler.guidance_scale", self.guidance_scale, "0 to 1000")
+        _require(self.solver in SOLVERS, "sampler.solver", self.solver, " or ".join(SOLVERS))
+        _require(0 <= self.guidance_start <= 1, "sampler.guidance_start", self.guidance_start, "0 to 1")
+        _require(
+            0 <= self.guidance_end <= self.guidance_start,
+            "sampler.guidance_end",
+            self.guidance_end,
+            f"0 to guidance_start, {self.guidance_start}",
+        )
+        _require(1 <= self.resamples <= 100, "sampler.resamples", self.resamples, "1 to 100")
+
+    def guided(self, t: float) -> bool:
+        """Whether the unconditional branch is needed at time t (0..1000)."""
+        return self.guidance_scale != 1 and self.guidance_start >= t / TIME_SCALE > self.guidance_end
+
+    def evaluations(self) -> int:
+        """Velocities that one block takes."""
+        per_step = 2 if self.solver == "heun" else 1
+        return self.resamples * (per_step * self.steps - (per_step - 1))
+
+    def passes(self) -> float:
+        """Rows of B latents that one block sends through the network, both branches counted."""
+        guided = sum(self.guided(t) for t in schedule(self.steps)[:-1]) / self.steps
+        return self.evaluations() * (1 + guided)
+
+
+def _require(holds: bool, field: str, got: object, expected: str) -> None:
+    if not holds:
+        raise InvalidRequest(field, f"got {got}, expected {expected}")
+
+
+def schedule(steps: int) -> list[float]:
+    """t_k = T (1 - k / S) for k = 0..S."""
+    return [TIME_SCALE * (1 - k / steps) for k in range(steps + 1)]
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: v_u + g (v_c - v_u)."""
+    return torch.lerp(unconditional, conditional, scale)
+
+
+def euler(z: Tensor, times: Sequence[float], resamples: int = 1, renoise: Renoise | None = None) -> Solver:
+    """z <- z + (t_next - t) v / T."""
+    for t, t_next in itertools.pairwise(times):
+        for repeat in range(resamples):
+            v = yield Evaluation(z, t)
+            z = z + (t_next - t) / TIME_SCALE * v
+            if repeat < resamples - 1:
+                z = add_noise(z, t, t_next, renoise)
+    return z
+
+
+def adams_bashforth_2(z: Tensor, times: Sequence[float], resamples: int = 1, renoise: Renoise | None = None) -> Solver:
+    """z <- z + (t_next - t) (3/2 v - 1/2 v_previous) / T, evenly spaced times; the first step is Euler's."""
+    previous: Tensor | None = None
+    for t, t_next in itertools.pairwise(times):
+        for repeat in range(resamples):
+            v = yield Evaluation(z, t)
+            slope = v if previous is None else 1.5 * v - 0.5 * previous
+            z = z + (t_next - t) / TIME_SCALE * slope
+            if repeat < resamples - 1:
+                z = add_noise(z, t, t_next, renoise)
+        previous = v
+    return z
+
+
+def heun(z: Tensor, times: Sequence[float], resamples: int = 1, renoise: Renoise | None = None) -> Solver:
+    """The mean of the slopes at both ends of a step; the last step, to t = 0, is Euler's."""
+    for t, t_next in itertools.pairwise(times):
+        for repeat in range(resamples):
+            dt = (t_next - t) / TIME_SCALE
+            v = yield Evaluation(z, t)
+            if t_next > 0:
+                v = (v + (yield Evaluation(z + dt * v, t_next))) / 2
+            z = z + dt * v
+            if repeat < resamples - 1:
+                z = add_noise(z, t, t_next, renoise)
+    return z
+
+
+SOLVERS: dict[str, Callable[[Tensor, Sequence[float], int, Renoise | None], Solver]] = {
+    "euler": euler,
+    "ab2": adams_bashforth_2,
+    "heun": heun,
+}
+
+
+def solve(noise: Tensor, settings: SamplerSettings, renoise: Renoise | None = None) -> Solver:
+    """The solver of `settings`, about to start from `noise` at t = T."""
+    return SOLVERS[settings.solver](noise, schedule(settings.steps), settings.resamples, renoise)
+
+
+def add_noise(z: Tensor, t: float, t_next: float, renoise: Renoise | None) -> Tensor:
+    """RePaint's way back from t_next to t (arXiv:2201.09865, here for z_t = (1 - t) z_0 + t z_1).
+
+    a z + sqrt(u^2 - (a w)^2) eps with u = t/T, w = t_next/T, a = (1 - u) / (1 - w).
+    """
+    assert renoise is not None, "resamples above 1 need a source of noise"
+    u, w = t / TIME_SCALE, t_next / TIME_SCALE
+    a = (1 - u) / (1 - w)
+    return a * z + max(u * u - (a * w) ** 2, 0.0) ** 0.5 * renoise()
+
+
+def block_seed(base_seed: int, sample_id: int, block: int) -> int:
+    """Seed of the CPU generator of one block's noise: base_seed + 1_000 sample_id + 10_000_000 block."""
+    return base_seed + 1_000 * sample_id + 10_000_000 * block

@@ -1,0 +1,67 @@
+"""adaLN tables: what the time does to every layer, computed once per time value and looked up at every step.
+
+The modulation Linears are a third of the DiT's weights; with the table they are not read while sampling.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from colaserve_services.model.dit import DiT, Modulation
+
+_BUDGET_BYTES = 256 << 20
+
+
+class ModulationTable:
+    """Rows (layers, 6, D) and (2, D) for each time in use; the least recently used rows are given up."""
+
+    def __init__(self, dit: DiT, device: torch.device, budget_bytes: int = _BUDGET_BYTES):
+        self._dit, self._device = dit, device
+        layers, dim = dit.config.num_layers, dit.config.txt_dim
+        row_bytes = 4 * dim * (6 * layers + 2)
+        self.capacity = max(64, min(2048, budget_bytes // row_bytes))
+        self._layers = torch.empty(layers, self.capacity, 6, dim, device=device)
+        self._output = torch.empty(self.capacity, 2, dim, device=device)
+        self._rows: OrderedDict[float, int] = OrderedDict()
+
+    def prepare(self, times: Iterable[float]) -> None:
+        """Compute the rows of a schedule in one pass over the modulation weights, as far as there is room."""
+        self.rows(list(dict.fromkeys(times))[: self.capacity // 2])
+
+    def rows(self, times: Sequence[float]) -> list[int]:
+        """The row of each time; missing ones are computed. At most `capacity` different times."""
+        missing = []
+        for t in times:
+            if t in self._rows:
+                self._rows.move_to_end(t)
+            elif t not in missing:
+                missing.append(t)
+        if missing:
+            self._compute(missing)
+        return [self._rows[t] for t in times]
+
+    def _compute(self, times: list[float]) -> None:
+        slots = [self._slot(t) for t in times]
+        index = torch.tensor(slots, device=self._device)
+        e = self._dit.emb_in(torch.tensor(times, dtype=torch.float32, device=self._device))
+        for layer, block in enumerate(self._dit.blocks):
+            m = block.modulation(e)
+            rows = (m.attn_shift, m.attn_scale, m.attn_gate, m.mlp_shift, m.mlp_scale, m.mlp_gate)
+            self._layers[layer].index_copy_(0, index, torch.stack(rows, dim=1))
+        self._output.index_copy_(0, index, torch.stack(self._dit.output_modulation(e), dim=1))
+
+    def _slot(self, t: float) -> int:
+        slot = len(self._rows) if len(self._rows) < self.capacity else self._rows.popitem(last=False)[1]
+        self._rows[t] = slot
+        return slot
+
+    def layer(self, layer: int, index: Tensor) -> Modulation:
+        """Modulation of rows index: (...) gives tensors of (..., D)."""
+        return Modulation(*self._layers[layer][index].unbind(-2))
+
+    def output(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """shift and 1 + scale of the last norm for rows index: (...) gives (..., D) each."""
+        shift, scale = self._output[index].unbind(-2)
+        return shift, scale

@@ -1,0 +1,184 @@
+"""The prior's engine: one forward pass serves blocks of many runs, each at its own step, both guidance branches."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colaserve_services.model.config import ModelShape
+from colaserve_services.model.dit import DiT
+from colaserve_services.model.flow import schedule
+from colaserve_services.model.kv_cache import KVCache, KVShape, RaggedAttention, Segment
+from colaserve_services.model.modulation import ModulationTable
+from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.engine import Engine
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.session import Session
+from colaserve_services.runtime.timings import Timings
+
+
+@dataclass(frozen=True)
+class SampledBlock:
+    """A written block: latents (B, d), float32, on the CPU."""
+
+    index: int
+    latents: Tensor
+    timings: Timings
+
+
+class PriorSession(Session[SampledBlock]):
+    """A run, its KV cache, and the blocks that wait to be read; iterate over it for the blocks."""
+
+    def __init__(self, engine: "PriorEngine", job: SampleJob, deadline: float | None):
+        self._engine, self.job = engine, job
+        B = engine.shape.block_size
+        context = context_blocks(job, B)
+        self._positions = B * (context + job.max_blocks)
+        super().__init__(
+            kv_bytes=engine.kv_shape.nbytes(self._positions),
+            work=B * (context + job.max_blocks * job.sampler.passes()),
+            deadline=deadline,
+            on_read=engine.wake,
+        )
+        self._since = self.arrived  # when work on the current block became possible
+
+    def start(self) -> None:
+        engine = self._engine
+        self.cache: KVCache | None = KVCache(engine.kv_shape, self._positions)
+        canvas = Canvas.of(self.job, engine.shape.block_size)
+        self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
+        engine.table.prepare([*schedule(self.job.sampler.steps), 0.0])
+        engine.observer.tokens(canvas.context.shape[0] * engine.shape.block_size, 0)
+        self.deliver()
+
+    def free(self) -> None:
+        self.cache = None
+
+    def ready(self) -> bool:
+        return not self.finished and self.outbox.unread < self._engine.limits.run_ahead
+
+    def deliver(self) -> None:
+        """Hand over completed blocks; given ones follow each other without a pass."""
+        run = self.run
+        while run.finished is not None:
+            index = self.job.first_block + run.block
+            latents = run.take_finished().to("cpu", torch.float32, copy=True)
+            now = time.monotonic()
+            self._engine.observer.block(now - self._since, first=run.block == 1)
+            self._engine.observer.tokens(0, len(latents))
+            self.outbox.put(SampledBlock(index, latents, self.timings(self._since)))
+            self._since = now
+        if run.done:
+            self.finished = True
+            self.outbox.close()
+
+    async def __aiter__(self) -> AsyncIterator[SampledBlock]:
+        while (block := await self.outbox.get()) is not None:
+            yield block
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What one session sends through a pass: blocks to commit, then, once all are in, its current point."""
+
+    session: PriorSession
+    commits: int  # uncommitted blocks that go into the cache
+    point: Tensor | None  # (B, d): where the velocity is wanted
+    guided: bool
+    latents: list[Tensor]  # the commits, then the point
+    segment: Segment
+
+    @classmethod
+    def of(cls, session: PriorSession, commits: int) -> "_Turn":
+        run = session.run
+        complete = commits == len(run.uncommitted)
+        point = run.current_latents() if complete else None
+        latents = run.uncommitted[:commits] + ([] if point is None else [point])
+        segment = Segment(run.block_size * len(latents), run.block_size * run.committed, session.cache)
+        return cls(session, commits, point, complete and run.guided, latents, segment)
+
+
+class PriorEngine(Engine[PriorSession]):
+    """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
+
+    def __init__(
+        self,
+        model: DiT,
+        shape: ModelShape,
+        device: DeviceThread,
+        limits: EngineLimits,
+        observer: EngineObserver | None = None,
+    ):
+        super().__init__(device, limits, observer or EngineObserver())
+        config = model.config
+        self.model, self.shape = model, shape
+        self.kv_shape = KVShape(config.num_layers, config.heads, config.head_dim, model.dtype, model.device)
+        self.table = ModulationTable(model, model.device)
+
+    def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
+        """Hold a run while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
+        check_job(job, self.shape, self.limits)
+        return self._admitted(PriorSession(self, job, deadline))
+
+    def _forward(self, ready: list[PriorSession]) -> tuple[int, int]:
+        """The heartbeat: gather what every session needs next, one pass for all, hand the velocities back."""
+        turns = self._turns(ready)
+        velocities = self._velocities(turns)
+        evaluated = [turn for turn in turns if turn.point is not None]
+        guided = [turn for turn in turns if turn.guided]
+        conditional, unconditional = velocities[: len(evaluated)], iter(velocities[len(evaluated) :])
+        for turn in turns:
+            turn.session.run.commit(turn.commits)
+        for turn, velocity in zip(evaluated, conditional, strict=True):
+            turn.session.run.advance(velocity, next(unconditional) if turn.guided else None)
+            turn.session.deliver()
+        return self.shape.block_size * (sum(len(turn.latents) for turn in turns) + len(guided)), len(turns)
+
+    def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
+        """Every sampling session; contexts share what room a pass has for them, first come, first served."""
+        sampling = sum(len(session.run.uncommitted) <= 1 for session in ready)
+        room = max(1, sampling if sampling else self.limits.chunk // self.shape.block_size)
+        turns = []
+        for session in ready:
+            waiting = session.run.uncommitted
+            count = len(waiting) if len(waiting) <= 1 else min(room, len(waiting))
+            room -= count if len(waiting) > 1 else 0
+            if count or not waiting:
+                turns.append(_Turn.of(session, count))
+        return turns
+
+    def _velocities(self, turns: list[_Turn]) -> Tensor:
+        """One pass. Block rows: for each turn its latents, then the unconditional points. (points, B, d), float32."""
+        B, model = self.shape.block_size, self.model
+        alone = [turn.point for turn in turns if turn.guided and turn.point is not None]
+        segments = [turn.segment for turn in turns] + [Segment(B)] * len(alone)
+        starts = [segment.start + i for segment in segments for i in range(0, segment.rows, B)]
+        positions = torch.tensor(starts, device=model.device)[:, None] + torch.arange(B, device=model.device)
+        index, points = self._times(turns)
+
+        attend = RaggedAttention(segments, B, model.device)
+        rotary = model.rotary(positions)
+        x = model.txt_in(torch.stack([z for turn in turns for z in turn.latents] + alone)).float()
+        for layer, block in enumerate(model.blocks):
+            x = block(x, self.table.layer(layer, index), rotary, attend)
+        return model.velocity(x[points], self.table.output(index[points]))
+
+    def _times(self, turns: list[_Turn]) -> tuple[Tensor, Tensor]:
+        """Modulation rows of every block row, (rows, 1), or (rows, B) if any position is pinned; rows of the points."""
+        runs: list[SamplingRun | None] = []  # None: a block at t = 0
+        for turn in turns:
+            runs += [None] * turn.commits + ([] if turn.point is None else [turn.session.run])
+        runs += [turn.session.run for turn in turns if turn.guided]
+        device, points = self.model.device, [row for row, run in enumerate(runs) if run]
+        zero, *rows = self.table.rows([0.0, *(run.time if run else 0.0 for run in runs)])
+        index = torch.tensor(rows, device=device)[:, None]
+        if any(run.pinned is not None for run in runs if run):
+            never = torch.zeros(self.shape.block_size, dtype=torch.bool, device=device)
+            pinned = torch.stack([never if run is None or run.pinned is None else run.pinned for run in runs])
+            index = torch.where(pinned, zero, index)
+        return index, torch.tensor(points, dtype=torch.int64, device=device)

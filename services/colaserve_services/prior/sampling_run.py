@@ -1,0 +1,233 @@
+"""One run of the prior over a canvas: which latents are context, which block is at which step, what comes next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.config import ModelShape
+from colaserve_services.model.flow import (
+    Evaluation,
+    Renoise,
+    SamplerSettings,
+    block_seed,
+    guide,
+    solve,
+)
+from colaserve_services.runtime.limits import EngineLimits
+
+MAX_SEED = 1 << 63
+MAX_SAMPLE_ID = 10_000
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """What a caller asks for; see SampleRequest in prior.proto for the meaning of each field."""
+
+    latents: Tensor  # (n, d) float32: the canvas
+    max_blocks: int
+    open: Sequence[tuple[int, int]] = ()
+    first_block: int = 0
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    base_seed: int | None = None
+    sample_id: int = 0
+    noise: Tensor | None = None  # (max_blocks, B, d) float32, instead of base_seed
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A job's canvas cut into blocks of B."""
+
+    context: Tensor  # (blocks, B, d): the leading blocks without an open position
+    values: Tensor  # (max_blocks, B, d): known latents of the blocks to write, 0 where open
+    known: Tensor  # (max_blocks, B) bool
+
+    @classmethod
+    def of(cls, job: SampleJob, block_size: int) -> "Canvas":
+        """Cut the canvas of a job that `check_job` has passed."""
+        n, d = job.latents.shape
+        context = context_blocks(job, block_size)
+        known = torch.zeros((context + job.max_blocks) * block_size, dtype=torch.bool)
+        known[:n] = True
+        for start, end in job.open:
+            known[start:end] = False
+        values = torch.zeros(len(known), d)
+        values[:n] = job.latents
+        values.masked_fill_(~known[:, None], 0.0)
+        values, known = values.view(-1, block_size, d), known.view(-1, block_size)
+        return cls(values[:context], values[context:], known[context:])
+
+
+def context_blocks(job: SampleJob, block_size: int) -> int:
+    """The leading blocks without an open position."""
+    known = job.open[0][0] if job.open else len(job.latents)
+    return known // block_size
+
+
+def check_job(job: SampleJob, shape: ModelShape, limits: EngineLimits) -> None:
+    """Raise `InvalidRequest` naming the field of a job that this model and these limits cannot do."""
+    B, d = shape.block_size, shape.latent_dim
+    if job.latents.ndim != 2 or job.latents.shape[1] != d:
+        raise InvalidRequest("canvas.latents", f"got shape {list(job.latents.shape)}, expected (n, {d})")
+    if not 1 <= job.max_blocks <= limits.max_context // B:
+        raise InvalidRequest("max_blocks", f"got {job.max_blocks}, expected 1 to {limits.max_context // B}")
+    if job.noise is not None:
+        _check_noise(job, (job.max_blocks, B, d))
+    else:
+        _check_seed(job)
+    _check_spans(job.open, len(job.latents))
+    _check_extent(job, B, limits.max_context)
+
+
+def _check_spans(spans: Sequence[tuple[int, int]], n: int) -> None:
+    last = 0
+    for start, end in spans:
+        if not last <= start < end <= n:
+            raise InvalidRequest(
+                "canvas.open",
+                f"got [{start}, {end}), expected ascending, disjoint, non-empty spans within {n} positions",
+            )
+        last = end
+
+
+def _check_extent(job: SampleJob, block_size: int, max_context: int) -> None:
+    n, context = len(job.latents), context_blocks(job, block_size)
+    positions = (context + job.max_blocks) * block_size
+    if n > positions:
+        raise InvalidRequest(
+            "max_blocks", f"{n} given positions do not fit {context} context blocks and {job.max_blocks} to write"
+        )
+    if positions > max_context:
+        raise InvalidRequest(
+            "max_blocks",
+            f"{context} context blocks and {job.max_blocks} to write are {positions} latent positions; "
+            f"max_context is {max_context}",
+        )
+
+
+def _check_noise(job: SampleJob, expected: tuple[int, int, int]) -> None:
+    assert job.noise is not None
+    if job.noise.shape != expected:
+        raise InvalidRequest(
+            "noise", f"got shape {list(job.noise.shape)}, expected {list(expected)} (max_blocks, B, latent_dim)"
+        )
+    if job.sampler.resamples > 1:
+        raise InvalidRequest("sampler.resamples", f"got {job.sampler.resamples}; above 1 it needs a seed, not noise")
+
+
+def _check_seed(job: SampleJob) -> None:
+    if job.base_seed is None:
+        raise InvalidRequest("noise_source", "neither seed nor noise is set")
+    if not 0 <= job.sample_id < MAX_SAMPLE_ID:
+        raise InvalidRequest("seed.sample_id", f"got {job.sample_id}, expected 0 to {MAX_SAMPLE_ID - 1}")
+    highest = block_seed(job.base_seed, job.sample_id, job.first_block + job.max_blocks - 1)
+    if not 0 <= job.base_seed <= highest < MAX_SEED:
+        raise InvalidRequest(
+            "seed.base_seed", f"got {job.base_seed}; with sample_id and block added it must stay below 2^63"
+        )
+
+
+class SamplingRun:
+    """The state of a run between forward passes.
+
+    `uncommitted` blocks have final latents that are not in the KV cache yet: the context at first, later the block
+    written last. They go into the cache with the next pass, which is how a commit costs no pass of its own.
+    """
+
+    def __init__(self, job: SampleJob, canvas: Canvas, device: torch.device):
+        self.job, self.settings, self._device = job, job.sampler, device
+        self.values, self.known = canvas.values.to(device), canvas.known.to(device)
+        self.block_size = canvas.values.shape[1]
+        self._pinned_blocks = canvas.known.any(dim=1).tolist()
+        self._given_blocks = canvas.known.all(dim=1).tolist()
+        self.uncommitted: list[Tensor] = list(canvas.context.to(device))
+        self.committed = 0  # blocks in the KV cache
+        self.block = -1  # row of `values` that is being written
+        self.finished: Tensor | None = None  # latents of the block just completed, (B, d), until taken
+        self.point: Evaluation | None = None
+        self._next_block()
+
+    @property
+    def done(self) -> bool:
+        return self.block >= self.job.max_blocks
+
+    @property
+    def pinned(self) -> Tensor | None:
+        """(B,) bool: known positions of the current block; None if there are none."""
+        return self.known[self.block] if self._pinned_blocks[self.block] else None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the current point needs the unconditional branch. Without history both branches are the same."""
+        has_history = self.committed + len(self.uncommitted) > 0
+        return self.point is not None and has_history and self.settings.guided(self.point.t)
+
+    @property
+    def time(self) -> float:
+        """t of the current point's open positions; the pinned ones are at 0."""
+        assert self.point is not None
+        return self.point.t
+
+    def current_latents(self) -> Tensor:
+        """z of the current point, known positions set: (B, d)."""
+        assert self.point is not None
+        return self._pin(self.point.z)
+
+    def _pin(self, z: Tensor) -> Tensor:
+        if self.pinned is None:
+            return z
+        return torch.where(self.pinned[:, None], self.values[self.block], z)
+
+    def commit(self, count: int) -> None:
+        """The first `count` uncommitted blocks are in the cache now."""
+        del self.uncommitted[:count]
+        self.committed += count
+
+    def advance(self, conditional: Tensor, unconditional: Tensor | None) -> None:
+        """Take the velocities, (B, d), at the current point and move on to the next."""
+        v = conditional
+        if unconditional is not None:
+            v = guide(conditional, unconditional, self.settings.guidance_scale)
+        try:
+            self.point = self._solver.send(v)
+        except StopIteration as stop:
+            self._complete(stop.value)
+
+    def take_finished(self) -> Tensor:
+        """The block just completed, (B, d); the next one has begun."""
+        latents, self.finished = self.finished, None
+        assert latents is not None
+        self._next_block()
+        return latents
+
+    def _complete(self, z: Tensor) -> None:
+        self.finished = self._pin(z)
+        self.uncommitted.append(self.finished)
+        self.point = None
+
+    def _next_block(self) -> None:
+        self.block += 1
+        if self.done:
+            return
+        if self._given_blocks[self.block]:
+            self._complete(self.values[self.block])
+            return
+        noise, renoise = self._noise()
+        self._solver = solve(noise, self.settings, renoise)
+        self.point = next(self._solver)
+
+    def _noise(self) -> tuple[Tensor, Renoise | None]:
+        """The block's initial noise, (B, d), and where more comes from: always drawn on the CPU."""
+        job = self.job
+        if job.noise is not None:
+            return job.noise[self.block].to(self._device), None
+        assert job.base_seed is not None
+        seed = block_seed(job.base_seed, job.sample_id, job.first_block + self.block)
+        generator, shape = torch.Generator().manual_seed(seed), self.values.shape[1:]
+
+        def draw() -> Tensor:
+            return torch.randn(shape, generator=generator).to(self._device)
+
+        return draw(), draw

@@ -1,0 +1,77 @@
+"""The one thread of a process that computes on its device."""
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """Something that the device thread works for."""
+
+    def step(self) -> bool:
+        """Do one bounded piece of work; False if there was none."""
+
+    def next_deadline(self) -> float | None:
+        """When (time.monotonic) a look is due even if nobody wakes the thread."""
+
+    def fail(self, error: Exception) -> None:
+        """End all that is held with this error: a step failed in a way that is not a caller's fault."""
+
+
+class DeviceThread:
+    """Takes turns among workers: each gets one step, in the order of registration, then the next round begins.
+
+    Several threads that each compute with torch on a CPU fight through their OpenMP teams, so whatever roles live in a
+    process, one thread computes for all of them. Register encoder and decoder before the prior: their steps are short.
+    """
+
+    def __init__(self, name: str = "device"):
+        self._workers: list[Worker] = []
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def register(self, worker: Worker) -> None:
+        """Add a worker; before `start`."""
+        self._workers.append(worker)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the running step; what is in flight is abandoned. Idempotent."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """There may be work, or something to free. Any thread."""
+        self._wake.set()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            if not self._round():
+                self._wake.wait(self._patience())
+
+    def _round(self) -> bool:
+        worked = False
+        for worker in self._workers:
+            try:
+                worked |= worker.step()
+            except Exception as error:
+                log.exception("a step failed; its sessions end")
+                worker.fail(error)
+                worked = True
+        return worked
+
+    def _patience(self) -> float | None:
+        due = [deadline for worker in self._workers if (deadline := worker.next_deadline()) is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None

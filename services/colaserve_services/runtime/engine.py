@@ -1,0 +1,166 @@
+"""Admission and turn-taking, common to the three engines."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
+
+from colaserve_services.errors import ColaserveError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.limits import EngineLimits, Load
+from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.session import Session
+
+S = TypeVar("S", bound=Session[Any])
+
+_SMOOTHING = 0.1  # weight of a new step in the running estimate of the work rate
+
+
+class Engine(Generic[S]):
+    """Sessions wait in order of arrival, run together while slots and KV memory last, and leave between steps."""
+
+    def __init__(self, device: DeviceThread, limits: EngineLimits, observer: EngineObserver):
+        self.limits = limits
+        self.observer = observer
+        self._device = device
+        self._lock = threading.Lock()  # guards the four below
+        self._waiting: deque[S] = deque()
+        self._running: list[S] = []
+        self._kv_used = 0
+        self._work_queued = 0.0
+        self._work_rate = 0.0  # work units a second, running estimate
+        device.register(self)
+
+    def wake(self) -> None:
+        """A session may have become ready."""
+        self._device.wake()
+
+    def load(self) -> Load:
+        with self._lock:
+            return Load(len(self._running), len(self._waiting), self._kv_used)
+
+    # The caller's side: any event loop.
+
+    @asynccontextmanager
+    async def _admitted(self, session: S) -> AsyncIterator[S]:
+        """Hold a session while inside; leaving frees it, however one leaves. Raises `Overloaded`, `InvalidRequest`."""
+        self._admit(session)
+        try:
+            yield session
+        finally:
+            session.cancel()
+            self._device.wake()
+
+    def _admit(self, session: S) -> None:
+        if session.kv_bytes > self.limits.kv_bytes:
+            raise InvalidRequest(
+                "max_blocks", f"needs {session.kv_bytes} bytes of KV cache, the whole budget is {self.limits.kv_bytes}"
+            )
+        with self._lock:
+            if len(self._waiting) + len(self._running) >= self.limits.max_running + self.limits.max_waiting:
+                refusal = Overloaded(f"{len(self._waiting)} sessions wait already", self._retry_after())
+            else:
+                refusal = None
+                self._waiting.append(session)
+                self._work_queued += session.work
+        if refusal is not None:
+            self.observer.refused("queue")
+            raise refusal
+        self._device.wake()
+
+    def _retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free: the queue's work over the measured rate, a share."""
+        if self._work_rate == 0:
+            return 1.0
+        places = max(1, len(self._waiting) + len(self._running))
+        return min(60.0, max(0.1, self._work_queued / self._work_rate / places))
+
+    # The device thread's side.
+
+    def step(self) -> bool:
+        """Let sessions leave and join, then bring those that are ready one forward pass on."""
+        self._release_ended()
+        self._start_waiting()
+        ready = [session for session in self._running if session.ready()]
+        if not ready:
+            return False
+        started = time.monotonic()
+        rows, sessions = self._forward(ready)
+        seconds = time.monotonic() - started
+        self._record_rate(rows, seconds)
+        self.observer.stepped(seconds, rows, sessions)
+        self._release_ended()
+        return True
+
+    def _forward(self, ready: list[S]) -> tuple[int, int]:
+        """One pass for (a fair part of) the ready sessions; rows computed and sessions served."""
+        raise NotImplementedError
+
+    def next_deadline(self) -> float | None:
+        with self._lock:
+            deadlines = [s.deadline for s in (*self._waiting, *self._running) if s.deadline is not None]
+        return min(deadlines, default=None)
+
+    def fail(self, error: Exception) -> None:
+        """End every session: a step failed, so the state of the running ones is unknown."""
+        told = error if isinstance(error, ColaserveError) else Unavailable(f"the engine failed: {type(error).__name__}")
+        for session in self._sessions():
+            session.outbox.fail(told)
+            session.finished = True
+        self._release_ended()
+
+    def _sessions(self) -> list[S]:
+        with self._lock:
+            return [*self._waiting, *self._running]
+
+    def _release_ended(self) -> None:
+        now = time.monotonic()
+        for session in self._sessions():
+            if session.deadline is not None and now >= session.deadline and not session.finished:
+                session.outbox.fail(DeadlineExceeded("the deadline passed before the work was done"))
+                session.finished = True
+                self.observer.refused("deadline")
+            if session.cancelled or session.finished:
+                self._release(session)
+
+    def _release(self, session: S) -> None:
+        with self._lock:
+            self._work_queued = max(0.0, self._work_queued - session.work)
+            if session in self._running:
+                self._running.remove(session)
+                self._kv_used -= session.kv_bytes
+            else:
+                self._waiting.remove(session)
+        session.finished = True
+        session.free()
+        self._report()
+
+    def _start_waiting(self) -> None:
+        while (session := self._next_to_start()) is not None:
+            session.started = time.monotonic()
+            session.start()
+            self._report()
+
+    def _next_to_start(self) -> S | None:
+        """First come, first served: a large session at the head waits for room rather than being overtaken for ever."""
+        with self._lock:
+            if not self._waiting or len(self._running) >= self.limits.max_running:
+                return None
+            session = self._waiting[0]
+            if self._kv_used + session.kv_bytes > self.limits.kv_bytes:
+                return None
+            self._waiting.popleft()
+            self._running.append(session)
+            self._kv_used += session.kv_bytes
+            return session
+
+    def _report(self) -> None:
+        load = self.load()
+        self.observer.queued(load.waiting, load.running)
+        self.observer.kv(load.kv_bytes_used, self.limits.kv_bytes)
+
+    def _record_rate(self, rows: int, seconds: float) -> None:
+        rate = rows / max(seconds, 1e-6)
+        self._work_rate += (rate - self._work_rate) * (_SMOOTHING if self._work_rate else 1.0)

@@ -1,0 +1,24 @@
+"""What an engine takes at most, and how busy it is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Bounds of one engine."""
+
+    max_context: int = 8192  # latent positions of a session, prompt and generation together
+    max_running: int = 32  # sessions that share forward passes
+    max_waiting: int = 256  # sessions that may wait; one more is refused
+    kv_bytes: int = 2 << 30  # KV budget in bytes
+    run_ahead: int = 2  # blocks that may wait unread before a session pauses
+    chunk: int = 512  # latents of context that one forward pass takes while no session is sampling
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy an engine is at this moment."""
+
+    running: int
+    waiting: int
+    kv_bytes_used: int

@@ -1,0 +1,26 @@
+"""What an engine tells those who watch it."""
+
+
+class EngineObserver:
+    """Does nothing; subclasses record. Called on the device thread, except `refused`; must be quick."""
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        """One forward pass over `rows` latent positions of `sessions` sessions took `seconds`."""
+
+    def queued(self, waiting: int, running: int) -> None:
+        """The queue or the set of running sessions changed."""
+
+    def kv(self, used_bytes: int, budget_bytes: int) -> None:
+        """KV memory was reserved or freed."""
+
+    def block(self, seconds: float, first: bool) -> None:
+        """A block was finished: seconds since the session arrived (first) or since its block before."""
+
+    def tokens(self, count_in: int, count_out: int) -> None:
+        """Latent positions taken in as context and written out."""
+
+    def prefix_cache(self, hits: int, misses: int, bytes_held: int) -> None:
+        """Leading blocks found and not found in the prefix cache by one session; bytes it holds now."""
+
+    def refused(self, reason: str) -> None:
+        """A session was turned away: "queue", "kv" or "deadline"."""

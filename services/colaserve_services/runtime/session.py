@@ -1,0 +1,87 @@
+"""A session: what one caller holds in an engine, and the way its results go back to the caller's event loop."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from colaserve_services.runtime.timings import Timings
+
+T = TypeVar("T")
+
+
+class Outbox(Generic[T]):
+    """Results on their way from the device thread to one asyncio reader; ends with a close or an error."""
+
+    def __init__(self, on_read: Callable[[], None] = lambda: None):
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
+        self._on_read = on_read
+        self._lock = threading.Lock()
+        self.unread = 0
+
+    def put(self, item: T) -> None:
+        with self._lock:
+            self.unread += 1
+        self._post(item)
+
+    def close(self) -> None:
+        self._post(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._post(error)
+
+    def _post(self, item: T | BaseException | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        except RuntimeError:  # the reader's loop is closed: nobody waits any more
+            return
+
+    async def get(self) -> T | None:
+        """The next result; None when there are no more. Raises what the session failed with."""
+        item = await self._queue.get()
+        if item is None or isinstance(item, BaseException):
+            self._queue.put_nowait(item)  # later reads end the same way
+            if item is not None:
+                raise item
+            return None
+        with self._lock:
+            self.unread -= 1
+        self._on_read()
+        return item
+
+
+class Session(Generic[T]):
+    """Base of the engines' sessions. Made on the event loop; everything but `cancel` then belongs to the device thread.
+
+    `kv_bytes` is what the session reserves while it runs, `work` how much it will compute in the engine's own unit.
+    """
+
+    def __init__(self, *, kv_bytes: int, work: float, deadline: float | None, on_read: Callable[[], None]):
+        self.kv_bytes, self.work, self.deadline = kv_bytes, work, deadline
+        self.outbox: Outbox[T] = Outbox(on_read)
+        self.arrived = time.monotonic()
+        self.started: float | None = None
+        self.cancelled = False
+        self.finished = False
+
+    def cancel(self) -> None:
+        """The caller is gone. Any thread; the device thread frees the session before its next step."""
+        self.cancelled = True
+
+    def start(self) -> None:
+        """Take memory; called once, when the session is admitted to the running set."""
+
+    def free(self) -> None:
+        """Give memory back; called once, also for a session that never started."""
+
+    def ready(self) -> bool:
+        """Whether a forward pass would bring this session on."""
+        return True
+
+    def timings(self, since: float) -> Timings:
+        """Of a result finished now whose work was first possible at `since`."""
+        started = self.started if self.started is not None else since
+        begin = max(started, since)
+        return Timings(int((begin - since) * 1e6), int((time.monotonic() - begin) * 1e6))

@@ -1,0 +1,41 @@
+"""Shared by all tests: the golden checkpoints and their recorded numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN_NAMES = ("tiny_b4", "tiny_b4_vae1", "tiny_b16_scaled")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden checkpoint: its folder, golden.json and the recorded tensors."""
+
+    directory: Path
+    meta: dict[str, Any]
+    tensors: dict[str, Any]
+
+
+def load_golden(name: str) -> Golden:
+    from safetensors.torch import load_file
+
+    directory = GOLDEN / name
+    return Golden(
+        directory,
+        json.loads((directory / "golden.json").read_text(encoding="utf-8")),
+        load_file(directory / "golden.safetensors"),
+    )
+
+
+@pytest.fixture(params=GOLDEN_NAMES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture
+def tiny() -> Golden:
+    return load_golden("tiny_b4")

@@ -1,0 +1,43 @@
+"""The three engines on a golden checkpoint, on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from colaserve_services.decoder.engine import DecoderEngine
+from colaserve_services.encoder.engine import EncoderEngine
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.prior.engine import PriorEngine
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.limits import EngineLimits
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Engines:
+    encoder: EncoderEngine
+    decoder: DecoderEngine
+    prior: PriorEngine
+    device: DeviceThread = field(repr=False)
+
+
+@contextmanager
+def engines(
+    directory: Path, limits: EngineLimits | None = None, dtype: torch.dtype = torch.float32, pad_id: int = 2
+) -> Iterator[Engines]:
+    torch.set_num_threads(1)
+    checkpoint, device = Checkpoint.open(directory), DeviceThread()
+    limits = limits or EngineLimits(max_context=512)
+    shape = checkpoint.shape
+    encoder = EncoderEngine(checkpoint.load_encoder(CPU, dtype), shape, device, limits, pad_id)
+    decoder = DecoderEngine(checkpoint.load_decoder(CPU, dtype), shape, device, limits)
+    prior = PriorEngine(checkpoint.load_prior(CPU, dtype), shape, device, limits)
+    device.start()
+    try:
+        yield Engines(encoder, decoder, prior, device)
+    finally:
+        device.stop()

@@ -1,0 +1,113 @@
+"""The engines give the recorded numbers, whatever they batch, chunk or cache."""
+
+import asyncio
+
+import pytest
+import torch
+from tests.conftest import Golden
+from tests.services.engines.conftest import Engines, engines
+from torch import Tensor
+
+from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.sampling import SamplingSettings
+from colaserve_services.prior.engine import SampledBlock
+from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.runtime.limits import EngineLimits
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+async def sample(stages: Engines, job: SampleJob) -> list[SampledBlock]:
+    async with stages.prior.session(job) as session:
+        return [block async for block in session]
+
+
+def tokenize(golden: Golden, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(golden.directory / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("chunk", [512, 32], ids=["whole", "in_chunks"])
+async def test_encoder_gives_the_recorded_latents(golden: Golden, chunk: int) -> None:
+    ids = [golden.tensors[f"encode.ids.{i}"] for i in range(3)]
+    with engines(golden.directory, EngineLimits(max_context=512, chunk=chunk)) as stages:
+        results, _ = await stages.encoder.encode([x.tolist() for x in ids], with_variance=True)
+        normalise = stages.encoder.model.normalise
+        for i, result in enumerate(results):
+            assert relative(result.latents, normalise(golden.tensors[f"encode.mean.{i}"])) < 5e-6
+            assert result.log_variance is not None
+            assert relative(result.log_variance, golden.tensors[f"encode.logvar.{i}"]) < 5e-6
+
+
+@pytest.mark.parametrize("chunk", [512, 16], ids=["whole", "in_chunks"])
+async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_prefix(golden: Golden, chunk: int) -> None:
+    with engines(golden.directory, EngineLimits(max_context=512, chunk=chunk)) as stages:
+        B, P = stages.decoder.shape.block_size, stages.decoder.shape.patch_size
+        lengths = golden.tensors["decode.lengths"].tolist()
+        latents = golden.tensors["decode.latents"].split(lengths)
+        logits = golden.tensors["decode.logits"].split([n * P for n in lengths])
+
+        async def decode(i: int, prefix: int) -> None:
+            job = DecodeJob(prefix=latents[i][:prefix], with_logits=True)
+            async with stages.decoder.session(job) as session:
+                for start in range(prefix, lengths[i], B):
+                    block = await session.decode(latents[i][start : start + B])
+                    assert block.logits is not None
+                    assert relative(block.logits, logits[i][start * P : (start + B) * P]) < 5e-6
+
+        await asyncio.gather(*(decode(i, prefix) for i in range(len(lengths)) for prefix in (0, lengths[i] - B)))
+
+
+@pytest.mark.parametrize("limits", [EngineLimits(max_context=512), EngineLimits(max_context=512, chunk=16)])
+async def test_generation_gives_the_recorded_blocks_and_tokens(golden: Golden, limits: EngineLimits) -> None:
+    with engines(golden.directory, limits) as stages:
+        for case in golden.meta["cases"]:
+            await asyncio.gather(*(check_generation(stages, golden, case, s) for s in range(len(case["prompts"]))))
+
+
+async def check_generation(stages: Engines, golden: Golden, case: dict, sample_id: int) -> None:
+    B, P = stages.prior.shape.block_size, stages.prior.shape.patch_size
+    params, name = case["params"], f"gen{case['index']}"
+    ids = tokenize(golden, case["prompts"][sample_id])
+    assert len(ids) == case["prompt_lengths"][sample_id]
+    (encoded,), _ = await stages.encoder.encode([ids])
+    m = len(encoded.latents)
+    sampler = SamplerSettings(steps=params["timestep_num"], guidance_scale=params["guidance_scale"])
+    noise = torch.stack([golden.tensors[f"{name}.noise.{b}"][sample_id] for b in range(case["n_blocks"])])
+    seeded = {"base_seed": case["noise_base_seed"], "sample_id": sample_id}
+    tokens: list[int] = []
+    for source in (seeded, {"noise": noise}):
+        job = SampleJob(latents=encoded.latents, max_blocks=case["n_blocks"], sampler=sampler, **source)
+        blocks = await sample(stages, job)
+        for b, block in enumerate(blocks):
+            assert block.index == b
+            assert relative(block.latents, golden.tensors[f"{name}.block_latents.{b}"][sample_id]) < 2e-5
+    sampling = SamplingSettings(repetition_penalty=params.get("repetition_penalty", 1.1))
+    prefix = m // B * B
+    async with stages.decoder.session(DecodeJob(prefix=encoded.latents[:prefix], sampling=sampling)) as decoder:
+        for block in blocks:
+            tokens += (await decoder.decode(block.latents)).token_ids
+    dropped = len(ids) - prefix * P if m % B else 0
+    assert tokens[dropped:] == case["tokens"][sample_id]
+
+
+async def test_a_run_resumed_after_k_blocks_goes_on_as_if_nothing_had_happened(golden: Golden) -> None:
+    case = golden.meta["cases"][0]
+    with engines(golden.directory) as stages:
+        ids = tokenize(golden, case["prompts"][1])
+        (encoded,), _ = await stages.encoder.encode([ids])
+        sampler = SamplerSettings(steps=4, guidance_scale=3.0)
+        job = SampleJob(latents=encoded.latents, max_blocks=4, sampler=sampler, base_seed=5)
+        whole = await sample(stages, job)
+        B = stages.prior.shape.block_size
+        written = torch.cat([encoded.latents[: len(ids) // B * B], *(block.latents for block in whole[:2])])
+        rest = await sample(
+            stages, SampleJob(latents=written, max_blocks=2, first_block=2, sampler=sampler, base_seed=5)
+        )
+        assert [block.index for block in rest] == [2, 3]
+        for resumed, undisturbed in zip(rest, whole[2:], strict=True):
+            torch.testing.assert_close(resumed.latents, undisturbed.latents, rtol=1e-4, atol=1e-4)
