@@ -21,6 +21,7 @@ from colaserve_client.eval.runner import GenerationSettings, Limits, Model, run_
 from colaserve_client.eval.tables import score_table, text_table
 from colaserve_client.eval.tasks import Score, score_folder
 from colaserve_client.eval.vae import VAE_FILE, measure, quality_table, read_texts, write_quality
+from colaserve_client.settings import Solver
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +49,7 @@ def evaluate() -> None:
 
 
 @evaluate.command()
+@clear_errors
 @options.questions_options
 @click.option("--output", required=True, type=options.FOLDER, help="Folder of the outputs; an unfinished run goes on.")
 @options.generation_options
@@ -56,7 +58,6 @@ def evaluate() -> None:
 @options.target_option
 @options.json_option
 @options.pass_connector
-@clear_errors
 def run(
     connector: Connector,
     *,
@@ -65,7 +66,7 @@ def run(
     generation: GenerationSettings,
     steps: int | None,
     guidance: float | None,
-    solver: str | None,
+    solver: Solver | None,
     concurrency: int,
     target: str,
     as_json: bool,
@@ -95,9 +96,9 @@ def run(
 
 
 @evaluate.command()
+@clear_errors
 @click.argument("folder", type=options.FOLDER)
 @options.json_option
-@clear_errors
 def score(folder: Path, as_json: bool) -> None:
     """Judge the outputs in FOLDER, a <task>.jsonl for each task, by the published rules.
 
@@ -108,6 +109,7 @@ def score(folder: Path, as_json: bool) -> None:
 
 
 @evaluate.command("sweep")
+@clear_errors
 @options.questions_options
 @click.option("--output", required=True, type=options.FOLDER, help="Folder of the sweep; an unfinished one goes on.")
 @click.option("--guidance", default="1,2,4,7", show_default=True, callback=options.comma_separated(click.FLOAT))
@@ -119,7 +121,6 @@ def score(folder: Path, as_json: bool) -> None:
 @options.target_option
 @options.json_option
 @options.pass_connector
-@clear_errors
 def sweep_command(
     connector: Connector,
     *,
@@ -127,7 +128,7 @@ def sweep_command(
     output: Path,
     guidance: Sequence[float],
     steps: Sequence[int],
-    solver: Sequence[str],
+    solver: Sequence[Solver],
     generation: GenerationSettings,
     no_plots: bool,
     concurrency: int,
@@ -160,10 +161,10 @@ def sweep_command(
 
 
 @evaluate.command()
+@clear_errors
 @click.argument("folder", type=options.FOLDER)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="[default: FOLDER/report.md]")
 @click.option("--no-plots", is_flag=True, help="Do without plots, which need matplotlib.")
-@clear_errors
 def report(folder: Path, output: Path | None, no_plots: bool) -> None:
     """Write a Markdown page about what run, sweep and vae left in FOLDER, with plots beside it."""
     path = output or folder / "report.md"
@@ -172,13 +173,13 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
 
 
 @evaluate.command()
+@clear_errors
 @click.argument("file", type=options.FILE)
 @click.option("--output", type=options.FOLDER, help=f"Also write the figures to {VAE_FILE} in this folder.")
 @options.concurrency_option
 @options.target_option
 @options.json_option
 @options.pass_connector
-@clear_errors
 def vae(connector: Connector, *, file: Path, output: Path | None, concurrency: int, target: str, as_json: bool) -> None:
     """Send the texts of FILE through encoder and decoder and compare: token accuracy and bits per token.
 
@@ -226,7 +227,9 @@ def _show_output(output: Output | None) -> str | None:
 def _missing(folder: Path, result: Score) -> int:
     """Questions of the folder's tasks that have no output yet; 0 when its settings are not recorded."""
     asked = read_settings(folder).get("tasks", {})
-    return sum(task["questions"] - result.tasks[name].n if name in result.tasks else 0 for name, task in asked.items())
+    return sum(task["questions"] for task in asked.values()) - sum(
+        result.tasks[n].n for n in asked if n in result.tasks
+    )
 
 
 def _show_score(result: Score, as_json: bool, missing: int = 0) -> None:

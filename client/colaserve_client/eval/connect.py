@@ -1,30 +1,29 @@
 """How the verbs reach a server. A test passes another connector in as click's context object."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from colaserve_client.aio.client import AsyncClient
 from colaserve_client.eval.runner import Model
+from colaserve_client.eval.vae import Reconstructor
+from colaserve_client.results import ModelInfo
+from colaserve_client.settings import Retry
 
 ATTEMPTS = 10  # a run presses as hard as it is told to: an overloaded server is waited for
+TIMEOUT = 600.0  # seconds for one answer, all attempts together
 
 
-class Client(Model, Protocol):
+class Client(Model, Reconstructor, Protocol):
     """What the verbs need of a client; `colaserve_client.AsyncClient` is one."""
 
-    async def info(self) -> Any:
-        """Who answers: a `colaserve_client.results.ModelInfo`."""
-
-    async def reconstruct(self, texts: Sequence[str]) -> Sequence[Any]:
-        """The round trip of each text, in order."""
+    async def info(self) -> ModelInfo:
+        """Who answers."""
 
 
 def _async_client(target: str) -> AbstractAsyncContextManager[Client]:
-    from colaserve_client import AsyncClient
-    from colaserve_client.settings import Retry
-
-    return AsyncClient(target, retry=Retry(attempts=ATTEMPTS))
+    return AsyncClient(target, timeout=TIMEOUT, retry=Retry(attempts=ATTEMPTS))
 
 
 @dataclass(frozen=True)

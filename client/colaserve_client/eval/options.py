@@ -1,6 +1,7 @@
 """Options that several verbs share; each group reaches its command as one value."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click
 from colaserve_client.eval.connect import Connector
 from colaserve_client.eval.demo import demo_tasks
 from colaserve_client.eval.folder import Task
-from colaserve_client.eval.records import EvalError, read_questions
+from colaserve_client.eval.records import EvalError, Question, read_questions
 from colaserve_client.eval.runner import GenerationSettings
 from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
 from colaserve_client.settings import DEFAULT_TARGET
@@ -39,10 +40,17 @@ _QUESTION_OPTIONS: Sequence[Option] = (
         help="Make the prompts of raw records by this template: a TOML file, or one of "
         f"{', '.join(shipped_templates())}. Without it FILES hold whole prompts.",
     ),
-    click.option("--limit", type=click.IntRange(1), help="Only the first questions of each file."),
+    click.option("--only", multiple=True, help="Only the tasks that this pattern fits (*, ?); may be repeated."),
+    click.option("--limit", type=click.IntRange(1), help="At most so many questions of each task, evenly spread."),
 )
 _GENERATION_OPTIONS: Sequence[Option] = (
-    click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Length at most."),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        default=32,
+        show_default=True,
+        help="Tokens of an answer at most. The demo's paragraphs need 64.",
+    ),
     click.option("--temperature", type=click.FloatRange(0, 100), help="Of the draws.  [default: the server's]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of noise and draws."),
     click.option("--stop", multiple=True, help="End an answer before this string; may be repeated."),
@@ -55,16 +63,22 @@ _SAMPLER_OPTIONS: Sequence[Option] = (
 
 
 def questions_options(command: Command) -> Command:
-    """FILES, --demo, --template, --limit; the command gets `tasks`."""
+    """FILES, --demo, --template, --only, --limit; the command gets `tasks`."""
 
     @wraps(command)
     def wrapped(
-        *args: Any, files: Sequence[Path], demo: bool, template: str | None, limit: int | None, **others: Any
+        *args: Any,
+        files: Sequence[Path],
+        demo: bool,
+        template: str | None,
+        only: Sequence[str],
+        limit: int | None,
+        **others: Any,
     ) -> Any:
         if demo == bool(files) or (demo and template):
             raise click.UsageError("give question files, with or without --template, or --demo alone")
-        tasks = demo_tasks() if demo else read_tasks(files, template)
-        return command(*args, tasks=[Task(task.name, task.questions[:limit]) for task in tasks], **others)
+        tasks = _chosen(demo_tasks() if demo else read_tasks(files, template), only)
+        return command(*args, tasks=[Task(task.name, spread(task.questions, limit)) for task in tasks], **others)
 
     return _with(_QUESTION_OPTIONS, wrapped)
 
@@ -108,6 +122,19 @@ def read_tasks(files: Sequence[Path], template: str | None) -> list[Task]:
         questions = read_raw_questions(file, loaded) if loaded else read_questions(file)
         tasks[file.stem] = Task(file.stem, questions)
     return list(tasks.values())
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+    """At most `limit` questions, evenly spread over all, the first among them."""
+    count = len(questions)
+    return questions if limit is None or limit >= count else [questions[at * count // limit] for at in range(limit)]
+
+
+def _chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:
+    for pattern in patterns:
+        if not any(fnmatchcase(task.name, pattern) for task in tasks):
+            raise EvalError(f"--only {pattern}: fits none of {', '.join(task.name for task in tasks)}")
+    return [task for task in tasks if not patterns or any(fnmatchcase(task.name, pattern) for pattern in patterns)]
 
 
 def _with(options: Sequence[Option], command: Command) -> Command:

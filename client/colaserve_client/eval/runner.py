@@ -9,9 +9,11 @@ from colaserve_client.errors import ColaserveError
 from colaserve_client.eval.folder import OutputLog, RunFolder, Speed, Task
 from colaserve_client.eval.pool import work_through
 from colaserve_client.eval.records import EvalError, Output, Question
+from colaserve_client.results import GenerationResult, Usage
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Solver
 
 USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "blocks", "wasted_blocks")
-SEEDS_APART = 1_000  # between base seeds of neighbouring questions: what lies between sample ids of one base seed
+SAMPLE_IDS = 10_000  # of one base seed: noise differs between so many neighbouring questions
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class GenerationSettings:
     max_new_tokens: int = 32
     steps: int | None = None
     guidance_scale: float | None = None
-    solver: str | None = None  # "euler", "ab2" or "heun"
+    solver: Solver | None = None
     temperature: float | None = None
     seed: int = 0  # of the noise and the draws: the same questions get the same answers
     stop: tuple[str, ...] = ()
@@ -38,15 +40,13 @@ class Model(Protocol):
         self,
         prompt: str,
         *,
-        max_new_tokens: int,
-        steps: int | None,
-        guidance_scale: float | None,
-        solver: str | None,
-        temperature: float | None,
-        seed: int,
+        max_new_tokens: int | None,
+        sampler: Sampler | None,
+        sampling: Sampling | None,
+        seed: int | NoiseSeed | None,
         stop: Sequence[str],
-    ) -> Any:
-        """Returns an object with text, finish_reason and usage."""
+    ) -> GenerationResult:
+        """The whole continuation of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,22 @@ class _Attempt:
 async def ask(model: Model, settings: GenerationSettings, question: Question, position: int) -> Output:
     """One question's output; a failure of the service is part of it.
 
-    The question's place in its task picks its noise: that of sample id `position` of the run's seed.
+    The question's place in its task picks its noise: it is the sample id of the run's seed.
     """
-    seed = settings.seed + SEEDS_APART * position
     try:
-        result = await model.generate(question.prompt, **{**asdict(settings), "seed": seed})
+        result = await model.generate(
+            question.prompt,
+            max_new_tokens=settings.max_new_tokens,
+            sampler=Sampler(settings.steps, settings.guidance_scale, settings.solver),
+            sampling=Sampling(settings.temperature),
+            seed=NoiseSeed(settings.seed, position % SAMPLE_IDS),
+            stop=settings.stop,
+        )
     except ColaserveError as error:
         return Output(question, "", error=f"{type(error).__name__}: {error}")
-    return Output(question, result.text, str(result.finish_reason), usage_json(result.usage))
+    return Output(question, result.text, result.finish_reason, usage_json(result.usage))
 
 
-def usage_json(usage: object) -> Mapping[str, int]:
-    """The counts of a client's usage object, by name."""
+def usage_json(usage: Usage) -> Mapping[str, int]:
+    """The counts that an output records, by name."""
     return {name: getattr(usage, name) for name in USAGE_FIELDS}

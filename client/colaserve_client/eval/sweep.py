@@ -11,6 +11,7 @@ from colaserve_client.eval.records import Output, json_text, read_json, read_out
 from colaserve_client.eval.runner import GenerationSettings
 from colaserve_client.eval.tables import Table
 from colaserve_client.eval.tasks import Score, score_folder
+from colaserve_client.settings import Solver
 
 SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
 
@@ -21,7 +22,7 @@ class Setting:
 
     guidance_scale: float
     steps: int
-    solver: str
+    solver: Solver
 
     @property
     def folder(self) -> str:
@@ -40,7 +41,7 @@ class Setting:
         return evaluations * (1 if self.guidance_scale == 1 else 2)
 
 
-def grid(guidance_scales: Iterable[float], steps: Iterable[int], solvers: Iterable[str]) -> list[Setting]:
+def grid(guidance_scales: Iterable[float], steps: Iterable[int], solvers: Iterable[Solver]) -> list[Setting]:
     """Every combination once."""
     return list(dict.fromkeys(Setting(*values) for values in product(guidance_scales, steps, solvers)))
 

@@ -24,7 +24,7 @@ def markdown_table(table: Table) -> str:
 
 
 def score_table(score: Score) -> Table:
-    """A row a task and one for the average; a column of failures only where there are some."""
+    """A row a task, one a group and one for the average; a column of failures only where there are some."""
     failures = score.failed > 0
     rows = [
         [name, str(task.n), str(task.correct), *([str(task.failed)] if failures else []), f"{task.accuracy:.2f}"]
@@ -32,7 +32,8 @@ def score_table(score: Score) -> Table:
     ]
     blanks = [""] * (3 if failures else 2)
     header = ["task", "n", "correct", *(["failed"] if failures else []), "accuracy %"]
-    return header, [*rows, ["average", *blanks, f"{score.average:.2f}"]]
+    means = {**score.groups, "average": score.average}
+    return header, [*rows, *([name, *blanks, f"{mean:.2f}"] for name, mean in means.items())]
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colaserve_client.eval.demo import reads_as_true
 from colaserve_client.eval.records import EvalError, Output, Question, read_outputs
 from colaserve_client.eval.scoring import begins_with, cut_answer, same_choice, same_first_word, same_text
 
-Rule = Callable[[str, Question], bool]  # (cut answer, question) -> right
+Rule = Callable[[Output], bool]  # right or wrong
 
 
 RULES: Mapping[str, Rule] = {
-    "text": lambda answer, question: same_text(answer, question.ground_truth),
-    "begins": lambda answer, question: begins_with(answer, question.ground_truth),
-    "first_word": lambda answer, question: same_first_word(answer, question.ground_truth),
-    "choice": lambda answer, question: same_choice(answer, question.ground_truth, question.choices),
+    "text": lambda output: same_text(_answer(output), output.question.ground_truth),
+    "begins": lambda output: begins_with(_answer(output), output.question.ground_truth),
+    "first_word": lambda output: same_first_word(_answer(output), output.question.ground_truth),
+    "choice": lambda output: same_choice(_answer(output), output.question.ground_truth, output.question.choices),
+    "true_sentences": lambda output: reads_as_true(output.question.prompt + output.generate),
 }
 PUBLISHED_RULES: Mapping[str, str] = {
     "lambada": "first_word",
@@ -27,6 +29,7 @@ PUBLISHED_RULES: Mapping[str, str] = {
     "race": "choice",
     "siqa": "choice",
 }
+GROUPS = {"trained phrasings": "_trained_phrasings", "held-out phrasings": "_held_out_phrasings"}  # by task names' ends
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,24 @@ class Score:
         return sum(task.accuracy for task in self.tasks.values()) / len(self.tasks)
 
     @property
+    def groups(self) -> dict[str, float]:
+        """Of the demo's sets: the unweighted mean of those with phrasings of training and of those with others."""
+        members = {
+            name: [task.accuracy for key, task in self.tasks.items() if key.endswith(ending)]
+            for name, ending in GROUPS.items()
+        }
+        return {name: sum(accuracies) / len(accuracies) for name, accuracies in members.items() if accuracies}
+
+    @property
     def failed(self) -> int:
         """Outputs of all tasks that hold an error."""
         return sum(task.failed for task in self.tasks.values())
 
     def to_json(self) -> dict[str, Any]:
-        """{"tasks": {name: {n, correct, accuracy}}, "average"}, per cent with two decimals."""
-        return {"tasks": {name: task.to_json() for name, task in self.tasks.items()}, "average": round(self.average, 2)}
+        """{"tasks": {name: {n, correct, accuracy}}, "average"}, per cent with two decimals; "groups" if it has some."""
+        groups = {name: round(accuracy, 2) for name, accuracy in self.groups.items()}
+        tasks = {name: task.to_json() for name, task in self.tasks.items()}
+        return {"tasks": tasks, "average": round(self.average, 2), **({"groups": groups} if groups else {})}
 
 
 def rule_of(task: str, question: Question) -> Rule:
@@ -84,7 +98,11 @@ def is_correct(task: str, output: Output) -> bool:
     """Whether an output answers its question."""
     if output.error is not None:
         return False
-    return rule_of(task, output.question)(cut_answer(output.generate), output.question)
+    return rule_of(task, output.question)(output)
+
+
+def _answer(output: Output) -> str:
+    return cut_answer(output.generate)
 
 
 def score_task(task: str, outputs: Iterable[Output]) -> TaskScore:

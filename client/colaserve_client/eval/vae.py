@@ -8,24 +8,16 @@ from typing import Any, Protocol
 from colaserve_client.eval.pool import work_through
 from colaserve_client.eval.records import EvalError, json_text, parse_lines, replace_file
 from colaserve_client.eval.tables import Table
+from colaserve_client.results import Reconstruction
 
 BATCH_TEXTS, BATCH_CHARACTERS = 32, 20_000  # of one call: enough to fill a batch, small enough for progress to show
 VAE_FILE = "vae.json"
 
 
-class RoundTrip(Protocol):
-    """What a client's reconstruction of one text holds."""
-
-    text: str
-    token_ids: Sequence[int]
-    original_ids: Sequence[int]
-    bits_per_token: float
-
-
 class Reconstructor(Protocol):
     """What the measurement needs of a client; `colaserve_client.AsyncClient` is one."""
 
-    async def reconstruct(self, texts: Sequence[str]) -> Sequence[Any]:
+    async def reconstruct(self, texts: Sequence[str]) -> Sequence[Reconstruction]:
         """The round trip of each text, in order."""
 
 
@@ -84,7 +76,7 @@ async def measure(
     return sum(results[1:], start=results[0])
 
 
-def quality(texts: Sequence[str], trips: Iterable[RoundTrip]) -> VaeQuality:
+def quality(texts: Sequence[str], trips: Iterable[Reconstruction]) -> VaeQuality:
     """The sums of one call."""
     pairs = list(zip(texts, trips, strict=True))
     return VaeQuality(
@@ -97,7 +89,7 @@ def quality(texts: Sequence[str], trips: Iterable[RoundTrip]) -> VaeQuality:
     )
 
 
-def _wrong_tokens(trip: RoundTrip) -> int:
+def _wrong_tokens(trip: Reconstruction) -> int:
     return sum(came != went for came, went in zip(trip.token_ids, trip.original_ids, strict=True))
 
 

@@ -17,9 +17,9 @@ from colaserve_client.settings import Sampler, Sampling
 
 
 class FakeClient:
-    """Answers a prompt by a function of (prompt, settings); counts what it was asked and how much at once."""
+    """Answers a prompt by a function of (prompt, sampler); counts what it was asked and how much at once."""
 
-    def __init__(self, answer: Callable[[str, dict], str] = lambda prompt, settings: f" {prompt.upper()}\nmore"):
+    def __init__(self, answer: Callable[[str, Sampler], str] = lambda prompt, sampler: f" {prompt.upper()}\nmore"):
         self.answer, self.name, self.steps = answer, "tiny", 16
         self.asked: list[tuple[str, dict]] = []
         self.down_for: set[str] = set()
@@ -38,7 +38,7 @@ class FakeClient:
             if prompt in self.down_for:
                 raise Unavailable("the prior is down")
             usage = SimpleNamespace(prompt_tokens=3, completion_tokens=5, blocks=2, wasted_blocks=1)
-            return SimpleNamespace(text=self.answer(prompt, settings), finish_reason="stop", usage=usage)
+            return SimpleNamespace(text=self.answer(prompt, settings["sampler"]), finish_reason="stop", usage=usage)
         finally:
             self.in_flight -= 1
 

@@ -14,6 +14,7 @@ import pytest
 from colaserve_client.eval.folder import RunFolder, Task
 from colaserve_client.eval.records import Question
 from colaserve_client.eval.runner import GenerationSettings, Limits, run_tasks
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 
 NAMES = [f"name {number}" for number in range(12)]
 
@@ -50,14 +51,12 @@ def test_settings_reach_the_model_and_each_question_has_its_own_noise(
     settings = dict(client.asked)
     assert settings["a"] == {
         "max_new_tokens": 9,
-        "steps": 4,
-        "guidance_scale": 2.5,
-        "solver": "heun",
-        "temperature": 0.5,
-        "seed": 7,
+        "sampler": Sampler(steps=4, guidance_scale=2.5, solver="heun"),
+        "sampling": Sampling(temperature=0.5),
+        "seed": NoiseSeed(7, 0),
         "stop": ("!",),
     }
-    assert settings["b"] == {**settings["a"], "seed": 1007}
+    assert settings["b"] == {**settings["a"], "seed": NoiseSeed(7, 1)}
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -100,7 +99,7 @@ async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has
 async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_client, tmp_path, read_lines):
     asked_first = asyncio.Event()
 
-    def answer(prompt: str, settings: dict) -> str:
+    def answer(prompt: str, sampler: Sampler) -> str:
         if prompt == NAMES[5]:
             asked_first.set()
         return prompt

@@ -1,0 +1,163 @@
+"""Templates make prompts of raw records."""
+
+import json
+
+import pytest
+
+from colaserve_client.eval.records import EvalError
+from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
+
+RAW = {
+    "mmlu": {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1},
+    "obqa": {"id": "7-1", "question_stem": "Ice is", "choices": {"text": ["hot", "cold"]}, "answerKey": "B"},
+    "hellaswag": {"ctx": "He runs. He", "endings": ["sits.", "falls."], "label": "1"},
+    "race": {"article": "It rained.", "question": "Was it dry?", "options": ["Yes", "No"], "answer": "B"},
+    "siqa": {"question": "How?", "answerA": "so", "answerB": "well", "answerC": "badly", "label": "2"},
+    "squad": {"id": "56", "context": "It rained.", "question": "What?", "answers": {"text": ["rain", "it"]}},
+    "lambada": {"text": "She opened the {old} door"},
+    "story_cloze": {
+        "InputSentence1": "A.",
+        "InputSentence2": "B.",
+        "InputSentence3": "C.",
+        "InputSentence4": "D.",
+        "RandomFifthSentenceQuiz1": "E.",
+        "RandomFifthSentenceQuiz2": "F.",
+        "AnswerRightEnding": 2,
+    },
+}
+LAST_FORM = {
+    "mmlu": "Question: 1 + 1?\n(A) 1\n(B) 2\n(C) 3\n(D) 4\nAnswer:",
+    "obqa": "Question: Ice is\n(A) hot\n(B) cold\nAnswer:",
+    "hellaswag": "Context: He runs. He\n(A) sits.\n(B) falls.\nAnswer:",
+    "race": "Article: It rained. Was it dry?\nOptions:\n(A) Yes\n(B) No\nAnswer:",
+    "siqa": "Question: How?\n(A) so\n(B) well\n(C) badly\nAnswer:",
+    "squad": "Context: It rained.\nQuestion: What?\nAnswer:",
+    "lambada": "She opened the {old}",
+    "story_cloze": "Story: A. B. C. D.\n(A) E.\n(B) F.\nEnd:",
+}
+TRUTH = {
+    "mmlu": "2",
+    "obqa": "cold",
+    "hellaswag": "falls.",
+    "race": "No",
+    "siqa": "well",
+    "squad": "rain",
+    "lambada": "door",
+    "story_cloze": "F.",
+}
+
+
+def test_a_template_is_shipped_for_each_published_task():
+    assert shipped_templates() == sorted(RAW)
+
+
+@pytest.mark.parametrize("task", sorted(RAW))
+def test_a_shipped_template_reads_the_data_sets_own_records(task, tmp_path):
+    path = tmp_path / "raw.jsonl"
+    path.write_text(json.dumps(RAW[task]) + "\n")
+    [question] = read_raw_questions(path, load_template(task))
+    assert question.ground_truth == TRUTH[task]
+    assert question.id == RAW[task].get("id", 0)
+    assert question.prompt.split("\n\n")[-1] == LAST_FORM[task]
+    assert all(shot.endswith(str(truth)) for shot, truth in shots(task, question.prompt))
+
+
+def shots(task: str, prompt: str) -> list[tuple[str, str]]:
+    examples = load_template(task).examples
+    forms = prompt.split("\n\n")[:-1][-len(examples) :] if examples else []
+    return list(zip(forms, (f": {example['ground_truth']}" for example in examples), strict=True))
+
+
+def template(tmp_path, text: str):
+    path = tmp_path / "form.toml"
+    path.write_text(text)
+    return load_template(str(path))
+
+
+def test_every_key_of_a_template_does_what_it_says(tmp_path):
+    made = template(
+        tmp_path,
+        """
+header = "Begin. "
+prompt = "{{Q}} {word}\\n{options}\\n="
+answer = "> {ground_truth}"
+separator = " ## "
+option = "{letter}. {choice}"
+truth = "letter"
+[fields]
+word = ["a.b", "list.1"]
+choices = "options"
+ground_truth = "key"
+id = "name"
+[[examples]]
+word = "w"
+choices = ["c", "d"]
+ground_truth = "d"
+""",
+    )
+    record = {"a": {"b": 1}, "list": ["no", "{yes}"], "options": ["x", "y"], "key": "b", "name": "n"}
+    question = made.question(record, 0)
+    assert question.prompt == "Begin. {Q} w\nA. c\nB. d\n=> d ## {Q} 1 {yes}\nA. x\nB. y\n="
+    assert (question.ground_truth, question.choices, question.id) == ("y", ("x", "y"), "n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt = ", "Invalid value"),
+        ("header = 'h'", "`prompt` is missing"),
+        ("prompt = 3", "prompt: expected a string, got 3"),
+        ("prompt = '{a}'\npormpt = ''", "unknown key 'pormpt'"),
+        ("prompt = '{a}'\ntruth = 'word'", "truth: expected one of text, letter, index, number, last_word"),
+        ("prompt = '{a.__class__}'", "{a.__class__} is no plain name"),
+        ("prompt = '{a[0]}'", "{a[0]} is no plain name"),
+        ("prompt = '{}'", "{} is no plain name"),
+        ("prompt = '{a'", "expected '}' before end of string"),
+        ("prompt = '{a}'\noption = '{0}'", "{0} is no plain name"),
+        ("prompt = '{a}'\n[[examples]]\nb = 'b'\nground_truth = 'g'", "example 1: 'a' is missing"),
+        ("prompt = '{a}'\n[[examples]]\na = 'b'", "example 1: 'ground_truth' is missing"),
+    ],
+)
+def test_a_bad_template_is_refused_naming_the_key(tmp_path, text, message):
+    with pytest.raises(EvalError) as error:
+        template(tmp_path, text)
+    assert message in str(error.value)
+
+
+def test_an_unknown_template_is_refused_naming_the_shipped_ones(colaserve_eval, tmp_path, write_questions):
+    result = colaserve_eval("run", write_questions("a"), "--template", "nope", "--output", tmp_path / "out")
+    assert "template nope: neither a readable UTF-8 file" in result.stderr
+    assert "one of hellaswag, lambada, mmlu" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": 4}, "ground_truth: '4' as index names none of the 4 choices"),
+        ({"answer": -1}, "ground_truth: '-1' as index names none"),
+        ({"answer": "B"}, "invalid literal for int"),
+        ({"choices": "ab"}, "choices: expected a list of texts at 'choices', got 'ab'"),
+        ({"choices": []}, "choices: expected 1 to 26, got 0"),
+        ({"question": None}, "question: expected text at 'question', got None"),
+        ({"question": ...}, "the record has no 'question'; it has choices, answer"),
+        ({"id": [1]}, "id: expected a number or a string, got [1]"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused_with_file_and_line(tmp_path, change, message):
+    record = {key: value for key, value in {**RAW["mmlu"], **change}.items() if value is not ...}
+    path = tmp_path / "raw.jsonl"
+    path.write_text(json.dumps(RAW["mmlu"]) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(EvalError) as error:
+        read_raw_questions(path, load_template("mmlu"))
+    assert f"{path}:2: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_run_asks_what_the_template_makes(client, colaserve_eval, tmp_path):
+    path = tmp_path / "race.jsonl"
+    path.write_text(json.dumps(RAW["race"]) + "\n")
+    client.answer = lambda prompt, sampler: " (B)"
+    result = colaserve_eval("run", path, "--template", "race", "--output", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["tasks"] == {"race": {"n": 1, "correct": 1, "accuracy": 100.0}}
+    assert client.prompts[0].startswith("Read the following article and answer the question.\n\nArticle: ")
+    assert client.prompts[0].endswith(LAST_FORM["race"])
