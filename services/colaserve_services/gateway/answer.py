@@ -1,0 +1,110 @@
+"""Runs the generations of a request and answers with them, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from colaserve.v1.generation_pb2 import GenerateRequest
+from pydantic_core import to_json
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from colaserve_services.errors import Unavailable
+from colaserve_services.gateway.backend import Backend, GenerateCall
+from colaserve_services.gateway.dialects import Dialect
+from colaserve_services.gateway.disconnect import until_disconnect
+from colaserve_services.gateway.errors import api_error
+from colaserve_services.gateway.events import EventStream
+from colaserve_services.gateway.pieces import Piece, TokenTexts, joined, piece_of
+from colaserve_services.gateway.record import RequestRecord, record_of
+from colaserve_services.gateway.shapes import Usage
+from colaserve_services.gateway.side_by_side import SideBySide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request comes to: its generations, choice by choice, and how to speak of them."""
+
+    requests: Sequence[GenerateRequest]  # choice i of prompt p is number p * per_prompt + i
+    per_prompt: int
+    dialect: Dialect
+    deadline: float  # time.monotonic() seconds
+    stream: bool = False
+    usage_chunk: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)  # of the coordinator's fields, for errors
+
+
+class Answer(Response):
+    """The answer to a plan. Leaving early, on a client that goes away too, cancels all that still runs."""
+
+    def __init__(self, plan: Plan, backend: Backend, texts: TokenTexts, parallel: int):
+        super().__init__()
+        self._plan, self._backend, self._texts, self._parallel = plan, backend, texts, parallel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = record_of(scope)
+        record.choices = len(self._plan.requests)
+        run = self._stream(send, record) if self._plan.stream else self._whole(scope, receive, send, record)
+        record.client_gone = not await until_disconnect(receive, run)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        gathered: list[list[Piece]] = [[] for _ in self._plan.requests]
+        try:
+            async with self._pieces(record) as coming:
+                async for index, piece in coming:
+                    gathered[index].append(piece)
+            choices = [joined(pieces) for pieces in gathered]
+            usage = self._usage(choices, record)
+        except Exception as error:
+            raise api_error(error, self._plan.names) from error
+        body = to_json(self._plan.dialect.answer(choices, usage))
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, send: Send, record: RequestRecord) -> None:
+        events = EventStream(send, self._plan.dialect, self._plan.usage_chunk)
+        last = [Piece()] * len(self._plan.requests)
+        try:
+            async with self._pieces(record) as coming:
+                async for index, piece in coming:
+                    await events.piece(index, piece)
+                    last[index] = piece
+            await events.end(self._usage(last, record))
+        except Exception as error:
+            told = api_error(error, self._plan.names)
+            if not events.begun:
+                raise told from error
+            record.failed(told)
+            await events.fail(told)
+
+    @asynccontextmanager
+    async def _pieces(self, record: RequestRecord) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:
+        """The pieces of all choices as they come, until the deadline."""
+        end = asyncio.get_running_loop().time() + self._plan.deadline - time.monotonic()
+
+        def start(request: GenerateRequest) -> GenerateCall:
+            return self._backend.generate(request, self._plan.deadline, record)
+
+        async with asyncio.timeout_at(end), SideBySide(self._plan.requests, start, self._parallel) as messages:
+            yield self._translated(messages, record)
+
+    async def _translated(self, messages: SideBySide, record: RequestRecord) -> AsyncIterator[tuple[int, Piece]]:
+        async for index, message in messages:
+            record.saw_block()
+            yield index, await piece_of(message, self._texts, record)
+
+    def _usage(self, last: Sequence[Piece], record: RequestRecord) -> Usage:
+        """Of all choices, from the last piece of each; a prompt counts once, however often it was continued."""
+        if any(piece.finish_reason is None for piece in last):
+            raise Unavailable("a generation ended without saying why; a retry may succeed")
+        record.prompt_tokens = sum(piece.prompt_tokens for piece in last[:: self._plan.per_prompt])
+        record.completion_tokens = sum(piece.completion_tokens for piece in last)
+        total = record.prompt_tokens + record.completion_tokens
+        return {
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.completion_tokens,
+            "total_tokens": total,
+        }

@@ -1,0 +1,82 @@
+"""The HTTP application: OpenAI's endpoints in front of a GenerationService.
+
+app = create_app(GenerationServiceStub(channel), GatewaySettings())
+server = await serve(app, "127.0.0.1", 8000)
+"""
+
+from __future__ import annotations
+
+import grpc
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from colaserve_services import __version__
+from colaserve_services.errors import ColaserveError
+from colaserve_services.gateway.backend import GenerationStub
+from colaserve_services.gateway.edge import Edge
+from colaserve_services.gateway.errors import ApiError, api_error
+from colaserve_services.gateway.gateway import Gateway
+from colaserve_services.gateway.routes import generation_routes, model_routes, system_routes
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.gateway.tokenization import tokenization_routes
+from colaserve_services.gateway.validation import validation_error
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.requests import REQUEST_ID
+
+_ABOUT = "OpenAI's API for a continuous latent diffusion language model, with its own fields beside."
+
+
+def create_app(stub: GenerationStub, settings: GatewaySettings, metrics: Metrics | None = None) -> FastAPI:
+    """The application. `metrics` are the process' own, served at /metrics; None makes new ones."""
+    metrics = metrics or Metrics()
+    gateway = Gateway(stub, settings)
+    app = FastAPI(title="colaserve", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
+    for router in (
+        generation_routes(gateway),
+        model_routes(gateway),
+        tokenization_routes(gateway),
+        system_routes(gateway, metrics),
+    ):
+        app.include_router(router)
+    _answer_errors(app)
+    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    if settings.cors_origins:  # added last, so outermost: errors get its headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "retry-after"),
+        )
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """All errors in one shape. What nobody foresaw passes on to the edge, which logs it."""
+
+    async def known(_: Request, error: Exception) -> Response:
+        return api_error(error).response()
+
+    async def invalid_body(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return validation_error(error).response()
+
+    for kind in (ApiError, ColaserveError, grpc.RpcError, TimeoutError):
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(RequestValidationError, invalid_body)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: no such path, no such method, a body that it cannot read."""
+    assert isinstance(error, HTTPException)
+    reasons = {
+        404: (f"{request.url.path}: there is no such path", "not_found"),
+        405: (f"{request.method} is not for this path", "method_not_allowed"),
+    }
+    message, code = reasons.get(error.status_code, (str(error.detail), None))
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()

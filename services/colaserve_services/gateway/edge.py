@@ -1,0 +1,100 @@
+"""What happens to every HTTP request: request id, key, admission, bounded body, metrics, one log line."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from colaserve_services.errors import Cancelled
+from colaserve_services.gateway.body import Replay, read_body
+from colaserve_services.gateway.errors import api_error
+from colaserve_services.gateway.record import RequestRecord, put_record
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.rpc import requests
+from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.logs import access
+from colaserve_services.rpc.metrics import Metrics
+
+SERVICE: Final = "gateway"
+OPEN: Final = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})  # no key, no bound, no log line
+_TRACE: Final = ("traceparent", "tracestate")
+
+
+class Edge:
+    """Wraps the application."""
+
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics):
+        self._app, self._settings, self._metrics = app, settings, metrics
+        refused = metrics.refused
+        self._admission = Admission(settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = _begin(scope)
+        in_progress = self._metrics.requests_in_progress.labels(SERVICE, "http")
+        in_progress.inc()
+        try:
+            await self._serve(scope, receive, _Telling(send, record), record)
+        finally:
+            in_progress.dec()
+            self._end(scope, record)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        try:
+            with self._admit(scope, record):
+                body = await read_body(receive, self._settings.bounds)
+                self._metrics.transfer_bytes.labels("in", SERVICE).inc(len(body))
+                await self._app(scope, Replay(body, receive), send)
+        except Cancelled:
+            record.client_gone = True
+        except Exception as error:
+            told = api_error(error)
+            if record.status:
+                raise  # too late for an answer: the connection is closed
+            await told.response()(scope, receive, send)
+
+    def _admit(self, scope: Scope, record: RequestRecord):  # type: ignore[no-untyped-def]  # a context manager
+        """Who asks, and a place for it; raises NotAuthenticated or Overloaded."""
+        if scope["path"] in OPEN:
+            return nullcontext()
+        keys, host = self._settings.keys, scope.get("client")
+        shown = Headers(scope=scope).get(requests.AUTHORIZATION, "")
+        record.client = keys.identify(shown) if keys is not None else (host[0] if host else "unknown")
+        return self._admission.enter(record.client)
+
+    def _end(self, scope: Scope, record: RequestRecord) -> None:
+        seconds = time.monotonic() - record.started
+        method = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.request_seconds.labels(SERVICE, method, str(record.outcome)).observe(seconds)
+        if scope["path"] not in OPEN:
+            told = {"service": SERVICE, "method": method, "code": record.outcome, "seconds": round(seconds, 4)}
+            access.info("request", extra={"fields": told | record.fields()})
+
+
+class _Telling:
+    """Sends on, with the request id on the answer, and notes the status and the bytes."""
+
+    def __init__(self, send: Send, record: RequestRecord):
+        self._send, self._record = send, record
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._record.status = message["status"]
+            MutableHeaders(scope=message)[requests.REQUEST_ID] = self._record.request_id
+        await self._send(message)
+
+
+def _begin(scope: Scope) -> RequestRecord:
+    headers = Headers(scope=scope)
+    request_id = requests.adopt(((requests.REQUEST_ID, headers.get(requests.REQUEST_ID, "")),))
+    requests.carry_trace(tuple((name, headers[name]) for name in _TRACE if headers.get(name, "").isascii()
+                               and headers.get(name, "").isprintable() and name in headers))  # fmt: skip
+    record = RequestRecord(request_id)
+    put_record(scope, record)
+    return record

@@ -1,0 +1,132 @@
+"""What the routes of one gateway share, and how a checked request becomes a plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from colaserve.v1.generation_pb2 import GenerateRequest
+from pydantic import BaseModel
+
+from colaserve_services.gateway.answer import Answer, Plan
+from colaserve_services.gateway.backend import Backend, GenerationStub, Info
+from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
+from colaserve_services.gateway.errors import ApiError, invalid
+from colaserve_services.gateway.pieces import TokenTexts
+from colaserve_services.gateway.prompting import chat_prompt
+from colaserve_services.gateway.record import RequestRecord
+from colaserve_services.gateway.refusals import refuse_extras
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.gateway.translate import (
+    completion_prompts,
+    generate_request,
+    most_likely,
+    names_of,
+    text_prompt,
+)
+
+
+class Gateway:
+    """One gateway: its settings, its coordinator, and whether it is going down."""
+
+    def __init__(self, stub: GenerationStub, settings: GatewaySettings):
+        self.settings = settings
+        self.backend = Backend(stub, settings.info_seconds)
+        self.texts = TokenTexts(self.backend)
+        self.started = int(time.time())
+        self.draining = False
+
+    def model_name(self, info: Info) -> str:
+        """The name that clients ask for."""
+        return self.settings.model_name or info.model_name
+
+    def check_model(self, asked: str | None, info: Info) -> str:
+        """The served model's name; 404 when another one was asked for."""
+        served = self.model_name(info)
+        if asked not in (None, served):
+            message = f"model: {asked!r} is not served here, {served!r} is"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return served
+
+    def check_extras(self, body: BaseModel, messages: Sequence[Message] = ()) -> None:
+        """Raise a 400 for the first field that cannot be honoured."""
+        allow = self.settings.allow_unknown_fields
+        refuse_extras(body.model_extra, allow_unknown=allow)
+        for place, message in enumerate(messages):
+            refuse_extras(message.model_extra, allow_unknown=allow, where=f"messages[{place}].")
+
+    async def chat(self, body: ChatRequest, record: RequestRecord, seconds: float | None) -> Answer:
+        """The answer to a chat request."""
+        self.check_extras(body, body.messages)
+        info = await self.backend.info()
+        model = self.check_model(body.model, info)
+        prompt = text_prompt(chat_prompt(body.messages, info.chat_frame))
+        dialect = ChatDialect(record.request_id, model, info.space, most_likely(body) is not None)
+        return self._answer(body, [prompt], dialect, record, seconds)
+
+    async def complete(self, body: CompletionRequest, record: RequestRecord, seconds: float | None) -> Answer:
+        """The answer to a completion request."""
+        self.check_extras(body)
+        _check_completion(body)
+        info = await self.backend.info()
+        model = self.check_model(body.model, info)
+        prompts = completion_prompts(body.prompt, info.model.vocab_size)
+        self._check_choices(body, len(prompts))
+        echoes = await self._echoes(prompts, record) if body.echo else [""] * len(prompts)
+        each = [echo for echo in echoes for _ in range(body.n or 1)]
+        dialect = CompletionDialect(record.request_id, model, info.space, most_likely(body) is not None, each)
+        return self._answer(body, prompts, dialect, record, seconds)
+
+    def _answer(
+        self,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[GenerateRequest],
+        dialect: Dialect,
+        record: RequestRecord,
+        seconds: float | None,
+    ) -> Answer:
+        self._check_choices(body, len(prompts))
+        per_prompt = body.n or 1
+        bounds = self.settings.bounds
+        record.user = body.user or ""
+        plan = Plan(
+            requests=[generate_request(prompt, body, sample) for prompt in prompts for sample in range(per_prompt)],
+            per_prompt=per_prompt,
+            dialect=dialect,
+            deadline=record.started + min(seconds or bounds.request_seconds, bounds.request_seconds),
+            stream=bool(body.stream),
+            usage_chunk=_usage_chunk(body),
+            names=names_of(body),
+        )
+        return Answer(plan, self.backend, self.texts, bounds.parallel_choices)
+
+    def _check_choices(self, body: GenerationFields, prompts: int) -> None:
+        per_prompt, bound = body.n or 1, self.settings.bounds.choices
+        if per_prompt > bound:
+            raise invalid("n", f"got {per_prompt}, expected at most {bound}")
+        if prompts * per_prompt > bound:
+            raise invalid("prompt", f"{prompts} prompts with n = {per_prompt} are more than the {bound} texts allowed")
+
+    async def _echoes(self, prompts: Sequence[GenerateRequest], record: RequestRecord) -> list[str]:
+        return [
+            await self.backend.detokenize(list(prompt.prompt_ids.ids), record)
+            if prompt.HasField("prompt_ids")
+            else prompt.prompt
+            for prompt in prompts
+        ]
+
+
+def _check_completion(body: CompletionRequest) -> None:
+    if body.best_of not in (None, body.n or 1):
+        raise invalid("best_of", f"got {body.best_of}, expected the value of n, {body.n or 1}", "unsupported_parameter")
+    if body.echo and body.logprobs is not None:
+        raise invalid("echo", "not together with logprobs: prompts are not scored", "unsupported_parameter")
+
+
+def _usage_chunk(body: GenerationFields) -> bool:
+    if body.stream_options is None:
+        return False
+    if not body.stream:
+        raise invalid("stream_options", "needs stream to be true")
+    return bool(body.stream_options.include_usage)

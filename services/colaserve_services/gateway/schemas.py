@@ -1,0 +1,158 @@
+"""The requests, as OpenAI defines them, with this model's extensions. Types are strict: "16" is no integer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MOST_STOPS: Final = 4
+MOST_LOGPROBS: Final = 20
+UINT32: Final = 2**32 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=UINT32)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+StopString = Annotated[str, StringConstraints(min_length=1)]
+
+# Extras are gathered, then refused by refusals.py with a better message than the schema could give.
+_GATHER = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False})
+_CLOSED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(BaseModel):
+    """How a stream is sent."""
+
+    model_config = _CLOSED
+    include_usage: bool | None = Field(None, description="Send the usage in a last chunk without choices.")
+    include_obfuscation: Literal[False] | None = Field(
+        None, description="Chunks are never padded; only false is taken."
+    )
+
+
+class GenerationFields(BaseModel):
+    """What both kinds of generation take. A field left out takes the server's default, see GET /v1/models."""
+
+    model_config = _GATHER
+    model: str | None = Field(None, description="The served model's name; left out, the served model.")
+    max_tokens: int | None = Field(
+        None, ge=1, le=UINT32, description="Tokens to write at most; 32 unless the server says otherwise."
+    )
+    n: int | None = Field(None, ge=1, description="Texts to write for each prompt, side by side; 1.")
+    stop: StopString | list[StopString] | None = Field(
+        None, description="Up to 4 strings that end the text, which ends before them."
+    )
+    stream: bool | None = Field(None, description="Send server-sent events, one for each block.")
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 takes the most likely token; the checkpoint's default, else 0."
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Keep tokens while the probability before them is at most this; 0.9."
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Repeats a run; choice i of a prompt is sample i of this seed."
+    )
+    user: str | None = Field(
+        None, max_length=256, description="Your end user's id: logged, and told to the coordinator."
+    )
+    top_k: int | None = Field(
+        None, ge=-1, le=UINT32, description="Keep the k most likely tokens; 0 or -1 keeps all; 50."
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="Divides the scores of ids of earlier blocks; 1 is off; 1.1."
+    )
+    guidance_scale: float | None = Field(None, ge=0, le=1000, description="Classifier-free guidance; 1 is off; 7.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Steps from noise to latents, for each block; 16.")
+    solver: Literal["euler", "ab2", "heun"] | None = Field(None, description="Integration rule; euler.")
+    guidance_interval: list[Fraction] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Guidance is on between these two times; time runs from 1 (noise) to 0; [1, 0].",
+    )
+    ignore_eos: bool | None = Field(None, description="Write on after an end token.")
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    model_config = _CLOSED
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = _GATHER
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] = Field(description="Text, or parts of type text, which are joined as they are.")
+    name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$", description="Tells speakers of one role apart.")
+    type: Literal["text"] | None = Field(None, description="Sent by some clients; says nothing.")
+
+
+class ChatRequest(GenerationFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=UINT32, description="OpenAI's newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Return each token's log-probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="And those of this many likely tokens; needs logprobs."
+    )
+
+
+class CompletionRequest(GenerationFields):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        description="One prompt or several, as text or as token ids. An empty text is unconditional."
+    )
+    best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
+    echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="Return log-probabilities, of this many likely tokens too."
+    )
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a prompt, or messages as a chat would frame them."""
+
+    model_config = _GATHER
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="The model has no start token: both values say the same.")
+    add_generation_prompt: Literal[True] | None = Field(None, description="Chats always end where the answer begins.")
+    return_token_strs: bool | None = Field(None, description="Return each token's text too.")
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = _GATHER
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def field_names(*models: type[BaseModel]) -> frozenset[str]:
+    """All field names of models."""
+    return frozenset(name for model in models for name in model.model_fields)
+
+
+REQUESTS: Final[tuple[type[BaseModel], ...]] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+ALL_NAMES: Final = field_names(*REQUESTS, Message, TextPart, StreamOptions)
+UNIONS: Final[dict[str, str]] = {
+    "prompt": "expected a string, a list of strings, a list of token ids or a list of lists of token ids",
+    "stop": "expected a string or a list of strings, none empty",
+}
+
+
+def parts(value: str | list[TextPart]) -> str:
+    """A content's text: parts are joined as they are."""
+    return value if isinstance(value, str) else "".join(part.text for part in value)
+
+
+def extras(model: BaseModel) -> dict[str, Any]:
+    """Fields that the schema does not know."""
+    return model.model_extra or {}

@@ -1,0 +1,126 @@
+"""Runs the application in the caller's event loop, on a socket without Nagle's delay."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from colaserve_services.errors import UsageError
+from colaserve_services.gateway.gateway import Gateway
+from colaserve_services.rpc.settings import ServerTls
+
+_KEEP_ALIVE = 75  # seconds that an idle connection is kept: above what clients and balancers keep theirs
+_LOOK_SECONDS = 1.0  # between two looks at the certificate's files
+
+_log = logging.getLogger(__name__)
+
+
+class HttpServer:
+    """A running server. `stop` ends it; leaving that to the garbage collector does not."""
+
+    def __init__(self, app: FastAPI, listener: socket.socket, tls: ServerTls | None):
+        self._gateway: Gateway = app.state.gateway
+        self._listener, self._tls = listener, tls
+        self._server = _Server(_config(app, tls))
+        self._tasks: list[asyncio.Task[None]] = []
+        self.host: str = listener.getsockname()[0]
+        self.port: int = listener.getsockname()[1]
+
+    async def start(self) -> None:
+        """Return when requests are taken."""
+        self._tasks = [asyncio.create_task(self._server.serve([self._listener]))]
+        while not self._server.started:
+            if self._tasks[0].done():
+                await self._tasks[0]
+                raise UsageError("the HTTP server ended before it served")
+            await asyncio.sleep(0.005)
+        if self._tls is not None:
+            self._tasks.append(asyncio.create_task(self._follow_certificate(self._tls)))
+
+    async def stop(self, grace: float = 30.0, notice: float = 0.0) -> None:
+        """Say not ready for `notice` seconds, take no more connections, give requests `grace` seconds to end.
+
+        What still runs then is cancelled, and its generations with it.
+        """
+        self._gateway.draining = True
+        await asyncio.sleep(notice)
+        self._server.config.timeout_graceful_shutdown = max(grace, 0)  # type: ignore[assignment]  # seconds, whole or not
+        self._server.should_exit = True
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow_certificate(self, tls: ServerTls) -> None:
+        context, seen = self._server.config.ssl, _stamps(tls)
+        assert isinstance(context, ssl.SSLContext)
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                if (stamps := _stamps(tls)) != seen:
+                    context.load_cert_chain(tls.cert, tls.key)  # for the connections to come
+                    seen = stamps
+            except OSError as error:  # ssl.SSLError is one
+                _log.error("the old certificate stays in use: %s", error)
+
+
+async def serve(app: FastAPI, host: str, port: int, tls: ServerTls | None = None) -> HttpServer:
+    """Serve `app` in this event loop; port 0 takes a free one, see `.port`. UsageError when it cannot listen."""
+    try:
+        listener = _listen(host, port)
+        server = HttpServer(app, listener, tls)
+    except OSError as error:
+        raise UsageError(f"--http-port: cannot serve on {host}:{port}: {error.strerror or error}") from error
+    await server.start()
+    return server
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol or socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
+        listener.bind(address)
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _config(app: FastAPI, tls: ServerTls | None) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        ssl_certfile=str(tls.cert) if tls else None,
+        ssl_keyfile=str(tls.key) if tls else None,
+        ssl_ca_certs=str(tls.client_ca) if tls and tls.client_ca else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
+    )
+    config.load()
+    return config
+
+
+def _stamps(tls: ServerTls) -> tuple[float, ...]:
+    return tls.cert.stat().st_mtime, tls.key.stat().st_mtime
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process it lives in."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

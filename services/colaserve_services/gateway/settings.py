@@ -1,0 +1,38 @@
+"""What a gateway is told at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.settings import AdmissionLimits
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may take. Impossible values raise UsageError."""
+
+    body_bytes: int = 4 * 1024 * 1024  # a longer body is a 413
+    body_seconds: float = 30.0  # time to send a body in, then 408
+    request_seconds: float = 600.0  # the longest deadline, and that of a request that names none
+    choices: int = 128  # prompts times n of one request
+    parallel_choices: int = 16  # of these, how many run side by side; the others wait in the gateway
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise UsageError(f"gateway: {name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """Everything a gateway can be told."""
+
+    model_name: str = ""  # the name clients ask for; empty: the coordinator's
+    keys: Keys | None = None  # None: everybody may call
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # by key, else by address
+    cors_origins: tuple[str, ...] = ()  # browsers' origins that may call, "*" for all; none: no CORS headers
+    allow_unknown_fields: bool = False  # ignore fields no one knows instead of refusing them
+    bounds: Bounds = field(default_factory=Bounds)
+    info_seconds: float = 5.0  # how long the coordinator's description of itself is kept

@@ -1,0 +1,77 @@
+"""Several generations of one request, side by side, their messages merged as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final, Self
+
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+
+from colaserve_services.errors import Cancelled
+from colaserve_services.gateway.backend import GenerateCall
+
+_UNREAD: Final = 8  # messages that wait for a slow reader before the calls are no longer read
+
+Open = Callable[[GenerateRequest], GenerateCall]
+Message = tuple[int, GenerateResponse]
+
+
+class SideBySide:
+    """`async for index, message`, in the order of their coming; the first failure is raised.
+
+    Entering starts the calls, at most `parallel` at a time. Leaving, however that happens, cancels those that run.
+    """
+
+    def __init__(self, requests: Sequence[GenerateRequest], open_call: Open, parallel: int):
+        self._requests = requests
+        self._open = open_call
+        self._places = asyncio.Semaphore(parallel)
+        self._queue: asyncio.Queue[Message | Exception | None] = asyncio.Queue(_UNREAD)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._run(*numbered)) for numbered in enumerate(self._requests)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        running = len(self._tasks)
+        while running:
+            item = await self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+
+    async def _run(self, index: int, request: GenerateRequest) -> None:
+        async with self._places:
+            try:
+                await self._forward(index, request)
+            except asyncio.CancelledError:
+                if _asked_to_stop():
+                    raise
+                await self._queue.put(Cancelled("the call was cancelled by the other side"))
+            except Exception as error:
+                await self._queue.put(error)
+            else:
+                await self._queue.put(None)
+
+    async def _forward(self, index: int, request: GenerateRequest) -> None:
+        call = self._open(request)
+        try:
+            async for message in call:
+                await self._queue.put((index, message))
+        finally:
+            call.cancel()
+
+
+def _asked_to_stop() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

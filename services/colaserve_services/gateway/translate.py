@@ -1,0 +1,122 @@
+"""A checked HTTP request to the gRPC requests it stands for. Only what the client set is set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from colaserve.v1 import types_pb2
+from colaserve.v1.generation_pb2 import GenerateRequest
+
+from colaserve_services.gateway.errors import invalid
+from colaserve_services.gateway.schemas import MOST_STOPS, ChatRequest, CompletionRequest, GenerationFields
+
+SOLVERS: Final = {
+    "euler": types_pb2.SOLVER_EULER,
+    "ab2": types_pb2.SOLVER_AB2,
+    "heun": types_pb2.SOLVER_HEUN,
+}
+
+
+def text_prompt(text: str) -> GenerateRequest:
+    return GenerateRequest(prompt=text)
+
+
+def id_prompt(ids: Sequence[int]) -> GenerateRequest:
+    return GenerateRequest(prompt_ids=types_pb2.TokenIds(ids=ids))
+
+
+def completion_prompts(prompt: str | list[str] | list[int] | list[list[int]], vocab_size: int) -> list[GenerateRequest]:
+    """One request for each prompt, with nothing but the prompt in it."""
+    if isinstance(prompt, str):
+        return [text_prompt(prompt)]
+    if not prompt:
+        raise invalid("prompt", "the list is empty, expected at least one prompt or token id")
+    if isinstance(prompt[0], int):
+        return [_checked_ids(prompt, "prompt", vocab_size)]
+    return [_one_prompt(one, f"prompt[{place}]", vocab_size) for place, one in enumerate(prompt)]
+
+
+def _one_prompt(one: Any, where: str, vocab_size: int) -> GenerateRequest:
+    return text_prompt(one) if isinstance(one, str) else _checked_ids(one, where, vocab_size)
+
+
+def _checked_ids(ids: Sequence[int], where: str, vocab_size: int) -> GenerateRequest:
+    if not ids:
+        raise invalid(where, "no token ids, expected at least one")
+    worst = max(ids)
+    if worst >= vocab_size:
+        raise invalid(where, f"token id {worst} is outside the vocabulary of {vocab_size}")
+    return id_prompt(ids)
+
+
+def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRequest, sample: int) -> GenerateRequest:
+    """The request for one text: `prompt` with all else that the client set. `sample` counts a prompt's choices."""
+    request = GenerateRequest()
+    request.CopyFrom(prompt)
+    if (budget := token_budget(fields)) is not None:
+        request.max_new_tokens = budget
+    if fields.seed is not None:
+        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=fields.seed, sample_id=sample))
+    if (alternatives := most_likely(fields)) is not None:
+        request.top_logprobs = alternatives
+    request.stop.extend(stop_strings(fields))
+    request.ignore_end = bool(fields.ignore_eos)
+    _set_sampler(request, fields)
+    _set_sampling(request, fields)
+    return request
+
+
+def token_budget(fields: GenerationFields) -> int | None:
+    """max_tokens under either of its names."""
+    newer: int | None = getattr(fields, "max_completion_tokens", None)
+    if newer is not None and fields.max_tokens not in (None, newer):
+        raise invalid("max_completion_tokens", f"got {newer}, and max_tokens {fields.max_tokens}: set one of them")
+    return fields.max_tokens if newer is None else newer
+
+
+def stop_strings(fields: GenerationFields) -> list[str]:
+    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+    if len(stops) > MOST_STOPS:
+        raise invalid("stop", f"got {len(stops)} strings, expected at most {MOST_STOPS}")
+    return stops
+
+
+def most_likely(fields: ChatRequest | CompletionRequest) -> int | None:
+    """How many likely tokens to return beside each token; None: no log-probabilities at all."""
+    if isinstance(fields, CompletionRequest):
+        return fields.logprobs
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise invalid("top_logprobs", "needs logprobs to be true")
+    return (fields.top_logprobs or 0) if fields.logprobs else None
+
+
+def _set_sampler(request: GenerateRequest, fields: GenerationFields) -> None:
+    if fields.steps is not None:
+        request.sampler.steps = fields.steps
+    if fields.guidance_scale is not None:
+        request.sampler.guidance_scale = fields.guidance_scale
+    if fields.solver is not None:
+        request.sampler.solver = SOLVERS[fields.solver]
+    if fields.guidance_interval is not None:  # the order says nothing: time runs from the greater one
+        request.sampler.guidance_start = max(fields.guidance_interval)
+        request.sampler.guidance_end = min(fields.guidance_interval)
+
+
+def _set_sampling(request: GenerateRequest, fields: GenerationFields) -> None:
+    if fields.temperature is not None:
+        request.sampling.temperature = fields.temperature
+    if fields.top_k is not None:
+        request.sampling.top_k = max(fields.top_k, 0)
+    if fields.top_p is not None:
+        request.sampling.top_p = fields.top_p
+    if fields.repetition_penalty is not None:
+        request.sampling.repetition_penalty = fields.repetition_penalty
+
+
+def names_of(fields: ChatRequest | CompletionRequest) -> Mapping[str, str]:
+    """What the client calls the coordinator's fields, so that an error names what it sent."""
+    if isinstance(fields, CompletionRequest):
+        return {"top_logprobs": "logprobs"}
+    newer = fields.max_completion_tokens is not None
+    return {"prompt": "messages", "max_new_tokens": "max_completion_tokens" if newer else "max_tokens"}

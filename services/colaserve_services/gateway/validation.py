@@ -1,0 +1,47 @@
+"""A body that does not fit the schema: one sentence that names the field, what was got and what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fastapi.exceptions import RequestValidationError
+
+from colaserve_services.gateway.errors import ApiError, invalid
+from colaserve_services.gateway.schemas import ALL_NAMES, UNIONS
+
+_SHOWN: Final = 80  # characters of what was got
+
+
+def validation_error(error: RequestValidationError) -> ApiError:
+    """The first fault of a body; of a union's several faults the one deepest inside."""
+    faults = error.errors()
+    if faults[0]["type"] == "json_invalid":
+        place, reason = faults[0]["loc"][-1], faults[0]["ctx"]["error"]
+        return ApiError(400, f"the body is not valid JSON: {reason} at position {place}", code="invalid_json")
+    same_field = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
+    field = _param(faults[0]["loc"][:2])
+    if len(same_field) > 1 and field in UNIONS:
+        return invalid(field, UNIONS[field])
+    worst = max(same_field, key=lambda fault: len(fault["loc"]))
+    if not _param(worst["loc"]):
+        return ApiError(400, "the body must be a JSON object, sent with content-type application/json")
+    return invalid(_param(worst["loc"]), _sentence(worst))
+
+
+def _param(place: Sequence[int | str]) -> str:
+    """A place such as ("body", "messages", 0, "content", "list[TextPart]", 1, "type"), its union tags left out."""
+    steps = [step for step in place if isinstance(step, int) or step in ALL_NAMES]
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "missing":
+        return "this field is required"
+    message = fault["msg"].removeprefix("Input should ")
+    return f"should {message}, got {_shown(fault['input'])}" if message != fault["msg"] else message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
