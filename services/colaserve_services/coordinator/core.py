@@ -1,0 +1,134 @@
+"""What all of the coordinator's calls share: the connected stages, the tokenizer, the defaults, the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from colaserve.v1 import encoder_pb2, types_pb2
+
+from colaserve_services.coordinator import rows
+from colaserve_services.coordinator.admission import Admission
+from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.decoder_run import DecoderRun
+from colaserve_services.coordinator.defaults import Defaults
+from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts, BrokenStream
+from colaserve_services.coordinator.limits import CoordinatorLimits
+from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.prior_run import PriorRun, Span
+from colaserve_services.coordinator.stages import Model, Stages
+from colaserve_services.text import Tokenizer
+
+SIDE_BY_SIDE: Final = 8  # runs of one call at once
+LONG_TEXT: Final = 16_384  # characters; longer ones are tokenized off the event loop
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Core:
+    """Made when the stages are connected; every call works with one."""
+
+    stages: Stages
+    model: Model
+    tokenizer: Tokenizer
+    defaults: Defaults
+    limits: CoordinatorLimits
+    observer: CoordinatorObserver
+    admission: Admission
+
+    async def tokenize(self, text: str, field: str) -> list[int]:
+        """Ids of a text."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, field)
+        return await asyncio.to_thread(self.tokenizer.encode, text, field)
+
+    async def encode(
+        self, sequences: Sequence[Sequence[int]], call: Call, with_variance: bool = False
+    ) -> encoder_pb2.EncodeResponse:
+        """The encoder's answer, tried again where a replica fails."""
+        request = encoder_pb2.EncodeRequest(
+            sequences=[types_pb2.TokenIds(ids=ids) for ids in sequences], with_variance=with_variance
+        )
+        attempts = self.attempts("encoder", call)
+        while True:
+            try:
+                response: encoder_pb2.EncodeResponse = await self.stages.encoder.Encode(request, timeout=call.left())
+                self._check(response, sequences, with_variance)
+                attempts.progressed()
+                return response
+            except STAGE_ERRORS as error:
+                await attempts.failed(error)
+
+    def prior(
+        self,
+        latents: types_pb2.Latents,
+        blocks: int,
+        sampler: types_pb2.Sampler,
+        seed: types_pb2.NoiseSeed,
+        call: Call,
+        open_spans: Sequence[Span] = (),
+    ) -> PriorRun:
+        """A run of the prior over a canvas."""
+        attempts = self.attempts("prior", call)
+        return PriorRun(self.stages.prior, self.model, latents, blocks, sampler, seed, attempts, open_spans)
+
+    def decoder(
+        self,
+        prefix: types_pb2.Latents,
+        blocks: int,
+        sampling: types_pb2.Sampling,
+        call: Call,
+        top_logprobs: int = 0,
+        target_ids: Sequence[int] = (),
+    ) -> DecoderRun:
+        """A run of the decoder."""
+        attempts = self.attempts("decoder", call)
+        return DecoderRun(self.stages.decoder, self.model, prefix, blocks, sampling, attempts, top_logprobs, target_ids)
+
+    def attempts(self, stage: str, call: Call) -> Attempts:
+        """The retry policy of one run."""
+        return Attempts(stage, call, self.limits.attempts, self.observer)
+
+    def no_latents(self) -> types_pb2.Latents:
+        """Latents of no position."""
+        return rows.of(b"", self.model.latent_dim, self.model.space)
+
+    def _check(
+        self, response: encoder_pb2.EncodeResponse, sequences: Sequence[Sequence[int]], with_variance: bool
+    ) -> None:
+        if len(response.encodings) != len(sequences):
+            raise BrokenStream(f"the encoder sent {len(response.encodings)} encodings, expected {len(sequences)}")
+        for encoding, ids in zip(response.encodings, sequences, strict=True):
+            shape = self.model.positions(len(ids)), self.model.latent_dim
+            if not rows.is_whole(encoding.latents, *shape) or encoding.HasField("log_variance") != with_variance:
+                raise BrokenStream("the encoder sent an encoding of another shape")
+
+
+def add_timing(total: types_pb2.Timing, *parts: types_pb2.Timing) -> types_pb2.Timing:
+    """Add the parts to `total` and return it."""
+    for part in parts:
+        total.queue_us += part.queue_us
+        total.compute_us += part.compute_us
+    return total
+
+
+async def side_by_side(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order, a few at work at once; the first failure ends the others and is raised."""
+    places = asyncio.Semaphore(SIDE_BY_SIDE)
+
+    async def run(work: Coroutine[Any, Any, T]) -> T:
+        async with places:
+            return await work
+
+    tasks = [asyncio.create_task(run(work)) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for work in works:
+            work.close()

@@ -1,0 +1,110 @@
+"""What a stage's failure means, and whether another attempt is made: bounded, with backoff, within the deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from grpc import StatusCode
+
+from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.errors import ColaserveError, DeadlineExceeded, NotAuthenticated, Overloaded, Unavailable
+from colaserve_services.rpc.errors import error_from_rpc, grpc_code
+
+# A replica that died, drains or was cut off. INTERNAL and UNKNOWN are also what a bug in the stage answers, so they
+# get fewer attempts.
+_BROKEN: Final = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.ABORTED}
+_DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
+_DOUBTFUL_ATTEMPTS: Final = 3
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
+
+_log = logging.getLogger(__name__)
+
+
+class BrokenStream(Unavailable):
+    """A stage ended a stream early, or answered with something else than was asked for."""
+
+
+STAGE_ERRORS: Final = (grpc.RpcError, BrokenStream)
+
+
+@dataclass
+class Attempts:
+    """The failures in a row of one call to a stage. `failed` either waits for the next attempt or raises."""
+
+    stage: str
+    call: Call
+    most: int
+    observer: CoordinatorObserver
+    resuming: bool = False  # work was done already: an overloaded replica is then waited for, not passed on
+    failures: int = 0
+
+    def progressed(self) -> None:
+        """The stage answered."""
+        if self.failures:
+            self.observer.failover(self.stage, "resumed")
+        self.failures, self.resuming = 0, True
+
+    async def failed(self, error: Exception) -> None:
+        """Return when another attempt should be made; raise our error for it when not."""
+        ours = stage_error(self.stage, error)
+        self.failures += 1
+        pause = self._pause(error, ours)
+        left = self.call.left()
+        if pause is None or (left is not None and pause >= left):
+            self._gave_up(ours)
+            raise ours from error
+        _log.warning("%s failed (%s), attempt %d follows", self.stage, _brief(error), self.failures + 1)
+        await asyncio.sleep(pause)
+
+    def _pause(self, error: Exception, ours: ColaserveError) -> float | None:
+        """Seconds to wait before the next attempt; None for none."""
+        code = _code(error)
+        if isinstance(ours, Overloaded):
+            most = self.most if self.resuming else 2
+        elif code in _DOUBTFUL:
+            most = min(self.most, _DOUBTFUL_ATTEMPTS)
+        else:
+            most = self.most if code in _BROKEN else 0
+        if self.failures >= most:
+            return None
+        if isinstance(ours, Overloaded) and self.resuming:
+            return min(max(ours.retry_after, _FIRST_PAUSE), _LONGEST_PAUSE)
+        if self.failures == 1:
+            return 0.0  # another replica may be there at once
+        return min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+
+    def _gave_up(self, ours: ColaserveError) -> None:
+        if isinstance(ours, Unavailable) or self.failures > 1:
+            self.observer.failover(self.stage, "failed")
+
+
+def stage_error(stage: str, error: Exception) -> ColaserveError:
+    """Our error for what a call to a stage raised; says which stage it was."""
+    ours = error_from_rpc(error) if isinstance(error, grpc.RpcError) else error
+    if isinstance(ours, DeadlineExceeded):
+        return DeadlineExceeded(f"the deadline passed while the {stage} was at work")
+    if isinstance(ours, Overloaded):
+        return Overloaded(f"{stage}: {ours}", ours.retry_after)
+    if isinstance(ours, NotAuthenticated):
+        return Unavailable(f"the {stage} does not take this coordinator's key")
+    if isinstance(ours, Unavailable) or _code(error) in _BROKEN:
+        return Unavailable(f"the {stage} is not available: {ours}")
+    return ours if isinstance(ours, ColaserveError) else ColaserveError(f"{stage}: {_brief(error)}")
+
+
+def _code(error: Exception) -> StatusCode:
+    if isinstance(error, grpc.RpcError):
+        found: StatusCode = error.code()
+        return found
+    return grpc_code(error)
+
+
+def _brief(error: Exception) -> str:
+    """One line, and no more of a status than its code: its text may hold a caller's."""
+    return _code(error).name if isinstance(error, grpc.RpcError) else type(error).__name__

@@ -1,0 +1,107 @@
+"""The heartbeat: text -> ids -> latents, then block by block: noise -> latents -> ids -> text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from colaserve.v1 import decoder_pb2, generation_pb2, prior_pb2, types_pb2
+
+from colaserve_services.coordinator import rows
+from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.core import Core, add_timing
+from colaserve_services.coordinator.plan import Plan, plan_generation
+from colaserve_services.coordinator.read_ahead import ReadAhead
+from colaserve_services.coordinator.writer import Piece
+
+Response = generation_pb2.GenerateResponse
+
+
+async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Call) -> AsyncGenerator[Response, None]:
+    """Continue a prompt, a response a block. All that the stages hold for it is freed before the last response, and
+    when the iteration is left early."""
+    plan = await plan_generation(core, request)
+    watch = _Watch(core, call)
+    async with core.admission.slot(call):
+        watch.admitted()
+        prompt = await _encode(core, plan, call, watch)
+        prefix = rows.take(prompt, 0, plan.context)
+        writer = plan.writer(core.tokenizer)
+        prior = ReadAhead(core.prior(prompt, plan.blocks, plan.sampler, plan.seed, call).blocks())
+        try:
+            async with prior, core.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs) as decoder:
+                while True:
+                    block = await prior.next()
+                    decoded = await decoder.decode(block.latents)
+                    piece = writer.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
+                    response = _response(plan, block, decoded, piece)
+                    watch.block(response.timing)
+                    if writer.finish_reason:
+                        break
+                    yield response
+        finally:
+            usage = watch.ended(len(plan.prompt_ids), writer.sent, prior.received)
+    yield _last(response, writer.finish_reason, usage, watch.total, plan.seed)
+
+
+async def _encode(core: Core, plan: Plan, call: Call, watch: _Watch) -> types_pb2.Latents:
+    if not plan.prompt_ids:
+        return core.no_latents()
+    answer = await core.encode([plan.prompt_ids], call)
+    add_timing(watch.total, answer.timing)
+    return answer.encodings[0].latents
+
+
+def _response(
+    plan: Plan, block: prior_pb2.SampleResponse, decoded: decoder_pb2.DecodeResponse, piece: Piece
+) -> Response:
+    response = Response(text=piece.text, token_ids=[token.id for token in piece.tokens])
+    if plan.logprobs:
+        response.logprobs.extend(token.logprob for token in piece.tokens)
+    if plan.top_logprobs:
+        response.top_logprobs.extend(token.top for token in piece.tokens)
+    if plan.with_latents:
+        response.latents.CopyFrom(block.latents)
+    add_timing(response.timing, block.timing, decoded.timing)
+    return response
+
+
+def _last(
+    response: Response, reason: Any, usage: types_pb2.Usage, total: types_pb2.Timing, seed: types_pb2.NoiseSeed
+) -> Response:
+    response.finish_reason = reason
+    response.usage.CopyFrom(usage)
+    response.timing.CopyFrom(total)
+    response.seed.CopyFrom(seed)
+    return response
+
+
+class _Watch:
+    """Where a generation's time goes, and what it used."""
+
+    def __init__(self, core: Core, call: Call):
+        self._observer, self._call = core.observer, call
+        self._last, self._blocks = 0.0, 0
+        self.total = types_pb2.Timing()
+
+    def admitted(self) -> None:
+        """The call left the coordinator's own queue."""
+        self.total.queue_us += round(self._call.age() * 1e6)
+
+    def block(self, timing: types_pb2.Timing) -> None:
+        """A block is decoded."""
+        add_timing(self.total, timing)
+        age = self._call.age()
+        if self._blocks:
+            self._observer.next_block(age - self._last)
+        else:
+            self._observer.first_block(age)
+        self._last, self._blocks = age, self._blocks + 1
+
+    def ended(self, prompt: int, written: int, received: int) -> types_pb2.Usage:
+        """The generation is over, well or not; `received` blocks came from the prior."""
+        wasted = received - self._blocks
+        self._observer.tokens(prompt, written)
+        if wasted:
+            self._observer.wasted(wasted)
+        return types_pb2.Usage(prompt_tokens=prompt, completion_tokens=written, blocks=received, wasted_blocks=wasted)

@@ -1,0 +1,144 @@
+"""A text with holes: the prior writes the holes, what is kept stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve.v1 import types_pb2
+
+from colaserve_services.coordinator import rows
+from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.core import Core, add_timing
+from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
+from colaserve_services.coordinator.latent_space import check_room
+from colaserve_services.coordinator.prior_run import Span, context_blocks
+from colaserve_services.coordinator.read_ahead import ReadAhead
+from colaserve_services.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) of the whole; `kept` is the text that stays, None for a hole."""
+
+    kept: str | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ids of the whole, pad in the holes, and which latents are to be written."""
+
+    segments: Sequence[Segment]
+    ids: list[int]
+    open_spans: Sequence[Span]  # latent positions
+    context: int  # leading blocks that are known
+    end: int  # blocks up to and with the last one that has a hole; none after it needs to run
+
+    @property
+    def holes(self) -> list[Segment]:
+        """The segments to be written."""
+        return [segment for segment in self.segments if segment.kept is None]
+
+
+async def infill(core: Core, request: pb.InfillRequest, call: Call) -> pb.InfillResponse:
+    """LatentService.Infill."""
+    layout = await lay_out(core, request.segments)
+    sampler = resolve_sampler(request.sampler, core.defaults)
+    blocks = layout.end - layout.context
+    seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
+    sampling = resolve_sampling(request.sampling, core.defaults, sampling_seed(seed))
+    timing = types_pb2.Timing()
+    async with core.admission.slot(call):
+        answer = await core.encode([layout.ids], call)
+        add_timing(timing, answer.timing)
+        written = await _write(core, layout, answer.encodings[0].latents, sampler, sampling, seed, call, timing)
+    return _response(core, layout, written, seed, timing)
+
+
+async def lay_out(core: Core, segments: Sequence[pb.InfillSegment]) -> Layout:
+    """Tokenize what is kept and find what is open. Raises InvalidRequest naming the segment."""
+    ids: list[int] = []
+    parts = []
+    for index, segment in enumerate(segments):
+        start = len(ids)
+        kept = await _extend(core, ids, segment, f"segments[{index}]")
+        parts.append(Segment(kept, start, len(ids)))
+    if all(part.kept is not None for part in parts):
+        raise InvalidRequest("segments", f"got {len(parts)} segments without a hole, expected one hole or more")
+    spans = open_spans(parts, core.model.patch_size)
+    positions, size = core.model.positions(len(ids)), core.model.block_size
+    return Layout(parts, ids, spans, context_blocks(positions, spans, size), -(-spans[-1][1] // size))
+
+
+def open_spans(segments: Sequence[Segment], patch_size: int) -> list[Span]:
+    """Latent positions that cover a token of a hole, as ascending, disjoint spans."""
+    spans: list[Span] = []
+    for segment in segments:
+        if segment.kept is not None:
+            continue
+        start, end = segment.start // patch_size, -(-segment.end // patch_size)
+        if spans and start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], end
+        else:
+            spans.append((start, end))
+    return spans
+
+
+async def _extend(core: Core, ids: list[int], segment: pb.InfillSegment, field: str) -> str | None:
+    """Append a segment's ids; return its text, None for a hole."""
+    kind = segment.WhichOneof("segment")
+    if kind == "text" and segment.text:
+        ids += await core.tokenize(segment.text, f"{field}.text")
+        check_room(core, field, core.model.positions(len(ids)))
+        return segment.text
+    if kind == "token_count" and segment.token_count:
+        check_room(core, field, core.model.positions(len(ids) + segment.token_count))
+        ids += [core.tokenizer.special.pad] * segment.token_count
+        return None
+    expected = "expected a text that is not empty, or a token_count of 1 or more"
+    raise InvalidRequest(field if kind is None else f"{field}.{kind}", f"got nothing to keep or write, {expected}")
+
+
+async def _write(
+    core: Core,
+    layout: Layout,
+    latents: types_pb2.Latents,
+    sampler: types_pb2.Sampler,
+    sampling: types_pb2.Sampling,
+    seed: types_pb2.NoiseSeed,
+    call: Call,
+    timing: types_pb2.Timing,
+) -> list[int]:
+    """The sampled ids of the blocks from the context on."""
+    size, blocks = core.model.block_size, layout.end - layout.context
+    canvas = rows.take(latents, 0, layout.end * size)
+    prefix = rows.take(latents, 0, layout.context * size)
+    run = core.prior(canvas, blocks, sampler, seed, call, layout.open_spans)
+    ids: list[int] = []
+    async with ReadAhead(run.blocks()) as prior, core.decoder(prefix, blocks, sampling, call) as decoder:
+        for _ in range(blocks):
+            block = await prior.next()
+            decoded = await decoder.decode(block.latents)
+            ids += decoded.token_ids
+            add_timing(timing, block.timing, decoded.timing)
+    return ids
+
+
+def _response(
+    core: Core, layout: Layout, written: list[int], seed: types_pb2.NoiseSeed, timing: types_pb2.Timing
+) -> pb.InfillResponse:
+    ids, texts = list(layout.ids), []
+    offset = layout.context * core.model.block_tokens  # token position of written[0]
+    for segment in layout.segments:
+        if segment.kept is None:
+            ids[segment.start : segment.end] = written[segment.start - offset : segment.end - offset]
+        hole = core.tokenizer.before_end(ids[segment.start : segment.end])
+        texts.append(core.tokenizer.decode(hole) if segment.kept is None else segment.kept)
+    filled = sum(segment.end - segment.start for segment in layout.holes)
+    usage = types_pb2.Usage(
+        prompt_tokens=len(ids) - filled, completion_tokens=filled, blocks=layout.end - layout.context
+    )
+    return pb.InfillResponse(text="".join(texts), segments=texts, token_ids=ids, usage=usage, seed=seed, timing=timing)

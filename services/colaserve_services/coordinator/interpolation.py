@@ -1,0 +1,105 @@
+"""A walk through the latent space between two texts or latents, each point decoded."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve.v1 import types_pb2
+
+from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.core import Core, add_timing, side_by_side
+from colaserve_services.coordinator.latent_space import (
+    check_size,
+    decode_all,
+    decode_sampling,
+    given_latents,
+    tokenize_text,
+)
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.rpc import arrays
+from colaserve_services.rpc.arrays import FloatArray
+
+MOST_POINTS: Final = 256
+_PARALLEL: Final = 1e-3  # sine of the angle below which the great circle is a straight line
+_LERP, _SLERP = pb.INTERPOLATION_LERP, pb.INTERPOLATION_SLERP
+
+
+async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) -> pb.InterpolateResponse:
+    """LatentService.Interpolate."""
+    if not 2 <= request.points <= MOST_POINTS:
+        raise InvalidRequest("points", f"got {request.points}, expected 2 to {MOST_POINTS}")
+    if request.interpolation not in (pb.INTERPOLATION_UNSPECIFIED, _LERP, _SLERP):
+        raise InvalidRequest("interpolation", f"got {request.interpolation}, expected lerp (1) or slerp (2)")
+    between = lerp if request.interpolation == _LERP else slerp
+    sampling = decode_sampling(core, request.sampling)
+    response = pb.InterpolateResponse()
+    weights = np.linspace(0, 1, request.points, dtype=np.float32)
+    async with core.admission.slot(call):
+        start, end = await _ends(core, request, call, response.timing)
+        check_size(core, "points", request.points * len(start))
+        points = [between(start, end, float(weight)) for weight in weights]
+        messages = [arrays.latents_to_message(point, core.model.space) for point in points]
+        decoded = await side_by_side([decode_all(core, message, sampling, call) for message in messages])
+    for weight, latents, one in zip(weights, messages, decoded, strict=True):
+        ids = core.tokenizer.before_end(one.ids)
+        response.points.add(weight=weight, latents=latents, text=core.tokenizer.decode(ids), token_ids=ids)
+        add_timing(response.timing, one.timing)
+    return response
+
+
+def lerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
+    """The straight line: `start` at weight 0, `end` at 1, bit for bit."""
+    if weight in (0, 1):
+        return end if weight else start
+    return ((1 - weight) * start + weight * end).astype(np.float32)
+
+
+def slerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
+    """The great circle, row by row; the straight line for rows that are nearly parallel (or opposite, or zero)."""
+    straight = lerp(start, end, weight)
+    if weight in (0, 1):
+        return straight
+    a, b = start.astype(np.float64), end.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1, keepdims=True) * np.linalg.norm(b, axis=-1, keepdims=True)
+    cosine = np.divide((a * b).sum(-1, keepdims=True), norms, out=np.ones_like(norms), where=norms > 0)
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    sine = np.sin(angle)
+    curved = sine > _PARALLEL
+    safe = np.where(curved, sine, 1)
+    arc = (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / safe
+    return np.where(curved, arc, straight).astype(np.float32)
+
+
+async def _ends(
+    core: Core, request: pb.InterpolateRequest, call: Call, timing: types_pb2.Timing
+) -> tuple[FloatArray, FloatArray]:
+    points = {"start": request.start, "end": request.end}
+    ids = {
+        name: await tokenize_text(core, point.text, f"{name}.text")
+        for name, point in points.items()
+        if _kind(point, name) == "text"
+    }
+    longest = max(map(len, ids.values()), default=0)
+    padded = [one + [core.tokenizer.special.pad] * (longest - len(one)) for one in ids.values()]
+    ends: dict[str, types_pb2.Latents] = {
+        name: given_latents(core, point.latents, f"{name}.latents", least=1)
+        for name, point in points.items()
+        if name not in ids
+    }
+    if ids:
+        answer = await core.encode(padded, call)
+        add_timing(timing, answer.timing)
+        ends |= {name: encoding.latents for name, encoding in zip(ids, answer.encodings, strict=True)}
+    start, end = (arrays.from_message(ends[name].values, name, (None, core.model.latent_dim)) for name in points)
+    if len(start) != len(end):
+        raise InvalidRequest("end", f"got {len(end)} latents, expected as many as start has ({len(start)})")
+    return start, end
+
+
+def _kind(point: pb.Endpoint, name: str) -> str:
+    kind = point.WhichOneof("point")
+    if kind is None:
+        raise InvalidRequest(name, "got neither text nor latents, expected one of them")
+    return str(kind)

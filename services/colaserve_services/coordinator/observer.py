@@ -1,0 +1,28 @@
+"""What the coordinator tells whoever measures it. rpc/metrics.py implements this for Prometheus."""
+
+from __future__ import annotations
+
+
+class CoordinatorObserver:
+    """Hears what happens; does nothing. Called on the event loop, so implementations must not block."""
+
+    def queued(self, waiting: int, running: int) -> None:
+        """The admission's load changed: calls that wait, and that run, now."""
+
+    def refused(self, reason: str) -> None:
+        """A call was turned away: "queue" (full), "wait" (queued too long), "key" (its key runs too many)."""
+
+    def first_block(self, seconds: float) -> None:
+        """A generation's first block is out, `seconds` after its arrival."""
+
+    def next_block(self, seconds: float) -> None:
+        """A generation's next block is out, `seconds` after the one before."""
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        """A generation ended, however it ended, with so many tokens read and written."""
+
+    def wasted(self, blocks: int) -> None:
+        """The prior wrote blocks after the end of a text."""
+
+    def failover(self, stage: str, outcome: str) -> None:
+        """A call to "encoder", "prior" or "decoder" had broken: "resumed" (another attempt went on) or "failed"."""

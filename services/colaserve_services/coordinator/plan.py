@@ -1,0 +1,119 @@
+"""A generation request, checked and with every open question settled, before any work is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from colaserve.v1 import generation_pb2, types_pb2
+
+from colaserve_services.coordinator.core import Core
+from colaserve_services.coordinator.defaults import (
+    resolve_sampler,
+    resolve_sampling,
+    resolve_seed,
+    sampling_seed,
+)
+from colaserve_services.coordinator.stages import Model
+from colaserve_services.coordinator.writer import Writer
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.text import Tokenizer
+
+MOST_STOPS: Final = 16
+MOST_TOP_LOGPROBS: Final = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One generation."""
+
+    prompt_ids: Sequence[int]
+    context: int  # latents of the prompt that fill whole blocks
+    redecoded: int  # leading sampled ids that repeat the prompt's tail
+    blocks: int  # to write, if the text does not end before
+    max_new_tokens: int
+    sampler: types_pb2.Sampler
+    sampling: types_pb2.Sampling
+    seed: types_pb2.NoiseSeed
+    stop: Sequence[str]
+    ignore_end: bool
+    with_latents: bool
+    logprobs: bool
+    top_logprobs: int
+
+    def writer(self, tokenizer: Tokenizer) -> Writer:
+        """What turns this generation's ids into text."""
+        end_ids = frozenset() if self.ignore_end else tokenizer.special.end
+        return Writer(tokenizer.detokenizer(), self.stop, end_ids, self.max_new_tokens, self.redecoded)
+
+
+async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -> Plan:
+    """Raises InvalidRequest naming the field that cannot be honoured."""
+    prompt_ids = await _prompt_ids(core, request)
+    budget = request.max_new_tokens if request.HasField("max_new_tokens") else core.defaults.max_new_tokens
+    if budget < 1:
+        raise InvalidRequest("max_new_tokens", f"got {budget}, expected 1 or more")
+    context, redecoded = split_prompt(len(prompt_ids), core.model)
+    blocks = -(-(redecoded + budget) // core.model.block_tokens)
+    _check_room(core.model, len(prompt_ids), budget, context + blocks * core.model.block_size)
+    _check_stops(request.stop)
+    seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
+    return Plan(
+        prompt_ids=prompt_ids,
+        context=context,
+        redecoded=redecoded,
+        blocks=blocks,
+        max_new_tokens=budget,
+        sampler=resolve_sampler(request.sampler, core.defaults),
+        sampling=resolve_sampling(request.sampling, core.defaults, sampling_seed(seed)),
+        seed=seed,
+        stop=tuple(request.stop),
+        ignore_end=request.ignore_end,
+        with_latents=request.with_latents,
+        logprobs=request.HasField("top_logprobs"),
+        top_logprobs=checked_top_logprobs(request.top_logprobs),
+    )
+
+
+def split_prompt(tokens: int, model: Model) -> tuple[int, int]:
+    """(latents that fill whole blocks, leading ids of the first block that repeat the prompt) of a prompt's length.
+
+    The m = ceil(L / P) latents of L tokens fill floor(m / B) blocks; what is left of them begins the first block that
+    is written, where its tokens are decoded again.
+    """
+    positions = model.positions(tokens)
+    context = positions // model.block_size * model.block_size
+    return context, tokens - context * model.patch_size if positions > context else 0
+
+
+def checked_top_logprobs(count: int) -> int:
+    """The count, or InvalidRequest when it is too large."""
+    if count > MOST_TOP_LOGPROBS:
+        raise InvalidRequest("top_logprobs", f"got {count}, expected 0 to {MOST_TOP_LOGPROBS}")
+    return count
+
+
+async def _prompt_ids(core: Core, request: generation_pb2.GenerateRequest) -> list[int]:
+    if not request.HasField("prompt_ids"):
+        return await core.tokenize(request.prompt, "prompt")
+    if request.prompt:
+        raise InvalidRequest("prompt_ids", "got both prompt and prompt_ids, expected one of them")
+    return core.tokenizer.checked(request.prompt_ids.ids, "prompt_ids")
+
+
+def _check_room(model: Model, prompt: int, budget: int, needed: int) -> None:
+    if needed > model.max_context:
+        field = "prompt" if model.positions(prompt) >= model.max_context else "max_new_tokens"
+        raise InvalidRequest(
+            field,
+            f"a prompt of {prompt} tokens and max_new_tokens {budget} need {needed} latent positions, "
+            f"at most {model.max_context} fit (max_context)",
+        )
+
+
+def _check_stops(stops: Sequence[str]) -> None:
+    if len(stops) > MOST_STOPS:
+        raise InvalidRequest("stop", f"got {len(stops)} strings, expected at most {MOST_STOPS}")
+    if not all(stops):
+        raise InvalidRequest("stop", "got an empty string, expected strings of one character or more")

@@ -1,0 +1,50 @@
+"""Reads a stream in a task of its own, so that its writer works on while the reader is busy elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """`async with ReadAhead(stream) as ahead: item = await ahead.next()`. Leaving closes the stream and waits for
+    that. At most two items wait unread; `received` counts all that came."""
+
+    def __init__(self, stream: AsyncGenerator[T, None]):
+        self._stream = stream
+        self._queue: asyncio.Queue[tuple[T] | Exception] = asyncio.Queue(maxsize=1)
+        self.received = 0
+
+    async def __aenter__(self) -> ReadAhead[T]:
+        self._task = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def next(self) -> T:
+        """The next item. Once, after the last one: raises what the stream raised, or EOFError when it just ended."""
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item[0]
+
+    async def _read(self) -> None:
+        end: Exception = EOFError("the stream has ended")
+        try:
+            async with aclosing(self._stream) as stream:
+                async for item in stream:
+                    self.received += 1
+                    await self._queue.put((item,))
+        except Exception as error:
+            end = error
+        await self._queue.put(end)

@@ -1,0 +1,108 @@
+"""Looks at the stages: patiently while they start, then now and again, so that readiness tells the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+from colaserve.v1 import generation_pb2
+from grpc import StatusCode
+
+from colaserve_services.coordinator.stages import NAMES, Stages
+from colaserve_services.errors import Unavailable
+
+LOOK_SECONDS: Final = 5.0  # patience with one answer
+FRESH_SECONDS: Final = 0.5  # a look that recent is not repeated
+_MISSES: Final = 2  # looks in a row without an answer until a stage counts as down
+_STARTING: Final = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class View:
+    """What the looks at one stage found."""
+
+    info: Any = None  # its latest answer
+    missed: int = _MISSES  # looks since then
+    fault: str = "was not asked yet"
+
+    @property
+    def serving(self) -> bool:
+        """Whether it answered lately."""
+        return self.info is not None and self.missed < _MISSES
+
+
+@dataclass
+class Lookout:
+    """The latest views of all stages."""
+
+    stages: Stages
+    space: str = ""  # that a stage must have to count as serving; empty: any
+    views: dict[str, View] = field(default_factory=lambda: {name: View() for name in NAMES})
+    _looked: float = float("-inf")
+
+    @property
+    def all_serving(self) -> bool:
+        """Whether every stage answered lately."""
+        return all(view.serving for view in self.views.values())
+
+    async def look(self, fresh_seconds: float = 0.0) -> None:
+        """Ask all stages at once, unless that was done within `fresh_seconds`. Never raises."""
+        if time.monotonic() - self._looked < fresh_seconds:
+            return
+        self._looked = time.monotonic()
+        await asyncio.gather(*(self._ask(name) for name in NAMES))
+
+    async def wait(self, seconds: float) -> dict[str, Any]:
+        """The answers of all stages, once each has given one. Raises Unavailable when they do not come."""
+        deadline = time.monotonic() + seconds
+        pause = 0.05
+        while True:
+            await self.look()
+            if self.all_serving:
+                return {name: view.info for name, view in self.views.items()}
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"waited {seconds:g} s for the stages: {self.faults()}")
+            await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+            pause = min(2 * pause, 1.0)
+
+    def faults(self) -> str:
+        """Which stages do not serve, where and why."""
+        return "; ".join(
+            f"{name} at {self.stages.target(name)}: {view.fault}"
+            for name, view in self.views.items()
+            if not view.serving
+        )
+
+    def messages(self) -> list[generation_pb2.StageInfo]:
+        """All views as messages."""
+        return [self._message(name, view) for name, view in self.views.items()]
+
+    def _message(self, name: str, view: View) -> generation_pb2.StageInfo:
+        message = generation_pb2.StageInfo(stage=name, target=self.stages.target(name), serving=view.serving)
+        if view.info is not None:
+            message.server.CopyFrom(view.info.server)
+            message.limits.CopyFrom(view.info.limits)
+            message.space = view.info.space
+        return message
+
+    async def _ask(self, name: str) -> None:
+        view = self.views[name]
+        try:
+            info = await self.stages.info(name, LOOK_SECONDS)
+        except grpc.RpcError as error:
+            code = error.code()
+            view.missed, view.fault = view.missed + 1, code.name
+            if not self.space and code not in _STARTING:
+                where = f"{name} at {self.stages.target(name)}"
+                raise Unavailable(f"{where} answers {code.name}: {error.details()}") from error
+            return
+        if self.space and info.space != self.space:
+            view.missed, view.fault = _MISSES, f"serves space {info.space}, not {self.space}"
+            return
+        view.info, view.missed, view.fault = info, 0, ""
