@@ -1,0 +1,54 @@
+# make demo   set up, then answer a question through all services
+# make test   set up, then run the tests
+# make clean  remove all that the others made
+# TORCH_INDEX=URL chooses where torch comes from: outside a mirror that has CPU builds, the default Linux wheel is CUDA's.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+
+.PHONY: demo test lint types protos clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.serve
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf format --diff --exit-code
+	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
+
+types: $(VENV)/.dev
+	$(BIN)/mypy client services
+
+protos:
+	PYTHON="$(PYTHON)" scripts/generate-protos
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "colaserve needs Python 3.11 or newer, this is " + sys.version)'
+	@echo '==> making a virtual environment in $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.python pyproject.toml constraints.txt
+	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two)'
+	@$(PIP) install --quiet $(TORCH_FROM) $(TORCH)
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	@echo '==> installing what the tests need'
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

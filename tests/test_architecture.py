@@ -1,0 +1,73 @@
+"""Dependencies point one way (docs/architecture in README): each package imports only what it may."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVICES = ROOT / "services" / "colaserve_services"
+CLIENT = ROOT / "client" / "colaserve_client"
+
+WIRE = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf", "google.rpc", "colaserve.v1")
+OWN = "colaserve_services"
+
+# Folder or file -> what may not be imported there, with the reason to show.
+FORBIDDEN: dict[Path, tuple[str, ...]] = {
+    CLIENT: ("torch", "tokenizers", "fastapi", OWN),
+    SERVICES / "model": (*WIRE, *(f"{OWN}.{p}" for p in ("rpc", "encoder", "prior", "decoder", "coordinator", "gateway", "launch"))),
+    SERVICES / "runtime": (*WIRE, *(f"{OWN}.{p}" for p in ("rpc", "model", "encoder", "prior", "decoder", "coordinator", "gateway"))),
+    SERVICES / "text": (*WIRE, "torch"),
+    SERVICES / "coordinator": ("torch", *(f"{OWN}.{p}" for p in ("gateway", "model", "encoder", "prior", "decoder", "runtime"))),
+    SERVICES / "gateway": ("torch", *(f"{OWN}.{p}" for p in ("model", "encoder", "prior", "decoder", "runtime", "coordinator", "text"))),
+    SERVICES / "encoder" / "engine.py": WIRE,
+    SERVICES / "decoder" / "engine.py": WIRE,
+    SERVICES / "prior" / "engine.py": WIRE,
+    SERVICES / "prior" / "sampling_run.py": WIRE,
+    SERVICES / "encoder": tuple(f"{OWN}.{p}" for p in ("prior", "decoder", "coordinator", "gateway", "launch")),
+    SERVICES / "decoder": tuple(f"{OWN}.{p}" for p in ("prior", "encoder", "coordinator", "gateway", "launch")),
+    SERVICES / "prior": tuple(f"{OWN}.{p}" for p in ("encoder", "decoder", "coordinator", "gateway", "launch")),
+    SERVICES / "training": (*WIRE, *(f"{OWN}.{p}" for p in ("coordinator", "gateway", "rpc", "launch"))),
+}  # fmt: skip
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of the modules a file imports anywhere, also inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write it absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(place.rglob("*.py"))
+
+
+@pytest.mark.parametrize("place", FORBIDDEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_only_what_it_may(place: Path) -> None:
+    assert files(place), f"{place} is gone; correct this table"
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(place)
+        for name in imports(path)
+        if any(name == banned or name.startswith(f"{banned}.") for banned in FORBIDDEN[place])
+    ]
+    assert not found
+
+
+def test_no_pickle_anywhere() -> None:
+    banned = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal")
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (*files(SERVICES), *files(CLIENT))
+        for name in imports(path)
+        if name.split(".")[0] in banned
+    ]
+    assert not found
+    for path in files(SERVICES):
+        text = path.read_text(encoding="utf-8")
+        assert "torch.load(" not in text, f"{path}: torch.load reads pickles; use safetensors"
+        assert "torch.save(" not in text, f"{path}: torch.save writes pickles; use safetensors"
