@@ -13,6 +13,7 @@ import click
 from colaserve_client.errors import ColaserveError
 from colaserve_client.eval import options, sweep
 from colaserve_client.eval.connect import Connector, identity
+from colaserve_client.eval.demo import held_out_texts
 from colaserve_client.eval.folder import RunFolder, Speed, Task, read_settings
 from colaserve_client.eval.plots import plot_sweep, require_matplotlib
 from colaserve_client.eval.records import EvalError, Output, json_text
@@ -174,18 +175,33 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
 
 @evaluate.command()
 @clear_errors
-@click.argument("file", type=options.FILE)
+@click.argument("file", required=False, type=options.FILE)
+@click.option("--demo", is_flag=True, help="Take the demo's questions in held-out phrasings, with their answers.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many texts, evenly spread.")
 @click.option("--output", type=options.FOLDER, help=f"Also write the figures to {VAE_FILE} in this folder.")
 @options.concurrency_option
 @options.target_option
 @options.json_option
 @options.pass_connector
-def vae(connector: Connector, *, file: Path, output: Path | None, concurrency: int, target: str, as_json: bool) -> None:
+def vae(
+    connector: Connector,
+    *,
+    file: Path | None,
+    demo: bool,
+    limit: int | None,
+    output: Path | None,
+    concurrency: int,
+    target: str,
+    as_json: bool,
+) -> None:
     """Send the texts of FILE through encoder and decoder and compare: token accuracy and bits per token.
 
-    FILE is jsonl with the field text, or plain text with a text a line; take text that was not trained on.
+    FILE is jsonl with the field text, or plain text with a text a line; take text that was not trained on. Bits are
+    -log2 of the decoder's probability of the right token, given the latents (the posterior's mean).
     """
-    texts = read_texts(file)
+    if demo == (file is not None):
+        raise click.UsageError("give a file of texts, or --demo alone")
+    texts = options.spread(read_texts(file) if file else held_out_texts(), limit)
 
     async def main() -> Any:
         async with connector.open(target) as client:
@@ -226,10 +242,8 @@ def _show_output(output: Output | None) -> str | None:
 
 def _missing(folder: Path, result: Score) -> int:
     """Questions of the folder's tasks that have no output yet; 0 when its settings are not recorded."""
-    asked = read_settings(folder).get("tasks", {})
-    return sum(task["questions"] for task in asked.values()) - sum(
-        result.tasks[n].n for n in asked if n in result.tasks
-    )
+    asked = {name: int(task["questions"]) for name, task in read_settings(folder).get("tasks", {}).items()}
+    return sum(asked.values()) - sum(result.tasks[name].n for name in asked if name in result.tasks)
 
 
 def _show_score(result: Score, as_json: bool, missing: int = 0) -> None:

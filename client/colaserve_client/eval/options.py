@@ -4,20 +4,21 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from colaserve_client.eval.connect import Connector
 from colaserve_client.eval.demo import demo_tasks
 from colaserve_client.eval.folder import Task
-from colaserve_client.eval.records import EvalError, Question, read_questions
+from colaserve_client.eval.records import EvalError, read_questions
 from colaserve_client.eval.runner import GenerationSettings
 from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
 from colaserve_client.settings import DEFAULT_TARGET
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
+T = TypeVar("T")
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -124,10 +125,10 @@ def read_tasks(files: Sequence[Path], template: str | None) -> list[Task]:
     return list(tasks.values())
 
 
-def spread(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
-    """At most `limit` questions, evenly spread over all, the first among them."""
-    count = len(questions)
-    return questions if limit is None or limit >= count else [questions[at * count // limit] for at in range(limit)]
+def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most `limit` items, evenly spread over all, the first among them."""
+    count = len(items)
+    return items if limit is None or limit >= count else [items[at * count // limit] for at in range(limit)]
 
 
 def _chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colaserve_client.eval.demo import reads_as_true
+from colaserve_client.eval.demo import HELD_OUT, TRAINED, reads_as_true
 from colaserve_client.eval.records import EvalError, Output, Question, read_outputs
 from colaserve_client.eval.scoring import begins_with, cut_answer, same_choice, same_first_word, same_text
 
@@ -29,7 +29,7 @@ PUBLISHED_RULES: Mapping[str, str] = {
     "race": "choice",
     "siqa": "choice",
 }
-GROUPS = {"trained phrasings": "_trained_phrasings", "held-out phrasings": "_held_out_phrasings"}  # by task names' ends
+GROUPS = {"trained phrasings": TRAINED, "held-out phrasings": HELD_OUT}  # of the demo's sets, by their names' ends
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""The demo's own question sets are found without importing the services, and its paragraphs are read by its checker."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from colaserve_client.eval.demo import demo_tasks, questions_folder, reads_as_true
+from colaserve_client.eval.records import EvalError, Output, Question
+from colaserve_client.eval.tasks import is_correct
+
+
+def test_the_shipped_sets_hold_trained_and_held_out_phrasings_and_unseen_facts():
+    names = {task.name: task for task in demo_tasks()}
+    assert {"capital_trained_phrasings", "capital_held_out_phrasings", "unseen_facts", "paragraphs"} <= names.keys()
+    assert names["completions"].questions[0].rule == "begins"
+    assert names["paragraphs"].questions[0].rule == "true_sentences"
+    assert names["capital_trained_phrasings"].questions[0].rule is None
+
+
+def test_asking_them_needs_neither_torch_nor_the_services_package():
+    code = (
+        "import sys; from colaserve_client.eval.commands import evaluate; from colaserve_client.eval.demo import *; "
+        "demo_tasks(); print([name for name in ('torch', 'tokenizers', 'colaserve_services', 'matplotlib') "
+        "if name in sys.modules]); reads_as_true('x'); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines() == ["[]", "False"]
+
+
+def test_a_paragraph_is_right_when_every_sentence_of_prompt_and_answer_is_true():
+    def paragraph(text: str) -> Output:
+        return Output(Question(0, "France is a country in", "Europe", rule="true_sentences"), text)
+
+    assert is_correct("paragraphs", paragraph(" Europe. Its capital is Paris."))
+    assert not is_correct("paragraphs", paragraph(" Europe. Its capital is Rome."))
+    assert not is_correct("paragraphs", paragraph(" Europe. Its capital is Paris. Its"))
+    assert not is_correct("paragraphs", paragraph(" Asia."))
+
+
+def test_missing_services_and_missing_sets_are_said(tmp_path):
+    with pytest.raises(EvalError, match="question sets are missing"):
+        demo_tasks(tmp_path)
+    with pytest.raises(EvalError, match="not_there, which is not installed here; pass question files"):
+        questions_folder("not_there")
+    with pytest.raises(EvalError, match="judged by not_there, which is not installed"):
+        reads_as_true("x", "not_there")
+
+
+def test_run_demo_reports_the_groups_apart(client, colaserve_eval, tmp_path):
+    client.answer = lambda prompt, sampler: " Kabul" if "capital" in prompt else "no"
+    arguments = ["--only", "capital_*", "--only", "unseen*", "--limit", 4]
+    result = colaserve_eval("run", "--demo", *arguments, "--output", tmp_path / "out", "--json")
+    score = json.loads(result.stdout)
+    assert score["groups"].keys() == {"trained phrasings", "held-out phrasings"}
+    assert score["groups"]["trained phrasings"] == 25.0
+    assert {name: task["n"] for name, task in score["tasks"].items()} == {
+        "capital_trained_phrasings": 4,
+        "capital_held_out_phrasings": 4,
+        "unseen_facts": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--demo", __file__], "give question files"),
+        ([], "give question files"),
+        (["--demo", "--template", "race"], "give question files"),
+        (["--demo", "--only", "nope*"], "--only nope*: fits none of addition_held_out_phrasings"),
+    ],
+)
+def test_contradictory_choices_of_questions_are_refused(client, colaserve_eval, tmp_path, arguments, message):
+    result = colaserve_eval("run", *arguments, "--output", tmp_path / "out")
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert client.asked == []
+
+
+def test_a_limit_takes_questions_evenly_spread(client, colaserve_eval, write_questions, tmp_path):
+    file = write_questions(*map(str, range(10)))
+    colaserve_eval("run", file, "--limit", 4, "--output", tmp_path / "out")
+    assert sorted(client.prompts) == ["0", "2", "5", "7"]
+
+
+def test_two_files_of_one_name_are_refused(client, colaserve_eval, write_questions, tmp_path):
+    file = write_questions("a")
+    (tmp_path / "more").mkdir()
+    other = tmp_path / "more" / file.name
+    other.write_text(file.read_text())
+    result = colaserve_eval("run", file, other, "--output", tmp_path / "out")
+    assert "a file named task is given already" in result.stderr

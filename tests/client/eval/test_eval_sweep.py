@@ -1,0 +1,134 @@
+"""`eval sweep`, `eval report`: accuracy against cost, and the page about it."""
+
+import json
+import sys
+
+import pytest
+
+from colaserve_client.eval.sweep import Setting, grid
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "passes"),
+    [
+        (Setting(7, 16, "euler"), 32),
+        (Setting(1, 16, "euler"), 16),
+        (Setting(0, 16, "euler"), 32),
+        (Setting(7, 16, "ab2"), 32),
+        (Setting(7, 16, "heun"), 62),
+        (Setting(1, 1, "heun"), 1),
+    ],
+)
+def test_passes_count_evaluations_times_guidance_rows(setting, passes):
+    assert setting.passes_per_block == passes
+
+
+def test_a_grid_holds_every_combination_once_in_order():
+    assert grid([1, 2, 1.0], [4], ["heun", "euler"]) == [
+        Setting(1, 4, "heun"),
+        Setting(1, 4, "euler"),
+        Setting(2, 4, "heun"),
+        Setting(2, 4, "euler"),
+    ]
+
+
+@pytest.fixture
+def sweep(client, colaserve_eval, write_questions, tmp_path):
+    """Sweeps four questions of which as many are answered rightly as there are steps, into tmp_path/sweep."""
+    client.answer = lambda prompt, sampler: prompt if prompt in "0123"[: sampler.steps] else "wrong"
+    file = write_questions("0", "1", "2", "3")
+
+    def run(*more: object):
+        arguments = ["--guidance", "1,2.5", "--steps", "1,2", "--solver", "euler,heun", "--output", tmp_path / "sweep"]
+        return colaserve_eval("sweep", file, *arguments, *more)
+
+    return run
+
+
+def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_path):
+    result = sweep()
+    assert result.exit_code == 0, result.output
+    points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert len(points) == 8
+    assert len(client.asked) == 32
+    last = points[-1]
+    assert last.pop("tokens_per_second") > 0
+    assert last == {
+        "guidance_scale": 2.5,
+        "steps": 2,
+        "solver": "heun",
+        "passes_per_block": 6,
+        "passes_per_answer": 12.0,
+        "tasks": {"task": {"n": 4, "correct": 2, "accuracy": 50.0}},
+        "average": 50.0,
+    }
+    assert [line.split()[:5] for line in result.stdout.splitlines()[2:4]] == [
+        ["1", "1", "euler", "1", "2.0"],
+        ["1", "1", "heun", "1", "2.0"],
+    ]
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(PNG)
+
+
+def test_a_sweep_goes_on_where_it_was_left(sweep, client, tmp_path):
+    first = sweep("--json", "--no-plots").stdout
+    (tmp_path / "sweep" / "g1-s2-euler" / "task.jsonl").unlink()
+    client.asked.clear()
+    again = json.loads(sweep("--json", "--no-plots").stdout)["points"]
+    assert [settings["sampler"].steps for _, settings in client.asked] == [2] * 4
+    tell = [{**point, "tokens_per_second": 0} for point in again]
+    assert tell == [{**point, "tokens_per_second": 0} for point in json.loads(first)["points"]]
+
+
+@pytest.mark.parametrize("option", [("--guidance", "1,x"), ("--steps", ""), ("--solver", "euler,rk4")])
+def test_a_bad_list_is_refused_naming_the_option(sweep, client, option):
+    result = sweep(*option)
+    assert result.exit_code == 2
+    assert option[0] in result.stderr
+    assert client.asked == []
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises ImportError
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_without_matplotlib_a_sweep_says_so_before_it_asks_and_runs_without_plots(sweep, client):
+    result = sweep()
+    assert "plots need matplotlib: pip install 'colaserve[plot]'" in result.stderr
+    assert client.asked == []
+    assert sweep("--no-plots").exit_code == 0
+
+
+def test_a_report_shows_scores_settings_wrong_answers_and_the_sweep(sweep, colaserve_eval, write_questions, tmp_path):
+    out = tmp_path / "sweep"
+    sweep()
+    colaserve_eval("run", write_questions("1", "9|`9", name="other"), "--output", out, "--steps", 4)
+    (out / "vae.json").write_text('{"token_accuracy": 99.5}')
+    result = colaserve_eval("report", out)
+    assert result.exit_code == 0, result.output
+    page = (out / "report.md").read_text()
+    assert page.startswith("# Evaluation of tiny\n")
+    assert "| other | 2 | 1 | 50.00 |" in page
+    assert "| steps | 4 |" in page
+    assert "| `1` | `…9\\|'9` | `wrong` | `9\\|'9` |" in page
+    assert "| 2.5 | 2 | heun | 6 |" in page
+    assert "| token_accuracy | 99.5 |" in page
+    for name in ("score.png", "sweep.png"):
+        assert f"]({name})" in page
+        assert (out / name).read_bytes().startswith(PNG)
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_a_report_can_do_without_plots(sweep, colaserve_eval, tmp_path):
+    sweep("--no-plots")
+    page = tmp_path / "page.md"
+    assert "plots need matplotlib" in colaserve_eval("report", tmp_path / "sweep").stderr
+    assert colaserve_eval("report", tmp_path / "sweep", "--no-plots", "--output", page).exit_code == 0
+    assert "![" not in page.read_text()
+
+
+def test_nothing_to_report_is_said(colaserve_eval, tmp_path):
+    assert "holds neither outputs nor sweep.json nor vae.json" in colaserve_eval("report", tmp_path).stderr
