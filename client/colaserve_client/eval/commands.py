@@ -35,7 +35,7 @@ def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (EvalError, ColaserveError) as error:
+        except (EvalError, ColaserveError, OSError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted. What was answered is kept: the same command goes on from there.", err=True)

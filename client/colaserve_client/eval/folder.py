@@ -83,10 +83,10 @@ class OutputLog:
         return [(place, question) for place, question in enumerate(questions) if question.id not in self._outputs]
 
     def append(self, output: Output) -> None:
-        """Add an output, in one write."""
+        """Add an output; the line is with the system when this returns."""
         assert output.id not in self._outputs, f"{output.id!r} has an output already"
         self._outputs[output.id] = output
-        with open(self.path, "ab", buffering=0) as file:
+        with open(self.path, "ab") as file:
             file.write(encode_line(output.to_json()).encode())
 
     def sort(self, questions: Sequence[Question]) -> None:
