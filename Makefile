@@ -27,7 +27,8 @@ lint: $(VENV)/.dev
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
 
 types: $(VENV)/.dev
-	$(BIN)/mypy client services
+	$(BIN)/mypy services
+	$(BIN)/mypy --strict client
 
 protos:
 	PYTHON="$(PYTHON)" scripts/generate-protos

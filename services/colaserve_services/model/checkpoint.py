@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -302,7 +302,7 @@ def _load_defaults(path: Path) -> GenerationDefaults:
     if not path.is_file():
         return GenerationDefaults()
     values: Mapping[str, Any] = read_json(path)
-    defaults = GenerationDefaults()
+    defaults: dict[str, Any] = {}
     for key, value in values.items():
         if key in _IGNORED_DEFAULTS:
             continue
@@ -311,10 +311,10 @@ def _load_defaults(path: Path) -> GenerationDefaults:
             raise CheckpointError(f"{path}: unknown key {key!r}")
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind[-1].__name__}")
-        defaults = replace(defaults, **{key: value})
-    if defaults.chat_frame is not None and "{prompt}" not in defaults.chat_frame:
+        defaults[key] = value
+    if "{prompt}" not in (defaults.get("chat_frame") or "{prompt}"):
         raise CheckpointError(f"{path}: chat_frame has no place '{{prompt}}'")
-    return defaults
+    return GenerationDefaults(**defaults)
 
 
 _INTEGERS = ("max_new_tokens", "steps", "resamples", "top_k", "pad_token_id", "eos_token_id", "im_end_token_id")

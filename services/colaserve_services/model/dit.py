@@ -205,7 +205,7 @@ class DiT(nn.Module):
         e, rotary = self.emb_in(t), self.rotary(positions)
         x = self.txt_in(z).float()
         for block in self.blocks:
-            x = block(x, block.modulation(e), rotary, attend)
+            x = block(x, block.modulation(e), rotary, attend)  # type: ignore[operator]
         return self.velocity(x, self.output_modulation(e))
 
     def sequences(self, z: Tensor, t: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:

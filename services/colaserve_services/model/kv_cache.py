@@ -85,8 +85,8 @@ class RaggedAttention:
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         parts = {rows.start: self._over_cache(layer, q[rows], k[rows], v[rows], s, m) for rows, s, m in self._cached}
         for rows, length, mask in self._alone:
-            batch = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-            parts[rows.start] = F.scaled_dot_product_attention(*batch, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+            qs, ks, vs = (x[rows].view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            parts[rows.start] = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask).transpose(1, 2).flatten(0, 1)
         return torch.cat([parts[start] for start in sorted(parts)]).view(*leading, *q.shape[-2:])
 
     @staticmethod

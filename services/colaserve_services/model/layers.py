@@ -20,7 +20,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-_FUSED = {
+_FUSED: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""),
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
@@ -47,10 +47,14 @@ class Linear(nn.Linear):
     def pack(self, rows: int = 32) -> None:
         """Keep the weight in oneDNN's blocked layout only; `rows` is the batch it is tuned for. bfloat16 on the CPU."""
         weight = self.weight.detach()
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not _onednn_available():
             return
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+
+
+def _onednn_available() -> bool:
+    return bool(torch.backends.mkldnn.is_available())
 
 
 class LayerNorm(nn.LayerNorm):

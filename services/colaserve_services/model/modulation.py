@@ -47,7 +47,7 @@ class ModulationTable:
         index = torch.tensor(slots, device=self._device)
         e = self._dit.emb_in(torch.tensor(times, dtype=torch.float32, device=self._device))
         for layer, block in enumerate(self._dit.blocks):
-            m = block.modulation(e)
+            m = block.modulation(e)  # type: ignore[operator]
             rows = (m.attn_shift, m.attn_scale, m.attn_gate, m.mlp_shift, m.mlp_scale, m.mlp_gate)
             self._layers[layer].index_copy_(0, index, torch.stack(rows, dim=1))
         self._output.index_copy_(0, index, torch.stack(self._dit.output_modulation(e), dim=1))
