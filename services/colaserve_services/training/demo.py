@@ -1,0 +1,99 @@
+"""`colaserve train demo`: the bundled checkpoint from nothing, the same bytes for the same seed on one machine."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.training.config import FlowConfig, OptimizerConfig, RunConfig, VaeLossConfig
+from colaserve_services.training.corpus import Corpus, tokenizer_text
+from colaserve_services.training.evaluate import Score
+from colaserve_services.training.generate import Generator, Sampling
+from colaserve_services.training.init import new_dit, new_vae
+from colaserve_services.training.questions import write_question_sets
+from colaserve_services.training.release import (
+    load_dit,
+    load_vae,
+    tiny_dit_config,
+    tiny_vae_config,
+    write_dit,
+    write_generation_config,
+    write_vae,
+)
+from colaserve_services.training.rows import CorpusSource, VaeSource
+from colaserve_services.training.stages import train_prior, train_vae
+from colaserve_services.training.tokenizer import save_tokenizer, train_tokenizer
+
+GENERATION = {"steps": 16, "guidance_scale": 2.0, "max_new_tokens": 64, "chat_frame": "User: {prompt}\nAssistant:"}
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """The whole run; the defaults made the bundled checkpoint."""
+
+    seed: int = 0
+    vocab_size: int = 2560
+    vae: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            steps=800, rows=24, ema=0.99, log_every=50,
+            optimizer=OptimizerConfig(adamw_lr=3e-3, warmup=30),
+        )
+    )  # fmt: skip
+    prior: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            steps=3000, rows=64, micro_batches=2, ema=0.995, log_every=50, autocast=True,
+            optimizer=OptimizerConfig(adamw_lr=2e-3, muon_lr=0.02),
+        )
+    )  # fmt: skip
+    vae_loss: VaeLossConfig = field(default_factory=VaeLossConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+
+    def scaled(self, vae_steps: int | None, prior_steps: int | None) -> DemoRecipe:
+        """The same recipe with other numbers of steps; None keeps one."""
+        vae = replace(self.vae, steps=vae_steps or self.vae.steps)
+        return replace(self, vae=vae, prior=replace(self.prior, steps=prior_steps or self.prior.steps))
+
+
+def make_demo(out: Path, work: Path, recipe: DemoRecipe, resume: bool = False, quiet: bool = False) -> None:
+    """Tokenizer, VAE, prior: the checkpoint into `out` (bfloat16), metrics and resumable states into `work`."""
+    seed_everything(recipe.seed)
+    tokenizer = train_tokenizer(tokenizer_text(recipe.seed), recipe.vocab_size)
+    save_tokenizer(tokenizer, out)
+    write_generation_config(out, **GENERATION)
+    write_question_sets(out / "questions")
+    vae_run, prior_run = replace(recipe.vae, seed=recipe.seed), replace(recipe.prior, seed=recipe.seed)
+    vae = new_vae(tiny_vae_config(tokenizer.get_vocab_size()))
+    source = VaeSource(Corpus(), tokenizer, recipe.seed)
+    train_vae(vae, source, vae_run, work / "vae", recipe.vae_loss, resume=resume, quiet=quiet)
+    write_vae(vae, out, "bfloat16")
+    vae.to(torch.bfloat16).float()  # the prior learns the space of the weights as they are served
+    seed_everything(recipe.seed + 1)
+    dit = new_dit(tiny_dit_config())
+    rows = CorpusSource(Corpus(), tokenizer, recipe.seed)
+    train_prior(dit, vae, rows, prior_run, work / "prior", recipe.flow, resume=resume, quiet=quiet)
+    write_dit(dit, out, "bfloat16")
+
+
+def seed_everything(seed: int) -> None:
+    """Every random generator there is; and only deterministic kernels from here on."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+
+
+def load_generator(folder: Path, sampling: Sampling | None = None) -> Generator:
+    """A checkpoint's in-process generator, for evaluation."""
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+    return Generator(load_vae(folder), load_dit(checkpoint), tokenizer, sampling)
+
+
+def score_table(scores: dict[str, Score]) -> str:
+    """One line a set."""
+    lines = (f"{name:32} {score.correct:5} / {score.count:5}  {score.percent:6.2f} %" for name, score in scores.items())
+    return "\n".join(lines)

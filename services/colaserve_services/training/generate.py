@@ -1,0 +1,131 @@
+"""Greedy repaint generation of many prompts at once, in process, for evaluation while training (MODEL.md section 4).
+
+Written for clarity, without caches: every step runs the whole rows again. Serving has its own engines; their tokens
+are the same, and a test says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from colaserve_services.model.dit import DiT
+from colaserve_services.model.text_vae import TextVAE
+from colaserve_services.training.flow_batch import TIME_SCALE, FlowInputs
+from colaserve_services.training.prior_stage import velocity
+from colaserve_services.training.tokenizer import END_ID, IM_END_ID, PAD_ID
+
+BASE_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are drawn; tokens are the most likely ones after the penalty of served requests."""
+
+    steps: int = 16
+    guidance: float = 2.0
+    repetition_penalty: float = 1.1
+    max_new_tokens: int = 64
+
+
+class Generator:
+    """Prompts to texts, with one model."""
+
+    def __init__(self, vae: TextVAE, dit: DiT, tokenizer: Tokenizer, sampling: Sampling | None = None):
+        self.vae, self.dit, self.tokenizer = vae.eval(), dit.eval(), tokenizer
+        self.sampling = sampling or Sampling()
+        self.size = dit.config.block_size
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str], batch: int = 256) -> list[str]:
+        """What each prompt goes on with, up to its end token; prompts of one length are run together."""
+        ids = [self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+        out = [""] * len(prompts)
+        for length in sorted({len(row) for row in ids}):
+            places = [place for place, row in enumerate(ids) if len(row) == length]
+            for start in range(0, len(places), batch):
+                chunk = places[start : start + batch]
+                for place, text in zip(chunk, self._run([ids[place] for place in chunk], chunk), strict=True):
+                    out[place] = text
+        return out
+
+    def _run(self, ids: list[list[int]], samples: list[int]) -> list[str]:
+        known = len(ids[0])
+        latents = self._encode(ids)
+        blocks = -(-(known % self.size + self.sampling.max_new_tokens) // self.size)
+        first = known // self.size
+        done = torch.zeros(len(ids), dtype=torch.bool)
+        tokens: list[list[int]] = [[] for _ in ids]
+        seen = torch.zeros(len(ids), self.vae.config.vocab_size, dtype=torch.bool)
+        for block in range(first, first + blocks):
+            latents = self._write(latents, block, max(0, known - block * self.size), samples)
+            written = self._tokens(latents, block, seen)
+            for row, found in enumerate(written[:, max(0, known - block * self.size) :].tolist()):
+                tokens[row] += [] if done[row] else _until_end(found)
+                done[row] |= bool({END_ID, IM_END_ID} & set(found))
+            if done.all():
+                break
+        return [self.tokenizer.decode(row[: self.sampling.max_new_tokens]) for row in tokens]
+
+    def _tokens(self, latents: Tensor, block: int, seen: Tensor) -> Tensor:
+        """Most likely ids of a block, (N, B); ids of earlier blocks (`seen`, which is added to) are penalised."""
+        logits = self.vae.decode(latents)[:, block * self.size :]
+        penalty = torch.where(logits < 0, self.sampling.repetition_penalty, 1 / self.sampling.repetition_penalty)
+        ids = torch.where(seen[:, None], logits * penalty, logits).argmax(-1)
+        seen.scatter_(1, ids, True)
+        return ids
+
+    def _encode(self, ids: list[list[int]]) -> Tensor:
+        """Latents of the prompt, (N, L, d)."""
+        if not ids[0]:
+            return torch.zeros(len(ids), 0, self.dit.config.txt_in_channels)
+        width = -(-len(ids[0]) // self.size) * self.size
+        padded = torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in ids])
+        return self.vae.encode(padded)[0][:, : len(ids[0])]
+
+    def _write(self, latents: Tensor, block: int, pinned: int, samples: list[int]) -> Tensor:
+        """Transport one block from noise, its first `pinned` positions held; gives (N, (block + 1) * B, d)."""
+        history, held = latents[:, : block * self.size], latents[:, block * self.size :]
+        z = torch.stack([_noise(sample, block, self.size, latents.shape[-1]) for sample in samples])
+        times = [TIME_SCALE * (1 - k / self.sampling.steps) for k in range(self.sampling.steps + 1)]
+        for t, after in pairwise(times):
+            z[:, :pinned] = held
+            z = z - self._guided(history, z, pinned, t) * (t - after) / TIME_SCALE
+        z[:, :pinned] = held
+        return torch.cat([history, z], dim=1)
+
+    def _guided(self, history: Tensor, z: Tensor, pinned: int, t: float) -> Tensor:
+        conditional = self._velocity(history, z, pinned, t)
+        if self.sampling.guidance == 1 or history.shape[1] == 0:
+            return conditional
+        alone = self._velocity(history[:, :0], z, pinned, t, start=0)
+        return alone + self.sampling.guidance * (conditional - alone)
+
+    def _velocity(self, history: Tensor, z: Tensor, pinned: int, t: float, start: int | None = None) -> Tensor:
+        rows, past = history.shape[:2]
+        length = past + self.size
+        timestep = torch.zeros(rows, length)
+        timestep[:, past + pinned :] = t
+        position = torch.arange(length) + (past if start is None else start) - past
+        blocks = torch.arange(length) // self.size
+        mask = (blocks <= blocks[:, None]).expand(rows, -1, -1)
+        values = torch.cat([history, z], dim=1)
+        inputs = FlowInputs(values, timestep, position.expand(rows, -1), mask, values, values)
+        return velocity(self.dit, inputs)[:, past:]
+
+
+def _noise(sample: int, block: int, size: int, dim: int) -> Tensor:
+    seed = BASE_SEED + sample * 1_000 + block * 10_000_000
+    return torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def _until_end(ids: list[int]) -> list[int]:
+    for place, id_ in enumerate(ids):
+        if id_ in (END_ID, IM_END_ID):
+            return ids[:place]
+    return ids

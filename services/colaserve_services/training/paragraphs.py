@@ -1,0 +1,124 @@
+"""Read a generated paragraph about a country sentence by sentence and say which sentences are true.
+
+Pure Python, no dependency: a client can check what a server wrote. A sentence is read when it has one of the forms of
+`sentences.py` with names from the table; a sentence that cannot be read counts as false, and so does a cut one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+from colaserve_services.training.facts import Country, countries
+from colaserve_services.training.sentences import ALONE, FOLLOW, LEAD
+
+FIELDS = ("capital", "continent", "region", "currency", "language", "demonym")
+
+
+class Verdict(StrEnum):
+    TRUE = "true"
+    FALSE = "false"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence as it was written."""
+
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A paragraph, read."""
+
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def all_true(self) -> bool:
+        """Whether there is a sentence, and every one was read and is true."""
+        return bool(self.sentences) and all(item.verdict is Verdict.TRUE for item in self.sentences)
+
+
+def read_paragraph(text: str) -> Reading:
+    """Judge every sentence of `text`: prompt and continuation together, without special tokens."""
+    return Reading(tuple(_sentences(text.strip())))
+
+
+def _sentences(text: str) -> Iterator[Sentence]:
+    subject, at = None, 0
+    while at < len(text):
+        match = _pattern().match(text, at)
+        if match is None:
+            end = _after_stop(text, at)
+            yield Sentence(text[at:end].strip(), Verdict.UNREADABLE)
+        else:
+            end = match.end()
+            subject, verdict = _judge(match, subject)
+            yield Sentence(match.group().strip(), verdict)
+        at = end
+
+
+def _after_stop(text: str, at: int) -> int:
+    found = re.compile(r"\.\s+").search(text, at)
+    return found.end() if found else len(text)
+
+
+def _judge(match: re.Match[str], subject: frozenset[Country] | None) -> tuple[frozenset[Country] | None, Verdict]:
+    """The subject from here on (None: still unknown) and whether the sentence is true of it."""
+    said = {name.rstrip("0123456789_"): value for name, value in match.groupdict().items() if value is not None}
+    if "name" in said:
+        named = frozenset(_by_name()[said.pop("name")])
+        subject = named if match.lastgroup and match.lastgroup.startswith("lead") else subject
+        about: frozenset[Country] | None = named
+    else:
+        about = subject
+    said = {name: value for name, value in said.items() if name in FIELDS}
+    if about is None:
+        return subject, Verdict.UNREADABLE  # "Its ..." before any country was named
+    true = any(all(_says(country, name) == value.rstrip(".") for name, value in said.items()) for country in about)
+    return subject, Verdict.TRUE if true else Verdict.FALSE
+
+
+def _says(country: Country, name: str) -> str:
+    text: str = getattr(country, name)
+    return text.rstrip(".")
+
+
+@cache
+def _by_name() -> dict[str, list[Country]]:
+    table: dict[str, list[Country]] = {}
+    for country in countries():
+        for name in (country.full_name, country.title):
+            found = table.setdefault(name, [])
+            if country not in found:
+                found.append(country)
+    return table
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    """All forms of sentences as one expression; groups are named field_number, the last one says the form."""
+    forms = [("lead", LEAD), *(("follow", text) for text in FOLLOW.values())]
+    forms += [("alone", text) for texts in ALONE.values() for text in texts]
+    return re.compile("|".join(_form(index, kind, text) for index, (kind, text) in enumerate(forms)))
+
+
+def _form(index: int, kind: str, template: str) -> str:
+    """`(?P<lead_0>...)`: the template with an alternative of known values for each placeholder."""
+    parts = re.split(r"\{(\w+)\}", template.removesuffix("."))
+    out = [re.escape(parts[0])]
+    for field, plain in zip(parts[1::2], parts[2::2], strict=True):
+        name = "name" if field in ("The", "the") else field
+        out += [f"(?P<{name}_{index}>{_values(name)})", re.escape(plain)]
+    return rf"(?P<{kind}_{index}>{''.join(out)}\.)(?=\s|$)\s*"
+
+
+@cache
+def _values(name: str) -> str:
+    names = _by_name() if name == "name" else {_says(country, name) for country in countries()}
+    return "|".join(re.escape(value) for value in sorted(names, key=lambda value: (-len(value), value)))

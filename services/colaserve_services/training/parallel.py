@@ -1,0 +1,121 @@
+"""One process or several (torchrun): who computes what, and how gradients and states come together.
+
+DDP keeps whole copies; FSDP shards the parameters of each block, for models of the released size. Both are tested
+with two CPU processes (gloo). Not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from colaserve_services.errors import UsageError
+
+MODES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place, and the few operations that differ with it."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mode: str = "ddp"
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Move `module` to the device and make its gradients those of all processes together (their mean)."""
+        module.to(self.device)
+        if self.world == 1:
+            return module
+        if self.mode == "fsdp":
+            return _shard(module)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+    def total(self, value: Tensor) -> float:
+        """The sum over processes."""
+        value = value.detach().double().reshape(())
+        if self.world > 1:
+            dist.all_reduce(value)
+        return float(value)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A sharded tensor put together; any other as it is. Collective."""
+        full = getattr(value, "full_tensor", None)
+        return full() if full else value
+
+    def fill(self, target: Tensor, value: Tensor) -> None:
+        """Set `target`, sharded or not, to the whole tensor `value`."""
+        target.copy_(_like(value, target))
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's state_dict with whole tensors. Collective."""
+        state = optimizer.state_dict()
+        state["state"] = {index: {k: self._whole_entry(v) for k, v in e.items()} for index, e in state["state"].items()}
+        return state
+
+    def _whole_entry(self, value: Any) -> Any:
+        return self.whole(value) if isinstance(value, Tensor) else value
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Load a state made of whole tensors."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        entries = {
+            index: {key: _like(value, parameters[index]) for key, value in entry.items()}
+            for index, entry in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": entries})
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+SINGLE = Parallel(0, 1, torch.device("cpu"))
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """`value`, sharded as `target` is where their shapes agree."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(target, DTensor) and value.shape == target.shape:
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value
+
+
+def _shard(module: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block)
+    fully_shard(module)
+    return module
+
+
+@contextmanager
+def started(device: str = "cpu", mode: str = "ddp") -> Iterator[Parallel]:
+    """Join the group that torchrun announces (RANK, WORLD_SIZE, ...), or be alone without it."""
+    if mode not in MODES:
+        raise UsageError(f"parallel: got {mode!r}, expected one of {', '.join(MODES)}")
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: got cuda, but this torch sees no CUDA device; use --device cpu")
+    if world == 1:
+        yield Parallel(0, 1, place, mode)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Parallel(dist.get_rank(), world, place, mode)
+    finally:
+        dist.destroy_process_group()
