@@ -80,9 +80,7 @@ class Coordinator:
             await self._lookout.look()
             if self.ready != told:
                 told = self.ready
-                _log.warning(
-                    "the stages serve" if told else "a stage is down: %s", *(() if told else (self._lookout.faults(),))
-                )
+                _log.warning("ready: %s. %s", told, self._lookout.faults())
                 changed(told)
 
     @property

@@ -83,7 +83,7 @@ class DecoderRun:
         except asyncio.InvalidStateError as error:  # it ended before: read tells how
             await self._read_end(error)
         response = await self._call.read()
-        if response is grpc.aio.EOF:
+        if response is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise BrokenStream("the decoder ended its stream before the last block")
         self._check(response)
         return response  # type: ignore[no-any-return]
@@ -96,7 +96,7 @@ class DecoderRun:
         code = await self._call.code()
         if code != grpc.StatusCode.OK:
             details, trailing = await self._call.details(), await self._call.trailing_metadata()
-            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details) from error
+            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details, None) from error
         raise BrokenStream("the decoder ended its stream before the last block") from error
 
     def _check(self, response: decoder_pb2.DecodeResponse) -> None:

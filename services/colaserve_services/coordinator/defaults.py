@@ -66,7 +66,7 @@ class Defaults:
 
     @classmethod
     def resolve(cls, *layers: object) -> Defaults:
-        """Of each value the first that a layer has and is not None, flags first: resolve(flags, checkpoint.defaults)."""
+        """Of each value the first that is not None, flags first: resolve(flags, checkpoint.defaults)."""
         found: dict[str, Any] = {}
         for spec in fields(cls):
             values = (getattr(layer, spec.name, None) for layer in layers)

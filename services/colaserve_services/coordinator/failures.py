@@ -55,8 +55,7 @@ class Attempts:
         ours = stage_error(self.stage, error)
         self.failures += 1
         pause = self._pause(error, ours)
-        left = self.call.left()
-        if pause is None or (left is not None and pause >= left):
+        if pause is None or pause >= (self.call.left() or float("inf")):
             self._gave_up(ours)
             raise ours from error
         _log.warning("%s failed (%s), attempt %d follows", self.stage, _brief(error), self.failures + 1)
@@ -77,7 +76,7 @@ class Attempts:
             return min(max(ours.retry_after, _FIRST_PAUSE), _LONGEST_PAUSE)
         if self.failures == 1:
             return 0.0  # another replica may be there at once
-        return min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        return float(min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE)) * random.uniform(0.5, 1.0)
 
     def _gave_up(self, ours: ColaserveError) -> None:
         if isinstance(ours, Unavailable) or self.failures > 1:

@@ -18,7 +18,7 @@ class CoordinatorLimits:
     queue_seconds: float = 30.0  # a call that waited so long is refused
     max_per_key: int = 0  # calls of one key at once, waiting ones included; 0: no bound
     connect_seconds: float = 600.0  # patience with stages that are still starting
-    attempts: int = 8  # failures in a row of one stage until a call is given up
+    attempts: int = 10  # failures in a row of one stage until a call is given up
     watch_seconds: float = 1.0  # between two looks at the stages
 
     def __post_init__(self) -> None:

@@ -52,7 +52,9 @@ class Lookout:
         return all(view.serving for view in self.views.values())
 
     async def look(self, fresh_seconds: float = 0.0) -> None:
-        """Ask all stages at once, unless that was done within `fresh_seconds`. Never raises."""
+        """Ask all stages at once, unless that was done within `fresh_seconds`.
+
+        Before the stages have agreed, raises Unavailable for an answer that waiting does not change; never later."""
         if time.monotonic() - self._looked < fresh_seconds:
             return
         self._looked = time.monotonic()

@@ -1,0 +1,71 @@
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from colaserve.v1 import generation_pb2
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, CoordinatorObserver, Defaults, Stages
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.text import Tokenizer
+from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+
+GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
+
+
+class Heard(CoordinatorObserver):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def of(self, kind: str) -> list[tuple[Any, ...]]:
+        return [event[1:] for event in self.events if event[0] == kind]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("events", "of") or name.startswith("__"):
+            return super().__getattribute__(name)
+        return lambda *told: self.events.append((name, *told))
+
+
+class World:
+    """A coordinator over fake stages."""
+
+    def __init__(self, coordinator: Coordinator, encoder: FakeEncoder, prior: FakePrior, decoder: FakeDecoder):
+        self.coordinator, self.encoder, self.prior, self.decoder = coordinator, encoder, prior, decoder
+        self.heard = coordinator._observer
+        self.tokenizer = coordinator._tokenizer
+
+    async def generate(self, call: Call | None = None, **fields: Any) -> list[generation_pb2.GenerateResponse]:
+        request = generation_pb2.GenerateRequest(**fields)
+        return [response async for response in self.coordinator.generate(request, call or Call())]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.open(GOLDEN, 512)
+
+
+@pytest.fixture
+async def make_world(tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Any]]:
+    async def make(
+        decoder: FakeDecoder | None = None,
+        patch_size: int = 1,
+        block_size: int = 4,
+        defaults: Defaults | None = None,
+        **limits: Any,
+    ) -> World:
+        fakes = FakeEncoder(), FakePrior(), decoder or FakeDecoder()
+        for fake in fakes:
+            fake.patch_size, fake.block_size = patch_size, block_size
+        coordinator = Coordinator(
+            Stages(*map(InProcessStub, fakes)), tokenizer, defaults, CoordinatorLimits(**limits), Heard(), "fake"
+        )
+        await coordinator.connect()
+        return World(coordinator, *fakes)
+
+    yield make
+
+
+@pytest.fixture
+async def world(make_world: Callable[..., Any]) -> World:
+    return await make_world()

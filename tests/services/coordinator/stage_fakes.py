@@ -1,0 +1,172 @@
+"""Tiny deterministic stages. What each answers depends on all that it was told, so a wrong resume shows."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+import numpy as np
+from colaserve.v1 import (
+    decoder_pb2,
+    decoder_pb2_grpc,
+    encoder_pb2,
+    encoder_pb2_grpc,
+    prior_pb2,
+    prior_pb2_grpc,
+    types_pb2,
+)
+from colaserve_services.rpc import arrays
+
+D, B, VOCAB, SPACE = 2, 4, 512, "0123456789abcdef"
+
+
+def digest(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
+
+
+class Fake:
+    """Counts calls and sessions; breaks or refuses as `faults` say: {number of the call: fault}."""
+
+    patch_size, block_size, max_context = 1, B, 256
+
+    def __init__(self, **changes: Any):
+        self.calls: list[Any] = []
+        self.metadata: list[Any] = []
+        self.remaining: list[float | None] = []
+        self.running = 0
+        self.faults: dict[int, tuple[int, grpc.StatusCode]] = {}  # call -> (answers before it, status)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.space = SPACE
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def begin(self, request: Any, context: Any) -> tuple[int, grpc.StatusCode] | None:
+        self.calls.append(request)
+        self.metadata.append(context.invocation_metadata())
+        self.remaining.append(context.time_remaining())
+        return self.faults.get(len(self.calls) - 1)
+
+    def info(self, kind: Any, **more: Any) -> Any:
+        shape = types_pb2.ModelShape(
+            latent_dim=D, block_size=self.block_size, vae_block_size=1, patch_size=self.patch_size,
+            vocab_size=VOCAB, parameters=10,
+        )  # fmt: skip
+        limits = types_pb2.Limits(max_context=self.max_context)
+        return kind(model=shape, space=self.space, limits=limits, **more)
+
+
+class FakeEncoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):
+    has_variance = True
+
+    async def GetInfo(self, request: Any, context: Any) -> Any:
+        return self.info(encoder_pb2.EncoderServiceGetInfoResponse, has_variance=self.has_variance)
+
+    async def Encode(self, request: encoder_pb2.EncodeRequest, context: Any) -> encoder_pb2.EncodeResponse:
+        fault = self.begin(request, context)
+        await self.gate.wait()
+        if fault:
+            await context.abort(fault[1], "encoder broke")
+        response = encoder_pb2.EncodeResponse(timing=types_pb2.Timing(queue_us=1, compute_us=2))
+        for sequence in request.sequences:
+            latents = arrays.latents_to_message(self.encode(sequence.ids), SPACE)
+            variance = latents.values if request.with_variance else None
+            response.encodings.add(latents=latents, log_variance=variance)
+        return response
+
+    def encode(self, ids: Iterable[int]) -> np.ndarray:
+        ids = list(ids)
+        groups = [ids[i : i + self.patch_size] for i in range(0, len(ids), self.patch_size)]
+        return np.array([(group[0], sum(group)) for group in groups], np.float32).reshape(-1, D)
+
+
+class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
+    async def GetInfo(self, request: Any, context: Any) -> Any:
+        return self.info(prior_pb2.PriorServiceGetInfoResponse)
+
+    async def Sample(
+        self, request: prior_pb2.SampleRequest, context: Any
+    ) -> AsyncIterator[prior_pb2.SampleResponse]:
+        fault = self.begin(request, context)
+        self.running += 1
+        try:
+            canvas = arrays.latents_from_message(request.canvas.latents, "canvas", D, SPACE)
+            opened = {i for span in request.canvas.open for i in range(span.start, span.end)}
+            size = self.block_size
+            context_blocks = min([len(canvas), *opened]) // size
+            assert len(canvas) <= (context_blocks + request.max_blocks) * size
+            past = canvas[: context_blocks * size]
+            for number in range(request.max_blocks):
+                await self.gate.wait()
+                if fault and fault[0] == number:
+                    await context.abort(fault[1], "prior broke")
+                index, start = request.first_block + number, len(past)
+                seed = digest(request.seed.base_seed, request.seed.sample_id, index, past.tobytes(), repr(request.sampler))
+                block = np.random.default_rng(seed).integers(0, 9, (size, D)).astype(np.float32)
+                for row in range(size):
+                    if start + row < len(canvas) and start + row not in opened:
+                        block[row] = canvas[start + row]
+                past = np.concatenate([past, block])
+                timing = types_pb2.Timing(queue_us=10, compute_us=20)
+                latents = arrays.latents_to_message(block, SPACE)
+                yield prior_pb2.SampleResponse(block_index=index, latents=latents, timing=timing)
+        finally:
+            self.running -= 1
+
+
+class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
+    script: list[int] | None = None  # ids of the whole run; else they depend on everything
+
+    async def GetInfo(self, request: Any, context: Any) -> Any:
+        return self.info(decoder_pb2.DecoderServiceGetInfoResponse)
+
+    async def Decode(
+        self, requests: AsyncIterator[decoder_pb2.DecodeRequest], context: Any
+    ) -> AsyncIterator[decoder_pb2.DecodeResponse]:
+        self.running += 1
+        try:
+            opening = (await anext(requests)).open
+            fault = self.begin(opening, context)
+            past = arrays.latents_from_message(opening.prefix, "prefix", D, SPACE)
+            ids, targets = list(opening.history_ids), list(opening.target_ids)
+            number = 0
+            async for request in requests:
+                await self.gate.wait()
+                if fault and fault[0] == number:
+                    await context.abort(fault[1], "decoder broke")
+                number += 1
+                past = np.concatenate([past, arrays.latents_from_message(request.block, "block", D, SPACE)])
+                assert len(past) <= opening.max_latents
+                new = self.draw(past, ids, opening.sampling.seed)
+                ids += new
+                here, targets = targets[: len(new)], targets[len(new) :]
+                yield decoder_pb2.DecodeResponse(
+                    token_ids=new,
+                    logprobs=[-id_ / 100 for id_ in new],
+                    top_logprobs=[self.top(id_, opening.top_logprobs) for id_ in new] if opening.top_logprobs else (),
+                    target_logprobs=[-1.0 if ours == theirs else -3.0 for ours, theirs in zip(new, here, strict=False)],
+                    timing=types_pb2.Timing(queue_us=100, compute_us=200),
+                )
+        finally:
+            self.running -= 1
+
+    def draw(self, past: np.ndarray, ids: list[int], seed: int) -> list[int]:
+        count = self.block_size * self.patch_size
+        if self.script is not None:
+            return (self.script[len(ids) :] + [3] * count)[:count]
+        return [3 + digest(past.tobytes(), ids, seed, position) % (VOCAB - 3) for position in range(count)]
+
+    @staticmethod
+    def top(id_: int, count: int) -> types_pb2.TopLogprobs:
+        ids = [(id_ + i) % VOCAB for i in range(count)]
+        return types_pb2.TopLogprobs(token_ids=ids, logprobs=[-i / 10 for i in range(count)])
+
+
+class EchoDecoder(FakeDecoder):
+    """Undoes FakeEncoder (P = 1): the ids are what the latents say."""
+
+    def draw(self, past: np.ndarray, ids: list[int], seed: int) -> list[int]:
+        return [int(row[0]) % VOCAB for row in past[-self.block_size :]]

@@ -1,0 +1,320 @@
+import asyncio
+import time
+from typing import Any
+
+import grpc
+import pytest
+from colaserve.v1 import types_pb2
+from colaserve_services.coordinator import Call, Defaults
+from colaserve_services.coordinator.defaults import sampling_seed
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.services.coordinator.stage_fakes import FakeDecoder
+
+STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
+PROMPT = "He looked at the river and then he said nothing"
+
+
+def ids_of(responses: list[Any]) -> list[int]:
+    return [id_ for response in responses for id_ in response.token_ids]
+
+
+def text_of(responses: list[Any]) -> str:
+    return "".join(response.text for response in responses)
+
+
+def scripted(tokenizer: Any, text: str, prompt: str = "", **more: Any) -> FakeDecoder:
+    """A decoder that repeats the prompt's tail (as repaint does) and then writes `text`."""
+    tail = len(tokenizer.encode(prompt)) % 4
+    return FakeDecoder(script=tokenizer.encode(prompt)[-tail:] * bool(tail) + tokenizer.encode(text), **more)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8])
+async def test_exactly_max_new_tokens_come_out_in_as_few_blocks_as_it_takes(world, length: int, budget: int):
+    responses = await world.generate(
+        prompt_ids=types_pb2.TokenIds(ids=range(10, 10 + length)), max_new_tokens=budget, ignore_end=True
+    )
+    last = responses[-1]
+    blocks = -(-(length % 4 + budget) // 4)
+    assert len(ids_of(responses)) == budget == last.usage.completion_tokens
+    assert (last.finish_reason, last.usage.prompt_tokens, last.usage.blocks) == (LENGTH, length, blocks)
+    assert len(responses) == blocks
+    assert text_of(responses) == world.tokenizer.decode(ids_of(responses))
+    assert all(not response.HasField("usage") and not response.finish_reason for response in responses[:-1])
+
+
+async def test_the_prompts_redecoded_tail_is_dropped_and_counts_as_history(world):
+    ids = list(range(10, 17))
+    responses = await world.generate(prompt_ids=types_pb2.TokenIds(ids=ids), max_new_tokens=9)
+    opening = world.decoder.calls[0]
+    assert list(opening.prefix.values.shape) == [4, 2]
+    assert opening.max_latents == 4 + 3 * 4
+    assert len(ids_of(responses)) == 9
+    sample = world.prior.calls[0]
+    assert (list(sample.canvas.latents.values.shape), sample.max_blocks, sample.first_block) == ([7, 2], 3, 0)
+    assert not sample.canvas.open
+
+
+@pytest.mark.parametrize(("length", "redecoded"), [(5, 5), (7, 0), (8, 0), (9, 1), (15, 0), (1, 1)])
+async def test_with_patches_the_redecoded_ids_are_those_after_the_last_whole_block(make_world, length, redecoded):
+    world = await make_world(patch_size=2)
+    responses = await world.generate(
+        prompt_ids=types_pb2.TokenIds(ids=range(10, 10 + length)), max_new_tokens=11, ignore_end=True
+    )
+    assert len(ids_of(responses)) == 11
+    assert responses[-1].usage.blocks == -(-(redecoded + 11) // 8)
+
+
+async def test_every_sampler_and_sampling_field_reaches_its_stage_unset_ones_by_the_defaults(make_world):
+    world = await make_world(defaults=Defaults(steps=5, solver="heun", temperature=0.5, top_k=7, max_new_tokens=6))
+    seed = types_pb2.NoiseSeed(base_seed=7, sample_id=3)
+    responses = await world.generate(prompt="a", seed=seed)
+    sampler, sampling = world.prior.calls[0].sampler, world.decoder.calls[0].sampling
+    assert sampler == types_pb2.Sampler(
+        steps=5, guidance_scale=7, solver=types_pb2.SOLVER_HEUN, guidance_start=1, guidance_end=0, resamples=1
+    )
+    assert all(sampler.HasField(name) for name in ("guidance_end", "resamples", "guidance_start"))
+    expected = types_pb2.Sampling(temperature=0.5, top_k=7, top_p=0.9, repetition_penalty=1.1, seed=sampling_seed(seed))
+    assert sampling == expected
+    assert world.prior.calls[0].seed == seed
+    assert len(ids_of(responses)) == 6
+
+
+async def test_set_fields_win_over_defaults(world):
+    sampler = types_pb2.Sampler(
+        steps=3, guidance_scale=1, solver=types_pb2.SOLVER_AB2, guidance_start=0.5, guidance_end=0.25, resamples=2
+    )
+    sampling = types_pb2.Sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=1, seed=0)
+    await world.generate(prompt="a", sampler=sampler, sampling=sampling)
+    assert world.prior.calls[0].sampler == sampler
+    assert world.decoder.calls[0].sampling == sampling
+
+
+async def test_a_drawn_seed_is_returned_and_repeats_the_run(world):
+    first = await world.generate(prompt=PROMPT, max_new_tokens=12)
+    again = await world.generate(prompt=PROMPT, max_new_tokens=12, seed=first[-1].seed)
+    other = await world.generate(prompt=PROMPT, max_new_tokens=12)
+    assert ids_of(first) == ids_of(again)
+    assert first[-1].seed == again[-1].seed != other[-1].seed
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "a\0b", "😀", "日本語", "<|endoftext|>", "a<|pad|>b<|im_end|>", " "])
+async def test_any_text_is_a_prompt(world, prompt: str):
+    responses = await world.generate(prompt=prompt, max_new_tokens=5, ignore_end=True)
+    assert len(ids_of(responses)) == 5
+    if prompt:
+        assert list(world.encoder.calls[0].sequences[0].ids) == world.tokenizer.encode(prompt)
+    else:
+        assert not world.encoder.calls
+
+
+async def test_an_end_id_ends_the_text_before_it(make_world, tokenizer):
+    world = await make_world(scripted(tokenizer, "one two<|im_end|>three", PROMPT))
+    responses = await world.generate(prompt=PROMPT, max_new_tokens=60)
+    assert text_of(responses) == "one two"
+    assert responses[-1].finish_reason == STOP
+    assert responses[-1].usage.completion_tokens == len(tokenizer.encode("one two"))
+
+
+async def test_an_end_id_among_the_redecoded_ids_ends_nothing(make_world, tokenizer):
+    prompt = "a<|endoftext|>"
+    world = await make_world(scripted(tokenizer, "fine", prompt))
+    responses = await world.generate(prompt=prompt, max_new_tokens=len(tokenizer.encode("fine")))
+    assert (text_of(responses), responses[-1].finish_reason) == ("fine", LENGTH)
+
+
+async def test_ignore_end_writes_end_tokens_as_text(make_world, tokenizer):
+    text = "one<|im_end|>two"
+    world = await make_world(scripted(tokenizer, text))
+    responses = await world.generate(max_new_tokens=len(tokenizer.encode(text)), ignore_end=True)
+    assert text_of(responses) == text
+
+
+async def test_the_token_after_the_budget_does_not_make_it_a_stop(make_world, tokenizer):
+    world = await make_world(scripted(tokenizer, "one<|im_end|>"))
+    responses = await world.generate(max_new_tokens=len(tokenizer.encode("one")))
+    assert (text_of(responses), responses[-1].finish_reason) == ("one", LENGTH)
+
+
+@pytest.mark.parametrize("stop", [["river"], ["riv", "iver"], ["d the ri"], ["never", "river"]])
+async def test_a_stop_string_ends_the_text_before_it_across_blocks(make_world, tokenizer, stop):
+    text = "he crossed the river at night and the river took him"
+    world = await make_world(scripted(tokenizer, text))
+    responses = await world.generate(max_new_tokens=60, stop=stop)
+    expected = text[: min(text.find(one) for one in stop if one in text)]
+    assert (text_of(responses), responses[-1].finish_reason) == (expected, STOP)
+    ids = ids_of(responses)
+    assert any(one in tokenizer.decode(ids) for one in stop), "the token that completes it is told"
+    assert not any(one in tokenizer.decode(ids[:-1]) for one in stop), "and none after it"
+    assert responses[-1].usage.completion_tokens == len(ids)
+
+
+async def test_text_that_may_begin_a_stop_string_waits_and_comes_in_the_end(make_world, tokenizer):
+    world = await make_world(scripted(tokenizer, "abab"))
+    responses = await world.generate(max_new_tokens=len(tokenizer.encode("abab")), stop=["babx"])
+    assert (text_of(responses), responses[-1].finish_reason) == ("abab", LENGTH)
+
+
+async def test_a_character_over_a_block_border_comes_whole(make_world, tokenizer):
+    text = "ab😀cd😀"
+    world = await make_world(scripted(tokenizer, text))
+    responses = await world.generate(max_new_tokens=len(tokenizer.encode(text)))
+    assert text_of(responses) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in text_of(responses)
+
+
+async def test_logprobs_and_latents_come_only_when_asked_for_one_for_each_id(world):
+    plain = await world.generate(prompt=PROMPT, max_new_tokens=6)
+    rich = await world.generate(prompt=PROMPT, max_new_tokens=6, top_logprobs=3, with_latents=True, seed=plain[-1].seed)
+    chosen = await world.generate(prompt=PROMPT, max_new_tokens=6, top_logprobs=0)
+    assert not any(response.logprobs or response.HasField("latents") for response in plain)
+    for response in rich:
+        assert list(response.logprobs) == pytest.approx([-id_ / 100 for id_ in response.token_ids])
+        assert [top.token_ids[0] for top in response.top_logprobs] == list(response.token_ids)
+        assert all(len(top.token_ids) == 3 for top in response.top_logprobs)
+        assert (list(response.latents.values.shape), response.latents.space) == ([4, 2], world.prior.space)
+    assert all(len(r.logprobs) == len(r.token_ids) and not r.top_logprobs for r in chosen)
+
+
+async def test_timing_of_the_last_message_is_of_the_whole_call(world):
+    responses = await world.generate(prompt=PROMPT, max_new_tokens=12)
+    blocks = len(responses)
+    assert all(response.timing.compute_us == 220 for response in responses[:-1])
+    assert responses[-1].timing.compute_us == 220 * blocks + 2
+    assert responses[-1].timing.queue_us >= 110 * blocks + 1
+
+
+BAD = [
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"prompt": "a", "prompt_ids": types_pb2.TokenIds(ids=[5])}, "prompt_ids"),
+    ({"prompt_ids": types_pb2.TokenIds(ids=[512])}, "prompt_ids"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"top_logprobs": 21}, "top_logprobs"),
+    ({"sampler": types_pb2.Sampler(steps=0)}, "sampler.steps"),
+    ({"sampler": types_pb2.Sampler(steps=1001)}, "sampler.steps"),
+    ({"sampler": types_pb2.Sampler(guidance_scale=float("nan"))}, "sampler.guidance_scale"),
+    ({"sampler": types_pb2.Sampler(guidance_scale=-1)}, "sampler.guidance_scale"),
+    ({"sampler": types_pb2.Sampler(solver=9)}, "sampler.solver"),
+    ({"sampler": types_pb2.Sampler(guidance_start=0.2, guidance_end=0.3)}, "sampler.guidance_end"),
+    ({"sampler": types_pb2.Sampler(resamples=101)}, "sampler.resamples"),
+    ({"sampling": types_pb2.Sampling(temperature=float("inf"))}, "sampling.temperature"),
+    ({"sampling": types_pb2.Sampling(temperature=-0.1)}, "sampling.temperature"),
+    ({"sampling": types_pb2.Sampling(top_p=0)}, "sampling.top_p"),
+    ({"sampling": types_pb2.Sampling(top_p=1.01)}, "sampling.top_p"),
+    ({"sampling": types_pb2.Sampling(repetition_penalty=0)}, "sampling.repetition_penalty"),
+    ({"seed": types_pb2.NoiseSeed(sample_id=10_000)}, "seed.sample_id"),
+    ({"seed": types_pb2.NoiseSeed(base_seed=2**63)}, "seed.base_seed"),
+    ({"seed": types_pb2.NoiseSeed(base_seed=2**63 - 1), "max_new_tokens": 8}, "seed.base_seed"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), BAD, ids=[f"{name}-{i}" for i, (_, name) in enumerate(BAD)])
+async def test_a_bad_field_is_named_and_no_stage_works(world, fields: dict[str, Any], name: str):
+    with pytest.raises(InvalidRequest) as caught:
+        await world.generate(**fields)
+    assert caught.value.field == name
+    assert not world.encoder.calls and not world.prior.calls and not world.decoder.calls
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "name"), [(100, 157, "max_new_tokens"), (256, 1, "prompt"), (0, 2**32 - 1, "max_new_tokens")]
+)
+async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: int, budget: int, name: str):
+    with pytest.raises(InvalidRequest) as caught:
+        await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * length), max_new_tokens=budget)
+    assert caught.value.field == name
+    assert all(str(number) in str(caught.value) for number in (length, budget, -(-(length + budget) // 4) * 4, 256))
+    assert not world.encoder.calls
+
+
+async def test_what_just_fits_is_done(world):
+    responses = await world.generate(
+        prompt_ids=types_pb2.TokenIds(ids=[5] * 100), max_new_tokens=156, ignore_end=True
+    )
+    assert len(ids_of(responses)) == 156
+
+
+async def test_the_prior_runs_ahead_while_the_decoder_works_and_is_cancelled_at_the_end(make_world, tokenizer):
+    world = await make_world(scripted(tokenizer, "a<|im_end|>"))
+    world.decoder.gate.clear()
+    running = asyncio.create_task(world.generate(max_new_tokens=100))
+    await asyncio.sleep(0.05)
+    world.decoder.gate.set()
+    last = (await running)[-1]
+    assert last.usage.wasted_blocks >= 1
+    assert last.usage.blocks == last.usage.wasted_blocks + 1 < 6
+    assert world.heard.of("wasted") == [(last.usage.wasted_blocks,)]
+    assert (world.prior.running, world.decoder.running) == (0, 0)
+
+
+async def test_leaving_early_frees_the_stages(world):
+    async def reading() -> None:
+        async for _ in world.coordinator.generate(request, Call()):
+            first.set()
+            await asyncio.sleep(60)
+
+    request, first = generation_request(max_new_tokens=200, ignore_end=True), asyncio.Event()
+    task = asyncio.create_task(reading())
+    await first.wait()
+    assert world.decoder.running == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await asyncio.sleep(0.02)
+    assert (world.prior.running, world.decoder.running) == (0, 0)
+    assert world.coordinator._admission.running == 0
+
+
+@pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
+async def test_a_deadline_reaches_each_stage_and_ends_the_call(world, stage: str):
+    getattr(world, stage).gate.clear()
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=stage):
+        await world.generate(prompt=PROMPT, call=Call(deadline=time.monotonic() + 0.2))
+    assert time.monotonic() - started < 1
+    assert 0 < getattr(world, stage).remaining[0] <= 0.2
+    await asyncio.sleep(0.02)
+    assert (world.prior.running, world.decoder.running) == (0, 0)
+
+
+async def test_without_a_deadline_none_is_passed_on(world):
+    await world.generate(prompt=PROMPT)
+    assert world.prior.remaining == world.decoder.remaining == world.encoder.remaining == [None]
+
+
+async def test_a_stages_refusal_is_passed_on_with_its_field(world):
+    world.prior.faults[0] = (0, grpc.StatusCode.INVALID_ARGUMENT)
+    with pytest.raises(InvalidRequest, match="prior broke"):
+        await world.generate(prompt=PROMPT)
+    assert len(world.prior.calls) == 1
+
+
+async def test_concurrent_generations_give_the_tokens_of_single_ones(world):
+    prompts = [PROMPT[:length] for length in range(8)]
+    seeds = [types_pb2.NoiseSeed(base_seed=3, sample_id=i) for i in range(8)]
+    alone = [ids_of(await world.generate(prompt=p, seed=s)) for p, s in zip(prompts, seeds, strict=True)]
+    together = await asyncio.gather(*(world.generate(prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)))
+    assert [ids_of(responses) for responses in together] == alone
+
+
+async def test_the_observer_hears_blocks_and_tokens(world):
+    responses = await world.generate(prompt=PROMPT, max_new_tokens=12, ignore_end=True)
+    assert len(world.heard.of("first_block")) == 1
+    assert len(world.heard.of("next_block")) == len(responses) - 1
+    assert world.heard.of("tokens") == [(len(world.tokenizer.encode(PROMPT)), 12)]
+
+
+@given(st.integers(0, 2**62), st.integers(0, 9999))
+def test_a_derived_sampling_seed_is_a_function_of_the_noise_seed(base: int, sample: int):
+    seed = types_pb2.NoiseSeed(base_seed=base, sample_id=sample)
+    assert 0 <= sampling_seed(seed) < 2**63
+    assert sampling_seed(seed) == sampling_seed(types_pb2.NoiseSeed(base_seed=base, sample_id=sample))
+    assert sampling_seed(seed) != sampling_seed(types_pb2.NoiseSeed(base_seed=base + 1, sample_id=sample))
+
+
+def generation_request(**fields: Any) -> Any:
+    from colaserve.v1 import generation_pb2
+
+    return generation_pb2.GenerateRequest(**fields)
