@@ -1,4 +1,4 @@
-"""EncoderService: token ids to latents. Translates and delegates to the engine."""
+"""EncoderService: token ids to latents. Translates and delegates to the engine, which checks what it is asked for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 
 from colaserve_services.encoder.engine import Encoded, EncoderEngine
-from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import about, tensors
 from colaserve_services.rpc.errors import status_from_errors
-
-MAX_SEQUENCES = 256
 
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
@@ -23,11 +20,10 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Any) -> encoder_pb2.EncodeResponse:
         """Encode 1 to 256 sequences."""
         async with status_from_errors(context):
-            sequences = self._sequences(request)
-            if request.with_variance and not self._engine.has_variance:
-                raise InvalidRequest("with_variance", "this checkpoint's encoder has no variance (use_variation false)")
             encoded, timings = await self._engine.encode(
-                sequences, with_variance=request.with_variance, deadline=about.deadline(context)
+                [list(sequence.ids) for sequence in request.sequences],
+                with_variance=request.with_variance,
+                deadline=about.deadline(context),
             )
             encodings = [self._message(one) for one in encoded]
             return encoder_pb2.EncodeResponse(encodings=encodings, timing=about.timing(timings))
@@ -38,18 +34,6 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         """Describe the model, its limits and its load."""
         fields = about.info(self._engine, self._identity)
         return encoder_pb2.EncoderServiceGetInfoResponse(has_variance=self._engine.has_variance, **fields)
-
-    def _sequences(self, request: encoder_pb2.EncodeRequest) -> list[tuple[int, ...]]:
-        if not 1 <= len(request.sequences) <= MAX_SEQUENCES:
-            raise InvalidRequest("sequences", f"got {len(request.sequences)}, expected 1 to {MAX_SEQUENCES}")
-        return [self._ids(sequence.ids, f"sequences[{i}].ids") for i, sequence in enumerate(request.sequences)]
-
-    def _ids(self, ids: Any, field: str) -> tuple[int, ...]:
-        shape, limits = self._engine.shape, self._engine.limits
-        longest = limits.max_context * shape.patch_size
-        if not 1 <= len(ids) <= longest:
-            raise InvalidRequest(field, f"got {len(ids)} tokens, expected 1 to {longest} (max_context)")
-        return about.token_ids(ids, field, shape.vocab_size)
 
     def _message(self, encoded: Encoded) -> encoder_pb2.Encoding:
         variance = encoded.log_variance

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 from colaserve.v1 import types_pb2
 
 from colaserve_services import __version__
-from colaserve_services.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -98,16 +96,6 @@ def deadline(context: Any) -> float | None:
     """The call's deadline in time.monotonic() seconds; None without one."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-def token_ids(ids: Sequence[int], field_name: str, vocab_size: int) -> tuple[int, ...]:
-    """The ids, all of them below the vocabulary size; else InvalidRequest naming the first that is not."""
-    values = np.asarray(ids, dtype=np.uint32)
-    wrong = np.flatnonzero(values >= vocab_size)
-    if len(wrong):
-        at = int(wrong[0])
-        raise InvalidRequest(f"{field_name}[{at}]", f"got id {values[at]}, expected 0 to {vocab_size - 1}")
-    return tuple(values.tolist())
 
 
 def set_fields(message: Any, names: Sequence[str]) -> dict[str, Any]:

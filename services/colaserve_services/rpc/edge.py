@@ -28,7 +28,7 @@ class Method(NamedTuple):
     name: str
 
 
-class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic outside of its stubs
+class Edge(grpc.aio.ServerInterceptor):
     """Wraps the handler of every method but those of the health service."""
 
     def __init__(self, metrics: Metrics, admission: Admission, keys: Keys | None = None):

@@ -14,25 +14,32 @@ from colaserve_services.rpc.settings import LogSettings
 access = logging.getLogger("colaserve_services.access")
 
 
-def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
-    """Send this process' log lines to `stream` (stderr). Call it once, from the launcher."""
+def configure(settings: LogSettings, role: str = "", stream: TextIO | None = None) -> None:
+    """Send this process' log lines to `stream` (stderr), each with its role. Call it once, from the launcher."""
     stream = stream or sys.stderr
     as_text = settings.format == "text" or (settings.format == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    handler.setFormatter(TextFormatter(role) if as_text else JsonFormatter(role))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries
     logging.getLogger("colaserve_services").setLevel(settings.level.upper())
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id, the fields of the call, exception."""
+class _Formatter(logging.Formatter):
+    def __init__(self, role: str = ""):
+        super().__init__()
+        self.role = role
+
+
+class JsonFormatter(_Formatter):
+    """One JSON object a line: time, level, role, logger, message, request_id, the fields of the call, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
+            "role": self.role,
             "logger": record.name.removeprefix("colaserve_services."),
             "message": record.getMessage(),
         }
@@ -44,14 +51,14 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_Formatter):
     """The same for eyes."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
         extra = "".join(f" {name}={value}" for name, value in fields(record).items())
         request = f" request_id={current_request_id()}" if current_request_id() else ""
-        text = f"{when} {record.levelname.lower():7} {record.getMessage()}{extra}{request}"
+        text = f"{when} {record.levelname.lower():7} {self.role:11} {record.getMessage()}{extra}{request}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 

@@ -127,7 +127,7 @@ class MetricsEndpoint:
     @staticmethod
     def start(metrics: Metrics, settings: MetricsSettings) -> MetricsEndpoint:
         """Raise UsageError when the port is taken."""
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # a second gauge for every counter; nobody reads them
+        prometheus_client.disable_created_metrics()  # a second gauge for every counter; nobody reads them
         if settings.aliases:
             metrics.registry.register(Aliases(metrics))
         try:

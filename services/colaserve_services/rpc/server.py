@@ -22,6 +22,7 @@ from colaserve_services.rpc.tls import server_credentials
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIVENESS = "liveness"  # a health name that says SERVING as long as the process answers, for liveness probes
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class RpcServer:
 
     server = RpcServer(settings, metrics)
     server.add(PriorService(...))
-    port = await server.start()      # answers; health says NOT_SERVING
+    port = server.bind()             # before the long loading, so that a taken port is found at once
+    await server.start()             # answers; health says NOT_SERVING
     await server.serving()           # after the warm-up
     await server.drain()             # NOT_SERVING, wait, let running calls end, stop
     """
@@ -45,7 +47,8 @@ class RpcServer:
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names: list[str] = []
-        self._stopped = False
+        self._port: int | None = None
+        self._draining = self._stopped = False
 
     def add(self, servicer: object) -> None:
         """Serve an object of a generated `<Service>Servicer` class."""
@@ -55,23 +58,31 @@ class RpcServer:
         register(servicer, self._server)
         self._names.append(name)
 
+    def bind(self) -> int:
+        """Take the port and return it. Raises UsageError when it is taken or a certificate cannot be read."""
+        if self._port is None:
+            self._port = self._bind()
+        return self._port
+
     async def start(self) -> int:
-        """Listen; return the port. Raises UsageError when it is taken or a certificate cannot be read."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)  # type: ignore[no-untyped-call]
+        """Answer calls; return the port."""
+        port = self.bind()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
         await self._set_health(NOT_SERVING)
-        port = self._bind()
+        await self._health.set(LIVENESS, SERVING)
         await self._server.start()
         return port
 
-    async def serving(self) -> None:
-        """Say SERVING, for every service and for the whole."""
-        await self._set_health(SERVING)
+    async def serving(self, ready: bool = True) -> None:
+        """Say SERVING (or NOT_SERVING) for every service and for the whole; a drain has the last word."""
+        if not self._draining:
+            await self._set_health(SERVING if ready else NOT_SERVING)
 
     async def drain(self, drain_seconds: float | None = None) -> None:
         """NOT_SERVING; wait until balancers saw it; refuse new calls and let running ones end, within the grace."""
-        settings = self._settings
+        settings, self._draining = self._settings, True
         await self._set_health(NOT_SERVING)
         await asyncio.sleep(settings.drain_seconds if drain_seconds is None else drain_seconds)
         await self.stop(settings.grace_seconds)

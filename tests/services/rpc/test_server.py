@@ -46,6 +46,7 @@ async def test_health_is_per_service_and_turns_to_serving_after_the_warm_up():
     async with running(ready=False) as it:
         assert await health_of(it.channel) == NOT_SERVING
         assert await health_of(it.channel, SERVICE) == NOT_SERVING
+        assert await health_of(it.channel, "liveness") == SERVING
         await it.server.serving()
         assert await health_of(it.channel) == SERVING
         assert await health_of(it.channel, SERVICE) == SERVING
@@ -209,7 +210,7 @@ async def test_a_drain_cuts_calls_that_outlive_the_grace():
 async def test_calls_are_counted_timed_and_logged_without_their_content(capsys):
     stream = __import__("io").StringIO()
     previous = logging.getLogger().handlers[:]
-    logs.configure(LogSettings(format="json"), stream)
+    logs.configure(LogSettings(format="json"), "encoder", stream)
     try:
         async with running() as it:
             await it.stub.Encode(ONE, metadata=(("x-request-id", "seen"),))
@@ -224,6 +225,7 @@ async def test_calls_are_counted_timed_and_logged_without_their_content(capsys):
     assert value("colaserve_transfer_bytes_total", {"direction": "in", "service": "EncoderService"}) == ONE.ByteSize()
     first, second = (json.loads(line) for line in stream.getvalue().splitlines())
     assert (first["request_id"], first["code"], first["method"]) == ("seen", "OK", "Encode")
+    assert first["role"] == "encoder"
     assert second["code"] == "INVALID_ARGUMENT"
 
 

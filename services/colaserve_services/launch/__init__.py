@@ -1,0 +1,1 @@
+"""Starting roles: options, checkpoints and engines, servers, one process or several."""

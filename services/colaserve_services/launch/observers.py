@@ -1,0 +1,80 @@
+"""What engines and the coordinator report, as Prometheus metrics. No torch."""
+
+from __future__ import annotations
+
+from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.runtime.observer import EngineObserver
+
+
+class EngineMetrics(EngineObserver):
+    """Of one engine; `stage` is its label. Called on the device thread; prometheus_client's locks are short."""
+
+    def __init__(self, metrics: Metrics, stage: str):
+        self._refused, self._stage = metrics.refused, stage
+        self._queue, self._running = metrics.queue_depth.labels(stage), metrics.running.labels(stage)
+        self._rows, self._step = metrics.batch_rows.labels(stage), metrics.step_seconds.labels(stage)
+        self._kv, self._budget = metrics.kv_bytes.labels(stage), metrics.kv_budget_bytes.labels(stage)
+        self._utilization = metrics.kv_utilization.labels(stage)
+        self._first, self._next = metrics.engine_first_block.labels(stage), metrics.engine_inter_block.labels(stage)
+        self._in, self._out = metrics.engine_tokens.labels("in", stage), metrics.engine_tokens.labels("out", stage)
+        self._hits, self._misses = metrics.prefix_hits.labels(stage), metrics.prefix_misses.labels(stage)
+        self._held = metrics.prefix_bytes.labels(stage)
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        self._step.observe(seconds)
+        self._rows.observe(rows)
+
+    def queued(self, waiting: int, running: int) -> None:
+        self._queue.set(waiting)
+        self._running.set(running)
+
+    def kv(self, used_bytes: int, budget_bytes: int) -> None:
+        self._kv.set(used_bytes)
+        self._budget.set(budget_bytes)
+        self._utilization.set(used_bytes / budget_bytes if budget_bytes else 0.0)
+
+    def block(self, seconds: float, first: bool) -> None:
+        (self._first if first else self._next).observe(seconds)
+
+    def tokens(self, count_in: int, count_out: int) -> None:
+        self._in.inc(count_in)
+        self._out.inc(count_out)
+
+    def prefix_cache(self, hits: int, misses: int, bytes_held: int) -> None:
+        self._hits.inc(hits)
+        self._misses.inc(misses)
+        self._held.set(bytes_held)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(self._stage, reason).inc()
+
+
+class CoordinatorMetrics(CoordinatorObserver):
+    """Of the coordinator."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
+
+    def queued(self, waiting: int, running: int) -> None:
+        self._metrics.queue_depth.labels("coordinator").set(waiting)
+        self._metrics.running.labels("coordinator").set(running)
+
+    def refused(self, reason: str) -> None:
+        self._metrics.refused.labels("coordinator", reason).inc()
+
+    def first_block(self, seconds: float) -> None:
+        self._metrics.first_block.observe(seconds)
+
+    def next_block(self, seconds: float) -> None:
+        self._metrics.inter_block.observe(seconds)
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        self._metrics.tokens.labels("prompt").inc(prompt)
+        self._metrics.tokens.labels("completion").inc(completion)
+
+    def wasted(self, blocks: int) -> None:
+        self._metrics.wasted_blocks.inc(blocks)
+
+    def failover(self, stage: str, outcome: str) -> None:
+        self._metrics.failovers.labels(stage, outcome).inc()

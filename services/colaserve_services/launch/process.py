@@ -1,0 +1,187 @@
+"""One process: its servers from the first bind to the last byte of a drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from colaserve_services.launch.settings import WatchSettings
+from colaserve_services.rpc import logs
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.metrics import Metrics, MetricsEndpoint
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import ServerSettings
+
+EXIT_WITH_PARENT = "COLASERVE_EXIT_WITH_PARENT"  # set: end when standard input does, which a dead parent closes
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class Host:
+    """What a role is assembled on. Everything entered into `stack` ends after the servers, in reverse order."""
+
+    def __init__(self, role: str, watch: WatchSettings, settings: ServerSettings, keys: Keys | None):
+        self.role, self.metrics, self.settings = role, Metrics(), settings
+        self.stack = contextlib.AsyncExitStack()
+        self.addresses: dict[str, str] = {}
+        self.started = time.monotonic()
+        self._watch, self._keys = watch, keys
+        self._grpc: RpcServer | None = None
+        self._http: Any = None
+        self._said_ready = False
+        self._following: asyncio.Future[None] | None = None
+
+    async def open_ports(self, grpc: bool) -> None:
+        """Take the metrics port and, if there is to be one, the gRPC port: a taken one is found before any work."""
+        endpoint = MetricsEndpoint.start(self.metrics, self._watch.metrics)
+        self.stack.callback(endpoint.close)
+        self.addresses["metrics"] = f"http://{address(self._watch.metrics.host, endpoint.port)}/metrics"
+        if grpc:
+            self._grpc = RpcServer(self.settings, self.metrics, self._keys)
+            self.stack.push_async_callback(self._grpc.stop)
+            self.addresses["grpc"] = address(self.settings.host, self._grpc.bind())
+
+    async def serve_grpc(self, *servicers: object) -> None:
+        """Answer calls; health says NOT_SERVING until `ready`."""
+        assert self._grpc is not None, "open_ports(grpc=True) comes first"
+        for servicer in servicers:
+            self._grpc.add(servicer)
+        await self._grpc.start()
+
+    def serve_http(self, server: Any, scheme: str = "http") -> None:
+        """An HttpServer of the gateway, running."""
+        self._http = server
+        self.stack.push_async_callback(partial(server.stop, 0.0))
+        self.addresses["http"] = f"{scheme}://{address(server.host, server.port)}"
+
+    def publish(self) -> None:
+        """Write the ports file; all ports are known."""
+        if self._watch.ports_file is not None:
+            write_whole(self._watch.ports_file, json.dumps(self.addresses))
+
+    def follow(self, ready: bool) -> None:
+        """Say SERVING or NOT_SERVING from now on, as what lies behind comes and goes."""
+        if self._grpc is not None and self._said_ready:
+            self._following = asyncio.ensure_future(self._grpc.serving(ready))
+
+    async def ready(self) -> None:
+        """Say SERVING, and where."""
+        self._said_ready = True
+        if self._grpc is not None:
+            await self._grpc.serving()
+        where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())
+        print(f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}", flush=True)
+
+    async def drain(self, drain_seconds: float) -> None:
+        """Not ready; wait; let what runs end within the grace."""
+        _log.info("draining", extra={"fields": {"drain_seconds": drain_seconds}})
+        works: list[Awaitable[None]] = []
+        if self._grpc is not None:
+            works.append(self._grpc.drain(drain_seconds))
+        if self._http is not None:
+            works.append(self._http.stop(self.settings.grace_seconds, drain_seconds))
+        await asyncio.gather(*works)
+
+
+Assemble = Callable[[Host], Awaitable[None]]
+
+
+def run(role: str, watch: WatchSettings, settings: ServerSettings, keys: Keys | None, assemble: Assemble) -> None:
+    """Assemble a role, serve until SIGTERM or SIGINT, drain. A second signal ends at once.
+
+    Raises what `assemble` raises: CheckpointError and UsageError are for the operator.
+    """
+    logs.configure(watch.log, role)
+    if os.environ.pop(EXIT_WITH_PARENT, ""):
+        threading.Thread(target=_end_with_stdin, daemon=True, name="parent-watch").start()
+    asyncio.run(_run(Host(role, watch, settings, keys), assemble))
+
+
+async def _run(host: Host, assemble: Assemble) -> None:
+    signals = _Signals()
+    async with host.stack:
+        if not await signals.unless_stopped(assemble(host)):
+            return
+        await signals.unless_stopped(host.ready())
+        number = await signals.next()
+        await signals.unless_stopped(host.drain(host.settings.drain_seconds if number == signal.SIGTERM else 0.0))
+
+
+class _Signals:
+    """SIGTERM and SIGINT as they come."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[int] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._queue.put_nowait, number)
+
+    async def next(self) -> int:
+        return await self._queue.get()
+
+    async def unless_stopped(self, work: Awaitable[None]) -> bool:
+        """Do the work; False when a signal ended it."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.next())
+        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        stopped = stop.done() and not task.done()
+        for pending in (task, stop):
+            pending.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return not stopped
+
+
+async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """Run blocking work in a thread that does not keep the process alive when a signal ends it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def body() -> None:
+        try:
+            result, error = work(*arguments), None
+        except BaseException as caught:
+            result, error = None, caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(_settle, future, result, error)
+
+    threading.Thread(target=body, daemon=True, name="start").start()
+    return await future
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def address(host: str, port: int) -> str:
+    """host:port, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1):  # not sys.stdin: its lock would be held at exit
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

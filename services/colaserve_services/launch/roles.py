@@ -1,0 +1,190 @@
+"""What each role is made of. Torch is imported where a stage, or a checkpoint's files, are needed."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colaserve_services.launch import settings, threads
+from colaserve_services.launch.observers import CoordinatorMetrics
+from colaserve_services.launch.process import Host, in_thread, run
+from colaserve_services.launch.settings import Params
+from colaserve_services.rpc.channels import Stub, open_channel
+from colaserve_services.rpc.in_process import InProcessStub
+
+if TYPE_CHECKING:
+    from colaserve_services.coordinator import Coordinator, Stages
+    from colaserve_services.launch.stages import RunningStages
+    from colaserve_services.model.checkpoint import Checkpoint
+
+PACKAGE = "colaserve.v1"
+
+
+def run_stage(stage: str, params: Params) -> None:
+    """One stage: "encoder", "prior" or "decoder"."""
+    model, limits = settings.model(params), settings.engine(params)
+    server = settings.server(params)
+    threads.limit(model.threads)
+
+    async def assemble(host: Host) -> None:
+        await host.open_ports(grpc=True)
+        host.publish()
+        stages = await _stages(host, (stage,), model, limits, await _checkpoint(model.directory))
+        await host.serve_grpc(stages.services[stage])
+        await stages.warm_up()
+
+    run(stage, settings.watch(params), server, settings.keys(params), assemble)
+
+
+def run_coordinator(params: Params) -> None:
+    """GenerationService and LatentService over stages elsewhere."""
+    directory, channel = settings.checkpoint(params), settings.channel(params)
+    targets = {stage: settings.target(params, stage) for stage in ("encoder", "prior", "decoder")}
+
+    async def assemble(host: Host) -> None:
+        from colaserve_services.coordinator import Stages
+
+        await host.open_ports(grpc=True)
+        host.publish()
+        checkpoint = await _checkpoint(directory)
+        stubs = {stage: await _stub(host, f"{stage.title()}Service", targets[stage], channel) for stage in targets}
+        stages = Stages(**stubs, **{f"{stage}_target": target for stage, target in targets.items()})
+        coordinator = _coordinator(host, params, checkpoint, stages)
+        await host.serve_grpc(*_coordinator_services(coordinator))
+        await _connect(host, coordinator)
+
+    run("coordinator", settings.watch(params), settings.server(params), settings.keys(params), assemble)
+
+
+def run_gateway(params: Params) -> None:
+    """OpenAI's HTTP in front of coordinators elsewhere."""
+    channel, target = settings.channel(params), settings.target(params, "coordinator")
+    server = settings.gateway_server(params)
+
+    async def assemble(host: Host) -> None:
+        await host.open_ports(grpc=False)
+        await _gateway(host, params, await _stub(host, "GenerationService", target, channel))
+        host.publish()
+
+    run("gateway", settings.watch(params), server, None, assemble)
+
+
+def run_all(params: Params) -> None:
+    """Everything in this process: the stages are called without sockets, one gRPC port serves all five services."""
+    model, limits = settings.model(params), settings.engine(params)
+    threads.limit(model.threads)
+
+    async def assemble(host: Host) -> None:
+        from colaserve_services.coordinator import Stages
+
+        await host.open_ports(grpc=True)
+        checkpoint = await _checkpoint(model.directory)
+        running = await _stages(host, ("encoder", "prior", "decoder"), model, limits, checkpoint)
+        encoder, prior, decoder = (InProcessStub(running.services[name]) for name in ("encoder", "prior", "decoder"))
+        stages = Stages(encoder, prior, decoder)
+        coordinator = _coordinator(host, params, checkpoint, stages)
+        generation, latent = _coordinator_services(coordinator)
+        await host.serve_grpc(generation, latent, *running.services.values())
+        await running.warm_up()
+        await _connect(host, coordinator)
+        await _gateway(host, params, InProcessStub(generation))
+        host.publish()
+
+    run("colaserve", settings.watch(params), settings.server(params), settings.keys(params), assemble)
+
+
+async def _checkpoint(directory: Path) -> Checkpoint:
+    def read() -> Checkpoint:
+        from colaserve_services.model.checkpoint import Checkpoint
+
+        return Checkpoint.open(directory)
+
+    return await in_thread(read)
+
+
+async def _stages(
+    host: Host, names: tuple[str, ...], model: settings.ModelSettings, limits: Any, checkpoint: Checkpoint
+) -> RunningStages:
+    def load() -> RunningStages:
+        from colaserve_services.launch.stages import load_stages
+
+        return load_stages(names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics)
+
+    stages = await in_thread(load)
+    host.stack.callback(stages.stop)
+    return stages
+
+
+def _coordinator(host: Host, params: Params, checkpoint: Checkpoint, stages: Stages) -> Coordinator:
+    from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults
+    from colaserve_services.text import Tokenizer
+
+    limits = CoordinatorLimits(
+        max_context=params["max_context"],
+        max_message_bytes=params["max_message_bytes"],
+        max_running=params["max_generations"],
+        max_waiting=params["max_queued"],
+        queue_seconds=params["queue_seconds"],
+        max_per_key=params["max_per_key"],
+        attempts=params["attempts"],
+    )
+    tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
+    defaults = Defaults.resolve(settings.request_defaults(params), checkpoint.defaults)
+    name = params["served_model_name"] or checkpoint.name
+    return Coordinator(stages, tokenizer, defaults, limits, CoordinatorMetrics(host.metrics), name)
+
+
+def _coordinator_services(coordinator: Coordinator) -> tuple[object, object]:
+    from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+
+    return GenerationServicer(coordinator), LatentServicer(coordinator)
+
+
+async def _connect(host: Host, coordinator: Coordinator) -> None:
+    """Wait for the stages; from then on health follows theirs."""
+    await coordinator.connect()
+    watch = asyncio.ensure_future(coordinator.watch(host.follow))
+    host.stack.callback(watch.cancel)
+
+
+async def _stub(host: Host, service: str, target: str, channel: Any) -> Any:
+    """A stub of a service elsewhere; its channel is closed at the end."""
+    opened = open_channel(target, channel, f"{PACKAGE}.{service}")
+    host.stack.push_async_callback(opened.close)
+    return Stub(_stub_class(service), opened, channel)
+
+
+def _stub_class(service: str) -> Any:
+    from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, generation_pb2_grpc, prior_pb2_grpc
+
+    return {
+        "EncoderService": encoder_pb2_grpc.EncoderServiceStub,
+        "PriorService": prior_pb2_grpc.PriorServiceStub,
+        "DecoderService": decoder_pb2_grpc.DecoderServiceStub,
+        "GenerationService": generation_pb2_grpc.GenerationServiceStub,
+    }[service]
+
+
+async def _gateway(host: Host, params: Params, stub: Any) -> None:
+    from colaserve_services.gateway.app import create_app
+    from colaserve_services.gateway.server import serve
+    from colaserve_services.gateway.settings import Bounds, GatewaySettings
+
+    bounds = replace(
+        Bounds(),
+        body_bytes=params["max_body_bytes"],
+        request_seconds=params["request_seconds"],
+        choices=params["max_choices"],
+    )
+    gateway = GatewaySettings(
+        keys=settings.keys(params),
+        admission=settings.admission(params),
+        cors_origins=tuple(origin for origin in params["cors_origins"].split(",") if origin),
+        allow_unknown_fields=params["allow_unknown_fields"],
+        bounds=bounds,
+    )
+    tls = settings.http_tls(params)
+    app = create_app(stub, gateway, host.metrics)
+    host.serve_http(await serve(app, params["host"], params["http_port"], tls), "https" if tls else "http")

@@ -1,0 +1,151 @@
+"""Command-line values to settings; what cannot go together is a UsageError here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from colaserve_services.errors import UsageError
+from colaserve_services.launch.options import DEMO
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.settings import (
+    AdmissionLimits,
+    ChannelSettings,
+    ClientTls,
+    LogSettings,
+    MetricsSettings,
+    ServerSettings,
+    ServerTls,
+)
+from colaserve_services.runtime.limits import EngineLimits
+
+Params = Mapping[str, Any]
+DEFAULTS = (
+    "max_new_tokens", "steps", "guidance_scale", "solver", "guidance_start", "guidance_end", "resamples", "temperature",
+    "top_k", "top_p", "repetition_penalty", "chat_frame",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which checkpoint, and how it computes."""
+
+    directory: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = None  # None: torch's choice
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How the process is watched."""
+
+    metrics: MetricsSettings
+    log: LogSettings
+    ports_file: Path | None = None
+
+
+def model(params: Params) -> ModelSettings:
+    """The checkpoint, and how it computes."""
+    return ModelSettings(checkpoint(params), params["device"], params["dtype"], params["threads"])
+
+
+def checkpoint(params: Params) -> Path:
+    """The checkpoint's folder; UsageError when the bundled one is asked for and not there."""
+    directory: Path = params["model"]
+    if directory == DEMO and not (directory / "tokenizer.json").is_file():
+        raise UsageError(f"--model: this installation has no bundled checkpoint ({directory}); name a folder")
+    return directory
+
+
+def engine(params: Params) -> EngineLimits:
+    """Limits of each engine."""
+    names = ("max_context", "max_running", "max_waiting", "kv_bytes", "run_ahead")
+    return EngineLimits(**{name: params[name] for name in names})
+
+
+def server(params: Params) -> ServerSettings:
+    """The gRPC server."""
+    return ServerSettings(
+        host=params["host"],
+        port=params["grpc_port"],
+        tls=_server_tls(params, "tls_cert", "tls_key", params["tls_client_ca"]),
+        admission=admission(params),
+        max_message_bytes=params["max_message_bytes"],
+        max_concurrent_streams=params["max_concurrent_streams"],
+        max_connection_age=params["max_connection_age"],
+        keepalive_seconds=params["keepalive_seconds"],
+        drain_seconds=params["drain_seconds"],
+        grace_seconds=params["grace_seconds"],
+    )
+
+
+def gateway_server(params: Params) -> ServerSettings:
+    """What a process without a gRPC server needs of this: how it drains."""
+    return ServerSettings(
+        host=params["host"], drain_seconds=params["drain_seconds"], grace_seconds=params["grace_seconds"]
+    )
+
+
+def admission(params: Params) -> AdmissionLimits:
+    """Bounds of the gRPC server, and of the HTTP server."""
+    names = ("max_calls", "max_calls_per_client", "max_rate_per_client")
+    return AdmissionLimits(**{name: params[name] for name in names})
+
+
+def keys(params: Params) -> Keys | None:
+    """Who may call; None: everybody."""
+    return Keys.load(params["api_keys_file"], params["api_keys"])
+
+
+def channel(params: Params) -> ChannelSettings:
+    """How other services are called."""
+    ca, cert, key = (params[f"tls_{name}"] for name in ("ca", "client_cert", "client_key"))
+    if ca is None and (cert or key or params["tls_server_name"]):
+        raise UsageError("--tls-ca: needed with --tls-client-cert, --tls-client-key and --tls-server-name")
+    tls = None if ca is None else ClientTls(ca, cert, key, params["tls_server_name"])
+    return ChannelSettings(
+        tls=tls,
+        api_key=params["upstream_key"],
+        max_message_bytes=params["max_message_bytes"],
+        keepalive_seconds=params["keepalive_seconds"],
+    )
+
+
+def http_tls(params: Params) -> ServerTls | None:
+    """TLS of the HTTP port."""
+    return _server_tls(params, "http_tls_cert", "http_tls_key", None)
+
+
+def watch(params: Params) -> WatchSettings:
+    """Metrics, logs, the file of ports."""
+    return WatchSettings(
+        MetricsSettings(params["host"], params["metrics_port"], params["metrics_aliases"]),
+        LogSettings(params["log_format"], params["log_level"]),
+        params["ports_file"],
+    )
+
+
+def request_defaults(params: Params) -> SimpleNamespace:
+    """The flags that stand for unset fields; None where a flag was not given."""
+    return SimpleNamespace(**{name: params[name] for name in DEFAULTS})
+
+
+def target(params: Params, name: str) -> str:
+    """The address given by --<name>."""
+    if not params[name]:
+        raise UsageError(f"--{name}: needed; host:port, dns:///host:port or a list with commas")
+    return str(params[name])
+
+
+def _server_tls(params: Params, cert: str, key: str, client_ca: Path | None) -> ServerTls | None:
+    if (params[cert] is None) != (params[key] is None):
+        raise UsageError(f"--{cert.replace('_', '-')} and --{key.replace('_', '-')} go together")
+    if params[cert] is None:
+        if client_ca is not None:
+            raise UsageError("--tls-client-ca: needs --tls-cert and --tls-key")
+        return None
+    return ServerTls(params[cert], params[key], client_ca)

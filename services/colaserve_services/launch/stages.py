@@ -1,0 +1,164 @@
+"""A checkpoint's stages in this process: weights read, engines on one device thread, services in front of them.
+
+The only part of the launcher that needs torch; imported when a stage is started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
+from colaserve_services.decoder.service import DecoderService
+from colaserve_services.encoder.engine import EncoderEngine
+from colaserve_services.encoder.service import EncoderService
+from colaserve_services.errors import UsageError
+from colaserve_services.launch.observers import EngineMetrics
+from colaserve_services.launch.progress import Progress
+from colaserve_services.launch.settings import ModelSettings
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.prior.engine import PriorEngine
+from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.prior.service import PriorService
+from colaserve_services.rpc.about import Identity
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.text import Tokenizer
+
+STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunningStages:
+    """Engines and their services by stage, all on one device thread."""
+
+    engines: dict[str, Any]
+    services: dict[str, Any]
+    thread: DeviceThread
+
+    async def warm_up(self) -> None:
+        """A small piece of work for every engine, so that the first request finds all in place."""
+        for stage, engine in self.engines.items():
+            await _WARM_UPS[stage](engine)
+
+    def stop(self) -> None:
+        """End the device thread; whatever still runs is abandoned."""
+        self.thread.stop()
+
+
+def load_stages(
+    stages: Sequence[str],
+    checkpoint: Checkpoint,
+    settings: ModelSettings,
+    limits: EngineLimits,
+    max_message_bytes: int,
+    metrics: Metrics,
+) -> RunningStages:
+    """Read the weights of some stages and start their engines. Blocks; raises CheckpointError and UsageError."""
+    device, dtype = pick_device(settings.device), pick_dtype(settings.dtype, settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    limits = _whole_blocks(limits, checkpoint.shape.block_size)
+    identity = Identity(checkpoint.space, str(device), str(dtype).removeprefix("torch."), max_message_bytes)
+    thread = DeviceThread()
+    engines, services = {}, {}
+    for stage in (stage for stage in STAGES if stage in stages):
+        model = _load(stage, checkpoint, device, dtype, metrics)
+        engines[stage] = _engine(stage, model, checkpoint, thread, limits, EngineMetrics(metrics, stage))
+        services[stage] = _SERVICES[stage](engines[stage], identity)
+    thread.start()
+    return RunningStages(engines, services, thread)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device; UsageError when it does not exist here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device: got {name!r}, expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: got {name!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device: {name} is asked for, but this torch ({torch.__version__}) finds no GPU")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device: got {name}, this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """auto: float32 on a CPU, bfloat16 on CUDA."""
+    if name == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _whole_blocks(limits: EngineLimits, block_size: int) -> EngineLimits:
+    whole = limits.max_context // block_size * block_size
+    if not whole:
+        raise UsageError(f"--max-context: got {limits.max_context}, less than one block of {block_size} latents")
+    return replace(limits, max_context=whole)
+
+
+def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:
+    progress = Progress(f"reading the {stage}")
+    try:
+        load: Callable[..., nn.Module] = getattr(checkpoint, f"load_{stage}")
+        model = load(device, dtype, progress)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UsageError(f"the {stage} does not fit into the memory of {device}") from error
+    finally:
+        progress.close()
+    seconds = float(getattr(model, "load_seconds", 0.0))
+    metrics.weights_load_seconds.labels(stage).set(seconds)
+    _log.info("weights read", extra={"fields": {"stage": stage, "seconds": round(seconds, 2), "dtype": str(dtype)}})
+    return model
+
+
+def _engine(
+    stage: str, model: Any, checkpoint: Checkpoint, thread: DeviceThread, limits: EngineLimits, observer: EngineMetrics
+) -> Any:
+    shape = checkpoint.shape_of(model)
+    observer.kv(0, limits.kv_bytes)
+    if stage == "encoder":
+        tokenizer = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults)
+        return EncoderEngine(model, shape, thread, limits, tokenizer.special.pad, observer)
+    kind = {"prior": PriorEngine, "decoder": DecoderEngine}[stage]
+    return kind(model, shape, thread, limits, observer)
+
+
+async def _warm_encoder(engine: EncoderEngine) -> None:
+    await engine.encode([[0]])
+
+
+async def _warm_prior(engine: PriorEngine) -> None:
+    blocks = min(2, engine.limits.max_context // engine.shape.block_size)
+    job = SampleJob(
+        torch.zeros(0, engine.shape.latent_dim), max_blocks=blocks, sampler=SamplerSettings(steps=2), base_seed=0
+    )
+    async with engine.session(job) as session:
+        async for _ in session:
+            pass
+
+
+async def _warm_decoder(engine: DecoderEngine) -> None:
+    B, d = engine.shape.block_size, engine.shape.latent_dim
+    async with engine.session(DecodeJob(torch.zeros(0, d), max_latents=B)) as session:
+        await session.decode(torch.zeros(B, d))
+
+
+_SERVICES: dict[str, Callable[..., Any]] = {"encoder": EncoderService, "prior": PriorService, "decoder": DecoderService}
+_WARM_UPS: dict[str, Callable[[Any], Any]] = {
+    "encoder": _warm_encoder,
+    "prior": _warm_prior,
+    "decoder": _warm_decoder,
+}
