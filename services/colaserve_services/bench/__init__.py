@@ -1,0 +1,1 @@
+"""Benchmarks: `colaserve bench ...`. Every claim is a ratio of things measured next to each other in one run."""
