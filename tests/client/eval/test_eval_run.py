@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from colaserve_client.eval.folder import RunFolder, Task
+from colaserve_client.eval.pool import work_through
 from colaserve_client.eval.records import Question
 from colaserve_client.eval.runner import GenerationSettings, Limits, run_tasks
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
@@ -94,6 +95,29 @@ async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has
         await run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=1, failures=3))
     assert client.prompts == NAMES[:5]
     assert [line["error"] is None for line in read_lines(tmp_path / "task.jsonl")] == [True, True, False, False, False]
+
+
+async def test_failures_between_answers_do_not_end_a_run(client, tmp_path):
+    client.down_for = set(NAMES[::2])
+    task = Task("task", [Question(name, name, name) for name in NAMES])
+    with RunFolder.opened(tmp_path, {}, [task]) as folder:
+        await run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=1, failures=2))
+    assert client.prompts == NAMES
+
+
+async def test_the_first_failure_cancels_the_rest_and_is_raised():
+    ended = []
+
+    async def work(item: int) -> None:
+        try:
+            await asyncio.sleep(0.001 if item == 0 else 60)
+            raise ValueError("first")
+        finally:
+            ended.append(item)
+
+    with pytest.raises(ValueError, match="first"):
+        await asyncio.wait_for(work_through(range(9), work, 3), timeout=5)
+    assert sorted(ended) == [0, 1, 2]
 
 
 async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_client, tmp_path, read_lines):

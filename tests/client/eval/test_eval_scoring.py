@@ -109,6 +109,7 @@ def test_the_answer_segment_is_the_text_after_the_last_line_that_says_answer(ans
         (f"maybe (A) or [B] here {LONG}", None),
         ("option E, that is (A)", "A"),
         ("B because", None),
+        ("the option A-team, as all of us here will surely know", None),
     ],
 )
 def test_a_letter_among_the_choices_is_read_where_it_stands_for_one(text, letter):
@@ -132,6 +133,11 @@ def test_a_letter_among_the_choices_is_read_where_it_stands_for_one(text, letter
 )
 def test_a_choice_is_recognised_by_its_text(text, letter):
     assert scoring.choice_letter(text, COLOURS) == letter
+
+
+def test_a_lead_in_is_removed_before_choices_within_choices_confuse():
+    assert scoring.choice_letter("The correct answer is: dark blue.", ["blue", "dark blue"]) == "B"
+    assert scoring.choice_letter("it is dark blue", ["blue", "dark blue"]) is None
 
 
 def test_a_choice_that_normalises_to_nothing_is_contained_in_no_text():

@@ -114,6 +114,8 @@ def test_a_report_shows_scores_settings_wrong_answers_and_the_sweep(sweep, colas
     assert "| other | 2 | 1 | 50.00 |" in page
     assert "| steps | 4 |" in page
     assert "| `1` | `…9\\|'9` | `wrong` | `9\\|'9` |" in page
+    assert "## Wrong answers: other" in page
+    assert "| `0` |" not in page
     assert "| 2.5 | 2 | heun | 6 |" in page
     assert "| token_accuracy | 99.5 |" in page
     for name in ("score.png", "sweep.png"):
