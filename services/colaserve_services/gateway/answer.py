@@ -17,7 +17,7 @@ from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, GenerateCall
 from colaserve_services.gateway.dialects import Dialect
 from colaserve_services.gateway.disconnect import until_disconnect
-from colaserve_services.gateway.errors import api_error
+from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.events import EventStream
 from colaserve_services.gateway.pieces import Piece, TokenTexts, joined, piece_of
 from colaserve_services.gateway.record import RequestRecord, record_of
@@ -48,8 +48,13 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
         record.choices = len(self._plan.requests)
-        run = self._stream(send, record) if self._plan.stream else self._whole(scope, receive, send, record)
-        record.client_gone = not await until_disconnect(receive, run)
+        events = EventStream(send, self._plan.dialect, self._plan.usage_chunk)
+        run = self._stream(events, record) if self._plan.stream else self._whole(scope, receive, send, record)
+        try:
+            record.client_gone = not await until_disconnect(receive, run)
+        except asyncio.CancelledError:  # the server goes down and its grace is over; the client is still there
+            told = api_error(Unavailable("the server went down before the text was complete; a retry may succeed"))
+            await self._give_up(events, record, told)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         gathered: list[list[Piece]] = [[] for _ in self._plan.requests]
@@ -64,8 +69,7 @@ class Answer(Response):
         body = to_json(self._plan.dialect.answer(choices, usage))
         await Response(body, media_type="application/json")(scope, receive, send)
 
-    async def _stream(self, send: Send, record: RequestRecord) -> None:
-        events = EventStream(send, self._plan.dialect, self._plan.usage_chunk)
+    async def _stream(self, events: EventStream, record: RequestRecord) -> None:
         last = [Piece()] * len(self._plan.requests)
         try:
             async with self._pieces(record) as coming:
@@ -74,11 +78,13 @@ class Answer(Response):
                     last[index] = piece
             await events.end(self._usage(last, record))
         except Exception as error:
-            told = api_error(error, self._plan.names)
-            if not events.begun:
-                raise told from error
-            record.failed(told)
-            await events.fail(told)
+            await self._give_up(events, record, api_error(error, self._plan.names))
+
+    async def _give_up(self, events: EventStream, record: RequestRecord, told: ApiError) -> None:
+        if not events.begun:
+            raise told
+        record.failed(told)
+        await events.fail(told)
 
     @asynccontextmanager
     async def _pieces(self, record: RequestRecord) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:

@@ -15,7 +15,7 @@ from colaserve_services.gateway.errors import ApiError, invalid
 from colaserve_services.gateway.pieces import TokenTexts
 from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.record import RequestRecord
-from colaserve_services.gateway.refusals import refuse_extras
+from colaserve_services.gateway.refusals import UNSUPPORTED_IN_MESSAGES, refuse_extras
 from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.gateway.translate import (
@@ -54,7 +54,8 @@ class Gateway:
         allow = self.settings.allow_unknown_fields
         refuse_extras(body.model_extra, allow_unknown=allow)
         for place, message in enumerate(messages):
-            refuse_extras(message.model_extra, allow_unknown=allow, where=f"messages[{place}].")
+            where = f"messages[{place}]."
+            refuse_extras(message.model_extra, allow_unknown=allow, table=UNSUPPORTED_IN_MESSAGES, where=where)
 
     async def chat(self, body: ChatRequest, record: RequestRecord, seconds: float | None) -> Answer:
         """The answer to a chat request."""

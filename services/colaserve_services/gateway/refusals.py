@@ -9,8 +9,10 @@ from colaserve_services.gateway.errors import invalid
 
 _NO_TOOLS: Final = "the model calls no tools"
 
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+
 # name -> (values that ask for nothing beside null, why anything else is refused)
-UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
+UNSUPPORTED: Final[Refusals] = {
     "audio": ((), "the model writes text only"),
     "frequency_penalty": ((0,), "only repetition_penalty exists here"),
     "function_call": (("none",), _NO_TOOLS),
@@ -37,14 +39,27 @@ UNSUPPORTED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "web_search_options": ((), "the model searches nothing"),
 }
 
+# The same for a message. Clients send an answer's empty fields back.
+UNSUPPORTED_IN_MESSAGES: Final[Refusals] = {
+    "annotations": (([],), "the model reads text only"),
+    "audio": ((), "the model reads text only"),
+    "function_call": ((), _NO_TOOLS),
+    "reasoning_content": (("",), "the model reads text only"),
+    "refusal": ((), "the model reads text only"),
+    "tool_call_id": ((), _NO_TOOLS),
+    "tool_calls": (([],), _NO_TOOLS),
+}
 
-def refuse_extras(extras: Mapping[str, Any] | None, *, allow_unknown: bool, where: str = "") -> None:
+
+def refuse_extras(
+    extras: Mapping[str, Any] | None, *, allow_unknown: bool, table: Refusals = UNSUPPORTED, where: str = ""
+) -> None:
     """Raise a 400 naming the first field that cannot be honoured or, unless they are allowed, is not known."""
     for name, value in (extras or {}).items():
-        neutral, reason = UNSUPPORTED.get(name, ((), ""))
-        if name in UNSUPPORTED and not _asks_for_nothing(value, neutral):
+        neutral, reason = table.get(name, ((), ""))
+        if name in table and not _asks_for_nothing(value, neutral):
             raise invalid(where + name, f"not supported: {reason}", "unsupported_parameter")
-        if name not in UNSUPPORTED and not allow_unknown:
+        if name not in table and not allow_unknown:
             raise invalid(where + name[:100], "unknown field", "unknown_parameter")
 
 

@@ -17,7 +17,7 @@ from colaserve_services.gateway.docs_page import docs_page
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import record_of
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest
+from colaserve_services.gateway.schemas import DEADLINE_HEADER, ChatRequest, CompletionRequest
 from colaserve_services.rpc.metrics import Metrics
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
@@ -34,7 +34,7 @@ _EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 
 Seconds = Annotated[
     float | None,
-    Header(alias="x-request-timeout", gt=0, allow_inf_nan=False, description="Deadline in seconds from the arrival."),
+    Header(alias=DEADLINE_HEADER, gt=0, allow_inf_nan=False, description="Deadline in seconds from the arrival."),
 ]
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+DEADLINE_HEADER: Final = "x-request-timeout"
 MOST_STOPS: Final = 4
 MOST_LOGPROBS: Final = 20
 UINT32: Final = 2**32 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-StopString = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _whole_characters(text: str) -> str:
+    """Half of a surrogate pair, which JSON can say, is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair at character {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+StopString = Annotated[Text, StringConstraints(min_length=1)]
 
 # Extras are gathered, then refused by refusals.py with a better message than the schema could give.
 _GATHER = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False})
@@ -52,7 +65,7 @@ class GenerationFields(BaseModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Repeats a run; choice i of a prompt is sample i of this seed."
     )
-    user: str | None = Field(
+    user: Text | None = Field(
         None, max_length=256, description="Your end user's id: logged, and told to the coordinator."
     )
     top_k: int | None = Field(
@@ -78,7 +91,7 @@ class TextPart(BaseModel):
 
     model_config = _CLOSED
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -86,7 +99,7 @@ class Message(BaseModel):
 
     model_config = _GATHER
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = Field(description="Text, or parts of type text, which are joined as they are.")
+    content: Text | list[TextPart] = Field(description="Text, or parts of type text, which are joined as they are.")
     name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$", description="Tells speakers of one role apart.")
     type: Literal["text"] | None = Field(None, description="Sent by some clients; says nothing.")
 
@@ -105,7 +118,7 @@ class ChatRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
         description="One prompt or several, as text or as token ids. An empty text is unconditional."
     )
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
@@ -120,7 +133,7 @@ class TokenizeRequest(BaseModel):
 
     model_config = _GATHER
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="The model has no start token: both values say the same.")
     add_generation_prompt: Literal[True] | None = Field(None, description="Chats always end where the answer begins.")
@@ -141,7 +154,7 @@ def field_names(*models: type[BaseModel]) -> frozenset[str]:
 
 
 REQUESTS: Final[tuple[type[BaseModel], ...]] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-ALL_NAMES: Final = field_names(*REQUESTS, Message, TextPart, StreamOptions)
+ALL_NAMES: Final = field_names(*REQUESTS, Message, TextPart, StreamOptions) | {DEADLINE_HEADER}
 UNIONS: Final[dict[str, str]] = {
     "prompt": "expected a string, a list of strings, a list of token ids or a list of lists of token ids",
     "stop": "expected a string or a list of strings, none empty",

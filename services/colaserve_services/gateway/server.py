@@ -19,6 +19,8 @@ from colaserve_services.rpc.settings import ServerTls
 _KEEP_ALIVE = 75  # seconds that an idle connection is kept: above what clients and balancers keep theirs
 _LOOK_SECONDS = 1.0  # between two looks at the certificate's files
 
+_LAST_WORDS = 2.0  # seconds that cancelled requests have to say so to their clients
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +58,8 @@ class HttpServer:
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if late := set(self._server.server_state.tasks):  # cancelled; they still have their last word
+            await asyncio.wait(late, timeout=_LAST_WORDS)
 
     async def _follow_certificate(self, tls: ServerTls) -> None:
         context, seen = self._server.config.ssl, _stamps(tls)

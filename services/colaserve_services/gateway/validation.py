@@ -38,8 +38,8 @@ def _param(place: Sequence[int | str]) -> str:
 def _sentence(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "missing":
         return "this field is required"
-    message = fault["msg"].removeprefix("Input should ")
-    return f"should {message}, got {_shown(fault['input'])}" if message != fault["msg"] else message
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    return f"should {message}, got {_shown(fault['input'])}" if "Input should " in fault["msg"] else message
 
 
 def _shown(value: Any) -> str:

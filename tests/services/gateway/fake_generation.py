@@ -1,0 +1,156 @@
+"""A GenerationService whose tokens are bytes and whose text is fixed: tiny, deterministic, and it takes notes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from colaserve.v1 import generation_pb2 as pb
+from colaserve.v1 import types_pb2
+from colaserve.v1.generation_pb2_grpc import GenerationServiceServicer
+from colaserve_services.rpc.requests import value
+
+BLOCK = 4  # tokens
+SAYS = " Paris, of course. It lies on the Seine, and 日本 is far."
+END_ID = 256
+
+
+@dataclass
+class Seen:
+    """One Generate call."""
+
+    request: pb.GenerateRequest
+    metadata: tuple[tuple[str, str | bytes], ...]
+    seconds: float | None  # the deadline
+    ended: bool = False
+    cancelled: bool = False
+
+    def told(self, key: str) -> str:
+        return value(self.metadata, key)
+
+
+@dataclass
+class FakeGeneration(GenerationServiceServicer):
+    """`fail_after` blocks `failure` is raised; `gate`, when set, is awaited before every block."""
+
+    says: str = SAYS
+    failure: Exception | None = None
+    fail_after: int = 0
+    gate: asyncio.Event | None = None
+    chat_frame: str = ""
+    serving: bool = True
+    ends_without_reason: bool = False
+    info_failure: Exception | None = None
+    seen: list[Seen] = field(default_factory=list)
+    infos: int = 0
+    running: int = 0
+    most_running: int = 0
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        copy = pb.GenerateRequest()
+        copy.CopyFrom(request)
+        seen = Seen(copy, tuple(context.invocation_metadata() or ()), context.time_remaining())
+        self.seen.append(seen)
+        self.running += 1
+        self.most_running = max(self.running, self.most_running)
+        try:
+            async for response in self._blocks(request):
+                yield response
+            seen.ended = True
+        except (asyncio.CancelledError, GeneratorExit):
+            seen.cancelled = True
+            raise
+        finally:
+            self.running -= 1
+
+    async def _blocks(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        text, reason = self._text(request)
+        ids = list(text.encode())
+        budget = request.max_new_tokens or 32
+        if len(ids) > budget:
+            ids, reason = ids[:budget], types_pb2.FINISH_REASON_LENGTH
+        decoder = _Utf8()
+        starts = range(0, max(len(ids), 1), BLOCK)
+        for number, start in enumerate(starts):
+            await self._wait(number)
+            block = ids[start : start + BLOCK]
+            response = self._response(request, block, decoder)
+            if start == starts[-1] and not self.ends_without_reason:
+                response.finish_reason = reason
+                response.usage.CopyFrom(self._usage(request, len(ids)))
+            yield response
+
+    async def _wait(self, number: int) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        await asyncio.sleep(0)
+        if self.failure is not None and number >= self.fail_after:
+            raise self.failure
+
+    def _text(self, request: pb.GenerateRequest) -> tuple[str, Any]:
+        text = (
+            f"{self.says}#{request.seed.base_seed}.{request.seed.sample_id}" if request.HasField("seed") else self.says
+        )
+        ends = [text.index(stop) for stop in request.stop if stop in text]
+        return text[: min(ends, default=len(text))], types_pb2.FINISH_REASON_STOP
+
+    def _response(self, request: pb.GenerateRequest, block: list[int], decoder: _Utf8) -> pb.GenerateResponse:
+        response = pb.GenerateResponse(text=decoder.feed(bytes(block)), token_ids=block)
+        if request.HasField("top_logprobs"):
+            response.logprobs.extend(-0.5 for _ in block)
+            if request.top_logprobs:
+                likely = [_likely(token, request.top_logprobs) for token in block]
+                response.top_logprobs.extend(likely)
+        return response
+
+    def _usage(self, request: pb.GenerateRequest, completion: int) -> types_pb2.Usage:
+        prompt = len(request.prompt_ids.ids) or len(request.prompt.encode())
+        return types_pb2.Usage(prompt_tokens=prompt, completion_tokens=completion, blocks=-(-completion // BLOCK))
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        ids = list(request.text.encode())
+        return pb.TokenizeResponse(token_ids=ids, tokens=[_text([one]) for one in ids])
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=_text(list(request.token_ids)))
+
+    async def GetInfo(self, request: Any, context: Any) -> pb.GenerationServiceGetInfoResponse:
+        self.infos += 1
+        if self.info_failure is not None:
+            raise self.info_failure
+        return pb.GenerationServiceGetInfoResponse(
+            model_name="fake/cola",
+            model=types_pb2.ModelShape(latent_dim=16, block_size=BLOCK, vae_block_size=1, patch_size=1, vocab_size=300),
+            space="0123456789abcdef",
+            limits=types_pb2.Limits(max_context=512),
+            default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER,
+                                              guidance_start=1, guidance_end=0),
+            default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.5, repetition_penalty=1.5),
+            default_max_new_tokens=32,
+            chat_frame=self.chat_frame,
+            stages=[pb.StageInfo(stage="prior", target="here", serving=self.serving)],
+        )  # fmt: skip
+
+
+class _Utf8:
+    """Text of bytes as they come, never a part of a character."""
+
+    def __init__(self) -> None:
+        self._waiting = b""
+
+    def feed(self, data: bytes) -> str:
+        self._waiting += data
+        text = self._waiting.decode(errors="ignore")
+        self._waiting = self._waiting[len(text.encode()) :]
+        return text
+
+
+def _text(ids: list[int]) -> str:
+    return bytes(one for one in ids if one < END_ID).decode(errors="replace")
+
+
+def _likely(token: int, count: int) -> types_pb2.TopLogprobs:
+    ids = [(token + step) % 256 for step in range(count)]
+    return types_pb2.TopLogprobs(token_ids=ids, logprobs=[-0.5 - step for step in range(count)])

@@ -1,0 +1,65 @@
+"""What tests hold of a gateway that runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+from colaserve_services.gateway.app import create_app
+from colaserve_services.gateway.server import HttpServer, serve
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.settings import ServerTls
+
+from tests.services.gateway.fake_generation import FakeGeneration
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass
+class Running:
+    """A served gateway and what is behind and in front of it."""
+
+    fake: FakeGeneration
+    server: HttpServer
+    http: httpx.AsyncClient
+    metrics: Metrics
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.port}"
+
+    async def chat(self, text: str = "Where?", /, **fields: object) -> httpx.Response:
+        body = {"model": "fake/cola", "messages": [{"role": "user", "content": text}], **fields}
+        return await self.http.post(CHAT, json=body)
+
+    async def complete(self, prompt: object = "Where?", /, **fields: object) -> httpx.Response:
+        return await self.http.post(COMPLETIONS, json={"model": "fake/cola", "prompt": prompt, **fields})
+
+
+@asynccontextmanager
+async def running(
+    fake: FakeGeneration, settings: GatewaySettings | None = None, tls: ServerTls | None = None
+) -> AsyncIterator[Running]:
+    """Serve on a free port; stop at the end."""
+    metrics = Metrics()
+    app = create_app(InProcessStub(fake), settings or GatewaySettings(), metrics)
+    server = await serve(app, "127.0.0.1", 0, tls)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as http:
+            yield Running(fake, server, http, metrics)
+    finally:
+        await server.stop(grace=0.5)
+
+
+async def eventually(true: Callable[[], object], seconds: float = 3.0) -> None:
+    """Wait until a condition holds; fail when it does not in time."""
+    for _ in range(round(seconds / 0.005)):
+        if true():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came to be")

@@ -1,0 +1,164 @@
+"""What is answered when all goes well."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from colaserve_services.gateway.settings import GatewaySettings
+
+from tests.services.gateway.fake_generation import SAYS
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
+
+WHOLE = len(SAYS.encode())
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The JSON of a stream's events; the stream must end in [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+async def test_a_chat_answer_holds_the_text_the_reason_and_the_usage(gateway: Running):
+    answer = (await gateway.chat("Where?", max_tokens=200)).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "fake/cola"
+    [choice] = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": SAYS, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"] is None
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": WHOLE, "total_tokens": 6 + WHOLE}
+
+
+async def test_the_budget_is_thirty_two_tokens_and_its_end_is_said(gateway: Running):
+    answer = (await gateway.complete("Where?")).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"] == [{"index": 0, "text": SAYS[:32], "logprobs": None, "finish_reason": "length"}]
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+async def test_a_chat_stream_opens_with_the_role_and_its_deltas_make_the_text(gateway: Running):
+    response = await gateway.chat(stream=True, max_tokens=200)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    choices = [event["choices"][0] for event in events(response)]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == SAYS
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+    assert choices[-1]["delta"] == {}
+    assert all("usage" not in event for event in events(response))
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_the_usage_comes_in_a_last_chunk_without_choices_when_asked_for(gateway: Running, path: str):
+    ask = gateway.chat if path == CHAT else gateway.complete
+    whole = (await ask("Where?", n=2)).json()["usage"]
+    *chunks, last = events(await ask("Where?", n=2, stream=True, stream_options={"include_usage": True}))
+    assert last["choices"] == []
+    assert last["usage"] == whole
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+async def test_a_completion_stream_makes_the_same_text_as_the_whole_answer(gateway: Running):
+    whole = (await gateway.complete(["a", "b"], n=2, seed=5, max_tokens=200, logprobs=2)).json()["choices"]
+    streamed = events(await gateway.complete(["a", "b"], n=2, seed=5, max_tokens=200, logprobs=2, stream=True))
+    for index, choice in enumerate(whole):
+        mine = [event["choices"][0] for event in streamed if event["choices"][0]["index"] == index]
+        assert "".join(one["text"] for one in mine) == choice["text"]
+        for column in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [item for one in mine for item in one["logprobs"][column]] == choice["logprobs"][column]
+
+
+async def test_prompts_and_choices_come_in_their_order_and_run_side_by_side(gateway: Running):
+    answer = (await gateway.complete(["a", "bb"], n=3, seed=7, max_tokens=200)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert [choice["text"] for choice in answer["choices"]] == [f"{SAYS}#7.{sample}" for sample in (0, 1, 2, 0, 1, 2)]
+    assert [seen.request.prompt for seen in gateway.fake.seen] == ["a"] * 3 + ["bb"] * 3
+    assert gateway.fake.most_running == 6
+    assert answer["usage"]["prompt_tokens"] == 3  # a prompt counts once
+
+
+async def test_chat_logprobs_have_each_tokens_text_and_bytes(gateway: Running):
+    answer = (await gateway.chat(logprobs=True, top_logprobs=2, max_tokens=2)).json()
+    first, second = answer["choices"][0]["logprobs"]["content"]
+    assert (first["token"], first["logprob"], first["bytes"]) == (" ", -0.5, [32])
+    assert [one["token"] for one in second["top_logprobs"]] == ["P", "Q"]
+
+
+async def test_a_token_that_is_part_of_a_character_is_told_by_its_id(gateway: Running):
+    gateway.fake.says = "日"
+    [choice] = (await gateway.chat(logprobs=True)).json()["choices"]
+    assert choice["message"]["content"] == "日"
+    assert [one["token"] for one in choice["logprobs"]["content"]] == [f"token_id:{byte}" for byte in "日".encode()]
+    assert choice["logprobs"]["content"][0]["bytes"] is None
+
+
+async def test_completion_logprobs_tell_where_each_token_begins(gateway: Running):
+    [choice] = (await gateway.complete(logprobs=1, max_tokens=3)).json()["choices"]
+    assert choice["logprobs"] == {
+        "tokens": [" ", "P", "a"],
+        "token_logprobs": [-0.5] * 3,
+        "top_logprobs": [{" ": -0.5}, {"P": -0.5}, {"a": -0.5}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("Where?", "Where?"), ([87, 104], "Wh")])
+async def test_echo_begins_the_text_with_the_prompt(gateway: Running, prompt: object, text: str):
+    assert (await gateway.complete(prompt, echo=True, max_tokens=4)).json()["choices"][0]["text"] == text + SAYS[:4]
+    streamed = events(await gateway.complete(prompt, echo=True, max_tokens=4, stream=True))
+    assert streamed[0]["choices"][0]["text"] == text
+
+
+async def test_a_stop_string_ends_the_text_before_it(gateway: Running):
+    [choice] = (await gateway.complete(stop=",")).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (" Paris", "stop")
+
+
+async def test_the_served_model_is_listed_with_its_defaults(start):
+    gateway = await start(GatewaySettings(model_name="mine"))
+    [model] = (await gateway.http.get("/v1/models")).json()["data"]
+    assert model["id"] == "mine"
+    assert model["max_model_len"] == 512
+    assert model["defaults"]["max_tokens"] == 32
+    assert model["defaults"]["solver"] == "euler"
+    assert (await gateway.http.get("/v1/models/mine")).json() == model
+    assert (await gateway.http.get("/v1/models/fake/cola")).status_code == 404
+
+
+async def test_a_models_name_may_hold_a_slash(gateway: Running):
+    assert (await gateway.http.get("/v1/models/fake/cola")).json()["id"] == "fake/cola"
+
+
+async def test_texts_are_tokenized_and_back(gateway: Running):
+    got = (await gateway.http.post("/tokenize", json={"prompt": "hé!", "return_token_strs": True})).json()
+    assert got == {"count": 4, "max_model_len": 512, "tokens": [104, 195, 169, 33], "token_strs": ["h", "�", "�", "!"]}
+    back = await gateway.http.post("/detokenize", json={"tokens": got["tokens"]})
+    assert back.json() == {"prompt": "hé!"}
+
+
+async def test_messages_are_tokenized_as_a_chat_frames_them(gateway: Running):
+    gateway.fake.chat_frame = "<{prompt}>"
+    got = await gateway.http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})
+    assert got.json()["tokens"] == list(b"<a>")
+    assert got.json()["token_strs"] is None
+
+
+async def test_the_documents_page_shows_every_path_and_loads_nothing(gateway: Running):
+    page = (await gateway.http.get("/docs")).text
+    document = (await gateway.http.get("/openapi.json")).json()
+    assert all(path in page for path in document["paths"])
+    assert "guidance_interval" in page
+    assert "src=" not in page
+    assert "http://" not in page
+
+
+async def test_requests_are_counted_by_path_and_status(gateway: Running):
+    await gateway.chat()
+    await gateway.chat(n=0)
+    await gateway.http.get("/nowhere/1")
+    text = (await gateway.http.get("/metrics")).text
+    for method, code in ((CHAT, 200), (CHAT, 400), ("unknown", 404)):
+        assert f'request_seconds_count{{code="{code}",method="{method}",service="gateway"}} 1.0' in text

@@ -1,0 +1,346 @@
+"""What is answered when something goes wrong, and that nothing is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import httpx
+import pytest
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, ModelMismatch, Overloaded, Unavailable
+from colaserve_services.gateway.settings import Bounds, GatewaySettings
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.settings import AdmissionLimits
+
+from tests.services.gateway.fake_generation import SAYS
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, eventually
+
+BODY = {"model": "fake/cola", "prompt": "x", "stream": True, "max_tokens": 200}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status", "kind", "code"),
+    [
+        (InvalidRequest("sampler.steps", "got 0"), 400, "invalid_request_error", "invalid_value"),
+        (ModelMismatch("another space"), 400, "invalid_request_error", "model_mismatch"),
+        (Overloaded("full", 2.5), 429, "rate_limit_error", "rate_limit_exceeded"),
+        (Unavailable("prior is down"), 503, "server_error", "unavailable"),
+        (DeadlineExceeded("late"), 504, "server_error", "deadline_exceeded"),
+        (RuntimeError("secret"), 500, "server_error", "internal_error"),
+    ],
+)
+async def test_what_fails_before_the_first_block_has_its_status(
+    gateway: Running, failure: Exception, status: int, kind: str, code: str, stream: bool
+):
+    gateway.fake.failure = failure
+    response = await gateway.chat(stream=stream)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["code"]) == (status, kind, code)
+    assert "secret" not in response.text
+
+
+async def test_an_overload_says_when_to_come_back(gateway: Running):
+    gateway.fake.failure = Overloaded("full", 2.5)
+    assert (await gateway.chat()).headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "param"),
+    [
+        (CHAT, "prompt", "messages"),
+        (CHAT, "max_new_tokens", "max_tokens"),
+        (COMPLETIONS, "prompt", "prompt"),
+        (COMPLETIONS, "prompt_ids", "prompt"),
+        (COMPLETIONS, "sampler.guidance_end", "guidance_interval"),
+        (COMPLETIONS, "sampling.top_p", "top_p"),
+        (COMPLETIONS, "stop[1]", "stop"),
+        (COMPLETIONS, "top_logprobs", "logprobs"),
+    ],
+)
+async def test_a_coordinators_refusal_names_the_field_as_the_client_does(
+    gateway: Running, path: str, field: str, param: str
+):
+    gateway.fake.failure = InvalidRequest(field, "got 3, expected less")
+    response = await (gateway.chat if path == CHAT else gateway.complete)()
+    assert response.json()["error"]["param"] == param
+    assert response.json()["error"]["message"] == f"{param}: got 3, expected less"
+
+
+async def test_a_failure_in_the_middle_ends_the_stream_with_an_error_and_without_done(gateway: Running):
+    gateway.fake.failure, gateway.fake.fail_after = Unavailable("prior is down"), 2
+    response = await gateway.complete(stream=True)
+    *texts, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert "".join(json.loads(text)["choices"][0]["text"] for text in texts) == SAYS[:8]
+    assert json.loads(last)["error"]["code"] == "unavailable"
+    metrics = (await gateway.http.get("/metrics")).text
+    assert f'request_seconds_count{{code="503",method="{COMPLETIONS}",service="gateway"}} 1.0' in metrics
+
+
+async def test_a_failure_of_one_choice_cancels_the_others(gateway: Running):
+    gateway.fake.failure, gateway.fake.fail_after = Unavailable("gone"), 1
+    assert (await gateway.complete(n=3)).status_code == 503
+    await eventually(lambda: gateway.fake.running == 0)
+
+
+async def test_a_generation_without_an_end_is_no_answer(gateway: Running):
+    gateway.fake.ends_without_reason = True
+    assert (await gateway.chat()).status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_goes_away_cancels_its_generations(gateway: Running, stream: bool, n: int):
+    gateway.fake.gate = asyncio.Event()
+    asking = asyncio.create_task(gateway.complete(stream=stream, n=n))
+    await eventually(lambda: gateway.fake.running == n)
+    asking.cancel()
+    await eventually(lambda: gateway.fake.running == 0)
+    assert all(seen.cancelled and not seen.ended for seen in gateway.fake.seen)
+    metric = gateway.metrics.request_seconds.labels("gateway", COMPLETIONS, "499")
+    await eventually(lambda: metric._sum.get() > 0)
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_cancels_it(gateway: Running):
+    gateway.fake.says = "ever and " * 10_000
+    async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 80_000}) as response:
+        async for _ in response.aiter_lines():
+            break
+    await eventually(lambda: gateway.fake.running == 0)
+    assert gateway.fake.seen[0].cancelled
+
+
+async def test_a_reader_that_does_not_read_stops_its_generation_from_running_ahead(gateway: Running):
+    gateway.fake.says = "ever and " * 100_000
+    async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 900_000}) as response:
+        lines = response.aiter_lines()
+        await anext(lines)
+        await asyncio.sleep(0.5)
+        assert gateway.fake.running == 1
+
+
+async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gateway: Running):
+    gateway.fake.gate = asyncio.Event()
+    response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-timeout": "0.2"})
+    assert response.status_code == 504
+    assert 0 < (gateway.fake.seen[0].seconds or 0) <= 0.2
+    await eventually(lambda: gateway.fake.running == 0)
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "soon"])
+async def test_an_impossible_deadline_is_refused(gateway: Running, given: str):
+    response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-timeout": given})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "x-request-timeout")
+
+
+async def test_the_servers_bound_holds_for_every_deadline(start):
+    gateway = await start(GatewaySettings(bounds=Bounds(request_seconds=5)))
+    await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-timeout": "1000"})
+    assert gateway.fake.seen[0].seconds <= 5
+
+
+async def test_more_texts_than_may_run_side_by_side_wait(start):
+    gateway = await start(GatewaySettings(bounds=Bounds(parallel_choices=2)))
+    answer = await gateway.complete(n=7, max_tokens=200)
+    assert [choice["text"] for choice in answer.json()["choices"]] == [SAYS] * 7
+    assert gateway.fake.most_running == 2
+
+
+async def test_the_request_id_comes_back_and_goes_through(gateway: Running):
+    response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-id": "abc-1"})
+    assert response.headers["x-request-id"] == "abc-1"
+    assert response.json()["id"] == "cmpl-abc-1"
+    assert gateway.fake.seen[0].told("x-request-id") == "abc-1"
+
+
+async def test_a_trace_goes_through(gateway: Running):
+    await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"traceparent": "00-ab-cd-01"})
+    assert gateway.fake.seen[0].told("traceparent") == "00-ab-cd-01"
+
+
+async def test_every_answer_has_a_request_id_errors_too(gateway: Running):
+    for response in (await gateway.http.get("/nowhere"), await gateway.chat(n=0), await gateway.http.get("/health")):
+        assert len(response.headers["x-request-id"]) == 32
+
+
+async def test_keys_are_asked_for_except_where_probes_and_readers_come(start):
+    gateway = await start(GatewaySettings(keys=Keys(["right", "another"])))
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}):
+        response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
+        assert (await gateway.http.get(path)).status_code == 200
+    assert (await gateway.http.get("/v1/models")).status_code == 401
+    assert not gateway.fake.seen
+
+
+async def test_the_keys_name_goes_to_the_coordinator_and_the_key_does_not(start):
+    gateway = await start(GatewaySettings(keys=Keys(["right"])))
+    for _ in range(2):
+        await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"authorization": "Bearer right"})
+    first, second = gateway.fake.seen
+    assert first.told("x-colaserve-client").startswith("key-")
+    assert first.told("x-colaserve-client") == second.told("x-colaserve-client")
+    assert "right" not in str(first.metadata)
+
+
+async def test_one_keys_requests_in_progress_are_bounded_and_another_key_is_not_harmed(start):
+    limits = AdmissionLimits(max_calls_per_client=1)
+    gateway = await start(GatewaySettings(keys=Keys(["a", "b"]), admission=limits))
+    gateway.fake.gate = asyncio.Event()
+
+    def ask(key: str):
+        headers = {"authorization": f"Bearer {key}"}
+        return asyncio.create_task(gateway.http.post(COMPLETIONS, json=BODY, headers=headers))
+
+    first = ask("a")
+    await eventually(lambda: gateway.fake.running == 1)
+    refused = await ask("a")
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    other = ask("b")
+    await eventually(lambda: gateway.fake.running == 2)
+    gateway.fake.gate.set()
+    assert [response.status_code for response in await asyncio.gather(first, other)] == [200, 200]
+    assert (await ask("a")).status_code == 200
+    assert gateway.metrics.refused.labels("gateway", "client")._value.get() == 1
+
+
+async def test_another_model_is_not_found(gateway: Running):
+    for response in (
+        await gateway.chat(model="gpt"),
+        await gateway.complete(model="gpt"),
+        await gateway.http.get("/v1/models/gpt"),
+    ):
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+async def test_unknown_paths_and_methods_are_refused_in_the_same_shape(gateway: Running):
+    assert (await gateway.http.get("/v2")).json()["error"]["code"] == "not_found"
+    wrong = await gateway.http.get(COMPLETIONS)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_that_is_too_long_is_refused_while_it_comes(start, declared: bool):
+    gateway = await start(GatewaySettings(bounds=Bounds(body_bytes=1000)))
+    body = json.dumps({"prompt": "x" * 5000}).encode()
+
+    async def pieces():
+        yield body[:2500]
+        yield body[2500:]
+
+    headers = {"content-type": "application/json"}
+    response = await gateway.http.post(COMPLETIONS, content=body if declared else pieces(), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(start):
+    gateway = await start(GatewaySettings(bounds=Bounds(body_seconds=0.1)))
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+    assert b" 408 " in await reader.readline()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b"{", {"content-type": "application/json"}),
+        (b"", {"content-type": "application/json"}),
+        (b"[1]", {"content-type": "application/json"}),
+        (b"\xff\xfe", {"content-type": "application/json"}),
+        (b"[" * 100_000, {"content-type": "application/json"}),
+        (b'{"prompt": "x", "temperature": NaN}', {"content-type": "application/json"}),
+        (b'{"prompt": "x", "seed": 1e400}', {"content-type": "application/json"}),
+        (b'{"prompt": "\\ud800"}', {"content-type": "application/json"}),
+        (b'{"prompt": "x", "\\ud800": 1}', {"content-type": "application/json"}),
+        (b'{"prompt": "x", "stop": "\\ud800"}', {"content-type": "application/json"}),
+        (b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}", {"content-type": "application/json"}),
+        (b'{"prompt": "x"}', {"content-type": "text/plain"}),
+        (b"prompt=x", {"content-type": "application/x-www-form-urlencoded"}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_a_body_that_is_no_request_is_a_400(gateway: Running, content: bytes, headers: dict[str, str]):
+    response = await gateway.http.post(COMPLETIONS, content=content, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_unknown_fields_pass_with_the_flag_and_unsupported_ones_do_not(start):
+    gateway = await start(GatewaySettings(allow_unknown_fields=True))
+    message = {"role": "user", "content": "x", "mood": "good"}
+    assert (await gateway.chat(nonsense=1, messages=[message])).status_code == 200
+    assert (await gateway.chat(tools=[{}])).status_code == 400
+
+
+async def test_browsers_may_call_where_their_origin_is_allowed_and_errors_reach_them(start):
+    gateway = await start(GatewaySettings(cors_origins=("https://a.example",), keys=Keys(["k"])))
+    origin = {"origin": "https://a.example"}
+    asking = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    preflight = await gateway.http.options(COMPLETIONS, headers=asking)
+    assert preflight.status_code == 200
+    refused = await gateway.http.post(COMPLETIONS, json={}, headers=origin)
+    for response in (preflight, refused):
+        assert response.headers["access-control-allow-origin"] == "https://a.example"
+    other = await gateway.http.get("/health", headers={"origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+async def test_without_the_flag_there_are_no_cors_headers(gateway: Running):
+    response = await gateway.http.get("/health", headers={"origin": "https://a.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+async def test_logs_tell_of_the_request_and_never_its_text(gateway: Running, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    await gateway.complete("TOP SECRET", user="zoe")
+    await gateway.complete("TOP SECRET", tools=[{"x": "TOP SECRET"}])
+    [told, refused] = [record for record in caplog.records if record.name == "colaserve_services.access"]
+    assert told.fields["method"] == COMPLETIONS
+    assert (told.fields["user"], told.fields["prompt_tokens"], told.fields["code"]) == ("zoe", 10, 200)
+    assert refused.fields["code"] == 400
+    assert not any("SECRET" in str(record.__dict__) or "Paris" in str(record.__dict__) for record in caplog.records)
+
+
+async def test_what_nobody_foresaw_is_logged_with_its_traceback(gateway: Running, caplog: pytest.LogCaptureFixture):
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    gateway.server._gateway.backend.tokenize = broken  # type: ignore[method-assign,assignment]
+    response = await gateway.http.post("/tokenize", json={"prompt": "x"}, headers={"x-request-id": "r1"})
+    assert response.status_code == 500
+    assert "r1" in response.json()["error"]["message"]
+    assert "a bug" in caplog.text
+    assert "a bug" not in response.text
+
+
+async def test_what_the_coordinator_is_is_asked_once_and_kept_while_it_is_away(start):
+    gateway = await start(GatewaySettings(info_seconds=0.01))
+    await asyncio.gather(*(gateway.http.get("/v1/models") for _ in range(5)))
+    assert gateway.fake.infos < 5
+    gateway.fake.info_failure = Unavailable("away")
+    await asyncio.sleep(0.02)
+    assert (await gateway.http.get("/v1/models")).status_code == 200
+
+
+async def test_without_a_coordinator_requests_get_503(gateway: Running):
+    gateway.fake.info_failure = Unavailable("away")
+    response = await gateway.chat()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert (await gateway.http.get("/health")).status_code == 200
+    ready = await gateway.http.get("/ready")
+    assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": "away"})
+
+
+async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running):
+    assert (await gateway.http.get("/ready")).json() == {"status": "ok"}
+    gateway.fake.serving = False
+    ready = await gateway.http.get("/ready")
+    assert (ready.status_code, ready.json()["reason"]) == (503, "prior is not serving")
+    assert isinstance(ready, httpx.Response)

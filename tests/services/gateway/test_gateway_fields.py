@@ -1,0 +1,211 @@
+"""Every field that a client may send has an effect on what is asked of the coordinator, or is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai.types.chat.completion_create_params as openai_chat
+import openai.types.completion_create_params as openai_completion
+import pytest
+from colaserve.v1 import types_pb2
+from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve_services.gateway.refusals import UNSUPPORTED
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, Message
+
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SAMPLER, SAMPLING = types_pb2.Sampler, types_pb2.Sampling
+
+# field -> (a value, what it makes of the GenerateRequest)
+ASKED: dict[str, tuple[Any, GenerateRequest]] = {
+    "max_tokens": (5, GenerateRequest(max_new_tokens=5)),
+    "stop": (["a", "b"], GenerateRequest(stop=["a", "b"])),
+    "temperature": (0.5, GenerateRequest(sampling=SAMPLING(temperature=0.5))),
+    "top_p": (0.25, GenerateRequest(sampling=SAMPLING(top_p=0.25))),
+    "top_k": (7, GenerateRequest(sampling=SAMPLING(top_k=7))),
+    "repetition_penalty": (1.5, GenerateRequest(sampling=SAMPLING(repetition_penalty=1.5))),
+    "seed": (9, GenerateRequest(seed=types_pb2.NoiseSeed(base_seed=9))),
+    "guidance_scale": (3, GenerateRequest(sampler=SAMPLER(guidance_scale=3))),
+    "steps": (4, GenerateRequest(sampler=SAMPLER(steps=4))),
+    "solver": ("heun", GenerateRequest(sampler=SAMPLER(solver=types_pb2.SOLVER_HEUN))),
+    "guidance_interval": ([0.75, 0.25], GenerateRequest(sampler=SAMPLER(guidance_start=0.75, guidance_end=0.25))),
+    "ignore_eos": (True, GenerateRequest(ignore_end=True)),
+}
+ASKED_OF_CHAT = {
+    "max_completion_tokens": (5, GenerateRequest(max_new_tokens=5)),
+    "logprobs": (True, GenerateRequest(top_logprobs=0)),
+}
+ASKED_OF_COMPLETIONS = {"logprobs": (3, GenerateRequest(top_logprobs=3))}
+# Fields that change the answer, the number of calls or their metadata; each has its own test.
+SEEN_ELSEWHERE = {
+    "model",
+    "n",
+    "stream",
+    "stream_options",
+    "user",
+    "messages",
+    "top_logprobs",
+    "prompt",
+    "best_of",
+    "echo",
+}
+
+
+def expected(path: str, addition: GenerateRequest) -> GenerateRequest:
+    request = GenerateRequest(prompt="Where?")
+    request.MergeFrom(addition)
+    return request
+
+
+async def ask(shared: Running, path: str, **fields: Any):
+    return await (shared.chat if path == CHAT else shared.complete)("Where?", **fields)
+
+
+async def test_the_walk_covers_every_field_of_the_schemas():
+    assert set(ChatRequest.model_fields) <= ASKED.keys() | ASKED_OF_CHAT.keys() | SEEN_ELSEWHERE
+    assert set(CompletionRequest.model_fields) <= ASKED.keys() | ASKED_OF_COMPLETIONS.keys() | SEEN_ELSEWHERE
+
+
+async def test_every_field_that_openai_documents_is_known_by_name():
+    chat = openai_chat.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
+    completion = openai_completion.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
+    assert chat <= ChatRequest.model_fields.keys() | UNSUPPORTED.keys()
+    assert completion <= CompletionRequest.model_fields.keys() | UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(CHAT, name) for name in ASKED | ASKED_OF_CHAT]
+    + [(COMPLETIONS, name) for name in ASKED | ASKED_OF_COMPLETIONS],
+)  # fmt: skip
+async def test_a_field_reaches_the_coordinator_and_nothing_else_does(shared: Running, path: str, name: str):
+    own = ASKED_OF_CHAT if path == CHAT else ASKED_OF_COMPLETIONS
+    value, addition = (ASKED | own)[name]
+    response = await ask(shared, path, **{name: value})
+    assert response.status_code == 200, response.text
+    assert shared.fake.seen[-1].request == expected(path, addition)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_request_without_options_sets_nothing_but_the_prompt(shared: Running, path: str):
+    nulls = dict.fromkeys([*ASKED, "n", "stream", "user", "tools", "logit_bias"])
+    await ask(shared, path, **nulls)
+    assert shared.fake.seen[-1].request == GenerateRequest(prompt="Where?")
+
+
+async def test_top_k_minus_one_keeps_all_tokens(shared: Running):
+    await shared.chat(top_k=-1)
+    assert shared.fake.seen[-1].request.sampling == SAMPLING(top_k=0)
+
+
+async def test_the_guidance_interval_has_no_order(shared: Running):
+    await shared.chat(guidance_interval=[0.25, 0.75])
+    assert shared.fake.seen[-1].request == expected(CHAT, ASKED["guidance_interval"][1])
+
+
+async def test_token_ids_go_as_ids(shared: Running):
+    await shared.complete([[1, 2], [3]])
+    assert [list(seen.request.prompt_ids.ids) for seen in shared.fake.seen[-2:]] == [[1, 2], [3]]
+
+
+async def test_the_user_is_told_to_the_coordinator(shared: Running):
+    await shared.chat(user="zoë 1")
+    assert shared.fake.seen[-1].told("x-colaserve-user") == "zo%C3%AB%201"
+
+
+async def test_top_logprobs_is_the_number_of_likely_tokens(shared: Running):
+    await shared.chat(logprobs=True, top_logprobs=4)
+    assert shared.fake.seen[-1].request.top_logprobs == 4
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": None}, "messages"),
+    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt[0]"),
+    (COMPLETIONS, {"prompt": [[1], [300]]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, "prompt"),
+    (COMPLETIONS, {"best_of": 2}, "best_of"),
+    (COMPLETIONS, {"echo": True, "logprobs": 0}, "echo"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs"),
+    (COMPLETIONS, {"suffix": "end"}, "suffix"),
+    *[(path, fields, next(iter(fields))) for path in (CHAT, COMPLETIONS) for fields in [
+        {"max_tokens": 0}, {"max_tokens": 2**32}, {"max_tokens": "5"}, {"max_tokens": 5.5}, {"n": 0}, {"n": 4},
+        {"stop": ["a", "b", "c", "d", "e"]}, {"stop": ""}, {"stop": [""]}, {"stop": 3}, {"stream": "yes"},
+        {"stream_options": {"include_usage": True}}, {"temperature": -0.1}, {"temperature": "hot"}, {"top_p": 0},
+        {"top_p": 1.1}, {"seed": -1}, {"seed": 2**63}, {"seed": 1.5}, {"user": 5}, {"user": "u" * 257},
+        {"top_k": -2}, {"repetition_penalty": 0}, {"guidance_scale": -1}, {"guidance_scale": 1001}, {"steps": 0},
+        {"steps": 1001}, {"solver": "rk4"}, {"guidance_interval": [1]}, {"guidance_interval": "all"},
+        {"ignore_eos": 1}, {"logit_bias": {"5": 1}}, {"frequency_penalty": 0.5}, {"presence_penalty": -1},
+        {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}, {"nonsense": 1},
+        {"parallel_tool_calls": True}, {"modalities": ["audio"]}, {"reasoning_effort": "high"}, {"store": True},
+    ]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), WRONG, ids=lambda value: str(value)[:60])
+async def test_what_cannot_be_honoured_is_refused_by_name(
+    shared: Running, path: str, fields: dict[str, Any], param: str
+):
+    shared.fake.seen.clear()
+    response = await ask(shared, path, **fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(f"{param}: ")
+    assert not shared.fake.seen
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+async def test_an_unsupported_field_passes_where_it_asks_for_nothing_and_only_there(shared: Running, name: str):
+    for value in (None, *UNSUPPORTED[name][0]):
+        assert (await shared.complete(**{name: value})).status_code == 200
+    refused = await shared.complete(**{name: {"some": "thing"}})
+    assert refused.json()["error"]["param"] == name
+    assert refused.json()["error"]["code"] == "unsupported_parameter"
+
+
+async def test_an_answer_can_be_sent_back_as_a_message(shared: Running):
+    said = (await shared.chat()).json()["choices"][0]["message"]
+    said |= dict.fromkeys(["annotations", "audio", "function_call", "tool_calls"])
+    messages = [{"role": "user", "content": "a"}, said, {"role": "user", "content": "b"}]
+    assert (await shared.chat(messages=messages)).status_code == 200
+    assert shared.fake.seen[-1].request.prompt.startswith("User: a\nAssistant: Paris")
+
+
+async def test_every_message_field_is_walked():
+    assert set(Message.model_fields) == {"role", "content", "name", "type"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({}, "prompt"), ({"prompt": "a", "messages": []}, "messages"), ({"prompt": "a", "model": "x"}, "model"),
+     ({"prompt": "a", "extra": 1}, "extra"),
+     ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt")],
+)  # fmt: skip
+async def test_tokenize_refuses_what_it_cannot_do(shared: Running, body: dict[str, Any], param: str):
+    response = await shared.http.post("/tokenize", json=body)
+    assert response.status_code == (404 if param == "model" else 400)
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("tokens", [None, [-1], [2**32], ["a"], [1.5]])
+async def test_detokenize_refuses_what_is_no_list_of_ids(shared: Running, tokens: object):
+    response = await shared.http.post("/detokenize", json={"tokens": tokens})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("tokens")

@@ -1,0 +1,145 @@
+"""The HTTP server itself: sockets, TLS, going down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from colaserve_services.errors import UsageError
+from colaserve_services.gateway.app import create_app
+from colaserve_services.gateway.server import serve
+from colaserve_services.gateway.settings import Bounds, GatewaySettings
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.settings import ServerTls
+
+from tests.services.gateway.fake_generation import SAYS, FakeGeneration
+from tests.services.gateway.running_gateway import Running, eventually
+
+
+async def test_connections_are_served_without_nagles_delay(gateway: Running):
+    await gateway.http.get("/health")
+    [connection] = gateway.server._server.server_state.connections
+    accepted = connection.transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_a_port_that_is_taken_is_a_usage_error(gateway: Running):
+    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
+    with pytest.raises(UsageError, match=f"127.0.0.1:{gateway.server.port}"):
+        await serve(app, "127.0.0.1", gateway.server.port)
+
+
+async def test_a_host_that_does_not_exist_is_a_usage_error():
+    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
+    with pytest.raises(UsageError, match="no-such-host"):
+        await serve(app, "no-such-host.invalid", 0)
+
+
+async def test_ipv6_is_served():
+    server = await serve(create_app(InProcessStub(FakeGeneration()), GatewaySettings()), "::1", 0)
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"http://[::1]:{server.port}/health")).status_code == 200
+    await server.stop()
+
+
+async def test_going_down_is_said_first_and_running_streams_end_well(gateway: Running):
+    gateway.fake.gate = asyncio.Event()
+    running = asyncio.create_task(gateway.complete(stream=True, max_tokens=200))
+    await eventually(lambda: gateway.fake.running == 1)
+    stopping = asyncio.create_task(gateway.server.stop(grace=5, notice=0.3))
+    await asyncio.sleep(0.05)
+    ready = await gateway.http.get("/ready")
+    assert (ready.status_code, ready.json()["reason"]) == (503, "going down")
+    assert (await gateway.http.get("/health")).status_code == 200  # still taken while it is only said
+    await asyncio.sleep(0.5)
+    with pytest.raises(httpx.ConnectError):
+        await httpx.AsyncClient(base_url=gateway.url).get("/health")
+    gateway.fake.gate.set()
+    assert "[DONE]" in (await running).text
+    await asyncio.wait_for(stopping, 2)
+
+
+async def test_what_outlives_the_grace_is_cancelled(gateway: Running):
+    gateway.fake.gate = asyncio.Event()
+    running = asyncio.create_task(gateway.complete(max_tokens=200))
+    await eventually(lambda: gateway.fake.running == 1)
+    started = time.monotonic()
+    await gateway.server.stop(grace=0.2)
+    assert time.monotonic() - started < 3
+    assert gateway.fake.seen[0].cancelled
+    response = await running
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+
+
+async def test_a_stream_that_outlives_the_grace_ends_with_an_error(gateway: Running):
+    gateway.fake.says = "ever and " * 10_000
+    async with gateway.http.stream(
+        "POST", "/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 90_000}
+    ) as response:
+        lines = response.aiter_lines()
+        await anext(lines)
+        gateway.fake.gate = asyncio.Event()
+        await gateway.server.stop(grace=0.1)
+        rest = [line async for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
+
+
+@pytest.mark.parametrize("name", ["body_bytes", "body_seconds", "request_seconds", "choices", "parallel_choices"])
+def test_impossible_bounds_are_refused_at_start(name: str):
+    with pytest.raises(UsageError, match=name):
+        Bounds(**{name: 0})
+
+
+def certificate(folder: Path, name: str) -> ServerTls:
+    """A self-signed certificate with this common name, in fixed files."""
+    tls = ServerTls(folder / "cert.pem", folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-keyout", str(tls.key), "-out", str(tls.cert), "-subj", f"/CN={name}",
+         "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return tls
+
+
+async def subject(port: int, ca: Path) -> str:
+    context = ssl.create_default_context(cafile=str(ca))
+    _, writer = await asyncio.open_connection("localhost", port, ssl=context, family=socket.AF_INET)
+    shown = writer.get_extra_info("ssl_object").getpeercert()["subject"]
+    writer.close()
+    return str(shown[0][0][1])
+
+
+async def test_a_certificate_is_read_again_when_its_files_change(start, tmp_path: Path):
+    gateway = await start(tls=certificate(tmp_path, "first"))
+    assert await subject(gateway.server.port, tmp_path / "cert.pem") == "first"
+    certificate(tmp_path, "second")
+    await asyncio.sleep(1.3)
+    assert await subject(gateway.server.port, tmp_path / "cert.pem") == "second"
+
+
+async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(start, tmp_path: Path):
+    tls = certificate(tmp_path, "mutual")
+    gateway = await start(tls=ServerTls(tls.cert, tls.key, client_ca=tls.cert))
+    context = ssl.create_default_context(cafile=str(tls.cert))
+    url = f"https://localhost:{gateway.server.port}"
+    async with httpx.AsyncClient(verify=context) as http:
+        with pytest.raises(httpx.HTTPError):
+            await http.get(url + "/health")
+    context.load_cert_chain(tls.cert, tls.key)
+    async with httpx.AsyncClient(verify=context) as http:
+        answer = await http.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 200})
+        assert answer.json()["choices"][0]["text"] == SAYS
+
+
+async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):
+    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
+    with pytest.raises(UsageError):
+        await serve(app, "127.0.0.1", 0, ServerTls(tmp_path / "none.pem", tmp_path / "none.key"))
