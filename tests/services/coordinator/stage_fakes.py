@@ -87,9 +87,7 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
     async def GetInfo(self, request: Any, context: Any) -> Any:
         return self.info(prior_pb2.PriorServiceGetInfoResponse)
 
-    async def Sample(
-        self, request: prior_pb2.SampleRequest, context: Any
-    ) -> AsyncIterator[prior_pb2.SampleResponse]:
+    async def Sample(self, request: prior_pb2.SampleRequest, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
         fault = self.begin(request, context)
         self.running += 1
         try:
@@ -104,7 +102,9 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
                 if fault and fault[0] == number:
                     await context.abort(fault[1], "prior broke")
                 index, start = request.first_block + number, len(past)
-                seed = digest(request.seed.base_seed, request.seed.sample_id, index, past.tobytes(), repr(request.sampler))
+                seed = digest(
+                    request.seed.base_seed, request.seed.sample_id, index, past.tobytes(), repr(request.sampler)
+                )
                 block = np.random.default_rng(seed).integers(0, 9, (size, D)).astype(np.float32)
                 for row in range(size):
                     if start + row < len(canvas) and start + row not in opened:

@@ -10,6 +10,7 @@ from colaserve_services.coordinator.defaults import sampling_seed
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tests.services.coordinator.stage_fakes import FakeDecoder
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
@@ -231,9 +232,7 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: in
 
 
 async def test_what_just_fits_is_done(world):
-    responses = await world.generate(
-        prompt_ids=types_pb2.TokenIds(ids=[5] * 100), max_new_tokens=156, ignore_end=True
-    )
+    responses = await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 100), max_new_tokens=156, ignore_end=True)
     assert len(ids_of(responses)) == 156
 
 

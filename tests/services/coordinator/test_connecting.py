@@ -1,0 +1,156 @@
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages
+from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.text import SpecialIds, Tokenizer
+from grpc import StatusCode
+
+from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+
+
+def fakes() -> dict[str, Any]:
+    return {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
+
+
+def over(stages: dict[str, Any], tokenizer: Tokenizer, **limits: Any) -> Coordinator:
+    stubs = {name: InProcessStub(fake) for name, fake in stages.items()}
+    return Coordinator(Stages(**stubs, prior_target="prior.test:1"), tokenizer, limits=CoordinatorLimits(**limits))
+
+
+class Starting:
+    """Makes a fake's GetInfo fail until it is ready."""
+
+    def __init__(self, fake: Any, code: StatusCode = StatusCode.UNAVAILABLE):
+        self.up, self._answer, self._code = False, fake.GetInfo, code
+        fake.GetInfo = self.answer
+
+    async def answer(self, request: Any, context: Any) -> Any:
+        if not self.up:
+            await context.abort(self._code, "not yet")
+        return await self._answer(request, context)
+
+
+@pytest.mark.parametrize("stage", ["encoder", "prior"])
+@pytest.mark.parametrize("name", ["space", "block_size", "patch_size"])
+async def test_stages_of_different_models_are_refused_naming_both(tokenizer, stage: str, name: str):
+    stages = fakes()
+    setattr(stages[stage], name, "ffff" if name == "space" else 2)
+    stages["decoder"].patch_size = 1
+    with pytest.raises(ModelMismatch, match=rf"{name} is \w+ at {stage}, \w+ at decoder"):
+        await over(stages, tokenizer).connect()
+
+
+async def test_stages_that_are_still_starting_are_waited_for(tokenizer):
+    stages = fakes()
+    starting = Starting(stages["prior"])
+    coordinator = over(stages, tokenizer)
+    connecting = asyncio.create_task(coordinator.connect())
+    await asyncio.sleep(0.1)
+    assert not connecting.done()
+    assert not coordinator.ready
+    starting.up = True
+    await connecting
+    assert coordinator.ready
+
+
+async def test_patience_with_stages_is_bounded_and_tells_which(tokenizer):
+    stages = fakes()
+    Starting(stages["prior"])
+    with pytest.raises(Unavailable, match=r"waited 0\.1 s for the stages: prior at prior\.test:1: UNAVAILABLE$"):
+        await over(stages, tokenizer, connect_seconds=0.1).connect()
+
+
+async def test_a_stage_that_waiting_will_not_change_is_told_at_once(tokenizer):
+    stages = fakes()
+    Starting(stages["prior"], StatusCode.UNAUTHENTICATED)
+    with pytest.raises(Unavailable, match=r"prior at prior\.test:1 answers UNAUTHENTICATED"):
+        await over(stages, tokenizer).connect()
+
+
+async def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    library = SimpleNamespace(decoder=None)
+    with pytest.raises(CheckpointError, match="ids up to 599, the stages' model takes ids up to 511"):
+        await over(fakes(), Tokenizer(library, 600, SpecialIds(2))).connect()
+
+
+async def test_before_connecting_calls_are_refused(tokenizer):
+    with pytest.raises(Unavailable, match="not connected"):
+        over(fakes(), tokenizer).generate(None, Call())
+
+
+async def test_the_least_context_and_message_size_hold(tokenizer):
+    stages = fakes()
+    stages["prior"].max_context = 102
+    coordinator = over(stages, tokenizer, max_context=1000, max_message_bytes=777)
+    await coordinator.connect()
+    assert (coordinator.core.model.max_context, coordinator.core.model.max_message_bytes) == (100, 777)
+
+
+async def test_readiness_follows_the_stages(tokenizer):
+    stages = fakes()
+    coordinator = over(stages, tokenizer, watch_seconds=0.01)
+    await coordinator.connect()
+    told: list[bool] = []
+    watching = asyncio.create_task(coordinator.watch(told.append))
+    down = Starting(stages["decoder"])
+    await asyncio.sleep(0.1)
+    assert not coordinator.ready
+    down.up = True
+    await asyncio.sleep(0.1)
+    watching.cancel()
+    assert coordinator.ready
+    assert told == [False, True]
+
+
+async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokenizer):
+    stages = fakes()
+    coordinator = over(stages, tokenizer, watch_seconds=0.01)
+    await coordinator.connect()
+    stages["prior"].space = "ffffffffffffffff"
+    watching = asyncio.create_task(coordinator.watch(lambda ready: None))
+    await asyncio.sleep(0.05)
+    watching.cancel()
+    assert not coordinator.ready
+
+
+async def test_info_tells_model_defaults_limits_and_stages(make_world):
+    world = await make_world(defaults=Defaults(steps=9, chat_frame="Q: {prompt}\nA:"), max_running=3, max_waiting=5)
+    info = await world.coordinator.generation_info()
+    assert (info.model_name, info.space, info.model.parameters, info.model.vocab_size) == (
+        "fake",
+        "0123456789abcdef",
+        30,
+        512,
+    )
+    assert (info.default_sampler.steps, info.default_sampling.HasField("seed"), info.default_max_new_tokens) == (
+        9,
+        False,
+        32,
+    )
+    assert (info.limits.max_running, info.limits.max_waiting, info.limits.max_context) == (3, 5, 256)
+    assert (list(info.end_ids), info.pad_id, info.chat_frame) == ([0, 1], 2, "Q: {prompt}\nA:")
+    assert [(stage.stage, stage.target, stage.serving) for stage in info.stages] == [
+        (name, "in-process", True) for name in ("encoder", "prior", "decoder")
+    ]
+    assert (await world.coordinator.latent_info()).model == info.model
+
+
+def test_defaults_are_flags_then_checkpoint_then_brackets():
+    flags = SimpleNamespace(steps=4, temperature=None)
+    checkpoint = SimpleNamespace(steps=8, temperature=0.3, chat_frame=None, unrelated=1)
+    found = Defaults.resolve(flags, checkpoint)
+    assert (found.steps, found.temperature, found.top_k, found.chat_frame) == (4, 0.3, 50, "")
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"),
+    [({"steps": 0}, "sampler.steps"), ({"solver": "rk4"}, "sampler.solver"), ({"top_p": 0.0}, "sampling.top_p"),
+     ({"max_new_tokens": 0}, "max_new_tokens"), ({"chat_frame": "no place"}, "chat_frame")],
+)  # fmt: skip
+def test_impossible_defaults_are_refused(bad: dict[str, Any], name: str):
+    with pytest.raises(UsageError, match=name):
+        Defaults(**bad)

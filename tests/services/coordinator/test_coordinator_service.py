@@ -1,0 +1,183 @@
+"""The coordinator behind a real gRPC server, its stages behind another."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from colaserve.v1 import (
+    decoder_pb2_grpc,
+    encoder_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    latent_service_pb2,
+    latent_service_pb2_grpc,
+    prior_pb2_grpc,
+    types_pb2,
+)
+from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.edge import Edge
+from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.settings import AdmissionLimits
+
+from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+
+REGISTER = {
+    "encoder": encoder_pb2_grpc.add_EncoderServiceServicer_to_server,
+    "prior": prior_pb2_grpc.add_PriorServiceServicer_to_server,
+    "decoder": decoder_pb2_grpc.add_DecoderServiceServicer_to_server,
+}
+STUBS = {
+    "encoder": encoder_pb2_grpc.EncoderServiceStub,
+    "prior": prior_pb2_grpc.PriorServiceStub,
+    "decoder": decoder_pb2_grpc.DecoderServiceStub,
+}
+
+
+@pytest.fixture
+async def served(tokenizer) -> AsyncIterator[Any]:
+    fakes = {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
+    stage_server, server = (
+        grpc.aio.server(interceptors=[Edge(Metrics(), Admission(AdmissionLimits()))]) for _ in range(2)
+    )
+    for name, fake in fakes.items():
+        REGISTER[name](fake, stage_server)
+    stage_port = stage_server.add_insecure_port("127.0.0.1:0")
+    await stage_server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{stage_port}") as stage_channel:
+        stubs = {name: stub(stage_channel) for name, stub in STUBS.items()}
+        coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_running=2, max_waiting=1))
+        await coordinator.connect()
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(coordinator), server)
+        latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(coordinator), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield SimpleNamespace(
+                **fakes,
+                coordinator=coordinator,
+                stage_server=stage_server,
+                generation=generation_pb2_grpc.GenerationServiceStub(channel),
+                latents=latent_service_pb2_grpc.LatentServiceStub(channel),
+            )
+        await server.stop(None)
+    await stage_server.stop(None)
+
+
+def request(**fields: Any) -> generation_pb2.GenerateRequest:
+    return generation_pb2.GenerateRequest(**{"prompt": "he looked", "ignore_end": True, **fields})
+
+
+async def generate(served: Any, **fields: Any) -> list[generation_pb2.GenerateResponse]:
+    return [response async for response in served.generation.Generate(request(**fields))]
+
+
+async def eventually(holds: Any) -> None:
+    for _ in range(100):
+        if holds():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it never came true")
+
+
+async def test_text_streams_over_both_wires_as_in_one_process(served, world):
+    seed = types_pb2.NoiseSeed(base_seed=3)
+    over_wires = await generate(served, seed=seed)
+    in_process = await world.generate(prompt="he looked", ignore_end=True, seed=seed)
+    assert [r.token_ids for r in over_wires] == [r.token_ids for r in in_process]
+    assert "".join(r.text for r in over_wires) == "".join(r.text for r in in_process)
+
+
+async def test_a_broken_stream_is_resumed_over_the_wire(served):
+    seed = types_pb2.NoiseSeed(base_seed=3)
+    undisturbed = await generate(served, seed=seed)
+    served.prior.faults[1] = (2, grpc.StatusCode.UNAVAILABLE)
+    served.decoder.faults[1] = (3, grpc.StatusCode.INTERNAL)
+    again = await generate(served, seed=seed)
+    assert [r.token_ids for r in again] == [r.token_ids for r in undisturbed]
+    assert (len(served.prior.calls), len(served.decoder.calls)) == (3, 3)
+
+
+async def test_a_bad_field_is_named_in_the_status(served):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate(served, max_new_tokens=0)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error_from_rpc(caught.value).field == "max_new_tokens"
+
+
+async def test_a_client_that_goes_away_frees_coordinator_and_stages(served):
+    call = served.generation.Generate(request(max_new_tokens=200))
+    await call.read()
+    served.prior.gate.clear()
+    call.cancel()
+    await eventually(lambda: served.prior.running == served.decoder.running == 0)
+    assert served.coordinator._admission.running == 0
+
+
+async def test_a_deadline_of_the_client_ends_all(served):
+    served.prior.gate.clear()
+    call = served.generation.Generate(request(), timeout=0.3)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert 0 < served.prior.remaining[0] <= 0.3
+    await eventually(lambda: served.prior.running == served.decoder.running == 0)
+
+
+async def test_overload_is_told_at_once_with_a_hint_and_running_calls_go_on(served):
+    served.prior.gate.clear()
+    running = [asyncio.create_task(generate(served)) for _ in range(3)]
+    await eventually(lambda: served.coordinator._admission.waiting == 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate(served)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error_from_rpc(caught.value).retry_after > 0
+    served.prior.gate.set()
+    assert all(responses[-1].finish_reason for responses in await asyncio.gather(*running))
+
+
+async def test_stages_that_are_gone_are_unavailable_within_the_attempts(served, monkeypatch):
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.01)
+    await served.stage_server.stop(None)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate(served)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_tokenize_and_detokenize_are_inverse(served, tokenizer):
+    text = "he 😀<|im_end|>\0"
+    answer = await served.generation.Tokenize(generation_pb2.TokenizeRequest(text=text))
+    assert list(answer.token_ids) == tokenizer.encode(text)
+    assert len(answer.tokens) == len(answer.token_ids)
+    back = await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=answer.token_ids))
+    assert back.text == text
+    with pytest.raises(grpc.aio.AioRpcError, match="token_ids"):
+        await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[512]))
+
+
+async def test_every_latent_call_answers_over_the_wire(served):
+    pb, latents = latent_service_pb2, served.latents
+    encoded = (await latents.EncodeText(pb.EncodeTextRequest(texts=["he looked"]))).encodings[0].latents
+    assert (await latents.DecodeLatents(pb.DecodeLatentsRequest(latents=encoded))).token_ids
+    sampled = latents.SampleLatents(pb.SampleLatentsRequest(prefix=encoded, max_blocks=2))
+    assert len([block async for block in sampled]) == 2
+    ends = {"start": pb.Endpoint(text="he"), "end": pb.Endpoint(text="looked"), "points": 3}
+    assert len((await latents.Interpolate(pb.InterpolateRequest(**ends))).points) == 3
+    segments = [pb.InfillSegment(text="he "), pb.InfillSegment(token_count=3)]
+    assert (await latents.Infill(pb.InfillRequest(segments=segments))).text.startswith("he ")
+    assert (await latents.Reconstruct(pb.ReconstructRequest(texts=["he"]))).reconstructions
+    assert (await latents.GetInfo(pb.LatentServiceGetInfoRequest())).space == served.prior.space
+    assert (await served.generation.GetInfo(generation_pb2.GenerationServiceGetInfoRequest())).stages
+
+
+async def test_leaving_sampled_latents_early_frees_the_prior(served):
+    call = served.latents.SampleLatents(latent_service_pb2.SampleLatentsRequest(max_blocks=50))
+    await call.read()
+    served.prior.gate.clear()
+    call.cancel()
+    await eventually(lambda: served.prior.running == 0)

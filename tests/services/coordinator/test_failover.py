@@ -1,0 +1,202 @@
+"""When a replica breaks the caller notices nothing: the same ids as undisturbed, nothing asked twice."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from colaserve.v1 import latent_service_pb2, types_pb2
+from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.failures import Attempts
+from colaserve_services.coordinator.prior_run import PriorRun
+from colaserve_services.errors import ColaserveError, InvalidRequest, ModelMismatch, Overloaded, Unavailable
+from grpc import StatusCode
+from hypothesis import given
+from hypothesis import strategies as st
+
+PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again
+SEED = types_pb2.NoiseSeed(base_seed=11, sample_id=2)
+REQUEST = {"prompt": PROMPT, "max_new_tokens": 18, "seed": SEED, "ignore_end": True, "with_latents": True}
+BROKEN = [StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.CANCELLED, StatusCode.UNKNOWN]
+
+
+def told(responses: list[Any]) -> list[Any]:
+    return [(r.text, list(r.token_ids), r.latents, r.finish_reason, r.usage.completion_tokens) for r in responses]
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.002)
+
+
+@pytest.mark.parametrize("code", BROKEN, ids=lambda code: code.name)
+@pytest.mark.parametrize("after", range(5))
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+async def test_a_stream_that_breaks_goes_on_elsewhere_with_the_same_tokens(world, stage: str, after: int, code):
+    undisturbed = told(await world.generate(**REQUEST))
+    fake = getattr(world, stage)
+    fake.faults[1] = (after, code)
+    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert len(fake.calls) == 3
+    assert (stage, "resumed") in world.heard.of("failover")
+
+
+async def test_streams_that_break_again_and_again_still_end_the_same(world):
+    undisturbed = told(await world.generate(**REQUEST))
+    broken = {call: (call % 2, StatusCode.UNAVAILABLE) for call in range(1, 12)}
+    world.prior.faults, world.decoder.faults = broken, broken
+    world.encoder.faults = dict.fromkeys(range(1, 4), (0, StatusCode.UNAVAILABLE))
+    assert told(await world.generate(**REQUEST)) == undisturbed
+
+
+async def test_the_resumed_prior_is_told_what_was_written(world):
+    world.prior.faults[0] = (2, StatusCode.UNAVAILABLE)
+    responses = await world.generate(**REQUEST)
+    first, second = world.prior.calls
+    assert (second.first_block, second.max_blocks) == (2, first.max_blocks - 2)
+    length = first.canvas.latents.values.shape[0]
+    assert second.canvas.latents.values.shape[0] == length // 4 * 4 + 8
+    assert second.canvas.latents.values.data.endswith(responses[1].latents.values.data)
+    assert (second.sampler, second.seed) == (first.sampler, first.seed)
+
+
+async def test_the_resumed_decoder_is_told_latents_and_untrimmed_ids(world):
+    world.decoder.faults[0] = (2, StatusCode.UNAVAILABLE)
+    await world.generate(**REQUEST)
+    first, second = world.decoder.calls
+    assert len(second.history_ids) == 8
+    assert second.prefix.values.shape[0] == first.prefix.values.shape[0] + 8
+    assert (second.max_latents, second.sampling) == (first.max_latents, first.sampling)
+
+
+async def test_the_encoder_is_asked_again(world):
+    undisturbed = told(await world.generate(**REQUEST))
+    world.encoder.faults = {1: (0, StatusCode.UNAVAILABLE), 2: (0, StatusCode.UNAVAILABLE)}
+    assert told(await world.generate(**REQUEST)) == undisturbed
+
+
+@pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
+async def test_attempts_are_bounded(make_world, stage: str):
+    world = await make_world(attempts=4)
+    getattr(world, stage).faults = dict.fromkeys(range(100), (0, StatusCode.UNAVAILABLE))
+    with pytest.raises(Unavailable, match=stage):
+        await world.generate(**REQUEST)
+    assert len(getattr(world, stage).calls) == 4
+    assert (stage, "failed") in world.heard.of("failover")
+    await asyncio.sleep(0.02)  # a cancelled call ends a moment later
+    assert (world.prior.running, world.decoder.running) == (0, 0)
+
+
+async def test_attempts_end_with_the_deadline(world, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 0.2)
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 10.0)
+    world.prior.faults = dict.fromkeys(range(100), (0, StatusCode.UNAVAILABLE))
+    started = time.monotonic()
+    with pytest.raises(ColaserveError):
+        await world.generate(**REQUEST, call=Call(deadline=started + 0.5))
+    assert time.monotonic() - started < 0.6
+
+
+async def test_a_bug_in_a_stage_is_not_tried_for_long(world):
+    world.prior.faults = dict.fromkeys(range(100), (0, StatusCode.INTERNAL))
+    with pytest.raises(ColaserveError):
+        await world.generate(**REQUEST)
+    assert len(world.prior.calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(StatusCode.INVALID_ARGUMENT, InvalidRequest), (StatusCode.FAILED_PRECONDITION, ModelMismatch)]
+)
+async def test_a_refusal_is_not_tried_again(world, code, error):
+    world.decoder.faults[0] = (1, code)
+    with pytest.raises(error):
+        await world.generate(**REQUEST)
+    assert len(world.decoder.calls) == 1
+
+
+@pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
+async def test_an_overloaded_stage_is_tried_once_more_and_then_passed_on(world, stage: str):
+    fake = getattr(world, stage)
+    fake.faults = {0: (0, StatusCode.RESOURCE_EXHAUSTED)}
+    undisturbed = told(await world.generate(**REQUEST))
+    fake.faults = dict.fromkeys(range(2, 100), (0, StatusCode.RESOURCE_EXHAUSTED))
+    with pytest.raises(Overloaded, match=stage) as caught:
+        for _ in range(2):
+            assert told(await world.generate(**REQUEST)) == undisturbed
+    assert caught.value.retry_after > 0
+
+
+async def test_a_run_in_its_middle_waits_for_an_overloaded_replica(world):
+    undisturbed = told(await world.generate(**REQUEST))
+    full = dict.fromkeys(range(2, 6), (0, StatusCode.RESOURCE_EXHAUSTED))
+    world.decoder.faults = {1: (2, StatusCode.UNAVAILABLE), **full}
+    assert told(await world.generate(**REQUEST)) == undisturbed
+
+
+async def test_a_stage_that_answers_nonsense_is_left_for_another(world):
+    undisturbed = told(await world.generate(**REQUEST))
+    draw, count = world.decoder.draw, []
+
+    def once_short(*args: Any) -> list[int]:
+        count.append(1)
+        return draw(*args)[: 3 if len(count) == 2 else 4]
+
+    world.decoder.draw = once_short
+    assert told(await world.generate(**REQUEST)) == undisturbed
+
+
+async def test_an_infill_goes_on_over_known_blocks(make_world):
+    world = await make_world()
+    segments = [
+        latent_service_pb2.InfillSegment(text="abcdefg"),
+        latent_service_pb2.InfillSegment(token_count=3),
+        latent_service_pb2.InfillSegment(text="hijklmnopqrstuvwxyz"),
+        latent_service_pb2.InfillSegment(token_count=6),
+    ]
+    request = latent_service_pb2.InfillRequest(segments=segments, seed=SEED)
+    undisturbed = await world.coordinator.infill(request, Call())
+    blocks = undisturbed.usage.blocks
+    for stage in (world.prior, world.decoder):
+        for after in range(blocks):
+            stage.faults = {len(stage.calls): (after, StatusCode.UNAVAILABLE)}
+            again = await world.coordinator.infill(request, Call())
+            assert (again.text, again.token_ids) == (undisturbed.text, undisturbed.token_ids)
+
+
+@given(st.data())
+def test_a_resumed_request_always_fits_the_contract(data: st.DataObject):
+    """Whatever the holes: the leading known blocks of a resumed canvas are exactly context and written ones, or the
+    known blocks right after them are yielded without asking."""
+    length = data.draw(st.integers(1, 40))
+    flags = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    spans = [(i, i + 1) for i, is_open in enumerate(flags) if is_open]
+    run = PriorRun(None, MODEL, latents(length), 1, SAMPLER, SEED, ATTEMPTS, spans)
+    blocks = -(-length // 4) - run.context
+    if blocks < 1:
+        return
+    run = PriorRun(None, MODEL, latents(length), blocks, SAMPLER, SEED, ATTEMPTS, spans)
+    for done in range(1, blocks):
+        run._written = [latents(4)] * done
+        request = run.request()
+        border = (run.context + done) * 4
+        assert request.canvas.latents.values.shape[0] == max(border, length)
+        opened = {i for span in request.canvas.open for i in range(span.start, span.end)}
+        assert opened == {i for i in range(border, length) if flags[i]}
+        first_open = min([max(border, length), *opened])
+        assert first_open // 4 == run.context + done or run._is_known(done)
+
+
+def latents(count: int) -> types_pb2.Latents:
+    values = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=(count, 2), data=bytes(8 * count))
+    return types_pb2.Latents(values=values, space="s")
+
+
+def _model() -> Any:
+    from colaserve_services.coordinator.stages import Model
+
+    return Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True)
+
+
+MODEL, SAMPLER = _model(), types_pb2.Sampler()
+ATTEMPTS = Attempts("prior", Call(), 1, None)

@@ -1,0 +1,131 @@
+from typing import Any
+
+import pytest
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve.v1 import types_pb2
+from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.infill import Segment, open_spans
+from colaserve_services.errors import InvalidRequest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SEED = types_pb2.NoiseSeed(base_seed=5)
+
+
+def segments(*parts: str | int) -> list[pb.InfillSegment]:
+    return [
+        pb.InfillSegment(text=part) if isinstance(part, str) else pb.InfillSegment(token_count=part) for part in parts
+    ]
+
+
+async def infill(world: Any, *parts: str | int, **fields: Any) -> pb.InfillResponse:
+    request = pb.InfillRequest(segments=segments(*parts), seed=SEED, **fields)
+    return await world.coordinator.infill(request, Call())
+
+
+parts = st.lists(st.one_of(st.text(min_size=1, max_size=9), st.integers(1, 9)), min_size=1, max_size=6).filter(
+    lambda parts: any(isinstance(part, int) for part in parts)
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(parts, st.sampled_from([1, 2, 3]))
+async def test_kept_text_comes_back_as_it_was_and_holes_have_the_tokens_asked_for(make_world, parts, patch_size):
+    world = await make_world(patch_size=patch_size)
+    response = await infill(world, *parts)
+    assert len(response.segments) == len(parts)
+    assert response.text == "".join(response.segments)
+    ids, rest = list(response.token_ids), []
+    for part, text in zip(parts, response.segments, strict=True):
+        if isinstance(part, str):
+            kept = world.tokenizer.encode(part)
+            assert text == part
+            assert ids[: len(kept)] == kept
+            ids = ids[len(kept) :]
+        else:
+            assert text == world.tokenizer.decode(world.tokenizer.before_end(ids[:part]))
+            rest, ids = rest + ids[:part], ids[part:]
+    assert not ids
+    assert response.usage.completion_tokens == len(rest) == sum(part for part in parts if isinstance(part, int))
+    assert response.usage.prompt_tokens == len(response.token_ids) - len(rest)
+
+
+async def test_the_kept_text_is_encoded_once_with_pad_ids_in_the_holes(world):
+    await infill(world, "ab", 3, "cd")
+    before, after = (world.tokenizer.encode(text) for text in ("ab", "cd"))
+    assert list(world.encoder.calls[0].sequences[0].ids) == [*before, 2, 2, 2, *after]
+    canvas = world.prior.calls[0].canvas
+    assert [(span.start, span.end) for span in canvas.open] == [(len(before), len(before) + 3)]
+    assert canvas.latents.values.shape[0] == len(before) + 3 + len(after)
+
+
+async def test_blocks_after_the_last_hole_are_not_run(world):
+    long = "he looked at the river and then he said nothing"
+    response = await infill(world, "abcde", 2, long)
+    sample = world.prior.calls[0]
+    assert (sample.max_blocks, sample.canvas.latents.values.shape[0]) == (1, 8)
+    assert world.decoder.calls[0].prefix.values.shape[0] == 4
+    assert response.usage.blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "pieces", "expected"),
+    [
+        (1, [("a", 2), (None, 3), ("b", 1)], [(2, 5)]),
+        (2, [("a", 3), (None, 2), ("b", 4)], [(1, 3)]),
+        (2, [("a", 4), (None, 2), ("b", 4)], [(2, 3)]),
+        (4, [(None, 1), ("b", 2), (None, 1)], [(0, 1)]),
+        (2, [(None, 2), ("b", 2), (None, 2)], [(0, 1), (2, 3)]),
+        (2, [(None, 1), (None, 1), ("b", 2), (None, 1)], [(0, 1), (2, 3)]),
+    ],
+)
+def test_a_latent_that_covers_kept_and_hole_tokens_is_open(patch_size, pieces, expected):
+    found, at = [], 0
+    for kept, length in pieces:
+        found.append(Segment(kept, at, at + length))
+        at += length
+    assert open_spans(found, patch_size) == expected
+
+
+async def test_a_seed_repeats_an_infill_and_is_returned(world):
+    first = await infill(world, "ab", 6, "cd")
+    assert first.seed == SEED
+    assert (await infill(world, "ab", 6, "cd")).token_ids == first.token_ids
+    drawn = await world.coordinator.infill(pb.InfillRequest(segments=segments("ab", 6)), Call())
+    again = await world.coordinator.infill(pb.InfillRequest(segments=segments("ab", 6), seed=drawn.seed), Call())
+    assert again.token_ids == drawn.token_ids
+
+
+async def test_sampler_and_sampling_reach_the_stages(world):
+    sampler = types_pb2.Sampler(steps=2, resamples=3)
+    await infill(world, "ab", 2, sampler=sampler, sampling=types_pb2.Sampling(temperature=0.5))
+    assert (world.prior.calls[0].sampler.steps, world.prior.calls[0].sampler.resamples) == (2, 3)
+    assert world.decoder.calls[0].sampling.temperature == 0.5
+
+
+async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_told_in_full(make_world):
+    world = await make_world()
+    world.decoder.script = [20, 1, 21, 22]
+    response = await infill(world, 4)
+    assert list(response.token_ids) == [20, 1, 21, 22]
+    assert response.text == world.tokenizer.decode([20])
+
+
+@pytest.mark.parametrize(
+    ("given_segments", "field"),
+    [
+        ([], "segments"),
+        (segments("a", "b"), "segments"),
+        ([*segments(1), pb.InfillSegment()], "segments[1]"),
+        (segments(1, ""), "segments[1].text"),
+        (segments("a", 0), "segments[1].token_count"),
+        (segments("a", 256), "segments[1]"),
+        (segments(2**32 - 1), "segments[0]"),
+        (segments(1, "ab " * 300), "segments[1]"),
+    ],
+)
+async def test_bad_segments_are_named(world, given_segments, field: str):
+    with pytest.raises(InvalidRequest) as caught:
+        await world.coordinator.infill(pb.InfillRequest(segments=given_segments), Call())
+    assert caught.value.field == field
+    assert not world.encoder.calls

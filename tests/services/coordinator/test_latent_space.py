@@ -1,0 +1,265 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve.v1 import types_pb2
+from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.interpolation import lerp, slerp
+from colaserve_services.errors import InvalidRequest, ModelMismatch
+from colaserve_services.rpc import arrays
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tests.services.coordinator.stage_fakes import SPACE, D, EchoDecoder
+
+TEXT = "He looked at the river"
+SEED = types_pb2.NoiseSeed(base_seed=5)
+
+
+def message(array: Any, space: str = SPACE) -> types_pb2.Latents:
+    return arrays.latents_to_message(np.asarray(array, np.float32).reshape(-1, D), space)
+
+
+def values(latents: types_pb2.Latents) -> np.ndarray:
+    return arrays.from_message(latents.values, "latents", (None, D))
+
+
+def latents_of(world: Any, text: str) -> types_pb2.Latents:
+    return message(world.encoder.encode(world.tokenizer.encode(text)))
+
+
+@pytest.fixture
+async def echo(make_world):
+    return await make_world(EchoDecoder())
+
+
+async def test_texts_become_latents_with_their_ids(world):
+    texts = ["a", TEXT, "日本語"]
+    response = await world.coordinator.encode_text(pb.EncodeTextRequest(texts=texts), Call())
+    for text, encoding in zip(texts, response.encodings, strict=True):
+        assert list(encoding.token_ids) == world.tokenizer.encode(text)
+        assert encoding.latents == latents_of(world, text)
+        assert not encoding.HasField("log_variance")
+
+
+async def test_variance_comes_when_asked_for_and_is_refused_without_one(make_world):
+    world = await make_world()
+    request = pb.EncodeTextRequest(texts=["ab"], with_variance=True)
+    response = await world.coordinator.encode_text(request, Call())
+    assert response.encodings[0].HasField("log_variance")
+    world.encoder.has_variance = False
+    await world.coordinator.connect()
+    with pytest.raises(InvalidRequest, match="with_variance"):
+        await world.coordinator.encode_text(request, Call())
+
+
+@pytest.mark.parametrize(
+    ("texts", "field"),
+    [([], "texts"), (["a"] * 257, "texts"), (["a", ""], r"texts\[1\]"), (["ab " * 300], r"texts\[0\]")],
+)
+@pytest.mark.parametrize("method", ["encode_text", "reconstruct"])
+async def test_bad_texts_are_named(world, method: str, texts: list[str], field: str):
+    kind = pb.EncodeTextRequest if method == "encode_text" else pb.ReconstructRequest
+    with pytest.raises(InvalidRequest, match=field):
+        await getattr(world.coordinator, method)(kind(texts=texts), Call())
+
+
+async def test_an_answer_that_would_not_fit_into_a_message_is_refused_before(make_world):
+    world = await make_world(max_message_bytes=4096)
+    with pytest.raises(InvalidRequest, match="texts: needs .* at most 4096 fit"):
+        await world.coordinator.encode_text(pb.EncodeTextRequest(texts=[TEXT * 5] * 20), Call())
+    assert not world.encoder.calls
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 9])
+async def test_latents_become_text_the_last_block_filled_with_zeros(echo, length: int):
+    ids = list(range(20, 20 + length))
+    latents = message(echo.encoder.encode(ids))
+    request = pb.DecodeLatentsRequest(latents=latents, top_logprobs=2, target_ids=[*ids[:-1], 7])
+    response = await echo.coordinator.decode_latents(request, Call())
+    assert list(response.token_ids) == ids
+    assert response.text == echo.tokenizer.decode(ids)
+    assert len(response.logprobs) == len(response.top_logprobs) == length
+    assert list(response.target_logprobs) == [-1.0] * (length - 1) + [-3.0]
+    assert echo.decoder.calls[0].max_latents == -(-length // 4) * 4
+
+
+async def test_decoding_is_by_the_defaults_but_without_a_penalty_unless_set(world):
+    latents = message([1, 2])
+    await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents), Call())
+    sampling = types_pb2.Sampling(repetition_penalty=1.3, temperature=0.7, seed=9)
+    await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, sampling=sampling), Call())
+    first, second = (call.sampling for call in world.decoder.calls)
+    assert first == types_pb2.Sampling(temperature=0, top_k=50, top_p=0.9, repetition_penalty=1, seed=0)
+    assert second == types_pb2.Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=9)
+
+
+async def test_decoded_text_ends_before_an_end_or_pad_id_unless_a_count_is_given(echo):
+    ids = [20, 21, 2, 22, 1]
+    latents = message(echo.encoder.encode(ids))
+    open_ended = await echo.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents), Call())
+    counted = await echo.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, token_count=4), Call())
+    assert list(open_ended.token_ids) == [20, 21]
+    assert list(counted.token_ids) == ids[:4]
+    assert "<|pad|>" in counted.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "latents"),
+        ({"token_count": 3}, "token_count"),
+        ({"target_ids": [1, 2, 3]}, "target_ids"),
+        ({"target_ids": [512]}, "target_ids"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"sampling": types_pb2.Sampling(top_p=2)}, "sampling.top_p"),
+    ],
+)
+async def test_bad_decode_fields_are_named(world, fields: dict[str, Any], field: str):
+    latents = message([[1, 2], [3, 4]]) if fields else None
+    with pytest.raises(InvalidRequest) as caught:
+        await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, **fields), Call())
+    assert caught.value.field == field
+    assert not world.decoder.calls
+
+
+async def test_latents_of_another_space_are_refused_everywhere(world):
+    other = message([[1, 2]], "fedcba9876543210")
+    coordinator = world.coordinator
+    with pytest.raises(ModelMismatch):
+        await coordinator.decode_latents(pb.DecodeLatentsRequest(latents=other), Call())
+    with pytest.raises(ModelMismatch):
+        await anext(coordinator.sample_latents(pb.SampleLatentsRequest(prefix=other, max_blocks=1), Call()))
+    request = pb.InterpolateRequest(start=pb.Endpoint(latents=other), end=pb.Endpoint(latents=other), points=2)
+    with pytest.raises(ModelMismatch):
+        await coordinator.interpolate(request, Call())
+    unnamed = message([[1, 2]], "")
+    assert await coordinator.decode_latents(pb.DecodeLatentsRequest(latents=unnamed), Call())
+
+
+async def test_sampling_continues_latents_and_repeats_with_its_seed(world):
+    prefix = message(np.arange(12))  # 6 latents: a block and a half
+
+    async def sample(**fields: Any) -> list[pb.SampleLatentsResponse]:
+        request = pb.SampleLatentsRequest(prefix=prefix, max_blocks=3, **fields)
+        return [response async for response in world.coordinator.sample_latents(request, Call())]
+
+    first = await sample()
+    again = await sample(seed=first[0].seed)
+    assert [r.block_index for r in first] == [0, 1, 2]
+    assert [r.latents for r in first] == [r.latents for r in again]
+    assert np.array_equal(values(first[0].latents)[:2], values(prefix)[4:])
+    assert all(r.seed == first[0].seed for r in first)
+
+
+async def test_sampling_from_nothing_is_free_generation(world):
+    request = pb.SampleLatentsRequest(max_blocks=2, seed=SEED)
+    assert len([r async for r in world.coordinator.sample_latents(request, Call())]) == 2
+
+
+@pytest.mark.parametrize("blocks", [0, 65, 2**32 - 1])
+async def test_blocks_that_cannot_be_written_are_refused(world, blocks: int):
+    with pytest.raises(InvalidRequest, match="max_blocks"):
+        await anext(world.coordinator.sample_latents(pb.SampleLatentsRequest(max_blocks=blocks), Call()))
+
+
+async def test_a_faithful_round_trip_has_full_accuracy(echo):
+    response = await echo.coordinator.reconstruct(pb.ReconstructRequest(texts=[TEXT, "b"]), Call())
+    for text, one in zip([TEXT, "b"], response.reconstructions, strict=True):
+        assert (one.text, one.token_accuracy) == (text, 1.0)
+        assert list(one.token_ids) == list(one.original_ids) == echo.tokenizer.encode(text)
+        assert one.bits_per_token == pytest.approx(1 / math.log(2))
+
+
+async def test_an_unfaithful_round_trip_is_told_in_share_and_bits(make_world):
+    world = await make_world(EchoDecoder())
+    draw = world.decoder.draw
+    world.decoder.draw = lambda *args: [id_ if id_ % 2 else id_ + 1 for id_ in draw(*args)]
+    one = (await world.coordinator.reconstruct(pb.ReconstructRequest(texts=[TEXT]), Call())).reconstructions[0]
+    right = [a == b for a, b in zip(one.token_ids, one.original_ids, strict=True)]
+    assert any(right)
+    assert not all(right)
+    assert one.token_accuracy == pytest.approx(sum(right) / len(right))
+    wanted = sum(1 if same else 3 for same in right) / len(right) / math.log(2)
+    assert one.bits_per_token == pytest.approx(wanted)
+
+
+async def test_a_round_trip_is_greedy_and_without_penalty(make_world):
+    world = await make_world()
+    await world.coordinator.reconstruct(pb.ReconstructRequest(texts=["a"]), Call())
+    sampling = world.decoder.calls[0].sampling
+    assert (sampling.temperature, sampling.repetition_penalty) == (0, 1)
+
+
+@pytest.mark.parametrize("interpolation", ["INTERPOLATION_LERP", "INTERPOLATION_SLERP", "INTERPOLATION_UNSPECIFIED"])
+async def test_the_ends_of_a_walk_between_texts_are_the_texts(echo, interpolation: str):
+    start, end = "a river", "he looked at the river and then"
+    request = pb.InterpolateRequest(
+        start=pb.Endpoint(text=start), end=pb.Endpoint(text=end), points=5, interpolation=interpolation
+    )
+    points = (await echo.coordinator.interpolate(request, Call())).points
+    assert [point.weight for point in points] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert (points[0].text, points[-1].text) == (start, end)
+    length = len(echo.tokenizer.encode(end))
+    assert all(list(point.latents.values.shape) == [length, D] for point in points)
+    padded = echo.encoder.calls[0].sequences[0].ids
+    assert list(padded) == echo.tokenizer.encode(start) + [2] * (length - len(echo.tokenizer.encode(start)))
+
+
+async def test_a_walk_between_latents_and_a_text_needs_as_many_positions(echo):
+    count = len(echo.tokenizer.encode(TEXT))
+    latents = message(np.ones((count, D)))
+    request = pb.InterpolateRequest(start=pb.Endpoint(latents=latents), end=pb.Endpoint(text=TEXT), points=2)
+    points = (await echo.coordinator.interpolate(request, Call())).points
+    assert points[0].latents == latents
+    assert points[1].text == TEXT
+    request.start.latents.CopyFrom(message(np.ones((count + 1, D))))
+    with pytest.raises(InvalidRequest, match=rf"end: got {count} latents, expected .* \({count + 1}\)"):
+        await echo.coordinator.interpolate(request, Call())
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"points": 1}, "points"),
+        ({"points": 257}, "points"),
+        ({"interpolation": 7}, "interpolation"),
+        ({"start": pb.Endpoint()}, "start"),
+        ({"end": pb.Endpoint(text="")}, "end.text"),
+        ({"end": pb.Endpoint(latents=types_pb2.Latents())}, "end.latents"),
+    ],
+)
+async def test_bad_walks_are_named(world, fields: dict[str, Any], field: str):
+    good = {"start": pb.Endpoint(text="a"), "end": pb.Endpoint(text="b"), "points": 3}
+    with pytest.raises(InvalidRequest) as caught:
+        await world.coordinator.interpolate(pb.InterpolateRequest(**{**good, **fields}), Call())
+    assert caught.value.field == field
+
+
+rows = hnp.arrays(np.float32, (3, 4), elements=st.floats(-10, 10, width=32))
+
+
+@given(rows, rows)
+def test_both_paths_end_at_their_ends_bit_for_bit(a: np.ndarray, b: np.ndarray):
+    for path in (lerp, slerp):
+        assert np.array_equal(path(a, b, 0.0), a)
+        assert np.array_equal(path(a, b, 1.0), b)
+        assert np.isfinite(path(a, b, 0.3)).all()
+
+
+@given(st.floats(0.1, 3.0), st.floats(0, 1))
+def test_slerp_turns_evenly_and_keeps_the_length(angle: float, weight: float):
+    a = np.array([[2.0, 0.0]], np.float32)
+    b = 2 * np.array([[math.cos(angle), math.sin(angle)]], np.float32)
+    x, y = slerp(a, b, weight)[0]
+    assert math.hypot(x, y) == pytest.approx(2, rel=1e-4)
+    assert math.atan2(y, x) == pytest.approx(weight * angle, abs=1e-3)
+
+
+def test_slerp_of_parallel_and_zero_rows_is_the_straight_line():
+    a = np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]], np.float32)
+    b = np.array([[3.0, 3.0], [2.0, 2.0], [-1.0, 0.0]], np.float32)
+    assert np.allclose(slerp(a, b, 0.5), [[2, 2], [1, 1], [0, 0]])
