@@ -1,4 +1,4 @@
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-async def make_world(tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Any]]:
+async def make_world(tokenizer: Tokenizer) -> Callable[..., Any]:
     async def make(
         decoder: FakeDecoder | None = None,
         patch_size: int = 1,
@@ -64,7 +64,7 @@ async def make_world(tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Any]]:
         await coordinator.connect()
         return World(coordinator, *fakes)
 
-    yield make
+    return make
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ async def test_bad_texts_are_named(world, method: str, texts: list[str], field: 
 
 async def test_an_answer_that_would_not_fit_into_a_message_is_refused_before(make_world):
     world = await make_world(max_message_bytes=4096)
-    with pytest.raises(InvalidRequest, match="texts: needs .* at most 4096 fit"):
+    with pytest.raises(InvalidRequest, match=r"texts: needs .* at most 4096 fit"):
         await world.coordinator.encode_text(pb.EncodeTextRequest(texts=[TEXT * 5] * 20), Call())
     assert not world.encoder.calls
 
