@@ -1,0 +1,83 @@
+"""The three stages of a golden checkpoint behind one real gRPC server, and small helpers to call them."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import torch
+from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from colaserve_services.launch.settings import ModelSettings
+from colaserve_services.launch.stages import RunningStages, load_stages
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.rpc import tensors
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import ServerSettings
+from colaserve_services.runtime.limits import EngineLimits
+
+
+@dataclass
+class Served:
+    stages: RunningStages
+    metrics: Metrics
+    space: str
+    channel: grpc.aio.Channel
+    limits: EngineLimits
+    encoder: Any = field(init=False)
+    prior: Any = field(init=False)
+    decoder: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.encoder = encoder_pb2_grpc.EncoderServiceStub(self.channel)
+        self.prior = prior_pb2_grpc.PriorServiceStub(self.channel)
+        self.decoder = decoder_pb2_grpc.DecoderServiceStub(self.channel)
+
+    @property
+    def shape(self):
+        return self.stages.engines["prior"].shape
+
+    def kv_bytes(self, stage: str) -> float:
+        """The metric."""
+        return self.metrics.registry.get_sample_value("colaserve_engine_kv_bytes", {"stage": stage})
+
+    def latents(self, count: int, seed: int = 0):
+        """Random latents as a message."""
+        values = torch.randn(count, self.shape.latent_dim, generator=torch.Generator().manual_seed(seed))
+        return tensors.latents_to_message(values, self.space)
+
+    def run(self, known: int = 0, blocks: int = 2, steps: int = 2, **more: Any) -> prior_pb2.SampleRequest:
+        """A valid request."""
+        more.setdefault("seed", {"base_seed": 1})
+        return prior_pb2.SampleRequest(
+            canvas={"latents": self.latents(known)}, max_blocks=blocks, sampler={"steps": steps}, **more
+        )
+
+
+@asynccontextmanager
+async def serving(golden, limits=None, max_message_bytes=4 << 20, dtype="float32"):
+    torch.set_num_threads(1)
+    limits = limits or EngineLimits(max_context=256, max_running=4, max_waiting=4)
+    metrics, checkpoint = Metrics(), Checkpoint.open(golden.directory)
+    settings = ModelSettings(golden.directory, dtype=dtype, threads=1)
+    stages = load_stages(("encoder", "prior", "decoder"), checkpoint, settings, limits, max_message_bytes, metrics)
+    server = RpcServer(ServerSettings(max_message_bytes=max_message_bytes), metrics)
+    for service in stages.services.values():
+        server.add(service)
+    port = await server.start()
+    try:
+        options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+            yield Served(stages, metrics, checkpoint.space, channel, limits)
+    finally:
+        await server.stop()
+        stages.stop()
+
+
+async def eventually(condition, seconds=5.0):
+    for _ in range(round(seconds / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came to be")

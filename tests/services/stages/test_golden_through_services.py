@@ -1,0 +1,112 @@
+"""The recorded numbers come out of the gRPC services: explicit noise, and seed with sample id."""
+
+import asyncio
+
+import pytest
+import torch
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_services.rpc import tensors
+from tokenizers import Tokenizer
+
+from tests.services.stages.serving import serving
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def values(message):
+    return tensors.from_message(message.values, "latents", (None, None))
+
+
+async def test_every_recorded_generation_is_repeated(golden):
+    tokenizer = Tokenizer.from_file(str(golden.directory / "tokenizer.json"))
+    async with serving(golden) as served:
+        for case in golden.meta["cases"]:
+            ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in case["prompts"]]
+            prompts = encoder_pb2.EncodeRequest(sequences=[{"ids": sequence} for sequence in ids if sequence])
+            encoded = iter((await served.encoder.Encode(prompts)).encodings if prompts.sequences else [])
+            latents = [next(encoded).latents if sequence else types_pb2.Latents() for sequence in ids]
+            for explicit in (False, True):
+                runs = (run(served, golden, case, s, ids[s], latents[s], explicit) for s in range(len(ids)))
+                await asyncio.gather(*runs)
+
+
+async def run(served, golden, case, sample_id, ids, latents, explicit):
+    B, P, name = served.shape.block_size, served.shape.patch_size, f"gen{case['index']}"
+    params, recorded = case["params"], golden.tensors
+    request = prior_pb2.SampleRequest(
+        canvas={"latents": latents},
+        max_blocks=case["n_blocks"],
+        sampler={"steps": params["timestep_num"], "guidance_scale": params["guidance_scale"]},
+    )
+    if explicit:
+        noise = torch.stack([recorded[f"{name}.noise.{b}"][sample_id] for b in range(case["n_blocks"])])
+        request.noise.CopyFrom(tensors.to_message(noise))
+    else:
+        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=case["noise_base_seed"], sample_id=sample_id))
+    given = values(latents) if ids else torch.zeros(0, served.shape.latent_dim)
+    prefix = len(given) // B * B
+    decode = served.decoder.Decode()
+    opening = {
+        "prefix": tensors.latents_to_message(given[:prefix], served.space),
+        "sampling": {"repetition_penalty": params.get("repetition_penalty", 1.1)},
+        "max_latents": prefix + B * case["n_blocks"],
+    }
+    await decode.write(decoder_pb2.DecodeRequest(open=opening))
+    tokens, index = [], 0
+    async for block in served.prior.Sample(request):
+        assert block.block_index == index
+        assert block.latents.space == served.space
+        assert relative(values(block.latents), recorded[f"{name}.block_latents.{index}"][sample_id]) < 2e-5
+        await decode.write(decoder_pb2.DecodeRequest(block=block.latents))
+        tokens += (await decode.read()).token_ids
+        index += 1
+    await decode.done_writing()
+    assert index == case["n_blocks"]
+    dropped = len(ids) - prefix * P if len(given) % B else 0
+    assert tokens[dropped:] == case["tokens"][sample_id]
+
+
+@pytest.mark.parametrize("with_variance", [False, True])
+async def test_encode_gives_the_recorded_latents_and_variances(golden, with_variance):
+    ids = [golden.tensors[f"encode.ids.{i}"].tolist() for i in range(3)]
+    async with serving(golden) as served:
+        response = await served.encoder.Encode(
+            encoder_pb2.EncodeRequest(sequences=[{"ids": x} for x in ids], with_variance=with_variance)
+        )
+        normalise = served.stages.engines["encoder"].model.normalise
+    for i, encoding in enumerate(response.encodings):
+        assert relative(values(encoding.latents), normalise(golden.tensors[f"encode.mean.{i}"])) < 5e-6
+        assert encoding.HasField("log_variance") is with_variance
+        if with_variance:
+            variance = tensors.from_message(encoding.log_variance, "v", (None, None))
+            assert relative(variance, golden.tensors[f"encode.logvar.{i}"]) < 5e-6
+
+
+async def test_decode_returns_logits_and_logprobs_that_belong_together(tiny):
+    lengths = tiny.tensors["decode.lengths"].tolist()
+    latents, logits = tiny.tensors["decode.latents"][: lengths[0]], tiny.tensors["decode.logits"]
+    async with serving(tiny) as served:
+        B, P = served.shape.block_size, served.shape.patch_size
+        targets = list(range(100, 100 + B * P + 2))
+        call = served.decoder.Decode()
+        opening = {"with_logits": True, "top_logprobs": 5, "target_ids": targets, "sampling": {"repetition_penalty": 1}}
+        await call.write(decoder_pb2.DecodeRequest(open=opening))
+        for start in range(0, lengths[0], B):
+            block = tensors.latents_to_message(latents[start : start + B], "")
+            await call.write(decoder_pb2.DecodeRequest(block=block))
+            answer = await call.read()
+            got = tensors.from_message(answer.logits, "logits", (B * P, served.shape.vocab_size))
+            assert relative(got, logits[start * P : (start + B) * P]) < 5e-6
+            expected = got.log_softmax(-1)
+            assert list(answer.token_ids) == got.argmax(-1).tolist()
+            torch.testing.assert_close(torch.tensor(answer.logprobs), expected.max(-1).values)
+            for position, top in enumerate(answer.top_logprobs):
+                torch.testing.assert_close(torch.tensor(top.logprobs), expected[position].topk(5).values)
+                assert list(top.token_ids) == expected[position].topk(5).indices.tolist()
+            here = targets[start * P : (start + B) * P]
+            torch.testing.assert_close(
+                torch.tensor(answer.target_logprobs), expected[range(len(here)), here], check_dtype=False
+            )
+        await call.done_writing()

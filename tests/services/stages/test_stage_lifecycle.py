@@ -1,0 +1,188 @@
+"""A stream owns what it holds: it is freed however the stream ends, and what does not fit is refused at once."""
+
+import asyncio
+import time
+from contextlib import suppress
+
+import grpc
+import pytest
+from colaserve.v1 import decoder_pb2, encoder_pb2
+from colaserve_services.errors import DeadlineExceeded, Overloaded
+from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.session import Session
+
+from tests.services.stages.serving import eventually, serving
+
+LONG = {"blocks": 60, "steps": 1000}  # minutes of work
+
+
+async def sampling(served):
+    call = served.prior.Sample(served.run(**LONG))
+    await eventually(lambda: served.kv_bytes("prior") > 0)
+    return call
+
+
+async def decoding(served):
+    call = served.decoder.Decode()
+    await call.write(decoder_pb2.DecodeRequest(open={"max_latents": 64}))
+    await call.write(decoder_pb2.DecodeRequest(block=served.latents(served.shape.block_size)))
+    await call.read()
+    return call
+
+
+STREAMS = {"prior": sampling, "decoder": decoding}
+
+
+async def refused(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return error_from_rpc(caught.value)
+
+
+@pytest.mark.parametrize("stage", STREAMS)
+async def test_a_cancelled_stream_frees_its_kv(tiny, stage):
+    async with serving(tiny) as served:
+        call = await STREAMS[stage](served)
+        assert served.kv_bytes(stage) > 0
+        call.cancel()
+        await eventually(lambda: served.kv_bytes(stage) == 0)
+        assert served.stages.engines[stage].load().running == 0
+
+
+@pytest.mark.parametrize("stage", STREAMS)
+async def test_a_broken_connection_frees_the_kv(tiny, stage):
+    async with serving(tiny) as served:
+        await STREAMS[stage](served)
+        assert served.kv_bytes(stage) > 0
+        await served.channel.close()
+        await eventually(lambda: served.kv_bytes(stage) == 0)
+
+
+async def test_kv_is_free_before_the_second_step_that_starts_after_the_cancel_was_seen(tiny, monkeypatch):
+    events = []
+    async with serving(tiny) as served:
+        engine = served.stages.engines["prior"]
+        forward, cancel = engine._forward, Session.cancel
+
+        def watched_forward(ready):
+            events.append(("step", served.kv_bytes("prior")))
+            return forward(ready)
+
+        def watched_cancel(session):
+            events.append(("cancel", served.kv_bytes("prior")))
+            cancel(session)
+
+        monkeypatch.setattr(engine, "_forward", watched_forward)
+        monkeypatch.setattr(Session, "cancel", watched_cancel)
+        stays = served.prior.Sample(served.run(**LONG))
+        await eventually(lambda: len(events) > 3)
+        alone = served.kv_bytes("prior")
+        leaves = served.prior.Sample(served.run(**LONG))
+        await eventually(lambda: served.kv_bytes("prior") == 2 * alone)
+        leaves.cancel()
+        await eventually(lambda: any(kind == "cancel" for kind, _ in events))
+        seen = [kind for kind, _ in events].index("cancel")
+        await eventually(lambda: len(events) > seen + 4)
+        stays.cancel()
+    assert events[seen][1] == 2 * alone
+    assert [held for _, held in events[seen + 2 : seen + 4]] == [alone, alone]
+
+
+async def test_a_deadline_is_kept_between_steps_and_frees_the_kv(tiny):
+    async with serving(tiny) as served:
+        started = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.prior.Sample(served.run(**LONG), timeout=0.3).read()
+        assert isinstance(error_from_rpc(caught.value), DeadlineExceeded)
+        assert time.monotonic() - started < 2
+        await eventually(lambda: served.kv_bytes("prior") == 0)
+
+
+async def test_one_session_too_many_is_refused_at_once_with_a_hint_and_harms_nobody(tiny):
+    limits = EngineLimits(max_context=512, max_running=1, max_waiting=1)
+    async with serving(tiny, limits) as served:
+        alone = [block.latents async for block in served.prior.Sample(served.run(blocks=20, steps=16))]
+        running = asyncio.ensure_future(_collect(served.prior.Sample(served.run(blocks=20, steps=16))))
+        await eventually(lambda: served.stages.engines["prior"].load().running == 1)
+        waiting = served.prior.Sample(served.run(blocks=1))
+        await eventually(lambda: served.stages.engines["prior"].load().waiting == 1)
+        started = time.monotonic()
+        error = await refused(served.prior.Sample(served.run(blocks=1)).read())
+        assert isinstance(error, Overloaded)
+        assert error.retry_after > 0
+        assert time.monotonic() - started < 1
+        assert await running == alone
+        assert (await waiting.read()).block_index == 0
+        refusals = {"stage": "prior", "reason": "queue"}
+        assert served.metrics.registry.get_sample_value("colaserve_refused_total", refusals) == 1
+
+
+async def _collect(call):
+    return [block.latents async for block in call]
+
+
+async def test_a_waiting_session_that_leaves_makes_room(tiny):
+    limits = EngineLimits(max_context=512, max_running=1, max_waiting=1)
+    async with serving(tiny, limits) as served:
+        running = await sampling(served)
+        waiting = served.prior.Sample(served.run(blocks=1))
+        engine = served.stages.engines["prior"]
+        await eventually(lambda: engine.load().waiting == 1)
+        waiting.cancel()
+        await eventually(lambda: engine.load().waiting == 0)
+        next_one = served.prior.Sample(served.run(blocks=1))
+        await eventually(lambda: engine.load().waiting == 1)
+        running.cancel()
+        assert (await next_one.read()).block_index == 0
+
+
+async def test_an_unread_stream_does_not_run_away_and_goes_on_when_read(tiny):
+    async with serving(tiny, EngineLimits(max_context=2048, run_ahead=2)) as served:
+        call = served.prior.Sample(served.run(blocks=500, steps=1))
+        seen = [block.block_index async for block in call]
+        assert seen == list(range(500))
+
+
+async def test_get_info_tells_model_limits_and_load(tiny):
+    async with serving(tiny) as served:
+        call = await sampling(served)
+        for stage, stub in (("encoder", served.encoder), ("prior", served.prior), ("decoder", served.decoder)):
+            info = await stub.GetInfo(_info_request(stage))
+            assert info.space == served.space
+            assert (info.model.latent_dim, info.model.block_size) == (served.shape.latent_dim, served.shape.block_size)
+            assert info.model.parameters > 0
+            assert info.limits.max_context == served.limits.max_context
+            assert info.limits.max_message_bytes == 4 << 20
+            assert (info.server.device, info.server.dtype) == ("cpu", "float32")
+            assert info.server.running == (1 if stage == "prior" else 0)
+        call.cancel()
+
+
+def _info_request(stage):
+    from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
+
+    module = {"encoder": encoder_pb2, "prior": prior_pb2, "decoder": decoder_pb2}[stage]
+    return getattr(module, f"{stage.title()}ServiceGetInfoRequest")()
+
+
+async def test_liveness_and_info_answer_while_every_place_is_taken(tiny):
+    limits = EngineLimits(max_context=512, max_running=1, max_waiting=0)
+    async with serving(tiny, limits) as served:
+        call = await sampling(served)
+        for _ in range(20):
+            assert isinstance(await refused(served.prior.Sample(served.run()).read()), Overloaded)
+        assert (await served.prior.GetInfo(_info_request("prior"), timeout=1)).server.running == 1
+        call.cancel()
+
+
+async def test_encoding_many_at_once_gives_what_one_by_one_gives(tiny):
+    async with serving(tiny, EngineLimits(max_context=256)) as served:
+        requests = [encoder_pb2.EncodeRequest(sequences=[{"ids": range(n, 2 * n)}]) for n in (1, 3, 8, 40, 100)]
+        alone = [await served.encoder.Encode(request) for request in requests]
+        together = await asyncio.gather(*(served.encoder.Encode(request) for request in requests))
+        for one, other in zip(alone, together, strict=True):
+            assert one.encodings[0].latents.values.shape == other.encodings[0].latents.values.shape
+        with suppress(grpc.aio.AioRpcError):
+            await served.encoder.Encode(requests[0], timeout=0.0001)
+        assert served.stages.engines["encoder"].load().running == 0

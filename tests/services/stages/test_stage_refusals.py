@@ -1,0 +1,177 @@
+"""What a caller can get wrong is INVALID_ARGUMENT (or FAILED_PRECONDITION), names the field, and costs nothing."""
+
+import grpc
+import pytest
+import torch
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_services.errors import InvalidRequest, ModelMismatch
+from colaserve_services.rpc import tensors
+from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.runtime.limits import EngineLimits
+
+from tests.services.stages.serving import eventually, serving
+
+NAN, HUGE = float("nan"), 2**32 - 1
+
+
+def tensor(*shape, value=0.0, **changes):
+    message = tensors.to_message(torch.full(shape, value))
+    for name, changed in changes.items():
+        setattr(message, name, changed)
+    return message
+
+
+def canvas(values, *spans):
+    return types_pb2.Canvas(latents={"values": values}, open=[types_pb2.Span(start=a, end=b) for a, b in spans])
+
+
+D, B, V = 16, 4, 512
+EIGHT = tensor(8, D)
+SAMPLE = {  # field -> what to set in an otherwise valid SampleRequest of two blocks
+    "canvas.latents.values.dtype": {"canvas": canvas(tensor(4, D, dtype=9))},
+    "canvas.latents.values.shape": {"canvas": canvas(tensor(4, D + 1))},
+    "canvas.latents.values.data": {"canvas": canvas(tensor(4, D, data=b"123"))},
+    "canvas.latents.values.data ": {"canvas": canvas(tensor(4, D, value=NAN))},
+    "canvas.latents.values.data  ": {"canvas": canvas(tensor(4, D, value=float("inf")), (0, 4))},
+    "canvas.open": {"canvas": canvas(EIGHT, (4, 4))},
+    "canvas.open ": {"canvas": canvas(EIGHT, (5, 3))},
+    "canvas.open  ": {"canvas": canvas(EIGHT, (4, 9))},
+    "canvas.open   ": {"canvas": canvas(EIGHT, (4, 6), (5, 8))},
+    "canvas.open    ": {"canvas": canvas(EIGHT, (4, HUGE))},
+    "max_blocks": {"max_blocks": 0},
+    "max_blocks ": {"max_blocks": HUGE},
+    "max_blocks  ": {"max_blocks": 65},
+    "max_blocks   ": {"canvas": canvas(tensor(16, D), (0, 1))},
+    "first_block": {"first_block": 1},
+    "first_block ": {"first_block": HUGE},
+    "sampler.steps": {"sampler": {"steps": 0}},
+    "sampler.steps ": {"sampler": {"steps": HUGE}},
+    "sampler.guidance_scale": {"sampler": {"guidance_scale": NAN}},
+    "sampler.guidance_scale ": {"sampler": {"guidance_scale": -1}},
+    "sampler.guidance_scale  ": {"sampler": {"guidance_scale": 1e38}},
+    "sampler.solver": {"sampler": {"solver": 77}},
+    "sampler.guidance_start": {"sampler": {"guidance_start": 1.5}},
+    "sampler.guidance_end": {"sampler": {"guidance_start": 0.25, "guidance_end": 0.5}},
+    "sampler.resamples": {"sampler": {"resamples": 0}},
+    "sampler.resamples ": {"noise": tensor(2, B, D), "sampler": {"resamples": 2}},
+    "seed.sample_id": {"seed": {"sample_id": 10_000}},
+    "seed.base_seed": {"seed": {"base_seed": 2**63}},
+    "seed.base_seed ": {"seed": {"base_seed": 2**63 - 1}},
+    "noise.shape": {"noise": tensor(3, B, D)},
+    "noise.data": {"noise": tensor(2, B, D, value=NAN)},
+    "noise_source": {"seed": None},
+}
+
+
+async def refusal(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return error_from_rpc(caught.value)
+
+
+def sample_request(changes):
+    fields = {"canvas": canvas(tensor(3, D)), "max_blocks": 2, "sampler": {"steps": 1}, "seed": {"base_seed": 1}}
+    fields |= changes
+    if "noise" in changes:
+        del fields["seed"]
+    return prior_pb2.SampleRequest(**{name: value for name, value in fields.items() if value is not None})
+
+
+async def test_sample_names_each_field_that_is_wrong(tiny):
+    async with serving(tiny) as served:
+        assert (served.shape.latent_dim, served.shape.block_size, served.shape.vocab_size) == (D, B, V)
+        for field, changes in SAMPLE.items():
+            error = await refusal(served.prior.Sample(sample_request(changes)).read())
+            assert (type(error), getattr(error, "field", "")) == (InvalidRequest, field.strip()), str(error)
+        error = await refusal(served.prior.Sample(sample_request({"max_blocks": 65})).read())
+        assert "65" in str(error)
+        assert "256" in str(error) or "64" in str(error)
+        await eventually(lambda: served.kv_bytes("prior") == 0)
+        blocks = [block.block_index async for block in served.prior.Sample(sample_request({}))]
+        assert blocks == [0, 1]
+
+
+async def test_latents_of_another_space_are_a_failed_precondition_everywhere(tiny):
+    async with serving(tiny) as served:
+        foreign = types_pb2.Latents(values=tensor(B, D), space="0123456789abcdef")
+        request = sample_request({"canvas": types_pb2.Canvas(latents=foreign)})
+        assert isinstance(await refusal(served.prior.Sample(request).read()), ModelMismatch)
+        for messages in ([{"open": {"prefix": foreign}}], [{"open": {}}, {"block": foreign}]):
+            assert isinstance(await refusal(decode(served, messages)), ModelMismatch)
+
+
+async def decode(served, messages):
+    """The last response of a Decode stream of these messages."""
+
+    async def requests():
+        for message in messages:
+            yield decoder_pb2.DecodeRequest(**message)
+
+    return [response async for response in served.decoder.Decode(requests())]
+
+
+BLOCK = {"block": {"values": tensor(B, D)}}
+DECODE = {
+    "request": [],
+    "request ": [{}],
+    "request  ": [BLOCK],
+    "request   ": [{"open": {}}, {"open": {}}],
+    "request    ": [{"open": {}}, {}],
+    "open.prefix": [{"open": {"prefix": {"values": tensor(3, D)}}}],
+    "open.prefix.values.shape": [{"open": {"prefix": {"values": tensor(4, D + 1)}}}],
+    "open.prefix.values.data": [{"open": {"prefix": {"values": tensor(4, D, value=NAN)}}}],
+    "open.max_latents": [{"open": {"prefix": {"values": EIGHT}, "max_latents": 4}}],
+    "open.max_latents ": [{"open": {"max_latents": 3}}],
+    "open.max_latents  ": [{"open": {"max_latents": HUGE // 4 * 4}}],
+    "open.history_ids": [{"open": {"history_ids": [1, 2, 3]}}],
+    "open.history_ids ": [{"open": {"history_ids": [1, 2, 3, V]}}],
+    "open.top_logprobs": [{"open": {"top_logprobs": 21}}],
+    "open.target_ids": [{"open": {"target_ids": [HUGE]}}],
+    "open.target_ids ": [{"open": {"max_latents": 4, "target_ids": [1] * 5}}],
+    "sampling.temperature": [{"open": {"sampling": {"temperature": NAN}}}],
+    "sampling.temperature ": [{"open": {"sampling": {"temperature": 101}}}],
+    "sampling.top_p": [{"open": {"sampling": {"top_p": 0}}}],
+    "sampling.repetition_penalty": [{"open": {"sampling": {"repetition_penalty": 0}}}],
+    "block.values.shape": [{"open": {}}, {"block": {"values": tensor(3, D)}}],
+    "block.values.dtype": [{"open": {}}, {"block": {}}],
+    "block.values.data": [{"open": {}}, {"block": {"values": tensor(B, D, value=NAN)}}],
+    "block": [{"open": {"max_latents": 4}}, BLOCK, BLOCK],
+}
+
+
+async def test_decode_names_each_field_that_is_wrong(tiny):
+    async with serving(tiny) as served:
+        for field, messages in DECODE.items():
+            error = await refusal(decode(served, messages))
+            assert (type(error), getattr(error, "field", "")) == (InvalidRequest, field.strip()), str(error)
+        assert len(await decode(served, [{"open": {"max_latents": 8}}, BLOCK, BLOCK])) == 2
+        await eventually(lambda: served.kv_bytes("decoder") == 0)
+
+
+ENCODE = {
+    "sequences": {},
+    "sequences ": {"sequences": [{"ids": [1]}] * 257},
+    "sequences[1]": {"sequences": [{"ids": [1]}, {"ids": []}]},
+    "sequences[0]": {"sequences": [{"ids": [1] * 257}]},
+    "sequences[0].ids": {"sequences": [{"ids": [1, V]}]},
+    "sequences[1].ids": {"sequences": [{"ids": [1]}, {"ids": [HUGE]}]},
+}
+
+
+async def test_encode_names_each_field_that_is_wrong(tiny):
+    async with serving(tiny, EngineLimits(max_context=256)) as served:
+        for field, changes in ENCODE.items():
+            error = await refusal(served.encoder.Encode(encoder_pb2.EncodeRequest(**changes)))
+            assert (type(error), getattr(error, "field", "")) == (InvalidRequest, field.strip()), str(error)
+        assert await served.encoder.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}] * 256))
+
+
+async def test_half_precision_is_accepted(tiny):
+    async with serving(tiny) as served:
+        for dtype, name in ((torch.bfloat16, "DATA_TYPE_BFLOAT16"), (torch.float16, "DATA_TYPE_FLOAT16")):
+            values = torch.randn(B, D).to(dtype)
+            half = types_pb2.Tensor(dtype=name, shape=[B, D], data=values.view(torch.uint16).numpy().tobytes())
+            whole = tensors.to_message(values)
+            both = [sample_request({"canvas": canvas(message), "max_blocks": 1}) for message in (half, whole)]
+            one, other = [[b.latents.values.data async for b in served.prior.Sample(r)] for r in both]
+            assert one == other
