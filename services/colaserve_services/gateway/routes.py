@@ -34,8 +34,8 @@ _EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 
 Seconds = Annotated[
     float | None,
-    Header(alias=DEADLINE_HEADER, gt=0, allow_inf_nan=False, description="Deadline in seconds from the arrival."),
-]
+    Header(alias=DEADLINE_HEADER, gt=0, allow_inf_nan=False, include_in_schema=False),
+]  # not in the document, since OpenAI's clients know no such header; docs/gateway.md has it
 
 
 def generation_routes(gateway: Gateway) -> APIRouter:

@@ -1,0 +1,144 @@
+"""Clients of OpenAI's API, unmodified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import openai
+import pytest
+from colaserve_services.errors import Overloaded
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.rpc.auth import Keys
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_openai import ChatOpenAI, OpenAI
+
+from tests.services.gateway.fake_generation import SAYS
+from tests.services.gateway.running_gateway import Running, eventually
+
+MODEL = "fake/cola"
+
+
+@pytest.fixture
+async def keyed(start) -> Running:
+    return await start(GatewaySettings(keys=Keys(["secret"])))
+
+
+@pytest.fixture
+async def client(keyed: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{keyed.url}/v1", api_key="secret", max_retries=0) as made:
+        yield made
+
+
+async def test_openai_chats_and_reads_the_usage(client: openai.AsyncOpenAI):
+    answer = await client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Hi"}],
+        max_completion_tokens=200,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert answer.choices[0].message.content == SAYS
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 2
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.content is not None
+    assert answer.choices[0].logprobs.content[0].top_logprobs[1].token == "!"
+
+
+async def test_openai_streams_a_chat_with_its_usage(client: openai.AsyncOpenAI):
+    stream = await client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=200, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == SAYS
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len(SAYS.encode())
+
+
+async def test_openais_stream_helper_ends_with_the_whole_answer(client: openai.AsyncOpenAI):
+    messages = [{"role": "user", "content": "Hi"}]
+    async with client.chat.completions.stream(model=MODEL, messages=messages, max_tokens=200) as stream:  # type: ignore[arg-type]
+        async for _ in stream:
+            pass
+        answer = await stream.get_final_completion()
+    assert answer.choices[0].message.content == SAYS
+    assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_openai_completes_prompts_and_takes_our_fields(client: openai.AsyncOpenAI, keyed: Running):
+    answer = await client.completions.create(
+        model=MODEL, prompt=["a", "b"], n=2, logprobs=1, max_tokens=8, extra_body={"steps": 3, "solver": "ab2"}
+    )
+    assert [choice.text for choice in answer.choices] == [SAYS[:8]] * 4
+    assert keyed.fake.seen[0].request.sampler.steps == 3
+
+
+async def test_the_synchronous_client_does_the_same(keyed: Running):
+    def ask() -> tuple[str, str, list[str]]:
+        with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="secret", max_retries=0) as sync:
+            whole = sync.completions.create(model=MODEL, prompt="x", max_tokens=200).choices[0].text
+            stream = sync.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
+            return whole, "".join(chunk.choices[0].text for chunk in stream), [one.id for one in sync.models.list()]
+
+    assert await asyncio.to_thread(ask) == (SAYS, SAYS, [MODEL])
+
+
+async def test_leaving_openais_stream_cancels_the_generation(client: openai.AsyncOpenAI, keyed: Running):
+    keyed.fake.says = "ever and " * 10_000
+    stream = await client.completions.create(model=MODEL, prompt="x", max_tokens=90_000, stream=True)
+    async for _ in stream:
+        break
+    await stream.close()
+    await eventually(lambda: keyed.fake.running == 0)
+    assert keyed.fake.seen[0].cancelled
+
+
+async def test_openais_errors_are_raised_with_their_param(client: openai.AsyncOpenAI, keyed: Running):
+    chat = client.chat.completions.create
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(openai.BadRequestError) as bad:
+        await chat(model=MODEL, messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])  # type: ignore[call-overload]
+    assert bad.value.param == "tools"
+    with pytest.raises(openai.NotFoundError):
+        await chat(model="gpt-4", messages=messages)  # type: ignore[call-overload]
+    with pytest.raises(openai.AuthenticationError):
+        await client.with_options(api_key="wrong").models.list()
+    keyed.fake.failure = Overloaded("full", 7)
+    with pytest.raises(openai.RateLimitError) as full:
+        await chat(model=MODEL, messages=messages)  # type: ignore[call-overload]
+    assert full.value.response.headers["retry-after"] == "7"
+
+
+async def test_an_error_in_the_middle_of_a_stream_is_raised(client: openai.AsyncOpenAI, keyed: Running):
+    keyed.fake.failure, keyed.fake.fail_after = Overloaded("full"), 2
+    stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
+    with pytest.raises(openai.APIError, match="full"):
+        async for _ in stream:
+            pass
+
+
+async def test_the_id_of_a_request_is_the_clients_too(client: openai.AsyncOpenAI, keyed: Running):
+    models = await client.models.with_raw_response.list()
+    assert models.headers["x-request-id"]
+    answer = await client.completions.create(model=MODEL, prompt="x", extra_headers={"x-request-id": "mine"})
+    assert answer._request_id == "mine"
+    assert keyed.fake.seen[-1].told("x-request-id") == "mine"
+
+
+async def test_langchain_chats_streams_and_batches(keyed: Running):
+    chat = ChatOpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200, temperature=0)  # type: ignore[arg-type,call-arg]
+    answer = await chat.ainvoke([SystemMessage("Be short."), HumanMessage("Hi")])
+    assert answer.content == SAYS
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] == len(SAYS.encode())
+    assert keyed.fake.seen[0].request.prompt == "System: Be short.\nUser: Hi\nAssistant:"
+    assert "".join([str(chunk.content) async for chunk in chat.astream("Hi")]) == SAYS
+    assert [one.content for one in await chat.abatch(["a", "b", "c"])] == [SAYS] * 3
+
+
+async def test_langchain_completes_as_a_plain_model(keyed: Running):
+    model = OpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200)  # type: ignore[arg-type,call-arg]
+    assert await model.ainvoke("Hi") == SAYS
+    assert "".join([chunk async for chunk in model.astream("Hi")]) == SAYS
