@@ -22,6 +22,7 @@ from colaserve_services.coordinator.stages import Model, Stages
 from colaserve_services.text import Tokenizer
 
 SIDE_BY_SIDE: Final = 8  # runs of one call at once
+ENCODED_AT_ONCE: Final = 16  # sequences of one call at once
 LONG_TEXT: Final = 16_384  # characters; longer ones are tokenized off the event loop
 
 T = TypeVar("T")
@@ -48,14 +49,23 @@ class Core:
     async def encode(
         self, sequences: Sequence[Sequence[int]], call: Call, with_variance: bool = False
     ) -> encoder_pb2.EncodeResponse:
-        """The encoder's answer, tried again where a replica fails."""
-        request = encoder_pb2.EncodeRequest(
-            sequences=[types_pb2.TokenIds(ids=ids) for ids in sequences], with_variance=with_variance
-        )
-        attempts = self.attempts("encoder", call)
+        """The encodings of all sequences, a few at a time, so that one call does not fill the encoder's queue."""
+        whole, attempts = encoder_pb2.EncodeResponse(), self.attempts("encoder", call)
+        for start in range(0, len(sequences), ENCODED_AT_ONCE):
+            part = await self._encode(sequences[start : start + ENCODED_AT_ONCE], with_variance, attempts)
+            whole.encodings.extend(part.encodings)
+            add_timing(whole.timing, part.timing)
+        return whole
+
+    async def _encode(
+        self, sequences: Sequence[Sequence[int]], with_variance: bool, attempts: Attempts
+    ) -> encoder_pb2.EncodeResponse:
+        ids = [types_pb2.TokenIds(ids=sequence) for sequence in sequences]
+        request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance)
         while True:
             try:
-                response: encoder_pb2.EncodeResponse = await self.stages.encoder.Encode(request, timeout=call.left())
+                timeout = attempts.call.left()
+                response: encoder_pb2.EncodeResponse = await self.stages.encoder.Encode(request, timeout=timeout)
                 self._check(response, sequences, with_variance)
                 attempts.progressed()
                 return response
@@ -83,14 +93,16 @@ class Core:
         call: Call,
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
+        patient: bool = False,
     ) -> DecoderRun:
-        """A run of the decoder."""
-        attempts = self.attempts("decoder", call)
+        """A run of the decoder. `patient`: it belongs to a call that has got on already, so it waits for an overloaded
+        decoder where it would else be refused."""
+        attempts = self.attempts("decoder", call, patient)
         return DecoderRun(self.stages.decoder, self.model, prefix, blocks, sampling, attempts, top_logprobs, target_ids)
 
-    def attempts(self, stage: str, call: Call) -> Attempts:
+    def attempts(self, stage: str, call: Call, patient: bool = False) -> Attempts:
         """The retry policy of one run."""
-        return Attempts(stage, call, self.limits.attempts, self.observer)
+        return Attempts(stage, call, self.limits.attempts, self.observer, resuming=patient)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""

@@ -41,7 +41,7 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
         check_size(core, "points", request.points * len(start))
         points = [between(start, end, float(weight)) for weight in weights]
         messages = [arrays.latents_to_message(point, core.model.space) for point in points]
-        decoded = await side_by_side([decode_all(core, message, sampling, call) for message in messages])
+        decoded = await side_by_side([decode_all(core, message, sampling, call, patient=True) for message in messages])
     for weight, latents, one in zip(weights, messages, decoded, strict=True):
         ids = core.tokenizer.before_end(one.ids)
         response.points.add(weight=weight, latents=latents, text=core.tokenizer.decode(ids), token_ids=ids)

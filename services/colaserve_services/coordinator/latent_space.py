@@ -103,7 +103,7 @@ async def reconstruct(core: Core, request: pb.ReconstructRequest, call: Call) ->
     async with core.admission.slot(call):
         answer = await core.encode(ids, call)
         works = [
-            decode_all(core, encoding.latents, sampling, call, targets=one)
+            decode_all(core, encoding.latents, sampling, call, targets=one, patient=True)
             for encoding, one in zip(answer.encodings, ids, strict=True)
         ]
         decoded = await side_by_side(works)
@@ -133,6 +133,7 @@ async def decode_all(
     call: Call,
     top_logprobs: int = 0,
     targets: Sequence[int] = (),
+    patient: bool = False,
 ) -> Decoded:
     """Decode latents (n, d), float32, from the beginning; the last block is filled with zeros."""
     model, positions = core.model, rows.count(latents)
@@ -140,7 +141,7 @@ async def decode_all(
     filling = rows.zeros(blocks * model.block_size - positions, model.latent_dim, model.space)
     whole = rows.join([latents, filling], model.latent_dim, model.space)
     out = Decoded()
-    async with core.decoder(core.no_latents(), blocks, sampling, call, top_logprobs, targets) as decoder:
+    async with core.decoder(core.no_latents(), blocks, sampling, call, top_logprobs, targets, patient) as decoder:
         for index in range(blocks):
             block = rows.take(whole, index * model.block_size, (index + 1) * model.block_size)
             answer = await decoder.decode(block)

@@ -1,0 +1,249 @@
+"""The recorded tokens and texts come out of GenerationService, with real engines behind real sockets or in process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc, types_pb2
+from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.rpc import arrays
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import ServerSettings
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.text import Tokenizer
+
+from tests.services.stages.serving import Served, eventually, serving
+
+pb = latent_service_pb2
+
+
+@dataclass
+class System:
+    """A golden checkpoint behind a coordinator."""
+
+    coordinator: Coordinator
+    tokenizer: Tokenizer
+    generation: Any
+    latents: Any
+    stages: Served
+
+    async def generate(self, **fields: Any) -> list[generation_pb2.GenerateResponse]:
+        return [response async for response in self.generation.Generate(generation_pb2.GenerateRequest(**fields))]
+
+
+@asynccontextmanager
+async def system(golden: Any, split: bool) -> AsyncIterator[System]:
+    """`split`: stages and coordinator each behind a socket; else all called in process."""
+    async with serving(golden, EngineLimits(max_context=256)) as served:
+        tokenizer = Tokenizer.open(golden.directory / "tokenizer.json", served.shape.vocab_size)
+        services = served.stages.services
+        fused = {name: InProcessStub(services[name]) for name in ("encoder", "prior", "decoder")}
+        stubs = {name: getattr(served, name) for name in fused} if split else fused
+        coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_context=256))
+        await coordinator.connect()
+        servicers = GenerationServicer(coordinator), LatentServicer(coordinator)
+        if not split:
+            yield System(coordinator, tokenizer, *map(InProcessStub, servicers), served)
+            return
+        server = RpcServer(ServerSettings(), Metrics())
+        for servicer in servicers:
+            server.add(servicer)
+        port = await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                generation = generation_pb2_grpc.GenerationServiceStub(channel)
+                yield System(
+                    coordinator, tokenizer, generation, latent_service_pb2_grpc.LatentServiceStub(channel), served
+                )
+        finally:
+            await server.stop()
+
+
+def recorded(case: dict[str, Any], sample_id: int, budget: int) -> dict[str, Any]:
+    """The request that a recorded generation came from."""
+    params = case["params"]
+    return {
+        "prompt": case["prompts"][sample_id],
+        "max_new_tokens": budget,
+        "sampler": {"steps": params["timestep_num"], "guidance_scale": params["guidance_scale"]},
+        "sampling": {"repetition_penalty": params.get("repetition_penalty", 1.1), "temperature": 0},
+        "seed": {"base_seed": case["noise_base_seed"], "sample_id": sample_id},
+        "ignore_end": True,
+    }
+
+
+def ids_of(responses: list[Any]) -> list[int]:
+    return [id_ for response in responses for id_ in response.token_ids]
+
+
+def text_of(responses: list[Any]) -> str:
+    return "".join(response.text for response in responses)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+async def test_every_recorded_text_is_written_again_eight_at_once(golden, split: bool):
+    async with system(golden, split) as served:
+        for case in golden.meta["cases"]:
+            wanted = case["tokens"]
+            work = [served.generate(**recorded(case, s, len(ids))) for s, ids in enumerate(wanted)]
+            for responses, ids, text in zip(await asyncio.gather(*work), wanted, case["texts"], strict=True):
+                assert ids_of(responses) == ids
+                assert text_of(responses) == text
+                assert responses[-1].usage.completion_tokens == len(ids)
+
+
+@pytest.mark.parametrize("extra", [-9, -1, 1, 7])
+async def test_the_tokens_agree_as_far_as_both_go_whatever_the_budget(tiny, extra: int):
+    case = tiny.meta["cases"][0]
+    async with system(tiny, split=False) as served:
+        for sample_id, wanted in enumerate(case["tokens"]):
+            ids = ids_of(await served.generate(**recorded(case, sample_id, len(wanted) + extra)))
+            assert len(ids) == len(wanted) + extra
+            common = min(len(ids), len(wanted))
+            assert ids[:common] == wanted[:common]
+
+
+async def test_recorded_latents_come_with_latents(tiny):
+    case = tiny.meta["cases"][0]
+    async with system(tiny, split=True) as served:
+        responses = await served.generate(**recorded(case, 3, 15), with_latents=True)
+    for index, response in enumerate(responses):
+        wanted = tiny.tensors[f"gen0.block_latents.{index}"][3].numpy()
+        got = arrays.from_message(response.latents.values, "latents", wanted.shape)
+        assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 2e-5
+
+
+async def test_a_resumed_run_writes_the_recorded_text(tiny):
+    """Both streams are cut after a block by the coordinator's own hand; the rest comes from new sessions."""
+    case = tiny.meta["cases"][0]
+    async with system(tiny, split=True) as served:
+        cut = _Cutting(served.stages.prior.Sample), _Cutting(served.stages.decoder.Decode)
+        served.stages.prior.Sample, served.stages.decoder.Decode = cut
+        for sample_id, wanted in enumerate(case["tokens"]):
+            responses = await served.generate(**recorded(case, sample_id, len(wanted)))
+            assert ids_of(responses) == wanted
+            assert text_of(responses) == case["texts"][sample_id]
+        assert all(cutting.cuts >= 5 for cutting in cut)
+
+
+class _Cutting:
+    """Lets every other call break after two messages, as a dying replica does."""
+
+    def __init__(self, method: Any):
+        self._method, self._calls, self.cuts = method, 0, 0
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self._calls += 1
+        call = self._method(*args, **more)
+        return _Cut(call, self) if self._calls % 2 else call
+
+
+class _Cut:
+    def __init__(self, call: Any, owner: _Cutting):
+        self._call, self._owner, self._left = call, owner, 2
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        async for message in self._call:
+            self._count()
+            yield message
+
+    async def read(self) -> Any:
+        self._count()
+        return await self._call.read()
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            self._owner.cuts += 1
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "cut", "")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "a", "four", "a\0b", "😀 is a face", "日本語", "say <|im_end|> <|pad|>", "The " * 120]
+)
+async def test_any_prompt_gives_exactly_the_tokens_asked_for(tiny, prompt: str):
+    async with system(tiny, split=False) as served:
+        responses = await served.generate(prompt=prompt, max_new_tokens=6, ignore_end=True, sampler={"steps": 2})
+    assert len(ids_of(responses)) == 6
+    assert text_of(responses) == served.tokenizer.decode(ids_of(responses))
+
+
+async def test_a_sampled_text_repeats_with_its_seed_and_differs_with_another(tiny):
+    hot = {"prompt": "The", "max_new_tokens": 12, "sampling": {"temperature": 1.0}, "ignore_end": True}
+    async with system(tiny, split=False) as served:
+        first = await served.generate(**hot, seed={"base_seed": 1})
+        again = await served.generate(**hot, seed={"base_seed": 1})
+        hotter = {**hot, "sampling": {"temperature": 1.0, "seed": 5}}
+        other = await served.generate(**hotter, seed={"base_seed": 1})
+    assert ids_of(first) == ids_of(again) != ids_of(other)
+
+
+async def test_a_client_that_goes_away_frees_all_kv(tiny):
+    async with system(tiny, split=True) as served:
+        call = served.generation.Generate(
+            generation_pb2.GenerateRequest(prompt="The", max_new_tokens=200, ignore_end=True)
+        )
+        await call.read()
+        assert served.stages.kv_bytes("prior") > 0
+        call.cancel()
+        await eventually(lambda: served.stages.kv_bytes("prior") == served.stages.kv_bytes("decoder") == 0)
+
+
+async def test_the_latent_calls_work_on_a_real_model(golden):
+    async with system(golden, split=False) as served:
+        texts = golden.meta["cases"][0]["prompts"]
+        encoded = await served.latents.EncodeText(pb.EncodeTextRequest(texts=texts, with_variance=True))
+        rebuilt = await served.latents.Reconstruct(pb.ReconstructRequest(texts=texts))
+        for encoding, one in zip(encoded.encodings, rebuilt.reconstructions, strict=True):
+            decoded = await served.latents.DecodeLatents(
+                pb.DecodeLatentsRequest(
+                    latents=encoding.latents, token_count=len(encoding.token_ids), target_ids=encoding.token_ids
+                )
+            )
+            assert list(decoded.token_ids) == list(one.token_ids)
+            bits = -np.mean(decoded.target_logprobs) / np.log(2)
+            assert bits == pytest.approx(one.bits_per_token, rel=1e-5)
+        ends = {"start": {"text": texts[0]}, "end": {"text": texts[3]}, "points": 3}
+        points = (await served.latents.Interpolate(pb.InterpolateRequest(**ends))).points
+        assert points[-1].token_ids == served.tokenizer.before_end(rebuilt.reconstructions[3].token_ids)
+        assert points[0].latents.values.shape == points[2].latents.values.shape
+
+
+async def test_sampled_latents_are_those_of_a_generation(tiny):
+    case = tiny.meta["cases"][0]
+    request = recorded(case, 1, 13)
+    async with system(tiny, split=False) as served:
+        generated = await served.generate(**request, with_latents=True)
+        encoded = await served.latents.EncodeText(pb.EncodeTextRequest(texts=[request["prompt"]]))
+        sampling = pb.SampleLatentsRequest(
+            prefix=encoded.encodings[0].latents, max_blocks=4, sampler=request["sampler"], seed=request["seed"]
+        )
+        sampled = [block.latents async for block in served.latents.SampleLatents(sampling)]
+    assert sampled == [response.latents for response in generated]
+
+
+@pytest.mark.parametrize("resamples", [1, 3])
+async def test_infilling_a_real_model_keeps_the_kept_text(golden, resamples: int):
+    kept = ["A guardian ", " walked in", " 😀.\0"]
+    segments = [{"text": kept[0]}, {"token_count": 5}, {"text": kept[1]}, {"token_count": 2}, {"text": kept[2]}]
+    request = pb.InfillRequest(
+        segments=[pb.InfillSegment(**segment) for segment in segments],
+        sampler=types_pb2.Sampler(steps=4, resamples=resamples),
+        seed=types_pb2.NoiseSeed(base_seed=4),
+    )
+    async with system(golden, split=False) as served:
+        response = await served.latents.Infill(request)
+        again = await served.latents.Infill(request)
+    assert [response.segments[i] for i in (0, 2, 4)] == kept
+    assert response == again or response.token_ids == again.token_ids
