@@ -12,13 +12,14 @@ from colaserve_client.results import ModelInfo
 from colaserve_client.settings import Retry
 
 ATTEMPTS = 10  # a run presses as hard as it is told to: an overloaded server is waited for
+FIRST_CONTACT = 5.0  # seconds until a server that is not there is given up
 TIMEOUT = 600.0  # seconds for one answer, all attempts together
 
 
 class Client(Model, Reconstructor, Protocol):
     """What the verbs need of a client; `colaserve_client.AsyncClient` is one."""
 
-    async def info(self) -> ModelInfo:
+    async def info(self, *, timeout: float | None) -> ModelInfo:  # noqa: ASYNC109 - a gRPC deadline
         """Who answers."""
 
 
@@ -35,7 +36,7 @@ class Connector:
 
 async def identity(client: Client) -> dict[str, Any]:
     """What in a run's settings tells one served model from another, its defaults and compute dtype included."""
-    info = await client.info()
+    info = await client.info(timeout=FIRST_CONTACT)
     return {
         "name": info.name,
         "space": info.space,

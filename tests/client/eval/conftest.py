@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
-
 from colaserve_client.errors import Unavailable
 from colaserve_client.eval.commands import evaluate
 from colaserve_client.eval.connect import Connector
@@ -47,7 +46,7 @@ class FakeClient:
         self.asked.append(("", {"texts": len(texts)}))
         return [_round_trip(text) for text in texts]
 
-    async def info(self) -> SimpleNamespace:
+    async def info(self, **options: object) -> SimpleNamespace:
         return SimpleNamespace(
             name=self.name,
             space="0123456789abcdef",

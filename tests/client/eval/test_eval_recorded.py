@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from colaserve_client.eval.commands import evaluate
 from colaserve_client.eval.records import read_outputs
 from colaserve_client.eval.templates import load_template
