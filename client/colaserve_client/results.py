@@ -1,6 +1,6 @@
 """What calls return: small frozen dataclasses, built from the messages by `responses.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from colaserve_client.arrays import FloatArray
@@ -96,7 +96,7 @@ class TextEncoding:
     """An encoded text."""
 
     latents: Latents
-    log_variance: FloatArray | None  # same shape as the latents, when asked for
+    log_variance: FloatArray | None = field(compare=False)  # same shape as the latents, when asked for
     token_ids: tuple[int, ...]
 
 
@@ -159,7 +159,7 @@ class SequenceEncoding:
     """What the encoder made of one sequence of token ids."""
 
     latents: Latents
-    log_variance: FloatArray | None
+    log_variance: FloatArray | None = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class DecodedBlock:
 
     token_ids: tuple[int, ...]  # B * P
     logprobs: tuple[TokenLogprobs, ...]
-    logits: FloatArray | None  # (B * P, vocab_size), when asked for
+    logits: FloatArray | None = field(compare=False)  # (B * P, vocab_size), when asked for
     target_logprobs: tuple[float, ...]
     timing: Timing
 

@@ -55,7 +55,7 @@ class Retry:
 class Connection:
     """How the connection is kept."""
 
-    keepalive: float = 300.0  # seconds between pings on a silent connection; servers may refuse more frequent ones
+    keepalive: float = 60.0  # seconds between pings on a silent connection; servers may refuse more frequent ones
     keepalive_timeout: float = 20.0  # seconds without an answer to a ping after which the connection is broken
     idle: float = 1800.0  # seconds without a call after which it is closed; the next call opens it again
     max_message_bytes: int = 64 * _MIB  # of one message, either way

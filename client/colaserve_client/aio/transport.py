@@ -5,7 +5,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -208,7 +208,7 @@ class AsyncExchange(Generic[Q, R]):
             if answer is _EOF:
                 raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
             self._received = True
-            return answer  # type: ignore[no-any-return]
+            return cast(R, answer)
 
     async def _write_and_read(self, request: Q) -> Any:
         if self._call is None:

@@ -234,14 +234,14 @@ class Exchange(Generic[Q, R]):
             if self._closed:
                 raise Cancelled("the session is closed", Details(request_id=self.request_id))
             try:
-                answer = self._write_and_read(request)
+                answer: R = self._write_and_read(request)
             except grpc.RpcError as failure:
                 self._again(failure)
                 continue
             except StopIteration:
                 raise ServerError("the session ended without an answer", Details(request_id=self.request_id)) from None
             self._received = True
-            return answer  # type: ignore[no-any-return]
+            return answer
 
     def _write_and_read(self, request: Q) -> Any:
         if self._call is None:

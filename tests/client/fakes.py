@@ -1,0 +1,399 @@
+"""A real gRPC server with tiny deterministic services: a token is a byte, its latent is (byte, 0), the prior writes a
+fixed story. `Behaviour` makes it fail, wait, and tell what reached it."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import numpy as np
+from colaserve.v1 import (
+    decoder_pb2,
+    decoder_pb2_grpc,
+    encoder_pb2,
+    encoder_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    latent_service_pb2,
+    latent_service_pb2_grpc,
+    prior_pb2,
+    prior_pb2_grpc,
+    types_pb2,
+)
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+SPACE = "0123456789abcdef"
+STORY = b" there was a fox that wrote."
+BLOCK = 4
+TIMING = types_pb2.Timing(queue_us=1, compute_us=2)
+SHAPE = types_pb2.ModelShape(
+    latent_dim=2, block_size=BLOCK, vae_block_size=BLOCK, patch_size=1, vocab_size=256, parameters=1000
+)
+LIMITS = types_pb2.Limits(max_context=64, max_message_bytes=1 << 26, max_running=4, max_waiting=8, kv_bytes=1 << 20)
+SERVER = types_pb2.ServerInfo(version="0.0.0", device="cpu", dtype="float32", running=1, waiting=2, kv_bytes_used=512)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status that a call ends with."""
+
+    code: grpc.StatusCode
+    message: str = "it failed"
+    field: str = ""
+    retry_after: float | None = None
+
+    def abort(self, context: grpc.ServicerContext) -> None:
+        details = []
+        if self.field:
+            violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
+            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        if self.retry_after is not None:
+            delay = duration_pb2.Duration(nanos=int(self.retry_after * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        context.abort_with_status(rpc_status.to_status(status))
+
+
+def invalid(name: str, message: str) -> Failure:
+    return Failure(grpc.StatusCode.INVALID_ARGUMENT, f"{name}: {message}", name)
+
+
+@dataclass
+class Behaviour:
+    """What the fakes do beside their work, and what they saw."""
+
+    failures: deque[Failure] = field(default_factory=deque)  # the next calls end with these, one each
+    fail_after: dict[int, Failure] = field(default_factory=dict)  # a stream ends with this after so many messages
+    wait_after: int | None = None  # a stream stands still after so many messages, until it is cancelled or `go_on`
+    go_on: threading.Event = field(default_factory=threading.Event)
+    calls: int = 0
+    running: int = 0
+    most_running: int = 0
+    cancelled: int = 0  # streams that ended because the client left, or its deadline passed
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def enter(self, request: Any, context: grpc.ServicerContext) -> None:
+        with self.lock:
+            self.calls += 1
+            self.metadata.append(dict(context.invocation_metadata()))
+            self.requests.append(request)
+            failure = self.failures.popleft() if self.failures else None
+        if failure is not None:
+            failure.abort(context)
+
+    def messages(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        """Pass a stream's messages on, with the failures and pauses asked for."""
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        with self.lock:
+            self.running += 1
+            self.most_running = max(self.running, self.most_running)
+        finished = False
+        try:
+            for index, message in enumerate(messages):
+                if index in self.fail_after:
+                    self.fail_after[index].abort(context)
+                while self.wait_after == index and not ended.is_set() and not self.go_on.wait(0.01):
+                    pass
+                if ended.is_set():
+                    return
+                yield message
+            finished = True
+        finally:
+            with self.lock:
+                self.running -= 1
+                self.cancelled += not finished and ended.is_set()
+
+
+def latents_of(ids: Any) -> types_pb2.Latents:
+    values = np.array([[token, 0.0] for token in ids], np.float32).reshape(-1, 2)
+    tensor = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
+    return types_pb2.Latents(values=tensor, space=SPACE)
+
+
+def ids_of(latents: types_pb2.Latents, context: grpc.ServicerContext) -> list[int]:
+    if latents.space not in ("", SPACE):
+        Failure(grpc.StatusCode.FAILED_PRECONDITION, f"latents of space {latents.space}, expected {SPACE}").abort(
+            context
+        )
+    values = np.frombuffer(latents.values.data, np.float32).reshape(-1, 2)
+    return [round(float(token)) for token in values[:, 0]]
+
+
+def text_of(ids: Any) -> str:
+    return bytes(ids).decode("utf-8", "replace")
+
+
+def tops(ids: Any, count: int) -> list[types_pb2.TopLogprobs]:
+    return [types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[-0.5] * count) for token in ids if count]
+
+
+class Generation(generation_pb2_grpc.GenerationServiceServicer):
+    def __init__(self, behaviour: Behaviour):
+        self.behaviour = behaviour
+
+    def Generate(self, request, context):
+        self.behaviour.enter(request, context)
+        if request.HasField("max_new_tokens") and request.max_new_tokens < 1:
+            invalid("max_new_tokens", f"expected 1 or more, got {request.max_new_tokens}").abort(context)
+        yield from self.behaviour.messages(self._blocks(request), context)
+
+    def _blocks(self, request):
+        story, reason = STORY[: request.max_new_tokens or 32], types_pb2.FINISH_REASON_LENGTH
+        if len(story) < (request.max_new_tokens or 32):
+            reason = types_pb2.FINISH_REASON_STOP
+        for stop in request.stop:
+            if stop.encode() in story:
+                story, reason = story[: story.index(stop.encode())], types_pb2.FINISH_REASON_STOP
+        pieces = [story[start : start + BLOCK] for start in range(0, len(story), BLOCK)]
+        for piece in pieces[:-1]:
+            yield self._block(request, piece)
+        last = self._block(request, pieces[-1])
+        last.finish_reason = reason
+        prompt_tokens = len(request.prompt.encode()) or len(request.prompt_ids.ids)
+        last.usage.CopyFrom(
+            types_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(story), blocks=len(pieces))
+        )
+        last.seed.CopyFrom(request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234))
+        yield last
+
+    def _block(self, request, piece):
+        wanted = request.HasField("top_logprobs")
+        return generation_pb2.GenerateResponse(
+            text=text_of(piece),
+            token_ids=piece,
+            logprobs=[-0.25] * len(piece) if wanted else [],
+            top_logprobs=tops(piece, request.top_logprobs),
+            latents=latents_of(piece) if request.with_latents else None,
+            timing=TIMING,
+        )
+
+    def Tokenize(self, request, context):
+        self.behaviour.enter(request, context)
+        ids = request.text.encode()
+        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=[text_of([token]) for token in ids])
+
+    def Detokenize(self, request, context):
+        self.behaviour.enter(request, context)
+        return generation_pb2.DetokenizeResponse(text=text_of(request.token_ids))
+
+    def GetInfo(self, request, context):
+        self.behaviour.enter(request, context)
+        stage = {"serving": True, "server": SERVER, "limits": LIMITS, "space": SPACE, "target": "in-process"}
+        return generation_pb2.GenerationServiceGetInfoResponse(
+            model_name="fake",
+            model=SHAPE,
+            space=SPACE,
+            limits=LIMITS,
+            server=SERVER,
+            default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER),
+            default_sampling=types_pb2.Sampling(temperature=0, top_k=50),
+            default_max_new_tokens=32,
+            chat_frame="Question: {prompt} Answer:",
+            end_ids=[0],
+            pad_id=1,
+            stages=[generation_pb2.StageInfo(stage=name, **stage) for name in ("encoder", "prior", "decoder")],
+        )
+
+
+class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
+    def __init__(self, behaviour: Behaviour):
+        self.behaviour = behaviour
+
+    def EncodeText(self, request, context):
+        self.behaviour.enter(request, context)
+        if not all(request.texts):
+            invalid(f"texts[{list(request.texts).index('')}]", "must not be empty").abort(context)
+        ids = [text.encode() for text in request.texts]
+        return latent_service_pb2.EncodeTextResponse(
+            encodings=[
+                latent_service_pb2.TextEncoding(
+                    latents=latents_of(each),
+                    token_ids=each,
+                    log_variance=latents_of(each).values if request.with_variance else None,
+                )
+                for each in ids
+            ],
+            timing=TIMING,
+        )
+
+    def DecodeLatents(self, request, context):
+        self.behaviour.enter(request, context)
+        ids = ids_of(request.latents, context)[: request.token_count or None]
+        wanted = request.HasField("top_logprobs")
+        return latent_service_pb2.DecodeLatentsResponse(
+            text=text_of(ids),
+            token_ids=ids,
+            logprobs=[-0.25] * len(ids) if wanted else [],
+            top_logprobs=tops(ids, request.top_logprobs),
+            target_logprobs=[-0.75] * len(request.target_ids),
+            timing=TIMING,
+        )
+
+    def SampleLatents(self, request, context):
+        self.behaviour.enter(request, context)
+        seed = request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234)
+        blocks = (
+            latent_service_pb2.SampleLatentsResponse(
+                block_index=index, latents=latents_of(STORY[index * BLOCK :][:BLOCK]), timing=TIMING, seed=seed
+            )
+            for index in range(request.max_blocks)
+        )
+        yield from self.behaviour.messages(blocks, context)
+
+    def Interpolate(self, request, context):
+        self.behaviour.enter(request, context)
+        start, end = (
+            np.array(list(point.text.encode()) if point.text else ids_of(point.latents, context), float)
+            for point in (request.start, request.end)
+        )
+        points = []
+        for weight in np.linspace(0, 1, request.points):
+            ids = [round(token) for token in (1 - weight) * start + weight * end]
+            points.append(
+                latent_service_pb2.InterpolationPoint(
+                    weight=weight, latents=latents_of(ids), text=text_of(ids), token_ids=ids
+                )
+            )
+        return latent_service_pb2.InterpolateResponse(points=points, timing=TIMING)
+
+    def Infill(self, request, context):
+        self.behaviour.enter(request, context)
+        segments = [segment.text or "_" * segment.token_count for segment in request.segments]
+        return latent_service_pb2.InfillResponse(
+            text="".join(segments),
+            segments=segments,
+            token_ids="".join(segments).encode(),
+            usage=types_pb2.Usage(completion_tokens=sum(segment.token_count for segment in request.segments)),
+            seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
+            timing=TIMING,
+        )
+
+    def Reconstruct(self, request, context):
+        self.behaviour.enter(request, context)
+        return latent_service_pb2.ReconstructResponse(
+            reconstructions=[
+                latent_service_pb2.Reconstruction(
+                    text=text, token_ids=text.encode(), original_ids=text.encode(), token_accuracy=1, bits_per_token=0.5
+                )
+                for text in request.texts
+            ],
+            timing=TIMING,
+        )
+
+    def GetInfo(self, request, context):
+        self.behaviour.enter(request, context)
+        return latent_service_pb2.LatentServiceGetInfoResponse(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
+
+
+class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
+    def __init__(self, behaviour: Behaviour):
+        self.behaviour = behaviour
+
+    def Encode(self, request, context):
+        self.behaviour.enter(request, context)
+        return encoder_pb2.EncodeResponse(
+            encodings=[encoder_pb2.Encoding(latents=latents_of(each.ids)) for each in request.sequences], timing=TIMING
+        )
+
+    def GetInfo(self, request, context):
+        self.behaviour.enter(request, context)
+        return encoder_pb2.EncoderServiceGetInfoResponse(
+            model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER, has_variance=True
+        )
+
+
+class Prior(prior_pb2_grpc.PriorServiceServicer):
+    def __init__(self, behaviour: Behaviour):
+        self.behaviour = behaviour
+
+    def Sample(self, request, context):
+        self.behaviour.enter(request, context)
+        blocks = (
+            prior_pb2.SampleResponse(
+                block_index=request.first_block + index,
+                latents=latents_of(STORY[index * BLOCK :][:BLOCK]),
+                timing=TIMING,
+            )
+            for index in range(request.max_blocks)
+        )
+        yield from self.behaviour.messages(blocks, context)
+
+    def GetInfo(self, request, context):
+        self.behaviour.enter(request, context)
+        return prior_pb2.PriorServiceGetInfoResponse(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
+
+
+class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
+    def __init__(self, behaviour: Behaviour):
+        self.behaviour = behaviour
+
+    def Decode(self, request_iterator, context):
+        opening = next(request_iterator)
+        self.behaviour.enter(opening, context)
+        if not opening.HasField("open"):
+            invalid("request", "the first message must set open").abort(context)
+        answers = (self._answer(opening.open, request.block, context) for request in request_iterator)
+        yield from self.behaviour.messages(answers, context)
+
+    def _answer(self, opening, block, context):
+        ids = ids_of(block, context)
+        return decoder_pb2.DecodeResponse(
+            token_ids=ids,
+            logprobs=[-0.25] * len(ids),
+            top_logprobs=tops(ids, opening.top_logprobs),
+            logits=latents_of(ids).values if opening.with_logits else None,
+            timing=TIMING,
+        )
+
+    def GetInfo(self, request, context):
+        self.behaviour.enter(request, context)
+        return decoder_pb2.DecoderServiceGetInfoResponse(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
+
+
+@dataclass
+class FakeServer:
+    """Everything on one port."""
+
+    server: grpc.Server
+    port: int
+    behaviour: Behaviour
+    health: health.HealthServicer
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self.behaviour.go_on.set()
+        self.server.stop(0).wait()
+
+
+def start_server(
+    credentials: grpc.ServerCredentials | None = None, port: int = 0, host: str = "127.0.0.1"
+) -> FakeServer:
+    server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+    behaviour, healthy = Behaviour(), health.HealthServicer()
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Generation(behaviour), server)
+    latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentSpace(behaviour), server)
+    encoder_pb2_grpc.add_EncoderServiceServicer_to_server(Encoder(behaviour), server)
+    prior_pb2_grpc.add_PriorServiceServicer_to_server(Prior(behaviour), server)
+    decoder_pb2_grpc.add_DecoderServiceServicer_to_server(Decoder(behaviour), server)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    address = f"{host}:{port}"
+    port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    server.start()
+    return FakeServer(server, port, behaviour, healthy)

@@ -1,0 +1,260 @@
+"""Errors: every status has its type, the details arrive, and only what is safe is tried again."""
+
+import pickle
+import time
+from collections.abc import Callable
+
+import grpc
+import pytest
+from colaserve_client import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    ColaserveError,
+    Connection,
+    DeadlineExceeded,
+    InvalidRequest,
+    MessageTooLarge,
+    ModelMismatch,
+    NotAuthenticated,
+    NotSupported,
+    Overloaded,
+    Retry,
+    ServerError,
+    Tls,
+    Unavailable,
+)
+
+from tests.client.fakes import Behaviour, Failure, FakeServer, start_server
+
+Code = grpc.StatusCode
+KIND = {
+    Code.INVALID_ARGUMENT: InvalidRequest,
+    Code.OUT_OF_RANGE: InvalidRequest,
+    Code.FAILED_PRECONDITION: ModelMismatch,
+    Code.UNAUTHENTICATED: NotAuthenticated,
+    Code.PERMISSION_DENIED: NotAuthenticated,
+    Code.RESOURCE_EXHAUSTED: Overloaded,
+    Code.UNAVAILABLE: Unavailable,
+    Code.DEADLINE_EXCEEDED: DeadlineExceeded,
+    Code.CANCELLED: Cancelled,
+    Code.UNIMPLEMENTED: NotSupported,
+}
+FAILURES = [code for code in Code if code is not Code.OK]
+SAFE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+
+
+@pytest.fixture
+def once(server: FakeServer) -> Client:
+    return Client(server.target, retry=Retry(attempts=1))
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_every_status_has_its_error(once: Client, behaviour: Behaviour, code: grpc.StatusCode) -> None:
+    for call in (lambda: once.tokenize("a"), lambda: once.generate("a")):
+        behaviour.failures.append(Failure(code, "two\n lines"))
+        with pytest.raises(ColaserveError) as caught:
+            call()
+        assert type(caught.value) is KIND.get(code, ServerError)
+        assert str(caught.value) == "two lines"
+        assert isinstance(caught.value.__cause__, grpc.RpcError)
+        assert len(caught.value.request_id) == 32
+
+
+@pytest.mark.parametrize("code", FAILURES)
+async def test_every_status_has_its_error_with_asyncio(
+    server: FakeServer, behaviour: Behaviour, code: grpc.StatusCode
+) -> None:
+    async with AsyncClient(server.target, retry=Retry(attempts=1)) as client:
+        for call in (client.tokenize, client.generate):
+            behaviour.failures.append(Failure(code))
+            with pytest.raises(ColaserveError) as caught:
+                await call("a")
+            assert type(caught.value) is KIND.get(code, ServerError)
+            assert isinstance(caught.value.__cause__, grpc.RpcError)
+
+
+async def test_details_arrive(server: FakeServer, behaviour: Behaviour) -> None:
+    with Client(server.target, retry=Retry(attempts=1)) as client:
+        behaviour.failures.append(Failure(Code.INVALID_ARGUMENT, "steps: too many", field="sampler.steps"))
+        with pytest.raises(InvalidRequest) as bad:
+            client.tokenize("a")
+        behaviour.failures.append(Failure(Code.RESOURCE_EXHAUSTED, retry_after=0.25))
+        with pytest.raises(Overloaded) as busy:
+            client.tokenize("a", request_id="mine")
+    assert bad.value.field == "sampler.steps"
+    assert (busy.value.retry_after, busy.value.request_id) == (0.25, "mine")
+    again = pickle.loads(pickle.dumps(busy.value))
+    assert (str(again), again.retry_after) == (str(busy.value), 0.25)
+
+
+def test_invalid_requests_are_value_errors(client: Client) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens: expected 1 or more, got 0"):
+        client.generate("a", max_new_tokens=0)
+
+
+# Retries
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_only_what_is_safe_is_tried_again(client: Client, behaviour: Behaviour, code: grpc.StatusCode) -> None:
+    for call in (lambda: client.tokenize("a").ids, lambda: bool(client.generate("a").text)):
+        behaviour.calls = 0
+        behaviour.failures.extend([Failure(code)] * 2)
+        if code in SAFE:
+            assert call()
+            assert behaviour.calls == 3
+        else:
+            with pytest.raises(ColaserveError):
+                call()
+            assert behaviour.calls == 1
+        behaviour.failures.clear()
+
+
+async def test_asyncio_calls_are_tried_again_too(async_client: AsyncClient, behaviour: Behaviour) -> None:
+    behaviour.failures.extend([Failure(Code.UNAVAILABLE), Failure(Code.RESOURCE_EXHAUSTED)])
+    assert (await async_client.tokenize("a")).ids == (97,)
+    behaviour.failures.extend([Failure(Code.UNAVAILABLE), Failure(Code.RESOURCE_EXHAUSTED)])
+    assert (await async_client.generate("a")).text
+    assert behaviour.calls == 6
+    assert len({metadata["x-request-id"] for metadata in behaviour.metadata}) == 2
+
+
+def test_attempts_are_bounded(client: Client, behaviour: Behaviour) -> None:
+    behaviour.failures.extend([Failure(Code.UNAVAILABLE)] * 10)
+    with pytest.raises(Unavailable):
+        client.tokenize("a")
+    assert behaviour.calls == 4
+
+
+def test_a_stream_is_not_tried_again_after_its_first_message(client: Client, behaviour: Behaviour) -> None:
+    behaviour.fail_after = {1: Failure(Code.UNAVAILABLE, "gone")}
+    stream = client.stream("a")
+    assert next(stream).text
+    with pytest.raises(Unavailable, match="gone"):
+        next(stream)
+    assert list(stream) == []
+    assert behaviour.calls == 1
+
+
+async def test_an_asyncio_stream_is_not_tried_again_after_its_first_message(
+    async_client: AsyncClient, behaviour: Behaviour
+) -> None:
+    behaviour.fail_after = {1: Failure(Code.UNAVAILABLE, "gone")}
+    stream = async_client.stream("a")
+    assert (await anext(stream)).text
+    with pytest.raises(Unavailable, match="gone"):
+        await anext(stream)
+    assert behaviour.calls == 1
+
+
+def test_the_hint_of_the_server_is_waited_for(client: Client, behaviour: Behaviour) -> None:
+    behaviour.failures.append(Failure(Code.RESOURCE_EXHAUSTED, retry_after=0.3))
+    started = time.monotonic()
+    client.tokenize("a")
+    assert time.monotonic() - started >= 0.3
+
+
+def test_no_pause_outlasts_the_deadline(client: Client, behaviour: Behaviour) -> None:
+    behaviour.failures.append(Failure(Code.RESOURCE_EXHAUSTED, "full", retry_after=0.9))
+    started = time.monotonic()
+    with pytest.raises(Overloaded, match="full"):
+        client.tokenize("a", timeout=0.5)
+    assert time.monotonic() - started < 0.4
+
+
+def test_pauses_grow_up_to_the_longest() -> None:
+    retry = Retry(first_pause=1, growth=3, longest_pause=5)
+    assert [retry.pause(failures) for failures in (1, 2, 3, 4)] == [1, 3, 5, 5]
+
+
+# Deadlines
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_the_deadline_ends_a_call_and_frees_the_server(
+    client: Client, behaviour: Behaviour, call: str, eventually: Callable[[Callable[[], bool]], None]
+) -> None:
+    behaviour.wait_after = 1
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        list(getattr(client, call)("a", timeout=0.3))
+    assert 0.25 < time.monotonic() - started < 3
+    eventually(lambda: behaviour.running == 0 and behaviour.cancelled == 1)
+
+
+async def test_the_deadline_ends_an_asyncio_call(async_client: AsyncClient, behaviour: Behaviour) -> None:
+    behaviour.wait_after = 1
+    with pytest.raises(DeadlineExceeded):
+        await async_client.generate("a", timeout=0.3)
+
+
+def test_the_clients_timeout_is_the_default(server: FakeServer, behaviour: Behaviour) -> None:
+    behaviour.wait_after = 1
+    with Client(server.target, timeout=0.2) as client, pytest.raises(DeadlineExceeded):
+        client.generate("a")
+
+
+# Connecting
+
+
+def test_a_server_that_is_not_there_is_unavailable() -> None:
+    with Client("127.0.0.1:1", retry=Retry(attempts=2, first_pause=0.01)) as client:
+        with pytest.raises(Unavailable, match="onnect"):
+            client.info()
+        assert not client.healthy(1)
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 was not ready within 0\.2 s"):
+            client.wait_until_ready(0.2)
+
+
+def test_a_server_that_comes_later_is_waited_for(server: FakeServer, behaviour: Behaviour) -> None:
+    port = server.port
+    server.stop()
+    with Client(f"127.0.0.1:{port}", retry=Retry(attempts=20, first_pause=0.1, growth=1)) as client:
+        assert not client.healthy(1)
+        later = start_server(port=port)
+        try:
+            client.wait_until_ready(10)
+            assert client.tokenize("a").ids == (97,)
+        finally:
+            later.stop()
+
+
+async def test_health_is_seen_with_asyncio(async_client: AsyncClient, server: FakeServer) -> None:
+    assert await async_client.healthy()
+    server.health.set("", 2)  # NOT_SERVING
+    assert not await async_client.healthy()
+
+
+@pytest.mark.parametrize("target", ["", "localhost", "http://localhost:50051", "a b:1", "host:port"])
+def test_a_target_that_is_none_is_refused(target: str) -> None:
+    with pytest.raises(InvalidRequest, match="target: expected"):
+        Client(target)
+
+
+@pytest.mark.parametrize("target", ["localhost:1", "10.0.0.1:50051", "[::1]:50051", "dns:///a.b.c:1", "unix:/tmp/x"])
+def test_targets_of_all_kinds_are_taken(target: str) -> None:
+    Client(target).close()
+
+
+@pytest.mark.parametrize("settings", [{"key": ""}, {"key": "a\nb"}, {"key": "é"}])
+def test_a_key_that_cannot_be_sent_is_refused(settings: dict) -> None:
+    with pytest.raises(InvalidRequest, match="key"):
+        Client("localhost:1", **settings)
+    assert "secret" not in repr(Client("localhost:1", key="secret").__dict__)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="attempts"):
+        Retry(attempts=0)
+    with pytest.raises(InvalidRequest, match="cert and key"):
+        Tls(cert="cert.pem")
+
+
+def test_messages_above_the_limit_are_an_error_of_their_own(server: FakeServer, behaviour: Behaviour) -> None:
+    with Client(server.target, connection=Connection(max_message_bytes=1000)) as client:
+        with pytest.raises(MessageTooLarge, match="larger than max"):
+            client.tokenize("a" * 2000)
+        with pytest.raises(MessageTooLarge, match="larger than max"):
+            client.tokenize("a" * 500)  # the answer is longer
+    assert behaviour.calls == 1

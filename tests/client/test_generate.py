@@ -1,0 +1,285 @@
+"""Generation: whole, streamed and in batches, blocking and with asyncio, against a real server."""
+
+import asyncio
+import gc
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from colaserve.v1 import types_pb2
+from colaserve_client import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    GenerationRequest,
+    InvalidRequest,
+    NoiseSeed,
+    Sampler,
+    Sampling,
+    ServerError,
+    TokenLogprobs,
+)
+
+from tests.client.fakes import STORY, Behaviour, Failure
+
+Eventually = Callable[[Callable[[], bool]], None]
+
+
+def test_chunks_joined_are_the_whole(client: Client) -> None:
+    whole = client.generate("Once", with_latents=True, top_logprobs=2)
+    chunks = list(client.stream("Once", with_latents=True, top_logprobs=2))
+    assert whole.text == "".join(chunk.text for chunk in chunks) == STORY.decode()
+    assert whole.token_ids == tuple(STORY)
+    assert whole.latents is not None
+    np.testing.assert_array_equal(whole.latents.values[:, 0], list(STORY))
+    assert whole.logprobs[0] == TokenLogprobs(STORY[0], -0.25, ((STORY[0], -0.5), (STORY[0], -0.5)))
+    assert [chunk.finish_reason for chunk in chunks] == [None] * 6 + ["stop"]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.blocks) == (4, 28, 7)
+
+
+def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour) -> None:
+    client.generate(
+        [1, 2, 3],
+        max_new_tokens=5,
+        sampler=Sampler(8, 1.5, "heun", 0.75, 0.25, 2),
+        sampling=Sampling(0.5, 0, 0.25, 1.25, 9),
+        seed=NoiseSeed(5, 6),
+        stop=["a", "b"],
+        ignore_end=True,
+        with_latents=True,
+        top_logprobs=0,
+    )
+    request = behaviour.requests[-1]
+    assert list(request.prompt_ids.ids) == [1, 2, 3]
+    assert request.prompt == ""
+    assert request.sampler == types_pb2.Sampler(
+        steps=8,
+        guidance_scale=1.5,
+        solver=types_pb2.SOLVER_HEUN,
+        guidance_start=0.75,
+        guidance_end=0.25,
+        resamples=2,
+    )
+    assert request.sampling == types_pb2.Sampling(temperature=0.5, top_k=0, top_p=0.25, repetition_penalty=1.25, seed=9)
+    assert request.sampling.HasField("top_k")
+    assert request.seed == types_pb2.NoiseSeed(base_seed=5, sample_id=6)
+    assert (list(request.stop), request.ignore_end, request.with_latents) == (["a", "b"], True, True)
+    assert request.HasField("top_logprobs")
+    assert request.max_new_tokens == 5
+
+
+def test_what_is_not_given_is_left_to_the_server(client: Client, behaviour: Behaviour) -> None:
+    client.generate("Once")
+    assert [field.name for field, _ in behaviour.requests[-1].ListFields()] == ["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": 1 << 40}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"seed": -3}, "seed.base_seed"),
+        ({"sampler": Sampler(steps=-1)}, "sampler.steps"),
+        ({"sampler": Sampler(solver="dpm")}, "sampler.solver"),  # type: ignore[arg-type]
+        ({"sampling": Sampling(top_p="half")}, "sampling.top_p"),  # type: ignore[arg-type]
+        ({"stop": "end"}, "stop"),
+        ({"timeout": 0}, "timeout"),
+        ({"request_id": "new\nline"}, "request_id"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_before_it_is(
+    client: Client, behaviour: Behaviour, settings: dict, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate("Once", **settings)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ")
+    assert behaviour.calls == 0
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "héllo 🎈 漢字", "<|endoftext|>"])
+def test_any_text_goes_through_unchanged(client: Client, behaviour: Behaviour, prompt: str) -> None:
+    client.generate(prompt)
+    assert behaviour.requests[-1].prompt == prompt
+
+
+def test_half_a_character_is_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate("\ud800")
+    assert caught.value.field == "prompt"
+
+
+def test_metadata_has_key_and_request_id(server, behaviour: Behaviour) -> None:  # type: ignore[no-untyped-def]
+    with Client(server.target, key="secret") as client:
+        assert client.generate("Once", request_id="abc").request_id == "abc"
+        assert len(client.generate("Once").request_id) == 32
+    assert behaviour.metadata[0]["x-request-id"] == "abc"
+    assert behaviour.metadata[0]["authorization"] == "Bearer secret"
+    assert behaviour.metadata[0]["user-agent"].startswith("colaserve-client/")
+
+
+# Leaving early
+
+
+def test_break_cancels_at_the_server(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    behaviour.wait_after = 2
+    for _ in client.stream("Once"):
+        break
+    gc.collect()
+    eventually(lambda: behaviour.cancelled == 1 and behaviour.running == 0)
+
+
+def test_an_exception_inside_cancels_at_the_server(
+    client: Client, behaviour: Behaviour, eventually: Eventually
+) -> None:
+    behaviour.wait_after = 2
+    with pytest.raises(ZeroDivisionError), client.stream("Once") as stream:
+        print(len(next(stream).text) // 0)
+    eventually(lambda: behaviour.cancelled == 1)
+
+
+def test_another_thread_may_cancel(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    behaviour.wait_after = 1
+    stream = client.stream("Once")
+    threading.Timer(0.1, stream.cancel).start()
+    with pytest.raises(Cancelled):
+        list(stream)
+    eventually(lambda: behaviour.cancelled == 1)
+    assert list(stream) == []
+
+
+def test_closing_the_client_cancels(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    behaviour.wait_after = 1
+    stream = client.stream("Once")
+    next(stream)
+    client.close()
+    eventually(lambda: behaviour.cancelled == 1)
+    with pytest.raises(Cancelled):
+        list(stream)
+    with pytest.raises(Cancelled, match="client is closed"):
+        client.generate("Once")
+
+
+async def test_leaving_an_asyncio_stream_cancels_at_the_server(
+    async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
+) -> None:
+    behaviour.wait_after = 2
+    async with async_client.stream("Once") as stream:
+        async for _ in stream:
+            break
+    async for _ in async_client.stream("Once"):
+        break
+    gc.collect()
+    await in_thread(lambda: eventually(lambda: behaviour.cancelled == 2))
+
+
+async def test_cancelling_the_task_cancels_at_the_server(
+    async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
+) -> None:
+    behaviour.wait_after = 1
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(async_client.generate("Once"), 0.2)
+    await in_thread(lambda: eventually(lambda: behaviour.cancelled == 1))
+
+
+async def test_cancelling_an_asyncio_stream_from_elsewhere_is_told(
+    async_client: AsyncClient, behaviour: Behaviour
+) -> None:
+    behaviour.wait_after = 1
+    stream = async_client.stream("Once")
+    asyncio.get_running_loop().call_later(0.1, stream.cancel)
+    with pytest.raises(Cancelled):
+        [chunk async for chunk in stream]
+
+
+async def in_thread(work: Callable[[], None]) -> None:
+    await asyncio.to_thread(work)
+
+
+# Batches
+
+
+def test_a_batch_keeps_its_order_and_its_bound(client: Client, behaviour: Behaviour) -> None:
+    behaviour.wait_after = 1
+    threading.Timer(0.3, behaviour.go_on.set).start()
+    prompts = [GenerationRequest("Once", max_new_tokens=n + 5) for n in range(12)]
+    outcomes = list(client.generate_many(prompts, concurrency=3))
+    assert [len(outcome.unwrap().token_ids) for outcome in outcomes] == list(range(5, 17))
+    assert [outcome.request for outcome in outcomes] == prompts
+    assert behaviour.most_running == 3
+
+
+def test_one_failure_does_not_disturb_a_batch(client: Client) -> None:
+    requests = [GenerationRequest("a"), GenerationRequest("b", max_new_tokens=0), GenerationRequest("c")]
+    first, second, third = client.generate_many(requests, concurrency=2)
+    assert first.unwrap().text == third.unwrap().text == STORY.decode()
+    assert isinstance(second.error, InvalidRequest)
+    with pytest.raises(InvalidRequest):
+        second.unwrap()
+
+
+def test_an_endless_batch_is_read_only_as_far_as_needed(
+    client: Client, behaviour: Behaviour, eventually: Eventually
+) -> None:
+    outcomes = client.generate_many((str(number) for number in itertools.count()), concurrency=2)
+    assert next(outcomes).request.prompt == "0"
+    behaviour.wait_after = 1
+    outcomes.close()
+    eventually(lambda: behaviour.running == 0)
+    assert behaviour.calls <= 8
+
+
+def test_leaving_a_batch_cancels_what_runs(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    outcomes = client.generate_many((str(number) for number in itertools.count()), concurrency=2)
+    next(outcomes)
+    behaviour.wait_after = 1
+    eventually(lambda: behaviour.running == 2)
+    started = time.monotonic()
+    outcomes.close()
+    assert time.monotonic() - started < 5
+    eventually(lambda: behaviour.running == 0)
+
+
+async def test_an_asyncio_batch_keeps_its_order_and_its_bound(async_client: AsyncClient, behaviour: Behaviour) -> None:
+    behaviour.wait_after = 1
+    threading.Timer(0.3, behaviour.go_on.set).start()
+    prompts = [GenerationRequest("Once", max_new_tokens=n + 5) for n in range(12)]
+    lengths = [len(outcome.unwrap().token_ids) async for outcome in async_client.generate_many(prompts, concurrency=3)]
+    assert lengths == list(range(5, 17))
+    assert behaviour.most_running == 3
+
+
+async def test_leaving_an_asyncio_batch_cancels_what_runs(
+    async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
+) -> None:
+    outcomes = async_client.generate_many((str(number) for number in itertools.count()), concurrency=2)
+    await anext(outcomes)
+    behaviour.wait_after = 1
+    await in_thread(lambda: eventually(lambda: behaviour.running == 2))
+    await outcomes.aclose()
+    await in_thread(lambda: eventually(lambda: behaviour.running == 0))
+
+
+@pytest.mark.parametrize("concurrency", [0, -1])
+def test_a_batch_of_no_concurrency_is_refused(client: Client, concurrency: int) -> None:
+    with pytest.raises(InvalidRequest, match="concurrency"):
+        list(client.generate_many(["a"], concurrency=concurrency))
+
+
+def test_threads_may_share_a_client(client: Client) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda n: client.generate("Once", max_new_tokens=n % 9 + 1), range(40)))
+    assert [len(result.token_ids) for result in results] == [n % 9 + 1 for n in range(40)]
+
+
+def test_a_stream_that_lacks_its_end_is_an_error(client: Client, behaviour: Behaviour) -> None:
+
+    behaviour.fail_after = {2: Failure(grpc.StatusCode.INTERNAL, "it broke")}
+    with pytest.raises(ServerError, match="it broke"):
+        client.generate("Once")

@@ -1,0 +1,122 @@
+"""Latents: a value that keeps its space through slicing, joining, files and messages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from colaserve.v1 import types_pb2
+from colaserve_client import InvalidRequest, Latents, ModelMismatch, load_latents, save_latents
+from colaserve_client.arrays import array_from_tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+SPACE = "0123456789abcdef"
+finite = st.floats(-(2.0**100), 2.0**100, width=32)
+arrays = npst.arrays(np.float32, st.tuples(st.integers(0, 9), st.integers(1, 4)), elements=finite)
+
+
+def tensor(dtype: int, shape: list[int], data: bytes) -> types_pb2.Tensor:
+    return types_pb2.Tensor(dtype=dtype, shape=shape, data=data)
+
+
+@given(arrays, st.integers(1, 5))
+def test_blocks_joined_are_the_whole(values: np.ndarray, size: int) -> None:
+    latents = Latents(values, SPACE)
+    blocks = list(latents.blocks(size))
+    assert all(len(block) == size for block in blocks[:-1])
+    assert not blocks or Latents.concatenate(blocks) == latents
+
+
+@given(arrays)
+def test_a_message_brings_back_the_same(values: np.ndarray) -> None:
+    latents = Latents(values, SPACE)
+    again = Latents.from_proto(types_pb2.Latents.FromString(latents.to_proto().SerializeToString()))
+    assert again == latents
+    assert hash(again) == hash(latents)
+
+
+def test_a_file_brings_back_the_same(tmp_path: Path) -> None:
+    latents = Latents(np.random.default_rng(0).normal(size=(5, 3)), SPACE)
+    latents.save(tmp_path / "one.safetensors")
+    assert Latents.load(tmp_path / "one.safetensors") == latents
+    several = {"a": latents[:2], "b": latents[2:3]}
+    save_latents(tmp_path / "two.safetensors", several)
+    assert load_latents(tmp_path / "two.safetensors") == several
+    with pytest.raises(InvalidRequest, match=r"expected one sequence .* got 2"):
+        Latents.load(tmp_path / "two.safetensors")
+
+
+def test_slices_keep_their_space_and_are_read_only() -> None:
+    latents = Latents(np.arange(8).reshape(4, 2), SPACE)
+    assert latents[1].values.tolist() == [[2, 3]]
+    assert latents[-1:].space == SPACE
+    assert [len(each) for each in latents] == [1, 1, 1, 1]
+    with pytest.raises(IndexError):
+        latents[4]
+    with pytest.raises(ValueError, match="read-only"):
+        latents.values[0, 0] = 1
+
+
+def test_later_changes_to_the_source_do_not_show() -> None:
+    source = np.zeros((2, 2), np.float32)
+    latents = Latents(source)
+    source[0, 0] = 9
+    assert latents.values[0, 0] == 0
+
+
+def test_latents_of_different_spaces_do_not_join() -> None:
+    here, there, anywhere = (Latents(np.zeros((1, 2)), space) for space in (SPACE, "f" * 16, ""))
+    with pytest.raises(ModelMismatch, match=f"{SPACE}, {'f' * 16}"):
+        _ = here + there
+    assert (anywhere + here).space == SPACE
+    with pytest.raises(ModelMismatch, match="channels"):
+        _ = here + Latents(np.zeros((1, 3)), SPACE)
+
+
+def test_other_space_or_other_numbers_are_not_equal() -> None:
+    latents = Latents(np.zeros((1, 2)), SPACE)
+    assert latents != Latents(np.zeros((1, 2)))
+    assert latents != Latents(np.ones((1, 2)), SPACE)
+    assert latents != "latents"
+    assert hash(Latents([[0.0]])) == hash(Latents([[-0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [([1.0, 2.0], "shape"), ([[float("nan")]], "NaN"), ("words", "numbers"), ([[1.0], [1.0, 2.0]], "numbers")],
+)
+def test_what_is_no_array_of_latents_is_refused(values: object, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint) as caught:
+        Latents(values)  # type: ignore[arg-type]
+    assert caught.value.field == "latents"
+
+
+def test_all_element_types_of_the_contract_are_read() -> None:
+    values = np.array([[1.5, -2.0], [0.25, 1024.0]], np.float32)
+    upper_halves = (values.view(np.uint32) >> 16).astype("<u2")
+    for dtype, data in (
+        (types_pb2.DATA_TYPE_FLOAT32, values.tobytes()),
+        (types_pb2.DATA_TYPE_FLOAT16, values.astype("<f2").tobytes()),
+        (types_pb2.DATA_TYPE_BFLOAT16, upper_halves.tobytes()),
+    ):
+        np.testing.assert_array_equal(array_from_tensor(tensor(dtype, [2, 2], data)), values)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (tensor(types_pb2.DATA_TYPE_UNSPECIFIED, [1], b"1234"), "dtype 0"),
+        (tensor(types_pb2.DATA_TYPE_FLOAT32, [2], b"1234"), "needs 8 bytes, got 4"),
+        (tensor(types_pb2.DATA_TYPE_BFLOAT16, [1], b"1234"), "needs 2 bytes, got 4"),
+    ],
+)
+def test_a_tensor_whose_parts_do_not_fit_is_refused(message: types_pb2.Tensor, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        array_from_tensor(message)
+
+
+def test_a_file_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, I am a text")
+    with pytest.raises(InvalidRequest, match="no safetensors file"):
+        load_latents(tmp_path / "text")

@@ -1,0 +1,198 @@
+"""The latent service and the three stages, blocking and with asyncio."""
+
+from collections.abc import Callable
+
+import grpc
+import numpy as np
+import pytest
+from colaserve.v1 import types_pb2
+from colaserve_client import (
+    AsyncClient,
+    AsyncDecoderClient,
+    AsyncPriorClient,
+    Cancelled,
+    Client,
+    DecoderClient,
+    EncoderClient,
+    InvalidRequest,
+    Latents,
+    ModelMismatch,
+    NoiseSeed,
+    PriorClient,
+    Retry,
+    Sampler,
+    Sampling,
+    Unavailable,
+)
+
+from tests.client.fakes import SPACE, STORY, Behaviour, Failure, FakeServer
+
+FAST = Retry(attempts=3, first_pause=0.01)
+LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)
+Eventually = Callable[[Callable[[], bool]], None]
+
+
+# The latent service
+
+
+def test_a_text_goes_to_latents_and_back(client: Client) -> None:
+    first, second = client.encode_text(["héllo", "b"], with_variance=True)
+    assert first.latents.space == SPACE
+    assert first.log_variance is not None
+    assert first.log_variance.shape == first.latents.values.shape
+    assert second.token_ids == (98,)
+    decoded = client.decode_latents(first.latents, top_logprobs=1, target_ids=[1, 2], token_count=3)
+    assert (decoded.text, len(decoded.logprobs), decoded.target_logprobs) == ("hé", 3, (-0.75, -0.75))
+
+
+def test_latents_of_another_space_are_refused(client: Client) -> None:
+    with pytest.raises(ModelMismatch, match=SPACE):
+        client.decode_latents(Latents([[97.0, 0.0]], "f" * 16))
+
+
+def test_one_text_instead_of_a_list_is_refused(client: Client, behaviour: Behaviour) -> None:
+    for call in (client.encode_text, client.reconstruct, client.infill):
+        with pytest.raises(InvalidRequest, match="expected a list"):
+            call("one text")
+    assert behaviour.calls == 0
+
+
+def test_an_empty_text_is_refused_by_name(client: Client) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.encode_text(["a", ""])
+    assert caught.value.field == "texts[1]"
+
+
+def test_sampled_latents_stream_and_cancel(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    blocks = list(client.sample_latents(LETTERS, max_blocks=2, sampler=Sampler(steps=3), seed=5))
+    assert [block.index for block in blocks] == [0, 1]
+    assert blocks[0].seed == NoiseSeed(5)
+    request = behaviour.requests[-1]
+    assert (request.max_blocks, request.sampler.steps, Latents.from_proto(request.prefix)) == (2, 3, LETTERS)
+    behaviour.wait_after = 1
+    with client.sample_latents(max_blocks=5) as stream:
+        next(stream)
+    eventually(lambda: behaviour.cancelled == 1)
+
+
+def test_interpolation_takes_texts_and_latents(client: Client, behaviour: Behaviour) -> None:
+    points = client.interpolate("aaaa", LETTERS, points=2, interpolation="slerp", sampling=Sampling(temperature=0.5))
+    assert [(point.weight, point.text) for point in points] == [(0, "aaaa"), (1, "abcd")]
+    assert behaviour.requests[-1].interpolation == 2
+    with pytest.raises(InvalidRequest, match="lerp, slerp"):
+        client.interpolate("a", "b", interpolation="cubic")  # type: ignore[arg-type]
+
+
+def test_infill_keeps_texts_and_counts_holes(client: Client, behaviour: Behaviour) -> None:
+    result = client.infill(["a", 2, "b", 1], seed=NoiseSeed(3, 4), sampler=Sampler(resamples=2))
+    assert (result.text, result.seed, result.usage.completion_tokens) == ("a__b_", NoiseSeed(3, 4), 3)
+    assert behaviour.requests[-1].sampler.resamples == 2
+    with pytest.raises(InvalidRequest) as caught:
+        client.infill(["a", -1])
+    assert caught.value.field == "segments[1].token_count"
+
+
+def test_info_tells_all(client: Client) -> None:
+    info = client.info()
+    assert (info.name, info.space, info.end_ids, info.pad_id) == ("fake", SPACE, (0,), 1)
+    assert info.default_sampler == Sampler(steps=16, guidance_scale=7, solver="euler")
+    assert info.default_sampling == Sampling(temperature=0, top_k=50)
+    assert info.stages[0].serving
+    assert (info.server.running, info.server.waiting, info.limits.max_context) == (1, 2, 64)
+    assert client.latent_info().has_variance is None
+
+
+async def test_the_latent_service_with_asyncio(async_client: AsyncClient) -> None:
+    [encoding] = await async_client.encode_text(["abcd"])
+    assert encoding.latents == LETTERS
+    assert (await async_client.decode_latents(encoding.latents)).text == "abcd"
+    assert [block.index async for block in async_client.sample_latents(max_blocks=3)] == [0, 1, 2]
+
+
+# The stages
+
+
+def test_the_encoder_encodes(server: FakeServer) -> None:
+    with EncoderClient(server.target) as encoder:
+        first, second = encoder.encode([[97, 98, 99, 100], [1]])
+        assert (first.latents, len(second.latents)) == (LETTERS, 1)
+        assert encoder.info().has_variance is True
+        with pytest.raises(InvalidRequest) as caught:
+            encoder.encode([[1], [-1]])
+    assert caught.value.field == "sequences[1]"
+
+
+def test_the_prior_takes_seed_or_noise(server: FakeServer, behaviour: Behaviour) -> None:
+    with PriorClient(server.target) as prior:
+        blocks = list(prior.sample(LETTERS, open_spans=[(1, 3)], max_blocks=2, first_block=4, seed=NoiseSeed(1, 2)))
+        assert [block.index for block in blocks] == [4, 5]
+        request = behaviour.requests[-1]
+        assert list(request.canvas.open) == [types_pb2.Span(start=1, end=3)]
+        assert Latents.from_proto(request.canvas.latents) == LETTERS
+        list(prior.sample(max_blocks=1, noise=np.ones((1, 4, 2))))
+        assert list(behaviour.requests[-1].noise.shape) == [1, 4, 2]
+        for wrong in ({}, {"seed": 1, "noise": np.ones((1, 4, 2))}):
+            with pytest.raises(InvalidRequest, match="either seed or noise"):
+                prior.sample(max_blocks=1, **wrong)
+
+
+def test_a_session_decodes_block_by_block(server: FakeServer, behaviour: Behaviour, eventually: Eventually) -> None:
+    with DecoderClient(server.target) as decoder:
+        with decoder.session(
+            LETTERS, sampling=Sampling(seed=3), history_ids=[1, 2], with_logits=True, top_logprobs=2, max_latents=16
+        ) as session:
+            first, second = session.decode(LETTERS), session.decode(LETTERS)
+        assert first == second
+        assert first.token_ids == (97, 98, 99, 100)
+        assert first.logits is not None
+        assert first.logits.shape == (4, 2)
+        assert len(first.logprobs[0].top) == 2
+        opening = behaviour.requests[-1].open
+        assert (list(opening.history_ids), opening.max_latents, opening.sampling.seed) == ([1, 2], 16, 3)
+        eventually(lambda: behaviour.running == 0)
+        with pytest.raises(Cancelled, match="session is closed"):
+            session.decode(LETTERS)
+
+
+def test_a_session_that_failed_before_its_first_answer_is_opened_again(
+    server: FakeServer, behaviour: Behaviour
+) -> None:
+    behaviour.failures.extend([Failure(grpc.StatusCode.UNAVAILABLE), Failure(grpc.StatusCode.RESOURCE_EXHAUSTED)])
+    with DecoderClient(server.target, retry=FAST) as decoder, decoder.session() as session:
+        assert session.decode(LETTERS).token_ids == (97, 98, 99, 100)
+    assert behaviour.calls == 3
+
+
+def test_a_session_that_broke_later_is_not(server: FakeServer, behaviour: Behaviour) -> None:
+    behaviour.fail_after = {1: Failure(grpc.StatusCode.UNAVAILABLE, "gone")}
+    with DecoderClient(server.target, retry=FAST) as decoder, decoder.session() as session:
+        session.decode(LETTERS)
+        with pytest.raises(Unavailable, match="gone"):
+            session.decode(LETTERS)
+    assert behaviour.calls == 1
+
+
+async def test_asyncio_sessions_do_the_same(server: FakeServer, behaviour: Behaviour) -> None:
+    behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE))
+    async with AsyncDecoderClient(server.target, retry=FAST) as decoder:
+        async with decoder.session() as session:
+            assert (await session.decode(LETTERS)).token_ids == (97, 98, 99, 100)
+            assert (await session.decode(LETTERS[:2])).token_ids == (97, 98)
+        with pytest.raises(Cancelled):
+            await session.decode(LETTERS)
+        behaviour.fail_after = {1: Failure(grpc.StatusCode.UNAVAILABLE, "gone")}
+        async with decoder.session() as session:
+            await session.decode(LETTERS)
+            with pytest.raises(Unavailable, match="gone"):
+                await session.decode(LETTERS)
+        behaviour.fail_after = {0: Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")}
+        async with decoder.session() as session:
+            with pytest.raises(InvalidRequest, match="no block"):
+                await session.decode(LETTERS)
+    assert behaviour.calls == 4
+
+
+async def test_the_asyncio_prior_streams(server: FakeServer) -> None:
+    async with AsyncPriorClient(server.target) as prior, prior.sample(max_blocks=2, seed=1) as blocks:
+        ids = [round(float(value)) async for block in blocks for value in block.latents.values[:, 0]]
+    assert bytes(ids) == STORY[:8]
