@@ -46,12 +46,12 @@ class Mix:
 
     weights: Mapping[str, float] = field(
         default_factory=lambda: {
-            "capital": 26, "reverse": 4, "currency": 12, "continent": 9, "language": 9, "region": 5, "demonym": 4,
-            "addition": 7, "paragraph": 17, "sentence": 7,
+            "capital": 24, "reverse": 6, "currency": 11, "continent": 9, "language": 9, "region": 6, "demonym": 6,
+            "addition": 7, "paragraph": 16, "sentence": 6,
         }
     )  # fmt: skip
     opener: float = 0.12
-    words: float = 0.35  # one or two filler words inserted, replaced or deleted
+    words: float = 0.4  # one or two filler words inserted, replaced or deleted
     drop_article: float = 0.15
     lower: float = 0.04  # the question in lower case, names left as they are
     no_mark: float = 0.05  # no question mark or full stop at the end

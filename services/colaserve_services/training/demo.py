@@ -37,20 +37,20 @@ class DemoRecipe:
     """The whole run; the defaults made the bundled checkpoint."""
 
     seed: int = 0
-    vocab_size: int = 2560
+    vocab_size: int = 2816
     vae: RunConfig = field(
         default_factory=lambda: RunConfig(
-            steps=800, rows=24, ema=0.99, log_every=50,
+            steps=1200, rows=24, ema=0.99, log_every=50,
             optimizer=OptimizerConfig(adamw_lr=3e-3, warmup=30),
         )
     )  # fmt: skip
     prior: RunConfig = field(
         default_factory=lambda: RunConfig(
-            steps=3000, rows=64, micro_batches=2, ema=0.995, log_every=50, autocast=True,
+            steps=7000, rows=64, micro_batches=2, ema=0.998, log_every=50, save_every=1000, autocast=True,
             optimizer=OptimizerConfig(adamw_lr=2e-3, muon_lr=0.02),
         )
     )  # fmt: skip
-    vae_loss: VaeLossConfig = field(default_factory=VaeLossConfig)
+    vae_loss: VaeLossConfig = field(default_factory=lambda: VaeLossConfig(decoder_noise=0.4))
     flow: FlowConfig = field(default_factory=FlowConfig)
 
     def scaled(self, vae_steps: int | None, prior_steps: int | None) -> DemoRecipe:

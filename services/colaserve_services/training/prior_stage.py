@@ -135,9 +135,8 @@ class PriorStage:
         groups = micro_batches(self.source.rows(step, self.run.rows), self.run.micro_batches)
         size, dim = self.dit.config.block_size, self.dit.config.txt_in_channels
         seeds = [f"prior:{self.run.seed}:{step}:{part}" for part in range(len(groups))]
-        drawn = [
-            draw_batch(rows, size, dim, self.pad_id, self.flow, seed) for rows, seed in zip(groups, seeds, strict=True)
-        ]
+        parts = list(zip(groups, seeds, strict=True))
+        drawn = [draw_batch(rows, size, dim, self.pad_id, self.flow, seed) for rows, seed in parts]
         count = sum(batch.count for batch in drawn)
         flow = [replace(batch, count=count, share=1 / (world * len(drawn))).part(rank, world) for batch in drawn]
         if self.joint is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from colaserve_services.errors import UsageError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|pad|>")
 END_ID, IM_END_ID, PAD_ID = range(3)
+# A word with what joins its parts ("Port-au-Prince", "N'Djamena", "D.C"), but without a possessive 's; a number; other
+# signs; white space. One space belongs to what follows it.
+PIECE = r"'s\b| ?\p{L}+(?:['\-.](?!s\b)\p{L}+)*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMALLEST = len(SPECIAL_TOKENS) + 256  # the special tokens and one token a byte
 
 
@@ -22,7 +25,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < SMALLEST:
         raise UsageError(f"vocab_size: got {vocab_size}, expected at least {SMALLEST} (256 bytes and 3 specials)")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
