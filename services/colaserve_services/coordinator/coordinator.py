@@ -98,8 +98,9 @@ class Coordinator:
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """GenerationService.Tokenize."""
-        ids = await self.core.tokenize(request.text, "text")
-        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=map(self._tokenizer.token_text, ids))
+        tokenizer = self.core.tokenizer
+        ids = await asyncio.to_thread(tokenizer.encode, request.text, "text")
+        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=map(tokenizer.token_text, ids))
 
     async def detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
         """GenerationService.Detokenize."""

@@ -19,6 +19,7 @@ from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.prior_run import PriorRun, Span
 from colaserve_services.coordinator.stages import Model, Stages
+from colaserve_services.errors import InvalidRequest
 from colaserve_services.text import Tokenizer
 
 SIDE_BY_SIDE: Final = 8  # runs of one call at once
@@ -41,7 +42,10 @@ class Core:
     admission: Admission
 
     async def tokenize(self, text: str, field: str) -> list[int]:
-        """Ids of a text."""
+        """Ids of a text. Raises InvalidRequest for one of which even a look at its length tells that it cannot fit."""
+        fewest, most = self.tokenizer.fewest_tokens(text), self.model.max_context * self.model.patch_size
+        if fewest > most:
+            raise InvalidRequest(field, f"has {fewest} tokens or more, at most {most} fit (max_context)")
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, field)
         return await asyncio.to_thread(self.tokenizer.encode, text, field)

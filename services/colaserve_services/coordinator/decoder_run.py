@@ -83,10 +83,10 @@ class DecoderRun:
         except asyncio.InvalidStateError as error:  # it ended before: read tells how
             await self._read_end(error)
         response = await self._call.read()
-        if response is grpc.aio.EOF:
+        if response is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise BrokenStream("the decoder ended its stream before the last block")
         self._check(response)
-        return response  # type: ignore[no-any-return]
+        return response
 
     async def _open(self) -> None:
         self._call = self._stub.Decode(timeout=self._attempts.call.left())

@@ -20,6 +20,7 @@ class Tokenizer:
     def __init__(self, library: tokenizers.Tokenizer, vocab_size: int, special: SpecialIds):
         self._library = library
         self._byte_level = isinstance(library.decoder, ByteLevel)
+        self._longest = _longest_token(library) if self._byte_level and library.normalizer is None else None
         self.vocab_size, self.special = vocab_size, special
 
     @classmethod
@@ -43,6 +44,10 @@ class Tokenizer:
         """Ids of a text. Raises InvalidRequest for text that needs an id the model has not."""
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return self.checked(ids, field)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that the text has at least, found without tokenizing it."""
+        return -(-len(text.encode()) // self._longest) if self._longest else 0
 
     def checked(self, ids: Sequence[int], field: str) -> list[int]:
         """The ids, each inside the vocabulary; else InvalidRequest."""
@@ -75,6 +80,12 @@ class Tokenizer:
         """The ids before the first end or pad id."""
         ends = self.special.end | {self.special.pad}
         return list(ids[: next((index for index, id_ in enumerate(ids) if id_ in ends), len(ids))])
+
+
+def _longest_token(library: tokenizers.Tokenizer) -> int:
+    """Bytes of the longest token; characters of the byte alphabet are one byte each, in added tokens up to four."""
+    added = (len(token.content.encode()) for token in library.get_added_tokens_decoder().values())
+    return max(*added, *map(len, library.get_vocab(with_added_tokens=False)), 1, 1)
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

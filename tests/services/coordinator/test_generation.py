@@ -231,6 +231,12 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: in
     assert not world.encoder.calls
 
 
+async def test_a_text_far_too_long_is_refused_without_tokenizing_it(world, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(world.tokenizer, "encode", None)
+    with pytest.raises(InvalidRequest, match=r"prompt: has \d+ tokens or more, at most 256 fit"):
+        await world.generate(prompt="a" * 1_000_000)
+
+
 async def test_what_just_fits_is_done(world):
     responses = await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 100), max_new_tokens=156, ignore_end=True)
     assert len(ids_of(responses)) == 156

@@ -12,6 +12,9 @@ from tokenizers import decoders, models
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
 
+PLAIN = Tokenizer.open(GOLDEN, 512)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.open(GOLDEN, 512)
@@ -94,3 +97,12 @@ def test_a_text_ends_before_the_first_end_or_pad_id(tokenizer: Tokenizer):
 def test_the_text_of_half_a_character_is_a_replacement_character(tokenizer: Tokenizer):
     assert [tokenizer.token_text(id_) for id_ in tokenizer.encode("a")] == ["a"]
     assert "\N{REPLACEMENT CHARACTER}" in "".join(map(tokenizer.token_text, tokenizer.encode("😀")))
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_a_text_never_has_fewer_tokens_than_its_length_tells(text: str):
+    assert PLAIN.fewest_tokens(text) <= len(PLAIN.encode(text))
+
+
+def test_a_long_text_is_told_by_its_length_alone():
+    assert PLAIN.fewest_tokens("a" * 1_000_000) > 10_000
