@@ -69,6 +69,10 @@ GROUPS: dict[str, list[click.Option]] = {
     ],
     "gRPC server": [
         _option("--grpc-port", 50051, "gRPC port; 0 takes a free one.", PORT),
+        _option(
+            "--health-port", None,
+            "One more port for the health service alone, without TLS and keys, for probes that know neither.", PORT,
+        ),
         _option("--max-concurrent-streams", 1000, "Calls on one gRPC connection.", POSITIVE),
         _option(
             "--max-connection-age", 300.0,

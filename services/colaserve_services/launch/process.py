@@ -52,6 +52,8 @@ class Host:
             self._grpc = RpcServer(self.settings, self.metrics, self._keys)
             self.stack.push_async_callback(self._grpc.stop)
             self.addresses["grpc"] = address(self.settings.host, self._grpc.bind())
+            if self._grpc.health_port is not None:
+                self.addresses["health"] = address(self.settings.host, self._grpc.health_port)
 
     async def serve_grpc(self, *servicers: object) -> None:
         """Answer calls; health says NOT_SERVING until `ready`."""

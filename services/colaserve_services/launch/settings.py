@@ -72,6 +72,7 @@ def server(params: Params) -> ServerSettings:
     return ServerSettings(
         host=params["host"],
         port=params["grpc_port"],
+        health_port=params["health_port"],
         tls=_server_tls(params, "tls_cert", "tls_key", params["tls_client_ca"]),
         admission=admission(params),
         max_message_bytes=params["max_message_bytes"],

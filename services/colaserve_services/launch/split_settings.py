@@ -23,6 +23,8 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
     settings.checkpoint(params)  # a missing bundled checkpoint is told once, here
     if params["tls_cert"] is not None and params["tls_ca"] is None:
         raise UsageError("--tls-ca: needed with --tls-cert and --split, for the roles to trust each other")
+    if params["health_port"] is not None:
+        raise UsageError("--health-port: not with --split, where every role has a health service of its own")
     channel = settings.channel(params)
     given = {name for name in params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE} - EDGE_ONLY
     arguments = {stage: _arguments(STAGE, params, given - {"grpc_port"}) for stage in STAGES}

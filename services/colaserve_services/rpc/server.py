@@ -15,6 +15,7 @@ from colaserve_services.errors import UsageError
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.edge import Edge
+from colaserve_services.rpc.health_port import HealthPort
 from colaserve_services.rpc.in_process import service_descriptor
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import ServerSettings
@@ -48,6 +49,9 @@ class RpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names: list[str] = []
         self._port: int | None = None
+        self.health_port: int | None = None  # the probes' port, once bound
+        given = settings.health_port
+        self._probes = None if given is None else HealthPort(self._health, settings.host, given)
         self._draining = self._stopped = False
 
     def add(self, servicer: object) -> None:
@@ -62,6 +66,8 @@ class RpcServer:
         """Take the port and return it. Raises UsageError when it is taken or a certificate cannot be read."""
         if self._port is None:
             self._port = self._bind()
+            if self._probes is not None:
+                self.health_port = self._probes.bind()
         return self._port
 
     async def start(self) -> int:
@@ -73,6 +79,8 @@ class RpcServer:
         await self._set_health(NOT_SERVING)
         await self._health.set(LIVENESS, SERVING)
         await self._server.start()
+        if self._probes is not None:
+            await self._probes.start()
         return port
 
     async def serving(self, ready: bool = True) -> None:
@@ -92,6 +100,8 @@ class RpcServer:
         if not self._stopped:
             self._stopped = True
             await self._server.stop(grace)
+            if self._probes is not None:
+                await self._probes.stop()
 
     async def _set_health(self, status: Any) -> None:
         for name in (*self._names, ""):

@@ -42,6 +42,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
+    health_port: int | None = None  # the health service alone, without TLS and keys, for probes; 0: a free one
     tls: ServerTls | None = None
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     max_message_bytes: int = 64 * MIB  # of one message, either way
