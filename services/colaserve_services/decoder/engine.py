@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
-from colaserve_services.model.kv_cache import KVCache, KVShape, RaggedAttention, Segment
+from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
 from colaserve_services.runtime.device import DeviceThread

@@ -84,7 +84,7 @@ class DiTAttention(nn.Module):
         """x: (..., D); rotary: unit complex numbers (..., 1, rope_dim / 2)."""
         qkv = self.proj_qkv(x).unflatten(-1, (3, self.config.heads, self.config.head_dim))
         q, k, v = qkv.unbind(-3)
-        q, k = (rotate_pairs(norm(t), rotary).to(v.dtype) for norm, t in ((self.norm_q, q), (self.norm_k, k)))
+        q, k = (rotate_pairs(norm(t), rotary) for norm, t in ((self.norm_q, q), (self.norm_k, k)))
         return self.proj_out(attend(self.layer, q, k, v).flatten(-2))
 
 

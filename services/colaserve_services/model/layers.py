@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # attend(layer, q, k, v) -> output: mixes rows. Queries, keys and values are (..., heads, head_dim), after norm and
-# rotary; the leading dimensions are those of the rows that the network was called with.
+# rotary; the leading dimensions are those of the rows that the network was called with. Queries and keys may be float32
+# where values are bfloat16; the output has the dtype of the values.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 LinearActivation = Literal["none", "gelu", "gelu_tanh", "silu"]
@@ -79,7 +80,7 @@ def masked_attention(mask: Tensor | None) -> Attend:
     """Attention of whole sequences for training: rows are (N, L), `mask` broadcasts to (N, heads, L, L), True sees."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+        q, k, v = (x.to(v.dtype).transpose(-3, -2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2)
 
     return attend

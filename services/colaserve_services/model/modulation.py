@@ -59,9 +59,13 @@ class ModulationTable:
 
     def layer(self, layer: int, index: Tensor) -> Modulation:
         """Modulation of rows index: (...) gives tensors of (..., D)."""
-        return Modulation(*self._layers[layer][index].unbind(-2))
+        return Modulation(*self._pick(self._layers[layer], index))
 
     def output(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """shift and 1 + scale of the last norm for rows index: (...) gives (..., D) each."""
-        shift, scale = self._output[index].unbind(-2)
+        shift, scale = self._pick(self._output, index)
         return shift, scale
+
+    @staticmethod
+    def _pick(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:]).unbind(-2)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import schedule
-from colaserve_services.model.kv_cache import KVCache, KVShape, RaggedAttention, Segment
+from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.runtime.device import DeviceThread
