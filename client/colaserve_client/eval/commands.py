@@ -226,7 +226,7 @@ async def _ask(
     """Run the tasks into a folder, showing progress."""
     with RunFolder.opened(path, {"model": model, "generation": settings.to_json()}, tasks) as folder:
         todo = sum(len(folder.log(task).missing(task.questions)) for task in tasks)
-        with _progress(todo, path.name) as bar:
+        with _progress(todo, f"{path.name}: {todo} questions") as bar:
             return await run_tasks(client, settings, folder, tasks, limits, lambda output: bar.update(1, output))
 
 

@@ -35,12 +35,12 @@ class Connector:
 
 
 async def identity(client: Client) -> dict[str, Any]:
-    """What in a run's settings tells one served model from another, its defaults and compute dtype included."""
+    """What in a run's settings tells one served model from another, its defaults and compute dtypes included."""
     info = await client.info(timeout=FIRST_CONTACT)
     return {
         "name": info.name,
         "space": info.space,
-        "dtype": info.server.dtype,
+        "dtypes": {stage.stage: stage.server.dtype for stage in info.stages},
         "default_sampler": asdict(info.default_sampler),
         "default_sampling": asdict(info.default_sampling),
     }

@@ -7,7 +7,7 @@ from typing import Any
 from colaserve_client.eval.records import EvalError
 from colaserve_client.eval.tasks import Score
 
-MARKERS = {"euler": "o", "ab2": "s", "heun": "^"}
+MARKERS, LINES = {"euler": "o", "ab2": "s", "heun": "^"}, {"euler": "-", "ab2": "--", "heun": ":"}
 Points = Sequence[Mapping[str, Any]]  # as in sweep.json
 
 
@@ -15,11 +15,15 @@ def plot_sweep(points: Points, path: Path) -> None:
     """Accuracy against passes of the network and against tokens a second: a line a guidance scale and solver."""
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
-    for (scale, solver), line in _lines(points).items():
-        style = {"marker": MARKERS.get(solver, "x"), "label": f"guidance {scale:g}, {solver}"}
+    lines = _lines(points)
+    scales = list(dict.fromkeys(scale for scale, _ in lines))
+    for (scale, solver), line in lines.items():
+        style = {"color": f"C{scales.index(scale)}", "marker": MARKERS[solver], "linestyle": LINES[solver]}
+        style["label"] = f"guidance {scale:g}, {solver}"
         left.plot([p["passes_per_block"] for p in line], [p["average"] for p in line], **style)
         right.plot([p["tokens_per_second"] for p in line], [p["average"] for p in line], **style)
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda passes, position: f"{passes:g}")
     left.set_xlabel("passes of the network a block")
     left.set_ylabel("accuracy, mean over tasks (%)")
     right.set_xlabel("tokens/s")
@@ -36,7 +40,7 @@ def plot_score(score: Score, path: Path) -> None:
     bars = axes.barh(list(score.tasks), [task.accuracy for task in score.tasks.values()])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.axvline(score.average, color="black", linestyle=":", label=f"average {score.average:.2f}")
-    axes.set_xlim(0, 108)
+    axes.set_xlim(0, 115)
     axes.invert_yaxis()
     axes.set_xlabel("accuracy (%)")
     axes.legend(fontsize="small")

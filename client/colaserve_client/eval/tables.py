@@ -8,17 +8,17 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def text_table(table: Table) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Aligned columns: numbers to the right."""
     header, rows = table
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(_aligned(line, widths) for line in (header, ["-" * width for width in widths], *rows))
+    columns = [_padded(list(column)) for column in zip(header, *rows, strict=True)]
+    titles, *lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(line).rstrip() for line in (titles, ["-" * len(title) for title in titles], *lines))
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table; bars in a cell are escaped."""
+    """A Markdown table: numbers to the right, bars in a cell escaped."""
     header, rows = table
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    rule = ["---:" if _numbers(column) else "---" for column in zip(*rows, strict=True)]
     cells = ([cell.replace("|", "\\|") for cell in line] for line in (header, rule, *rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
@@ -36,9 +36,11 @@ def score_table(score: Score) -> Table:
     return header, [*rows, *([name, *blanks, f"{mean:.2f}"] for name, mean in means.items())]
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        cell.ljust(width) if not at else cell.rjust(width)
-        for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-    )
-    return "  ".join([first, *others]).rstrip()
+def _padded(column: Sequence[str]) -> list[str]:
+    """All cells, the title first, to one width."""
+    width = max(map(len, column))
+    return [cell.rjust(width) if _numbers(column[1:]) else cell.ljust(width) for cell in column]
+
+
+def _numbers(column: Sequence[str]) -> bool:
+    return all(cell.replace(".", "", 1).isdigit() for cell in column if cell)

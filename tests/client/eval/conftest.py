@@ -50,7 +50,7 @@ class FakeClient:
         return SimpleNamespace(
             name=self.name,
             space="0123456789abcdef",
-            server=SimpleNamespace(dtype="float32"),
+            stages=[SimpleNamespace(stage="prior", server=SimpleNamespace(dtype="float32"))],
             default_sampler=Sampler(steps=self.steps),
             default_sampling=Sampling(temperature=0.0),
         )

@@ -46,7 +46,8 @@ def test_answers_come_over_the_wire_with_their_usage(colaserve_eval, write_quest
 def test_settings_of_the_run_name_the_served_model(colaserve_eval, write_questions, tmp_path):
     colaserve_eval("run", write_questions("once"), "--output", tmp_path / "out")
     model = json.loads((tmp_path / "out" / "settings.json").read_text())["model"]
-    assert (model["name"], model["space"], model["dtype"]) == ("fake", "0123456789abcdef", "float32")
+    assert (model["name"], model["space"]) == ("fake", "0123456789abcdef")
+    assert model["dtypes"] == {"encoder": "float32", "prior": "float32", "decoder": "float32"}
     assert model["default_sampler"]["steps"] == 16
 
 
