@@ -1,0 +1,129 @@
+"""The gateway in front of a real coordinator and real stages, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from colaserve.v1 import types_pb2
+from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
+
+from tests.conftest import GOLDEN
+
+START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where a running colaserve is reached."""
+
+    http: httpx.Client
+    stub: GenerationServiceStub
+
+    def generate(self, prompt: str, tokens: int, sample: int) -> str:
+        seed = types_pb2.NoiseSeed(base_seed=3, sample_id=sample)
+        request = GenerateRequest(prompt=prompt, max_new_tokens=tokens, seed=seed)
+        return "".join(response.text for response in self.stub.Generate(request, timeout=60))
+
+    def kv_bytes(self) -> float:
+        """Reserved in all stages together."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("colaserve_engine_kv_bytes{"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`up` on a golden checkpoint."""
+    folder = tmp_path_factory.mktemp("served")
+    command = [sys.executable, "-m", "colaserve_services.launch", "up", f"--model={GOLDEN / 'tiny_b4'}", "--threads=1",
+               "--grpc-port=0", "--http-port=0", "--metrics-port=0", "--drain-seconds=0",
+               f"--ports-file={folder}/ports.json"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        ports = json.loads(wait_for(folder / "ports.json", process, folder / "log"))
+        with httpx.Client(base_url=ports["http"], timeout=60) as http, grpc.insecure_channel(ports["grpc"]) as channel:
+            yield Served(http, GenerationServiceStub(channel))  # type: ignore[no-untyped-call]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> str:
+    end = time.monotonic() + START_SECONDS
+    while not file.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+    return file.read_text()
+
+
+def within(seconds: float, true: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_choices_are_the_samples_that_grpc_gives(served: Served):
+    body = {"prompt": "Question: What is the capital of France? Answer:", "max_tokens": 13, "seed": 3, "n": 2}
+    answer = served.http.post("/v1/completions", json=body).json()
+    assert [choice["text"] for choice in answer["choices"]] == [
+        served.generate(body["prompt"], 13, sample) for sample in (0, 1)
+    ]
+    assert answer["usage"]["completion_tokens"] == 26
+
+
+def test_a_streamed_chat_says_what_a_whole_one_does(served: Served):
+    body = {"messages": [{"role": "user", "content": "He looked at"}], "max_tokens": 20, "seed": 3}
+    whole = served.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    streamed = served.http.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in streamed if line and "[DONE]" not in line]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole
+    assert whole == served.generate("He looked at", 20, 0)
+
+
+def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served):
+    body = {"prompt": "x", "max_tokens": 8000, "stream": True, "ignore_eos": True}
+    with served.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert served.kv_bytes() > 0
+    assert within(5, lambda: served.kv_bytes() == 0)
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers(served: Served):
+    response = served.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 100_000})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "max_tokens")
+    assert "100000" in error["message"]
+    assert "8192" in error["message"]
+
+
+def test_token_ids_say_the_same_as_their_text(served: Served):
+    ids = served.http.post("/tokenize", json={"prompt": "He looked at"}).json()["tokens"]
+    assert served.http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "He looked at"}
+    texts = [
+        served.http.post("/v1/completions", json={"prompt": prompt, "seed": 3, "max_tokens": 9}).json()["choices"][0][
+            "text"
+        ]
+        for prompt in ("He looked at", ids, [ids])
+    ]
+    assert len(set(texts)) == 1
+
+
+def test_the_gateway_is_ready_when_it_is_reached(served: Served):
+    assert served.http.get("/ready").json() == {"status": "ok"}
