@@ -2,46 +2,38 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 
-from colaserve_client.errors import ColaserveError
+from colaserve_client.cli.options import Server, json_option, sampler_options, server_options
+from colaserve_client.cli.output import json_line
 from colaserve_client.eval import options, sweep
 from colaserve_client.eval.connect import Connector, identity
 from colaserve_client.eval.demo import held_out_texts
 from colaserve_client.eval.folder import RunFolder, Speed, Task, read_settings
 from colaserve_client.eval.plots import plot_sweep, require_matplotlib
-from colaserve_client.eval.records import EvalError, Output, json_text
+from colaserve_client.eval.records import EvalError, Output
 from colaserve_client.eval.report import write_report
 from colaserve_client.eval.runner import GenerationSettings, Limits, Model, run_tasks
-from colaserve_client.eval.tables import score_table, text_table
+from colaserve_client.eval.tables import Table, score_table, text_table
 from colaserve_client.eval.tasks import Score, score_folder
 from colaserve_client.eval.vae import VAE_FILE, measure, quality_table, read_texts, write_quality
-from colaserve_client.settings import Solver
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from colaserve_client.settings import Sampler, Solver
 
 
-def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """One line instead of a traceback for what the caller can mend; a word about resuming when interrupted."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (EvalError, ColaserveError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted. What was answered is kept: the same command goes on from there.", err=True)
-            raise SystemExit(130) from None
-
-    return wrapped
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say what an interrupted run has kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What was answered is kept: the same command goes on from there.", err=True)
+        raise
 
 
 @click.group("eval")
@@ -49,15 +41,14 @@ def evaluate() -> None:
     """Ask a served model questions and judge the answers."""
 
 
-@evaluate.command()
-@clear_errors
+@evaluate.command(short_help="Ask questions and write the answers down.")
 @options.questions_options
 @click.option("--output", required=True, type=options.FOLDER, help="Folder of the outputs; an unfinished run goes on.")
 @options.generation_options
-@options.sampler_options
+@sampler_options
 @options.concurrency_option
-@options.target_option
-@options.json_option
+@server_options
+@json_option
 @options.pass_connector
 def run(
     connector: Connector,
@@ -65,11 +56,9 @@ def run(
     tasks: Sequence[Task],
     output: Path,
     generation: GenerationSettings,
-    steps: int | None,
-    guidance: float | None,
-    solver: Solver | None,
+    sampler: Sampler,
     concurrency: int,
-    target: str,
+    server: Server,
     as_json: bool,
 ) -> None:
     """Ask every question of FILES, jsonl with the fields id, prompt, ground_truth and, where there are some, choices.
@@ -82,24 +71,24 @@ def run(
     colaserve eval run raw/race.jsonl --template race --output out
     colaserve eval run --demo --output out
     """
-    settings = replace(generation, steps=steps, guidance_scale=guidance, solver=solver)
+    settings = replace(generation, sampler=sampler)
 
     async def main() -> Speed:
-        async with connector.open(target) as client:
+        async with connector.open(server) as client:
             model = await identity(client)
             return await _ask(client, model, settings, output, tasks, Limits(concurrency))
 
-    speed = asyncio.run(main())
+    with resumable():
+        speed = asyncio.run(main())
     if speed.answers:
         rate = f"{speed.completion_tokens} tokens, {speed.tokens_per_second:.1f} tokens/s"
         click.echo(f"{speed.answers} answers in {speed.seconds:.1f} s, {rate}", err=True)
     _show_score(score_folder(output), as_json)
 
 
-@evaluate.command()
-@clear_errors
+@evaluate.command(short_help="Judge the answers.")
 @click.argument("folder", type=options.FOLDER)
-@options.json_option
+@json_option
 def score(folder: Path, as_json: bool) -> None:
     """Judge the outputs in FOLDER, a <task>.jsonl for each task, by the published rules.
 
@@ -109,18 +98,27 @@ def score(folder: Path, as_json: bool) -> None:
     _show_score(result, as_json, missing=_missing(folder, result))
 
 
-@evaluate.command("sweep")
-@clear_errors
+@evaluate.command("sweep", short_help="Ask under many sampler settings: table, PNG, JSON.")
 @options.questions_options
 @click.option("--output", required=True, type=options.FOLDER, help="Folder of the sweep; an unfinished one goes on.")
-@click.option("--guidance", default="1,2,4,7", show_default=True, callback=options.comma_separated(click.FLOAT))
-@click.option("--steps", default="4,8,16", show_default=True, callback=options.comma_separated(click.INT))
-@click.option("--solver", default="euler", show_default=True, callback=options.comma_separated(options.SOLVERS))
+@click.option(
+    "--guidance", default="1,2,4,7", show_default=True, callback=options.comma_separated(click.FLOAT), help="Scales."
+)
+@click.option(
+    "--steps", default="4,8,16", show_default=True, callback=options.comma_separated(click.INT), help="Of the sampler."
+)
+@click.option(
+    "--solver",
+    default="euler",
+    show_default=True,
+    callback=options.comma_separated(options.SOLVERS),
+    help="Rules: euler, ab2, heun.",
+)
 @options.generation_options
 @click.option("--no-plots", is_flag=True, help="Do without the PNG, which needs matplotlib.")
 @options.concurrency_option
-@options.target_option
-@options.json_option
+@server_options
+@json_option
 @options.pass_connector
 def sweep_command(
     connector: Connector,
@@ -133,7 +131,7 @@ def sweep_command(
     generation: GenerationSettings,
     no_plots: bool,
     concurrency: int,
-    target: str,
+    server: Server,
     as_json: bool,
 ) -> None:
     """Ask the questions under every combination of guidance, steps and solver (comma-separated lists).
@@ -146,7 +144,7 @@ def sweep_command(
     limits = Limits(concurrency)
 
     async def main() -> list[sweep.Point]:
-        async with connector.open(target) as client:
+        async with connector.open(server) as client:
             model = await identity(client)
 
             async def ask(settings: GenerationSettings, folder: Path) -> Speed:
@@ -154,15 +152,15 @@ def sweep_command(
 
             return await sweep.sweep(ask, sweep.grid(guidance, steps, solver), generation, output)
 
-    points = [point.to_json() for point in asyncio.run(main())]
+    with resumable():
+        points = [point.to_json() for point in asyncio.run(main())]
     sweep.write_sweep(points, output)
     if not no_plots:
         plot_sweep(points, output / sweep.PLOT_FILE)
-    click.echo(json_text({"points": points}) if as_json else text_table(sweep.sweep_table(points)))
+    show({"points": points}, sweep.sweep_table(points), as_json)
 
 
-@evaluate.command()
-@clear_errors
+@evaluate.command(short_help="Write a Markdown page with plots.")
 @click.argument("folder", type=options.FOLDER)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="[default: FOLDER/report.md]")
 @click.option("--no-plots", is_flag=True, help="Do without plots, which need matplotlib.")
@@ -173,15 +171,14 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
     click.echo(path)
 
 
-@evaluate.command()
-@clear_errors
+@evaluate.command(short_help="Measure the round trip through the latent space.")
 @click.argument("file", required=False, type=options.FILE)
 @click.option("--demo", is_flag=True, help="Take the demo's questions in held-out phrasings, with their answers.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many texts, evenly spread.")
 @click.option("--output", type=options.FOLDER, help=f"Also write the figures to {VAE_FILE} in this folder.")
 @options.concurrency_option
-@options.target_option
-@options.json_option
+@server_options
+@json_option
 @options.pass_connector
 def vae(
     connector: Connector,
@@ -191,7 +188,7 @@ def vae(
     limit: int | None,
     output: Path | None,
     concurrency: int,
-    target: str,
+    server: Server,
     as_json: bool,
 ) -> None:
     """Send the texts of FILE through encoder and decoder and compare: token accuracy and bits per token.
@@ -204,7 +201,7 @@ def vae(
     texts = options.spread(read_texts(file) if file else held_out_texts(), limit)
 
     async def main() -> Any:
-        async with connector.open(target) as client:
+        async with connector.open(server) as client:
             with _progress(len(texts), "round trips") as bar:
                 return await measure(client, texts, concurrency, bar.update)
 
@@ -212,7 +209,12 @@ def vae(
     if output:
         write_quality(quality, output)
     figures = quality.to_json()
-    click.echo(json_text(figures) if as_json else text_table(quality_table(figures)))
+    show(figures, quality_table(figures), as_json)
+
+
+def show(value: Any, table: Table, as_json: bool) -> None:
+    """Print for machines or for people."""
+    click.echo(json_line(value) if as_json else text_table(table))
 
 
 async def _ask(
@@ -247,7 +249,7 @@ def _missing(folder: Path, result: Score) -> int:
 
 
 def _show_score(result: Score, as_json: bool, missing: int = 0) -> None:
-    click.echo(json_text(result.to_json()) if as_json else text_table(score_table(result)))
+    show(result.to_json(), score_table(result), as_json)
     problems = [f"{result.failed} answers failed"] * (result.failed > 0) + [f"{missing} are missing"] * (missing > 0)
     if problems:
         raise EvalError(f"{' and '.join(problems)}: run again to ask them")

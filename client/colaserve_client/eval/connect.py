@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from colaserve_client.aio.client import AsyncClient
+from colaserve_client.cli.options import Server
 from colaserve_client.eval.runner import Model
 from colaserve_client.eval.vae import Reconstructor
 from colaserve_client.results import ModelInfo
-from colaserve_client.settings import Retry
 
-ATTEMPTS = 10  # a run presses as hard as it is told to: an overloaded server is waited for
 FIRST_CONTACT = 5.0  # seconds until a server that is not there is given up
-TIMEOUT = 600.0  # seconds for one answer, all attempts together
+TIMEOUT = 600.0  # seconds for one answer where nothing else is said: a run must not stand still for ever
 
 
 class Client(Model, Reconstructor, Protocol):
@@ -23,15 +22,16 @@ class Client(Model, Reconstructor, Protocol):
         """Who answers."""
 
 
-def _async_client(target: str) -> AbstractAsyncContextManager[Client]:
-    return AsyncClient(target, timeout=TIMEOUT, retry=Retry(attempts=ATTEMPTS))
+def _async_client(server: Server) -> AbstractAsyncContextManager[Client]:
+    timeout = server.timeout or TIMEOUT
+    return AsyncClient(server.target, key=server.key, tls=server.tls, timeout=timeout, retry=server.retry)
 
 
 @dataclass(frozen=True)
 class Connector:
-    """Opens a client for an address."""
+    """Opens a client of a server."""
 
-    open: Callable[[str], AbstractAsyncContextManager[Client]] = _async_client
+    open: Callable[[Server], AbstractAsyncContextManager[Client]] = _async_client
 
 
 async def identity(client: Client) -> dict[str, Any]:
@@ -41,6 +41,7 @@ async def identity(client: Client) -> dict[str, Any]:
         "name": info.name,
         "space": info.space,
         "dtypes": {stage.stage: stage.server.dtype for stage in info.stages},
+        "default_max_new_tokens": info.default_max_new_tokens,
         "default_sampler": asdict(info.default_sampler),
         "default_sampling": asdict(info.default_sampling),
     }

@@ -170,7 +170,7 @@ def _known_tasks(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     tasks: dict[str, Any] = old.pop("tasks", {})
     if lines := differences(old, settings):
-        raise EvalError(f"{path}: holds a run with other settings; choose another folder\n  " + "\n  ".join(lines))
+        raise EvalError(f"{path}: holds a run with other settings, choose another folder. {'; '.join(lines)}")
     return tasks
 
 

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import click
 
+from colaserve_client.cli.options import option, sampling_options
 from colaserve_client.eval.connect import Connector
 from colaserve_client.eval.demo import demo_tasks
 from colaserve_client.eval.folder import Task
 from colaserve_client.eval.records import EvalError, read_questions
 from colaserve_client.eval.runner import GenerationSettings
 from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
-from colaserve_client.settings import DEFAULT_TARGET
+from colaserve_client.settings import Sampling
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
@@ -25,13 +26,9 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 SOLVERS = click.Choice(("euler", "ab2", "heun"))
 
 pass_connector = click.make_pass_decorator(Connector, ensure=True)
-target_option = click.option(
-    "--target", default=DEFAULT_TARGET, show_default=True, envvar="COLASERVE_TARGET", help="Where the coordinator is."
-)
-concurrency_option = click.option(
+concurrency_option = option(
     "--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Requests in flight."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 _QUESTION_OPTIONS: Sequence[Option] = (
     click.argument("files", nargs=-1, type=FILE),
@@ -45,21 +42,9 @@ _QUESTION_OPTIONS: Sequence[Option] = (
     click.option("--limit", type=click.IntRange(1), help="At most so many questions of each task, evenly spread."),
 )
 _GENERATION_OPTIONS: Sequence[Option] = (
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(1),
-        default=32,
-        show_default=True,
-        help="Tokens of an answer at most. The demo's paragraphs need 64.",
-    ),
-    click.option("--temperature", type=click.FloatRange(0, 100), help="Of the draws.  [default: the server's]"),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of noise and draws."),
+    option("--max-new-tokens", type=click.IntRange(1), help="Length at most.  [default: the server's]"),
+    option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise."),
     click.option("--stop", multiple=True, help="End an answer before this string; may be repeated."),
-)
-_SAMPLER_OPTIONS: Sequence[Option] = (
-    click.option("--steps", type=click.IntRange(1, 1000), help="Sampler steps.  [default: the server's]"),
-    click.option("--guidance", type=click.FloatRange(0, 1000), help="Guidance scale.  [default: the server's]"),
-    click.option("--solver", type=SOLVERS, help="Integration rule.  [default: the server's]"),
 )
 
 
@@ -89,19 +74,12 @@ def generation_options(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(
-        *args: Any, max_new_tokens: int, temperature: float | None, seed: int, stop: Sequence[str], **others: Any
+        *args: Any, max_new_tokens: int | None, sampling: Sampling, seed: int, stop: Sequence[str], **others: Any
     ) -> Any:
-        settings = GenerationSettings(
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop)
-        )
+        settings = GenerationSettings(max_new_tokens, sampling=sampling, seed=seed, stop=tuple(stop))
         return command(*args, generation=settings, **others)
 
-    return _with(_GENERATION_OPTIONS, wrapped)
-
-
-def sampler_options(command: Command) -> Command:
-    """--steps, --guidance, --solver, each at most once."""
-    return _with(_SAMPLER_OPTIONS, command)
+    return _with(_GENERATION_OPTIONS, sampling_options(wrapped))
 
 
 def comma_separated(kind: "click.ParamType[Any]") -> Callable[[click.Context, click.Parameter, str], list[Any]]:
@@ -139,6 +117,6 @@ def _chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:
 
 
 def _with(options: Sequence[Option], command: Command) -> Command:
-    for option in reversed(options):
-        command = option(command)
+    for each in reversed(options):
+        command = each(command)
     return command

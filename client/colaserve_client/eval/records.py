@@ -8,12 +8,14 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from colaserve_client.errors import ColaserveError
+
 QuestionId = int | str
 Json = Mapping[str, Any]
 MAX_CHOICES = len(ascii_uppercase)
 
 
-class EvalError(Exception):
+class EvalError(ColaserveError):
     """Something the caller can mend: a file, a setting, a missing part. The message says what was expected."""
 
 

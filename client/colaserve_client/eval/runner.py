@@ -1,18 +1,21 @@
 """Asking a served model the questions: many at a time, each output written down at once, resumable."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from colaserve_client.errors import ColaserveError
+from colaserve_client.errors import ColaserveError, Overloaded
 from colaserve_client.eval.folder import OutputLog, RunFolder, Speed, Task
 from colaserve_client.eval.pool import work_through
 from colaserve_client.eval.records import EvalError, Output, Question
 from colaserve_client.results import GenerationResult, Usage
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Solver
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 
 USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "blocks", "wasted_blocks")
+OVERLOAD_PAUSE = 1.0  # seconds before an overloaded server is asked again, where it gave no hint
+SERVER_SAMPLER, SERVER_SAMPLING = Sampler(), Sampling()  # every field as the server has it
 SAMPLE_IDS = 10_000  # of one base seed: noise differs between so many neighbouring questions
 
 
@@ -20,12 +23,10 @@ SAMPLE_IDS = 10_000  # of one base seed: noise differs between so many neighbour
 class GenerationSettings:
     """How every question of a run is asked. None: what the server has as its default."""
 
-    max_new_tokens: int = 32
-    steps: int | None = None
-    guidance_scale: float | None = None
-    solver: Solver | None = None
-    temperature: float | None = None
-    seed: int = 0  # of the noise and the draws: the same questions get the same answers
+    max_new_tokens: int | None = None
+    sampler: Sampler = SERVER_SAMPLER
+    sampling: Sampling = SERVER_SAMPLING
+    seed: int = 0  # of the noise: the same questions get the same answers
     stop: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Limits:
 
     concurrency: int = 8  # questions in flight
     failures: int = 20  # failed answers in a row after which no more are asked
+    patience: float = 600.0  # seconds that a question waits for an overloaded server
 
 
 OnOutput = Callable[[Output], None]
@@ -101,10 +103,23 @@ class _Attempt:
     async def ask(self, item: tuple[OutputLog, int, Question]) -> None:
         """Ask one question and write the output down."""
         log, position, question = item
-        output = await ask(self._model, self._settings, question, position)
+        output = await self._answer(question, position)
         log.append(output)
         self._count(output)
         self._on_output(output)
+
+    async def _answer(self, question: Question, position: int) -> Output:
+        """An overloaded server has run nothing: it is no failure of the question, which waits and is asked again."""
+        waited = 0.0
+        while True:
+            try:
+                return await ask_once(self._model, self._settings, question, position)
+            except Overloaded as error:
+                if waited >= self._limits.patience:
+                    return failed(question, error)
+                pause = error.retry_after or OVERLOAD_PAUSE
+                waited += pause
+                await asyncio.sleep(pause)
 
     def _count(self, output: Output) -> None:
         if output.error is None:
@@ -114,13 +129,13 @@ class _Attempt:
         self._failures += 1
         if self._failures >= self._limits.failures:
             raise EvalError(
-                f"{self._failures} answers in a row failed; the last: {output.error}\n"
-                "What was answered is kept: the same command goes on from there."
+                f"{self._failures} answers in a row failed; the last: {output.error}. "
+                "What was answered is kept: the same command goes on from there"
             )
 
 
-async def ask(model: Model, settings: GenerationSettings, question: Question, position: int) -> Output:
-    """One question's output; a failure of the service is part of it.
+async def ask_once(model: Model, settings: GenerationSettings, question: Question, position: int) -> Output:
+    """One question's output; a failure of the service is part of it, but for `Overloaded`, which is raised.
 
     The question's place in its task picks its noise: it is the sample id of the run's seed.
     """
@@ -128,14 +143,21 @@ async def ask(model: Model, settings: GenerationSettings, question: Question, po
         result = await model.generate(
             question.prompt,
             max_new_tokens=settings.max_new_tokens,
-            sampler=Sampler(settings.steps, settings.guidance_scale, settings.solver),
-            sampling=Sampling(settings.temperature),
+            sampler=settings.sampler,
+            sampling=settings.sampling,
             seed=NoiseSeed(settings.seed, position % SAMPLE_IDS),
             stop=settings.stop,
         )
+    except Overloaded:
+        raise
     except ColaserveError as error:
-        return Output(question, "", error=f"{type(error).__name__}: {error}")
+        return failed(question, error)
     return Output(question, result.text, result.finish_reason, usage_json(result.usage))
+
+
+def failed(question: Question, error: ColaserveError) -> Output:
+    """The output of a question without an answer."""
+    return Output(question, "", error=f"{type(error).__name__}: {error}")
 
 
 def usage_json(usage: Usage) -> Mapping[str, int]:

@@ -73,7 +73,8 @@ async def sweep(run: RunPoint, settings: Sequence[Setting], base: GenerationSett
     """Run every setting into its own folder below `folder`, which makes a sweep resumable; returns their points."""
     points = []
     for setting in settings:
-        await run(replace(base, **asdict(setting)), folder / setting.folder)
+        sampler = replace(base.sampler, **asdict(setting))
+        await run(replace(base, sampler=sampler), folder / setting.folder)
         points.append(read_point(setting, folder / setting.folder))
     return points
 

@@ -4,12 +4,16 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
-from click.testing import CliRunner, Result
-from colaserve_client.errors import Unavailable
+from click.testing import CliRunner
+from colaserve_client.cli import exits
+from colaserve_client.cli.options import Server
+from colaserve_client.errors import ColaserveError, Details, Overloaded, Unavailable
 from colaserve_client.eval.commands import evaluate
 from colaserve_client.eval.connect import Connector
 from colaserve_client.settings import Sampler, Sampling
@@ -22,6 +26,7 @@ class FakeClient:
         self.answer, self.name, self.steps = answer, "tiny", 16
         self.asked: list[tuple[str, dict]] = []
         self.down_for: set[str] = set()
+        self.overloaded_times = 0
         self.in_flight = self.most_in_flight = 0
 
     @property
@@ -34,6 +39,9 @@ class FakeClient:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await asyncio.sleep(0.001 * (len(self.asked) % 3))
+            if self.overloaded_times:
+                self.overloaded_times -= 1
+                raise Overloaded("no room", Details(retry_after=0.01))
             if prompt in self.down_for:
                 raise Unavailable("the prior is down")
             usage = SimpleNamespace(prompt_tokens=3, completion_tokens=5, blocks=2, wasted_blocks=1)
@@ -51,6 +59,7 @@ class FakeClient:
             name=self.name,
             space="0123456789abcdef",
             stages=[SimpleNamespace(stage="prior", server=SimpleNamespace(dtype="float32"))],
+            default_max_new_tokens=32,
             default_sampler=Sampler(steps=self.steps),
             default_sampling=Sampling(temperature=0.0),
         )
@@ -68,20 +77,41 @@ def client() -> FakeClient:
     return FakeClient()
 
 
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def colaserve_eval(client: FakeClient) -> Callable[..., Result]:
+def run_eval() -> Callable[..., Ended]:
+    """Runs `colaserve eval ...` as the command line does, against the servers of a connector."""
+
+    def run(arguments: Sequence[object], connector: Connector | None = None) -> Ended:
+        command = [str(argument) for argument in arguments]
+        result = CliRunner().invoke(evaluate, command, obj=connector, standalone_mode=False)
+        error = result.exception
+        if error is None:
+            return Ended(0, result.stdout, result.stderr)
+        if not isinstance(error, click.ClickException | ColaserveError | OSError):
+            raise error
+        return Ended(exits.code_of(error), result.stdout, result.stderr + exits.line_of(error) + "\n")
+
+    return run
+
+
+@pytest.fixture
+def colaserve_eval(client: FakeClient, run_eval: Callable[..., Ended]) -> Callable[..., Ended]:
     """Runs `colaserve eval ...` against the fake client."""
 
     @asynccontextmanager
-    async def connect(target: str):
+    async def connect(server: Server):
         yield client
 
-    def run(*arguments: object) -> Result:
-        result = CliRunner().invoke(evaluate, [str(argument) for argument in arguments], obj=Connector(connect))
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result
-
-    return run
+    return lambda *arguments: run_eval(arguments, Connector(connect))
 
 
 @pytest.fixture

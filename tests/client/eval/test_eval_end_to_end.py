@@ -3,33 +3,38 @@
 import json
 
 import pytest
-from click.testing import CliRunner
 from colaserve.v1 import types_pb2
-from colaserve_client.eval.commands import evaluate
 
 STORY = " there was a fox that wrote."  # what the small server writes
 
 
 @pytest.fixture
-def colaserve_eval(server):
+def colaserve_eval(server, run_eval):
     def run(verb, *arguments):
-        command = [
-            verb,
-            *map(str, arguments),
-            *(["--target", server.target] if verb in ("run", "sweep", "vae") else []),
-        ]
-        result = CliRunner().invoke(evaluate, command)
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result
+        target = ["--target", server.target] if verb in ("run", "sweep", "vae") else []
+        return run_eval([verb, *arguments, *target])
 
     return run
 
 
 def test_answers_come_over_the_wire_with_their_usage(colaserve_eval, write_questions, read_lines, behaviour, tmp_path):
     file = write_questions("once", "twice")
-    options = ["--steps", 4, "--guidance", 2, "--solver", "ab2", "--temperature", 0.5, "--seed", 7, "--stop", "fox"]
+    options = [
+        "--steps",
+        4,
+        "--guidance-scale",
+        2,
+        "--solver",
+        "ab2",
+        "--temperature",
+        0.5,
+        "--seed",
+        7,
+        "--stop",
+        "fox",
+    ]
     result = colaserve_eval("run", file, "--output", tmp_path / "out", *options)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     lines = read_lines(tmp_path / "out" / "task.jsonl")
     assert [(line["generate"], line["finish_reason"]) for line in lines] == [(" there was a ", "stop")] * 2
     assert lines[0]["usage"] == {"prompt_tokens": 4, "completion_tokens": 13, "blocks": 4, "wasted_blocks": 0}
@@ -61,7 +66,7 @@ def test_a_server_that_is_not_there_is_one_line(colaserve_eval, server, write_qu
     file = write_questions("once")
     server.stop()
     result = colaserve_eval("run", file, "--output", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -74,3 +79,11 @@ def test_run_score_sweep_and_report_work_together(colaserve_eval, write_question
     assert colaserve_eval("sweep", file, *sweep).exit_code == 0
     assert colaserve_eval("report", out).exit_code == 0
     assert "# Evaluation of fake" in (out / "report.md").read_text()
+
+
+def test_a_key_is_sent_and_half_of_a_certificate_is_refused(colaserve_eval, behaviour, write_questions, tmp_path):
+    file = write_questions("once")
+    assert colaserve_eval("run", file, "--output", tmp_path / "out", "--key", "secret").exit_code == 0
+    assert {metadata["authorization"] for metadata in behaviour.metadata} == {"Bearer secret"}
+    result = colaserve_eval("run", file, "--output", tmp_path / "out", "--tls-client-cert", file)
+    assert "tls: cert and key belong together" in result.stderr

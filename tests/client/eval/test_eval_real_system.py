@@ -5,8 +5,6 @@ import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from click.testing import CliRunner
-from colaserve_client.eval.commands import evaluate
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.rpc.in_process import InProcessStub
@@ -38,11 +36,10 @@ async def target(tiny) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def colaserve_eval(target) -> Callable:
+def colaserve_eval(target, run_eval) -> Callable:
     async def run(verb: str, *arguments: object):
-        command = [verb, *map(str, arguments), *(["--target", target] if verb != "score" else [])]
-        result = await asyncio.to_thread(CliRunner().invoke, evaluate, command)
-        assert result.exit_code == 0, result.output
+        result = await asyncio.to_thread(run_eval, [verb, *arguments, "--target", target])
+        assert result.exit_code == 0, result.stderr
         return result.stdout
 
     return run
@@ -50,7 +47,7 @@ def colaserve_eval(target) -> Callable:
 
 async def test_answers_depend_neither_on_concurrency_nor_on_a_break(colaserve_eval, write_questions, tmp_path):
     file = write_questions("the fox", "a dog runs", "one", "two words", "the fox")
-    options = ["--steps", 4, "--guidance", 3, "--max-new-tokens", 12]
+    options = ["--steps", 4, "--guidance-scale", 3, "--max-new-tokens", 12]
     outputs = []
     for name, concurrency in (("one", 1), ("four", 4)):
         await colaserve_eval("run", file, "--output", tmp_path / name, "--concurrency", concurrency, *options)

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from colaserve_client.eval.commands import evaluate
+from colaserve_client.cli.main import main
 from colaserve_client.eval.records import read_outputs
 from colaserve_client.eval.templates import load_template
 
@@ -16,10 +15,9 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="COLASERVE_EVAL_DIR names no 
 TASKS = ("hellaswag", "lambada", "mmlu", "obqa", "race", "siqa", "squad", "story_cloze")
 
 
-def test_all_eight_tasks_score_exactly_as_published():
-    result = CliRunner().invoke(evaluate, ["score", str(FOLDER), "--json"])
-    assert result.exit_code == 0, result.output
-    score = json.loads(result.stdout)
+def test_all_eight_tasks_score_exactly_as_published(capsys):
+    assert main(["eval", "score", str(FOLDER), "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
     published = json.loads((Path(str(FOLDER)) / "accuracy.json").read_text())
     assert score["tasks"] == published
     assert score["average"] == round(sum(task["accuracy"] for task in published.values()) / len(published), 2)

@@ -25,7 +25,7 @@ def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_quest
     out = tmp_path / "out"
     file = write_questions(*NAMES, choices=["name 0", "other"])
     result = colaserve_eval("run", file, "--output", out)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     lines = read_lines(out / "task.jsonl")
     assert [line["id"] for line in lines] == list(range(12))
     assert lines[3] == {
@@ -43,11 +43,10 @@ def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_quest
 def test_settings_reach_the_model_and_each_question_has_its_own_noise(
     client, colaserve_eval, write_questions, tmp_path
 ):
-    sampler = ["--steps", 4, "--guidance", 2.5, "--solver", "heun", "--temperature", 0.5, "--seed", 7, "--stop", "!"]
-    result = colaserve_eval(
-        "run", write_questions("a", "b"), "--output", tmp_path / "out", "--max-new-tokens", 9, *sampler
-    )
-    assert result.exit_code == 0, result.output
+    sampler = ["--steps", 4, "--guidance-scale", 2.5, "--solver", "heun"]
+    others = ["--temperature", 0.5, "--seed", 7, "--max-new-tokens", 9, "--stop", "!"]
+    result = colaserve_eval("run", write_questions("a", "b"), "--output", tmp_path / "out", *sampler, *others)
+    assert result.exit_code == 0, result.stderr
     settings = dict(client.asked)
     assert settings["a"] == {
         "max_new_tokens": 9,
@@ -85,6 +84,22 @@ def test_failed_answers_are_written_with_their_error_and_asked_again(
     assert colaserve_eval("run", file, "--output", out).exit_code == 0
     assert sorted(client.prompts) == sorted([*NAMES, "name 2"])
     assert [line["error"] for line in read_lines(out / "task.jsonl")] == [None] * 12
+
+
+def test_an_overloaded_server_is_waited_for(client, colaserve_eval, write_questions, tmp_path, read_lines):
+    client.overloaded_times = 30
+    assert colaserve_eval("run", write_questions(*NAMES), "--output", tmp_path / "out").exit_code == 0
+    assert len(client.asked) == 42
+    assert [line["error"] for line in read_lines(tmp_path / "out" / "task.jsonl")] == [None] * 12
+
+
+async def test_patience_with_an_overloaded_server_ends(client, tmp_path, read_lines):
+    client.overloaded_times = 10**6
+    task = Task("task", [Question(0, "a", "a")])
+    with RunFolder.opened(tmp_path, {}, [task]) as folder:
+        await run_tasks(client, GenerationSettings(), folder, [task], Limits(patience=0.03))
+    assert read_lines(tmp_path / "task.jsonl")[0]["error"] == "Overloaded: no room"
+    assert len(client.asked) in (4, 5)
 
 
 async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has(client, tmp_path, read_lines):
@@ -157,7 +172,7 @@ def test_a_torn_last_line_is_dropped_and_asked_again(client, colaserve_eval, wri
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
-        (["--steps", 8], "generation.steps: the folder has None, this run asks for 8"),
+        (["--steps", 8], "generation.sampler.steps: the folder has None, this run asks for 8"),
         (["--stop", "."], "generation.stop: the folder has [], this run asks for ['.']"),
         (["--seed", 1], "generation.seed: the folder has 0, this run asks for 1"),
         (["--limit", 3], "task task was begun with other questions"),
@@ -208,6 +223,7 @@ SLOW_RUN = """
 import asyncio, sys
 from contextlib import asynccontextmanager
 from conftest import FakeClient
+from colaserve_client.cli import exits
 from colaserve_client.eval.commands import evaluate
 from colaserve_client.eval.connect import Connector
 
@@ -217,10 +233,13 @@ class Slow(FakeClient):
         return await super().generate(prompt, **settings)
 
 @asynccontextmanager
-async def connect(target):
+async def connect(server):
     yield Slow()
 
-evaluate(sys.argv[1:], obj=Connector(connect))
+try:
+    evaluate(sys.argv[1:], obj=Connector(connect), standalone_mode=False)
+except BaseException as error:
+    sys.exit(exits.code_of(error))
 """
 
 

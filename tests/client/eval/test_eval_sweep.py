@@ -48,7 +48,7 @@ def sweep(client, colaserve_eval, write_questions, tmp_path):
 
 def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_path):
     result = sweep()
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
     assert len(points) == 8
     assert len(client.asked) == 32
@@ -107,11 +107,11 @@ def test_a_report_shows_scores_settings_wrong_answers_and_the_sweep(sweep, colas
     colaserve_eval("run", write_questions("1", "9|`9", name="other"), "--output", out, "--steps", 4)
     (out / "vae.json").write_text('{"token_accuracy": 99.5}')
     result = colaserve_eval("report", out)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     page = (out / "report.md").read_text()
     assert page.startswith("# Evaluation of tiny\n")
     assert "| other | 2 | 1 | 50.00 |" in page
-    assert "| steps | 4 |" in page
+    assert '| sampler | {"steps": 4,' in page
     assert "| `1` | `…9\\|'9` | `wrong` | `9\\|'9` |" in page
     assert "## Wrong answers: other" in page
     assert "| `0` |" not in page

@@ -12,7 +12,7 @@ def test_accuracy_and_bits_are_means_over_tokens_of_all_texts(colaserve_eval, tm
     file = tmp_path / "texts.txt"
     file.write_text("abcd\n\nxx\né\n")
     result = colaserve_eval("vae", file, "--json", "--output", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     figures = {
         "texts": 3,
         "exact_texts": 2,
@@ -57,7 +57,7 @@ def test_a_failure_of_the_service_is_one_line(client, colaserve_eval, tmp_path):
 
     client.reconstruct = fail
     result = colaserve_eval("vae", tmp_path / "a.txt")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "Error: texts[0]: too long")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "texts[0]: too long")
 
 
 def test_batches_keep_the_order_and_both_bounds():
