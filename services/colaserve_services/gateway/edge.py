@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -59,7 +59,7 @@ class Edge:
                 raise  # too late for an answer: the connection is closed
             await told.response()(scope, receive, send)
 
-    def _admit(self, scope: Scope, record: RequestRecord):  # type: ignore[no-untyped-def]  # a context manager
+    def _admit(self, scope: Scope, record: RequestRecord) -> AbstractContextManager[None]:
         """Who asks, and a place for it; raises NotAuthenticated or Overloaded."""
         if scope["path"] in OPEN:
             return nullcontext()
@@ -93,8 +93,12 @@ class _Telling:
 def _begin(scope: Scope) -> RequestRecord:
     headers = Headers(scope=scope)
     request_id = requests.adopt(((requests.REQUEST_ID, headers.get(requests.REQUEST_ID, "")),))
-    requests.carry_trace(tuple((name, headers[name]) for name in _TRACE if headers.get(name, "").isascii()
-                               and headers.get(name, "").isprintable() and name in headers))  # fmt: skip
+    requests.carry_trace(tuple((name, headers[name]) for name in _TRACE if _can_travel(headers.get(name, ""))))
     record = RequestRecord(request_id)
     put_record(scope, record)
     return record
+
+
+def _can_travel(text: str) -> bool:
+    """Whether a header's value may become gRPC metadata."""
+    return bool(text) and text.isascii() and text.isprintable()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from pydantic_core import to_json
@@ -13,6 +15,7 @@ from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.pieces import Piece
 from colaserve_services.gateway.shapes import Usage
 
+LAST_WORD: Final = 2.0  # seconds that a client has to read why its stream ended
 _HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -43,9 +46,14 @@ class EventStream:
         await self._body(b"", more=False)
 
     async def fail(self, error: ApiError) -> None:
-        """End a begun stream with an error event; no [DONE] follows, so that no reader takes it for complete."""
-        await self._event(error.body())
-        await self._body(b"", more=False)
+        """End a begun stream with an error event; no [DONE] follows, so that no reader takes it for complete.
+
+        A client that does not read is not waited for: the connection is then closed.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD):
+                await self._event(error.body())
+                await self._body(b"", more=False)
 
     async def _chunk(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None = None) -> None:
         chunk = self._dialect.chunk(choices)

@@ -62,6 +62,7 @@ class Gateway:
         self.check_extras(body, body.messages)
         info = await self.backend.info()
         model = self.check_model(body.model, info)
+        self._check_choices(body, 1)
         prompt = text_prompt(chat_prompt(body.messages, info.chat_frame))
         dialect = ChatDialect(record.request_id, model, info.space, most_likely(body) is not None)
         return self._answer(body, [prompt], dialect, record, seconds)
@@ -87,7 +88,6 @@ class Gateway:
         record: RequestRecord,
         seconds: float | None,
     ) -> Answer:
-        self._check_choices(body, len(prompts))
         per_prompt = body.n or 1
         bounds = self.settings.bounds
         record.user = body.user or ""

@@ -59,7 +59,7 @@ async def test_openai_streams_a_chat_with_its_usage(client: openai.AsyncOpenAI):
 
 async def test_openais_stream_helper_ends_with_the_whole_answer(client: openai.AsyncOpenAI):
     messages = [{"role": "user", "content": "Hi"}]
-    async with client.chat.completions.stream(model=MODEL, messages=messages, max_tokens=200) as stream:  # type: ignore[arg-type]
+    async with client.chat.completions.stream(model=MODEL, messages=messages, max_tokens=200) as stream:
         async for _ in stream:
             pass
         answer = await stream.get_final_completion()
@@ -99,15 +99,15 @@ async def test_openais_errors_are_raised_with_their_param(client: openai.AsyncOp
     chat = client.chat.completions.create
     messages = [{"role": "user", "content": "Hi"}]
     with pytest.raises(openai.BadRequestError) as bad:
-        await chat(model=MODEL, messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])  # type: ignore[call-overload]
+        await chat(model=MODEL, messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])
     assert bad.value.param == "tools"
     with pytest.raises(openai.NotFoundError):
-        await chat(model="gpt-4", messages=messages)  # type: ignore[call-overload]
+        await chat(model="gpt-4", messages=messages)
     with pytest.raises(openai.AuthenticationError):
         await client.with_options(api_key="wrong").models.list()
     keyed.fake.failure = Overloaded("full", 7)
     with pytest.raises(openai.RateLimitError) as full:
-        await chat(model=MODEL, messages=messages)  # type: ignore[call-overload]
+        await chat(model=MODEL, messages=messages)
     assert full.value.response.headers["retry-after"] == "7"
 
 
@@ -128,7 +128,7 @@ async def test_the_id_of_a_request_is_the_clients_too(client: openai.AsyncOpenAI
 
 
 async def test_langchain_chats_streams_and_batches(keyed: Running):
-    chat = ChatOpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200, temperature=0)  # type: ignore[arg-type,call-arg]
+    chat = ChatOpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200, temperature=0)
     answer = await chat.ainvoke([SystemMessage("Be short."), HumanMessage("Hi")])
     assert answer.content == SAYS
     assert answer.usage_metadata is not None
@@ -139,6 +139,6 @@ async def test_langchain_chats_streams_and_batches(keyed: Running):
 
 
 async def test_langchain_completes_as_a_plain_model(keyed: Running):
-    model = OpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200)  # type: ignore[arg-type,call-arg]
+    model = OpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200)
     assert await model.ainvoke("Hi") == SAYS
     assert "".join([chunk async for chunk in model.astream("Hi")]) == SAYS

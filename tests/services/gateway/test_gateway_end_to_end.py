@@ -54,7 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     try:
         ports = json.loads(wait_for(folder / "ports.json", process, folder / "log"))
         with httpx.Client(base_url=ports["http"], timeout=60) as http, grpc.insecure_channel(ports["grpc"]) as channel:
-            yield Served(http, GenerationServiceStub(channel))  # type: ignore[no-untyped-call]
+            yield Served(http, GenerationServiceStub(channel))
     finally:
         process.terminate()
         process.wait(30)

@@ -9,6 +9,7 @@ import logging
 import httpx
 import pytest
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, ModelMismatch, Overloaded, Unavailable
+from colaserve_services.gateway import events
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.settings import AdmissionLimits
@@ -118,6 +119,19 @@ async def test_a_reader_that_does_not_read_stops_its_generation_from_running_ahe
         await anext(lines)
         await asyncio.sleep(0.5)
         assert gateway.fake.running == 1
+
+
+async def test_a_reader_that_never_reads_is_let_go_at_its_deadline(gateway: Running, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(events, "LAST_WORD", 0.1)
+    gateway.fake.says = "ever and " * 100_000
+    body, headers = BODY | {"max_tokens": 900_000}, {"x-request-timeout": "0.5"}
+    async with gateway.http.stream("POST", COMPLETIONS, json=body, headers=headers) as response:
+        lines = response.aiter_lines()
+        await anext(lines)
+        in_progress = gateway.metrics.requests_in_progress.labels("gateway", "http")._value
+        assert in_progress.get() == 1
+        await eventually(lambda: in_progress.get() == 0)
+    assert gateway.fake.running == 0
 
 
 async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gateway: Running):
@@ -312,7 +326,7 @@ async def test_what_nobody_foresaw_is_logged_with_its_traceback(gateway: Running
     async def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    gateway.server._gateway.backend.tokenize = broken  # type: ignore[method-assign,assignment]
+    gateway.server._gateway.backend.tokenize = broken
     response = await gateway.http.post("/tokenize", json={"prompt": "x"}, headers={"x-request-id": "r1"})
     assert response.status_code == 500
     assert "r1" in response.json()["error"]["message"]
