@@ -132,6 +132,7 @@ class AsyncStream(Generic[T]):
         self._start, self._convert, self._attempts = start, convert, attempts
         self.request_id = request_id
         self._received = self._left = False
+        self._call: Any = None  # until it is started, which may fail
         self._call = start()
 
     def __aiter__(self) -> "AsyncStream[T]":
@@ -182,7 +183,7 @@ class AsyncStream(Generic[T]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if not getattr(self, "_left", True):
+        if self._call is not None and not self._left:
             self._call.cancel()
 
 

@@ -158,6 +158,7 @@ class Stream(Generic[T]):
         self._start, self._convert, self._attempts = start, convert, attempts
         self.request_id = request_id
         self._received, self._left = False, threading.Event()
+        self._call: Any = None  # until it is started, which Ctrl-C may prevent
         self._call = start()
         self._batch = _batch_of_thread.value
         if self._batch is not None:
@@ -213,8 +214,7 @@ class Stream(Generic[T]):
         self.close()
 
     def __del__(self) -> None:
-        left = getattr(self, "_left", None)
-        if left is not None and not left.is_set():
+        if self._call is not None and not self._left.is_set():
             self._call.cancel()
 
 

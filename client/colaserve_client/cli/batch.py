@@ -1,0 +1,195 @@
+"""Many prompts out of a file: JSON lines in, JSON lines out, interrupted and resumed at will."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from colaserve_client.cli import exits, output
+from colaserve_client.errors import ColaserveError, InvalidRequest, NotAuthenticated, Unavailable
+from colaserve_client.results import GenerationOutcome
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_client.sync.client import Client
+
+ItemId = str | int
+_SAMPLER = {field.name for field in fields(Sampler)}
+_SAMPLING = {field.name for field in fields(Sampling)} - {"seed"}
+_DIRECT = {"max_new_tokens", "stop", "ignore_end", "with_latents", "top_logprobs"}
+KNOWN = {"id", "prompt", "seed", "sample_id", "sampling_seed", *_DIRECT, *_SAMPLER, *_SAMPLING}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a batch."""
+
+    id: ItemId
+    request: GenerationRequest
+
+
+def run_batch(
+    client: Client,
+    input_file: Path,
+    output_file: Path | None,
+    defaults: GenerationRequest,
+    *,
+    concurrency: int,
+    resume: bool,
+) -> int:
+    """Answer every line; return the exit code."""
+    items = read_items(input_file, defaults)
+    done = _answered(output_file, resume)
+    unknown = done - {item.id for item in items}
+    if unknown:
+        raise click.UsageError(f"--output has answers to ids that --input lacks, such as {min(map(str, unknown))}")
+    waiting = [item for item in items if item.id not in done]
+    with _opened(output_file) as out, _progress(len(items), len(done), output_file) as bar:
+        failed = _answer(client, waiting, concurrency, out, bar)
+    if failed:
+        click.echo(f"{failed} of {len(waiting)} failed and have an error instead; --resume tries them again.", err=True)
+    return exits.ERROR if failed else exits.OK
+
+
+def _answer(client: Client, waiting: Sequence[Item], concurrency: int, out: TextIO, bar: Any) -> int:
+    """Write a line an item as it is answered; return how many failed."""
+    failed = 0
+    with closing(client.generate_many((item.request for item in waiting), concurrency=concurrency)) as outcomes:
+        for item, outcome in zip(waiting, outcomes, strict=True):
+            _stop_if_hopeless(outcome)
+            print(output.json_line(_line(item, outcome)), file=out, flush=True)
+            failed += outcome.error is not None
+            bar.update(1)
+    return failed
+
+
+def _stop_if_hopeless(outcome: GenerationOutcome) -> None:
+    """What would meet every other line as well ends the batch."""
+    if isinstance(outcome.error, Unavailable | NotAuthenticated):
+        raise outcome.error
+
+
+def _line(item: Item, outcome: GenerationOutcome) -> dict[str, Any]:
+    if outcome.result is None:
+        return {"id": item.id, "prompt": item.request.prompt, "error": _error(outcome.error)}
+    return {"id": item.id, "prompt": item.request.prompt, **output.plain(outcome.result)}
+
+
+def _error(error: ColaserveError | None) -> dict[str, Any]:
+    field = error.field if isinstance(error, InvalidRequest) else ""
+    return {"type": type(error).__name__, "message": str(error), **({"field": field} if field else {})}
+
+
+# Input
+
+
+def read_items(path: Path, defaults: GenerationRequest) -> list[Item]:
+    """All lines; a wrong one is refused before anything is asked. A line without an id goes by its number, from 1."""
+    items: dict[ItemId, Item] = {}
+    for number, text in _lines(path):
+        item = _item(text, number, f"{path}:{number}", defaults)
+        if item.id in items:
+            raise click.UsageError(f"{path}:{number}: the id {item.id!r} is there twice")
+        items[item.id] = item
+    return list(items.values())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with click.open_file(str(path), encoding="utf-8") as file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _item(text: str, number: int, where: str, defaults: GenerationRequest) -> Item:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"{where}: no JSON: {error}") from error
+    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str | list):
+        raise click.UsageError(f'{where}: expected an object with a "prompt", a text or a list of token ids')
+    if unknown := sorted(line.keys() - KNOWN):
+        raise click.UsageError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
+    name = line.get("id", number)
+    if not isinstance(name, str | int):
+        raise click.UsageError(f"{where}: id: expected a text or a whole number, got {name!r}")
+    return Item(name, _request(line, defaults))
+
+
+def _request(line: Mapping[str, Any], defaults: GenerationRequest) -> GenerationRequest:
+    """The options' request, with what the line says otherwise."""
+    sampler = replace(defaults.sampler or Sampler(), **_chosen(line, _SAMPLER))
+    sampling = replace(defaults.sampling or Sampling(), **_chosen(line, _SAMPLING))
+    if "sampling_seed" in line:
+        sampling = replace(sampling, seed=line["sampling_seed"])
+    request = replace(defaults, prompt=line["prompt"], sampler=sampler, sampling=sampling, **_chosen(line, _DIRECT))
+    return replace(request, seed=_seed(line, defaults))
+
+
+def _seed(line: Mapping[str, Any], defaults: GenerationRequest) -> NoiseSeed | int | None:
+    if "seed" not in line and "sample_id" not in line:
+        return defaults.seed
+    known = defaults.seed if isinstance(defaults.seed, NoiseSeed) else NoiseSeed(0)
+    return NoiseSeed(line.get("seed", known.base_seed), line.get("sample_id", known.sample_id))
+
+
+def _chosen(line: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name in names}
+
+
+# Output
+
+
+def _answered(path: Path | None, resume: bool) -> set[ItemId]:
+    """The ids that have an answer. What has none (errors, a line that was cut off) is dropped from the file."""
+    if path is None:
+        if resume:
+            raise click.UsageError("--resume goes on with a file: give --output")
+        return set()
+    if not path.exists() or path.stat().st_size == 0:
+        return set()
+    if not resume:
+        raise click.UsageError(f"{path} is there already: --resume goes on with it, or remove it")
+    kept = list(_good_lines(path))
+    _replace(path, [text for _, text in kept])
+    return {name for name, _ in kept}
+
+
+def _good_lines(path: Path) -> Iterator[tuple[ItemId, str]]:
+    texts = path.read_text(encoding="utf-8").split("\n")
+    for number, text in enumerate(texts[:-1], 1):  # after the last newline comes nothing, or a line that was cut off
+        try:
+            line = json.loads(text)
+            name = line["id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise click.UsageError(f"{path}:{number}: no answer of a batch; is --output the right file?") from error
+        if "error" not in line:
+            yield name, text
+
+
+def _replace(path: Path, lines: Sequence[str]) -> None:
+    """Write a file so that a crash leaves the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(part, path)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("a", encoding="utf-8") as file:
+        yield file
+
+
+def _progress(total: int, done: int, output_file: Path | None) -> Any:
+    """A bar on standard error; none when the answers themselves are on the terminal."""
+    hidden = output_file is None and sys.stdout.isatty()
+    bar: Any = click.progressbar(
+        length=total, label="prompts", file=sys.stderr, show_pos=True, show_eta=True, hidden=hidden
+    )
+    bar.update(done)
+    return bar

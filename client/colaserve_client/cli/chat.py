@@ -1,0 +1,113 @@
+"""`colaserve chat`: a conversation, put to the model as the gateway does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from colaserve_client.cli import options
+from colaserve_client.errors import Cancelled, ColaserveError
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.sync.client import Client
+
+_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
+_NEXT_TURN = "\nUser:"  # the model, which knows no roles, would write the other side too
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One side's words."""
+
+    speaker: str  # "System", "User" or "Assistant"
+    text: str
+
+
+def chat_prompt(turns: Sequence[Turn], frame: str) -> str:
+    """The first message alone: in the checkpoint's frame, where it has one. Later: a transcript up to "Assistant:"."""
+    if len(turns) == 1 and turns[0].speaker == "User":
+        return frame.replace("{prompt}", turns[0].text) if frame else turns[0].text
+    lines = [f"{turn.speaker}:{'' if turn.text[:1].isspace() else ' '}{turn.text}" for turn in turns]
+    return "\n".join([*lines, "Assistant:"])
+
+
+@click.command(cls=options.SectionedCommand)
+@options.option("--system", help="An instruction before the conversation.")
+@options.option("--max-new-tokens", type=int, help="Tokens of an answer at most.  [default: the server's]")
+@options.sampler_options
+@options.sampling_options
+@options.seed_options
+@options.client_options
+def chat(
+    *,
+    client: Client,
+    system: str | None,
+    max_new_tokens: int | None,
+    sampler: Sampler,
+    sampling: Sampling,
+    seed: NoiseSeed | None,
+) -> None:
+    """Talk with the model.
+
+    The first message is put into the checkpoint's chat frame, where it has one; a longer conversation becomes a
+    transcript with the roles' names. The model has no other memory than that.
+
+    \b
+      colaserve chat
+      colaserve chat --system "Answer in one word." --temperature 0.7
+    """
+    frame = client.info().chat_frame
+    before = [Turn("System", system)] if system else []
+    turns = list(before)
+    click.echo(_HELP, err=True)
+    while (text := _ask()) is not None:
+        if text == "/reset":
+            turns = list(before)
+            continue
+        question = Turn("User", text)
+        answer = _answer(client, chat_prompt([*turns, question], frame), max_new_tokens, sampler, sampling, seed)
+        if answer is not None:
+            turns += [question, Turn("Assistant", answer)]
+
+
+def _ask() -> str | None:
+    """The next message; None at the end."""
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return None
+        if text == "/exit":
+            return None
+        if text.startswith("/") and text != "/reset":
+            click.echo(_HELP, err=True)
+        elif text:
+            return text
+
+
+def _answer(
+    client: Client,
+    prompt: str,
+    max_new_tokens: int | None,
+    sampler: Sampler,
+    sampling: Sampling,
+    seed: NoiseSeed | None,
+) -> str | None:
+    """Print an answer as it comes and return it; None when there was an error or Ctrl-C."""
+    text = ""
+    stream = client.stream(
+        prompt, max_new_tokens=max_new_tokens, sampler=sampler, sampling=sampling, seed=seed, stop=[_NEXT_TURN]
+    )
+    try:
+        with stream:
+            for chunk in stream:
+                click.echo(chunk.text if text else chunk.text.lstrip(), nl=False)
+                text += chunk.text
+    except (KeyboardInterrupt, Cancelled):
+        click.echo(" (stopped)")
+        return None
+    except ColaserveError as error:
+        click.echo(f"colaserve: {error}", err=True)
+        return None
+    click.echo()
+    return text

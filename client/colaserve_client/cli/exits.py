@@ -1,0 +1,63 @@
+"""Exit codes, and how an error becomes one line and one of them."""
+
+import errno
+from collections.abc import Mapping
+
+import click
+
+from colaserve_client.errors import (
+    ColaserveError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotAuthenticated,
+    Overloaded,
+    Unavailable,
+)
+
+OK, ERROR, USAGE, UNAVAILABLE, DEADLINE, NOT_AUTHENTICATED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+MEANINGS: Mapping[int, str] = {
+    OK: "done",
+    ERROR: "something failed",
+    USAGE: "the command, or a value in it, is wrong",
+    UNAVAILABLE: "the server is overloaded or not to be reached: try again later",
+    DEADLINE: "the timeout passed",
+    NOT_AUTHENTICATED: "the server wants a key, or another one",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+
+_CODE_BY_ERROR: Mapping[type[ColaserveError], int] = {
+    InvalidRequest: USAGE,
+    Overloaded: UNAVAILABLE,
+    Unavailable: UNAVAILABLE,
+    DeadlineExceeded: DEADLINE,
+    NotAuthenticated: NOT_AUTHENTICATED,
+}
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an error."""
+    if isinstance(error, click.ClickException):
+        return error.exit_code
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return INTERRUPTED
+    return _CODE_BY_ERROR.get(type(error), ERROR) if isinstance(error, ColaserveError) else ERROR
+
+
+def line_of(error: BaseException) -> str:
+    """What to say about an error, in one line; empty for Ctrl-C."""
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return ""
+    if isinstance(error, click.UsageError):
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        return f"{error.format_message()}{where}"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, Unavailable):
+        return f"{error} (is a server running? `colaserve up` starts one, --target says where it is)"
+    if isinstance(error, ColaserveError):
+        searchable = error.request_id and not isinstance(error, InvalidRequest)
+        return f"{error} (request id {error.request_id})" if searchable else str(error)
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{type(error).__name__}: {error} (COLASERVE_DEBUG=1 shows where)"

@@ -1,0 +1,218 @@
+"""The verbs of the latent space: encode, decode, interpolate, infill, reconstruct."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from colaserve_client.cli import options, output
+from colaserve_client.cli.generate import read_text
+from colaserve_client.latents import Latents, load_latents, save_latents
+from colaserve_client.results import TextEncoding
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.sync.client import Client
+
+option = options.option
+_HOLE = re.compile(r"\[\[(\d+)\]\]")
+
+
+def _texts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
+    found = [*texts, *(read_text(file).removesuffix("\n") for file in files)]
+    if not found:
+        raise click.UsageError("give one or more texts, or --file")
+    return found
+
+
+texts_argument = click.argument("texts", nargs=-1)
+files_option = option("--file", "files", multiple=True, type=options.EXISTING_FILE, help="A text from a file; - is "
+                      "standard input.")  # fmt: skip
+
+
+@click.command(cls=options.SectionedCommand)
+@texts_argument
+@files_option
+@option("--output", "output_file", type=options.FILE, help="Write the latents to a safetensors file.")
+@option("--variance", is_flag=True, help="With --json: also the posterior's log variance.")
+@options.json_option
+@options.client_options
+def encode(
+    *,
+    client: Client,
+    texts: Sequence[str],
+    files: Sequence[Path],
+    output_file: Path | None,
+    variance: bool,
+    as_json: bool,
+) -> None:
+    """Turn TEXTS into latents.
+
+    \b
+      colaserve encode "The cat sat on the mat." --output cat.safetensors
+      colaserve encode "one text" "another" --json
+    """
+    if variance and not as_json:
+        raise click.UsageError("--variance is seen with --json only")
+    found = _texts(texts, files)
+    encodings = client.encode_text(found, with_variance=variance)
+    if output_file:
+        width = len(str(len(found) - 1))
+        save_latents(output_file, {f"{index:0{width}}": each.latents for index, each in enumerate(encodings)})
+    if as_json:
+        output.print_json([{"text": text, **output.plain(each)} for text, each in zip(found, encodings, strict=True)])
+    else:
+        click.echo(output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, found, encodings))))
+
+
+def _row(text: str, encoding: TextEncoding) -> tuple[object, ...]:
+    shown = text if len(text) <= 50 else f"{text[:47]}..."
+    shape = "x".join(map(str, encoding.latents.values.shape))
+    return shape, len(encoding.token_ids), encoding.latents.space, repr(shown)
+
+
+@click.command(cls=options.SectionedCommand)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@option("--name", help="Only the sequence of this name.  [default: all]")
+@option("--token-count", type=int, help="Tokens to return.  [default: all up to the first end or pad token]")
+@option("--top-logprobs", type=int, help="With --json: log-probabilities, and those of so many likely tokens.")
+@options.sampling_options
+@options.json_option
+@options.client_options
+def decode(
+    *,
+    client: Client,
+    file: Path,
+    name: str | None,
+    token_count: int | None,
+    top_logprobs: int | None,
+    sampling: Sampling,
+    as_json: bool,
+) -> None:
+    """Turn the latents in FILE (safetensors, as `colaserve encode --output` writes it) into text.
+
+    \b
+      colaserve decode cat.safetensors
+    """
+    latents = _load(file, name)
+    decoded = {
+        each: client.decode_latents(values, sampling=sampling, top_logprobs=top_logprobs, token_count=token_count)
+        for each, values in latents.items()
+    }
+    if as_json:
+        output.print_json([{"name": each, **output.plain(result)} for each, result in decoded.items()])
+    elif len(decoded) == 1:
+        click.echo(next(iter(decoded.values())).text)
+    else:
+        click.echo(output.pairs([(each, result.text) for each, result in decoded.items()]))
+
+
+def _load(file: Path, name: str | None) -> dict[str, Latents]:
+    latents = load_latents(file)
+    if name is not None and name not in latents:
+        raise click.UsageError(f"{file} has no {name!r}; it has {', '.join(latents)}")
+    return latents if name is None else {name: latents[name]}
+
+
+@click.command(cls=options.SectionedCommand)
+@click.argument("start")
+@click.argument("end")
+@option("--points", type=int, default=5, show_default=True, help="Points, both ends included, 2 to 256.")
+@option(
+    "--path",
+    type=click.Choice(["slerp", "lerp"]),
+    default="slerp",
+    show_default=True,
+    help="Along the great circle, or the straight line.",
+)
+@option("--latents", "as_latents", is_flag=True, help="START and END are safetensors files with one sequence each.")
+@options.sampling_options
+@options.json_option
+@options.client_options
+def interpolate(
+    *,
+    client: Client,
+    start: str,
+    end: str,
+    points: int,
+    path: Any,
+    as_latents: bool,
+    sampling: Sampling,
+    as_json: bool,
+) -> None:
+    """Walk from START to END through the latent space and decode the points of the way.
+
+    \b
+      colaserve interpolate "The cat sat on the mat." "The dog lay in the sun." --points 7
+    """
+    ends = [Latents.load(end_) if as_latents else end_ for end_ in (start, end)]
+    walk = client.interpolate(ends[0], ends[1], points=points, interpolation=path, sampling=sampling)
+    if as_json:
+        output.print_json(walk)
+    else:
+        click.echo(output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))
+
+
+@click.command(cls=options.SectionedCommand)
+@click.argument("text", required=False)
+@option("--file", type=options.EXISTING_FILE, help="Read the text from a file; - is standard input.")
+@options.sampler_options
+@options.sampling_options
+@options.seed_options
+@options.json_option
+@options.client_options
+def infill(
+    *,
+    client: Client,
+    text: str | None,
+    file: Path | None,
+    sampler: Sampler,
+    sampling: Sampling,
+    seed: NoiseSeed | None,
+    as_json: bool,
+) -> None:
+    """Write the holes of TEXT: [[8]] is a hole of 8 tokens. The rest comes back byte for byte.
+
+    A hole sees what is left of it and what is in its own block; --resamples lets it agree better with that.
+
+    \b
+      colaserve infill "My name is [[4]] and I live in [[6]]."
+      colaserve infill --file letter.txt --resamples 4 --seed 7
+    """
+    if (text is None) == (file is None):
+        raise click.UsageError("give TEXT or --file, one of them")
+    segments = split_holes(text if file is None else read_text(file))  # type: ignore[arg-type]
+    result = client.infill(segments, sampler=sampler, sampling=sampling, seed=seed)
+    if as_json:
+        output.print_json(result)
+    else:
+        click.echo(result.text)
+
+
+def split_holes(text: str) -> list[str | int]:
+    """The segments of a text with holes."""
+    parts = _HOLE.split(text)
+    if len(parts) == 1:
+        raise click.UsageError("the text has no hole; [[8]] is one of 8 tokens")
+    segments: list[str | int] = [int(part) if index % 2 else part for index, part in enumerate(parts)]
+    return [segment for segment in segments if segment != ""]
+
+
+@click.command(cls=options.SectionedCommand)
+@texts_argument
+@files_option
+@options.json_option
+@options.client_options
+def reconstruct(*, client: Client, texts: Sequence[str], files: Sequence[Path], as_json: bool) -> None:
+    """Send TEXTS through the latent space and back: how faithful it is.
+
+    \b
+      colaserve reconstruct "The cat sat on the mat."
+    """
+    found = _texts(texts, files)
+    trips = client.reconstruct(found)
+    if as_json:
+        output.print_json([{"original": text, **output.plain(trip)} for text, trip in zip(found, trips, strict=True)])
+        return
+    rows = [(f"{trip.token_accuracy:.1%}", f"{trip.bits_per_token:.3f}", repr(trip.text)) for trip in trips]
+    click.echo(output.table(("TOKENS EQUAL", "BITS A TOKEN", "TEXT"), rows))

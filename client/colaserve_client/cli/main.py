@@ -1,0 +1,107 @@
+"""The `colaserve` command: finds the verb, runs it, and turns whatever goes wrong into one line and an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from colaserve_client.channel import client_version
+from colaserve_client.cli import exits
+from colaserve_client.cli.verbs import VERBS, Verb, missing_extra
+
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # of click 8.2 and later
+
+
+class LazyGroup(click.Group):
+    """Lists all verbs without importing them; imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        verb = VERBS.get(cmd_name)
+        if verb is None:
+            return None
+        try:
+            return verb.load(cmd_name)
+        except ModuleNotFoundError as error:
+            message = missing_extra(cmd_name, error)
+            if message is None:
+                raise
+            return _unavailable(cmd_name, verb, message)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section in dict.fromkeys(verb.section for verb in VERBS.values()):
+            with formatter.section(section):
+                rows = [(name, verb.help) for name, verb in VERBS.items() if verb.section == section]
+                formatter.write_dl(rows)
+
+
+def _unavailable(name: str, verb: Verb, message: str) -> click.Command:
+    """Stands for a verb whose extra is not installed."""
+
+    def refuse(arguments: Sequence[str]) -> None:
+        raise click.ClickException(message)
+
+    anything = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, settings, refuse, [anything], help=f"{verb.help}\n\nNot installed: {message}.")
+
+
+_EXAMPLES = """Continuous latent diffusion language models, served and used.
+
+\b
+  colaserve up &                              serve the bundled checkpoint
+  colaserve status --wait 60                  until it is ready
+  colaserve generate "The capital of France is"
+  colaserve infill "My name is [[8]]."
+  colaserve generate --input prompts.jsonl --output texts.jsonl --resume
+
+Verbs that use a server find it by --target or COLASERVE_TARGET (127.0.0.1:50051).
+"""
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:5}  {meaning}" for code, meaning in exits.MEANINGS.items())
+
+cli = LazyGroup(
+    "colaserve",
+    help=_EXAMPLES,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+click.version_option(client_version(), prog_name="colaserve")(cli)
+click.option(
+    "--debug", is_flag=True, envvar="COLASERVE_DEBUG", show_envvar=True, expose_value=False,
+    help="Show where in the code an error came from.",
+)(cli)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _exit_code(cli.main(arguments, prog_name="colaserve", standalone_mode=False))
+    except Exception as error:
+        return _explain(error, arguments)
+
+
+def _exit_code(result: Any) -> int:
+    """A verb may return its exit code."""
+    return result if isinstance(result, int) else exits.OK
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> int:
+    if _debug(arguments):
+        raise error
+    if isinstance(error, ModuleNotFoundError):
+        verb = next((argument for argument in arguments if argument in VERBS), "")
+        error = click.ClickException(missing_extra(verb, error) or str(error))
+    if isinstance(error, _NO_ARGUMENTS):
+        click.echo(error.format_message(), err=True)
+    elif line := exits.line_of(error):
+        click.echo(f"colaserve: {' '.join(line.split())}", err=True)
+    return exits.code_of(error)
+
+
+def _debug(arguments: Sequence[str]) -> bool:
+    return "--debug" in arguments or os.environ.get("COLASERVE_DEBUG", "0").lower() not in ("", "0", "false", "no")

@@ -1,0 +1,196 @@
+"""Options that several verbs share. Each group reaches its verb as one value; each option is also a variable
+COLASERVE_<NAME>, and the command line wins."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from colaserve_client.settings import DEFAULT_TARGET, NoiseSeed, Retry, Sampler, Sampling, Tls
+from colaserve_client.sync.base import BaseClient
+from colaserve_client.sync.client import Client
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+C = TypeVar("C", bound=BaseClient)
+FILE = click.Path(path_type=Path, dir_okay=False)
+EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
+
+
+class EnvOption(click.Option):
+    """An option that is also a variable, COLASERVE_ and its longest name."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+        self.envvar = self.envvar or "COLASERVE_" + max(self.opts, key=len).lstrip("-").upper().replace("-", "_")
+        self.show_envvar = True
+
+
+class SectionedCommand(click.Command):
+    """A command whose help shows its options section by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+def option(*names: str, section: str = "Options", **settings: Any) -> Callable[[Verb], Verb]:
+    """`click.option` with its variable, and its place in the help."""
+    return click.option(*names, cls=EnvOption, section=section, **settings)
+
+
+def _sampler(name: str, text: str, **settings: Any) -> Callable[[Verb], Verb]:
+    return option(name, section="From noise to latents (default: as the server has it)", help=text, **settings)
+
+
+def _sampling(name: str, text: str, **settings: Any) -> Callable[[Verb], Verb]:
+    return option(name, section="From latents to tokens (default: as the server has it)", help=text, **settings)
+
+
+def _connection(*names: str, **settings: Any) -> Callable[[Verb], Verb]:
+    return option(*names, section="Server", **settings)
+
+
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+_CONNECTION = (
+    _connection("--target", default=DEFAULT_TARGET, show_default=True, help="Where the server is."),
+    _connection("--key", help="Bearer key. Better the variable: a command line is seen by all."),
+    _connection("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds a call may take.  [default: none]"),
+    _connection("--tries", type=click.IntRange(1), default=4, show_default=True,
+                help="Tries of a call that finds the server busy or away."),
+    _connection("--tls", is_flag=True, help="Encrypt, and trust the authorities that gRPC ships with."),
+    _connection("--tls-ca", type=FILE, help="Encrypt, and trust this authority (PEM)."),
+    _connection("--tls-client-cert", type=FILE, help="This side's certificate, for mutual TLS (PEM)."),
+    _connection("--tls-client-key", type=FILE, help="The key of --tls-client-cert (PEM)."),
+    _connection("--tls-server-name", help="The name in the server's certificate, when it is not the target's."),
+)  # fmt: skip
+_SAMPLER = (
+    _sampler("--steps", "Steps from noise to latents, 1 to 1000.", type=int),
+    _sampler("--guidance-scale", "Pull towards the prompt, 0 to 1000; 1: none, twice as fast.", type=float),
+    _sampler("--solver", "Integration rule.", type=click.Choice(["euler", "ab2", "heun"])),
+    _sampler("--guidance-start", "Guidance is on from this time down ...", type=float),
+    _sampler("--guidance-end", "... to this one; time runs from 1 to 0.", type=float),
+    _sampler("--resamples", "Times each step runs (RePaint).", type=int),
+)
+_SAMPLING = (
+    _sampling("--temperature", "0 takes the most likely token, up to 100.", type=float),
+    _sampling("--top-k", "Draw from so many tokens; 0: all.", type=int),
+    _sampling("--top-p", "Draw from the likeliest tokens of this mass, above 0 to 1.", type=float),
+    _sampling("--repetition-penalty", "Above 1 avoids tokens written before.", type=float),
+    _sampling("--sampling-seed", "Seed of the draws; derived from --seed if not given.", type=int),
+)
+_SEED = (
+    option("--seed", type=int, help="Seed of the noise; equal seeds give equal texts.  [default: random]"),
+    option("--sample-id", type=int, default=0, help="Tells samples of one --seed apart, below 10,000."),
+)
+
+
+def _with(options: Sequence[Callable[[Any], Any]], verb: Any) -> Any:
+    for each in reversed(options):
+        verb = each(verb)
+    return verb
+
+
+def tls_of(tls: bool, ca: Path | None, cert: Path | None, key: Path | None, server_name: str | None) -> Tls | None:
+    """The settings of an encrypted connection; None when no option asks for one."""
+    if tls or any(value is not None for value in (ca, cert, key, server_name)):
+        return Tls(ca, cert, key, server_name)
+    return None
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to reach a server."""
+
+    target: str
+    key: str | None
+    tls: Tls | None
+    timeout: float | None
+    retry: Retry
+
+    def connect(self, kind: type[C]) -> C:
+        """A client of it."""
+        return kind(self.target, key=self.key, tls=self.tls, timeout=self.timeout, retry=self.retry)
+
+
+def server_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """How to reach the server; the verb gets `server`."""
+
+    @wraps(verb)
+    def wrapped(*args: Any, target: str, key: str | None, timeout: float | None, tries: int, **others: Any) -> Any:
+        parts = [others.pop(f"tls{part}") for part in ("", "_ca", "_client_cert", "_client_key", "_server_name")]
+        return verb(*args, server=Server(target, key, tls_of(*parts), timeout, Retry(tries)), **others)
+
+    return _with(_CONNECTION, wrapped)  # type: ignore[no-any-return]
+
+
+def client_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """How to reach the server; the verb gets `client`, which is closed after it."""
+
+    @wraps(verb)
+    def wrapped(*args: Any, server: Server, **others: Any) -> Any:
+        with server.connect(Client) as client:
+            return verb(*args, client=client, **others)
+
+    return server_options(wrapped)
+
+
+def sampler_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """How latents are sampled; the verb gets `sampler`."""
+
+    @wraps(verb)
+    def wrapped(
+        *args: Any,
+        steps: int | None,
+        guidance_scale: float | None,
+        solver: Any,
+        guidance_start: float | None,
+        guidance_end: float | None,
+        resamples: int | None,
+        **others: Any,
+    ) -> Any:
+        sampler = Sampler(steps, guidance_scale, solver, guidance_start, guidance_end, resamples)
+        return verb(*args, sampler=sampler, **others)
+
+    return _with(_SAMPLER, wrapped)  # type: ignore[no-any-return]
+
+
+def sampling_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """How tokens are drawn; the verb gets `sampling`."""
+
+    @wraps(verb)
+    def wrapped(
+        *args: Any,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        repetition_penalty: float | None,
+        sampling_seed: int | None,
+        **others: Any,
+    ) -> Any:
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, sampling_seed)
+        return verb(*args, sampling=sampling, **others)
+
+    return _with(_SAMPLING, wrapped)  # type: ignore[no-any-return]
+
+
+def seed_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The noise; the verb gets `seed`."""
+
+    @wraps(verb)
+    def wrapped(*args: Any, seed: int | None, sample_id: int, **others: Any) -> Any:
+        if seed is None and sample_id:
+            raise click.UsageError("--sample-id tells samples of one --seed apart: give both")
+        return verb(*args, seed=None if seed is None else NoiseSeed(seed, sample_id), **others)
+
+    return _with(_SEED, wrapped)  # type: ignore[no-any-return]

@@ -1,0 +1,90 @@
+"""What verbs print: values as JSON for machines, tables and sentences for people."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import click
+import numpy as np
+
+from colaserve_client.latents import Latents
+from colaserve_client.results import GenerationResult
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: dataclasses are objects, latents {space, shape, values}."""
+    if isinstance(value, Latents):
+        return {"space": value.space, "shape": list(value.values.shape), "values": value.values.tolist()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON."""
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def print_json(value: Any) -> None:
+    """A value for machines, on one line."""
+    click.echo(json_line(value))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns, each as wide as it needs."""
+    lines = [list(map(str, row)) for row in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def pairs(rows: Sequence[tuple[str, object]]) -> str:
+    """Names and values, one a line."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in rows)
+
+
+def size(count: int) -> str:
+    """Bytes, as people read them."""
+    for unit, length in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count} B"
+
+
+def number(count: int) -> str:
+    """A count, as people read it: 1.8 B, 34.5 M."""
+    for unit, length in (("B", 10**9), ("M", 10**6)):
+        if count >= length:
+            return f"{count / length:.2f} {unit}"
+    return f"{count:,}"
+
+
+def duration(seconds: float) -> str:
+    """A time, as people read it."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def summary(result: GenerationResult, seconds: float) -> str:
+    """A generation in one line."""
+    usage = result.usage
+    return (
+        f"{usage.completion_tokens} tokens after {usage.prompt_tokens} of the prompt, {usage.blocks} blocks"
+        f" ({usage.wasted_blocks} wasted), {seconds:.2f} s, ended by {result.finish_reason},"
+        f" --seed {result.seed.base_seed}" + (f" --sample-id {result.seed.sample_id}" if result.seed.sample_id else "")
+    )

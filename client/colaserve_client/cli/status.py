@@ -1,0 +1,143 @@
+"""`colaserve info` and `colaserve status`: what is served, and how the services are."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from colaserve_client.cli import exits, options, output
+from colaserve_client.errors import NotSupported
+from colaserve_client.results import Limits, ModelInfo, ServerInfo
+from colaserve_client.sync.client import Client
+from colaserve_client.sync.stages import DecoderClient, EncoderClient, PriorClient
+
+STAGES: dict[str, type[EncoderClient] | type[PriorClient] | type[DecoderClient]] = {
+    "encoder": EncoderClient,
+    "prior": PriorClient,
+    "decoder": DecoderClient,
+}
+
+
+@click.command(cls=options.SectionedCommand)
+@options.json_option
+@options.client_options
+def info(*, client: Client, as_json: bool) -> None:
+    """Tell what the server serves: the model, the defaults of requests, the limits.
+
+    \b
+      colaserve info
+      colaserve info --json | jq .space
+    """
+    found = client.info()
+    if as_json:
+        output.print_json(found)
+    else:
+        click.echo(output.pairs(_description(found)))
+
+
+def _description(found: ModelInfo) -> list[tuple[str, object]]:
+    model, sampler, sampling = found.model, found.default_sampler, found.default_sampling
+    return [
+        ("model", found.name),
+        ("parameters", output.number(model.parameters)),
+        ("latent space", found.space),
+        ("latents", f"{model.latent_dim} channels, blocks of {model.block_size}, {model.patch_size} tokens each"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("sampler", f"{sampler.steps} steps of {sampler.solver}, guidance {_short(sampler.guidance_scale)}"),
+        ("sampling", ", ".join(_settings(sampling))),
+        ("new tokens", f"{found.default_max_new_tokens} unless asked otherwise"),
+        ("chat frame", repr(found.chat_frame) if found.chat_frame else "none"),
+        ("longest context", f"{found.limits.max_context:,} latents"),
+        ("version", found.server.version),
+    ]
+
+
+def _short(number: float | None) -> str:
+    return "?" if number is None else f"{number:g}"
+
+
+def _settings(settings: Any) -> list[str]:
+    named = {name.replace("_", " "): value for name, value in output.plain(settings).items() if value is not None}
+    return [f"{name} {_short(value)}" for name, value in named.items()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One service."""
+
+    service: str
+    target: str
+    serving: bool
+    space: str
+    server: ServerInfo
+    limits: Limits
+
+
+@click.command(cls=options.SectionedCommand)
+@options.option("--wait", type=click.FloatRange(0), help="Wait so many seconds at most until the server is ready.")
+@options.json_option
+@options.server_options
+def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
+    """Tell how all services are: versions, latent spaces, load. A stage may be asked directly, too.
+
+    \b
+      colaserve status
+      colaserve status --wait 60 && colaserve generate "Once upon a time"
+      colaserve status --target prior-0:50051
+
+    The exit code is 3 when one of them is not serving.
+    """
+    with server.connect(Client) as client:
+        if wait is not None:
+            client.wait_until_ready(wait)
+        rows = _rows(client, server)
+    if as_json:
+        output.print_json(rows)
+    else:
+        headings = ("SERVICE", "STATE", "VERSION", "SPACE", "ON", "RUNNING", "WAITING", "KV CACHE", "UP", "ADDRESS")
+        click.echo(output.table(headings, [_cells(row) for row in rows]))
+    return exits.OK if all(row.serving for row in rows) else exits.UNAVAILABLE
+
+
+def _rows(client: Client, server: options.Server) -> Sequence[Row]:
+    """The coordinator and its stages; or the stages that live at the address."""
+    serving = client.healthy()
+    try:
+        found = client.info()
+    except NotSupported:
+        return _stage_rows(server, serving)
+    first = Row("coordinator", client.target, serving, found.space, found.server, found.limits)
+    stages = [
+        Row(stage.stage, stage.target, stage.serving, stage.space, stage.server, stage.limits) for stage in found.stages
+    ]
+    return [first, *stages]
+
+
+def _stage_rows(server: options.Server, serving: bool) -> list[Row]:
+    rows = []
+    for name, kind in STAGES.items():
+        with server.connect(kind) as stage, suppress(NotSupported):
+            found = stage.info()
+            rows.append(Row(name, server.target, serving, found.space, found.server, found.limits))
+    if not rows:
+        raise NotSupported(f"{server.target} answers, but has no service of colaserve")
+    return rows
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    server, limits = row.server, row.limits
+    budget = f"{output.size(server.kv_bytes_used)} of {output.size(limits.kv_bytes)}" if limits.kv_bytes else "-"
+    return (
+        row.service,
+        "serving" if row.serving else "DOWN",
+        server.version or "-",
+        row.space or "-",
+        f"{server.device} {server.dtype}".strip() or "-",
+        f"{server.running} of {limits.max_running}" if limits.max_running else server.running,
+        f"{server.waiting} of {limits.max_waiting}" if limits.max_waiting else server.waiting,
+        budget,
+        output.duration(server.uptime_seconds),
+        row.target,
+    )

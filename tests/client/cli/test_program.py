@@ -1,0 +1,218 @@
+"""The program as a whole: help, exit codes, lazy verbs, missing extras, true processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import grpc
+import pytest
+from colaserve_client.cli import exits, verbs
+from colaserve_client.cli.main import cli, main
+
+from tests.client.cli.conftest import Run
+from tests.client.fakes import STORY, Behaviour, Failure, FakeServer
+
+ROOT = Path(__file__).resolve().parents[3]
+CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 2,
+    grpc.StatusCode.FAILED_PRECONDITION: 1,
+    grpc.StatusCode.UNAUTHENTICATED: 5,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 3,
+    grpc.StatusCode.UNAVAILABLE: 3,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 4,
+    grpc.StatusCode.INTERNAL: 1,
+}
+CLIENT_VERBS = [name for name, verb in verbs.VERBS.items() if not verb.extra and name != "eval"]
+SERVICE_VERBS = [name for name, verb in verbs.VERBS.items() if verb.extra]
+
+
+def process(*arguments: str, prelude: str = "", **settings) -> subprocess.Popen:  # type: ignore[no-untyped-def,type-arg]
+    paths = [str(ROOT / folder) for folder in ("client", "services", "protos/gen")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **settings.pop("env", {})}
+    command = ["-c", f"{prelude}\nimport colaserve_client.__main__"] if prelude else ["-m", "colaserve_client"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, *command, *arguments], env=env, text=True, **{**pipes, **settings})
+
+
+def finished(*arguments: str, **settings) -> tuple[int, str, str]:  # type: ignore[no-untyped-def]
+    started = process(*arguments, **settings)
+    out, err = started.communicate(timeout=60)
+    return started.returncode, out, err
+
+
+# Help
+
+
+def test_help_lists_every_verb_and_imports_none(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(verbs, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, verb in verbs.VERBS.items():
+        assert f"  {name} " in shown
+        assert verb.help in " ".join(shown.split())
+    for code, meaning in exits.MEANINGS.items():
+        assert f"{code}  {meaning}" in shown
+
+
+def test_no_verb_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) in (0, 2)  # click before 8.2 says 0
+    shown = capsys.readouterr()
+    assert "Continue a prompt" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("name", CLIENT_VERBS)
+def test_every_verb_teaches_by_example_and_names_its_variables(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert f"colaserve {name}" in (command.help or "")
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            flag = max(parameter.opts, key=len)
+            assert parameter.envvar == "COLASERVE_" + flag.lstrip("-").upper().replace("-", "_"), flag
+            assert parameter.help, flag
+
+
+def test_every_verb_can_be_loaded() -> None:
+    for name in (*CLIENT_VERBS, "eval", "up"):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        assert command.name in (name, "evaluate")
+
+
+def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("colaserve, version ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_name_the_program(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    assert "_COLASERVE_COMPLETE" in capsys.readouterr().out
+
+
+def test_the_shell_gets_its_completions() -> None:
+    env = {"_COLASERVE_COMPLETE": "bash_complete", "COMP_WORDS": "colaserve gen", "COMP_CWORD": "1"}
+    _, out, err = finished(env=env)
+    assert "plain,generate" in out, err
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(("status", "code"), CODES.items())
+def test_every_kind_of_failure_has_its_exit_code(
+    run: Run, behaviour: Behaviour, status: grpc.StatusCode, code: int
+) -> None:
+    behaviour.failures.append(Failure(status, "it failed"))
+    done = run("info", "--tries", "1")
+    assert done.code == code
+    assert done.err.startswith("colaserve: it failed")
+    assert done.err.count("\n") == 1
+
+
+def test_the_timeout_has_its_exit_code(run: Run, behaviour: Behaviour) -> None:
+    behaviour.wait_after = 1
+    assert run("generate", "a", "--timeout", "0.3").code == 4
+
+
+def test_a_bug_is_one_line_unless_debugging(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colaserve_client.sync.client.Client.info", lambda self: 1 // 0)
+    done = run("info")
+    assert (done.code, done.err) == (1, "colaserve: ZeroDivisionError: integer division or modulo by zero "
+                                        "(COLASERVE_DEBUG=1 shows where)\n")  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        run("info", env={"COLASERVE_DEBUG": "1"})
+    with pytest.raises(ZeroDivisionError):
+        run("--debug", "info")
+
+
+# Missing extras
+
+
+@pytest.mark.parametrize("name", SERVICE_VERBS)
+def test_a_verb_without_its_extra_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module}", name="torch")
+
+    monkeypatch.setattr(verbs, "import_module", missing)
+    extra = verbs.VERBS[name].extra
+    assert main([name, "--whatever", "5"]) == 1
+    assert f"pip install 'colaserve[{extra}]'" in capsys.readouterr().err
+    assert main([name, "--help"]) == 0
+    assert f"pip install 'colaserve[{extra}]'" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_module_of_our_own_that_is_missing_is_not_blamed_on_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(module: str) -> None:
+        raise ModuleNotFoundError("No module named 'colaserve_client.cli.lost'", name="colaserve_client.cli.lost")
+
+    monkeypatch.setattr(verbs, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError):
+        cli.get_command(click.Context(cli), "up")
+
+
+def test_a_client_only_installation_says_so_in_a_true_process() -> None:
+    prelude = (
+        "import sys\n"
+        "for name in ('torch', 'fastapi', 'uvicorn', 'tokenizers', 'prometheus_client', 'grpc_health'):\n"
+        "    sys.modules[name] = None"
+    )
+    code, _, err = finished("up", prelude=prelude)
+    assert code == 1
+    assert "up needs the serve extra: pip install 'colaserve[serve]'" in err
+    assert "Traceback" not in err
+
+
+# True processes
+
+
+def test_python_m_is_the_program(server: FakeServer) -> None:
+    code, out, err = finished("generate", "Once", "--target", server.target)
+    assert (code, out, err) == (0, STORY.decode() + "\n", "")
+
+
+def test_text_appears_before_the_generation_has_ended(server: FakeServer, behaviour: Behaviour) -> None:
+    behaviour.wait_after = 2
+    started = process("generate", "Once", "--target", server.target)
+    assert started.stdout is not None
+    assert started.stdout.read(8) == STORY[:8].decode()
+    behaviour.go_on.set()
+    assert started.communicate(timeout=20)[0] == STORY[8:].decode() + "\n"
+
+
+@pytest.mark.parametrize("arguments", [["generate", "Once"], ["generate", "--input", "INPUT"]])
+def test_ctrl_c_cancels_and_exits_with_130(
+    server: FakeServer,
+    behaviour: Behaviour,
+    arguments: Sequence[str],
+    tmp_path: Path,
+    eventually: Callable[[Callable[[], bool]], None],
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' * 20)
+    behaviour.wait_after = 1
+    arguments = [str(tmp_path / "in.jsonl") if each == "INPUT" else each for each in arguments]
+    started = process(*arguments, "--target", server.target)
+    while behaviour.running == 0:
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=20)
+    assert started.returncode == 130
+    assert "Traceback" not in err
+    eventually(lambda: behaviour.running == 0)
+
+
+def test_a_reader_that_goes_away_is_no_traceback(server: FakeServer) -> None:
+    started = process("generate", "Once", "--target", server.target)
+    assert started.stdout is not None
+    started.stdout.close()
+    assert started.stderr is not None
+    assert "Traceback" not in started.stderr.read()
+    started.wait(20)

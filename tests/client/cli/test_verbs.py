@@ -1,0 +1,217 @@
+"""Every verb: what it prints for people, for machines, and how it fails."""
+
+from pathlib import Path
+
+import pytest
+from colaserve_client import Latents, load_latents
+
+from tests.client.cli.conftest import Run
+from tests.client.fakes import SPACE, STORY, Behaviour, FakeServer
+
+STORY_TEXT = STORY.decode()
+
+
+# generate
+
+
+def test_generate_prints_the_text(run: Run) -> None:
+    done = run("generate", "Once")
+    assert (done.code, done.out, done.err) == (0, STORY_TEXT + "\n", "")
+    assert run("generate", "Once", "--echo").out == f"Once{STORY_TEXT}\n"
+
+
+def test_generate_tells_machines_everything(run: Run) -> None:
+    told = run("generate", "Once", "--json", "--seed", "7", "--sample-id", "2", "--latents", "--top-logprobs", "1").json
+    assert (told["prompt"], told["text"], told["finish_reason"]) == ("Once", STORY_TEXT, "stop")
+    assert told["seed"] == {"base_seed": 7, "sample_id": 2}
+    assert told["latents"]["space"] == SPACE
+    assert told["latents"]["shape"] == [len(STORY), 2]
+    assert told["logprobs"][0]["top"] == [[STORY[0], -0.5]]
+
+
+def test_stats_go_to_standard_error(run: Run) -> None:
+    done = run("generate", "Once", "--stats", "--seed", "7")
+    assert done.out == STORY_TEXT + "\n"
+    assert "28 tokens after 4 of the prompt, 7 blocks (0 wasted)" in done.err
+    assert "--seed 7" in done.err
+
+
+def test_the_prompt_comes_from_argument_file_or_standard_input(run: Run, behaviour: Behaviour, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("two\nlines\n\n")
+    assert run("generate", "--file", file).code == 0
+    assert run("generate", stdin="héllo\n").code == 0
+    assert run("generate", "--file", "-", stdin="dash").code == 0
+    assert run("generate", "").code == 0
+    assert [request.prompt for request in behaviour.requests] == ["two\nlines\n", "héllo", "dash", ""]
+    assert run("generate", "a", "--file", file).code == 2
+    bad = run("generate", stdin=b"\xff\xfe")
+    assert (bad.code, "is not UTF-8" in bad.err) == (2, True)
+
+
+def test_every_option_reaches_the_server(run: Run, behaviour: Behaviour) -> None:
+    options = "--max-new-tokens 5 --stop x --stop y --ignore-end --steps 3 --guidance-scale 1.5 --solver ab2"
+    more = "--guidance-start 0.75 --guidance-end 0.25 --resamples 2 --temperature 0.5 --top-k 4 --top-p 0.25"
+    assert run("generate", "a", *options.split(), *more.split(), "--repetition-penalty", "1.5").code == 0
+    run("generate", "a", "--seed", "1", "--sampling-seed", "9")
+    first, second = behaviour.requests
+    assert (first.max_new_tokens, list(first.stop), first.ignore_end) == (5, ["x", "y"], True)
+    assert (first.sampler.steps, first.sampler.guidance_scale, first.sampler.solver) == (3, 1.5, 2)
+    assert (first.sampler.guidance_start, first.sampler.guidance_end, first.sampler.resamples) == (0.75, 0.25, 2)
+    assert (first.sampling.temperature, first.sampling.top_k, first.sampling.top_p) == (0.5, 4, 0.25)
+    assert first.sampling.repetition_penalty == 1.5
+    assert not first.HasField("seed")
+    assert (second.seed.base_seed, second.sampling.seed) == (1, 9)
+
+
+def test_every_option_is_a_variable_and_the_command_line_wins(run: Run, behaviour: Behaviour) -> None:
+    env = {"COLASERVE_MAX_NEW_TOKENS": "5", "COLASERVE_STEPS": "3", "COLASERVE_KEY": "secret", "COLASERVE_JSON": "1"}
+    assert run("generate", "a", "--steps", "4", env=env).json["text"] == STORY_TEXT[:5]
+    assert behaviour.requests[0].sampler.steps == 4
+    assert behaviour.metadata[0]["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["generate", "a", "--latents"], "--json only"),
+        (["generate", "a", "--output", "x"], "--input"),
+        (["generate", "a", "--sample-id", "3"], "--seed"),
+        (["generate", "a", "--max-new-tokens", "many"], "many"),
+        (["generate", "a", "--max-new-tokens", "-1"], "max_new_tokens"),
+        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0"),
+        (["generate", "a", "--target", "nowhere"], "host:port"),
+        (["generate", "a", "--tls-ca", "/nowhere.pem"], "tls.ca: cannot read"),
+        (["generate", "a", "--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+        (["infill", "no hole"], "[[8]]"),
+        (["infill"], "TEXT or --file"),
+        (["encode"], "one or more texts"),
+        (["encode", "a", "--variance"], "--json"),
+        (["encode", ""], "texts[0]"),
+        (["completion", "tcsh"], "tcsh"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(run: Run, arguments: list[str], complaint: str) -> None:
+    done = run(*arguments)
+    assert done.code == 2
+    assert done.err.startswith("colaserve: ")
+    assert done.err.count("\n") == 1
+    assert complaint in done.err
+    assert done.out == ""
+
+
+# Latents
+
+
+def test_latents_go_to_a_file_and_come_back_as_text(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "latents.safetensors"
+    done = run("encode", "abc", "héllo", "--output", file)
+    assert done.code == 0
+    assert "3x2" in done.out
+    assert list(load_latents(file)) == ["0", "1"]
+    assert run("decode", file).out == "0  abc\n1  héllo\n"
+    assert run("decode", file, "--name", "1").out == "héllo\n"
+    assert run("decode", file, "--name", "1", "--json", "--token-count", "1").json[0]["text"] == "h"
+    assert run("decode", file, "--name", "2").code == 2
+    variances = run("encode", "abc", "--json", "--variance").json
+    assert len(variances[0]["log_variance"]) == 3
+
+
+def test_latents_of_another_space_are_an_error(run: Run, tmp_path: Path) -> None:
+    Latents([[97.0, 0.0]], "f" * 16).save(tmp_path / "other.safetensors")
+    done = run("decode", tmp_path / "other.safetensors")
+    assert (done.code, SPACE in done.err) == (1, True)
+    (tmp_path / "text").write_text("hello")
+    assert run("decode", tmp_path / "text").code == 2
+
+
+def test_interpolate_walks_between_texts_or_files(run: Run, tmp_path: Path) -> None:
+    assert run("interpolate", "aaa", "ccc", "--points", "3").out == "0.00  aaa\n0.50  bbb\n1.00  ccc\n"
+    files = [tmp_path / "a.safetensors", tmp_path / "c.safetensors"]
+    for file, text in zip(files, ("aaa", "ccc"), strict=True):
+        run("encode", text, "--output", file)
+    walk = run("interpolate", *files, "--latents", "--points", "2", "--path", "lerp", "--json").json
+    assert [point["text"] for point in walk] == ["aaa", "ccc"]
+
+
+def test_infill_writes_the_holes(run: Run, behaviour: Behaviour, tmp_path: Path) -> None:
+    assert run("infill", "[[2]]a[[1]][[1]] [3]").out == "__a__ [3]\n"
+    (tmp_path / "text").write_text("a[[2]]\n")
+    told = run("infill", "--file", tmp_path / "text", "--json", "--seed", "7", "--resamples", "4").json
+    assert told["segments"] == ["a", "__", "\n"]
+    assert (behaviour.requests[-1].seed.base_seed, behaviour.requests[-1].sampler.resamples) == (7, 4)
+
+
+def test_reconstruct_tells_how_faithful_it_is(run: Run) -> None:
+    assert "100.0%" in run("reconstruct", "abc").out
+    assert run("reconstruct", "abc", "--json").json[0]["token_accuracy"] == 1
+
+
+# Look
+
+
+def test_info_tells_people_and_machines(run: Run) -> None:
+    assert "16 steps of euler, guidance 7" in run("info").out
+    assert run("info", "--json").json["space"] == SPACE
+
+
+def test_status_lists_all_services(run: Run, server: FakeServer) -> None:
+    done = run("status", "--wait", "5")
+    assert done.code == 0
+    for service in ("coordinator", "encoder", "prior", "decoder"):
+        assert service in done.out
+    assert "1 of 4" in done.out
+    assert "512 B of 1.0 MiB" in done.out
+    assert [row["service"] for row in run("status", "--json").json] == ["coordinator", "encoder", "prior", "decoder"]
+    server.health.set("", 2)
+    down = run("status")
+    assert (down.code, "DOWN" in down.out) == (3, True)
+    assert run("status", "--wait", "0.1").code == 3
+
+
+def test_status_of_a_stage_alone(run: Run) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+    from colaserve.v1 import prior_pb2_grpc
+
+    from tests.client.fakes import Prior
+
+    alone = grpc.server(ThreadPoolExecutor(2))
+    prior_pb2_grpc.add_PriorServiceServicer_to_server(Prior(Behaviour()), alone)
+    port = alone.add_insecure_port("127.0.0.1:0")
+    alone.start()
+    try:
+        rows = run("status", "--json", "--target", f"127.0.0.1:{port}").json
+        assert [row["service"] for row in rows] == ["prior"]
+    finally:
+        alone.stop(0).wait()
+
+
+# Chat
+
+
+def test_chat_frames_the_first_message_and_then_keeps_a_transcript(run: Run, behaviour: Behaviour) -> None:
+    done = run("chat", "--max-new-tokens", "10", stdin="hi\nand then?\n/reset\nhi again\n/exit\n")
+    assert done.code == 0
+    first, second, third = (request.prompt for request in behaviour.requests if hasattr(request, "prompt"))
+    assert first == "Question: hi Answer:"
+    assert second == f"User: hi\nAssistant:{STORY_TEXT[:10]}\nUser: and then?\nAssistant:"
+    assert third == "Question: hi again Answer:"
+    assert done.out.count(STORY_TEXT[:10].strip()) == 3
+
+
+def test_chat_puts_an_instruction_first_and_ends_with_its_input(run: Run, behaviour: Behaviour) -> None:
+    done = run("chat", "--system", "Be brief.", stdin="hi\n/help\n")
+    assert done.code == 0
+    assert behaviour.requests[-1].prompt == "System: Be brief.\nUser: hi\nAssistant:"
+    assert list(behaviour.requests[-1].stop) == ["\nUser:"]
+    assert done.err.count("/reset forgets") == 2
+
+
+def test_chat_goes_on_after_an_error(run: Run, behaviour: Behaviour) -> None:
+    done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
+    assert done.code == 0
+    assert done.err.count("max_new_tokens: expected 1 or more") == 2
+    assert behaviour.requests[-1].prompt == "Question: ho Answer:"
