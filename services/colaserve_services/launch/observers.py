@@ -55,6 +55,9 @@ class CoordinatorMetrics(CoordinatorObserver):
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
+        for stage in ("encoder", "prior", "decoder"):  # at 0, so that the first failure is an increase
+            for outcome in ("resumed", "failed"):
+                metrics.failovers.labels(stage, outcome)
 
     def queued(self, waiting: int, running: int) -> None:
         self._metrics.queue_depth.labels("coordinator").set(waiting)

@@ -152,7 +152,7 @@ async def _connect(host: Host, coordinator: Coordinator) -> None:
 async def _stub(host: Host, service: str, target: str, channel: Any) -> Any:
     """A stub of a service elsewhere; its channel is closed at the end."""
     opened = open_channel(target, channel, f"{PACKAGE}.{service}")
-    host.stack.push_async_callback(opened.close)
+    host.stack.push_async_callback(opened.close, None)
     return Stub(_stub_class(service), opened, channel)
 
 

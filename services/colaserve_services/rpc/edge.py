@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
+from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
@@ -46,53 +47,55 @@ class Edge(grpc.aio.ServerInterceptor):
         return self._wrap(handler, Method(service.rpartition(".")[2], name))
 
     def _wrap(self, handler: Any, method: Method) -> Any:
-        serve = self._streaming if handler.response_streaming else self._unary
+        """A handler that takes and gives bytes: messages are read here, so that what is none is the caller's error."""
         behavior = next(
             found
             for found in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
             if found is not None
         )
         kind = f"{_word(handler.request_streaming)}_{_word(handler.response_streaming)}_rpc_method_handler"
-        make = getattr(grpc, kind)
-        return make(serve(behavior, method, handler.request_streaming),
-                    handler.request_deserializer, handler.response_serializer)  # fmt: skip
+        serve = self._streaming if handler.response_streaming else self._unary
+        return getattr(grpc, kind)(serve(behavior, method, handler))
 
-    def _unary(self, behavior: Any, method: Method, streams_in: bool) -> Any:
-        async def serve(request: Any, context: Any) -> Any:
+    def _unary(self, behavior: Any, method: Method, handler: Any) -> Any:
+        async def serve(received: Any, context: Any) -> bytes:
             async with self._call(method, context):
-                response = await behavior(self._counted(request, method, streams_in), context)
-                self._count("out", response, method)
-                return response
+                response = await behavior(self._read(received, method, handler), context)
+                return self._written(response, method, handler)
 
         return serve
 
-    def _streaming(self, behavior: Any, method: Method, streams_in: bool) -> Any:
-        async def serve(request: Any, context: Any) -> None:
-            async with self._call(method, context):
-                responses = behavior(self._counted(request, method, streams_in), context)
-                if inspect.iscoroutine(responses):
-                    await responses
-                    return
-                async with aclosing(responses):  # a handler is closed here and now, however its call ends
-                    async for response in responses:
-                        self._count("out", response, method)
-                        await context.write(response)
+    def _streaming(self, behavior: Any, method: Method, handler: Any) -> Any:
+        async def serve(received: Any, context: Any) -> None:
+            async with (
+                self._call(method, context),
+                aclosing(behavior(self._read(received, method, handler), context)) as responses,
+            ):  # the handler is closed here and now, however its call ends
+                async for response in responses:
+                    await context.write(self._written(response, method, handler))
 
         return serve
 
-    def _counted(self, request: Any, method: Method, streams_in: bool) -> Any:
-        if streams_in:
-            return self._counted_stream(request, method)
-        self._count("in", request, method)
-        return request
+    def _read(self, received: Any, method: Method, handler: Any) -> Any:
+        if handler.request_streaming:
+            return self._read_stream(received, method, handler)
+        return self._message(received, method, handler)
 
-    async def _counted_stream(self, messages: Any, method: Method) -> AsyncIterator[Any]:
-        async for message in messages:
-            self._count("in", message, method)
-            yield message
+    async def _read_stream(self, received: Any, method: Method, handler: Any) -> AsyncIterator[Any]:
+        async for message in received:
+            yield self._message(message, method, handler)
 
-    def _count(self, direction: str, message: Any, method: Method) -> None:
-        self._metrics.transfer_bytes.labels(direction, method.service).inc(message.ByteSize())
+    def _message(self, received: bytes, method: Method, handler: Any) -> Any:
+        self._metrics.transfer_bytes.labels("in", method.service).inc(len(received))
+        try:
+            return handler.request_deserializer(received)
+        except DecodeError as error:
+            raise InvalidRequest("request", f"{len(received)} bytes that are no request of {method.name}") from error
+
+    def _written(self, response: Any, method: Method, handler: Any) -> bytes:
+        message: bytes = handler.response_serializer(response)
+        self._metrics.transfer_bytes.labels("out", method.service).inc(len(message))
+        return message
 
     @asynccontextmanager
     async def _call(self, method: Method, context: Any) -> AsyncIterator[None]:

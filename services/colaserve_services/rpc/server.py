@@ -52,7 +52,7 @@ class RpcServer:
         self.health_port: int | None = None  # the probes' port, once bound
         given = settings.health_port
         self._probes = None if given is None else HealthPort(self._health, settings.host, given)
-        self._draining = self._stopped = False
+        self._draining = False
 
     def add(self, servicer: object) -> None:
         """Serve an object of a generated `<Service>Servicer` class."""
@@ -97,11 +97,9 @@ class RpcServer:
 
     async def stop(self, grace: float = 0.0) -> None:
         """Refuse new calls, give running ones `grace` seconds, then cancel them."""
-        if not self._stopped:
-            self._stopped = True
-            await self._server.stop(grace)
-            if self._probes is not None:
-                await self._probes.stop()
+        await self._server.stop(grace)  # again with less grace: what runs is cut sooner
+        if self._probes is not None:
+            await self._probes.stop()
 
     async def _set_health(self, status: Any) -> None:
         for name in (*self._names, ""):

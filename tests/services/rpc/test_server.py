@@ -8,7 +8,7 @@ import time
 import grpc
 import pytest
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
-from colaserve_services.errors import NotAuthenticated, Overloaded, UsageError
+from colaserve_services.errors import InvalidRequest, NotAuthenticated, Overloaded, UsageError
 from colaserve_services.rpc import logs
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import error_from_rpc
@@ -162,8 +162,8 @@ async def test_bytes_that_are_no_message_do_no_harm():
     async with running() as it:
         raw = it.channel.unary_unary(f"/{SERVICE}/Encode")
         for junk in (b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f"):
-            with pytest.raises(grpc.aio.AioRpcError):
-                await raw(junk)
+            error = await refusal(raw(junk))
+            assert (type(error), error.field) == (InvalidRequest, "request")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await it.channel.unary_unary(f"/{SERVICE}/Nothing")(b"")
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

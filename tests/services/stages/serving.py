@@ -25,6 +25,7 @@ class Served:
     space: str
     channel: grpc.aio.Channel
     limits: EngineLimits
+    target: str
     encoder: Any = field(init=False)
     prior: Any = field(init=False)
     decoder: Any = field(init=False)
@@ -69,7 +70,7 @@ async def serving(golden, limits=None, max_message_bytes=4 << 20, dtype="float32
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-            yield Served(stages, metrics, checkpoint.space, channel, limits)
+            yield Served(stages, metrics, checkpoint.space, channel, limits, f"127.0.0.1:{port}")
     finally:
         await server.stop()
         stages.stop()

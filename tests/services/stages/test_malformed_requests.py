@@ -1,0 +1,198 @@
+"""Requests that are half right, wrong, or no requests: each gets an answer or a named error, and the services serve on.
+
+COLASERVE_FUZZ_REQUESTS=2000 sends so many to every stage (default 150).
+"""
+
+import asyncio
+import os
+import threading
+
+import grpc
+import pytest
+from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from google.protobuf.descriptor import FieldDescriptor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import load_golden
+from tests.services.stages.serving import serving
+
+REQUESTS = int(os.environ.get("COLASERVE_FUZZ_REQUESTS", "150"))
+SECONDS = 5  # deadline of a request
+EXPECTED = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+FUZZ = settings(
+    max_examples=REQUESTS,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+
+NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 16, 20, 21, 63, 64, 65, 256, 511, 512, 10_000, 2**31, 2**32 - 1])
+LONGS = NUMBERS | st.sampled_from([2**53, 2**63 - 1, 2**63, 2**64 - 1])
+FLOATS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 7.0, 1e-30, 1e38, float("nan"), float("inf"), float("-inf")])
+BYTES = st.sampled_from(
+    [b"", b"\x00", b"\x00" * 64, b"\x00" * 256, b"\x00" * 512, b"\xff" * 256, b"\x00\x00\x80\x7f" * 64]
+)
+SCALARS = {
+    FieldDescriptor.TYPE_UINT32: NUMBERS,
+    FieldDescriptor.TYPE_UINT64: LONGS,
+    FieldDescriptor.TYPE_FLOAT: FLOATS,
+    FieldDescriptor.TYPE_BOOL: st.booleans(),
+    FieldDescriptor.TYPE_BYTES: BYTES,
+    FieldDescriptor.TYPE_STRING: st.sampled_from(["", "0123456789abcdef", "x" * 3000, "\x00", "é\n"]),
+    FieldDescriptor.TYPE_ENUM: st.integers(0, 5) | st.just(2**31 - 1),
+}
+
+
+def spoil(data, message, depth=0):
+    """Set some fields of a message, at any depth, to something else; the others stay."""
+    for field in message.DESCRIPTOR.fields:
+        inner = field.type == FieldDescriptor.TYPE_MESSAGE
+        chance = data.draw(st.integers(0, 9))
+        if chance > (4 if inner else 1):
+            continue
+        if field.is_repeated:
+            spoil_repeated(data, message, field, inner, depth)
+        elif inner:
+            spoil(data, getattr(message, field.name), depth + 1)
+            getattr(message, field.name).SetInParent()
+        elif data.draw(st.booleans()):
+            setattr(message, field.name, data.draw(SCALARS[field.type]))
+        else:
+            message.ClearField(field.name)
+
+
+def spoil_repeated(data, message, field, inner, depth):
+    items = getattr(message, field.name)
+    if data.draw(st.booleans()):
+        del items[:]
+    for _ in range(data.draw(st.integers(0, 4))):
+        if inner:
+            spoil(data, items.add(), depth + 1)
+        else:
+            items.append(data.draw(SCALARS[field.type]))
+
+
+class Server:
+    """The stages in their own thread and event loop, called from here without one."""
+
+    def __init__(self):
+        self._ready, self._stop = threading.Event(), None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        assert self._ready.wait(30)
+        self.channel = grpc.insecure_channel(self.target)
+        self.encoder = encoder_pb2_grpc.EncoderServiceStub(self.channel)
+        self.prior = prior_pb2_grpc.PriorServiceStub(self.channel)
+        self.decoder = decoder_pb2_grpc.DecoderServiceStub(self.channel)
+
+    async def _serve(self):
+        async with serving(load_golden("tiny_b4")) as self.served:
+            self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
+            self.target = self.served.target
+            self._ready.set()
+            await self._stop.wait()
+
+    def close(self):
+        self.channel.close()
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def server():
+    made = Server()
+    yield made
+    for stage, engine in made.served.stages.engines.items():
+        wait_until_free(engine)
+        assert made.served.kv_bytes(stage) == 0
+    made.close()
+
+
+def wait_until_free(engine):
+    done = threading.Event()
+    for _ in range(500):
+        load = engine.load()
+        if load.running == load.waiting == load.kv_bytes_used == 0:
+            return
+        done.wait(0.01)
+    raise AssertionError(f"something is held: {engine.load()}")
+
+
+def answered(call):
+    """Run a call to its end; its status, OK included, must be one that a caller's mistake may have."""
+    failure = None
+    try:
+        call()
+    except grpc.RpcError as error:
+        failure = error
+    assert failure is None or failure.code() in EXPECTED, f"{failure.code()}: {failure.details()}"
+
+
+def test_nothing_malformed_harms_the_prior(server):
+    still_serves = server.served.run(known=4, blocks=1, steps=1)
+
+    @FUZZ
+    @given(st.data())
+    def send(data):
+        request = server.served.run(known=6, blocks=2, steps=1)
+        spoil(data, request)
+        answered(lambda: list(server.prior.Sample(request, timeout=SECONDS)))
+
+    send()
+    assert len(list(server.prior.Sample(still_serves, timeout=SECONDS))) == 1
+
+
+def test_nothing_malformed_harms_the_decoder(server):
+    def valid():
+        block = server.served.latents(4)
+        opening = {"prefix": server.served.latents(4), "max_latents": 16, "history_ids": [1, 2, 3, 4]}
+        return [decoder_pb2.DecodeRequest(open=opening), *(decoder_pb2.DecodeRequest(block=block) for _ in range(3))]
+
+    @FUZZ
+    @given(st.data())
+    def send(data):
+        requests = valid()
+        for request in requests:
+            spoil(data, request)
+        kept = data.draw(st.lists(st.sampled_from(requests), max_size=4)) if data.draw(st.booleans()) else requests
+        answered(lambda: list(server.decoder.Decode(iter(kept), timeout=SECONDS)))
+
+    send()
+    assert len(list(server.decoder.Decode(iter(valid()), timeout=SECONDS))) == 3
+
+
+def test_nothing_malformed_harms_the_encoder(server):
+    @FUZZ
+    @given(st.data())
+    def send(data):
+        request = encoder_pb2.EncodeRequest(sequences=[{"ids": [1, 2, 3]}, {"ids": range(100)}])
+        spoil(data, request)
+        answered(lambda: server.encoder.Encode(request, timeout=SECONDS))
+
+    send()
+    assert server.encoder.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}]), timeout=SECONDS)
+
+
+def test_bytes_that_are_no_messages_harm_nobody(server):
+    paths = ["EncoderService/Encode", "PriorService/Sample", "DecoderService/Decode"]
+    calls = [
+        server.channel.unary_unary(f"/colaserve.v1.{paths[0]}"),
+        lambda junk, timeout: list(server.channel.unary_stream(f"/colaserve.v1.{paths[1]}")(junk, timeout=timeout)),
+        lambda junk, timeout: list(
+            server.channel.stream_stream(f"/colaserve.v1.{paths[2]}")(iter([junk] * 2), timeout=timeout)
+        ),
+    ]
+
+    @FUZZ
+    @given(st.binary(max_size=200), st.sampled_from(calls))
+    def send(junk, call):
+        answered(lambda: call(junk, timeout=SECONDS))
+
+    send()
+    assert server.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest(), timeout=SECONDS)
