@@ -142,6 +142,8 @@ class Engine(Generic[S]):
             session.started = time.monotonic()
             session.start()
             self._report()
+        if self._waiting:  # they do not fit; whoever watches shall know, though nothing starts
+            self._report()
 
     def _next_to_start(self) -> S | None:
         """First come, first served: a large session at the head waits for room rather than being overtaken for ever."""
