@@ -88,7 +88,7 @@ class _Matcher:
         self.matched = _advance(self._pattern, self._fallback, self.matched, character)
         if self.matched < self.length:
             return False
-        self.matched = self._fallback[-1]
+        self.matched = 0  # its next occurrence could only come later than this one
         return True
 
 

@@ -147,6 +147,19 @@ async def test_a_stage_that_answers_nonsense_is_left_for_another(world):
     assert told(await world.generate(**REQUEST)) == undisturbed
 
 
+@pytest.mark.parametrize("after", range(3))
+async def test_decoded_latents_keep_their_target_logprobs(world, after: int):
+    values = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=(10, 2), data=bytes(80))
+    fields = {"latents": types_pb2.Latents(values=values), "token_count": 10}
+    plain = await world.coordinator.decode_latents(latent_service_pb2.DecodeLatentsRequest(**fields), Call())
+    targets = [id_ + (index % 2) for index, id_ in enumerate(plain.token_ids)]
+    world.decoder.faults[1] = (after, StatusCode.UNAVAILABLE)
+    request = latent_service_pb2.DecodeLatentsRequest(**fields, target_ids=targets)
+    again = await world.coordinator.decode_latents(request, Call())
+    assert again.token_ids == plain.token_ids
+    assert list(again.target_logprobs) == [-1.0, -3.0] * 5
+
+
 async def test_an_infill_goes_on_over_known_blocks(make_world):
     world = await make_world()
     segments = [

@@ -60,11 +60,9 @@ async def test_the_prompts_redecoded_tail_is_dropped_and_counts_as_history(world
 
 @pytest.mark.parametrize(("length", "redecoded"), [(5, 5), (7, 0), (8, 0), (9, 1), (15, 0), (1, 1)])
 async def test_with_patches_the_redecoded_ids_are_those_after_the_last_whole_block(make_world, length, redecoded):
-    world = await make_world(patch_size=2)
-    responses = await world.generate(
-        prompt_ids=types_pb2.TokenIds(ids=range(10, 10 + length)), max_new_tokens=11, ignore_end=True
-    )
-    assert len(ids_of(responses)) == 11
+    world = await make_world(FakeDecoder(script=list(range(100, 150))), patch_size=2)
+    responses = await world.generate(prompt_ids=types_pb2.TokenIds(ids=range(10, 10 + length)), max_new_tokens=11)
+    assert ids_of(responses) == list(range(100 + redecoded, 111 + redecoded))
     assert responses[-1].usage.blocks == -(-(redecoded + 11) // 8)
 
 
@@ -117,6 +115,14 @@ async def test_an_end_id_ends_the_text_before_it(make_world, tokenizer):
     assert text_of(responses) == "one two"
     assert responses[-1].finish_reason == STOP
     assert responses[-1].usage.completion_tokens == len(tokenizer.encode("one two"))
+
+
+@pytest.mark.parametrize("before", range(9))
+async def test_an_end_id_ends_the_text_wherever_in_a_block_it_stands(make_world, before: int):
+    world = await make_world(FakeDecoder(script=[50] * before + [1] + [51] * 20))
+    responses = await world.generate(max_new_tokens=20)
+    assert ids_of(responses) == [50] * before
+    assert len(responses) == before // 4 + 1
 
 
 async def test_an_end_id_among_the_redecoded_ids_ends_nothing(make_world, tokenizer):

@@ -87,6 +87,15 @@ async def test_latents_become_text_the_last_block_filled_with_zeros(echo, length
     assert echo.decoder.calls[0].max_latents == -(-length // 4) * 4
 
 
+@pytest.mark.parametrize("count", [1, 4, 6])
+async def test_decoded_latents_have_n_times_p_tokens(make_world, count: int):
+    world = await make_world(patch_size=2)
+    world.decoder.script = list(range(100, 120))
+    request = pb.DecodeLatentsRequest(latents=message(np.ones((count, D))))
+    response = await world.coordinator.decode_latents(request, Call())
+    assert list(response.token_ids) == list(range(100, 100 + 2 * count))
+
+
 async def test_decoding_is_by_the_defaults_but_without_a_penalty_unless_set(world):
     latents = message([1, 2])
     await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents), Call())
