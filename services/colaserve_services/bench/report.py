@@ -151,14 +151,16 @@ def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[
         raise UsageError("--plot: needs matplotlib; install colaserve[plot]") from error
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
-        for value in dict.fromkeys(row[series] for row in rows):
-            points = [(row[x], row[panel.key]) for row in rows if row[series] == value and row[panel.key] is not None]
-            axis.plot([str(p[0]) for p in points], [p[1] for p in points], marker="o", label=f"{series} {value}")
+        shown = [row for row in rows if row.get(panel.key) is not None]
+        for value in dict.fromkeys(row[series] for row in shown):
+            points = [(row[x], row[panel.key]) for row in shown if row[series] == value]
+            axis.plot([str(p[0]) for p in points], [p[1] for p in points], marker="o", label=f"{value}")
         axis.set_xlabel(x)
         axis.set_title(panel.heading)
+        if shown:
+            axis.legend(title=series, fontsize="small")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

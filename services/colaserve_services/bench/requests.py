@@ -1,0 +1,134 @@
+"""Requests for a running system, and what became of each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from colaserve_client import AsyncClient, ColaserveError, GenerationRequest, ModelInfo, Retry, Sampler
+from colaserve_services.errors import Unavailable
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Lengths that requests draw from, each with equal chance, in tokens."""
+
+    prompt_tokens: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+    sampler: Sampler = field(default_factory=Sampler)  # unset: the server's defaults
+
+    def requests(self, info: ModelInfo, seed: str) -> Iterator[GenerationRequest]:
+        """Endless; random prompts, so that no prefix cache knows one. None of them ends before its budget."""
+        draw, usable = random.Random(seed), usable_ids(info)
+        while True:
+            prompt = draw.choices(usable, k=draw.choice(self.prompt_tokens))
+            budget = draw.choice(self.new_tokens)
+            yield GenerationRequest(prompt, budget, sampler=self.sampler, seed=draw.getrandbits(32), ignore_end=True)
+
+
+def usable_ids(info: ModelInfo) -> list[int]:
+    """All but those that end or pad."""
+    return [i for i in range(info.model.vocab_size) if i not in info.end_ids and i != info.pad_id]
+
+
+@dataclass
+class Record:
+    """One request. Times are time.monotonic() seconds."""
+
+    due: float  # when it should have been sent: waiting for the load generator counts too
+    slot: int = 0  # of a closed loop: which of its callers sent it
+    blocks: list[float] = field(default_factory=list)  # arrivals
+    tokens: list[int] = field(default_factory=list)  # of each block
+    finished: float | None = None
+    error: str = ""  # the status code; empty while it runs and when all went well
+
+    @property
+    def first_block(self) -> float | None:
+        """Seconds until the first block."""
+        return self.blocks[0] - self.due if self.blocks else None
+
+    @property
+    def mean_gap(self) -> float:
+        """Mean seconds between blocks; 0 for one block."""
+        return (self.blocks[-1] - self.blocks[0]) / max(1, len(self.blocks) - 1)
+
+
+@asynccontextmanager
+async def connected(target: str, key: str | None, seconds: float) -> AsyncIterator[AsyncClient]:
+    """A client that tries nothing again, so that every error is seen. What ends the benchmark is Unavailable."""
+    try:
+        async with AsyncClient(target, key=key, timeout=seconds, retry=Retry(attempts=1)) as client:
+            yield client
+    except ColaserveError as error:
+        raise Unavailable(f"{target}: {_code(error)}: {error}") from error
+
+
+async def send(client: AsyncClient, request: GenerationRequest, record: Record) -> None:
+    """Stream one request into its record; a failure becomes its `error`."""
+    try:
+        async with client.stream(
+            request.prompt,
+            max_new_tokens=request.max_new_tokens,
+            sampler=request.sampler,
+            seed=request.seed,
+            ignore_end=request.ignore_end,
+        ) as stream:
+            async for chunk in stream:
+                if chunk.token_ids:
+                    record.blocks.append(time.monotonic())
+                    record.tokens.append(len(chunk.token_ids))
+    except ColaserveError as error:
+        record.error = _code(error)
+    record.finished = time.monotonic()
+
+
+def _code(error: ColaserveError) -> str:
+    code = getattr(error.__cause__, "code", None)
+    return str(code().name) if callable(code) else type(error).__name__
+
+
+async def closed_loop(
+    client: AsyncClient, requests: Iterator[GenerationRequest], concurrency: int, until: float
+) -> list[Record]:
+    """So many requests at all times until then; those that run at the end are left as they are and cancelled."""
+    records: list[Record] = []
+
+    async def work(slot: int) -> None:
+        while time.monotonic() < until:
+            records.append(record := Record(time.monotonic(), slot))
+            await send(client, next(requests), record)
+            if record.error:
+                await asyncio.sleep(0.1)  # a refusal comes at once; a caller would not ask again at once either
+
+    workers = [asyncio.create_task(work(slot)) for slot in range(concurrency)]
+    _, running = await asyncio.wait(workers, timeout=max(0.0, until - time.monotonic()))
+    await _cancelled(running)
+    for worker in set(workers) - running:
+        worker.result()
+    return records
+
+
+async def open_loop(
+    client: AsyncClient, requests: Iterator[GenerationRequest], rate: float, until: float, seed: int
+) -> list[Record]:
+    """Poisson arrivals, `rate` a second until then; all are awaited, however long they take."""
+    draw, due, records, tasks = random.Random(seed), time.monotonic(), list[Record](), list[asyncio.Task[None]]()
+    try:
+        while (due := due + draw.expovariate(rate)) < until:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            records.append(record := Record(due))
+            tasks.append(asyncio.create_task(send(client, next(requests), record)))
+        await asyncio.gather(*tasks)
+    finally:
+        await _cancelled(tasks)
+    return records
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[None]] | set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
