@@ -43,27 +43,29 @@ class RaggedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
         leading = q.shape[:-2]
+        if _by_products(v):
+            q = q * q.shape[-1] ** -0.5
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(v.dtype), k, v))
         outputs = [part.attend(layer, q, k, v) for part in self._parts]
         return torch.cat(outputs).view(*leading, *q.shape[-2:])
 
 
 class _Cached:
-    """A segment over its cache. Views into the cache are made once, for all layers and for as long as it is used."""
+    """A segment over its cache. Views into the cache are made once for all layers."""
 
     def __init__(self, rows: slice, segment: Segment, cache: KVCache, mask: Tensor | None):
-        stop = segment.start + segment.rows
-        self.rows, self._mask, self._transposed = rows, mask, cache.shape.transposed_keys
-        self._keys, self._values = cache.keys(stop), cache.values(stop)
-        self._key_slots, self._value_slots = cache.keys(stop, segment.start), cache.values(stop, segment.start)
+        self.rows, self._mask = rows, mask
+        self._stop = segment.start + segment.rows
+        self._key_slots, self._value_slots = cache.write_slots(segment.start, self._stop)
+        self._keys, self._values = cache.readable(self._stop)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q[self.rows].transpose(0, 1), k[self.rows], v[self.rows]
-        self._key_slots[layer].copy_(k.permute(1, 2, 0) if self._transposed else k.transpose(0, 1))
-        self._value_slots[layer].copy_(v.transpose(0, 1))
+        q, k, v = (x[self.rows].transpose(0, 1) for x in (q, k, v))
         keys, values = self._keys[layer], self._values[layer]
-        if self._transposed:
-            return _matmul_attention(q, keys, values, self._mask).transpose(0, 1)
+        self._key_slots[layer].copy_(k)
+        self._value_slots[layer].copy_(v)
+        if _by_products(v):
+            return _product_attention(q, keys, values, self._mask, self._stop).transpose(0, 1)
         return _fused_attention(q[None], keys[None], values[None], self._mask)[0].transpose(0, 1)
 
 
@@ -75,13 +77,16 @@ class _Alone:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x[self.rows].to(v.dtype).view(-1, self.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            batch = q.shape[:2]
-            q, k, v = (x.flatten(0, 1) for x in (q, k.transpose(2, 3), v))
-            out = _matmul_attention(q, k, v, self._mask).unflatten(0, batch)
+        if _by_products(v):
+            qs, ks, vs = (x.flatten(0, 1) for x in (q, k.transpose(2, 3), v))
+            out = _product_attention(qs, ks, vs, self._mask, self.length).view(q.shape)
         else:
             out = _fused_attention(q, k, v, self._mask)
         return out.transpose(1, 2).flatten(0, 1)
+
+
+def _by_products(v: Tensor) -> bool:
+    return v.device.type == "cpu" and v.dtype == torch.bfloat16
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -92,16 +97,19 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as two products and a softmax, for a few queries: (batch, n, d), (batch, d, L), (batch, L, d).
+def _product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stop: int) -> Tensor:
+    """Attention as two products and a softmax: (batch, n, d), scaled, over (batch, d, L) and (batch, L, d).
 
-    On a CPU in bfloat16 this takes less than half the time of the fused kernel, which is made for many queries.
-    Scores are rounded to bfloat16 between product and softmax; the softmax itself runs in float32.
+    For a few queries on a CPU in bfloat16 it takes less than half the time of the fused kernel, which is made for many.
+    Scores are rounded to bfloat16 between product and softmax; the softmax computes in float32. Positions from `stop`
+    on are room of the cache that is not in use yet.
     """
     scores = torch.bmm(q, k)
+    if stop < scores.shape[-1]:
+        scores[:, :, stop:] = float("-inf")
     if mask is not None:
-        scores[:, :, -len(mask) :].masked_fill_(~mask, float("-inf"))
-    return torch.bmm(scores.mul_(q.shape[-1] ** -0.5).softmax(dim=-1), v)
+        scores[:, :, stop - len(mask) : stop].masked_fill_(~mask, float("-inf"))
+    return torch.bmm(scores.softmax(dim=-1), v)
 
 
 def _mask(segment: Segment, block_size: int, device: torch.device) -> Tensor | None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.config import (
@@ -143,7 +144,7 @@ class Checkpoint:
         self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
     ) -> TextVAEEncoder:
         """The Text VAE's encoder; decoder weights are never read."""
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             model = TextVAEEncoder(self.vae_config)
         return self._load(model, self.vae, "encoder.", device, dtype, progress)
 
@@ -151,15 +152,27 @@ class Checkpoint:
         self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
     ) -> TextVAEDecoder:
         """The Text VAE's decoder; encoder weights are never read."""
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             model = TextVAEDecoder(self.vae_config)
         return self._load(model, self.vae, "decoder.", device, dtype, progress)
 
     def load_prior(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> DiT:
         """The DiT prior."""
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             model = DiT(self.dit_config)
         return self._load(model, self.dit, "", device, dtype, progress)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` unless every tensor of the three networks is there in its shape; reads headers only."""
+        with torch.device("meta"):
+            encoder, decoder = TextVAEEncoder(self.vae_config), TextVAEDecoder(self.vae_config)
+            dit = DiT(self.dit_config)
+        for model, folder, prefix in (
+            (encoder, self.vae, "encoder."),
+            (decoder, self.vae, "decoder."),
+            (dit, self.dit, ""),
+        ):
+            _check_names(model, folder, prefix)
 
     def shape_of(self, model: nn.Module) -> ModelShape:
         """The shape with the parameters that `model`, loaded from here, holds."""
@@ -197,6 +210,30 @@ class Checkpoint:
         model.loaded_parameters = sum(_elements(folder.entries[name].shape) for name in slots)  # type: ignore[assignment]
         model.load_seconds = time.monotonic() - started  # type: ignore[assignment]
         return model.eval()
+
+
+class _NoInit(TorchFunctionMode):
+    """Modules built inside keep their parameters as they are allocated: the file has the values.
+
+    On the meta device initialising is not only useless: it pulls in 70 MB of shape functions written in Python.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_INITIALISERS = {
+    nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    Tensor.fill_,
+    Tensor.normal_,
+    Tensor.uniform_,
+    Tensor.zero_,
+}
 
 
 class _Pending:

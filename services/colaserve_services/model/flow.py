@@ -17,6 +17,7 @@ from colaserve_services.errors import InvalidRequest
 
 TIME_SCALE = 1000.0  # T: the network's time runs from T (noise) to 0 (latents)
 MAX_STEPS = 1000
+_TIME_ROUNDING = 1e-6  # of t/T: bounds arrive as float32
 
 SolverName = Literal["euler", "ab2", "heun"]
 
@@ -59,7 +60,9 @@ class SamplerSettings:
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional branch is needed at time t (0..1000)."""
-        return self.guidance_scale != 1 and self.guidance_start >= t / TIME_SCALE > self.guidance_end
+        u = t / TIME_SCALE
+        inside = self.guidance_start + _TIME_ROUNDING >= u > self.guidance_end + _TIME_ROUNDING
+        return self.guidance_scale != 1 and inside
 
     def evaluations(self) -> int:
         """Velocities that one block takes."""
@@ -79,7 +82,7 @@ def _require(holds: bool, field: str, got: object, expected: str) -> None:
 
 def schedule(steps: int) -> list[float]:
     """t_k = T (1 - k / S) for k = 0..S."""
-    return [TIME_SCALE * (1 - k / steps) for k in range(steps + 1)]
+    return [TIME_SCALE * (steps - k) / steps for k in range(steps + 1)]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

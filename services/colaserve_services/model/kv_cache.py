@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+_WORTH_READING_WHOLE = 0.6  # share in use; below, copying what is in use is cheaper than computing over the rest
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -32,21 +36,29 @@ class KVCache:
         self.shape, self.capacity = shape, capacity
         by_position = (shape.layers, shape.heads, capacity, shape.head_dim)
         by_channel = (shape.layers, shape.heads, shape.head_dim, capacity)
-        options = {"dtype": shape.dtype, "device": shape.device}
-        self._keys = torch.empty(by_channel if shape.transposed_keys else by_position, **options)  # type: ignore[arg-type]
-        self._values = torch.empty(by_position, **options)  # type: ignore[arg-type]
+        self._keys = torch.zeros(
+            by_channel if shape.transposed_keys else by_position, dtype=shape.dtype, device=shape.device
+        )
+        self._values = torch.zeros(by_position, dtype=shape.dtype, device=shape.device)
 
     @property
     def nbytes(self) -> int:
         return self.shape.nbytes(self.capacity)
 
-    def keys(self, stop: int, start: int = 0) -> tuple[Tensor, ...]:
-        """For each layer the keys of start..stop: (heads, head_dim, n) if transposed, else (heads, n, head_dim)."""
+    def write_slots(self, start: int, stop: int) -> Views:
+        """For each layer the places of positions start..stop: keys and values, (heads, n, head_dim) each."""
         assert stop <= self.capacity, "a session writes only what it reserved"
-        if self.shape.transposed_keys:
-            return self._keys[..., start:stop].unbind(0)
-        return self._keys[:, :, start:stop].unbind(0)
+        keys = self._keys.transpose(2, 3) if self.shape.transposed_keys else self._keys
+        return keys[:, :, start:stop].unbind(0), self._values[:, :, start:stop].unbind(0)
 
-    def values(self, stop: int, start: int = 0) -> tuple[Tensor, ...]:
-        """For each layer the values of positions start..stop: (heads, n, head_dim)."""
-        return self._values[:, :, start:stop].unbind(0)
+    def readable(self, stop: int) -> Views:
+        """For each layer keys and values of positions 0..stop: (heads, n, head_dim); keys, if transposed, swapped.
+
+        A product of the CPU copies operands that are no whole tensor, so transposed caches give all their room once
+        enough of it is in use; what is not written yet is zero.
+        """
+        if not self.shape.transposed_keys:
+            return self._keys[:, :, :stop].unbind(0), self._values[:, :, :stop].unbind(0)
+        if stop >= _WORTH_READING_WHOLE * self.capacity:
+            stop = self.capacity
+        return self._keys[..., :stop].unbind(0), self._values[:, :, :stop].unbind(0)

@@ -67,7 +67,7 @@ class LayerNorm(nn.LayerNorm):
 
 def rotary_frequencies(dim: int, theta: float) -> Tensor:
     """theta^(-2i/dim) for i < dim/2, float32."""
-    return torch.pow(theta, -torch.arange(0, dim, 2, dtype=torch.float64) / dim).float()
+    return torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float32)
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

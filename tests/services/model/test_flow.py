@@ -1,0 +1,101 @@
+"""The solvers integrate what can be integrated in closed form; guidance and its interval are where they should be."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.flow import SamplerSettings, add_noise, block_seed, guide, schedule, solve
+from torch import Tensor
+
+
+def run(field: Callable[[Tensor, float], Tensor], settings: SamplerSettings, z: Tensor) -> tuple[Tensor, list[float]]:
+    """Drive a solver with velocity field(z, t/T); the times it asked for."""
+    solver, times = solve(z, settings, lambda: torch.zeros_like(z)), []
+    point = next(solver)
+    while True:
+        times.append(point.t)
+        try:
+            point = solver.send(field(point.z, point.t / 1000))
+        except StopIteration as stop:
+            return stop.value, times
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "heun"])
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_constant_velocity_is_integrated_exactly(solver: str, steps: int) -> None:
+    z = torch.randn(4, 16, dtype=torch.float64)
+    end, _ = run(lambda z, t: torch.full_like(z, 3.0), SamplerSettings(steps=steps, solver=solver), z)  # type: ignore[arg-type]
+    torch.testing.assert_close(end, z - 3.0)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2)])
+def test_error_falls_with_the_order_of_the_solver(solver: str, order: int) -> None:
+    z, exact = torch.ones(1, 1, dtype=torch.float64), math.exp(-1)
+
+    def error(steps: int) -> float:
+        end, _ = run(lambda z, t: z, SamplerSettings(steps=steps, solver=solver), z)  # type: ignore[arg-type]
+        return abs(end.item() - exact)
+
+    observed = math.log2(error(64) / error(128))
+    assert observed == pytest.approx(order, abs=0.15)
+
+
+def test_schedule_runs_evenly_from_noise_to_latents() -> None:
+    assert schedule(4) == [1000.0, 750.0, 500.0, 250.0, 0.0]
+    assert run(lambda z, t: z, SamplerSettings(steps=4), torch.ones(1, 1))[1] == [1000.0, 750.0, 500.0, 250.0]
+
+
+@pytest.mark.parametrize(("solver", "resamples"), [("euler", 1), ("heun", 1), ("ab2", 3), ("heun", 2)])
+def test_evaluations_are_counted_as_they_happen(solver: str, resamples: int) -> None:
+    settings = SamplerSettings(steps=5, solver=solver, resamples=resamples)  # type: ignore[arg-type]
+    assert len(run(lambda z, t: z, settings, torch.ones(1, 1))[1]) == settings.evaluations()
+
+
+def test_guidance_extrapolates_from_the_unconditional_velocity() -> None:
+    conditional, unconditional = torch.tensor([3.0]), torch.tensor([1.0])
+    assert guide(conditional, unconditional, 7.0).item() == pytest.approx(15.0)
+    assert guide(conditional, unconditional, 1.0).item() == 3.0
+    assert guide(conditional, unconditional, 0.0).item() == 1.0
+
+
+def test_guidance_is_on_within_its_interval_only() -> None:
+    settings = SamplerSettings(steps=10, guidance_start=0.8, guidance_end=0.3)
+    assert [t for t in schedule(10) if settings.guided(t)] == pytest.approx([800.0, 700.0, 600.0, 500.0, 400.0])
+    assert settings.passes() == 15
+    assert not any(SamplerSettings(guidance_scale=1.0).guided(t) for t in schedule(16))
+
+
+def test_noise_added_back_restores_the_variance_of_the_earlier_time() -> None:
+    clean = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(200_000, generator=torch.Generator().manual_seed(1))
+    fresh = torch.Generator().manual_seed(2)
+    z_next = 0.4 * clean + 0.6 * noise  # z_t at t/T = 0.6
+    z = add_noise(z_next, 800.0, 600.0, lambda: torch.randn(200_000, generator=fresh))
+    assert (z * clean).mean().item() == pytest.approx(0.2, abs=0.01)
+    assert z.var().item() == pytest.approx(0.2**2 + 0.8**2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"steps": 0}, "sampler.steps"),
+        ({"steps": 1001}, "sampler.steps"),
+        ({"guidance_scale": -0.1}, "sampler.guidance_scale"),
+        ({"guidance_scale": math.nan}, "sampler.guidance_scale"),
+        ({"solver": "rk4"}, "sampler.solver"),
+        ({"guidance_start": 1.1}, "sampler.guidance_start"),
+        ({"guidance_start": 0.2, "guidance_end": 0.3}, "sampler.guidance_end"),
+        ({"resamples": 0}, "sampler.resamples"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings: dict, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        SamplerSettings(**settings)
+
+
+def test_seeds_of_blocks_and_samples_do_not_meet() -> None:
+    seeds = {block_seed(7, sample, block) for sample in range(0, 10_000, 97) for block in range(50)}
+    assert len(seeds) == len(range(0, 10_000, 97)) * 50
+    assert block_seed(7, 2, 3) == 7 + 2_000 + 30_000_000

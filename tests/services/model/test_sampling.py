@@ -1,0 +1,98 @@
+"""Sampled ids follow the distribution that the settings describe, and nothing but (seed, block, position)."""
+
+import math
+
+import pytest
+import torch
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.sampling import (
+    SamplingSettings,
+    chosen_logprobs,
+    penalise,
+    sample_block,
+    top_logprobs,
+    uniform,
+)
+
+NOTHING = torch.tensor([], dtype=torch.int64)
+
+
+def draws(probabilities: list[float], settings: SamplingSettings, count: int = 20_000) -> list[float]:
+    logits = torch.tensor(probabilities).log().expand(count, -1)
+    ids = sample_block(logits, settings, NOTHING, 0)
+    return (torch.bincount(ids, minlength=len(probabilities)) / count).tolist()
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    assert draws([0.2, 0.5, 0.3], SamplingSettings()) == [0, 1, 0]
+
+
+def test_draws_follow_the_distribution_at_temperature_one() -> None:
+    p = [0.1, 0.4, 0.2, 0.3]
+    assert draws(p, SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)) == pytest.approx(p, abs=0.015)
+
+
+def test_temperature_sharpens_or_flattens() -> None:
+    p = [0.2, 0.8]
+    expected = [math.sqrt(0.2) / (math.sqrt(0.2) + math.sqrt(0.8)), math.sqrt(0.8) / (math.sqrt(0.2) + math.sqrt(0.8))]
+    assert draws(p, SamplingSettings(temperature=2.0, top_k=0, top_p=1.0)) == pytest.approx(expected, abs=0.015)
+
+
+def test_top_k_keeps_the_k_most_likely() -> None:
+    got = draws([0.1, 0.4, 0.2, 0.3], SamplingSettings(temperature=1.0, top_k=2, top_p=1.0))
+    assert got == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=0.015)
+
+
+def test_top_p_keeps_tokens_while_the_mass_before_them_is_at_most_p() -> None:
+    got = draws([0.5, 0.3, 0.15, 0.05], SamplingSettings(temperature=1.0, top_k=0, top_p=0.75))
+    assert got == pytest.approx([0.5 / 0.8, 0.3 / 0.8, 0, 0], abs=0.015)
+    got = draws([0.5, 0.25, 0.15, 0.1], SamplingSettings(temperature=1.0, top_k=0, top_p=0.5))
+    assert got == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.015)
+
+
+def test_penalty_divides_positive_and_multiplies_negative_scores_of_seen_ids_once() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    got = penalise(logits, torch.tensor([0, 1]), 2.0)
+    assert got.tolist() == [[1.0, -4.0, 1.0]]
+    assert logits.tolist() == [[2.0, -2.0, 1.0]]
+
+
+def test_a_draw_depends_on_seed_block_and_position_only() -> None:
+    settings = SamplingSettings(temperature=1.0, seed=9)
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    whole = sample_block(logits, settings, NOTHING, 3).tolist()
+    assert sample_block(logits[:5], settings, NOTHING, 3).tolist() == whole[:5]
+    assert sample_block(logits, settings, NOTHING, 4).tolist() != whole
+    assert sample_block(logits, SamplingSettings(temperature=1.0, seed=10), NOTHING, 3).tolist() != whole
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    values = [uniform(seed, block, position) for seed in range(20) for block in range(20) for position in range(25)]
+    assert all(0 <= value < 1 for value in values)
+    counts = torch.histc(torch.tensor(values), bins=10, min=0, max=1)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    logprobs = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]).log_softmax(-1)
+    assert chosen_logprobs(logprobs, [2, 1]) == pytest.approx([logprobs[0, 2].item(), logprobs[1, 1].item()])
+    assert chosen_logprobs(logprobs, [0]) == pytest.approx([logprobs[0, 0].item()])
+    assert [ids for ids, _ in top_logprobs(logprobs, 2)] == [[2, 1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings: dict, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"sampling.{field}"):
+        SamplingSettings(**settings)
