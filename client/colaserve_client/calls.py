@@ -5,14 +5,14 @@ import random
 import time
 import uuid
 from dataclasses import dataclass, field, replace
-from typing import Generic, NoReturn, TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
 from google.protobuf.message import Message
 
 from colaserve_client.channel import check_target
-from colaserve_client.errors import ColaserveError, Overloaded, Unavailable, error_from_rpc, invalid
+from colaserve_client.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable, error_from_rpc, invalid
 from colaserve_client.settings import Connection, Retry, Tls
 
 Q = TypeVar("Q", bound=Message)
@@ -141,7 +141,7 @@ class Attempts:
 
         `started`: something of the answer has come already, so that a new try would not be the same call.
         """
-        error = error_from_rpc(failure, self._options.request_id)
+        error = self._error(failure)
         self._failures += 1
         if started or not isinstance(error, Unavailable | Overloaded) or self._failures >= self._retry.attempts:
             raise error from failure
@@ -155,6 +155,8 @@ class Attempts:
         hint = error.retry_after if isinstance(error, Overloaded) else None
         return self._retry.pause(self._failures) if hint is None else hint
 
-    def fail(self, failure: grpc.RpcError) -> NoReturn:
-        """Raise the typed error."""
-        raise error_from_rpc(failure, self._options.request_id) from failure
+    def _error(self, failure: grpc.RpcError) -> ColaserveError:
+        error, timeout = error_from_rpc(failure, self._options.request_id), self._options.timeout
+        if isinstance(error, DeadlineExceeded) and timeout is not None:
+            return DeadlineExceeded(f"not done within the timeout of {timeout:g} s ({error})", error.details)
+        return error

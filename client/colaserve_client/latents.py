@@ -62,8 +62,12 @@ class Latents:
     def __getitem__(self, positions: int | slice) -> "Latents":
         """The latents at one or several positions."""
         if isinstance(positions, int):
-            return Latents(self._values[positions][None], self._space)  # IndexError past the end ends iteration
+            return Latents(self._values[positions][None], self._space)
         return Latents(self._values[positions], self._space)
+
+    def __iter__(self) -> Iterator["Latents"]:
+        """Position by position."""
+        return self.blocks(1)
 
     def blocks(self, size: int) -> Iterator["Latents"]:
         """Cut into blocks of `size` positions; the last may be shorter."""

@@ -177,7 +177,7 @@ def test_the_deadline_ends_a_call_and_frees_the_server(
 ) -> None:
     behaviour.wait_after = 1
     started = time.monotonic()
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"not done within the timeout of 0\.3 s"):
         list(getattr(client, call)("a", timeout=0.3))
     assert 0.25 < time.monotonic() - started < 3
     eventually(lambda: behaviour.running == 0 and behaviour.cancelled == 1)

@@ -52,6 +52,11 @@ def pairs(rows: Sequence[tuple[str, object]]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in rows)
 
 
+def counted(count: int, noun: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def size(count: int) -> str:
     """Bytes, as people read them."""
     for unit, length in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
@@ -84,7 +89,8 @@ def summary(result: GenerationResult, seconds: float) -> str:
     """A generation in one line."""
     usage = result.usage
     return (
-        f"{usage.completion_tokens} tokens after {usage.prompt_tokens} of the prompt, {usage.blocks} blocks"
+        f"{counted(usage.completion_tokens, 'token')} after {usage.prompt_tokens} of the prompt,"
+        f" {counted(usage.blocks, 'block')}"
         f" ({usage.wasted_blocks} wasted), {seconds:.2f} s, ended by {result.finish_reason},"
         f" --seed {result.seed.base_seed}" + (f" --sample-id {result.seed.sample_id}" if result.seed.sample_id else "")
     )

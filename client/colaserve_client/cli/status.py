@@ -39,11 +39,12 @@ def info(*, client: Client, as_json: bool) -> None:
 
 def _description(found: ModelInfo) -> list[tuple[str, object]]:
     model, sampler, sampling = found.model, found.default_sampler, found.default_sampling
+    per_latent = output.counted(model.patch_size, "token")
     return [
         ("model", found.name),
         ("parameters", output.number(model.parameters)),
         ("latent space", found.space),
-        ("latents", f"{model.latent_dim} channels, blocks of {model.block_size}, {model.patch_size} tokens each"),
+        ("latents", f"{model.latent_dim} channels, blocks of {model.block_size}, {per_latent} each"),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("sampler", f"{sampler.steps} steps of {sampler.solver}, guidance {_short(sampler.guidance_scale)}"),
         ("sampling", ", ".join(_settings(sampling))),
