@@ -43,7 +43,7 @@ def create_app(stub: GenerationStub, settings: GatewaySettings, metrics: Metrics
     ):
         app.include_router(router)
     _answer_errors(app)
-    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    app.add_middleware(Edge, gateway=gateway, metrics=metrics)
     if settings.cors_origins:  # added last, so outermost: errors get its headers too
         app.add_middleware(
             CORSMiddleware,

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from colaserve_services.errors import Cancelled
 from colaserve_services.gateway.body import Replay, read_body
 from colaserve_services.gateway.errors import api_error
+from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import RequestRecord, put_record
-from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.logs import access
@@ -27,10 +27,11 @@ _TRACE: Final = ("traceparent", "tracestate")
 class Edge:
     """Wraps the application."""
 
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics):
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, gateway: Gateway, metrics: Metrics):
+        self._app, self._gateway, self._metrics = app, gateway, metrics
+        self._settings = gateway.settings
         refused = metrics.refused
-        self._admission = Admission(settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
+        self._admission = Admission(self._settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,7 +41,7 @@ class Edge:
         in_progress = self._metrics.requests_in_progress.labels(SERVICE, "http")
         in_progress.inc()
         try:
-            await self._serve(scope, receive, _Telling(send, record), record)
+            await self._serve(scope, receive, _Telling(send, record, self._gateway), record)
         finally:
             in_progress.dec()
             self._end(scope, record)
@@ -78,15 +79,19 @@ class Edge:
 
 
 class _Telling:
-    """Sends on, with the request id on the answer, and notes the status and the bytes."""
+    """Sends on, with the request id on the answer, and notes the status. While the gateway goes down, the answer
+    asks for a new connection, which then leads elsewhere."""
 
-    def __init__(self, send: Send, record: RequestRecord):
-        self._send, self._record = send, record
+    def __init__(self, send: Send, record: RequestRecord, gateway: Gateway):
+        self._send, self._record, self._gateway = send, record, gateway
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._record.status = message["status"]
-            MutableHeaders(scope=message)[requests.REQUEST_ID] = self._record.request_id
+            headers = MutableHeaders(scope=message)
+            headers[requests.REQUEST_ID] = self._record.request_id
+            if self._gateway.draining:
+                headers["connection"] = "close"
         await self._send(message)
 
 

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, ModelMismatch, Overloaded, Unavailable
 from colaserve_services.gateway import events
+from colaserve_services.gateway.dialects import ChatDialect
+from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.settings import AdmissionLimits
@@ -121,17 +123,14 @@ async def test_a_reader_that_does_not_read_stops_its_generation_from_running_ahe
         assert gateway.fake.running == 1
 
 
-async def test_a_reader_that_never_reads_is_let_go_at_its_deadline(gateway: Running, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(events, "LAST_WORD", 0.1)
-    gateway.fake.says = "ever and " * 100_000
-    body, headers = BODY | {"max_tokens": 900_000}, {"x-request-timeout": "0.5"}
-    async with gateway.http.stream("POST", COMPLETIONS, json=body, headers=headers) as response:
-        lines = response.aiter_lines()
-        await anext(lines)
-        in_progress = gateway.metrics.requests_in_progress.labels("gateway", "http")._value
-        assert in_progress.get() == 1
-        await eventually(lambda: in_progress.get() == 0)
-    assert gateway.fake.running == 0
+async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news(monkeypatch: pytest.MonkeyPatch):
+    async def send(_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(events, "LAST_WORD", 0.05)
+    dialect = ChatDialect("id", "model", "space", logprobs=False)
+    async with asyncio.timeout(2):
+        await events.EventStream(send, dialect, usage_chunk=False).fail(ApiError(504, "late"))
 
 
 async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gateway: Running):

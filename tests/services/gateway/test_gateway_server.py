@@ -57,6 +57,7 @@ async def test_going_down_is_said_first_and_running_streams_end_well(gateway: Ru
     await asyncio.sleep(0.05)
     ready = await gateway.http.get("/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "going down")
+    assert ready.headers["connection"] == "close"  # the next request of this client finds another gateway
     assert (await gateway.http.get("/health")).status_code == 200  # still taken while it is only said
     await asyncio.sleep(0.5)
     with pytest.raises(httpx.ConnectError):
