@@ -43,11 +43,11 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    fake: FakeGeneration, settings: GatewaySettings | None = None, tls: ServerTls | None = None
+    fake: FakeGeneration, settings: GatewaySettings | None = None, tls: ServerTls | None = None, stub: object = None
 ) -> AsyncIterator[Running]:
-    """Serve on a free port; stop at the end."""
+    """Serve on a free port; stop at the end. `stub`: another one than that of `fake`."""
     metrics = Metrics()
-    app = create_app(InProcessStub(fake), settings or GatewaySettings(), metrics)
+    app = create_app(stub or InProcessStub(fake), settings or GatewaySettings(), metrics)
     server = await serve(app, "127.0.0.1", 0, tls)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as http:

@@ -14,10 +14,11 @@ from colaserve_services.gateway.dialects import ChatDialect
 from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import AdmissionLimits
 
-from tests.services.gateway.fake_generation import SAYS
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, eventually
+from tests.services.gateway.fake_generation import SAYS, FakeGeneration
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, eventually, running
 
 BODY = {"model": "fake/cola", "prompt": "x", "stream": True, "max_tokens": 200}
 
@@ -139,6 +140,21 @@ async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gat
     assert response.status_code == 504
     assert 0 < (gateway.fake.seen[0].seconds or 0) <= 0.2
     await eventually(lambda: gateway.fake.running == 0)
+
+
+async def test_the_gateway_keeps_a_deadline_that_the_coordinator_forgets(fake: FakeGeneration):
+    class Forgetful(InProcessStub):
+        def __init__(self) -> None:
+            super().__init__(fake)
+            generate = self.Generate
+            self.Generate = lambda request, timeout, metadata: generate(request, metadata=metadata)
+
+    fake.gate = asyncio.Event()
+    async with running(fake, stub=Forgetful()) as gateway:
+        headers = {"x-request-timeout": "0.2"}
+        response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers=headers)
+        assert response.status_code == 504
+        await eventually(lambda: fake.running == 0)
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "soon"])
