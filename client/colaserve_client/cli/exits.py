@@ -55,6 +55,8 @@ def line_of(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, Unavailable):
         return f"{error} (is a server running? `colaserve up` starts one, --target says where it is)"
+    if isinstance(error, NotAuthenticated):
+        return f"{error} (--key or COLASERVE_KEY holds the key)"
     if isinstance(error, ColaserveError):
         searchable = error.request_id and not isinstance(error, InvalidRequest)
         return f"{error} (request id {error.request_id})" if searchable else str(error)
