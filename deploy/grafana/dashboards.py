@@ -183,6 +183,28 @@ MEMORY = [
     ),
 ]
 
+PROCESS = 'NS, job="colaserve"'
+PROCESSES = [
+    Panel(
+        "CPU cores in use",
+        "short",
+        "By replica. Gateways and coordinators have one event loop each: at 1 they are full.",
+        {"{{role}} {{instance}}": f"rate(process_cpu_seconds_total{{{PROCESS}}}[WINDOW])"},
+    ),
+    Panel(
+        "Resident memory",
+        "bytes",
+        "By replica.",
+        {"{{role}} {{instance}}": f"process_resident_memory_bytes{{{PROCESS}}}"},
+    ),
+    Panel(
+        "Open files",
+        "short",
+        "By replica, connections among them.",
+        {"{{role}} {{instance}}": f"process_open_fds{{{PROCESS}}}"},
+    ),
+]
+
 REPLICAS = [
     Panel("Replicas", "short", "By stage.", gauges("engine_kv_budget_bytes", "count", by="stage"), "stat"),
     Panel(
@@ -260,8 +282,8 @@ DASHBOARDS = (
     Dashboard(
         "colaserve-stages",
         "colaserve / stages",
-        "Encoder, prior and decoder from the inside.",
-        {"Load": LOAD, "Forward passes": PASS, "Streams": STREAMS, "Memory": MEMORY},
+        "Encoder, prior and decoder from the inside, and the processes of all roles.",
+        {"Load": LOAD, "Forward passes": PASS, "Streams": STREAMS, "Memory": MEMORY, "Processes": PROCESSES},
         stages=True,
     ),
     Dashboard(

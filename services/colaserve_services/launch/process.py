@@ -45,6 +45,7 @@ class Host:
 
     async def open_ports(self, grpc: bool) -> None:
         """Take the metrics port and, if there is to be one, the gRPC port: a taken one is found before any work."""
+        self.metrics.watch_process()
         endpoint = MetricsEndpoint.start(self.metrics, self._watch.metrics)
         self.stack.callback(endpoint.close)
         self.addresses["metrics"] = f"http://{address(self._watch.metrics.host, endpoint.port)}/metrics"

@@ -32,6 +32,10 @@ class Metrics:
         build = self._gauge("build_info", "Version of this process; always 1.", "version")
         build.labels(version=__version__).set(1)
 
+    def watch_process(self) -> None:
+        """Also tell CPU seconds, memory and open files of this process, under their usual names `process_...`."""
+        prometheus_client.ProcessCollector(registry=self.registry)
+
     def _calls(self) -> None:
         self.request_seconds = self._histogram(
             "request_seconds", "Seconds a call took, from its arrival to its status.", CALL_SECONDS,
