@@ -163,7 +163,7 @@ class Checkpoint:
         return self._load(model, self.dit, "", device, dtype, progress)
 
     def check(self) -> None:
-        """Raise `CheckpointError` unless every tensor of the three networks is there in its shape; reads headers only."""
+        """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
         with torch.device("meta"):
             encoder, decoder = TextVAEEncoder(self.vae_config), TextVAEDecoder(self.vae_config)
             dit = DiT(self.dit_config)

@@ -1,0 +1,104 @@
+"""A stand-in for the Hugging Face Hub: one repository, the few endpoints that fetching it takes."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "someone/tiny"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the files of a folder. `cut` ends a download after so many bytes; `asked` lists (method, path, range)."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        self.cut: dict[str, int] = {}
+        self.asked: list[tuple[str, str, str | None]] = []
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+    def siblings(self):
+        for path, data in self.files.items():
+            sibling = {"rfilename": path, "size": len(data), "blobId": git_hash(data)}
+            if path.endswith(".safetensors"):
+                sibling["lfs"] = {"sha256": sha256(data), "size": len(data), "pointerSize": 130}
+            yield sibling
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_hash(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def _answer(self, body):
+        path = self.path.partition("?")[0]
+        self.server.asked.append((self.command, path, self.headers.get("range")))
+        if path.startswith("/api/models/"):
+            self._model(path.removeprefix("/api/models/"), body)
+        elif path.startswith(f"/{REPOSITORY}/resolve/{COMMIT}/"):
+            self._file(path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/"), body)
+        else:
+            self._send(404, b"{}", {"x-error-code": "RepoNotFound"}, body)
+
+    def _model(self, rest, body):
+        repository, _, revision = rest.partition("/revision/")
+        if repository != REPOSITORY:
+            return self._send(404, b"{}", {"x-error-code": "RepoNotFound"}, body)
+        if revision not in ("main", COMMIT):
+            return self._send(404, b"{}", {"x-error-code": "RevisionNotFound"}, body)
+        model = {"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "siblings": list(self.server.siblings())}
+        return self._send(200, json.dumps(model).encode(), {"content-type": "application/json"}, body)
+
+    def _file(self, path, body):
+        data = self.server.files.get(path)
+        if data is None:
+            return self._send(404, b"", {"x-error-code": "EntryNotFound"}, body)
+        tag = sha256(data) if path.endswith(".safetensors") else git_hash(data)
+        headers = {"etag": f'"{tag}"', "x-repo-commit": COMMIT, "accept-ranges": "bytes"}
+        begin = int((self.headers.get("range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if begin:
+            headers["content-range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        return self._send(
+            206 if begin else 200, data[begin:], headers, body, self.server.cut.pop(path, None) if body else None
+        )
+
+    def _send(self, status, data, headers, body, cut=None):
+        self.send_response(status)
+        for name, value in {**headers, "content-length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data[:cut])
+        if cut is not None:
+            self.close_connection = True
