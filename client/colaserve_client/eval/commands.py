@@ -102,7 +102,13 @@ def score(folder: Path, as_json: bool) -> None:
 @options.questions_options
 @click.option("--output", required=True, type=options.FOLDER, help="Folder of the sweep; an unfinished one goes on.")
 @click.option(
-    "--guidance", default="1,2,4,7", show_default=True, callback=options.comma_separated(click.FLOAT), help="Scales."
+    "--guidance",
+    "--guidance-scale",
+    "guidance",
+    default="1,2,4,7",
+    show_default=True,
+    callback=options.comma_separated(click.FLOAT),
+    help="Scales.",
 )
 @click.option(
     "--steps", default="4,8,16", show_default=True, callback=options.comma_separated(click.INT), help="Of the sampler."

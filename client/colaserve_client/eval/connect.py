@@ -11,7 +11,7 @@ from colaserve_client.eval.runner import Model
 from colaserve_client.eval.vae import Reconstructor
 from colaserve_client.results import ModelInfo
 
-FIRST_CONTACT = 5.0  # seconds until a server that is not there is given up
+FIRST_CONTACT = 20.0  # seconds until a server that does not answer at all is given up
 TIMEOUT = 600.0  # seconds for one answer where nothing else is said: a run must not stand still for ever
 
 
