@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import torch
@@ -101,11 +100,8 @@ class EncoderEngine(Engine[EncoderSession]):
         """Encode 1 to 256 sequences of token ids. Raises `InvalidRequest`, `Overloaded`, `DeadlineExceeded`."""
         self._check(sequences, with_variance)
         arrived = time.monotonic()
-        async with AsyncExitStack() as stack:
-            sessions = []
-            for ids in sequences:
-                session = EncoderSession(self, ids, with_variance, deadline)
-                sessions.append(await stack.enter_async_context(self._admitted(session)))
+        sessions = [EncoderSession(self, ids, with_variance, deadline) for ids in sequences]
+        async with self._all_admitted(sessions):
             results = [result for session in sessions if (result := await session.outbox.get()) is not None]
         started = min(session.started or arrived for session in sessions)
         now = time.monotonic()

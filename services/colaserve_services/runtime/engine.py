@@ -46,28 +46,37 @@ class Engine(Generic[S]):
     @asynccontextmanager
     async def _admitted(self, session: S) -> AsyncIterator[S]:
         """Hold a session while inside; leaving frees it, however one leaves. Raises `Overloaded`, `InvalidRequest`."""
-        self._admit(session)
-        try:
+        async with self._all_admitted([session]):
             yield session
+
+    @asynccontextmanager
+    async def _all_admitted(self, sessions: list[S]) -> AsyncIterator[None]:
+        """Hold the sessions of one call: they are let in together or not at all."""
+        self._admit(sessions)
+        try:
+            yield
         finally:
-            session.cancel()
+            for session in sessions:
+                session.cancel()
             self._device.wake()
 
-    def _admit(self, session: S) -> None:
-        if session.kv_bytes > self.limits.kv_bytes:
-            raise InvalidRequest(
-                "max_blocks", f"needs {session.kv_bytes} bytes of KV cache, the whole budget is {self.limits.kv_bytes}"
-            )
+    def _admit(self, sessions: list[S]) -> None:
+        for session in sessions:
+            if session.kv_bytes > self.limits.kv_bytes:
+                raise InvalidRequest(
+                    "max_context",
+                    f"needs {session.kv_bytes} bytes of KV cache; the whole budget (--kv-bytes) is {self.limits.kv_bytes}",
+                )
         with self._lock:
-            if len(self._waiting) + len(self._running) >= self.limits.max_running + self.limits.max_waiting:
-                refusal = Overloaded(f"{len(self._waiting)} sessions wait already", self._retry_after())
-            else:
-                refusal = None
-                self._waiting.append(session)
-                self._work_queued += session.work
-        if refusal is not None:
+            present = sum(not session.finished for session in (*self._waiting, *self._running))
+            refused = present >= self.limits.max_running + self.limits.max_waiting
+            retry_after = self._retry_after()
+            if not refused:
+                self._waiting.extend(sessions)
+                self._work_queued += sum(session.work for session in sessions)
+        if refused:
             self.observer.refused("queue")
-            raise refusal
+            raise Overloaded(f"{present} sessions run or wait already", retry_after)
         self._device.wake()
 
     def _retry_after(self) -> float:

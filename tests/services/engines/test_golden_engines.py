@@ -4,8 +4,6 @@ import asyncio
 
 import pytest
 import torch
-from tests.conftest import Golden
-from tests.services.engines.conftest import Engines, engines
 from torch import Tensor
 
 from colaserve_services.decoder.engine import DecodeJob
@@ -14,6 +12,8 @@ from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
+from tests.conftest import Golden
+from tests.services.engines.conftest import Engines, engines
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

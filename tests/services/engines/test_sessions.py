@@ -1,0 +1,286 @@
+"""Sessions: what they batch with changes nothing, what they hold is freed, and bounds hold."""
+
+import asyncio
+import time
+
+import pytest
+import torch
+
+from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from colaserve_services.model.attention import RaggedAttention, Segment
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.sampling import SamplingSettings
+from colaserve_services.prior.engine import SampledBlock
+from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.runtime.limits import EngineLimits
+from tests.conftest import Golden
+from tests.services.engines.conftest import Engines, engines
+
+EMPTY = torch.zeros(0, 16)
+
+
+def noise(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def job(seed: int = 0, context: int = 6, blocks: int = 2, **sampler: object) -> SampleJob:
+    settings = SamplerSettings(**({"steps": 3, "guidance_scale": 2.0} | sampler))  # type: ignore[arg-type]
+    return SampleJob(latents=noise(context, seed), max_blocks=blocks, sampler=settings, base_seed=seed)
+
+
+async def sample(stages: Engines, wanted: SampleJob) -> list[SampledBlock]:
+    async with stages.prior.session(wanted) as session:
+        return [block async for block in session]
+
+
+async def freed(stages: Engines) -> None:
+    for engine in (stages.encoder, stages.decoder, stages.prior):
+        for _ in range(500):
+            load = engine.load()
+            if (load.running, load.waiting, load.kv_bytes_used) == (0, 0, 0):
+                break
+            await asyncio.sleep(0.01)
+        else:
+            raise AssertionError(f"{type(engine).__name__} still holds {engine.load()}")
+
+
+MIXED = [
+    job(0), job(1, steps=7, solver="ab2"), job(2, context=0), job(3, guidance_scale=1.0), job(4, solver="heun"),
+    job(5, context=21, blocks=3), job(6, guidance_start=0.8, guidance_end=0.2), job(7, resamples=2),
+]  # fmt: skip
+
+
+async def test_any_mix_of_runs_in_one_batch_gives_what_each_gives_alone(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        alone = [await sample(stages, wanted) for wanted in MIXED]
+        together = await asyncio.gather(*(sample(stages, wanted) for wanted in MIXED))
+        for ours, theirs in zip(together, alone, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-4)
+        await freed(stages)
+
+
+async def test_known_positions_come_back_unchanged_and_given_blocks_are_passed_through(tiny: Golden) -> None:
+    latents = noise(16)
+    canvas = SampleJob(latents=latents, open=((5, 7),), max_blocks=4, sampler=SamplerSettings(steps=2), base_seed=1)
+    with engines(tiny.directory) as stages:
+        blocks = await sample(stages, canvas)
+    written = torch.cat([latents[:4], *(block.latents for block in blocks)])
+    assert [block.index for block in blocks] == [0, 1, 2, 3]
+    assert torch.equal(written[:5], latents[:5])
+    assert torch.equal(written[7:16], latents[7:])
+    assert not torch.isclose(written[5:7], latents[5:7]).all(dim=1).any()
+
+
+async def test_what_an_open_position_holds_is_ignored(tiny: Golden) -> None:
+    latents = noise(8)
+    other = latents.clone()
+    other[4:6] = 100.0
+    with engines(tiny.directory) as stages:
+        runs = [
+            await sample(stages, SampleJob(latents=x, open=((4, 6),), max_blocks=1, base_seed=1))
+            for x in (latents, other)
+        ]
+    assert torch.equal(runs[0][0].latents, runs[1][0].latents)
+
+
+async def test_leaving_a_run_frees_its_cache_before_the_second_step(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, run_ahead=100)
+    with engines(tiny.directory, limits) as stages:
+        steps = []
+        stages.prior.observer.stepped = lambda *_: steps.append(time.monotonic())  # type: ignore[method-assign]
+        async with stages.prior.session(job(blocks=60, steps=100)) as session:
+            await anext(aiter(session))
+            assert stages.prior.load().kv_bytes_used == stages.prior.kv_shape.nbytes(4 + 60 * 4)
+            left = time.monotonic()
+        await freed(stages)
+        assert len([step for step in steps if step > left]) <= 2
+
+
+async def test_an_unread_run_pauses_and_goes_on_when_read(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
+        async with stages.prior.session(job(blocks=6)) as session:
+            for _ in range(200):
+                await asyncio.sleep(0.01)
+                if session.outbox.unread == 2:
+                    break
+            await asyncio.sleep(0.1)
+            assert session.run.block == 2
+            assert [block.index async for block in session] == list(range(6))
+
+
+async def test_a_passed_deadline_ends_a_run_and_frees_it(tiny: Golden) -> None:
+    async def sample_until(stages: Engines, wanted: SampleJob, seconds: float) -> None:
+        async with stages.prior.session(wanted, deadline=time.monotonic() + seconds) as session:
+            async for _ in session:
+                await asyncio.sleep(seconds)
+
+    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
+        with pytest.raises(DeadlineExceeded):  # while it computes
+            await sample_until(stages, job(blocks=100, steps=1000), 0.2)
+        await freed(stages)
+        with pytest.raises(DeadlineExceeded):  # while it is paused
+            await sample_until(stages, job(blocks=20), 0.2)
+        await freed(stages)
+
+
+async def test_a_full_queue_refuses_at_once_and_harms_nobody(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, max_running=1, max_waiting=1, run_ahead=1)
+    with engines(tiny.directory, limits) as stages:
+        async with stages.prior.session(job(1)) as first, stages.prior.session(job(2)) as second:
+            with pytest.raises(Overloaded) as refused:
+                async with stages.prior.session(job(3)):
+                    pass
+            assert 0 < refused.value.retry_after <= 60
+            assert len([block async for block in first]) == 2
+            assert len([block async for block in second]) == 2
+        await freed(stages)
+
+
+async def test_runs_wait_for_cache_and_start_when_it_is_free(tiny: Golden) -> None:
+    with engines(tiny.directory) as probe:
+        need = probe.prior.kv_shape.nbytes(4 + 2 * 4)
+    limits = EngineLimits(max_context=512, kv_bytes=2 * need, run_ahead=1)
+    with engines(tiny.directory, limits) as stages:
+        results = await asyncio.gather(*(sample(stages, job(seed)) for seed in range(6)))
+        assert [len(blocks) for blocks in results] == [2] * 6
+        with pytest.raises(InvalidRequest, match="whole budget"):
+            async with stages.prior.session(job(blocks=100)):
+                pass
+        await freed(stages)
+
+
+async def test_a_failing_step_ends_its_sessions_and_the_engine_serves_on(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        forward = stages.prior._velocities
+
+        def broken(turns: object) -> torch.Tensor:
+            stages.prior._velocities = forward  # type: ignore[method-assign]
+            raise RuntimeError("device lost")
+
+        stages.prior._velocities = broken  # type: ignore[method-assign, assignment]
+        with pytest.raises(Unavailable):
+            await sample(stages, job())
+        await freed(stages)
+        assert len(await sample(stages, job())) == 2
+
+
+async def test_decoding_resumes_with_the_same_draws_from_prefix_and_history(tiny: Golden) -> None:
+    sampling = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3)
+    latents = noise(24)
+    with engines(tiny.directory) as stages:
+
+        async def decode(prefix: int, history: list[int]) -> list[int]:
+            ids = list(history)
+            wanted = DecodeJob(latents[:prefix], sampling=sampling, history_ids=tuple(history), max_latents=32)
+            async with stages.decoder.session(wanted) as session:
+                for start in range(prefix, 24, 4):
+                    ids += (await session.decode(latents[start : start + 4])).token_ids
+            return ids
+
+        whole = await decode(8, [])
+        assert await decode(16, whole[:8]) == whole
+        assert await decode(16, []) != whole[8:]
+        await freed(stages)
+
+
+async def test_target_logprobs_are_those_of_the_logits(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        wanted = DecodeJob(EMPTY, with_logits=True, top_logprobs=2, target_ids=(5, 6, 7, 8, 9, 10))
+        async with stages.decoder.session(wanted) as session:
+            blocks = [await session.decode(noise(4, seed)) for seed in range(2)]
+        for block, targets in zip(blocks, ([5, 6, 7, 8], [9, 10]), strict=True):
+            assert block.logits is not None
+            logprobs = block.logits.log_softmax(-1)
+            expected = [logprobs[i, token].item() for i, token in enumerate(targets)]
+            assert block.target_logprobs == pytest.approx(expected, abs=1e-5)
+            assert block.logprobs == pytest.approx([logprobs[i, t].item() for i, t in enumerate(block.token_ids)])
+            assert [len(ids) for ids, _ in block.top] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field"),
+    [
+        (SampleJob(EMPTY, max_blocks=0, base_seed=0), "max_blocks"),
+        (SampleJob(EMPTY, max_blocks=1), "noise_source"),
+        (SampleJob(noise(9), max_blocks=1, open=((0, 1),), base_seed=0), "max_blocks"),
+        (SampleJob(noise(500), max_blocks=4, base_seed=0), "max_blocks"),
+        (SampleJob(EMPTY, max_blocks=10**9, base_seed=0), "max_blocks"),
+        (SampleJob(torch.zeros(2, 3), max_blocks=1, base_seed=0), "canvas.latents"),
+        (SampleJob(noise(8), open=((4, 2),), max_blocks=2, base_seed=0), "canvas.open"),
+        (SampleJob(noise(8), open=((0, 4), (3, 5)), max_blocks=2, base_seed=0), "canvas.open"),
+        (SampleJob(noise(8), open=((4, 9),), max_blocks=2, base_seed=0), "canvas.open"),
+        (SampleJob(EMPTY, max_blocks=2, noise=torch.zeros(1, 4, 16)), "noise"),
+        (SampleJob(EMPTY, 1, sampler=SamplerSettings(resamples=2), noise=torch.zeros(1, 4, 16)), "sampler.resamples"),
+        (SampleJob(EMPTY, max_blocks=1, base_seed=1 << 63), "seed.base_seed"),
+        (SampleJob(EMPTY, max_blocks=1, base_seed=(1 << 63) - 1, first_block=1), "seed.base_seed"),
+        (SampleJob(EMPTY, max_blocks=1, base_seed=0, sample_id=10_000), "seed.sample_id"),
+    ],
+)
+async def test_an_impossible_run_is_refused_by_field(wanted: SampleJob, field: str, tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        with pytest.raises(InvalidRequest) as refused:
+            stages.prior.session(wanted)
+        assert refused.value.field == field
+
+
+async def test_a_block_beyond_the_reservation_is_refused(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        async with stages.decoder.session(DecodeJob(EMPTY, max_latents=4)) as session:
+            await session.decode(noise(4))
+            with pytest.raises(InvalidRequest, match="beyond the 4 latents"):
+                await session.decode(noise(4))
+        await freed(stages)
+
+
+async def test_a_call_of_many_sequences_is_admitted_as_one(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, max_running=2, max_waiting=1)
+    with engines(tiny.directory, limits) as stages:
+        for _ in range(5):
+            results, _ = await stages.encoder.encode([[i] for i in range(40)])
+            assert len(results) == 40
+        await freed(stages)
+
+
+async def test_encoding_does_not_depend_on_the_batch_or_on_chunks(tiny: Golden) -> None:
+    sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
+    with engines(tiny.directory, EngineLimits(max_context=512, chunk=16)) as stages:
+        together, _ = await stages.encoder.encode(sequences, with_variance=True)
+        for ids, result in zip(sequences, together, strict=True):
+            (alone,), _ = await stages.encoder.encode([ids])
+            assert len(result.latents) == len(ids)
+            torch.testing.assert_close(result.latents, alone.latents, rtol=1e-4, atol=1e-5)
+        await freed(stages)
+    with engines(tiny.directory) as stages:
+        whole, _ = await stages.encoder.encode(sequences)
+        for chunked, one in zip(together, whole, strict=True):
+            torch.testing.assert_close(chunked.latents, one.latents, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_bfloat16_velocity_is_close_to_the_recorded_one(golden: Golden) -> None:
+    model = Checkpoint.open(golden.directory).load_prior(torch.device("cpu"), torch.bfloat16)
+    B, tensors, row = model.config.block_size, golden.tensors, 0
+    for i, length in enumerate(tensors["dit.prefix_lengths"].tolist()):
+        block = slice(i * B, (i + 1) * B)
+        z = torch.cat((tensors["dit.prefix"][row : row + length], tensors["dit.block"][block]))
+        t = torch.cat((torch.zeros(length), tensors["dit.timestep"][block]))
+        attend = RaggedAttention([Segment(length + B)], B, model.device)
+        velocity, expected = model(z, t, torch.arange(length + B), attend)[length:], tensors["dit.cond"][block]
+        assert ((velocity - expected).norm() / expected.norm()).item() < 2e-2
+        row += length
+
+
+async def test_bfloat16_sampling_stays_near_float32(golden: Golden) -> None:
+    """The distance is recorded in docs/decisions.md; here it only must not explode."""
+    case = golden.meta["cases"][0]
+    sampler = SamplerSettings(steps=case["params"]["timestep_num"], guidance_scale=case["params"]["guidance_scale"])
+    noise = golden.tensors["gen0.noise.0"][:1]
+    wanted = SampleJob(torch.zeros(0, noise.shape[-1]), max_blocks=1, sampler=sampler, noise=noise)
+    latents = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with engines(golden.directory, dtype=dtype) as stages:
+            latents.append((await sample(stages, wanted))[0].latents)
+    assert ((latents[1] - latents[0]).norm() / latents[0].norm()).item() < 0.1
