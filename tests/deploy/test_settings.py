@@ -5,8 +5,8 @@ import re
 import click
 import pytest
 import yaml
-from colaserve_services.launch import options
 
+from colaserve_services.launch import options
 from tests.deploy.conftest import DEPLOY, KUBERNETES, ROLES, STAGES, container_of
 
 GROUPS = dict.fromkeys(STAGES, options.STAGE) | {"coordinator": options.COORDINATOR, "gateway": options.GATEWAY}

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import yaml
-from colaserve_services.rpc.metrics import Metrics
 
+from colaserve_services.rpc.metrics import Metrics
 from tests.deploy.conftest import DEPLOY, KUBERNETES, ROOT, STAGES, documents, queries
 
 ADDED = {"namespace", "instance", "job", "role", "le", "pod"}  # labels that Prometheus adds

@@ -4,14 +4,14 @@ import asyncio
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings, ServerTls
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from tests.services.rpc.conftest import ONE, Encoder, eventually, running
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
