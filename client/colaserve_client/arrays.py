@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from colaserve.v1 import types_pb2
 from numpy.typing import ArrayLike, NDArray
 
+from colaserve.v1 import types_pb2
 from colaserve_client.errors import invalid
 
 FloatArray = NDArray[np.float32]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import grpc
-from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
 from google.protobuf.message import Message
 
+from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
 from colaserve_client.channel import check_target
 from colaserve_client.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable, error_from_rpc, invalid
 from colaserve_client.settings import Connection, Retry, Tls

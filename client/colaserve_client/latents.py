@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from colaserve.v1 import types_pb2
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from colaserve.v1 import types_pb2
 from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, tensor_from_array
 from colaserve_client.errors import ModelMismatch, invalid
 

@@ -6,10 +6,10 @@ Ranges are the server's to judge; here only what would not survive the way is re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from google.protobuf.message import Message
 from numpy.typing import ArrayLike
 
+from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client.arrays import tensor_from_array
 from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
-
 from colaserve_client import results
 from colaserve_client.arrays import array_from_tensor
 from colaserve_client.errors import ServerError

@@ -4,8 +4,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
-from colaserve_client import AsyncClient, Client, Retry
 
+from colaserve_client import AsyncClient, Client, Retry
 from tests.client import fakes
 
 FAST = Retry(attempts=4, first_pause=0.01, longest_pause=0.05)

@@ -10,6 +10,11 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
 from colaserve.v1 import (
     decoder_pb2,
     decoder_pb2_grpc,
@@ -23,10 +28,6 @@ from colaserve.v1 import (
     prior_pb2_grpc,
     types_pb2,
 )
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
 SPACE = "0123456789abcdef"
 STORY = b" there was a fox that wrote."
@@ -74,6 +75,7 @@ class Behaviour:
 
     failures: deque[Failure] = field(default_factory=deque)  # the next calls end with these, one each
     fail_after: dict[int, Failure] = field(default_factory=dict)  # a stream ends with this after so many messages
+    delay: float = 0  # seconds until a call does anything
     wait_after: int | None = None  # a stream stands still after so many messages, until it is cancelled or `go_on`
     go_on: threading.Event = field(default_factory=threading.Event)
     calls: int = 0
@@ -90,6 +92,7 @@ class Behaviour:
             self.metadata.append(dict(context.invocation_metadata()))
             self.requests.append(request)
             failure = self.failures.popleft() if self.failures else None
+        self.go_on.wait(self.delay)
         if failure is not None:
             failure.abort(context)
 

@@ -12,10 +12,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import colaserve_client
 import pytest
-from colaserve_client import Client, Latents
 
+import colaserve_client
+from colaserve_client import Client, Latents
 from tests.client.fakes import FakeServer
 
 ROOT = Path(__file__).resolve().parents[2]

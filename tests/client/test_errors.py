@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import grpc
 import pytest
+
 from colaserve_client import (
     AsyncClient,
     Cancelled,
@@ -13,7 +14,9 @@ from colaserve_client import (
     ColaserveError,
     Connection,
     DeadlineExceeded,
+    DecoderClient,
     InvalidRequest,
+    Latents,
     MessageTooLarge,
     ModelMismatch,
     NotAuthenticated,
@@ -24,7 +27,6 @@ from colaserve_client import (
     Tls,
     Unavailable,
 )
-
 from tests.client.fakes import Behaviour, Failure, FakeServer, start_server
 
 Code = grpc.StatusCode
@@ -183,7 +185,21 @@ def test_the_deadline_ends_a_call_and_frees_the_server(
     eventually(lambda: behaviour.running == 0 and behaviour.cancelled == 1)
 
 
+def test_the_deadline_ends_a_call_of_one_answer(client: Client, behaviour: Behaviour) -> None:
+    behaviour.delay = 3
+    with pytest.raises(DeadlineExceeded):
+        client.tokenize("a", timeout=0.3)
+    with DecoderClient(client.target, timeout=0.3) as decoder:
+        session = decoder.session()
+        with pytest.raises(DeadlineExceeded):
+            session.decode(Latents([[97.0, 0.0]]))
+
+
 async def test_the_deadline_ends_an_asyncio_call(async_client: AsyncClient, behaviour: Behaviour) -> None:
+    behaviour.delay = 3
+    with pytest.raises(DeadlineExceeded):
+        await async_client.tokenize("a", timeout=0.3)
+    behaviour.delay = 0
     behaviour.wait_after = 1
     with pytest.raises(DeadlineExceeded):
         await async_client.generate("a", timeout=0.3)

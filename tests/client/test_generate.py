@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+
 from colaserve.v1 import types_pb2
 from colaserve_client import (
     AsyncClient,
@@ -24,7 +25,6 @@ from colaserve_client import (
     ServerError,
     TokenLogprobs,
 )
-
 from tests.client.fakes import STORY, Behaviour, Failure
 
 Eventually = Callable[[Callable[[], bool]], None]

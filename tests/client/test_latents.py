@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from colaserve.v1 import types_pb2
-from colaserve_client import InvalidRequest, Latents, ModelMismatch, load_latents, save_latents
-from colaserve_client.arrays import array_from_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
+from colaserve.v1 import types_pb2
+from colaserve_client import InvalidRequest, Latents, ModelMismatch, load_latents, save_latents
+from colaserve_client.arrays import array_from_tensor
 
 SPACE = "0123456789abcdef"
 finite = st.floats(-(2.0**100), 2.0**100, width=32)

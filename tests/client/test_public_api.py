@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import colaserve_client
 import pytest
+
+import colaserve_client
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import grpc
 import numpy as np
 import pytest
+
 from colaserve.v1 import types_pb2
 from colaserve_client import (
     AsyncClient,
@@ -24,7 +25,6 @@ from colaserve_client import (
     Sampling,
     Unavailable,
 )
-
 from tests.client.fakes import SPACE, STORY, Behaviour, Failure, FakeServer
 
 FAST = Retry(attempts=3, first_pause=0.01)

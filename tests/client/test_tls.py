@@ -7,8 +7,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from colaserve_client import AsyncClient, Client, InvalidRequest, Retry, Tls, Unavailable
 
+from colaserve_client import AsyncClient, Client, InvalidRequest, Retry, Tls, Unavailable
 from tests.client.fakes import FakeServer, start_server
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")

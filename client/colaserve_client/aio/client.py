@@ -4,7 +4,6 @@
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-
 from colaserve_client import calls, requests, responses
 from colaserve_client.aio.base import AsyncBaseClient
 from colaserve_client.aio.transport import AsyncStream

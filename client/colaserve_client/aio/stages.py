@@ -4,9 +4,9 @@
 from collections.abc import Sequence
 from types import TracebackType
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
 from numpy.typing import ArrayLike
 
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
 from colaserve_client import calls, requests, responses
 from colaserve_client.aio.base import AsyncBaseClient
 from colaserve_client.aio.transport import AsyncExchange, AsyncStream

@@ -4,7 +4,6 @@
 from collections.abc import Generator, Iterable, Sequence
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-
 from colaserve_client import calls, requests, responses
 from colaserve_client.calls import CallOptions
 from colaserve_client.errors import ColaserveError

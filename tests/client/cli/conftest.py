@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from colaserve_client.cli import main as entry
 
+from colaserve_client.cli import main as entry
 from tests.client.fakes import FakeServer
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 import grpc
 import pytest
+
 from colaserve_client.cli import exits, verbs
 from colaserve_client.cli.main import cli, main
-
 from tests.client.cli.conftest import Run
 from tests.client.fakes import STORY, Behaviour, Failure, FakeServer
 

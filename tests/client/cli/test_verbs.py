@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from colaserve_client import Latents, load_latents
 
+from colaserve_client import Latents, load_latents
 from tests.client.cli.conftest import Run
 from tests.client.fakes import SPACE, STORY, Behaviour, FakeServer
 
@@ -174,8 +174,8 @@ def test_status_of_a_stage_alone(run: Run) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     import grpc
-    from colaserve.v1 import prior_pb2_grpc
 
+    from colaserve.v1 import prior_pb2_grpc
     from tests.client.fakes import Prior
 
     alone = grpc.server(ThreadPoolExecutor(2))
