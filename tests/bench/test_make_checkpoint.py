@@ -59,7 +59,7 @@ def test_a_folder_that_holds_a_checkpoint_is_left_alone(tiny_model: Path) -> Non
     with pytest.raises(UsageError, match="already"):
         weights.make_checkpoint("tiny", tiny_model)
     result = CliRunner().invoke(bench, ["make-checkpoint", "--preset", "tiny", str(tiny_model)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith("Error: ")
 
 

@@ -73,10 +73,7 @@ async def _first_block(client: AsyncClient, info: ModelInfo, ids: list[int]) -> 
 
 
 def _summary(length: int, pairs: list[Row]) -> Row:
-    medians = {key: statistics.median(pair[key] for pair in pairs) for key in ("cold_seconds", "warm_seconds", "ratio")}
-    return {
-        "prefix_tokens": length,
-        "pairs": len(pairs),
-        "worst_ratio": max(pair["ratio"] for pair in pairs),
-        **medians,
-    }
+    keys = ("cold_seconds", "warm_seconds", "ratio")
+    medians = {key: statistics.median(pair[key] for pair in pairs) for key in keys}
+    worst = max(pair["ratio"] for pair in pairs)
+    return {"prefix_tokens": length, "pairs": len(pairs), "worst_ratio": worst} | medians
