@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from colaserve_services.launch import options
+from colaserve_services.pull import pull
 from tests.deploy.conftest import DEPLOY, KUBERNETES, ROLES, STAGES, container_of
 
 GROUPS = dict.fromkeys(STAGES, options.STAGE) | {"coordinator": options.COORDINATOR, "gateway": options.GATEWAY}
@@ -50,10 +51,12 @@ def test_every_file_that_a_role_is_told_of_is_mounted(rendered):
 
 
 def test_init_containers_call_a_command_with_options_that_it_has(rendered):
-    for deployment in rendered.deployments().values():
+    for role, deployment in rendered.deployments().items():
         for container in deployment["spec"]["template"]["spec"].get("initContainers", ()):
-            command = pytest.importorskip("colaserve_services.pull").pull
-            command.make_context("pull", list(container["args"][1:]))
+            name, *arguments = container["args"]
+            assert name == "pull"
+            directory = pull.make_context(name, arguments).params["directory"]
+            assert str(directory) == rendered.environment(role)["COLASERVE_MODEL"]
 
 
 def test_a_role_serves_on_the_ports_that_its_probes_services_and_monitors_name(rendered):
