@@ -20,6 +20,7 @@ from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
@@ -88,6 +89,9 @@ class DecoderSession(Session[DecodedBlock]):
         self.cache: KVCache | None = KVCache(self._engine.kv_shape, self.capacity)
         self.prefix = self.job.prefix.to(self._engine.kv_shape.device)
         self._engine.observer.tokens(len(self.prefix), 0)
+        B, prefixes = self._engine.shape.block_size, self._engine.prefixes
+        self._keys = prefixes.keys(block.numpy().tobytes() for block in self.job.prefix.split(B) if len(block))
+        self.position = B * prefixes.restore(self._keys, self.cache)[0]
 
     def free(self) -> None:
         self.cache = None
@@ -97,6 +101,13 @@ class DecoderSession(Session[DecodedBlock]):
 
     def remaining_prefix(self) -> Tensor:
         return self.prefix[self.position :]
+
+    def advance(self, rows: int) -> None:
+        """`rows` more positions are in the cache; keep a copy once the prefix is complete."""
+        self.position += rows
+        if self._keys and self.position >= len(self.prefix) and self.cache is not None:
+            self._engine.prefixes.remember(self._keys, self.cache)
+            self._keys = []
 
     def take_targets(self, count: int) -> tuple[int, ...]:
         """Target ids of the block about to be answered."""
@@ -132,6 +143,7 @@ class DecoderEngine(Engine[DecoderSession]):
         config = model.config
         self.model, self.shape = model, shape
         self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
+        self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
@@ -171,7 +183,7 @@ class DecoderEngine(Engine[DecoderSession]):
         hidden = model.transform(model.in_layer(torch.cat(parts)), positions, attend)
         wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns])
         for turn in turns:
-            turn.session.position += turn.rows
+            turn.session.advance(turn.rows)
         return hidden[wanted.to(model.device)]
 
     def _answer(self, session: DecoderSession, logits: Tensor) -> None:

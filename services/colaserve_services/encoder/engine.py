@@ -16,6 +16,7 @@ from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
@@ -31,7 +32,7 @@ class Encoded:
 
 
 class EncoderSession(Session[Encoded]):
-    """One sequence. It needs a cache only when it takes more than one chunk."""
+    """One sequence. It needs a cache when it takes more than one chunk, or when its leading blocks are kept."""
 
     def __init__(self, engine: "EncoderEngine", ids: Sequence[int], with_variance: bool, deadline: float | None):
         self._engine, self._with_variance = engine, with_variance
@@ -40,9 +41,9 @@ class EncoderSession(Session[Encoded]):
         self.ids = torch.tensor([*ids, *padding])
         self.rows = len(self.ids) // P  # latents, padding included
         self.length = -(-len(ids) // P)
-        self.chunked = self.rows > engine.limits.chunk
+        self._cached = self.rows > engine.limits.chunk or engine.limits.prefix_cache_bytes > 0
         super().__init__(
-            kv_bytes=engine.kv_shape.nbytes(self.rows) if self.chunked else 0,
+            kv_bytes=engine.kv_shape.nbytes(self.rows) if self._cached else 0,
             work=self.rows,
             deadline=deadline,
             on_read=engine.wake,
@@ -51,8 +52,19 @@ class EncoderSession(Session[Encoded]):
         self._parts: list[tuple[Tensor, Tensor | None]] = []
 
     def start(self) -> None:
-        self.cache = KVCache(self._engine.kv_shape, self.rows) if self.chunked else None
+        self.cache = KVCache(self._engine.kv_shape, self.rows) if self._cached else None
         self._engine.observer.tokens(self.length, 0)
+        if self.cache is not None:
+            self._restore(self.cache)
+
+    def _restore(self, cache: KVCache) -> None:
+        """Take over the leading blocks that were encoded before: their latents' bytes are then the same, too."""
+        B, P, prefixes = self._engine.shape.block_size, self._engine.shape.patch_size, self._engine.prefixes
+        self._keys = prefixes.keys(block.numpy().tobytes() for block in self.ids.split(B * P))
+        count, posterior = prefixes.restore(self._keys, cache)
+        if count:
+            mean, logvar = posterior
+            self.take(mean[: count * B], None if logvar is None else logvar[: count * B])
 
     def free(self) -> None:
         self.cache = None
@@ -69,9 +81,12 @@ class EncoderSession(Session[Encoded]):
 
     def _finish(self) -> None:
         means, logvars = zip(*self._parts, strict=True)
-        latents = self._engine.model.normalise(torch.cat(means))[: self.length].to("cpu", torch.float32, copy=True)
-        logvar = torch.cat(logvars)[: self.length].to("cpu", copy=True) if self._with_variance else None
-        self.outbox.put(Encoded(latents, logvar))
+        mean, logvar = torch.cat(means), None if logvars[0] is None else torch.cat(logvars)
+        if self.cache is not None:
+            self._engine.prefixes.remember(self._keys, self.cache, (mean, logvar))
+        latents = self._engine.model.normalise(mean)[: self.length].to("cpu", torch.float32, copy=True)
+        variance = logvar[: self.length].to("cpu", copy=True) if logvar is not None and self._with_variance else None
+        self.outbox.put(Encoded(latents, variance))
         self.outbox.close()
         self.finished = True
 
@@ -93,6 +108,7 @@ class EncoderEngine(Engine[EncoderSession]):
         self.model, self.shape, self.pad_id = model, shape, pad_id
         self.has_variance = config.use_variation
         self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
+        self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
 
     async def encode(
         self, sequences: Sequence[Sequence[int]], *, with_variance: bool = False, deadline: float | None = None

@@ -62,3 +62,19 @@ class KVCache:
         if stop >= _WORTH_READING_WHOLE * self.capacity:
             stop = self.capacity
         return self._keys[..., :stop].unbind(0), self._values[:, :, :stop].unbind(0)
+
+    def nbytes_of(self, positions: int) -> int:
+        return self.shape.nbytes(positions)
+
+    def copy_of(self, stop: int) -> "KVCache":
+        """A cache of its own that holds positions 0..stop."""
+        copy = KVCache(self.shape, stop)
+        copy.fill_from(self, stop)
+        return copy
+
+    def fill_from(self, other: "KVCache", stop: int) -> None:
+        """Take positions 0..stop over from another cache."""
+        places, sources = self.write_slots(0, stop), other.write_slots(0, stop)
+        for ours, theirs in zip(places, sources, strict=True):
+            for place, source in zip(ours, theirs, strict=True):
+                place.copy_(source)

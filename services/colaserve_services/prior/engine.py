@@ -19,6 +19,7 @@ from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
@@ -55,6 +56,8 @@ class PriorSession(Session[SampledBlock]):
         self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
         engine.table.prepare([*schedule(self.job.sampler.steps), 0.0])
         engine.observer.tokens(canvas.context.shape[0] * engine.shape.block_size, 0)
+        self._keys = engine.prefixes.keys(block.numpy().tobytes() for block in canvas.context)
+        self.run.commit(engine.prefixes.restore(self._keys, self.cache)[0])
         self.deliver()
 
     def free(self) -> None:
@@ -62,6 +65,12 @@ class PriorSession(Session[SampledBlock]):
 
     def ready(self) -> bool:
         return not self.finished and self.outbox.unread < self._engine.limits.run_ahead
+
+    def remember_context(self) -> None:
+        """Once the context is in the cache, keep a copy of it for the next run that begins with the same blocks."""
+        if self._keys and self.run.committed >= len(self._keys) and self.cache is not None:
+            self._engine.prefixes.remember(self._keys, self.cache)
+            self._keys = []
 
     def deliver(self) -> None:
         """Hand over completed blocks; given ones follow each other without a pass."""
@@ -119,6 +128,7 @@ class PriorEngine(Engine[PriorSession]):
         config = model.config
         self.model, self.shape = model, shape
         self.kv_shape = KVShape(config.num_layers, config.heads, config.head_dim, model.dtype, model.device)
+        self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.table = ModulationTable(model, model.device)
 
     def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
@@ -135,6 +145,7 @@ class PriorEngine(Engine[PriorSession]):
         conditional, unconditional = velocities[: len(evaluated)], iter(velocities[len(evaluated) :])
         for turn in turns:
             turn.session.run.commit(turn.commits)
+            turn.session.remember_context()
         for turn, velocity in zip(evaluated, conditional, strict=True):
             turn.session.run.advance(velocity, next(unconditional) if turn.guided else None)
             turn.session.deliver()

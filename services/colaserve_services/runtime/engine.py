@@ -65,7 +65,7 @@ class Engine(Generic[S]):
             if session.kv_bytes > self.limits.kv_bytes:
                 raise InvalidRequest(
                     "max_context",
-                    f"needs {session.kv_bytes} bytes of KV cache; the whole budget (--kv-bytes) is {self.limits.kv_bytes}",
+                    f"needs {session.kv_bytes} bytes of KV cache; the budget (--kv-bytes) is {self.limits.kv_bytes}",
                 )
         with self._lock:
             present = sum(not session.finished for session in (*self._waiting, *self._running))

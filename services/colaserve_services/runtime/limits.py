@@ -12,6 +12,7 @@ class EngineLimits:
     max_waiting: int = 256  # sessions that may wait; one more is refused
     kv_bytes: int = 2 << 30  # KV budget in bytes
     run_ahead: int = 2  # blocks that may wait unread before a session pauses
+    prefix_cache_bytes: int = 256 << 20  # for KV of identical leading blocks, beside kv_bytes; 0 switches it off
     chunk: int = 512  # latents of context that one forward pass takes while no session is sampling
 
 

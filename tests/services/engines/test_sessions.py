@@ -146,7 +146,7 @@ async def test_runs_wait_for_cache_and_start_when_it_is_free(tiny: Golden) -> No
     with engines(tiny.directory, limits) as stages:
         results = await asyncio.gather(*(sample(stages, job(seed)) for seed in range(6)))
         assert [len(blocks) for blocks in results] == [2] * 6
-        with pytest.raises(InvalidRequest, match="whole budget"):
+        with pytest.raises(InvalidRequest, match="the budget"):
             async with stages.prior.session(job(blocks=100)):
                 pass
         await freed(stages)

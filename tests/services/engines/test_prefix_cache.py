@@ -1,0 +1,156 @@
+"""Leading blocks seen before are copied, not computed, and change nothing."""
+
+import asyncio
+
+import pytest
+import torch
+
+from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.prefix_cache import PrefixCache, chain_keys
+from tests.conftest import Golden
+from tests.services.engines.conftest import Engines, engines
+
+IDS = [int(x) for x in torch.randint(3, 500, (70,), generator=torch.Generator().manual_seed(1))]
+LATENTS = torch.randn(64, 16, generator=torch.Generator().manual_seed(2))
+
+
+class Watch:
+    """Counts the rows an engine computes."""
+
+    def __init__(self, engine: object):
+        self.rows = 0
+        self.hits: list[tuple[int, int]] = []
+        engine.observer.stepped = lambda seconds, rows, sessions: self.count(rows)  # type: ignore[attr-defined]
+        engine.observer.prefix_cache = lambda hits, misses, held: self.hits.append((hits, misses))  # type: ignore[attr-defined]
+
+    def count(self, rows: int) -> None:
+        self.rows += rows
+
+    def take(self) -> int:
+        rows, self.rows = self.rows, 0
+        return rows
+
+
+async def sample(stages: Engines, latents: torch.Tensor) -> torch.Tensor:
+    job = SampleJob(latents, max_blocks=2, sampler=SamplerSettings(steps=2, guidance_scale=3.0), base_seed=1)
+    async with stages.prior.session(job) as session:
+        return torch.cat([block.latents async for block in session])
+
+
+async def decode(stages: Engines, prefix: torch.Tensor) -> torch.Tensor:
+    async with stages.decoder.session(DecodeJob(prefix, with_logits=True)) as session:
+        logits = (await session.decode(LATENTS[:4])).logits
+    assert logits is not None
+    return logits
+
+
+async def encode(stages: Engines, ids: list[int]) -> torch.Tensor:
+    (result,), _ = await stages.encoder.encode([ids])
+    return result.latents
+
+
+async def settled() -> None:
+    await asyncio.sleep(0.05)  # the observer is told after the result is out
+
+
+async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        watch = Watch(stages.prior)
+        cold = await sample(stages, LATENTS)
+        await settled()
+        cost = watch.take()
+        warm = await sample(stages, LATENTS)
+        await settled()
+        assert torch.equal(cold, warm)
+        assert watch.take() == cost - 64
+        await sample(stages, torch.cat((LATENTS[:32], -LATENTS[32:])))
+        assert watch.hits == [(0, 16), (16, 0), (8, 8)]
+
+
+async def test_decoder_computes_a_known_prefix_once(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        watch = Watch(stages.decoder)
+        cold = await decode(stages, LATENTS)
+        await settled()
+        assert watch.take() == 68
+        warm = await decode(stages, LATENTS)
+        await settled()
+        assert watch.take() == 4
+        torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-5)
+
+
+async def test_encoder_gives_the_same_bytes_for_a_known_beginning(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        watch = Watch(stages.encoder)
+        first = await encode(stages, IDS[:40])
+        await settled()
+        assert watch.take() == 40
+        longer = await encode(stages, IDS)
+        await settled()
+        assert watch.take() == 32  # 72 rows with padding, 40 known
+        assert torch.equal(longer[:40], first)
+        assert torch.equal(await encode(stages, IDS), longer)
+        await settled()
+        assert watch.take() == 0
+    with engines(tiny.directory, EngineLimits(max_context=512, prefix_cache_bytes=0)) as stages:
+        torch.testing.assert_close(await encode(stages, IDS), longer, rtol=1e-4, atol=1e-5)
+
+
+async def test_a_budget_of_zero_keeps_nothing(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, prefix_cache_bytes=0)) as stages:
+        watch = Watch(stages.prior)
+        await sample(stages, LATENTS)
+        await settled()
+        cost = watch.take()
+        await sample(stages, LATENTS)
+        await settled()
+        assert watch.take() == cost
+        assert watch.hits == []
+
+
+def keys(text: str) -> list[bytes]:
+    return chain_keys(letter.encode() for letter in text)
+
+
+def test_the_longest_known_beginning_is_found() -> None:
+    cache: PrefixCache[str] = PrefixCache(100)
+    cache.add(keys("abcd"), "abcd", 10)
+    cache.add(keys("abx"), "abx", 10)
+    assert cache.find(keys("abcdef")) == (4, "abcd")
+    assert cache.find(keys("abxy")) == (3, "abx")
+    assert cache.find(keys("ac"))[0] == 1
+    assert cache.find(keys("b")) == (0, None)
+    assert cache.find([]) == (0, None)
+
+
+def test_a_chain_that_continues_another_replaces_it() -> None:
+    cache: PrefixCache[str] = PrefixCache(100)
+    cache.add(keys("ab"), "ab", 10)
+    cache.add(keys("abcd"), "abcd", 20)
+    assert cache.nbytes == 20
+    assert cache.find(keys("ab")) == (2, "abcd")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_budget_holds_and_the_least_recently_used_go_first(seed: int) -> None:
+    cache: PrefixCache[str] = PrefixCache(30)
+    for text in ("a", "b", "c"):
+        cache.add(keys(text), text, 10)
+    cache.find(keys("a"))
+    cache.add(keys("d"), "d", 10)
+    assert cache.nbytes == 30
+    assert cache.find(keys("b")) == (0, None)
+    assert cache.find(keys("a")) == (1, "a")
+    assert not cache.wants(keys("e"), 31)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(200):
+        text = "".join("xyz"[int(i)] for i in torch.randint(0, 3, (4,), generator=generator))
+        if cache.wants(keys(text), 7):
+            cache.add(keys(text), text, 7)
+        count, value = cache.find(keys(text))
+        assert count == 4
+        assert value == text
+        assert cache.nbytes <= 30
