@@ -20,8 +20,6 @@ from colaserve_services.training.flow_batch import TIME_SCALE, FlowInputs
 from colaserve_services.training.prior_stage import velocity
 from colaserve_services.training.tokenizer import END_ID, IM_END_ID, PAD_ID
 
-BASE_SEED = 1000
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,6 +29,8 @@ class Sampling:
     guidance: float = 2.0
     repetition_penalty: float = 1.1
     max_new_tokens: int = 64
+    base_seed: int = 0  # noise of sample s and new block b; s is the prompt's place in the call
+    end_ids: frozenset[int] = frozenset({END_ID, IM_END_ID})
 
 
 class Generator:
@@ -41,20 +41,24 @@ class Generator:
         self.sampling = sampling or Sampling()
         self.size = dit.config.block_size
 
-    @torch.no_grad()
     def texts(self, prompts: Sequence[str], batch: int = 256) -> list[str]:
-        """What each prompt goes on with, up to its end token; prompts of one length are run together."""
+        """What each prompt goes on with, up to its end token."""
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-        out = [""] * len(prompts)
+        return [self.tokenizer.decode(row) for row in self.tokens(ids, batch)]
+
+    @torch.no_grad()
+    def tokens(self, ids: Sequence[list[int]], batch: int = 256) -> list[list[int]]:
+        """New ids for each row of prompt ids; prompts of one length are run together."""
+        out: list[list[int]] = [[] for _ in ids]
         for length in sorted({len(row) for row in ids}):
             places = [place for place, row in enumerate(ids) if len(row) == length]
             for start in range(0, len(places), batch):
                 chunk = places[start : start + batch]
-                for place, text in zip(chunk, self._run([ids[place] for place in chunk], chunk), strict=True):
-                    out[place] = text
+                for place, new in zip(chunk, self._run([ids[place] for place in chunk], chunk), strict=True):
+                    out[place] = new
         return out
 
-    def _run(self, ids: list[list[int]], samples: list[int]) -> list[str]:
+    def _run(self, ids: list[list[int]], samples: list[int]) -> list[list[int]]:
         known = len(ids[0])
         latents = self._encode(ids)
         blocks = -(-(known % self.size + self.sampling.max_new_tokens) // self.size)
@@ -63,14 +67,15 @@ class Generator:
         tokens: list[list[int]] = [[] for _ in ids]
         seen = torch.zeros(len(ids), self.vae.config.vocab_size, dtype=torch.bool)
         for block in range(first, first + blocks):
-            latents = self._write(latents, block, max(0, known - block * self.size), samples)
+            noise = torch.stack([self._noise(sample, block - first) for sample in samples])
+            latents = self._write(latents, block, max(0, known - block * self.size), noise)
             written = self._tokens(latents, block, seen)
             for row, found in enumerate(written[:, max(0, known - block * self.size) :].tolist()):
-                tokens[row] += [] if done[row] else _until_end(found)
-                done[row] |= bool({END_ID, IM_END_ID} & set(found))
+                tokens[row] += [] if done[row] else _until(self.sampling.end_ids, found)
+                done[row] |= not self.sampling.end_ids.isdisjoint(found)
             if done.all():
                 break
-        return [self.tokenizer.decode(row[: self.sampling.max_new_tokens]) for row in tokens]
+        return [row[: self.sampling.max_new_tokens] for row in tokens]
 
     def _tokens(self, latents: Tensor, block: int, seen: Tensor) -> Tensor:
         """Most likely ids of a block, (N, B); ids of earlier blocks (`seen`, which is added to) are penalised."""
@@ -88,10 +93,9 @@ class Generator:
         padded = torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in ids])
         return self.vae.encode(padded)[0][:, : len(ids[0])]
 
-    def _write(self, latents: Tensor, block: int, pinned: int, samples: list[int]) -> Tensor:
+    def _write(self, latents: Tensor, block: int, pinned: int, z: Tensor) -> Tensor:
         """Transport one block from noise, its first `pinned` positions held; gives (N, (block + 1) * B, d)."""
         history, held = latents[:, : block * self.size], latents[:, block * self.size :]
-        z = torch.stack([_noise(sample, block, self.size, latents.shape[-1]) for sample in samples])
         times = [TIME_SCALE * (1 - k / self.sampling.steps) for k in range(self.sampling.steps + 1)]
         for t, after in pairwise(times):
             z[:, :pinned] = held
@@ -118,14 +122,12 @@ class Generator:
         inputs = FlowInputs(values, timestep, position.expand(rows, -1), mask, values, values)
         return velocity(self.dit, inputs)[:, past:]
 
+    def _noise(self, sample: int, block: int) -> Tensor:
+        seed = self.sampling.base_seed + sample * 1_000 + block * 10_000_000
+        shape = (self.size, self.dit.config.txt_in_channels)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-def _noise(sample: int, block: int, size: int, dim: int) -> Tensor:
-    seed = BASE_SEED + sample * 1_000 + block * 10_000_000
-    return torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
 
-
-def _until_end(ids: list[int]) -> list[int]:
-    for place, id_ in enumerate(ids):
-        if id_ in (END_ID, IM_END_ID):
-            return ids[:place]
-    return ids
+def _until(ends: frozenset[int], ids: list[int]) -> list[int]:
+    """The ids before the first one that ends the text."""
+    return next((ids[:place] for place, id_ in enumerate(ids) if id_ in ends), ids)

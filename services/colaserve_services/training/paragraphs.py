@@ -68,20 +68,14 @@ def _after_stop(text: str, at: int) -> int:
     return found.end() if found else len(text)
 
 
-def _judge(match: re.Match[str], subject: frozenset[Country] | None) -> tuple[frozenset[Country] | None, Verdict]:
-    """The subject from here on (None: still unknown) and whether the sentence is true of it."""
+def _judge(match: re.Match[str], subject: Country | None) -> tuple[Country | None, Verdict]:
+    """The subject from here on (None: still unknown) and whether the sentence is true."""
     said = {name.rstrip("0123456789_"): value for name, value in match.groupdict().items() if value is not None}
-    if "name" in said:
-        named = frozenset(_by_name()[said.pop("name")])
-        subject = named if match.lastgroup and match.lastgroup.startswith("lead") else subject
-        about: frozenset[Country] | None = named
-    else:
-        about = subject
-    said = {name: value for name, value in said.items() if name in FIELDS}
+    about = _by_name()[said["name"]] if "name" in said else subject
     if about is None:
         return subject, Verdict.UNREADABLE  # "Its ..." before any country was named
-    true = any(all(_says(country, name) == value.rstrip(".") for name, value in said.items()) for country in about)
-    return subject, Verdict.TRUE if true else Verdict.FALSE
+    true = all(_says(about, field) == said[field].rstrip(".") for field in FIELDS if field in said)
+    return about if "lead" in said else subject, Verdict.TRUE if true else Verdict.FALSE
 
 
 def _says(country: Country, name: str) -> str:
@@ -90,19 +84,13 @@ def _says(country: Country, name: str) -> str:
 
 
 @cache
-def _by_name() -> dict[str, list[Country]]:
-    table: dict[str, list[Country]] = {}
-    for country in countries():
-        for name in (country.full_name, country.title):
-            found = table.setdefault(name, [])
-            if country not in found:
-                found.append(country)
-    return table
+def _by_name() -> dict[str, Country]:
+    return {name: country for country in countries() for name in (country.full_name, country.title)}
 
 
 @cache
 def _pattern() -> re.Pattern[str]:
-    """All forms of sentences as one expression; groups are named field_number, the last one says the form."""
+    """All forms of sentences as one expression; groups are named kind_number and field_number."""
     forms = [("lead", LEAD), *(("follow", text) for text in FOLLOW.values())]
     forms += [("alone", text) for texts in ALONE.values() for text in texts]
     return re.compile("|".join(_form(index, kind, text) for index, (kind, text) in enumerate(forms)))
@@ -120,5 +108,6 @@ def _form(index: int, kind: str, template: str) -> str:
 
 @cache
 def _values(name: str) -> str:
-    names = _by_name() if name == "name" else {_says(country, name) for country in countries()}
+    names = set(_by_name()) if name == "name" else {str(getattr(country, name)) for country in countries()}
+    names |= {value.rstrip(".") for value in names}  # "Washington, D.C." ends a sentence with its own full stop
     return "|".join(re.escape(value) for value in sorted(names, key=lambda value: (-len(value), value)))

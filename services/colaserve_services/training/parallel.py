@@ -38,7 +38,7 @@ class Parallel:
         if self.mode == "fsdp":
             return _shard(module)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
     def total(self, value: Tensor) -> float:
         """The sum over processes."""
@@ -92,12 +92,13 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def _shard(module: nn.Module) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for child in module.modules():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block)
+    for child in list(module.modules()):
+        for block in child if isinstance(child, nn.ModuleList) else ():
+            fully_shard(block)
+            if hasattr(block, "modulation"):  # of a DiT block: called beside forward, and needs whole weights too
+                register_fsdp_forward_method(block, "modulation")
     fully_shard(module)
     return module
 

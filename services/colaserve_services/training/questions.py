@@ -1,6 +1,6 @@
 """The demo's question sets: what ships with the checkpoint and what its figures are measured on.
 
-Each line has `id`, `prompt`, `ground_truth` and, where answers come from a short list, `choices`.
+Each line has `id`, `prompt`, `ground_truth` and, in one set, `choices`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def _asked(kind: str, held_out: bool) -> Iterator[Question]:
         if country.iso in unseen_facts().get(kind, ()):
             continue
         chosen = templates if held_out else _some(templates, EACH.get(kind, 2), index)
-        yield from (_question(kind, template, country) for template in chosen)
+        yield from (_question(kind, template, country, not held_out) for template in chosen)
 
 
 def _some(templates: tuple[str, ...], count: int, index: int) -> list[str]:
     return [templates[(index * count + k) % len(templates)] for k in range(count)]
 
 
-def _question(kind: str, template: str, country: Country) -> Question:
+def _question(kind: str, template: str, country: Country, choices: bool = False) -> Question:
     prompt = FRAME.format(q=fill_question(template, country))
     question: Question = {"prompt": prompt, "ground_truth": getattr(country, ANSWER_FIELD[kind])}
-    if kind == "continent":
+    if kind == "continent" and choices:
         question["choices"] = sorted({other.continent for other in countries()})
     return question
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -91,15 +92,9 @@ class ListSource:
         return self.items[_order(self.seed, epoch, len(self.items))[place]]
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
+@lru_cache(maxsize=1)
 def _order(seed: int, epoch: int, size: int) -> list[int]:
-    key = (seed, epoch, size)
-    if key not in _orders:
-        _orders.clear()  # one epoch at a time
-        _orders[key] = random.Random(f"{seed}:{epoch}").sample(range(size), size)
-    return _orders[key]
+    return random.Random(f"{seed}:{epoch}").sample(range(size), size)
 
 
 def row_of(tokenizer: Tokenizer, prompt: str, response: str, end_id: int = END_ID) -> Row:

@@ -31,7 +31,7 @@ class VaeBatch(Batch):
     noise: Tensor  # (R, n, d): draws of the posterior
     decoder_noise: Tensor  # (R, n, d), already scaled
     tokens: float  # valid and not masked
-    hidden: float  # valid and masked; at least 1
+    hidden: float  # valid and masked
 
 
 class VaeObjective(nn.Module):
@@ -58,7 +58,7 @@ class VaeObjective(nn.Module):
 
     def _total(self, errors: Tensor, batch: VaeBatch, kl: Tensor) -> dict[str, Tensor]:
         reconstruction = errors[batch.valid & ~batch.masked].sum() / batch.tokens
-        masking = errors[batch.valid & batch.masked].sum() / batch.hidden
+        masking = errors[batch.valid & batch.masked].sum() / max(batch.hidden, 1)
         loss = reconstruction + self.weights.kl * kl + self.weights.masking * masking
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "masking": masking}
 
@@ -96,7 +96,7 @@ def draw_vae_batch(
     sigma = loss.decoder_noise * torch.rand(len(rows), 1, 1, generator=generator)
     noise, extra = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     tokens, hidden = (valid & ~masked).sum(), (valid & masked).sum()
-    return VaeBatch(ids, valid, masked, noise, sigma * extra, float(tokens), float(hidden.clamp(min=1)))
+    return VaeBatch(ids, valid, masked, noise, sigma * extra, float(tokens), float(hidden))
 
 
 class VaeStage:

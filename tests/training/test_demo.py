@@ -1,0 +1,56 @@
+"""The recipe repeats itself to the byte, and the bundled checkpoint is what it says."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from colaserve_services.training import demo
+from colaserve_services.training.evaluate import score_sets
+from colaserve_services.training.questions import write_question_sets
+
+BUNDLED = Path(str(files("colaserve_services").joinpath("demo")))
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_shortened_recipe_run_twice_gives_the_same_bytes(tmp_path):
+    recipe = demo.DemoRecipe(seed=3).scaled(vae_steps=3, prior_steps=3)
+    for name in "ab":
+        demo.make_demo(tmp_path / name, tmp_path / f"{name}-run", recipe, quiet=True)
+    one, two = content(tmp_path / "a"), content(tmp_path / "b")
+    assert one == two
+    assert "cola_dlm/cola_dit/model.safetensors" in one
+    demo.make_demo(tmp_path / "c", tmp_path / "c-run", demo.DemoRecipe(seed=4).scaled(3, 3), quiet=True)
+    assert content(tmp_path / "c")["cola_dlm/cola_dit/model.safetensors"] != one["cola_dlm/cola_dit/model.safetensors"]
+
+
+def test_the_bundle_is_small_and_whole():
+    found = content(BUNDLED)
+    assert sum(map(len, found.values())) <= 10_000_000
+    assert {"MODEL_CARD.md", "tokenizer.json", "generation_config.json"} <= found.keys()
+
+
+def test_the_bundled_question_sets_are_those_of_the_code(tmp_path):
+    write_question_sets(tmp_path)
+    assert content(tmp_path) == content(BUNDLED / "questions")
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return demo.load_generator(BUNDLED)
+
+
+def test_the_bundled_checkpoint_answers(generator):
+    prompts = ["Question: What is the capital of France? Answer:", "User: What is 3 + 4?\nAssistant:"]
+    assert generator.texts(prompts) == [" Paris", " 7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "every", "least"),
+    [("capital_held_out_phrasings", 97, 90), ("continent_trained_phrasings", 31, 90), ("completions", 15, 90)],
+)
+def test_a_sample_of_the_bundles_questions_is_answered(generator, name, every, least):
+    assert score_sets(generator, [name], every)[name].percent >= least

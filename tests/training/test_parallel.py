@@ -1,0 +1,64 @@
+"""Two processes under torchrun (gloo, CPU) compute what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from colaserve_services.errors import UsageError
+from colaserve_services.training.parallel import started
+from tests.training.parallel_job import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(folder: Path, mode: str, until: int = 6, resume: str = "fresh") -> None:
+    path = os.pathsep.join([str(ROOT), *(str(ROOT / part) for part in ("client", "services", "protos/gen"))])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.training.parallel_job", str(folder), mode, str(until), resume]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    main(folder, "ddp", 6, False)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_equal_one(alone, tmp_path, mode):
+    torchrun(tmp_path, mode)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+    one, two = load_file(alone / "weights.safetensors"), load_file(tmp_path / "weights.safetensors")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_run_is_resumed_from_its_state(alone, tmp_path):
+    torchrun(tmp_path, "fsdp", until=3)
+    torchrun(tmp_path, "fsdp", resume="resume")
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_an_unknown_mode_and_an_absent_device_are_named():
+    with (
+        pytest.raises(UsageError, match="parallel: got 'pipeline', expected one of ddp, fsdp"),
+        started("cpu", "pipeline"),
+    ):
+        pass
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="device: got cuda, but this torch sees no CUDA device"), started("cuda"):
+            pass

@@ -1,0 +1,110 @@
+"""What the trainer writes is what the released layout has, and what serving loads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from colaserve_services.errors import CheckpointError
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.training.generate import Generator, Sampling
+from colaserve_services.training.init import new_dit, new_vae
+from colaserve_services.training.release import (
+    copy_companions,
+    load_dit,
+    load_vae,
+    special_ids,
+    write_dit,
+    write_generation_config,
+    write_vae,
+)
+from tests.training.conftest import vae_config
+
+PARTS = ("cola_vae", "cola_dit")
+
+
+@pytest.fixture
+def written(golden, tmp_path):
+    """A fresh model of the golden checkpoint's shape, as the trainer writes it."""
+    checkpoint = Checkpoint.open(golden.directory)
+    torch.manual_seed(0)
+    write_vae(new_vae(checkpoint.vae_config), tmp_path)
+    write_dit(new_dit(checkpoint.dit_config), tmp_path)
+    copy_companions(golden.directory, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_written_checkpoint_has_all_and_only_the_released_tensors(golden, written, part):
+    ours, theirs = (
+        load_file(folder / "cola_dlm" / part / "model.safetensors") for folder in (written, golden.directory)
+    )
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_written_config_has_the_released_keys_and_values(golden, written, part):
+    ours, theirs = (
+        json.loads((folder / "cola_dlm" / part / "config.json").read_text()) for folder in (written, golden.directory)
+    )
+    assert ours == {key: value for key, value in theirs.items() if key != "transformers_version"}
+
+
+def test_reading_and_writing_changes_no_weight(golden, tmp_path):
+    write_vae(load_vae(golden.directory), tmp_path)
+    write_dit(load_dit(Checkpoint.open(golden.directory)), tmp_path)
+    for part in PARTS:
+        path = f"cola_dlm/{part}/model.safetensors"
+        ours, theirs = load_file(tmp_path / path), load_file(golden.directory / path)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_a_loaded_model_trains_everything_but_the_table_of_frequencies(golden):
+    dit = load_dit(Checkpoint.open(golden.directory))
+    fixed = {name for name, value in dit.named_parameters() if not value.requires_grad}
+    assert fixed == {name for name, _ in dit.named_parameters() if name.endswith(".freqs")}
+    assert all(value.requires_grad for value in load_vae(golden.directory).parameters())
+
+
+def test_bfloat16_weights_are_half_the_size_and_are_served(tmp_path, golden):
+    write_vae(load_vae(golden.directory), tmp_path, "bfloat16")
+    write_dit(load_dit(Checkpoint.open(golden.directory)), tmp_path, "bfloat16")
+    copy_companions(golden.directory, tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert {entry.dtype for entry in checkpoint.vae.entries.values()} == {"BF16"}
+    checkpoint.load_prior(torch.device("cpu"), torch.float32)
+
+
+def test_the_in_process_generator_writes_the_recorded_tokens(golden):
+    tokenizer = Tokenizer.from_file(str(golden.directory / "tokenizer.json"))
+    vae, dit = load_vae(golden.directory), load_dit(Checkpoint.open(golden.directory))
+    for case in golden.meta["cases"]:
+        asked = case["params"]
+        sampling = Sampling(
+            steps=asked["timestep_num"], guidance=asked["guidance_scale"], max_new_tokens=asked["max_new_tokens"],
+            repetition_penalty=asked.get("repetition_penalty", 1.1), base_seed=case["noise_base_seed"],
+            end_ids=frozenset(),
+        )  # fmt: skip
+        ids = [tokenizer.encode(prompt).ids for prompt in case["prompts"]]
+        for new, recorded in zip(Generator(vae, dit, tokenizer, sampling).tokens(ids), case["tokens"], strict=True):
+            length = min(len(new), len(recorded))
+            assert length
+            assert new[:length] == recorded[:length]
+
+
+def test_special_ids_are_the_checkpoints_own(tmp_path, words):
+    assert special_ids(tmp_path, words).pad == 2
+    write_generation_config(tmp_path, steps=4)
+    assert special_ids(tmp_path, words).end_of_text == 0
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": 7}')
+    assert special_ids(tmp_path, words).pad == 7
+
+
+def test_a_vae_that_lacks_a_tensor_is_one_clear_line(tmp_path):
+    write_vae(new_vae(vae_config()), tmp_path)
+    config = tmp_path / "cola_dlm" / "cola_vae" / "config.json"
+    config.write_text(config.read_text().replace('"encoder_num_blocks": 1', '"encoder_num_blocks": 2'))
+    with pytest.raises(CheckpointError, match="Missing key"):
+        load_vae(tmp_path)

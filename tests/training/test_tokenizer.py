@@ -1,0 +1,39 @@
+"""The tokenizer trainer."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colaserve_services.errors import UsageError
+from colaserve_services.training.corpus import tokenizer_text
+from colaserve_services.training.demo import DemoRecipe
+from colaserve_services.training.facts import countries
+from colaserve_services.training.tokenizer import save_tokenizer, train_tokenizer
+from tests.training.conftest import WORDS
+
+
+def test_special_tokens_have_their_ids(words):
+    assert [words.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>", "<|pad|>")] == [0, 1, 2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_as_it_was(words, text):
+    assert words.decode(words.encode(text).ids) == text
+
+
+def test_the_same_text_gives_the_same_bytes(tmp_path):
+    one, two = (save_tokenizer(train_tokenizer(WORDS, 290), tmp_path / name) for name in "ab")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(UsageError, match="vocab_size: got 200, expected at least 259"):
+        train_tokenizer(WORDS, 200)
+
+
+def test_every_word_of_an_answer_is_one_token_but_for_three_capitals():
+    tokenizer = train_tokenizer(tokenizer_text(0), DemoRecipe().vocab_size)
+    answers = [text for c in countries() for text in (c.name, c.capital, c.continent, c.currency, c.language)]
+    cut = {text for text in answers if len(tokenizer.encode(" " + text).ids) > len(text.split())}
+    assert cut == {"St. John's", "St. George's", "Washington, D.C."}

@@ -1,0 +1,79 @@
+"""Stage 1's losses, written out at tiny size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+
+from colaserve_services.training.config import RunConfig, VaeLossConfig
+from colaserve_services.training.init import new_vae
+from colaserve_services.training.rows import ListSource, Row
+from colaserve_services.training.vae_stage import VaeObjective, VaeStage, draw_vae_batch, kl_to_standard_normal
+from tests.training.conftest import vae_config
+
+ROWS = [Row((5, 6, 7, 8, 9)), Row((4, 3)), Row((11, 12, 13, 14))]
+LOSS = VaeLossConfig(masked_tokens=0.3, masked_rows=0.7)
+
+
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    return new_vae(vae_config())
+
+
+def test_kl_is_that_of_the_normal_distributions():
+    mean, log_variance = torch.randn(3, 5), torch.randn(3, 5)
+    expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).sum(-1)
+    torch.testing.assert_close(kl_to_standard_normal(mean, log_variance), expected)
+
+
+def test_one_steps_losses_are_the_equation_written_out(vae):
+    batch = draw_vae_batch(ROWS, vae, 2, 4, LOSS, "hand")
+    parts = VaeObjective(vae, LOSS)(batch)
+    shown = batch.ids.clone()
+    shown[batch.masked] = vae.config.vocab_size
+    mean, log_variance = vae.encode(shown)
+    z = mean + (0.5 * log_variance).exp() * batch.noise + batch.decoder_noise
+    logits = vae.decode(z)
+    kept, hidden, kl = [], [], []
+    for row in range(3):
+        for place in range(4 * (1 + (row == 0))):  # whole blocks of the row; what is past them does not count
+            error = F.cross_entropy(logits[row, place], batch.ids[row, place])
+            (hidden if batch.masked[row, place] else kept).append(error)
+            kl.append(kl_to_standard_normal(mean[row, place], log_variance[row, place]))
+    expected = [torch.stack(values).mean() for values in (kept, kl, hidden)]
+    torch.testing.assert_close(
+        torch.stack([parts[n] for n in ("reconstruction", "kl", "masking")]), torch.stack(expected)
+    )
+    total = expected[0] + LOSS.kl * expected[1] + LOSS.masking * expected[2]
+    torch.testing.assert_close(parts["loss"], total)
+
+
+def test_masked_tokens_are_hidden_from_the_encoder(vae):
+    batch = draw_vae_batch(ROWS, vae, 2, 4, LOSS, "x")
+    hidden = batch.masked & batch.valid
+    assert hidden.any()
+    other = torch.where(hidden, 20, batch.ids)
+    objective = VaeObjective(vae, LOSS)
+    with torch.no_grad():
+        one, two = objective(batch), objective(replace(batch, ids=other))
+    assert one["kl"] == two["kl"]
+    assert one["masking"] != two["masking"]
+
+
+def test_micro_batches_sum_to_the_whole_step(vae):
+    source = ListSource([*ROWS, Row((7, 7, 7, 7, 7, 7))], 0)
+    loss = VaeLossConfig(masked_rows=0, decoder_noise=0)
+    whole, halves = (VaeStage(vae, source, RunConfig(rows=4, micro_batches=k), loss, 2, 4) for k in (1, 2))
+    sums = [sum(stage.module(part)["kl"].detach() for part in stage.batches(0, 0, 1)) for stage in (whole, halves)]
+    torch.testing.assert_close(*sums)
+
+
+def test_latents_are_scaled_and_shifted_as_they_are_served(vae):
+    scaled = new_vae(replace(vae.config, scaling_factor=1.7, shifting_factor=0.25))
+    scaled.load_state_dict(vae.state_dict())
+    batch = draw_vae_batch(ROWS, vae, 2, 4, LOSS, "x")
+    torch.testing.assert_close(VaeObjective(scaled, LOSS)(batch)["kl"], VaeObjective(vae, LOSS)(batch)["kl"])
+    torch.testing.assert_close(scaled.encode(batch.ids)[0], (vae.encode(batch.ids)[0] - 0.25) * 1.7)
