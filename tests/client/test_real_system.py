@@ -1,0 +1,127 @@
+"""The client, and the command line, against real services in a process of their own."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from colaserve_client import (
+    AsyncClient,
+    Client,
+    DecoderClient,
+    EncoderClient,
+    InvalidRequest,
+    Latents,
+    ModelMismatch,
+    NoiseSeed,
+    PriorClient,
+    Sampler,
+    Sampling,
+)
+from colaserve_client.cli.main import main
+from tests.conftest import load_golden
+from tests.services.launch.processes import started
+
+GOLDEN = load_golden("tiny_b4").meta["cases"][0]
+AS_RECORDED = Sampler(steps=16, guidance_scale=7)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    ports = ("--grpc-port=0", "--http-port=0", "--metrics-port=0")
+    with started(tmp_path_factory.mktemp("up"), "up", *ports) as running:
+        yield running.target
+
+
+@pytest.fixture
+def client(target: str) -> Iterator[Client]:
+    with Client(target, timeout=60) as connected:
+        yield connected
+
+
+def expected(sample: int) -> tuple[int, ...]:
+    return tuple(GOLDEN["tokens"][sample])
+
+
+async def test_the_recorded_tokens_are_generated(client: Client, target: str) -> None:
+    settings = {"max_new_tokens": 16, "sampler": AS_RECORDED, "ignore_end": True}
+    for sample, prompt in enumerate(GOLDEN["prompts"]):
+        seed = NoiseSeed(GOLDEN["noise_base_seed"], sample)
+        written = client.generate(prompt, seed=seed, **settings)
+        assert written.token_ids[: len(expected(sample))] == expected(sample)
+        assert written.usage.prompt_tokens == GOLDEN["prompt_lengths"][sample]
+        streamed = list(client.stream(prompt, seed=seed, **settings))
+        assert "".join(chunk.text for chunk in streamed) == written.text
+        async with AsyncClient(target) as other:
+            assert (await other.generate(prompt, seed=seed, **settings)).token_ids == written.token_ids
+
+
+def test_a_loop_over_the_stages_writes_what_the_coordinator_writes(client: Client, target: str) -> None:
+    settings = {"max_new_tokens": 9, "seed": 5, "sampler": AS_RECORDED, "ignore_end": True, "with_latents": True}
+    whole = client.generate(GOLDEN["prompts"][4], **settings)
+    ids = client.tokenize(GOLDEN["prompts"][4]).ids
+    block = client.info().model.block_size
+    before = len(ids) // block * block
+    with EncoderClient(target) as encoder, PriorClient(target) as prior, DecoderClient(target) as decoder:
+        [prompt] = encoder.encode([ids])
+        session = decoder.session(prompt.latents[:before], sampling=Sampling())
+        run = prior.sample(prompt.latents, max_blocks=whole.usage.blocks, seed=5, sampler=AS_RECORDED)
+        with session, run:
+            written = [(each.latents, session.decode(each.latents).token_ids) for each in run]
+    token_ids = [token for _, block_ids in written for token in block_ids][len(ids) - before :]
+    assert tuple(token_ids[:9]) == whole.token_ids
+    assert whole.latents is not None
+    assert whole.latents == Latents.concatenate(latents for latents, _ in written)[: len(whole.latents)]
+
+
+def test_texts_go_through_the_latent_space(client: Client) -> None:
+    text = "A guardian angel walked in"
+    [encoding] = client.encode_text([text], with_variance=True)
+    assert encoding.log_variance is not None
+    assert client.detokenize(encoding.token_ids) == text
+    [trip] = client.reconstruct([text])
+    decoded = client.decode_latents(encoding.latents, token_count=len(encoding.token_ids), top_logprobs=2)
+    assert decoded.token_ids == trip.token_ids
+    assert len(decoded.logprobs) == len(trip.token_ids)
+    first, middle, last = client.interpolate(text, encoding.latents, points=3, interpolation="lerp")
+    assert first.token_ids == middle.token_ids == last.token_ids
+    filled = client.infill(["A guardian ", 5, " walked in"], seed=3, sampler=Sampler(steps=4, resamples=2))
+    assert (filled.segments[0], filled.segments[2]) == ("A guardian ", " walked in")
+    assert [block.index for block in client.sample_latents(encoding.latents, max_blocks=3, seed=1)] == [0, 1, 2]
+
+
+def test_refusals_name_their_fields(client: Client) -> None:
+    for call, field in (
+        (lambda: client.generate("a", max_new_tokens=0), "max_new_tokens"),
+        (lambda: client.generate("a", sampling=Sampling(top_p=2)), "sampling.top_p"),
+        (lambda: client.generate("a", sampler=Sampler(steps=0)), "sampler.steps"),
+        (lambda: client.generate("a", stop=[""]), "stop"),
+        (lambda: client.encode_text([]), "texts"),
+        (lambda: client.infill(["no hole"]), "segments"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            call()
+        assert caught.value.field.startswith(field)
+    with pytest.raises(ModelMismatch):
+        client.decode_latents(Latents([[0.0] * client.info().model.latent_dim], "f" * 16))
+
+
+def test_leaving_early_frees_the_cache(client: Client, eventually: Callable[[Callable[[], bool]], None]) -> None:
+    with client.stream("a", max_new_tokens=2000, ignore_end=True) as stream:
+        next(stream)
+        assert any(stage.server.kv_bytes_used for stage in client.info().stages)
+    eventually(lambda: not any(stage.server.kv_bytes_used for stage in client.info().stages))
+
+
+def test_the_command_line_does_the_same(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> str:
+        assert main([*arguments, "--target", target]) == 0
+        return capsys.readouterr().out
+
+    seed = ("--seed", str(GOLDEN["noise_base_seed"]), "--steps", "16", "--guidance-scale", "7", "--ignore-end")
+    written = json.loads(told("generate", GOLDEN["prompts"][0], *seed, "--max-new-tokens", "15", "--json"))
+    assert tuple(written["token_ids"]) == expected(0)
+    rows = json.loads(told("status", "--wait", "5", "--json"))
+    assert [row["service"] for row in rows] == ["coordinator", "encoder", "prior", "decoder"]
+    assert len({row["space"] for row in rows}) == 1
+    assert "walked in" in told("infill", "A guardian [[3]] walked in")
