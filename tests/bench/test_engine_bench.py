@@ -123,19 +123,7 @@ async def test_an_impossible_load_is_refused(stages: Stages, load: Load, message
 
 
 def test_the_engine_command_writes_every_number_a_table_and_a_picture(tiny_model: Path, tmp_path: Path) -> None:
-    arguments = [
-        "--dtype",
-        "float32",
-        "--threads",
-        "1",
-        "--sessions",
-        "1,2",
-        "--context",
-        "8",
-        "--steps",
-        "2",
-        "--quick",
-    ]
+    arguments = ["--dtype=float32", "--threads=1", "--sessions=1,2", "--context=8", "--steps=2", "--quick"]
     out, picture = tmp_path / "engine.json", tmp_path / "engine.png"
     result = CliRunner().invoke(
         bench, ["engine", "--model", str(tiny_model), *arguments, "--json", str(out), "--plot", str(picture)]
@@ -154,21 +142,7 @@ def test_the_engine_command_writes_every_number_a_table_and_a_picture(tiny_model
 
 
 def test_solvers_are_compared_within_their_round(tiny_model: Path, tmp_path: Path) -> None:
-    arguments = [
-        "--dtype",
-        "float32",
-        "--threads",
-        "1",
-        "--sessions",
-        "1",
-        "--context",
-        "8",
-        "--steps",
-        "4",
-        "--blocks",
-        "2",
-        "--quick",
-    ]
+    arguments = ["--dtype=float32", "--threads=1", "--sessions=1", "--context=8", "--steps=4", "--blocks=2", "--quick"]
     out = tmp_path / "solvers.json"
     result = CliRunner().invoke(bench, ["solvers", "--model", str(tiny_model), *arguments, "--json", str(out)])
     assert result.exit_code == 0, result.output

@@ -94,7 +94,7 @@ def _measure(compute: ComputeSettings, stages: Sequence[str], sender: Any) -> No
             "seconds": seconds,
             "mib_per_second": nbytes / MIB / seconds,
             "resident_mib": (resident - level) / MIB,
-            "peak_mib": (max(highest) - level) / MIB,
+            "peak_mib": (max(resident, *highest) - level) / MIB,
         }
     )
 

@@ -115,11 +115,13 @@ def started(
     prior_class: type[PriorEngine] = PriorEngine,
     **limits: Any,
 ) -> Iterator[Stages]:
-    """Load the engines of `roles` and start their thread; stop it at the end."""
+    """Load the engines of `roles`, without prefix caches, and start their thread; stop it at the end."""
     if compute.threads:
         torch.set_num_threads(compute.threads)
     checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, DTYPES[compute.dtype]
-    bounds = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, **limits)
+    bounds = EngineLimits(
+        max_context=max_context, max_running=max_running, kv_bytes=_ANY, prefix_cache_bytes=0, **limits
+    )
     thread, shape, steps = DeviceThread(), checkpoint.shape, StepRecorder()
     encoder = decoder = None
     if "encoder" in roles:

@@ -1,0 +1,197 @@
+"""`bench serve`, `bench prefix`, `bench load`: what counts, and that what is started is stopped."""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from click.testing import CliRunner
+
+from colaserve_client import GenerationRequest, ServerError
+from colaserve_services.bench import compare, memory
+from colaserve_services.bench.commands import bench
+from colaserve_services.bench.prefix import PrefixSettings, prefix
+from colaserve_services.bench.report import Column, Report, medians, percentile
+from colaserve_services.bench.requests import Mix, Record, closed_loop, open_loop
+from colaserve_services.bench.serve import Objective, ServeSettings, serve, summarise
+from colaserve_services.bench.stages import ComputeSettings
+from colaserve_services.bench.system import SystemSettings, running
+from colaserve_services.errors import Unavailable
+
+INFO: Any = SimpleNamespace(model=SimpleNamespace(vocab_size=8), end_ids=(0, 1), pad_id=2)
+
+
+class FakeClient:
+    """Streams blocks after a pause each; every `fails`-th request fails as a server would."""
+
+    def __init__(self, pause: float, blocks: int = 2, fails: int = 0):
+        self.pause, self.blocks, self.fails = pause, blocks, fails
+        self.running = self.highest = self.calls = 0
+
+    def stream(self, prompt: object, **options: object) -> "FakeClient":
+        return self
+
+    async def __aenter__(self) -> AsyncIterator[SimpleNamespace]:
+        self.running, self.calls = self.running + 1, self.calls + 1
+        self.highest = max(self.highest, self.running)
+        return self._chunks(self.calls)
+
+    async def __aexit__(self, *error: object) -> None:
+        self.running -= 1
+
+    async def _chunks(self, number: int) -> AsyncIterator[SimpleNamespace]:
+        for _ in range(self.blocks):
+            await asyncio.sleep(self.pause)
+            if self.fails and number % self.fails == 0:
+                raise ServerError("broken") from Failure()
+            yield SimpleNamespace(token_ids=(1, 2, 3))
+
+
+class Failure(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INTERNAL
+
+
+def requests() -> Any:
+    return Mix((4, 8), (4,)).requests(INFO, "0")
+
+
+def test_requests_have_lengths_of_the_mix_and_no_special_ids() -> None:
+    drawn = [next(source) for source in [requests()] for _ in range(200)]
+    assert {len(request.prompt) for request in drawn} == {4, 8}
+    assert {i for request in drawn for i in request.prompt} == {3, 4, 5, 6, 7}
+    again = [next(source) for source in [requests()] for _ in range(200)]
+    assert drawn == again
+    assert all(isinstance(request, GenerationRequest) and request.ignore_end for request in drawn)
+
+
+async def test_a_closed_loop_keeps_as_many_requests_running_and_cancels_the_last() -> None:
+    fake: Any = FakeClient(0.01)
+    records = await closed_loop(fake, requests(), 3, time.monotonic() + 0.2)
+    assert fake.highest == 3
+    assert fake.running == 0
+    assert {record.slot for record in records} == {0, 1, 2}
+    finished = [record for record in records if record.finished]
+    assert len(records) - len(finished) <= 3
+    assert all(record.tokens == [3, 3] for record in finished)
+
+
+async def test_an_open_loop_sends_without_waiting_for_answers() -> None:
+    fake: Any = FakeClient(0.3, blocks=1)
+    begin = time.monotonic()
+    records = await open_loop(fake, requests(), 100.0, begin + 0.2, seed=3)
+    assert 8 <= len(records) <= 40
+    assert fake.highest > 5
+    assert all(begin < record.due < begin + 0.2 and record.finished for record in records)
+
+
+async def test_failures_are_counted_by_status_and_are_never_good() -> None:
+    fake: Any = FakeClient(0.005, blocks=1, fails=2)
+    begin = time.monotonic()
+    records = await open_loop(fake, requests(), 200.0, begin + 0.1, seed=1)
+    row = summarise(records, records, begin, time.monotonic(), Objective())
+    assert row["errors"] == f"INTERNAL {len(records) // 2}"
+    assert row["good_share"] == pytest.approx(1 - (len(records) // 2) / len(records))
+
+
+def test_throughput_of_sessions_in_step_does_not_depend_on_where_the_window_ends() -> None:
+    arrivals = [float(n) for n in range(1, 11)]
+    records = [Record(0.0, slot, list(arrivals), [16] * 10, 10.0) for slot in range(4)]
+    for end in (9.1, 9.9, 10.0):
+        row = summarise(records, records, 0.0, end, Objective())
+        assert row["blocks_per_second"] == pytest.approx(4)
+        assert row["tokens_per_second"] == pytest.approx(64)
+
+
+def test_a_request_is_good_when_both_its_first_block_and_its_gaps_are() -> None:
+    objective = Objective(first_block=1.0, inter_block=0.5)
+    good = Record(0.0, blocks=[1.0, 1.5, 2.0])
+    assert objective.met(good)
+    assert not objective.met(Record(0.0, blocks=[1.1, 1.5]))
+    assert not objective.met(Record(0.0, blocks=[1.0, 1.6]))
+    assert not objective.met(Record(0.0, blocks=[1.0], error="INTERNAL"))
+    assert not objective.met(Record(0.0))
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    assert [percentile(range(1, 101), share) for share in (0.5, 0.95, 0.99, 1.0)] == [50, 95, 99, 100]
+    assert percentile([7.0], 0.99) == 7.0
+    assert percentile([], 0.5) is None
+
+
+def test_medians_are_over_rounds_and_keep_words() -> None:
+    rounds = [{"n": 1, "round": i, "x": x, "call": "a", "maybe": None} for i, x in enumerate((1.0, 9.0, 2.0))]
+    assert medians(rounds, ("n",)) == [{"n": 1, "x": 2.0, "call": "a", "maybe": None}]
+
+
+def test_a_table_marks_what_is_missing() -> None:
+    report = Report("x", {}, [Column("a", "alpha"), Column("b", "b", "{:.1f}")], [{"a": 1, "b": None}], notes=["why"])
+    assert report.table().splitlines() == ["alpha  b", "-----  -", "    1  -", "* why"]
+
+
+def test_ratios_are_of_the_same_load_in_the_same_round() -> None:
+    rows = [
+        {"system": "engine and decoder, no server", "loop": "closed", "load": 4.0, "blocks_per_second": 10.0},
+        {"system": "one", "loop": "closed", "load": 4.0, "blocks_per_second": 9.0},
+        {"system": "one", "loop": "open", "load": 4.0, "blocks_per_second": 5.0},
+        {"system": "split", "loop": "closed", "load": 4.0, "blocks_per_second": 8.1},
+    ]
+    found = [compare._with_ratios(row, rows, "one") for row in rows]
+    assert [row["of_engine"] for row in found] == [1.0, 0.9, None, pytest.approx(0.81)]
+    assert [row["of_first"] for row in found] == [pytest.approx(10 / 9), 1.0, 1.0, pytest.approx(0.9)]
+
+
+async def test_a_started_system_is_measured_and_then_gone(tiny_model: Path) -> None:
+    system = SystemSettings(ComputeSettings(tiny_model, "float32", threads=1))
+    mix = Mix((4, 8), (8,))
+    settings = ServeSettings(mix, (2,), (8.0,), warmup=0.2, duration=1.0, timeout=30)
+    async with running(system) as target:
+        report = await serve(target, settings, print)
+        prefixes = await prefix(target, PrefixSettings((32,), tail_tokens=4, pairs=2), print)
+    closed, opened = report.rows
+    assert closed["errors"] is None
+    assert opened["errors"] is None
+    assert closed["blocks_per_second"] > 0
+    assert closed["tokens_per_second"] == pytest.approx(4 * closed["blocks_per_second"], rel=0.3)
+    assert 0 < closed["first_block_p50"] <= closed["first_block_p99"]
+    assert opened["requests"] > 0
+    (row,) = prefixes.rows
+    assert row["ratio"] > 0
+    assert row["pairs"] == 2
+    with pytest.raises(Unavailable):
+        await serve(target, settings, print)
+
+
+async def test_a_system_that_cannot_start_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="exit code"):
+        async with running(SystemSettings(ComputeSettings(tmp_path / "nothing"))):
+            pass
+
+
+def test_a_target_or_a_start_is_needed_but_not_both() -> None:
+    for arguments in ([], ["--target", "localhost:1", "--start", "up"]):
+        result = CliRunner().invoke(bench, ["serve", *arguments])
+        assert result.exit_code == 2
+        assert "--target or --start" in result.output
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_loading_is_measured_in_a_process_of_its_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "ROLES", {"all in one process": memory.STAGES})
+    out = tmp_path / "load.json"
+    options = ["--dtype=float32", "--threads=1", "--quick"]
+    arguments = ["load", "--model", str(tiny_model), *options, "--json", str(out)]
+    result = CliRunner().invoke(bench, arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["parameters_millions"] == pytest.approx(0.320956)
+    assert row["read_mib"] == pytest.approx(4 * 0.320956e6 / 2**20, rel=1e-6)
+    assert row["peak_mib"] >= row["resident_mib"]
