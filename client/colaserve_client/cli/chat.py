@@ -1,6 +1,7 @@
 """`colaserve chat`: a conversation, put to the model as the gateway does it."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import click
@@ -55,6 +56,8 @@ def chat(
       colaserve chat
       colaserve chat --system "Answer in one word." --temperature 0.7
     """
+    with suppress(ImportError):  # where Python was built with it: editing and history of the lines
+        import readline  # noqa: F401
     frame = client.info().chat_frame
     before = [Turn("System", system)] if system else []
     turns = list(before)

@@ -2,8 +2,11 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,50 +14,56 @@ from colaserve_client import responses
 from colaserve_client.cli import options, output
 from colaserve_client.cli.batch import run_batch
 from colaserve_client.results import GenerationResult
-from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import GenerationRequest
 from colaserve_client.sync.client import Client
 
 option = options.option
 
 
+def request_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """What a generation is asked for beside its prompt; the verb gets `request`, whose prompt is empty."""
+
+    @option("--max-new-tokens", type=int, help="Tokens to write at most.  [default: the server's]")
+    @option("--stop", multiple=True, help="End the text before this string; up to 16.")
+    @option("--ignore-end", is_flag=True, help="Write on past end tokens.")
+    @option("--top-logprobs", type=int, help="With --json: log-probabilities, and those of so many likely tokens.")
+    @option("--latents", "with_latents", is_flag=True, help="With --json: the latents of the written blocks.")
+    @options.sampler_options
+    @options.sampling_options
+    @options.seed_options
+    @wraps(verb)
+    def wrapped(*args: Any, **others: Any) -> Any:
+        names = [field.name for field in fields(GenerationRequest) if field.name != "prompt"]
+        request = GenerationRequest("", **{name: others.pop(name) for name in names})
+        return verb(*args, request=request, **others)
+
+    return wrapped
+
+
 @click.command(cls=options.SectionedCommand)
 @click.argument("prompt", required=False)
 @option("--file", type=options.EXISTING_FILE, help="Read the prompt from a file; - is standard input.")
-@option("--max-new-tokens", type=int, help="Tokens to write at most.  [default: the server's]")
-@option("--stop", multiple=True, help="End the text before this string; up to 16.")
-@option("--ignore-end", is_flag=True, help="Write on past end tokens.")
-@option("--top-logprobs", type=int, help="With --json: log-probabilities, and those of so many likely tokens.")
-@option("--latents", "with_latents", is_flag=True, help="With --json: the latents of the written blocks.")
 @option("--echo", is_flag=True, help="Print the prompt before the text.")
 @option("--stats", is_flag=True, help="Tell tokens, time and seed on standard error.")
 @option("--input", "input_file", type=options.EXISTING_FILE, help="A batch: JSON lines with a prompt each.")
 @option("--output", "output_file", type=options.FILE, help="Where a batch's answers go.  [default: standard output]")
 @option("--resume", is_flag=True, help="Go on with the batch of --output: only what has no answer yet.")
 @option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Prompts of a batch at a time.")
-@options.sampler_options
-@options.sampling_options
-@options.seed_options
+@request_options
 @options.json_option
 @options.client_options
 def generate(
     *,
     client: Client,
+    request: GenerationRequest,
     prompt: str | None,
     file: Path | None,
-    max_new_tokens: int | None,
-    stop: Sequence[str],
-    ignore_end: bool,
-    top_logprobs: int | None,
-    with_latents: bool,
     echo: bool,
     stats: bool,
     input_file: Path | None,
     output_file: Path | None,
     resume: bool,
     concurrency: int,
-    sampler: Sampler,
-    sampling: Sampling,
-    seed: NoiseSeed | None,
     as_json: bool,
 ) -> int:
     """Continue PROMPT and print the text as it is written.
@@ -75,25 +84,26 @@ def generate(
       colaserve generate --input prompts.jsonl --output texts.jsonl --max-new-tokens 64
       colaserve generate --input prompts.jsonl --output texts.jsonl --max-new-tokens 64 --resume
     """
-    if (top_logprobs is not None or with_latents) and not (as_json or input_file):
-        raise click.UsageError("--top-logprobs and --latents are seen with --json only")
-    request = GenerationRequest(
-        "", max_new_tokens, sampler, sampling, seed, stop, ignore_end, with_latents, top_logprobs
-    )
     if input_file:
         if prompt is not None or file or echo or stats:
             raise click.UsageError("--input is a batch: it goes without PROMPT, --file, --echo and --stats")
         return run_batch(client, input_file, output_file, request, concurrency=concurrency, resume=resume)
     if output_file or resume:
         raise click.UsageError("--output and --resume belong to a batch: give --input")
-    text = read_prompt(prompt, file)
+    if not as_json and (request.top_logprobs is not None or request.with_latents):
+        raise click.UsageError("--top-logprobs and --latents are seen with --json only")
+    generate_one(client, replace(request, prompt=read_prompt(prompt, file)), echo=echo, stats=stats, as_json=as_json)
+    return 0
+
+
+def generate_one(client: Client, request: GenerationRequest, *, echo: bool, stats: bool, as_json: bool) -> None:
+    """Print the text block by block, or everything as JSON at the end."""
     started = time.monotonic()
-    result = _write(client, text, request, show="" if as_json else text if echo else "", quiet=as_json)
+    result = _write(client, request, echo=echo, quiet=as_json)
     if as_json:
-        output.print_json({"prompt": text, **output.plain(result)})
+        output.print_json({"prompt": request.prompt, **output.plain(result)})
     if stats:
         click.echo(output.summary(result, time.monotonic() - started), err=True)
-    return 0
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -116,22 +126,13 @@ def read_text(file: Path) -> str:
         raise click.UsageError(f"{file} is not UTF-8: {error}") from error
 
 
-def _write(client: Client, prompt: str, request: GenerationRequest, *, show: str, quiet: bool) -> GenerationResult:
+def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: bool) -> GenerationResult:
     """Generate; print block by block unless quiet."""
     chunks = []
-    with client.stream(
-        prompt,
-        max_new_tokens=request.max_new_tokens,
-        sampler=request.sampler,
-        sampling=request.sampling,
-        seed=request.seed,
-        stop=request.stop,
-        ignore_end=request.ignore_end,
-        with_latents=request.with_latents,
-        top_logprobs=request.top_logprobs,
-    ) as stream:
-        if show:
-            click.echo(show, nl=False)
+    settings = {field.name: getattr(request, field.name) for field in fields(request)}
+    with client.stream(**settings) as stream:
+        if echo and not quiet:
+            click.echo(request.prompt, nl=False)
         for chunk in stream:
             chunks.append(chunk)
             if not quiet:
