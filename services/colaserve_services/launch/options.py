@@ -49,6 +49,12 @@ GROUPS: dict[str, list[click.Option]] = {
         _option("--max-running", 32, "Sessions of one stage that share forward passes.", POSITIVE),
         _option("--max-waiting", 256, "Sessions of one stage that may wait; one more is refused.", COUNT),
         _option("--kv-bytes", 2 << 30, "Byte budget of one stage's KV cache.", POSITIVE),
+        _option(
+            "--prefix-cache-bytes", 256 << 20,
+            "Bytes, beside --kv-bytes, in which one stage keeps the KV of leading blocks for sessions that begin "
+            "with them; 0: off.",
+            COUNT,
+        ),
         _option("--run-ahead", 2, "Blocks that the prior writes before they are read.", POSITIVE),
     ],
     "Server": [

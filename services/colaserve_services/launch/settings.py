@@ -63,7 +63,7 @@ def checkpoint(params: Params) -> Path:
 
 def engine(params: Params) -> EngineLimits:
     """Limits of each engine."""
-    names = ("max_context", "max_running", "max_waiting", "kv_bytes", "run_ahead")
+    names = ("max_context", "max_running", "max_waiting", "kv_bytes", "prefix_cache_bytes", "run_ahead")
     return EngineLimits(**{name: params[name] for name in names})
 
 
