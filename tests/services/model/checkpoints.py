@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.text_vae import TextVAE
-from safetensors.torch import save_file
-
 from tests.conftest import GOLDEN
 
 TINY_VAE: dict[str, Any] = {

@@ -3,8 +3,9 @@
 import math
 
 import torch
-from colaserve_services.model.config import DiTConfig, TextVAEConfig
 from torch import Tensor
+
+from colaserve_services.model.config import DiTConfig, TextVAEConfig
 
 Weights = dict[str, Tensor]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from colaserve_services.errors import CheckpointError
-from colaserve_services.model.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file
 
+from colaserve_services.errors import CheckpointError
+from colaserve_services.model.checkpoint import Checkpoint
 from tests.services.model.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")

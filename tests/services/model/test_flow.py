@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.flow import SamplerSettings, add_noise, block_seed, guide, schedule, solve
-from torch import Tensor
 
 
 def run(field: Callable[[Tensor, float], Tensor], settings: SamplerSettings, z: Tensor) -> tuple[Tensor, list[float]]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import (
     SamplingSettings,

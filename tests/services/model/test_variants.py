@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from colaserve_services.model.attention import RaggedAttention, Segment
-from colaserve_services.model.checkpoint import Checkpoint
 from safetensors.torch import load_file
 
+from colaserve_services.model.attention import RaggedAttention, Segment
+from colaserve_services.model.checkpoint import Checkpoint
 from tests.services.model import reference
 from tests.services.model.checkpoints import write_checkpoint
 
