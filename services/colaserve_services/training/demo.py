@@ -46,8 +46,8 @@ class DemoRecipe:
     )  # fmt: skip
     prior: RunConfig = field(
         default_factory=lambda: RunConfig(
-            steps=7000, rows=64, micro_batches=2, ema=0.998, log_every=50, save_every=1000, autocast=True,
-            optimizer=OptimizerConfig(adamw_lr=2e-3, muon_lr=0.02),
+            steps=3600, rows=64, micro_batches=2, ema=0.998, log_every=50, save_every=300, autocast=True,
+            optimizer=OptimizerConfig(adamw_lr=2e-3, muon_lr=0.02, cooldown=0.6),
         )
     )  # fmt: skip
     vae_loss: VaeLossConfig = field(default_factory=lambda: VaeLossConfig(decoder_noise=0.4))

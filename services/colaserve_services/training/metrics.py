@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,14 +12,18 @@ from tqdm import tqdm
 
 
 class Metrics:
-    """Writes one line a step to `metrics.jsonl`; steps after `start` in an older file are dropped on a resume."""
+    """Writes one line a step to `metrics.jsonl`; steps after `start` in an older file are dropped on a resume.
 
-    def __init__(self, folder: Path, start: int, steps: int, title: str, quiet: bool = False):
+    Only the process of rank 0 writes and shows anything.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, title: str, quiet: bool = False, rank: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl" if rank == 0 else Path(os.devnull)
         kept = [line for line in _lines(self.path) if json.loads(line)["step"] < start]
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(kept)
+        quiet = quiet or rank > 0
         hidden = quiet or not sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=hidden)
         self._title, self._steps, self._quiet, self._hidden = title, steps, quiet, hidden

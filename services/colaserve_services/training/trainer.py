@@ -47,7 +47,8 @@ class Trainer:
         """Train up to `until` (default: all steps). With `resume`, go on from the newest state if there is one."""
         if resume:
             self._resume()
-        metrics = Metrics(self.folder, self.step, self.config.steps, self.stage.name, self._silent())
+        steps, rank = self.config.steps, self.parallel.rank
+        metrics = Metrics(self.folder, self.step, steps, self.stage.name, self.quiet, rank)
         last = min(until or self.config.steps, self.config.steps)
         while self.step < last:
             values = self.train_step()
@@ -92,9 +93,6 @@ class Trainer:
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
         return [(name, value) for name, value in self.stage.module.named_parameters() if value.requires_grad]
-
-    def _silent(self) -> bool:
-        return self.quiet or self.parallel.rank > 0
 
     def settings(self) -> dict[str, Any]:
         return {"stage": self.stage.name, **asdict(self.config)}
