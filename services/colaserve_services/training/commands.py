@@ -96,7 +96,7 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 @train.command()
 @click.option("--data", type=File, multiple=True, help="Text or .jsonl file; none: the built-in corpus.")
 @click.option("--out", type=Folder, required=True, help="Folder for tokenizer.json.")
-@click.option("--vocab-size", type=int, default=2560, show_default=True)
+@click.option("--vocab-size", type=int, default=2816, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the built-in corpus.")
 def tokenizer(data: tuple[Path, ...], out: Path, vocab_size: int, seed: int) -> None:
     """Train a byte-level BPE tokenizer."""
@@ -124,7 +124,7 @@ def vae(init: Path | None, tokenizer_file: Path | None, dim: int, blocks: int, b
         words = _tokenizer(tokenizer_file or folder / "tokenizer.json")
         torch.manual_seed(run.seed)
         model = load_vae(init) if init else new_vae(tiny_vae_config(words.get_vocab_size(), dim, blocks, block_size))
-        special, source = _data(options, words, folder, stage_one=True)
+        special, source = _data(options, words, folder, True, parallel.rank)
         train_vae(
             model, source, run, out / "run", None, special.pad, model.config.block_size, parallel, options["resume"]
         )
@@ -133,6 +133,8 @@ def vae(init: Path | None, tokenizer_file: Path | None, dim: int, blocks: int, b
             write_vae(model, out, options["dtype"])
             if init:
                 copy_prior(init, out)
+            else:
+                save_tokenizer(words, out)
 
 
 @train.command()
@@ -156,7 +158,7 @@ def prior(
         torch.manual_seed(run.seed)
         shape = tiny_dit_config(dim, layers, text_vae.config.latent_dim, block_size)
         dit = load_dit(Checkpoint.open(init)) if init else new_dit(shape)
-        special, source = _data(options, words, folder, stage_one=False)
+        special, source = _data(options, words, folder, False, parallel.rank)
         leash = JointConfig() if joint else None
         train_prior(
             dit, text_vae, source, run, out / "run", joint=leash, pad_id=special.pad, parallel=parallel,
@@ -201,13 +203,16 @@ def _tokenizer(path: Path) -> Tokenizer:
         raise UsageError(f"{path}: not a tokenizer ({error})") from error
 
 
-def _data(options: dict[str, Any], words: Tokenizer, folder: Path, stage_one: bool) -> tuple[SpecialIds, Source]:
+def _data(
+    options: dict[str, Any], words: Tokenizer, folder: Path, stage_one: bool, rank: int
+) -> tuple[SpecialIds, Source]:
     """The special ids of a checkpoint folder, and what to train on."""
     special = special_ids(folder, words)
     if options["data"]:
         end = special.pad if special.end_of_text is None else special.end_of_text
         dataset = read_dataset(options["data"], words, options["context"], end)
-        click.echo(dataset.summary())
+        if rank == 0:
+            click.echo(dataset.summary())
         return special, ListSource(dataset.rows, options["seed"])
     kind = VaeSource if stage_one else CorpusSource
     return special, kind(Corpus(), words, options["seed"])
