@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from colaserve.v1.generation_pb2 import GenerateRequest
 from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, GenerateCall
 from colaserve_services.gateway.dialects import Dialect

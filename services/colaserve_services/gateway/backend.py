@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 import grpc
-from colaserve.v1 import generation_pb2 as pb
 
+from colaserve.v1 import generation_pb2 as pb
 from colaserve_services.errors import ColaserveError, Unavailable
 from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.rpc.requests import Metadata, outgoing_metadata

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from colaserve_services.errors import (
     Cancelled,
     ColaserveError,
+    Corrupted,
     DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
@@ -32,6 +33,7 @@ _KINDS: Final[dict[type[ColaserveError], tuple[str, str]]] = {
     NotAuthenticated: ("invalid_request_error", "invalid_api_key"),
     Overloaded: ("rate_limit_error", "rate_limit_exceeded"),
     Unavailable: ("server_error", "unavailable"),
+    Corrupted: ("server_error", "unavailable"),
     DeadlineExceeded: ("server_error", "deadline_exceeded"),
 }
 _INTERNAL: Final = ("server_error", "internal_error")
@@ -116,7 +118,7 @@ def _from_kind(error: Exception) -> ApiError:
 def _headers(error: Exception) -> dict[str, str]:
     if isinstance(error, Overloaded):
         return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | Corrupted):
         return {"retry-after": "1"}
     if isinstance(error, NotAuthenticated):
         return {"www-authenticate": "Bearer"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from colaserve.v1.generation_pb2 import GenerateRequest
 from pydantic import BaseModel
 
+from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.gateway.answer import Answer, Plan
 from colaserve_services.gateway.backend import Backend, GenerationStub, Info
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect

@@ -9,7 +9,6 @@ from typing import Final
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
-
 from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.shapes import Reason

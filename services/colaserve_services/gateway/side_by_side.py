@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, Self
 
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
-
 from colaserve_services.errors import Cancelled
 from colaserve_services.gateway.backend import GenerateCall
 

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
-
 from colaserve_services.gateway.errors import invalid
 from colaserve_services.gateway.schemas import MOST_STOPS, ChatRequest, CompletionRequest, GenerationFields
 

@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
+
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.settings import ServerTls
-
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import Running, running
 

@@ -44,7 +44,9 @@ class FakeGeneration(GenerationServiceServicer):
     ends_without_reason: bool = False
     info_failure: Exception | None = None
     seen: list[Seen] = field(default_factory=list)
+    logprob: float = -0.5
     infos: int = 0
+    detokenized: int = 0
     running: int = 0
     most_running: int = 0
 
@@ -99,7 +101,7 @@ class FakeGeneration(GenerationServiceServicer):
     def _response(self, request: pb.GenerateRequest, block: list[int], decoder: _Utf8) -> pb.GenerateResponse:
         response = pb.GenerateResponse(text=decoder.feed(bytes(block)), token_ids=block)
         if request.HasField("top_logprobs"):
-            response.logprobs.extend(-0.5 for _ in block)
+            response.logprobs.extend(self.logprob for _ in block)
             if request.top_logprobs:
                 likely = [_likely(token, request.top_logprobs) for token in block]
                 response.top_logprobs.extend(likely)
@@ -114,6 +116,7 @@ class FakeGeneration(GenerationServiceServicer):
         return pb.TokenizeResponse(token_ids=ids, tokens=[_text([one]) for one in ids])
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        self.detokenized += 1
         return pb.DetokenizeResponse(text=_text(list(request.token_ids)))
 
     async def GetInfo(self, request: Any, context: Any) -> pb.GenerationServiceGetInfoResponse:

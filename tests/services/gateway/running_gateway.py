@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import httpx
+
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.server import HttpServer, serve
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import ServerTls
-
 from tests.services.gateway.fake_generation import FakeGeneration
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import httpx
 import pytest
-from colaserve_services.gateway.settings import GatewaySettings
 
+from colaserve_services.gateway.settings import GatewaySettings
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
 
@@ -93,6 +94,18 @@ async def test_a_token_that_is_part_of_a_character_is_told_by_its_id(gateway: Ru
     assert choice["message"]["content"] == "日"
     assert [one["token"] for one in choice["logprobs"]["content"]] == [f"token_id:{byte}" for byte in "日".encode()]
     assert choice["logprobs"]["content"][0]["bytes"] is None
+
+
+async def test_a_tokens_text_is_asked_for_once(gateway: Running):
+    for _ in range(2):
+        await gateway.chat(logprobs=True, max_tokens=200)
+    assert gateway.fake.detokenized == len(set(SAYS.encode()))
+
+
+async def test_an_impossible_token_has_a_logprob_that_json_can_say(gateway: Running):
+    gateway.fake.logprob = -math.inf
+    [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-9999.0]
 
 
 async def test_completion_logprobs_tell_where_each_token_begins(gateway: Running):

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 
 import openai
 import pytest
-from colaserve_services.errors import Overloaded
-from colaserve_services.gateway.settings import GatewaySettings
-from colaserve_services.rpc.auth import Keys
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
+from colaserve_services.errors import Overloaded
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.rpc.auth import Keys
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import Running, eventually
 

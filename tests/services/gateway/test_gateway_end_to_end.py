@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
-
 from tests.conftest import GOLDEN
 
 START_SECONDS = 60

@@ -8,6 +8,7 @@ import logging
 
 import httpx
 import pytest
+
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, ModelMismatch, Overloaded, Unavailable
 from colaserve_services.gateway import events
 from colaserve_services.gateway.dialects import ChatDialect
@@ -16,7 +17,6 @@ from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import AdmissionLimits
-
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, eventually, running
 

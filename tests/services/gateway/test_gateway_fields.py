@@ -7,11 +7,11 @@ from typing import Any
 import openai.types.chat.completion_create_params as openai_chat
 import openai.types.completion_create_params as openai_completion
 import pytest
+
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.gateway.refusals import UNSUPPORTED
 from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, Message
-
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -152,6 +152,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"steps": 1001}, {"solver": "rk4"}, {"guidance_interval": [1]}, {"guidance_interval": "all"},
         {"ignore_eos": 1}, {"logit_bias": {"5": 1}}, {"frequency_penalty": 0.5}, {"presence_penalty": -1},
         {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}, {"nonsense": 1},
+        {"frequency_penalty": False}, {"store": 0},
         {"parallel_tool_calls": True}, {"modalities": ["audio"]}, {"reasoning_effort": "high"}, {"store": True},
     ]],
 ]  # fmt: skip

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
-from colaserve_services.gateway.app import create_app
-from colaserve_services.gateway.settings import Bounds, GatewaySettings
-from colaserve_services.rpc.in_process import InProcessStub
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.schemas import BaseSchema
 
+from colaserve_services.gateway.app import create_app
+from colaserve_services.gateway.settings import Bounds, GatewaySettings
+from colaserve_services.rpc.in_process import InProcessStub
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
 

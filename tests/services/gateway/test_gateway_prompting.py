@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.schemas import Message
 

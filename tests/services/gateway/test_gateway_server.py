@@ -12,13 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.server import serve
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import ServerTls
-
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import Running, eventually
 
