@@ -1,0 +1,109 @@
+"""docs/configuration.md, out of the options: `scripts/generate-config-docs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE, UP
+
+ROLES = {
+    "up": UP,
+    "encoder, prior, decoder": STAGE,
+    "coordinator": COORDINATOR,
+    "gateway": GATEWAY,
+}
+
+HEAD = """# Configuration
+
+<!-- Made by scripts/generate-config-docs from services/colaserve_services/launch/options.py. Change it there. -->
+
+Every option of `colaserve up` and of the roles is also an environment variable. The command line wins over the
+variable, the variable over the default. `colaserve <role> --help` shows the same.
+
+What a request leaves unset is the coordinator's option, else the checkpoint's `generation_config.json`, else the
+value in brackets.
+
+## Which role takes what
+
+"""
+
+TAIL = """
+## Beside the options
+
+| Variable | Meaning |
+|---|---|
+| `OMP_NUM_THREADS` | Threads of one process when `--threads` is not given. |
+| `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` | How OpenMP threads wait, see below. |
+| `HF_ENDPOINT`, `HF_TOKEN` | Hub and token of `colaserve pull`. |
+
+`up --split` gives each process the cores divided by three (the stages), one at least, when neither `--threads` nor
+`OMP_NUM_THREADS` says otherwise. Its processes wait for work with `passive`, `0`, `0`, unless these are set: threads
+that spin while they wait take the cores from the other processes. A role that has its cores alone is left at OpenMP's
+own choice. The stages listen on 127.0.0.1 and on free ports, and clients' keys are asked for at the coordinator and
+the gateway only.
+
+## Signals and exit codes
+
+SIGTERM drains: health turns to NOT_SERVING, `--drain-seconds` pass, new calls are refused, running ones have
+`--grace-seconds` to end; exit code 0. SIGINT (Ctrl-C) does the same without the wait. A second signal ends at once.
+Exit code 1: what was asked for cannot be served (a damaged checkpoint, a stage that ended). 2: the options do not fit
+this machine or each other (a taken port, no such device).
+
+## Health
+
+gRPC health (`grpc.health.v1`) on the gRPC port, and on `--health-port` without TLS and keys: the name "" and the name
+of each service are SERVING when the role is ready (the coordinator: while its stages are); the name `liveness` is
+SERVING as long as the process answers, whatever its load. The gateway has `/ready` and `/health` on its HTTP port.
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    return HEAD + "\n".join(_roles()) + "\n" + "\n".join(_groups()) + TAIL
+
+
+def _roles() -> Iterator[str]:
+    yield "| Role | Groups of options |"
+    yield "|---|---|"
+    for role, groups in ROLES.items():
+        yield f"| `{role}` | {', '.join(groups)} |"
+    yield ""
+
+
+def _groups() -> Iterator[str]:
+    for name, options in GROUPS.items():
+        yield f"## {name}\n"
+        yield "| Option | Variable | Default | Meaning |"
+        yield "|---|---|---|---|"
+        yield from map(_row, options)
+        yield ""
+
+
+def _row(option: click.Option) -> str:
+    text = (option.help or "").replace("|", "\\|")
+    return f"| `{option.opts[0]}{_values(option)}` | `{option.envvar}` | {_default(option)} | {text} |"
+
+
+def _values(option: click.Option) -> str:
+    kind = option.type
+    if option.is_flag:
+        return ""
+    if isinstance(kind, click.Choice):
+        return f" {{{','.join(map(str, kind.choices))}}}"
+    if isinstance(kind, click.Path):
+        return " PATH"
+    return {"integer": " N", "integer range": " N", "float": " X", "float range": " X"}.get(kind.name, " TEXT")
+
+
+def _default(option: click.Option) -> str:
+    if isinstance(option.show_default, str):
+        return option.show_default
+    if option.is_flag:
+        return "off"
+    return f"`{option.default}`" if option.show_default else ""
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,3 @@
+from tests.services.rpc.conftest import authority
+
+__all__ = ["authority"]

@@ -1,0 +1,121 @@
+"""One process for all roles, and one for each: the same tokens, an orderly end, nothing left behind."""
+
+import json
+import os
+import signal
+import urllib.error
+import urllib.request
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from colaserve.v1 import generation_pb2, generation_pb2_grpc
+from tests.services.launch.processes import FREE_PORTS, generate, started, until
+
+KEY = "a-key-for-tests"
+BODY = {"prompt": "The capital", "max_tokens": 12, "seed": 7}
+
+pytestmark = pytest.mark.slow
+
+
+def post(url, key=""):
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(BODY).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["choices"][0]["text"]
+
+
+def long_stream(channel):
+    request = generation_pb2.GenerateRequest(
+        prompt="x", max_new_tokens=200, ignore_end=True, seed={"base_seed": 3}, sampler={"steps": 30}
+    )
+    return generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=60)
+
+
+def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp_path):
+    with started(tmp_path, "up", *FREE_PORTS) as fused, grpc.insecure_channel(fused.target) as channel:
+        tokens, text = generate(fused.target), post(fused.http)
+        assert len(tokens) == 12
+        stream = long_stream(channel)
+        first = next(stream)
+        fused.process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert sum(len(response.token_ids) for response in (first, *rest)) == 200
+        assert fused.process.wait(30) == 0
+    with started(tmp_path, "up", "--split", *FREE_PORTS, env={"COLASERVE_API_KEYS": KEY}) as split:
+        children = split.children()
+        assert set(split.ports) == {"encoder", "prior", "decoder", "coordinator", "gateway"}
+        assert len(children) == 5
+        check_keys(split, tokens, text)
+        with grpc.insecure_channel(split.target) as channel:
+            assert split.stop(signal.SIGINT) == 0
+        assert not [child for child in children if child.is_running()]
+
+
+def check_keys(split, tokens, text):
+    """Both edges ask for the key, the roles do not ask each other, and it is told nowhere."""
+    with pytest.raises(grpc.RpcError) as refused:
+        generate(split.target)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(split.http)
+    assert caught.value.code == 401
+    assert generate(split.target, metadata=(("authorization", f"Bearer {KEY}"),)) == tokens
+    assert post(split.http, KEY) == text
+    assert KEY not in split.log.read_text()
+    for child in split.children():
+        assert KEY not in " ".join(child.cmdline())
+
+
+def test_roles_trust_each_other_by_tls_and_all_end_when_one_dies(tmp_path, authority):
+    cert, key = authority.issue("service")
+    both = (f"--tls-cert={cert}", f"--tls-key={key}", f"--tls-client-ca={authority.ca}", f"--tls-ca={authority.ca}",
+            f"--tls-client-cert={cert}", f"--tls-client-key={key}")  # fmt: skip
+    with started(tmp_path, "up", "--split", *FREE_PORTS, *both) as split:
+        children = split.children()
+        assert post(split.http)
+        with pytest.raises(grpc.RpcError) as refused:
+            generate(split.target)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        next(child for child in children if "prior" in child.cmdline()).kill()
+        assert split.process.wait(30) == 1
+        assert "prior ended with exit code -9" in split.log.read_text()
+        assert not [child for child in children if child.is_running()]
+
+
+def test_the_roles_end_when_what_started_them_is_killed(tmp_path):
+    with started(tmp_path, "up", "--split", *FREE_PORTS) as split:
+        children = split.children()
+        split.process.kill()
+        split.process.wait(10)
+        gone, alive = psutil.wait_procs(children, timeout=30)
+        assert (len(gone), alive) == (5, [])
+
+
+def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):
+    folders = {name: tmp_path / name for name in ("encoder", "prior", "decoder", "coordinator")}
+    for folder in folders.values():
+        folder.mkdir()
+    ports = ("--grpc-port=0", "--metrics-port=0")
+    with (
+        started(folders["encoder"], "encoder", *ports) as encoder,
+        started(folders["prior"], "prior", *ports) as prior,
+        started(folders["decoder"], "decoder", *ports) as decoder,
+    ):
+        targets = [f"--encoder={encoder.target}", f"--prior={prior.target}", f"--decoder={decoder.target}"]
+        with started(folders["coordinator"], "coordinator", *ports, *targets) as coordinator:
+            tokens = generate(coordinator.target)
+            with grpc.insecure_channel(coordinator.target) as channel:
+                until(lambda: healthy(channel), 10)
+                os.kill(prior.process.pid, signal.SIGSTOP)
+                until(lambda: not healthy(channel), 30)
+                os.kill(prior.process.pid, signal.SIGCONT)
+                until(lambda: healthy(channel), 30)
+            assert generate(coordinator.target) == tokens
+
+
+def healthy(channel):
+    request = health_pb2.HealthCheckRequest(service="colaserve.v1.GenerationService")
+    return health_pb2_grpc.HealthStub(channel).Check(request).status == health_pb2.HealthCheckResponse.SERVING

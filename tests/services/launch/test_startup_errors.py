@@ -1,0 +1,150 @@
+"""What cannot be served is one clear line at start, an exit code, and no traceback."""
+
+import json
+import logging
+import shutil
+import socket
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from colaserve_services.commands import command
+from tests.conftest import GOLDEN
+
+DIT, VAE = "cola_dlm/cola_dit", "cola_dlm/cola_vae"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return shutil.copytree(GOLDEN / "tiny_b4", tmp_path / "model")
+
+
+def start(*arguments):
+    quiet = ("--grpc-port=0", "--metrics-port=0", "--http-port=0", "--threads=1")
+    return CliRunner().invoke(command("up"), [*quiet, *arguments])
+
+
+def line(done, code):
+    """The line that says why."""
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == code, done.output
+    said = [row for row in done.stderr.splitlines() if row.startswith("Error: ")]
+    assert len(said) == 1, done.output
+    assert "Traceback" not in done.output
+    return said[0]
+
+
+def config(folder, part, **changes):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def weights(folder, part, change):
+    path = folder / part / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def truncate(folder):
+    path = folder / DIT / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_tensor(folder):
+    weights(folder, DIT, lambda tensors: tensors.pop("txt_in.proj.weight"))
+
+
+def reshape_a_tensor(folder):
+    def change(tensors):
+        tensors["txt_in.proj.weight"] = tensors["txt_in.proj.weight"][:-1].contiguous()
+
+    weights(folder, DIT, change)
+
+
+def lose_a_shard(folder):
+    names = list(load_file(folder / DIT / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (folder / DIT / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_the_special_ids(folder):
+    text = (folder / "tokenizer.json").read_text().replace("<|pad|>", "<|other|>")
+    (folder / "tokenizer.json").write_text(text)
+
+
+DAMAGES = [
+    (truncate, "model.safetensors: damaged or truncated"),
+    (lose_a_tensor, "tensor 'txt_in.proj.weight' is missing"),
+    (reshape_a_tensor, "has shape"),
+    (lose_a_shard, "model-00001-of-00002.safetensors: no such file"),
+    (lambda folder: config(folder, VAE, model_type="llama"), "model_type is 'llama'"),
+    (lambda folder: config(folder, VAE, act="relu"), "act is 'relu'"),
+    (lambda folder: (folder / VAE / "config.json").write_text("{"), "not valid JSON"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    (lose_the_special_ids, "pad"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"steps": "many"}'), "steps is 'many'"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"steps": 0}'), "steps"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=[said.split(":")[-1].strip() for _, said in DAMAGES])
+def test_a_checkpoint_that_cannot_be_served_is_one_line(checkpoint, damage, said):
+    damage(checkpoint)
+    done = start(f"--model={checkpoint}")
+    assert said in line(done, done.exit_code)
+    assert done.exit_code in (1, 2)
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    assert "no such folder" in line(start(f"--model={tmp_path / 'absent'}"), 1)
+
+
+def test_a_missing_bundled_checkpoint_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("colaserve_services.launch.settings.DEMO", tmp_path)
+    assert "no bundled checkpoint" in line(start(f"--model={tmp_path}"), 2)
+
+
+@pytest.mark.parametrize("option", ["grpc", "http", "metrics"])
+def test_a_taken_port_is_one_line(option, checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = line(start(f"--model={checkpoint}", f"--{option}-port={port}"), 2)
+    assert f"--{option}-port" in said
+    assert f"127.0.0.1:{port}" in said
+
+
+IMPOSSIBLE = [
+    (["--device=cuda:9"], "--device"),
+    (["--device=tpu"], "expected cpu, cuda or cuda:N"),
+    (["--max-context=3"], "less than one block"),
+    (["--tls-cert=/nowhere/a.pem"], "go together"),
+    (["--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "cannot read /nowhere"),
+    (["--tls-client-ca=/nowhere/ca.pem"], "needs --tls-cert"),
+    (["--tls-server-name=x"], "--tls-ca"),
+    (["--api-keys-file=/nowhere/keys"], "cannot read /nowhere/keys"),
+    (["--top-p=0"], "top_p"),
+    (["--steps=1001"], "steps"),
+    (["--chat-frame=hello"], "chat_frame"),
+    (["--split", "--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "--tls-ca"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), IMPOSSIBLE, ids=[" ".join(a) for a, _ in IMPOSSIBLE])
+def test_settings_that_do_not_fit_are_one_line(checkpoint, arguments, said):
+    assert said in line(start(f"--model={checkpoint}", *arguments), 2)
+
+
+def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
+    assert "--encoder" in line(CliRunner().invoke(command("coordinator"), [f"--model={checkpoint}"]), 2)
+    assert "--coordinator" in line(CliRunner().invoke(command("gateway")), 2)
