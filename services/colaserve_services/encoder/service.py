@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
-
 from colaserve_services.encoder.engine import Encoded, EncoderEngine
 from colaserve_services.rpc import about, tensors
 from colaserve_services.rpc.errors import status_from_errors

@@ -74,6 +74,7 @@ def run_gateway(params: Params) -> None:
 def run_all(params: Params) -> None:
     """Everything in this process: the stages are called without sockets, one gRPC port serves all five services."""
     model, limits = settings.model(params), settings.engine(params)
+    settings.channel(params)  # nothing is called elsewhere, yet what is wrong with it is said
     threads.limit(model.threads)
 
     async def assemble(host: Host) -> None:

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
+
 from colaserve_services.commands import command
 from colaserve_services.pull import wanted
-
 from tests.conftest import GOLDEN
 from tests.services.pull.hub import REPOSITORY, Hub
 

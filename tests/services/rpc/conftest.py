@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc.errors import status_from_errors

@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from colaserve.v1 import types_pb2
-from colaserve_services.errors import InvalidRequest, ModelMismatch
-from colaserve_services.rpc import arrays, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
+
+from colaserve.v1 import types_pb2
+from colaserve_services.errors import InvalidRequest, ModelMismatch
+from colaserve_services.rpc import arrays, tensors
 
 FLOATS = arrays_of.arrays(
     np.float32,

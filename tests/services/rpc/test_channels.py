@@ -5,13 +5,13 @@ from contextlib import AsyncExitStack
 
 import grpc
 import pytest
+
 from colaserve.v1 import encoder_pb2_grpc
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.channels import Stub, open_channel, resolve
 from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
-
 from tests.services.rpc.conftest import ONE, eventually, running
 
 SERVICE = "colaserve.v1.EncoderService"

@@ -4,6 +4,7 @@ import urllib.request
 
 import prometheus_client
 import pytest
+
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint
 from colaserve_services.rpc.settings import MetricsSettings

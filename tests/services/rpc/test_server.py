@@ -7,6 +7,9 @@ import time
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest, NotAuthenticated, Overloaded, UsageError
 from colaserve_services.rpc import logs
@@ -22,9 +25,6 @@ from colaserve_services.rpc.settings import (
     ServerTls,
 )
 from colaserve_services.rpc.tls import channel_credentials
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
 from tests.services.rpc.conftest import ONE, eventually, running
 
 SERVICE = "colaserve.v1.EncoderService"

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import torch
+
 from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
 from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.launch.stages import RunningStages, load_stages

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 import torch
-from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
-from colaserve_services.rpc import tensors
 from tokenizers import Tokenizer
 
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_services.rpc import tensors
 from tests.services.stages.serving import serving
 
 

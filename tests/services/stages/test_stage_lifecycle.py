@@ -7,13 +7,13 @@ from contextlib import suppress
 import grpc
 import pytest
 import torch
+
 from colaserve.v1 import decoder_pb2, encoder_pb2
 from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.session import Session
-
 from tests.services.stages.serving import eventually, serving
 
 LONG = {"blocks": 60, "steps": 1000}  # minutes of work

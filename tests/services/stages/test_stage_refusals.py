@@ -3,12 +3,12 @@
 import grpc
 import pytest
 import torch
+
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.runtime.limits import EngineLimits
-
 from tests.services.stages.serving import eventually, serving
 
 NAN, HUGE = float("nan"), 2**32 - 1
