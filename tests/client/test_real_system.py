@@ -106,11 +106,15 @@ def test_refusals_name_their_fields(client: Client) -> None:
         client.decode_latents(Latents([[0.0] * client.info().model.latent_dim], "f" * 16))
 
 
-def test_leaving_early_frees_the_cache(client: Client, eventually: Callable[[Callable[[], bool]], None]) -> None:
-    with client.stream("a", max_new_tokens=2000, ignore_end=True) as stream:
-        next(stream)
-        assert any(stage.server.kv_bytes_used for stage in client.info().stages)
-    eventually(lambda: not any(stage.server.kv_bytes_used for stage in client.info().stages))
+def test_leaving_early_frees_the_cache(
+    client: Client, target: str, eventually: Callable[[Callable[[], bool]], None]
+) -> None:
+    with PriorClient(target) as prior, DecoderClient(target) as decoder:
+        with client.stream("a", max_new_tokens=2000, ignore_end=True) as stream:
+            next(stream)
+            assert prior.info().server.kv_bytes_used > 0
+            assert decoder.info().server.kv_bytes_used > 0
+        eventually(lambda: prior.info().server.kv_bytes_used == decoder.info().server.kv_bytes_used == 0)
 
 
 def test_the_command_line_does_the_same(target: str, capsys: pytest.CaptureFixture[str]) -> None:
