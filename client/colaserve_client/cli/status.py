@@ -81,7 +81,8 @@ class Row:
 @options.json_option
 @options.server_options
 def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
-    """Tell how all services are: versions, latent spaces, load. A stage may be asked directly, too.
+    """Tell how all services are: versions, latent spaces, load. A stage may be asked directly, too; the coordinator knows
+    the load of its stages as it was at its last look.
 
     \b
       colaserve status
