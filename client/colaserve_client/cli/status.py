@@ -81,8 +81,9 @@ class Row:
 @options.json_option
 @options.server_options
 def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
-    """Tell how all services are: versions, latent spaces, load. A stage may be asked directly, too; the coordinator knows
-    the load of its stages as it was at its last look.
+    """Tell how all services are: versions, latent spaces, load.
+
+    The load of the stages is that of the coordinator's last look, a moment ago; a stage may be asked directly, too.
 
     \b
       colaserve status
