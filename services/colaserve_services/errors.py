@@ -29,6 +29,10 @@ class Unavailable(ColaserveError):
     """The service is down, draining or not ready; another replica may serve the call."""
 
 
+class Corrupted(ColaserveError):
+    """Bytes changed on their way: a message does not fit its checksum. It was not read; asking again is safe."""
+
+
 class NotAuthenticated(ColaserveError):
     """No key, or none that is known."""
 

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import httpx
-from colaserve_client import AsyncClient, ColaserveError, Retry, Sampling
 
+from colaserve_client import AsyncClient, ColaserveError, Retry, Sampling
 from tests.chaos.fleet import Fleet
 
 DEADLINE = 60.0  # seconds of a request, retries included
-WORDS = "the a red blue house tree river of and fox ran over under quickly nobody said that it was there".split()
+WORDS = "the a red blue house tree river of and fox ran over under quickly nobody said that it was there"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Tally:
         yield f"failed                   {len(self.failed)} {dict(Counter(o.error for o in self.failed)) or ''}"
         yield f"unlike the undisturbed   {len(self.wrong)}"
         yield f"repeated by their caller {repeated}"
-        yield f"seconds p50, p99, most   {seconds[len(seconds) // 2]:.2f}, {seconds[int(len(seconds) * 0.99)]:.2f}, {seconds[-1]:.2f}"
+        middle, late = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
+        yield f"seconds p50, p99, most   {middle:.2f}, {late:.2f}, {seconds[-1]:.2f}"
 
 
 def jobs(count: int, tokens: Sequence[int], seed: int = 0) -> list[Job]:
@@ -73,7 +74,7 @@ def jobs(count: int, tokens: Sequence[int], seed: int = 0) -> list[Job]:
     draw = random.Random(seed)
     return [
         Job(
-            " ".join(draw.choices(WORDS, k=draw.randint(1, 12))),
+            " ".join(draw.choices(WORDS.split(), k=draw.randint(1, 12))),
             draw.choice(tokens),
             draw.getrandbits(31),
             0.8 if index % 3 == 0 else 0.0,

@@ -18,8 +18,8 @@ from colaserve_services.rpc.errors import error_from_rpc, grpc_code
 
 # A replica that died, drains or was cut off. INTERNAL and UNKNOWN are also what a bug in the stage answers, so they
 # get fewer attempts.
-_BROKEN: Final = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.ABORTED}
-_DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS}
+_BROKEN: Final = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.ABORTED, StatusCode.DATA_LOSS}
+_DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 _DOUBTFUL_ATTEMPTS: Final = 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
 

@@ -11,9 +11,14 @@ from typing import Any
 import grpc
 
 from colaserve_services.errors import UsageError
-from colaserve_services.rpc import requests
+from colaserve_services.rpc import checksums, requests
 from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.rpc.tls import channel_credentials
+
+PRIOR = "colaserve.v1.PriorService"
+# Messages are taken from the network as they are read. By default it would hold hundreds of blocks that nobody has
+# read, and the prior, which pauses when its blocks wait, would run on and on.
+UNHURRIED = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
 
 
 def open_channel(target: str, settings: ChannelSettings, service: str) -> grpc.aio.Channel:
@@ -22,7 +27,7 @@ def open_channel(target: str, settings: ChannelSettings, service: str) -> grpc.a
     Calls go round over the replicas whose health service says SERVING for `service`. A name is looked up again when a
     connection is lost or reaches its maximum age; names in a list are looked up once, now.
     """
-    options = _options(settings, service)
+    options = [*_options(settings, service), *(UNHURRIED if service == PRIOR else ())]
     address = resolve(target)
     if settings.tls is None:
         return grpc.aio.insecure_channel(address, options)
@@ -32,11 +37,12 @@ def open_channel(target: str, settings: ChannelSettings, service: str) -> grpc.a
 
 
 class Stub:
-    """A grpc.aio stub whose calls carry this process' key, and the request id of the call being served."""
+    """A grpc.aio stub whose calls carry this process' key and the request id of the call being served, and whose
+    messages carry a checksum."""
 
     def __init__(self, kind: Callable[[Any], Any], channel: grpc.aio.Channel, settings: ChannelSettings):
         self._key = f"Bearer {settings.api_key}" if settings.api_key else ""
-        for name, method in vars(kind(channel)).items():
+        for name, method in vars(kind(checksums.SealedChannel(channel))).items():
             setattr(self, name, self._carrying(method))
 
     def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +56,7 @@ class Stub:
         added = tuple(pair for pair in requests.outgoing_metadata() if pair[0] not in names)
         if self._key and requests.AUTHORIZATION not in names:
             added += ((requests.AUTHORIZATION, self._key),)
-        return given + added
+        return (*given, *added, checksums.ASKED)
 
 
 def resolve(target: str) -> str:

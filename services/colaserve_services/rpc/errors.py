@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from colaserve_services.errors import (
     Cancelled,
     ColaserveError,
+    Corrupted,
     DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
@@ -32,6 +33,7 @@ TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
     Overloaded: (StatusCode.RESOURCE_EXHAUSTED, 429),
     Cancelled: (StatusCode.CANCELLED, 499),
     Unavailable: (StatusCode.UNAVAILABLE, 503),
+    Corrupted: (StatusCode.DATA_LOSS, 503),
     DeadlineExceeded: (StatusCode.DEADLINE_EXCEEDED, 504),
 }
 INTERNAL: Final = (StatusCode.INTERNAL, 500)

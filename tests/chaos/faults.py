@@ -1,0 +1,102 @@
+"""A proxy between coordinators and stages does harm, while requests run: python -m tests.chaos.faults"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from tests.chaos.fleet import SIZES, STAGES, Fleet, FleetSettings, eventually, free_port
+from tests.chaos.load import Job, Tally, jobs, roads, side_by_side, undisturbed
+from tests.chaos.proxy import Harm, Proxy
+from tests.conftest import GOLDEN
+
+HARMS = {
+    "delay": Harm(delay=0.05),
+    "cut": Harm(cut=0.01),
+    "half-open": Harm(swallow=0.003),
+    "corrupt": Harm(corrupt=0.01),
+    "all": Harm(delay=0.02, cut=0.005, swallow=0.002, corrupt=0.005),
+}
+KEEPALIVE = ("--keepalive-seconds=2",)  # a connection that swallows all is given up after 3 s
+
+
+@asynccontextmanager
+async def harmed_fleet(settings: FleetSettings) -> AsyncIterator[tuple[Fleet, list[Proxy]]]:
+    """A fleet whose coordinators reach each replica of each stage through a proxy of its own."""
+    ports = {stage: [free_port() for _ in range(settings.sizes[stage])] for stage in STAGES}
+    through = {stage: ",".join(f"127.0.0.1:{port}" for port in ports[stage]) for stage in STAGES}
+    fleet = Fleet(replace(settings, through=through, arguments={"coordinator": KEEPALIVE}))
+    async with AsyncExitStack() as stack:
+        proxies = [
+            await stack.enter_async_context(Proxy(port, replica.port, seed=port))
+            for stage in STAGES
+            for port, replica in zip(ports[stage], fleet.replicas[stage], strict=True)
+        ]
+        yield await stack.enter_async_context(fleet), proxies
+
+
+async def under_harm(
+    fleet: Fleet, proxies: list[Proxy], harm: Harm, wanted: list[Job], expected: dict[Job, str], concurrency: int
+) -> tuple[Tally, Counter[str], bool]:
+    """Ask for all while the proxies do this; then whether all KV is free again."""
+    tally, before = Tally(expected=expected), sum((proxy.done for proxy in proxies), Counter())
+    for proxy in proxies:
+        proxy.harm = harm
+    async with roads(fleet, retries=True) as open_roads:
+
+        async def one(job: Job) -> None:
+            tally.outcomes.append(await open_roads.ask(job))
+
+        await side_by_side(one, wanted, concurrency)
+    for proxy in proxies:
+        proxy.harm = Harm()
+    done = sum((proxy.done for proxy in proxies), Counter()) - before
+    return tally, done, await eventually(lambda: kv_free(fleet), 60)
+
+
+async def kv_free(fleet: Fleet) -> bool:
+    """Whether no stage holds KV or a session."""
+    held = [await fleet.metric(name, STAGES) for name in ("colaserve_engine_kv_bytes", "colaserve_engine_running")]
+    return not any(value for values in held for value in values.values())
+
+
+def hangs(tally: Tally) -> int:
+    """Requests that outlived their deadline."""
+    return sum(outcome.error == "HANG" for outcome in tally.outcomes)
+
+
+@click.command()
+@click.option("--requests", default=100, show_default=True, help="For each kind of harm.")
+@click.option("--concurrency", default=12, show_default=True)
+@click.option("--tokens", default=96, show_default=True, help="Most tokens of a request.")
+@click.option("--model", default=GOLDEN / "tiny_b4", type=click.Path(path_type=Path, exists=True))
+@click.option("--logs", default=None, type=click.Path(path_type=Path), help="Folder for the processes' logs.")
+def main(requests: int, concurrency: int, tokens: int, model: Path, logs: Path | None) -> None:
+    """Delayed, cut, half-open and corrupted connections: no hang, no wrong text, no leaked KV."""
+    asyncio.run(_main(requests, concurrency, tokens, model, logs or Path(tempfile.mkdtemp())))
+
+
+async def _main(requests: int, concurrency: int, tokens: int, model: Path, logs: Path) -> None:
+    some, bad = jobs(min(requests, 60), (tokens // 4, tokens // 2, tokens)), False
+    wanted = [some[index % len(some)] for index in range(requests)]
+    async with harmed_fleet(FleetSettings(logs, model, SIZES)) as (fleet, proxies):
+        expected = await undisturbed(fleet, some)
+        for name, harm in HARMS.items():
+            tally, done, free = await under_harm(fleet, proxies, harm, wanted, expected, concurrency)
+            print(f"-- {name}: {dict(done)}")
+            print("\n".join(tally.lines()))
+            print(f"beyond their deadline    {hangs(tally)}")
+            print(f"KV free at the end       {'yes' if free else 'NO'}", flush=True)
+            bad |= bool(tally.wrong or hangs(tally) or not free)
+    raise SystemExit(bad)
+
+
+if __name__ == "__main__":
+    main()
