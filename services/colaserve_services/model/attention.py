@@ -44,7 +44,7 @@ class RaggedAttention:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
         leading = q.shape[:-2]
         if _by_products(v):
-            q = q * q.shape[-1] ** -0.5
+            q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=v.dtype, device=v.device))
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(v.dtype), k, v))
         outputs = [part.attend(layer, q, k, v) for part in self._parts]
         return torch.cat(outputs).view(*leading, *q.shape[-2:])

@@ -178,10 +178,13 @@ class PriorEngine(Engine[PriorSession]):
         x = model.txt_in(torch.stack([z for turn in turns for z in turn.latents] + alone)).float()
         for layer, block in enumerate(model.blocks):
             x = block(x, self.table.layer(layer, index), rotary, attend)
-        return model.velocity(x[points], self.table.output(index[points]))
+        return model.velocity(x[points], self.table.output(index if len(index) == 1 else index[points]))
 
     def _times(self, turns: list[_Turn]) -> tuple[Tensor, Tensor]:
-        """Modulation rows of every block row, (rows, 1), or (rows, B) if any position is pinned; rows of the points."""
+        """Modulation rows of every block row, (rows, 1), and which block rows are points.
+
+        (1, 1) if all block rows are at one time, (rows, B) if any position is pinned.
+        """
         runs: list[SamplingRun | None] = []  # None: a block at t = 0
         for turn in turns:
             runs += [None] * turn.commits + ([] if turn.point is None else [turn.session.run])
@@ -193,4 +196,6 @@ class PriorEngine(Engine[PriorSession]):
             never = torch.zeros(self.shape.block_size, dtype=torch.bool, device=device)
             pinned = torch.stack([never if run is None or run.pinned is None else run.pinned for run in runs])
             index = torch.where(pinned, zero, index)
+        elif len(set(rows)) == 1:
+            index = index[:1]
         return index, torch.tensor(points, dtype=torch.int64, device=device)
