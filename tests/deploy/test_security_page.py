@@ -27,4 +27,4 @@ def test_the_options_it_names_exist():
     from colaserve_services.launch import options
 
     flags = {flag for group in options.GROUPS.values() for option in group for flag in option.opts}
-    assert {flag for flag in re.findall(r"`(--[a-z-]+)`", TEXT) if "*" not in flag} - {"--tls-"} <= flags
+    assert {flag for flag in re.findall(r"`(--[a-z-]+)", TEXT) if "*" not in flag} - {"--tls-"} <= flags

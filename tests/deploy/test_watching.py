@@ -101,7 +101,7 @@ def test_the_runbook_names_metrics_and_options_that_exist():
     text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\bcolaserve_\w+", text)) <= {*exported(), *(n.removesuffix("_bucket") for n in exported())}
     flags = {flag for group in options.GROUPS.values() for option in group for flag in option.opts}
-    assert set(re.findall(r"`(--[a-z-]+)`", text)) <= flags
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= flags
 
 
 def test_generated_files_are_what_their_sources_give():
