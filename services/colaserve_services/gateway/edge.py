@@ -14,14 +14,13 @@ from colaserve_services.gateway.body import Replay, read_body
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import RequestRecord, put_record
-from colaserve_services.rpc import requests
+from colaserve_services.rpc import requests, tracing
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 
 SERVICE: Final = "gateway"
 OPEN: Final = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})  # no key, no bound, no log line
-_TRACE: Final = ("traceparent", "tracestate")
 
 
 class Edge:
@@ -40,11 +39,13 @@ class Edge:
         record = _begin(scope)
         in_progress = self._metrics.requests_in_progress.labels(SERVICE, "http")
         in_progress.inc()
-        try:
-            await self._serve(scope, receive, _Telling(send, record, self._gateway), record)
-        finally:
-            in_progress.dec()
-            self._end(scope, record)
+        with tracing.serving(_span_name(scope), _trace_headers(scope)) as span:
+            try:
+                await self._serve(scope, receive, _Telling(send, record, self._gateway), record)
+            finally:
+                in_progress.dec()
+                self._end(scope, record)
+                span.ended(str(record.outcome), failed=record.outcome >= 500)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
@@ -98,10 +99,18 @@ class _Telling:
 def _begin(scope: Scope) -> RequestRecord:
     headers = Headers(scope=scope)
     request_id = requests.adopt(((requests.REQUEST_ID, headers.get(requests.REQUEST_ID, "")),))
-    requests.carry_trace(tuple((name, headers[name]) for name in _TRACE if _can_travel(headers.get(name, ""))))
     record = RequestRecord(request_id)
     put_record(scope, record)
     return record
+
+
+def _span_name(scope: Scope) -> str:
+    return "" if scope["path"] in OPEN else f"HTTP {scope['method']}"
+
+
+def _trace_headers(scope: Scope) -> requests.Metadata:
+    headers = Headers(scope=scope)
+    return tuple((name, headers[name]) for name in tracing.HEADERS if _can_travel(headers.get(name, "")))
 
 
 def _can_travel(text: str) -> bool:

@@ -164,6 +164,10 @@ GROUPS: dict[str, list[click.Option]] = {
         _option(
             "--log-level", "info", "Least level of log lines.", click.Choice(["debug", "info", "warning", "error"])
         ),
+        _option(
+            "--otlp-endpoint", None,
+            "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs colaserve[trace].",
+        ),
     ],
 }  # fmt: skip
 

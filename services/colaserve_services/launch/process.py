@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from colaserve_services.launch.settings import WatchSettings
-from colaserve_services.rpc import logs
+from colaserve_services.rpc import logs, tracing
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.metrics import Metrics, MetricsEndpoint
 from colaserve_services.rpc.server import RpcServer
@@ -46,6 +46,9 @@ class Host:
     async def open_ports(self, grpc: bool) -> None:
         """Take the metrics port and, if there is to be one, the gRPC port: a taken one is found before any work."""
         self.metrics.watch_process()
+        if self._watch.otlp_endpoint is not None:
+            tracer = tracing.start(self._watch.otlp_endpoint, self.role)
+            self.stack.push_async_callback(asyncio.to_thread, tracer.stop)
         endpoint = MetricsEndpoint.start(self.metrics, self._watch.metrics)
         self.stack.callback(endpoint.close)
         self.addresses["metrics"] = f"http://{address(self._watch.metrics.host, endpoint.port)}/metrics"

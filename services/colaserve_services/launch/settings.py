@@ -46,6 +46,7 @@ class WatchSettings:
     metrics: MetricsSettings
     log: LogSettings
     ports_file: Path | None = None
+    otlp_endpoint: str | None = None  # where traces go; None: there are none
 
 
 def model(params: Params) -> ModelSettings:
@@ -127,6 +128,7 @@ def watch(params: Params) -> WatchSettings:
         MetricsSettings(params["host"], params["metrics_port"], params["metrics_aliases"]),
         LogSettings(params["log_format"], params["log_level"]),
         params["ports_file"],
+        params["otlp_endpoint"],
     )
 
 

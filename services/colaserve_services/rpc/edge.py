@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.rpc import checksums, requests
+from colaserve_services.rpc import checksums, requests, tracing
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
@@ -71,11 +71,12 @@ class Edge(grpc.aio.ServerInterceptor):
         async def serve(received: Any, context: Any) -> None:
             sealed = checksums.asked(context.invocation_metadata())
             async with (
-                self._call(method, context),
+                self._call(method, context) as span,
                 aclosing(behavior(self._read(received, method, handler, sealed), context)) as responses,
             ):  # the handler is closed here and now, however its call ends
                 async for response in responses:
-                    await context.write(self._written(response, method, handler, sealed))
+                    await _write(context, self._written(response, method, handler, sealed))
+                    span.block(**tracing.timing(response))
 
         return serve
 
@@ -104,9 +105,15 @@ class Edge(grpc.aio.ServerInterceptor):
         return message
 
     @asynccontextmanager
-    async def _call(self, method: Method, context: Any) -> AsyncIterator[None]:
+    async def _call(self, method: Method, context: Any) -> AsyncIterator[tracing.CallSpan]:
         request_id = requests.adopt(context.invocation_metadata())
         context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
+        with tracing.serving(tracing.span_name(method), context.invocation_metadata()) as span:
+            async with self._counted(method, context, span):
+                yield span
+
+    @asynccontextmanager
+    async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[None]:
         running = self._metrics.requests_in_progress.labels(*method)
         running.inc()
         started, code, client = time.perf_counter(), "OK", ""
@@ -123,6 +130,7 @@ class Edge(grpc.aio.ServerInterceptor):
             raise
         finally:
             running.dec()
+            span.ended(code, failed=code not in ("OK", "CANCELLED"))
             self._record(method, code, time.perf_counter() - started, client)
 
     def _client(self, context: Any) -> str:
@@ -136,6 +144,13 @@ class Edge(grpc.aio.ServerInterceptor):
         told = {"service": method.service, "method": method.name, "code": code, "seconds": round(seconds, 4)}
         level = logging.DEBUG if method.name == "GetInfo" and code == "OK" else logging.INFO  # asked every second
         access.log(level, "call", extra={"fields": told | {"client": client}})
+
+
+async def _write(context: Any, message: bytes) -> None:
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError as error:  # nobody is at the other end any more
+        raise asyncio.CancelledError from error
 
 
 class _nothing:  # noqa: N801 - reads as a word where it is used

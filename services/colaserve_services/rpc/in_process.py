@@ -21,7 +21,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from grpc.aio import AioRpcError, Metadata
 
-from colaserve_services.rpc import requests
+from colaserve_services.rpc import requests, tracing
 from colaserve_services.rpc.errors import status_from_errors
 
 PACKAGE = "colaserve.v1"
@@ -45,6 +45,8 @@ def service_descriptor(servicer: object) -> ServiceDescriptor:
 
 
 def _callable(behavior: Any, method: MethodDescriptor) -> Callable[..., Any]:
+    name = tracing.span_name((method.containing_service.name, method.name))
+
     def call(
         request: Any = None,
         *,
@@ -53,7 +55,7 @@ def _callable(behavior: Any, method: MethodDescriptor) -> Callable[..., Any]:
         **_: Any,  # credentials, compression and wait_for_ready mean nothing here
     ) -> Any:
         kind = StreamCall if method.server_streaming else UnaryCall
-        return kind(behavior, request, method.client_streaming, timeout, metadata)
+        return kind(behavior, name, request, method.client_streaming, timeout, metadata)
 
     return call
 
@@ -147,6 +149,7 @@ class _Call:
     def __init__(
         self,
         behavior: Any,
+        name: str,
         request: Any,
         client_streams: bool,
         timeout: float | None,
@@ -157,7 +160,7 @@ class _Call:
         self._context = InProcessContext(tuple(metadata or ()), deadline, self._out)
         feed = request if client_streams else None
         argument = self._context.inbox.messages() if client_streams else request
-        self._task = asyncio.create_task(_serve(behavior, argument, self._context, timeout, feed))
+        self._task = asyncio.create_task(_serve(behavior, name, argument, self._context, timeout, feed))
         self._task.add_done_callback(_retrieve)
 
     def __del__(self) -> None:
@@ -207,6 +210,7 @@ class _Call:
 
 async def _serve(
     behavior: Any,
+    name: str,
     argument: Any,
     context: InProcessContext,
     timeout: float | None,  # noqa: ASYNC109 - the caller's, not ours
@@ -215,8 +219,9 @@ async def _serve(
     requests.adopt(context.invocation_metadata())
     feeder = None if feed is None else asyncio.create_task(_feed(feed, context.inbox))
     try:
-        async with asyncio.timeout(timeout):
-            return await _run(behavior, argument, context)
+        with tracing.serving(name, context.invocation_metadata()) as span:
+            async with asyncio.timeout(timeout):
+                return await _run(behavior, argument, context, span)
     except TimeoutError as error:
         raise _error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
     except grpc.aio.AbortError as error:
@@ -226,13 +231,14 @@ async def _serve(
             feeder.cancel()
 
 
-async def _run(behavior: Any, argument: Any, context: InProcessContext) -> Any:
+async def _run(behavior: Any, argument: Any, context: InProcessContext, span: tracing.CallSpan) -> Any:
     async with status_from_errors(context):  # type: ignore[arg-type]
         if not inspect.isasyncgenfunction(behavior):
             return await behavior(argument, context)
         async with aclosing(behavior(argument, context)) as responses:
             async for response in responses:
                 await context.write(response)
+                span.block(**tracing.timing(response))
         return None
 
 

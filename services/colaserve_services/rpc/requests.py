@@ -44,6 +44,11 @@ def carry_trace(headers: Metadata) -> None:
     _trace.set(headers)
 
 
+def trace_headers() -> Metadata:
+    """The trace headers of this task."""
+    return _trace.get()
+
+
 def value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> str:
     """The first text value of `key`, or an empty string."""
     for name, content in metadata or ():

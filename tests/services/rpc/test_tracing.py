@@ -1,0 +1,88 @@
+"""One request is one trace, with a span a call and a span a block; spans hold no text."""
+
+import json
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from colaserve_services.rpc import requests, tracing
+from tests.services.launch.processes import FREE_PORTS, started
+
+pytest.importorskip("opentelemetry.sdk")
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PROMPT = "a very secret prompt"
+STAGES = {"EncoderService/Encode", "PriorService/Sample", "DecoderService/Decode"}
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Keeps the spans it is sent, each with the name of the service that sent it."""
+
+    def __init__(self):
+        self.spans = []
+
+    def Export(self, request, context):
+        for resource in request.resource_spans:
+            role = next(a.value.string_value for a in resource.resource.attributes if a.key == "service.name")
+            self.spans += [(role, span) for scope in resource.scope_spans for span in scope.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@contextmanager
+def collecting():
+    server, collector = grpc.server(ThreadPoolExecutor(2)), Collector()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield collector, f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+def post(url, headers):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "seed": 7, "ignore_eos": True}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        json.load(answer)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("split", [(), ("--split",)], ids=["one process", "split"])
+def test_a_request_is_one_trace_through_all_services_with_a_span_a_block(tmp_path, split):
+    with collecting() as (collector, endpoint):
+        with started(tmp_path, "up", *split, *FREE_PORTS, f"--otlp-endpoint={endpoint}") as system:
+            post(system.http, {"traceparent": f"00-{TRACE}-{PARENT}-01"})
+            assert system.stop() == 0
+        spans = [(role, span) for role, span in collector.spans if span.trace_id.hex() == TRACE]
+    calls = {span.name: span for _, span in spans if span.name != "block"}
+    assert set(calls) == {"HTTP POST", "GenerationService/Generate", *STAGES}
+    assert calls["HTTP POST"].parent_span_id.hex() == PARENT
+    assert calls["GenerationService/Generate"].parent_span_id == calls["HTTP POST"].span_id
+    assert {calls[stage].parent_span_id for stage in STAGES} == {calls["GenerationService/Generate"].span_id}
+    for name in ("GenerationService/Generate", "PriorService/Sample", "DecoderService/Decode"):
+        blocks = [span for _, span in spans if span.name == "block" and span.parent_span_id == calls[name].span_id]
+        assert len(blocks) == 4  # 12 tokens, and the prompt's tail with the first of them
+        assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in blocks)
+        assert {attribute.key for attribute in blocks[0].attributes} >= {"block", "compute_us", "queue_us"}
+    roles = {role for role, _ in spans}
+    assert len(roles) == (5 if split else 1), roles
+    assert not any("secret" in str(span) for _, span in spans)
+
+
+def test_a_process_that_traces_nothing_hands_its_callers_trace_on():
+    given = (("traceparent", f"00-{TRACE}-{PARENT}-01"), ("other", "x"))
+    with tracing.serving("GenerationService/Generate", given) as span:
+        span.block(compute_us=1)
+        assert ("traceparent", f"00-{TRACE}-{PARENT}-01") in requests.outgoing_metadata()
+    requests.carry_trace(())
+
+
+def test_a_collector_that_is_not_there_disturbs_nobody(tmp_path):
+    with started(tmp_path, "up", *FREE_PORTS, "--otlp-endpoint=http://127.0.0.1:9") as system:
+        post(system.http, {})
+        assert system.stop() == 0
