@@ -1,0 +1,82 @@
+"""A golden checkpoint behind a coordinator, with real engines: behind real sockets, or in process."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2_grpc
+from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import ServerSettings
+from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.text import Tokenizer
+from tests.services.stages.serving import Served, serving
+
+
+@dataclass
+class System:
+    """A golden checkpoint behind a coordinator."""
+
+    coordinator: Coordinator
+    tokenizer: Tokenizer
+    generation: Any
+    latents: Any
+    stages: Served
+
+    async def generate(self, **fields: Any) -> list[generation_pb2.GenerateResponse]:
+        return [response async for response in self.generation.Generate(generation_pb2.GenerateRequest(**fields))]
+
+
+@asynccontextmanager
+async def system(golden: Any, split: bool, max_context: int = 256) -> AsyncIterator[System]:
+    """`split`: stages and coordinator each behind a socket; else all called in process."""
+    async with serving(golden, EngineLimits(max_context=max_context)) as served:
+        tokenizer = Tokenizer.open(golden.directory / "tokenizer.json", served.shape.vocab_size)
+        services = served.stages.services
+        fused = {name: InProcessStub(services[name]) for name in ("encoder", "prior", "decoder")}
+        stubs = {name: getattr(served, name) for name in fused} if split else fused
+        coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_context=max_context))
+        await coordinator.connect()
+        servicers = GenerationServicer(coordinator), LatentServicer(coordinator)
+        if not split:
+            yield System(coordinator, tokenizer, *map(InProcessStub, servicers), served)
+            return
+        server = RpcServer(ServerSettings(), Metrics())
+        for servicer in servicers:
+            server.add(servicer)
+        port = await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                generation = generation_pb2_grpc.GenerationServiceStub(channel)
+                yield System(
+                    coordinator, tokenizer, generation, latent_service_pb2_grpc.LatentServiceStub(channel), served
+                )
+        finally:
+            await server.stop()
+
+
+def recorded(case: dict[str, Any], sample_id: int, budget: int) -> dict[str, Any]:
+    """The request that a recorded generation came from."""
+    params = case["params"]
+    return {
+        "prompt": case["prompts"][sample_id],
+        "max_new_tokens": budget,
+        "sampler": {"steps": params["timestep_num"], "guidance_scale": params["guidance_scale"]},
+        "sampling": {"repetition_penalty": params.get("repetition_penalty", 1.1), "temperature": 0},
+        "seed": {"base_seed": case["noise_base_seed"], "sample_id": sample_id},
+        "ignore_end": True,
+    }
+
+
+def ids_of(responses: list[Any]) -> list[int]:
+    return [id_ for response in responses for id_ in response.token_ids]
+
+
+def text_of(responses: list[Any]) -> str:
+    return "".join(response.text for response in responses)
