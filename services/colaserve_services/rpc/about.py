@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from colaserve.v1 import types_pb2
-
 from colaserve_services import __version__
 
 

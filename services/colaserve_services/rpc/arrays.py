@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from colaserve.v1 import types_pb2
 from numpy.typing import NDArray
 
+from colaserve.v1 import types_pb2
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 
 FloatArray = NDArray[np.float32]

@@ -18,7 +18,7 @@ from colaserve_services.rpc.tls import channel_credentials
 PRIOR = "colaserve.v1.PriorService"
 # Messages are taken from the network as they are read. By default it would hold hundreds of blocks that nobody has
 # read, and the prior, which pauses when its blocks wait, would run on and on.
-UNHURRIED = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+UNHURRIED = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
 
 
 def open_channel(target: str, settings: ChannelSettings, service: str) -> grpc.aio.Channel:

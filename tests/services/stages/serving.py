@@ -44,6 +44,11 @@ class Served:
         """The metric."""
         return self.metrics.registry.get_sample_value("colaserve_engine_kv_bytes", {"stage": stage})
 
+    def blocks_written(self) -> float:
+        """By the prior's engine, read or not."""
+        labels = {"stage": "prior", "direction": "out"}
+        return self.metrics.registry.get_sample_value("colaserve_engine_tokens_total", labels) / self.shape.block_size
+
     def latents(self, count: int, seed: int = 0):
         """Random latents as a message."""
         values = torch.randn(count, self.shape.latent_dim, generator=torch.Generator().manual_seed(seed))
@@ -68,6 +73,7 @@ async def serving(golden, limits=None, max_message_bytes=4 << 20, dtype="float32
     for service in stages.services.values():
         server.add(service)
     port = await server.start()
+    await server.serving()
     try:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:

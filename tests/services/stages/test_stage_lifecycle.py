@@ -8,10 +8,12 @@ import grpc
 import pytest
 import torch
 
-from colaserve.v1 import decoder_pb2, encoder_pb2
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2_grpc
 from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.rpc import tensors
+from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.session import Session
 from tests.services.stages.serving import eventually, serving
@@ -145,9 +147,16 @@ async def test_a_waiting_session_that_leaves_makes_room(tiny):
 
 async def test_an_unread_stream_does_not_run_away_and_goes_on_when_read(tiny):
     async with serving(tiny, EngineLimits(max_context=2048, run_ahead=2)) as served:
-        call = served.prior.Sample(served.run(blocks=500, steps=1))
-        seen = [block.block_index async for block in call]
-        assert seen == list(range(500))
+        channel = open_channel(served.target, ChannelSettings(), "colaserve.v1.PriorService")
+        try:
+            call = prior_pb2_grpc.PriorServiceStub(channel).Sample(served.run(blocks=100, steps=1), wait_for_ready=True)
+            assert (await call.read()).block_index == 0
+            await asyncio.sleep(0.5)
+            assert served.blocks_written() <= 6  # one read, two wait, and a few are on their way
+            assert [(await call.read()).block_index for _ in range(99)] == list(range(1, 100))
+            assert served.blocks_written() == 100
+        finally:
+            await channel.close()
 
 
 async def test_get_info_tells_model_limits_and_load(tiny):
