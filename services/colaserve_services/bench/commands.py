@@ -1,4 +1,4 @@
-"""`colaserve bench ...`: make-checkpoint, engine, solvers, ablate, prefix, load, serve."""
+"""`colaserve bench ...`: make-checkpoint, engine, solvers, ablate, stall, load, prefix, serve."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from colaserve_services.bench import memory
 from colaserve_services.bench import prefix as prefix_bench
 from colaserve_services.bench import serve as serve_bench
 from colaserve_services.bench import solvers as solvers_bench
+from colaserve_services.bench import stall as stall_bench
 from colaserve_services.bench.ablations import VARIANTS
 from colaserve_services.bench.options import (
     POSITIVE,
@@ -128,6 +129,33 @@ def ablate(off: tuple[str, ...], json_file: Path | None, plot_file: Path | None,
         settings = _engine_settings(quick, options)
         report = asyncio.run(ablate_bench.ablate(settings, off or tuple(VARIANTS), say))
         publish(report, json_file, plot_file, "sessions", "variant", ablate_bench.PANELS)
+
+    run_or_explain(work)
+
+
+@bench.command()
+@compute_options
+@click.option("--sessions", type=Numbers(), default="8", show_default=True, help="Running sessions.")
+@click.option("--prompt", type=Numbers(), default="4096", show_default=True, help="Latents of the one that joins.")
+@sampler_options
+@click.option("--rounds", type=POSITIVE, default=3, show_default=True)
+@output_options
+def stall(
+    sessions: tuple[int, ...], prompt: tuple[int, ...], rounds: int, json_file: Path | None, plot_file: Path | None,
+    quick: bool, **options: Any,
+) -> None:  # fmt: skip
+    """How much running sessions wait while one with a long prompt joins them."""
+
+    def work() -> None:
+        settings = stall_bench.StallSettings(
+            compute(*(options[name] for name in ("model", "dtype", "device", "threads"))),
+            sessions,
+            prompt,
+            sampler=sampler(*(options[name] for name in ("steps", "guidance", "solver"))),
+            rounds=1 if quick else rounds,
+        )
+        report = asyncio.run(stall_bench.stall(settings, say))
+        publish(report, json_file, plot_file, "sessions", "prompt", stall_bench.PANELS)
 
     run_or_explain(work)
 

@@ -68,14 +68,15 @@ async def engine(settings: EngineSettings, say: Say) -> Report:
     if settings.profiles:
         with new_profile():
             pass
+    say(f"reading {settings.compute.model}")
     with open_stages(settings, roles) as stages:
         device = stages.prior.model.device
         peak = await stages.errands.run(lambda: Peak(stages.checkpoint, device, stages.dtype))
         rounds = [
             await _round(stages, peak, settings, _load(settings, sessions, context), number, say)
+            for number in range(settings.rounds)
             for sessions in settings.sessions
             for context in settings.contexts
-            for number in range(settings.rounds)
         ]
     return Report("engine", asdict(settings), COLUMNS, medians(rounds, ("sessions", "context")), rounds, NOTES)
 

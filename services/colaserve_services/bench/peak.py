@@ -63,20 +63,24 @@ class Peak:
         names = [f"blocks.{i}.{matrix}.weight" for i in range(config.num_layers) for matrix in LAYER_MATRICES]
         found = {name: stored.to(device=device, dtype=dtype, copy=True) for name, stored in checkpoint.dit.read(names)}
         self._config, self._weights = config, [found[name] for name in names]
-        self._rows, self._call, self._products = 0, "", list[Product]()
+        self._fastest: dict[int, str] = {}  # rows -> call
+        self._rows, self._products = 0, list[Product]()  # prepared for so many rows
 
     def measure(self, rows: int, seconds: float) -> PeakResult:
         """Median over the passes of about `seconds`."""
+        call = self._fastest.get(rows) or self._choose(rows, seconds)
         if rows != self._rows:
-            self._choose(rows, seconds)
-        return PeakResult(self._gflops(self._products, rows, seconds), self._call)
+            self._products = []  # not both at once
+            self._rows, self._products = rows, self._prepared(CALLS[call], rows)
+        return PeakResult(self._gflops(self._products, rows, seconds), call)
 
-    def _choose(self, rows: int, seconds: float) -> None:
-        self._rows, best = rows, 0.0
+    def _choose(self, rows: int, seconds: float) -> str:
+        speeds = {}
         for call, prepare in CALLS.items():
-            products = self._prepared(prepare, rows)
-            if products and (speed := self._gflops(products, rows, seconds)) > best:
-                best, self._call, self._products = speed, call, products
+            if products := self._prepared(prepare, rows):
+                speeds[call] = self._gflops(products, rows, seconds)
+        self._fastest[rows] = max(speeds, key=speeds.__getitem__)
+        return self._fastest[rows]
 
     def _prepared(self, prepare: Prepare, rows: int) -> list[Product]:
         """Empty if this build of torch does not have the call, or not for this dtype or device."""

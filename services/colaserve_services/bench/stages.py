@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -112,16 +112,12 @@ def started(
     max_context: int,
     max_running: int,
     roles: tuple[str, ...] = ("prior",),
-    prior_class: type[PriorEngine] = PriorEngine,
-    **limits: Any,
 ) -> Iterator[Stages]:
     """Load the engines of `roles`, without prefix caches, and start their thread; stop it at the end."""
     if compute.threads:
         torch.set_num_threads(compute.threads)
     checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, DTYPES[compute.dtype]
-    bounds = EngineLimits(
-        max_context=max_context, max_running=max_running, kv_bytes=_ANY, prefix_cache_bytes=0, **limits
-    )
+    bounds = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, prefix_cache_bytes=0)
     thread, shape, steps = DeviceThread(), checkpoint.shape, StepRecorder()
     encoder = decoder = None
     if "encoder" in roles:
@@ -129,7 +125,7 @@ def started(
         encoder = EncoderEngine(checkpoint.load_encoder(device, dtype), shape, thread, bounds, words.special.pad)
     if "decoder" in roles:
         decoder = DecoderEngine(checkpoint.load_decoder(device, dtype), shape, thread, bounds)
-    prior = prior_class(checkpoint.load_prior(device, dtype), shape, thread, bounds, steps)
+    prior = PriorEngine(checkpoint.load_prior(device, dtype), shape, thread, bounds, steps)
     errands = Errands(thread)
     if compute.threads:
         errands.add(lambda: torch.set_num_threads(compute.threads or 1))  # OpenMP counts for each thread apart
