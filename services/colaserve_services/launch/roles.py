@@ -11,7 +11,7 @@ from colaserve_services.launch import settings, threads
 from colaserve_services.launch.observers import CoordinatorMetrics
 from colaserve_services.launch.process import Host, in_thread, run
 from colaserve_services.launch.settings import Params
-from colaserve_services.rpc.channels import Stub, open_channel
+from colaserve_services.rpc.connection import Connection
 from colaserve_services.rpc.in_process import InProcessStub
 
 if TYPE_CHECKING:
@@ -152,9 +152,10 @@ async def _connect(host: Host, coordinator: Coordinator) -> None:
 
 async def _stub(host: Host, service: str, target: str, channel: Any) -> Any:
     """A stub of a service elsewhere; its channel is closed at the end."""
-    opened = open_channel(target, channel, f"{PACKAGE}.{service}")
-    host.stack.push_async_callback(opened.close, None)
-    return Stub(_stub_class(service), opened, channel)
+    connection = Connection(_stub_class(service), target, channel, f"{PACKAGE}.{service}")
+    host.stack.push_async_callback(connection.close)
+    connection.follow()
+    return connection.stub
 
 
 def _stub_class(service: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from colaserve_services.errors import NotAuthenticated, UsageError
 
 LOOK_SECONDS = 1.0  # between two looks at the file
+
+_log = logging.getLogger(__name__)
 
 
 class Keys:
@@ -20,7 +23,7 @@ class Keys:
         self._fixed = _parse(keys)
         self._file, self._looked, self._stamp = file, float("-inf"), (0.0, 0)
         self._from_file: dict[bytes, str] = {}
-        self._look()
+        self._look(first=True)
         if not self._all():
             raise UsageError(f"--api-keys-file: {file} holds no key; write one a line")
 
@@ -45,19 +48,26 @@ class Keys:
     def _all(self) -> dict[bytes, str]:
         return self._fixed | self._from_file
 
-    def _look(self) -> None:
+    def _look(self, first: bool = False) -> None:
         if self._file is None or time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         try:
-            status = self._file.stat()
+            self._read(self._file)
+        except UsageError as error:
+            if first:
+                raise
+            _log.error("the old keys stay in use: %s", error)
+
+    def _read(self, file: Path) -> None:
+        try:
+            status = file.stat()
             stamp = (status.st_mtime, status.st_size)
             if stamp != self._stamp:
-                self._from_file = _parse(self._file.read_text(encoding="utf-8").splitlines())
                 self._stamp = stamp
-        except OSError as error:
-            if not self._from_file:
-                raise UsageError(f"--api-keys-file: cannot read {self._file}: {error.strerror or error}") from error
+                self._from_file = _parse(file.read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--api-keys-file: cannot read {file}: {error}") from error
 
 
 def _parse(lines: Iterable[str]) -> dict[bytes, str]:

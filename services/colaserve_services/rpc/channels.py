@@ -41,8 +41,12 @@ class Stub:
     messages carry a checksum."""
 
     def __init__(self, kind: Callable[[Any], Any], channel: grpc.aio.Channel, settings: ChannelSettings):
-        self._key = f"Bearer {settings.api_key}" if settings.api_key else ""
-        for name, method in vars(kind(checksums.SealedChannel(channel))).items():
+        self._kind, self._key = kind, f"Bearer {settings.api_key}" if settings.api_key else ""
+        self.use(channel)
+
+    def use(self, channel: grpc.aio.Channel) -> None:
+        """Make later calls on this channel."""
+        for name, method in vars(self._kind(checksums.SealedChannel(channel))).items():
             setattr(self, name, self._carrying(method))
 
     def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:

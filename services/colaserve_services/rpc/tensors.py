@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from colaserve.v1 import types_pb2
 from torch import Tensor
 
+from colaserve.v1 import types_pb2
 from colaserve_services.rpc import arrays
 
 

@@ -33,19 +33,23 @@ class _Certificates:
     """Looks at the files at each handshake."""
 
     def __init__(self, tls: ServerTls):
-        self._tls, self._seen = tls, _stamps(tls)
+        self._tls = tls
+        self._seen = self._stamps()
 
     def read(self) -> grpc.ServerCertificateConfiguration:
         tls = self._tls
         pair = [(_bytes(tls.key), _bytes(tls.cert))]
         return grpc.ssl_server_certificate_configuration(pair, _optional(tls.client_ca))
 
+    def _stamps(self) -> tuple[tuple[int, int], ...]:
+        return stamps(self._tls.cert, self._tls.key, self._tls.client_ca)
+
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
         """The new configuration, or None when nothing changed."""
-        stamps = _stamps(self._tls)
-        if stamps == self._seen:
+        seen = self._stamps()
+        if seen == self._seen:
             return None
-        self._seen = stamps
+        self._seen = seen
         try:
             configuration = self.read()
         except UsageError as error:
@@ -55,9 +59,9 @@ class _Certificates:
         return configuration
 
 
-def _stamps(tls: ServerTls) -> tuple[tuple[int, int], ...]:
-    files = [path for path in (tls.cert, tls.key, tls.client_ca) if path is not None]
-    return tuple(_stamp(path) for path in files)
+def stamps(*files: Path | None) -> tuple[tuple[int, int], ...]:
+    """What changes when one of the files does."""
+    return tuple(_stamp(path) for path in files if path is not None)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -22,10 +22,12 @@ class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
         self.gate = asyncio.Event()
         self.gate.set()
         self.started = 0
+        self.clients = []  # names in their certificates
 
     async def Encode(self, request, context):
         async with status_from_errors(context):
             self.started += 1
+            self.clients += [name.decode() for name in context.auth_context().get("x509_common_name", ())]
             if not request.sequences:
                 raise InvalidRequest("sequences", "got none")
             await self.gate.wait()

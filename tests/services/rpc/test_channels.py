@@ -11,6 +11,7 @@ from colaserve_services.errors import UsageError
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.channels import Stub, open_channel, resolve
+from colaserve_services.rpc.connection import Connection
 from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
 from tests.services.rpc.conftest import ONE, eventually, running
 
@@ -70,6 +71,31 @@ async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=2)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_running_calls_go_on(authority):
+    cert, key = authority.issue("server")
+    mine, my_key = authority.issue("client", "first")
+    async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
+        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key))
+        connection = Connection(encoder_pb2_grpc.EncoderServiceStub, f"127.0.0.1:{it.port}", settings, SERVICE)
+        connection.follow(look_seconds=0.05)
+        try:
+            it.servicer.gate.clear()
+            early = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
+            await eventually(lambda: it.servicer.started == 1)
+            authority.issue("client", "second")
+            await eventually(lambda: len(connection._closing) == 1)
+            late = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
+            await eventually(lambda: it.servicer.started == 2)
+            it.servicer.gate.set()
+            await asyncio.gather(early, late)
+            assert it.servicer.clients == ["first", "second"]
+            mine.unlink()
+            await asyncio.sleep(0.2)
+            await connection.stub.Encode(ONE, timeout=5)
+        finally:
+            await connection.close()
 
 
 async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():

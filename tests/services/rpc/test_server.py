@@ -98,6 +98,8 @@ def test_keys_follow_their_file(tmp_path, monkeypatch):
     assert keys.identify("Bearer newer")
     with pytest.raises(NotAuthenticated):
         keys.identify("Bearer old")
+    file.write_text("not a key line\n")  # four words
+    assert keys.identify("Bearer newer")
     file.unlink()
     assert keys.identify("Bearer newer")
 

@@ -1,0 +1,76 @@
+"""A connection to another service that outlives its certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from colaserve_services.errors import UsageError
+from colaserve_services.rpc.channels import Stub, open_channel
+from colaserve_services.rpc.settings import ChannelSettings
+from colaserve_services.rpc.tls import stamps
+
+LOOK_SECONDS = 10.0  # between two looks at the files
+LAST_CALLS_SECONDS = 600.0  # that calls of an old channel have to end
+
+_log = logging.getLogger(__name__)
+
+
+class Connection:
+    """The `stub` of a service, on a channel that is made anew when a file of its TLS settings changes.
+
+    Calls that run stay on the old channel. New files that cannot be read are logged, and the old channel stays.
+    """
+
+    def __init__(self, kind: Callable[[Any], Any], target: str, settings: ChannelSettings, service: str):
+        self._target, self._settings, self._service = target, settings, service
+        self._channel = open_channel(target, settings, service)
+        self._seen = self._stamps()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
+        self.stub = Stub(kind, self._channel, settings)
+
+    def follow(self, look_seconds: float = LOOK_SECONDS) -> None:
+        """Look at the files from now on, until `close`."""
+        if self._settings.tls is not None:
+            self._following = asyncio.create_task(self._look(look_seconds))
+
+    async def close(self) -> None:
+        """End it, and what it left behind."""
+        tasks = {*self._closing, *((self._following,) if self._following else ())}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._channel.close(None)
+
+    async def _look(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            if (seen := self._stamps()) != self._seen:
+                self._seen = seen
+                self._renew()
+
+    def _renew(self) -> None:
+        try:
+            channel = open_channel(self._target, self._settings, self._service)
+        except UsageError as error:
+            _log.error("the old certificate stays in use: %s", error)
+            return
+        _log.info("certificates read again", extra={"fields": {"service": self._service}})
+        old, self._channel = self._channel, channel
+        self.stub.use(channel)
+        closing = asyncio.create_task(_close(old))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _stamps(self) -> tuple[tuple[int, int], ...]:
+        tls = self._settings.tls
+        return () if tls is None else stamps(tls.ca, tls.cert, tls.key)
+
+
+async def _close(channel: grpc.aio.Channel) -> None:
+    await channel.close(LAST_CALLS_SECONDS)
