@@ -19,7 +19,7 @@ from colaserve_services.gateway.dialects import Dialect
 from colaserve_services.gateway.disconnect import until_disconnect
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.events import EventStream
-from colaserve_services.gateway.pieces import Piece, TokenTexts, joined, piece_of
+from colaserve_services.gateway.pieces import Offsets, Piece, TokenTexts, joined, piece_of
 from colaserve_services.gateway.record import RequestRecord, record_of
 from colaserve_services.gateway.shapes import Usage
 from colaserve_services.gateway.side_by_side import SideBySide
@@ -98,9 +98,10 @@ class Answer(Response):
             yield self._translated(messages, record)
 
     async def _translated(self, messages: SideBySide, record: RequestRecord) -> AsyncIterator[tuple[int, Piece]]:
+        offsets = [Offsets() for _ in self._plan.requests]
         async for index, message in messages:
             record.saw_block()
-            yield index, await piece_of(message, self._texts, record)
+            yield index, await piece_of(message, self._texts, offsets[index], record)
 
     def _usage(self, last: Sequence[Piece], record: RequestRecord) -> Usage:
         """Of all choices, from the last piece of each; a prompt counts once, however often it was continued."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from colaserve_services.gateway.pieces import Piece, Position, Scored
+from colaserve_services.gateway.pieces import PART, Piece, Position, Scored
 from colaserve_services.gateway.shapes import (
     AnswerMessage,
     ChatChunkChoice,
@@ -93,7 +93,7 @@ def _token_logprob(position: Position) -> TokenLogprob:
 
 
 def _top_logprob(scored: Scored) -> TopLogprob:
-    whole = not scored.text.startswith("token_id:")
+    whole = not scored.text.startswith(PART)
     return {"token": scored.text, "logprob": scored.logprob, "bytes": list(scored.text.encode()) if whole else None}
 
 
@@ -105,7 +105,6 @@ class CompletionDialect(Dialect):
     def __init__(self, request_id: str, model: str, fingerprint: str, logprobs: bool, echoes: Sequence[str]):
         super().__init__(request_id, model, fingerprint, logprobs)
         self._echoes = echoes
-        self._offsets = [0] * len(echoes)
 
     def choice(self, index: int, piece: Piece) -> Mapping[str, Any]:
         return self._said(index, self._echoes[index] + piece.text, piece)
@@ -118,22 +117,17 @@ class CompletionDialect(Dialect):
         return [self._said(index, piece.text, piece)] if brings else []
 
     def _said(self, index: int, text: str, piece: Piece) -> Mapping[str, Any]:
-        logprobs = self._columns(index, piece.positions) if self._logprobs else None
+        logprobs = _columns(piece.positions) if self._logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
-    def _columns(self, index: int, positions: Sequence[Position]) -> CompletionLogprobs:
-        return {
-            "tokens": [position.chosen.text for position in positions],
-            "token_logprobs": [position.chosen.logprob for position in positions],
-            "top_logprobs": [_by_text(position) for position in positions],
-            "text_offset": [self._next_offset(index, position.chosen) for position in positions],
-        }
 
-    def _next_offset(self, index: int, token: Scored) -> int:
-        """Where a token begins. Those that hold a part of a character count as none, its last one excepted."""
-        offset = self._offsets[index]
-        self._offsets[index] += 0 if token.text.startswith("token_id:") else len(token.text)
-        return offset
+def _columns(positions: Sequence[Position]) -> CompletionLogprobs:
+    return {
+        "tokens": [position.chosen.text for position in positions],
+        "token_logprobs": [position.chosen.logprob for position in positions],
+        "top_logprobs": [_by_text(position) for position in positions],
+        "text_offset": [position.start for position in positions],
+    }
 
 
 def _by_text(position: Position) -> dict[str, float]:

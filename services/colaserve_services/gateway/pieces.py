@@ -14,6 +14,7 @@ from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.shapes import Reason
 
 INCOMPLETE: Final = "\ufffd"
+PART: Final = "token_id:"  # begins the name of a token that is no text by itself
 LOWEST: Final = -9999.0  # stands for minus infinity, which JSON has not
 _REASONS: Final[dict[int, Reason]] = {
     types_pb2.FINISH_REASON_STOP: "stop",
@@ -31,9 +32,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Position:
-    """A written token, and the likely ones beside it, best first."""
+    """A written token, where it begins in the text (in characters), and the likely ones beside it, best first."""
 
     chosen: Scored
+    start: int
     likely: tuple[Scored, ...] = ()
 
 
@@ -72,31 +74,58 @@ class TokenTexts:
         missing = sorted({token for token in ids if token not in self._texts})
         texts = await asyncio.gather(*(self._backend.detokenize([token], record) for token in missing))
         for token, text in zip(missing, texts, strict=True):
-            self._texts[token] = f"token_id:{token}" if INCOMPLETE in text else text
+            self._texts[token] = f"{PART}{token}" if INCOMPLETE in text else text
+
+    async def length(self, ids: Sequence[int], record: RequestRecord) -> int:
+        """Characters of tokens that hold parts of them."""
+        return len(await self._backend.detokenize(list(ids), record))
 
     def __getitem__(self, token: int) -> str:
         return self._texts[token]
 
 
-async def piece_of(message: GenerateResponse, texts: TokenTexts, record: RequestRecord) -> Piece:
+class Offsets:
+    """Where the tokens of one generation begin in its text. A part of a character begins where the character does."""
+
+    def __init__(self) -> None:
+        self._at = 0
+        self._parts: list[int] = []  # read since the last whole token
+
+    async def next(self, token: int, texts: TokenTexts, record: RequestRecord) -> int:
+        """The place of the next token."""
+        text = texts[token]
+        if text.startswith(PART):
+            self._parts.append(token)
+            return self._at
+        if self._parts:
+            self._at += await texts.length(self._parts, record)
+            self._parts.clear()
+        start, self._at = self._at, self._at + len(text)
+        return start
+
+
+async def piece_of(message: GenerateResponse, texts: TokenTexts, offsets: Offsets, record: RequestRecord) -> Piece:
     """A message in this API's terms; token texts are looked up only where there are log-probabilities."""
     usage = message.usage
     return Piece(
         message.text,
-        await _positions(message, texts, record) if message.logprobs else (),
+        await _positions(message, texts, offsets, record) if message.logprobs else (),
         _REASONS.get(message.finish_reason),
         usage.prompt_tokens,
         usage.completion_tokens,
     )
 
 
-async def _positions(message: GenerateResponse, texts: TokenTexts, record: RequestRecord) -> tuple[Position, ...]:
+async def _positions(
+    message: GenerateResponse, texts: TokenTexts, offsets: Offsets, record: RequestRecord
+) -> tuple[Position, ...]:
     likely_ids = [token for top in message.top_logprobs for token in top.token_ids]
     await texts.learn([*message.token_ids, *likely_ids], record)
     tops: Sequence[types_pb2.TopLogprobs] = message.top_logprobs
     beside = [_scored(top.token_ids, top.logprobs, texts) for top in tops] or [()] * len(message.token_ids)
     chosen = _scored(message.token_ids, message.logprobs, texts)
-    return tuple(Position(token, likely) for token, likely in zip(chosen, beside, strict=True))
+    starts = [await offsets.next(token, texts, record) for token in message.token_ids]
+    return tuple(Position(*columns) for columns in zip(chosen, starts, beside, strict=True))
 
 
 def _scored(ids: Iterable[int], logprobs: Iterable[float], texts: TokenTexts) -> tuple[Scored, ...]:

@@ -97,15 +97,23 @@ async def test_a_token_that_is_part_of_a_character_is_told_by_its_id(gateway: Ru
 
 
 async def test_a_tokens_text_is_asked_for_once(gateway: Running):
+    gateway.fake.says = "abracadabra"
     for _ in range(2):
-        await gateway.chat(logprobs=True, max_tokens=200)
-    assert gateway.fake.detokenized == len(set(SAYS.encode()))
+        await gateway.chat(logprobs=True)
+    assert gateway.fake.detokenized == len(set("abracadabra"))
 
 
 async def test_an_impossible_token_has_a_logprob_that_json_can_say(gateway: Running):
     gateway.fake.logprob = -math.inf
     [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
     assert choice["logprobs"]["token_logprobs"] == [-9999.0]
+    assert choice["logprobs"]["top_logprobs"] == [{" ": -9999.0}]
+
+
+async def test_text_offsets_count_characters_where_tokens_are_parts_of_them(gateway: Running):
+    gateway.fake.says = "a日éx"
+    [choice] = (await gateway.complete(logprobs=0)).json()["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, *[1] * 5, 3]
 
 
 async def test_completion_logprobs_tell_where_each_token_begins(gateway: Running):
