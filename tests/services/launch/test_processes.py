@@ -5,6 +5,8 @@ import os
 import signal
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import grpc
 import psutil
@@ -95,25 +97,25 @@ def test_the_roles_end_when_what_started_them_is_killed(tmp_path):
 
 
 def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):
-    folders = {name: tmp_path / name for name in ("encoder", "prior", "decoder", "coordinator")}
-    for folder in folders.values():
-        folder.mkdir()
     ports = ("--grpc-port=0", "--metrics-port=0")
-    with (
-        started(folders["encoder"], "encoder", *ports) as encoder,
-        started(folders["prior"], "prior", *ports) as prior,
-        started(folders["decoder"], "decoder", *ports) as decoder,
-    ):
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+
+        def start(role, *more):
+            folder = tmp_path / role
+            folder.mkdir()
+            return stack.enter_context(started(folder, role, *ports, *more))
+
+        encoder, prior, decoder = threads.map(start, ("encoder", "prior", "decoder"))
         targets = [f"--encoder={encoder.target}", f"--prior={prior.target}", f"--decoder={decoder.target}"]
-        with started(folders["coordinator"], "coordinator", *ports, *targets) as coordinator:
-            tokens = generate(coordinator.target)
-            with grpc.insecure_channel(coordinator.target) as channel:
-                until(lambda: healthy(channel), 10)
-                os.kill(prior.process.pid, signal.SIGSTOP)
-                until(lambda: not healthy(channel), 30)
-                os.kill(prior.process.pid, signal.SIGCONT)
-                until(lambda: healthy(channel), 30)
-            assert generate(coordinator.target) == tokens
+        coordinator = start("coordinator", *targets)
+        tokens = generate(coordinator.target)
+        with grpc.insecure_channel(coordinator.target) as channel:
+            until(lambda: healthy(channel), 10)
+            os.kill(prior.process.pid, signal.SIGSTOP)
+            until(lambda: not healthy(channel), 30)
+            os.kill(prior.process.pid, signal.SIGCONT)
+            until(lambda: healthy(channel), 30)
+        assert generate(coordinator.target) == tokens
 
 
 def healthy(channel):
