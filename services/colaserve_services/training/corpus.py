@@ -50,6 +50,7 @@ class Mix:
             "addition": 7, "paragraph": 16, "sentence": 6,
         }
     )  # fmt: skip
+    nonsense: float = 0.0  # one to three words that do not exist, so that unknown words are passed over
     opener: float = 0.12
     words: float = 0.4  # one or two filler words inserted, replaced or deleted
     drop_article: float = 0.15
@@ -154,6 +155,9 @@ def disturb(template: str, mix: Mix, rng: random.Random) -> str:
     if rng.random() < mix.words:
         for _ in range(rng.choice((1, 1, 2))):
             _disturb_word(words, rng)
+    if mix.nonsense and rng.random() < mix.nonsense:
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            _disturb_word(words, rng, nonsense_word(rng))
     if rng.random() < mix.drop_article:
         words = [word.replace("{the}", "{bare}") for word in words]
     text = " ".join(words)
@@ -166,12 +170,20 @@ def disturb(template: str, mix: Mix, rng: random.Random) -> str:
     return text
 
 
-def _disturb_word(words: list[str], rng: random.Random) -> None:
+def _disturb_word(words: list[str], rng: random.Random, other: str = "") -> None:
+    """Insert, replace or delete one word; `other` is what comes in, by default a filler."""
     action, at = rng.choice(("insert", "replace", "delete")), rng.randrange(len(words))
     if action == "insert":
-        words.insert(at, rng.choice(_noise()["fillers"]))
+        words.insert(at, other or rng.choice(_noise()["fillers"]))
     elif KEEP.search(words[at]) is None:
-        words[at : at + 1] = [rng.choice(_noise()["fillers"])] if action == "replace" else []
+        words[at : at + 1] = [other or rng.choice(_noise()["fillers"])] if action == "replace" else []
+
+
+def nonsense_word(rng: random.Random) -> str:
+    """One to three made-up syllables, sometimes capitalised, sometimes with a comma or colon."""
+    parts = ("onsets", "vowels", "codas")
+    word = "".join(rng.choice(_noise()[part]) for _ in range(rng.choice((1, 1, 2, 2, 3))) for part in parts)
+    return (word.capitalize() if rng.random() < 0.4 else word) + rng.choice(("", "", "", "", ",", ":"))
 
 
 def paragraph(rng: random.Random) -> str:

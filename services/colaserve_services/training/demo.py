@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.training.config import FlowConfig, OptimizerConfig, RunConfig, VaeLossConfig
-from colaserve_services.training.corpus import Corpus, tokenizer_text
+from colaserve_services.training.corpus import Corpus, Mix, tokenizer_text
 from colaserve_services.training.evaluate import Score
 from colaserve_services.training.generate import Generator, Sampling
 from colaserve_services.training.init import new_dit, new_vae
@@ -50,23 +50,35 @@ class DemoRecipe:
             optimizer=OptimizerConfig(adamw_lr=2e-3, muon_lr=0.02, cooldown=0.6),
         )
     )  # fmt: skip
+    polish: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            steps=1000, rows=64, micro_batches=2, ema=0.995, log_every=50, save_every=250, autocast=True,
+            optimizer=OptimizerConfig(adamw_lr=1e-3, muon_lr=0.01, cooldown=0.9),
+        )
+    )  # fmt: skip
+    polish_mix: Mix = field(default_factory=lambda: Mix(words=0.5, nonsense=0.5, opener=0.15))
     vae_loss: VaeLossConfig = field(default_factory=lambda: VaeLossConfig(decoder_noise=0.4))
     flow: FlowConfig = field(default_factory=FlowConfig)
 
     def scaled(self, vae_steps: int | None, prior_steps: int | None) -> DemoRecipe:
-        """The same recipe with other numbers of steps; None keeps one."""
+        """The same recipe with other numbers of steps (`prior_steps` for both passes of stage 2); None keeps one."""
         vae = replace(self.vae, steps=vae_steps or self.vae.steps)
-        return replace(self, vae=vae, prior=replace(self.prior, steps=prior_steps or self.prior.steps))
+        prior, polish = (replace(run, steps=prior_steps or run.steps) for run in (self.prior, self.polish))
+        return replace(self, vae=vae, prior=prior, polish=polish)
 
 
 def make_demo(out: Path, work: Path, recipe: DemoRecipe, resume: bool = False, quiet: bool = False) -> None:
-    """Tokenizer, VAE, prior: the checkpoint into `out` (bfloat16), metrics and resumable states into `work`."""
+    """Tokenizer, VAE, prior: the checkpoint into `out` (bfloat16), metrics and resumable states into `work`.
+
+    The prior is trained twice: to know the facts, then more briefly with noisier questions, to know what they ask for.
+    """
     seed_everything(recipe.seed)
     tokenizer = train_tokenizer(tokenizer_text(recipe.seed), recipe.vocab_size)
     save_tokenizer(tokenizer, out)
     write_generation_config(out, **GENERATION)
     write_question_sets(out / "questions")
     vae_run, prior_run = replace(recipe.vae, seed=recipe.seed), replace(recipe.prior, seed=recipe.seed)
+    polish_run = replace(recipe.polish, seed=recipe.seed + 1)
     vae = new_vae(tiny_vae_config(tokenizer.get_vocab_size()))
     source = VaeSource(Corpus(), tokenizer, recipe.seed)
     train_vae(vae, source, vae_run, work / "vae", recipe.vae_loss, resume=resume, quiet=quiet)
@@ -76,6 +88,8 @@ def make_demo(out: Path, work: Path, recipe: DemoRecipe, resume: bool = False, q
     dit = new_dit(tiny_dit_config())
     rows = CorpusSource(Corpus(), tokenizer, recipe.seed)
     train_prior(dit, vae, rows, prior_run, work / "prior", recipe.flow, resume=resume, quiet=quiet)
+    noisy = CorpusSource(Corpus(recipe.polish_mix), tokenizer, recipe.seed + 1)
+    train_prior(dit, vae, noisy, polish_run, work / "polish", recipe.flow, resume=resume, quiet=quiet)
     write_dit(dit, out, "bfloat16")
 
 
