@@ -107,7 +107,8 @@ class Replica:
         end = time.monotonic() + self.settings.start_seconds
         while not await self.serving():
             if not self.running or time.monotonic() > end:
-                raise RuntimeError(f"{self.name} does not serve:\n{self.log_text()[-3000:]}")
+                code = self.process.returncode if self.process else None
+                raise RuntimeError(f"{self.name} does not serve, exit code {code}:\n{self.log_text()[-3000:]}")
             await asyncio.sleep(0.1)
 
     def memory(self) -> psutil.Process:

@@ -1,4 +1,9 @@
-"""Who may work now, who waits, who is turned away at once: a bounded queue in front of the stages."""
+"""Who may work now, who waits, who is turned away at once: a bounded queue in front of the stages.
+
+The queue is here and not in the stages, so that nobody encodes a prompt for a call that is refused later, and a refusal
+comes at once. So the places follow the stages: as many calls work as the prior takes without letting them wait. How
+many that is it tells itself: each generation brings the time that it waited there (`learned`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,9 @@ from colaserve_services.errors import Overloaded
 
 _SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0
 _WEIGHT = 0.1  # of the latest call in the running mean of service seconds
+_SHORT_WAIT, _LONG_WAIT = 0.1, 1.0  # seconds in the prior's queue: below, there is room for more; above, for fewer
+_SHRINK = 0.9
+_FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
 
 
 class Admission:
@@ -27,6 +35,9 @@ class Admission:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._by_key: Counter[str] = Counter()
         self._service_seconds = 1.0  # running mean
+        self._measured = 0  # calls it is the mean of
+        self._places = float(limits.max_running)
+        self._shrunk = 0.0  # when
 
     @property
     def running(self) -> int:
@@ -38,11 +49,27 @@ class Admission:
         """Calls in the queue."""
         return len(self._waiting)
 
+    def begin_with(self, places: int) -> None:
+        """How many calls may work at once to begin with: what one replica of the prior takes. 0: it did not say."""
+        self._places = float(min(places or self._limits.max_running, self._limits.max_running))
+
+    def learned(self, waited: float, admitted: float) -> None:
+        """A generation that got its place at `admitted` (time.monotonic) waited so many seconds in the prior's queue.
+
+        More calls work at once while none of them waits there and some wait here, fewer while they wait long; once
+        fewer, that counts for the calls admitted from then on."""
+        if waited < _SHORT_WAIT and self._waiting:
+            self._places = min(self._places + 1, self._limits.max_running)
+            self._fill()
+        elif waited > _LONG_WAIT and admitted > self._shrunk:
+            self._places = max(self._places * _SHRINK, 1.0)
+            self._shrunk = time.monotonic()
+
     @asynccontextmanager
     async def slot(self, call: Call) -> AsyncIterator[None]:
         """Work inside. Raises Overloaded at once when queue or key are full, or after waiting too long, and
         DeadlineExceeded when the call's deadline comes first."""
-        self._refuse_if_full(call.key)
+        self.check(call)
         self._by_key[call.key] += 1
         try:
             await self._enter(call)
@@ -57,23 +84,41 @@ class Admission:
                 del self._by_key[call.key]
 
     def retry_after(self) -> float:
-        """Seconds after which a place is likely free for one more: the queue before it, at the mean pace so far."""
-        rounds = math.ceil((len(self._waiting) + 1) / self._limits.max_running)
-        return min(max(rounds * self._service_seconds, _SHORTEST_HINT), _LONGEST_HINT)
+        """Seconds after which a place is likely free for one more."""
+        return min(max(self._wait(), _SHORTEST_HINT), _LONGEST_HINT)
 
-    def _refuse_if_full(self, key: str) -> None:
+    def check(self, call: Call) -> None:
+        """Raise Overloaded when queue or key are full. `slot` does it too; this is for before the first work."""
         limits = self._limits
-        if limits.max_per_key and self._by_key[key] >= limits.max_per_key:
+        if limits.max_per_key and self._by_key[call.key] >= limits.max_per_key:
             raise self._refusal("key", f"{limits.max_per_key} calls of this key are under way, its limit")
-        if self._running >= limits.max_running and len(self._waiting) >= limits.max_waiting:
+        if self._running < int(self._places):
+            return
+        if len(self._waiting) >= limits.max_waiting:
             raise self._refusal("queue", f"{self._running} calls run and {len(self._waiting)} wait, the limits")
+        if self._too_long():
+            raise self._refusal(
+                "queue", f"{self._running} calls run and {len(self._waiting)} wait, which takes too long"
+            )
+
+    def _too_long(self) -> bool:
+        """Whether one more call would likely wait in vain. Estimates err, so half the patience counts; before the first
+        call has ended there is none, and one round may wait."""
+        if not self._measured:
+            return len(self._waiting) >= max(int(self._places), _FIRST_ROUND)
+        return bool(self._waiting) and self._wait() > self._limits.queue_seconds / 2
+
+    def _wait(self) -> float:
+        """Seconds that one more call would wait: the queue before it, at the mean pace so far."""
+        rounds = math.ceil((len(self._waiting) + 1) / int(self._places))
+        return rounds * self._service_seconds
 
     def _refusal(self, reason: str, message: str) -> Overloaded:
         self._observer.refused(reason)
         return Overloaded(message, self.retry_after())
 
     async def _enter(self, call: Call) -> None:
-        if self._running < self._limits.max_running:
+        if self._running < int(self._places):
             self._running += 1
             self._tell()
             return
@@ -81,12 +126,12 @@ class Admission:
         self._waiting.append(turn)
         self._tell()
         try:
-            await self._wait(turn, call)
+            await self._turn(turn, call)
         except BaseException:
             self._give_up(turn)
             raise
 
-    async def _wait(self, turn: asyncio.Future[None], call: Call) -> None:
+    async def _turn(self, turn: asyncio.Future[None], call: Call) -> None:
         left = call.left()
         patience = self._limits.queue_seconds if left is None else min(left, self._limits.queue_seconds)
         await asyncio.wait([turn], timeout=patience)
@@ -102,16 +147,20 @@ class Admission:
         self._tell()
 
     def _leave(self, seconds: float) -> None:
-        self._service_seconds += _WEIGHT * (seconds - self._service_seconds)
+        self._measured += 1
+        self._service_seconds += max(_WEIGHT, 1 / self._measured) * (seconds - self._service_seconds)
         self._pass_on()
         self._tell()
 
     def _pass_on(self) -> None:
-        """Hand a free place to whoever waits longest."""
-        if self._waiting:
+        """A place is free: hand it to whoever waits longest, unless there are to be fewer places."""
+        self._running -= 1
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and self._running < int(self._places):
+            self._running += 1
             self._waiting.popleft().set_result(None)
-        else:
-            self._running -= 1
 
     def _tell(self) -> None:
         self._observer.queued(len(self._waiting), self._running)

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
-
 from colaserve_services import __version__
 from colaserve_services.coordinator import generation, infill, interpolation, latent_space
 from colaserve_services.coordinator.admission import Admission
@@ -62,6 +61,7 @@ class Coordinator:
                 f"the stages' model takes ids up to {model.vocab_size - 1}"
             )
         self._lookout.space = model.space
+        self._admission.begin_with(infos["prior"].limits.max_running)
         self._core = Core(
             self._stages, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
         )

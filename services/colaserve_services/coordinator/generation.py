@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from colaserve.v1 import decoder_pb2, generation_pb2, prior_pb2, types_pb2
-
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing
@@ -20,6 +20,7 @@ Response = generation_pb2.GenerateResponse
 async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Call) -> AsyncGenerator[Response, None]:
     """Continue a prompt, a response a block. All that the stages hold for it is freed before the last response, and
     when the iteration is left early."""
+    core.admission.check(call)
     plan = await plan_generation(core, request)
     watch = _Watch(core, call)
     async with core.admission.slot(call):
@@ -32,6 +33,7 @@ async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Ca
             async with prior, core.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs) as decoder:
                 while True:
                     block = await prior.next()
+                    watch.written(block.timing)
                     decoded = await decoder.decode(block.latents)
                     piece = writer.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
                     response = _response(plan, block, decoded, piece)
@@ -80,13 +82,21 @@ class _Watch:
     """Where a generation's time goes, and what it used."""
 
     def __init__(self, core: Core, call: Call):
-        self._observer, self._call = core.observer, call
+        self._observer, self._admission, self._call = core.observer, core.admission, call
+        self._admitted: float | None = None
         self._last, self._blocks = 0.0, 0
         self.total = types_pb2.Timing()
 
     def admitted(self) -> None:
         """The call left the coordinator's own queue."""
+        self._admitted = time.monotonic()
         self.total.queue_us += round(self._call.age() * 1e6)
+
+    def written(self, timing: types_pb2.Timing) -> None:
+        """The prior wrote a block; the first one tells how long the call waited there."""
+        if self._admitted is not None:
+            self._admission.learned(timing.queue_us / 1e6, self._admitted)
+            self._admitted = None
 
     def block(self, timing: types_pb2.Timing) -> None:
         """A block is decoded."""

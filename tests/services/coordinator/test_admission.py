@@ -3,6 +3,7 @@ import time
 from typing import Any
 
 import pytest
+
 from colaserve_services.coordinator import Call, CoordinatorLimits, CoordinatorObserver
 from colaserve_services.coordinator.admission import Admission
 from colaserve_services.coordinator.call import key_name
@@ -125,6 +126,49 @@ async def test_the_hint_grows_with_the_queue():
         workers.append(Worker(gate))
     await end(*workers)
     assert hints == [2, 4, 6, 8]
+
+
+async def test_nobody_waits_in_vain_where_the_pace_is_known():
+    gate = admission(max_running=2, max_waiting=1000, queue_seconds=20)
+    gate._service_seconds, gate._measured = 4.0, 10
+    workers = [Worker(gate) for _ in range(100)]
+    await settle()
+    with pytest.raises(Overloaded, match="takes too long") as refusal:
+        gate.check(Call())
+    assert sum(not worker.task.done() for worker in workers) == 2 + 4  # two rounds of 4 s fit into half the patience
+    assert refusal.value.retry_after == 12
+    for worker in workers:
+        worker.end.set()
+    await end(*workers)
+    assert (gate.running, gate.waiting) == (0, 0)
+
+
+async def test_before_the_first_call_has_ended_one_round_may_wait():
+    gate = admission(max_running=10, max_waiting=1000)
+    workers = [Worker(gate) for _ in range(30)]
+    await settle()
+    assert (gate.running, gate.waiting) == (10, 10)
+    assert sum(worker.task.done() for worker in workers) == 10
+    await end(*workers)
+
+
+async def test_as_many_calls_work_as_the_prior_takes_without_letting_them_wait():
+    gate = admission(max_running=64)
+    gate.begin_with(4)
+    workers = [Worker(gate) for _ in range(12)]
+    await settle()
+    assert (gate.running, gate.waiting) == (4, 8)
+    for _ in range(3):
+        gate.learned(0.0, time.monotonic())
+    assert gate.running == 7
+    gate.learned(5.0, time.monotonic())
+    late = time.monotonic() - 1  # admitted before there were fewer places
+    gate.learned(5.0, late)
+    await end(workers[0])
+    await settle()
+    assert gate.running == 6
+    await end(*workers)
+    assert (gate.running, gate.waiting) == (0, 0)
 
 
 async def test_a_refusal_comes_at_once_and_harms_nobody():
