@@ -1,4 +1,4 @@
-"""Dependencies point one way (docs/architecture in README): each package imports only what it may."""
+"""Dependencies point one way (README.md, "The tree"): each package imports only what it may."""
 
 import ast
 from collections.abc import Iterator
@@ -13,22 +13,27 @@ CLIENT = ROOT / "client" / "colaserve_client"
 WIRE = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf", "google.rpc", "colaserve.v1")
 OWN = "colaserve_services"
 
+
+def own(packages: str) -> tuple[str, ...]:
+    return tuple(f"{OWN}.{package}" for package in packages.split())
+
+
 # Folder or file -> what may not be imported there, with the reason to show.
 FORBIDDEN: dict[Path, tuple[str, ...]] = {
     CLIENT: ("torch", "tokenizers", "fastapi", OWN),
-    SERVICES / "model": (*WIRE, *(f"{OWN}.{p}" for p in ("rpc", "encoder", "prior", "decoder", "coordinator", "gateway", "launch"))),
-    SERVICES / "runtime": (*WIRE, *(f"{OWN}.{p}" for p in ("rpc", "model", "encoder", "prior", "decoder", "coordinator", "gateway"))),
+    SERVICES / "model": (*WIRE, *own("rpc encoder prior decoder coordinator gateway launch")),
+    SERVICES / "runtime": (*WIRE, *own("rpc model encoder prior decoder coordinator gateway")),
     SERVICES / "text": (*WIRE, "torch"),
-    SERVICES / "coordinator": ("torch", *(f"{OWN}.{p}" for p in ("gateway", "model", "encoder", "prior", "decoder", "runtime"))),
-    SERVICES / "gateway": ("torch", *(f"{OWN}.{p}" for p in ("model", "encoder", "prior", "decoder", "runtime", "coordinator", "text"))),
+    SERVICES / "coordinator": ("torch", *own("gateway model encoder prior decoder runtime")),
+    SERVICES / "gateway": ("torch", *own("model encoder prior decoder runtime coordinator text")),
     SERVICES / "encoder" / "engine.py": WIRE,
     SERVICES / "decoder" / "engine.py": WIRE,
     SERVICES / "prior" / "engine.py": WIRE,
     SERVICES / "prior" / "sampling_run.py": WIRE,
-    SERVICES / "encoder": tuple(f"{OWN}.{p}" for p in ("prior", "decoder", "coordinator", "gateway", "launch")),
-    SERVICES / "decoder": tuple(f"{OWN}.{p}" for p in ("prior", "encoder", "coordinator", "gateway", "launch")),
-    SERVICES / "prior": tuple(f"{OWN}.{p}" for p in ("encoder", "decoder", "coordinator", "gateway", "launch")),
-    SERVICES / "training": (*WIRE, *(f"{OWN}.{p}" for p in ("coordinator", "gateway", "rpc", "launch"))),
+    SERVICES / "encoder": own("prior decoder coordinator gateway launch"),
+    SERVICES / "decoder": own("prior encoder coordinator gateway launch"),
+    SERVICES / "prior": own("encoder decoder coordinator gateway launch"),
+    SERVICES / "training": (*WIRE, *own("coordinator gateway rpc launch")),
 }  # fmt: skip
 
 

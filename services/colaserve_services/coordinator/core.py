@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from colaserve.v1 import encoder_pb2, types_pb2
-
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.admission import Admission
 from colaserve_services.coordinator.call import Call

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-from colaserve.v1 import decoder_pb2, types_pb2
 
+from colaserve.v1 import decoder_pb2, types_pb2
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts, BrokenStream
 from colaserve_services.coordinator.stages import Model

@@ -9,7 +9,6 @@ from math import isfinite
 from typing import Any, Final
 
 from colaserve.v1 import types_pb2
-
 from colaserve_services.errors import InvalidRequest, UsageError
 
 SOLVERS: Final = {

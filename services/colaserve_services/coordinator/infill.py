@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
-
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing

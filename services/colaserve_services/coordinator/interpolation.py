@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
-
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing, side_by_side
 from colaserve_services.coordinator.latent_space import (

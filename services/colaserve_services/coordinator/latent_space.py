@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
-
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing, side_by_side

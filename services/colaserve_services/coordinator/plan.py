@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
-
 from colaserve_services.coordinator.core import Core
 from colaserve_services.coordinator.defaults import (
     resolve_sampler,

@@ -7,7 +7,6 @@ from contextlib import aclosing
 from typing import Any
 
 from colaserve.v1 import prior_pb2, types_pb2
-
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts, BrokenStream
 from colaserve_services.coordinator.stages import Model

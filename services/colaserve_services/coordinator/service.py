@@ -7,7 +7,6 @@ from contextlib import aclosing
 from typing import Any
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
-
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.coordinator import Coordinator
 

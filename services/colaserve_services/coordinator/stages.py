@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
-
 from colaserve_services.errors import ModelMismatch
 
 NAMES: Final = ("encoder", "prior", "decoder")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
-from colaserve.v1 import generation_pb2
 from grpc import StatusCode
 
+from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator.stages import NAMES, Stages
 from colaserve_services.errors import Unavailable
 

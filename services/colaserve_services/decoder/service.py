@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, types_pb2
 from torch import Tensor
 
+from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, types_pb2
 from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEngine
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import click
 import pytest
 from click.testing import CliRunner
+
 from colaserve_client.cli import exits
 from colaserve_client.cli.options import Server
 from colaserve_client.errors import ColaserveError, Details, Overloaded, Unavailable

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from colaserve_client.eval.demo import demo_tasks, questions_folder, reads_as_true
 from colaserve_client.eval.records import EvalError, Output, Question
 from colaserve_client.eval.tasks import is_correct

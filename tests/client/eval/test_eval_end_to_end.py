@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from colaserve.v1 import types_pb2
 
 STORY = " there was a fox that wrote."  # what the small server writes

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from colaserve_client.cli.main import main
 from colaserve_client.eval.records import read_outputs
 from colaserve_client.eval.templates import load_template

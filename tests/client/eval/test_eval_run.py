@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from colaserve_client.eval.folder import RunFolder, Task
 from colaserve_client.eval.pool import work_through
 from colaserve_client.eval.records import Question

@@ -1,6 +1,7 @@
 """Every published scoring rule, by small cases written for it."""
 
 import pytest
+
 from colaserve_client.eval import scoring
 
 COLOURS = ["red", "dark blue", "green", "light blue"]

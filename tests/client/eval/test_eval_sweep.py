@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+
 from colaserve_client.eval.sweep import Setting, grid
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from colaserve_client.eval.records import EvalError, Output, Question, parse_output, read_outputs, read_questions
 from colaserve_client.eval.tasks import Score, TaskScore, is_correct
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from colaserve_client.eval.records import EvalError
 from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
 

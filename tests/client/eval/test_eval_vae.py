@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from colaserve_client.errors import InvalidRequest
 from colaserve_client.eval.demo import held_out_texts
 from colaserve_client.eval.vae import BATCH_CHARACTERS, BATCH_TEXTS, batched

@@ -3,11 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, CoordinatorObserver, Defaults, Stages
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.text import Tokenizer
-
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+
 from colaserve.v1 import (
     decoder_pb2,
     decoder_pb2_grpc,

@@ -3,12 +3,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.text import SpecialIds, Tokenizer
-from grpc import StatusCode
-
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 
 

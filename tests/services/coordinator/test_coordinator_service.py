@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from colaserve.v1 import (
     decoder_pb2_grpc,
     encoder_pb2_grpc,
@@ -24,7 +25,6 @@ from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import AdmissionLimits
-
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 
 REGISTER = {

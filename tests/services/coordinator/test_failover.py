@@ -5,14 +5,15 @@ import time
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from hypothesis import given
+from hypothesis import strategies as st
+
 from colaserve.v1 import latent_service_pb2, types_pb2
 from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.prior_run import PriorRun
 from colaserve_services.errors import ColaserveError, InvalidRequest, ModelMismatch, Overloaded, Unavailable
-from grpc import StatusCode
-from hypothesis import given
-from hypothesis import strategies as st
 
 PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again
 SEED = types_pb2.NoiseSeed(base_seed=11, sample_id=2)

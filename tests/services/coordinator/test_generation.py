@@ -4,13 +4,13 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from colaserve.v1 import types_pb2
 from colaserve_services.coordinator import Call, Defaults
 from colaserve_services.coordinator.defaults import sampling_seed
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests.services.coordinator.stage_fakes import FakeDecoder
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH

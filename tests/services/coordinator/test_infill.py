@@ -1,13 +1,14 @@
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.infill import Segment, open_spans
 from colaserve_services.errors import InvalidRequest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 SEED = types_pb2.NoiseSeed(base_seed=5)
 

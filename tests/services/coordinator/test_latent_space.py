@@ -3,16 +3,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.interpolation import lerp, slerp
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-
 from tests.services.coordinator.stage_fakes import SPACE, D, EchoDecoder
 
 TEXT = "He looked at the river"

@@ -2,6 +2,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
+
 from colaserve_services.coordinator.read_ahead import ReadAhead
 
 

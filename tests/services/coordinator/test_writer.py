@@ -1,9 +1,10 @@
 """Whatever the borders of tokens and blocks, what is written is a function of the ids alone."""
 
-from colaserve.v1 import types_pb2
-from colaserve_services.coordinator.writer import Writer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from colaserve.v1 import types_pb2
+from colaserve_services.coordinator.writer import Writer
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 TEXTS = ["", "a", "b", "ab", "ba", "aab"]  # text of each id; id 6 ends

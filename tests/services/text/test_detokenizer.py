@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from colaserve_services.text import Tokenizer
-from colaserve_services.text.detokenizer import byte_of_character, join
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
+
+from colaserve_services.text import Tokenizer
+from colaserve_services.text.detokenizer import byte_of_character, join
 
 GOLDEN = Path(__file__).parents[2] / "data/golden"
 

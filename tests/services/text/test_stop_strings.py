@@ -1,8 +1,9 @@
 import itertools
 
-from colaserve_services.text import StopStrings
 from hypothesis import given
 from hypothesis import strategies as st
+
+from colaserve_services.text import StopStrings
 
 letters = st.text(alphabet="ab", max_size=24)
 stops_of_letters = st.lists(st.text(alphabet="ab", min_size=1, max_size=6), max_size=4)

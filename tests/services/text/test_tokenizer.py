@@ -3,11 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
-from colaserve_services.errors import CheckpointError, InvalidRequest
-from colaserve_services.text import SpecialIds, Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
+
+from colaserve_services.errors import CheckpointError, InvalidRequest
+from colaserve_services.text import SpecialIds, Tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
