@@ -1,5 +1,6 @@
 """What deploy/ holds, read once."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,11 +15,12 @@ KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 ROLES = ("encoder", "prior", "decoder", "coordinator", "gateway")
 STAGES = ROLES[:3]
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def documents(path):
     """The YAML documents of a file."""
-    return [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
+    return [document for document in yaml.load_all(path.read_text(encoding="utf-8"), LOADER) if document]
 
 
 def role_of(deployment):
@@ -34,7 +36,7 @@ class Rendered:
     """The objects of a rendered overlay."""
 
     def __init__(self, text):
-        self.objects = [document for document in yaml.safe_load_all(text) if document]
+        self.objects = [document for document in yaml.load_all(text, LOADER) if document]
 
     def kind(self, kind):
         return [found for found in self.objects if found["kind"] == kind]
@@ -76,8 +78,6 @@ def _component(name):
 
 def queries():
     """(where, PromQL) of every dashboard panel, alert and autoscaler of KEDA."""
-    import json
-
     found = []
     for path in sorted((DEPLOY / "grafana").glob("*.json")):
         for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]:
