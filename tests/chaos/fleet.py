@@ -182,6 +182,16 @@ class Fleet:
         pages = await asyncio.gather(*(get(replica.metrics_port, "/metrics") for replica in wanted))
         return {replica.name: total(page, name, label) for replica, page in zip(wanted, pages, strict=True)}
 
+    async def buckets(self, role: str, name: str, label: str) -> dict[float, float]:
+        """Cumulative counts of a histogram's samples with a label, by upper bound, over all replicas of a role."""
+        found: dict[float, float] = {}
+        for replica in self.replicas[role]:
+            for line in (await get(replica.metrics_port, "/metrics")).splitlines():
+                if line.startswith(f"{name}_bucket{{") and label in line:
+                    bound = float(line.partition('le="')[2].partition('"')[0])
+                    found[bound] = found.get(bound, 0.0) + float(line.rpartition(" ")[2])
+        return found
+
     def _list(self, role: str) -> str:
         return ",".join(replica.address for replica in self.replicas[role])
 

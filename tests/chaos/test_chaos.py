@@ -1,0 +1,59 @@
+"""Short versions of the commands in this folder, on one fleet of real processes: nothing is lost, nothing is wrong."""
+
+import pytest
+
+from tests.chaos.faults import harmed_fleet, hangs, under_harm
+from tests.chaos.fleet import SMALL, STAGES, FleetSettings
+from tests.chaos.kill import kill_under_load
+from tests.chaos.load import jobs, undisturbed
+from tests.chaos.proxy import Harm
+from tests.chaos.rolling import roll_under_load
+from tests.chaos.soak import soak
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+SOME = jobs(8, (12, 24, 48))
+HARM = Harm(delay=0.01, cut=0.005, swallow=0.002, corrupt=0.005)
+
+
+@pytest.fixture(scope="module")
+async def harmed(tmp_path_factory):
+    settings = FleetSettings(tmp_path_factory.mktemp("fleet"), sizes=SMALL, drain_seconds=0.5)
+    async with harmed_fleet(settings) as fleet_and_proxies:
+        yield fleet_and_proxies
+
+
+async def test_no_request_is_lost_or_changed_when_replicas_are_killed(harmed):
+    fleet, _ = harmed
+    tally, killer = await kill_under_load(fleet, SOME * 4, len(SOME), concurrency=6, period=1.5)
+    assert killer.killed.total() > 0
+    assert (tally.failed, tally.wrong) == ([], [])
+    for replica in fleet.all:
+        await replica.until_serving()
+
+
+async def test_no_request_is_lost_when_replicas_are_restarted_in_turn_though_nobody_asks_twice(harmed):
+    fleet, _ = harmed
+    tally, codes = await roll_under_load(fleet, SOME, 4, ("prior", "coordinator"))
+    assert len(codes) == 4
+    assert set(codes.values()) == {0}
+    assert len(tally.outcomes) > 4
+    assert (tally.failed, tally.wrong) == ([], [])
+
+
+async def test_bad_connections_to_the_stages_make_no_hang_no_wrong_text_and_leak_nothing(harmed):
+    fleet, proxies = harmed
+    expected = await undisturbed(fleet, SOME)
+    tally, done, free = await under_harm(fleet, proxies, HARM, SOME * 3, expected, 6)
+    assert done.total() > 0
+    assert (hangs(tally), tally.wrong) == (0, [])
+    assert free
+
+
+async def test_requests_that_are_left_or_run_late_leave_nothing_behind(harmed):
+    fleet, _ = harmed
+    ended, watch, free = await soak(fleet, SOME, 4, seconds=8)
+    assert {"left", "whole"} <= set(ended)
+    assert free
+    for name, files in watch.files.items():
+        assert files[-1] <= files[0] + 12, name  # connections come and go; what leaks grows with the requests
+    assert set(STAGES) <= {name.partition("-")[0] for name in watch.files}
