@@ -52,6 +52,11 @@ def test_a_written_config_has_the_released_keys_and_values(golden, written, part
     assert ours == {key: value for key, value in theirs.items() if key != "transformers_version"}
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_written_weights_can_be_read_by_another_user(written, part):
+    assert (written / "cola_dlm" / part / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_reading_and_writing_changes_no_weight(golden, tmp_path):
     write_vae(load_vae(golden.directory), tmp_path)
     write_dit(load_dit(Checkpoint.open(golden.directory)), tmp_path)

@@ -69,6 +69,7 @@ def _write(model: nn.Module, config: dict[str, Any], folder: Path, dtype: str) -
     }
     draft = folder / "model.safetensors.part"
     save_file(tensors, draft, metadata={"format": "pt"})
+    draft.chmod(0o644)  # the library's own files are the writer's alone, and servers run as somebody else
     draft.replace(folder / "model.safetensors")
     write_json(folder / "config.json", {**config, "dtype": dtype})
 
