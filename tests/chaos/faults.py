@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tests.chaos.fleet import SIZES, STAGES, Fleet, FleetSettings, eventually, free_port
-from tests.chaos.load import Job, Tally, jobs, roads, side_by_side, undisturbed
+from tests.chaos.load import DEADLINE, Job, Tally, jobs, roads, side_by_side, undisturbed
 from tests.chaos.proxy import Harm, Proxy
 from tests.conftest import GOLDEN
 
@@ -43,13 +43,19 @@ async def harmed_fleet(settings: FleetSettings) -> AsyncIterator[tuple[Fleet, li
 
 
 async def under_harm(
-    fleet: Fleet, proxies: list[Proxy], harm: Harm, wanted: list[Job], expected: dict[Job, str], concurrency: int
+    fleet: Fleet,
+    proxies: list[Proxy],
+    harm: Harm,
+    wanted: list[Job],
+    expected: dict[Job, str],
+    concurrency: int,
+    deadline: float = DEADLINE,
 ) -> tuple[Tally, Counter[str], bool]:
     """Ask for all while the proxies do this; then whether all KV is free again."""
     tally, before = Tally(expected=expected), sum((proxy.done for proxy in proxies), Counter())
     for proxy in proxies:
         proxy.harm = harm
-    async with roads(fleet, retries=True) as open_roads:
+    async with roads(fleet, retries=True, deadline=deadline) as open_roads:
 
         async def one(job: Job) -> None:
             tally.outcomes.append(await open_roads.ask(job))

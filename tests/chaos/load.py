@@ -87,8 +87,9 @@ def jobs(count: int, tokens: Sequence[int], seed: int = 0) -> list[Job]:
 class Roads:
     """Asks the fleet. `retries`: whether a caller may ask again after an answer of UNAVAILABLE or 503."""
 
-    def __init__(self, fleet: Fleet, client: AsyncClient, http: httpx.AsyncClient, retries: bool):
+    def __init__(self, fleet: Fleet, client: AsyncClient, http: httpx.AsyncClient, retries: bool, deadline: float):
         self._fleet, self._client, self._http, self._retries = fleet, client, http, retries
+        self._deadline = deadline
         self.gateways = list(fleet.replicas["gateway"])  # that a balancer would send requests to
         self._turn = 0
 
@@ -96,7 +97,7 @@ class Roads:
         """Ask once; again, within the deadline, where that is allowed."""
         outcome, started = Outcome(job), time.monotonic()
         while True:
-            left = DEADLINE - (time.monotonic() - started)
+            left = self._deadline - (time.monotonic() - started)
             try:
                 async with asyncio.timeout(left + 5):  # a deadline that nobody keeps is a hang
                     outcome.text = await (self._over_http if job.http else self._over_grpc)(job, left)
@@ -149,7 +150,7 @@ class _Refused(Exception):
 
 
 @asynccontextmanager
-async def roads(fleet: Fleet, retries: bool) -> AsyncIterator[Roads]:
+async def roads(fleet: Fleet, retries: bool, deadline: float = DEADLINE) -> AsyncIterator[Roads]:
     """Open roads to the fleet."""
     retry = Retry(attempts=4 if retries else 1)
     limits = httpx.Limits(max_connections=200)
@@ -157,7 +158,7 @@ async def roads(fleet: Fleet, retries: bool) -> AsyncIterator[Roads]:
         AsyncClient(fleet.target, retry=retry) as client,
         httpx.AsyncClient(timeout=DEADLINE, limits=limits) as http,
     ):
-        yield Roads(fleet, client, http, retries)
+        yield Roads(fleet, client, http, retries, deadline)
 
 
 async def undisturbed(fleet: Fleet, wanted: Sequence[Job]) -> dict[Job, str]:

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import click
-from colaserve_client import AsyncClient, DeadlineExceeded
 
+from colaserve_client import AsyncClient, DeadlineExceeded
 from tests.chaos.faults import kv_free
 from tests.chaos.fleet import SMALL, STAGES, Fleet, FleetSettings, eventually
 from tests.chaos.load import Job, jobs

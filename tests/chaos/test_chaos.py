@@ -1,8 +1,9 @@
 """Short versions of the commands in this folder, on one fleet of real processes: nothing is lost, nothing is wrong."""
 
 import pytest
+import pytest_asyncio
 
-from tests.chaos.faults import harmed_fleet, hangs, under_harm
+from tests.chaos.faults import hangs, harmed_fleet, under_harm
 from tests.chaos.fleet import SMALL, STAGES, FleetSettings
 from tests.chaos.kill import kill_under_load
 from tests.chaos.load import jobs, undisturbed
@@ -15,7 +16,7 @@ SOME = jobs(8, (12, 24, 48))
 HARM = Harm(delay=0.01, cut=0.005, swallow=0.002, corrupt=0.005)
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def harmed(tmp_path_factory):
     settings = FleetSettings(tmp_path_factory.mktemp("fleet"), sizes=SMALL, drain_seconds=0.5)
     async with harmed_fleet(settings) as fleet_and_proxies:
@@ -43,7 +44,7 @@ async def test_no_request_is_lost_when_replicas_are_restarted_in_turn_though_nob
 async def test_bad_connections_to_the_stages_make_no_hang_no_wrong_text_and_leak_nothing(harmed):
     fleet, proxies = harmed
     expected = await undisturbed(fleet, SOME)
-    tally, done, free = await under_harm(fleet, proxies, HARM, SOME * 3, expected, 6)
+    tally, done, free = await under_harm(fleet, proxies, HARM, SOME * 3, expected, 6, deadline=15.0)
     assert done.total() > 0
     assert (hangs(tally), tally.wrong) == (0, [])
     assert free
