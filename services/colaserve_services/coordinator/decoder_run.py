@@ -83,7 +83,7 @@ class DecoderRun:
         except asyncio.InvalidStateError as error:  # it ended before: read tells how
             await self._read_end(error)
         response = await self._call.read()
-        if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+        if response is grpc.aio.EOF:
             raise BrokenStream("the decoder ended its stream before the last block")
         self._check(response)
         return response

@@ -23,7 +23,7 @@ from colaserve_services.rpc import requests
 ASKED: Final = ("x-colaserve-checksum", "crc32")
 _TAG: Final = b"\x9d\xa4\xe8\x03"  # field 1000003, fixed32
 _LENGTH: Final = len(_TAG) + 4
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+_EOF: Any = grpc.aio.EOF
 
 
 def asked(metadata: Iterable[tuple[str, str | bytes]] | None) -> bool:

@@ -25,7 +25,7 @@ from colaserve_services.rpc import requests, tracing
 from colaserve_services.rpc.errors import status_from_errors
 
 PACKAGE = "colaserve.v1"
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+EOF: Any = grpc.aio.EOF
 
 
 class InProcessStub:
@@ -232,7 +232,7 @@ async def _serve(
 
 
 async def _run(behavior: Any, argument: Any, context: InProcessContext, span: tracing.CallSpan) -> Any:
-    async with status_from_errors(context):  # type: ignore[arg-type]
+    async with status_from_errors(context):
         if not inspect.isasyncgenfunction(behavior):
             return await behavior(argument, context)
         async with aclosing(behavior(argument, context)) as responses:

@@ -46,7 +46,7 @@ class RpcServer:
         self._server = grpc.aio.server(
             interceptors=[Edge(metrics, admission, keys)], options=_options(settings), migration_thread_pool=None
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self._port: int | None = None
         self.health_port: int | None = None  # the probes' port, once bound
