@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
+
 from colaserve_services.launch.settings import WatchSettings
 from colaserve_services.rpc import logs, tracing
 from colaserve_services.rpc.auth import Keys
@@ -115,7 +117,14 @@ def run(role: str, watch: WatchSettings, settings: ServerSettings, keys: Keys | 
     asyncio.run(_run(Host(role, watch, settings, keys), assemble))
 
 
+def keep_grpc() -> None:
+    """Keep grpc.aio's poller for the life of this process: giving it up, which the garbage collector does with the last
+    channel or server, waits for ever where an operation never ended. Called inside of an event loop."""
+    grpc.aio.init_grpc_aio()
+
+
 async def _run(host: Host, assemble: Assemble) -> None:
+    keep_grpc()
     signals = _Signals()
     async with host.stack:
         if not await signals.unless_stopped(assemble(host)):

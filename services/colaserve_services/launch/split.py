@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colaserve_services.errors import ColaserveError
 from colaserve_services.launch import threads
-from colaserve_services.launch.process import EXIT_WITH_PARENT, write_whole
+from colaserve_services.launch.process import EXIT_WITH_PARENT, keep_grpc, write_whole
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.settings import ChannelSettings
 
@@ -139,6 +139,7 @@ def run_split(settings: SplitSettings) -> None:
 
 
 async def _run(settings: SplitSettings, folder: Path) -> None:
+    keep_grpc()
     children, stop = Children(settings, folder), asyncio.Event()
     numbers: list[int] = []
 

@@ -9,6 +9,7 @@ import pytest
 
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.launch.process import keep_grpc
 from colaserve_services.rpc.errors import status_from_errors
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
@@ -52,6 +53,7 @@ class Running:
 
 @asynccontextmanager
 async def running(settings=None, keys=None, ready=True):
+    keep_grpc()
     metrics, servicer = Metrics(), Encoder()
     server = RpcServer(settings or ServerSettings(), metrics, keys)
     server.add(servicer)

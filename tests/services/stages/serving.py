@@ -9,6 +9,7 @@ import grpc
 import torch
 
 from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from colaserve_services.launch.process import keep_grpc
 from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.launch.stages import RunningStages, load_stages
 from colaserve_services.model.checkpoint import Checkpoint
@@ -65,6 +66,7 @@ class Served:
 @asynccontextmanager
 async def serving(golden, limits=None, max_message_bytes=4 << 20, dtype="float32"):
     torch.set_num_threads(1)
+    keep_grpc()
     limits = limits or EngineLimits(max_context=256, max_running=4, max_waiting=4)
     metrics, checkpoint = Metrics(), Checkpoint.open(golden.directory)
     settings = ModelSettings(golden.directory, dtype=dtype, threads=1)
