@@ -55,7 +55,7 @@ async def under_harm(
     tally, before = Tally(expected=expected), sum((proxy.done for proxy in proxies), Counter())
     for proxy in proxies:
         proxy.harm = harm
-    async with roads(fleet, retries=True, deadline=deadline) as open_roads:
+    async with roads(fleet, deadline) as open_roads:
 
         async def one(job: Job) -> None:
             tally.outcomes.append(await open_roads.ask(job))

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from tests.chaos.fleet import ROLES, SIZES, Fleet, FleetSettings
-from tests.chaos.load import Job, Tally, jobs, roads, side_by_side, undisturbed
+from tests.chaos.load import Job, Roads, Tally, endless, jobs, roads, undisturbed
 from tests.conftest import GOLDEN
 
 
@@ -27,7 +27,7 @@ class Killer:
     seed: int = 0
     killed: Counter[str] = field(default_factory=Counter)
 
-    async def run(self) -> None:
+    async def run(self, told: Roads) -> None:
         """For ever."""
         draw = random.Random(self.seed)
         while True:
@@ -35,6 +35,8 @@ class Killer:
             victims = [replica for role in ROLES for replica in await self._victims(role)]
             if victims:
                 victim = draw.choice(victims)
+                if victim.role == "coordinator":
+                    told.coordinator_died = time.monotonic()
                 await victim.kill()
                 await victim.start()
                 self.killed[victim.role] += 1
@@ -45,18 +47,21 @@ class Killer:
 
 
 async def kill_under_load(
-    fleet: Fleet, wanted: list[Job], distinct: int, concurrency: int, period: float
+    fleet: Fleet, some: list[Job], concurrency: int, period: float, requests: int = 0, kills: int = 0
 ) -> tuple[Tally, Killer]:
-    """Ask for all of `wanted` (its first `distinct` jobs over and over) while replicas die."""
-    tally, killer = Tally(expected=await undisturbed(fleet, wanted[:distinct])), Killer(fleet, period)
-    async with roads(fleet, retries=True) as open_roads:
+    """Ask for the jobs over and over while replicas die, until there were so many requests and kills."""
+    tally, killer = Tally(expected=await undisturbed(fleet, some)), Killer(fleet, period)
+    enough = asyncio.Event()
+    async with roads(fleet) as open_roads:
 
         async def one(job: Job) -> None:
             tally.outcomes.append(await open_roads.ask(job))
+            if len(tally.outcomes) >= requests and killer.killed.total() >= kills:
+                enough.set()
 
-        killing = asyncio.create_task(killer.run())
+        killing = asyncio.create_task(killer.run(open_roads))
         try:
-            await side_by_side(one, wanted, concurrency)
+            await endless(one, some, concurrency, enough)
         finally:
             killing.cancel()
             with suppress(asyncio.CancelledError):
@@ -69,7 +74,7 @@ async def kill_under_load(
 @click.option("--concurrency", default=12, show_default=True)
 @click.option("--period", default=3.0, show_default=True, help="Seconds between two kills.")
 @click.option("--distinct", default=60, show_default=True, help="Different requests among them.")
-@click.option("--tokens", default=96, show_default=True, help="Most tokens of a request.")
+@click.option("--tokens", default=192, show_default=True, help="Most tokens of a request.")
 @click.option("--model", default=GOLDEN / "tiny_b4", type=click.Path(path_type=Path, exists=True))
 @click.option("--logs", default=None, type=click.Path(path_type=Path), help="Folder for the processes' logs.")
 def main(
@@ -83,10 +88,9 @@ async def _main(
     requests: int, concurrency: int, period: float, distinct: int, tokens: int, model: Path, logs: Path
 ) -> None:
     some = jobs(distinct, (tokens // 4, tokens // 2, tokens))
-    wanted = [some[index % distinct] for index in range(requests)]
     async with Fleet(FleetSettings(logs, model, SIZES)) as fleet:
         started = time.monotonic()
-        tally, killer = await kill_under_load(fleet, wanted, distinct, concurrency, period)
+        tally, killer = await kill_under_load(fleet, some, concurrency, period, requests)
         seconds = time.monotonic() - started
         resumed = await fleet.metric("colaserve_failovers_total", ("coordinator",), 'outcome="resumed"')
     print(f"killed                   {killer.killed.total()} {dict(killer.killed)} in {seconds:.0f} s, logs in {logs}")

@@ -85,16 +85,17 @@ def jobs(count: int, tokens: Sequence[int], seed: int = 0) -> list[Job]:
 
 
 class Roads:
-    """Asks the fleet. `retries`: whether a caller may ask again after an answer of UNAVAILABLE or 503."""
+    """Asks the fleet. A caller whose coordinator may have died, since one was killed meanwhile, asks again."""
 
-    def __init__(self, fleet: Fleet, client: AsyncClient, http: httpx.AsyncClient, retries: bool, deadline: float):
-        self._fleet, self._client, self._http, self._retries = fleet, client, http, retries
-        self._deadline = deadline
+    def __init__(self, fleet: Fleet, client: AsyncClient, http: httpx.AsyncClient, deadline: float):
+        self._fleet, self._client, self._http, self._deadline = fleet, client, http, deadline
+        self.coordinator_died = float("-inf")  # when the latest one was killed
         self.gateways = list(fleet.replicas["gateway"])  # that a balancer would send requests to
         self._turn = 0
 
     async def ask(self, job: Job) -> Outcome:
-        """Ask once; again, within the deadline, where that is allowed."""
+        """Ask once; again, within the deadline, where that is allowed, as the client library does by itself before the
+        first block."""
         outcome, started = Outcome(job), time.monotonic()
         while True:
             left = self._deadline - (time.monotonic() - started)
@@ -106,7 +107,8 @@ class Roads:
                 outcome.error = "HANG"
             except (ColaserveError, httpx.HTTPError, _Refused) as error:
                 outcome.error = str(error) if isinstance(error, _Refused) else type(error).__name__
-                if self._retries and outcome.error in ("Unavailable", "503") and outcome.repeated < 3:
+                lost = outcome.error in ("Unavailable", "503") and self.coordinator_died > started
+                if lost and outcome.repeated < 3:
                     outcome.repeated += 1
                     await asyncio.sleep(0.2)
                     continue
@@ -150,21 +152,21 @@ class _Refused(Exception):
 
 
 @asynccontextmanager
-async def roads(fleet: Fleet, retries: bool, deadline: float = DEADLINE) -> AsyncIterator[Roads]:
+async def roads(fleet: Fleet, deadline: float = DEADLINE) -> AsyncIterator[Roads]:
     """Open roads to the fleet."""
-    retry = Retry(attempts=4 if retries else 1)
+    retry = Retry(attempts=1)  # every failure is to be seen
     limits = httpx.Limits(max_connections=200)
     async with (
         AsyncClient(fleet.target, retry=retry) as client,
         httpx.AsyncClient(timeout=DEADLINE, limits=limits) as http,
     ):
-        yield Roads(fleet, client, http, retries, deadline)
+        yield Roads(fleet, client, http, deadline)
 
 
 async def undisturbed(fleet: Fleet, wanted: Sequence[Job]) -> dict[Job, str]:
     """The answers while nothing fails."""
     expected: dict[Job, str] = {}
-    async with roads(fleet, retries=False) as open_roads:
+    async with roads(fleet) as open_roads:
 
         async def one(job: Job) -> None:
             outcome = await open_roads.ask(replace(job, http=False))

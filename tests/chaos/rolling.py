@@ -21,7 +21,7 @@ async def roll_under_load(
 ) -> tuple[Tally, dict[str, int]]:
     """Restart each replica of these roles in turn; callers ask nothing twice. Also the exit codes, by name."""
     tally, codes, over = Tally(expected=await undisturbed(fleet, some)), dict[str, int](), asyncio.Event()
-    async with roads(fleet, retries=False) as open_roads:
+    async with roads(fleet) as open_roads:
 
         async def one(job: Job) -> None:
             tally.outcomes.append(await open_roads.ask(job))

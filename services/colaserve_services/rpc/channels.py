@@ -107,8 +107,10 @@ def _options(settings: ChannelSettings, service: str) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive),
-        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),
+        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
+        ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # else two, then one a minute: streams that wait send nothing
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 3000),

@@ -128,8 +128,10 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
         ("grpc.keepalive_time_ms", keepalive),
-        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),
+        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
+        ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ("grpc.http2.max_ping_strikes", 0),
     ]
