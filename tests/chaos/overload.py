@@ -68,7 +68,7 @@ async def _main(
     model: Path, factor: float, seconds: float, closed: float, callers: str, tokens: int, queue_seconds: float,
     settle: float, logs: Path,
 ) -> None:  # fmt: skip
-    patience = {"coordinator": (f"--queue-seconds={queue_seconds}",)}
+    patience = {"coordinator": (f"--queue-seconds={queue_seconds}", "--log-level=debug")}
     async with (
         Fleet(FleetSettings(logs, model, ONE_EACH, patience)) as fleet,
         connected(fleet.target, None, 300) as client,

@@ -8,7 +8,7 @@ many that is it tells itself: each generation brings the time that it waited the
 from __future__ import annotations
 
 import asyncio
-import math
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
@@ -20,10 +20,12 @@ from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.errors import Overloaded
 
 _SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0
-_WEIGHT = 0.1  # of the latest call in the running mean of service seconds
+_WEIGHT = 0.1  # of the latest call in the running mean of the pace
 _SHORT_WAIT, _LONG_WAIT = 0.1, 1.0  # seconds in the prior's queue: below, there is room for more; above, for fewer
 _SHRINK = 0.9
 _FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
+
+_log = logging.getLogger(__name__)
 
 
 class Admission:
@@ -34,7 +36,7 @@ class Admission:
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._by_key: Counter[str] = Counter()
-        self._service_seconds = 1.0  # running mean
+        self._pace = 1.0  # seconds between two calls that end, were all places taken; running mean
         self._measured = 0  # calls it is the mean of
         self._places = float(limits.max_running)
         self._shrunk = 0.0  # when
@@ -60,10 +62,12 @@ class Admission:
         fewer, that counts for the calls admitted from then on."""
         if waited < _SHORT_WAIT and self._waiting:
             self._places = min(self._places + 1, self._limits.max_running)
+            _log.debug("places: %.0f", self._places)
             self._fill()
         elif waited > _LONG_WAIT and admitted > self._shrunk:
             self._places = max(self._places * _SHRINK, 1.0)
             self._shrunk = time.monotonic()
+            _log.debug("places: %.0f, a call waited %.1f s at the prior", self._places, waited)
 
     @asynccontextmanager
     async def slot(self, call: Call) -> AsyncIterator[None]:
@@ -73,11 +77,13 @@ class Admission:
         self._by_key[call.key] += 1
         try:
             await self._enter(call)
-            started = time.monotonic()
+            started, beside = time.monotonic(), self._running
             try:
                 yield
+                self._learn_pace((time.monotonic() - started) / ((beside + self._running) / 2))
             finally:
-                self._leave(time.monotonic() - started)
+                self._pass_on()
+                self._tell()
         finally:
             self._by_key[call.key] -= 1
             if not self._by_key[call.key]:
@@ -110,11 +116,11 @@ class Admission:
 
     def _wait(self) -> float:
         """Seconds that one more call would wait: the queue before it, at the mean pace so far."""
-        rounds = math.ceil((len(self._waiting) + 1) / int(self._places))
-        return rounds * self._service_seconds
+        return (len(self._waiting) + 1) * self._pace
 
     def _refusal(self, reason: str, message: str) -> Overloaded:
         self._observer.refused(reason)
+        _log.debug("refused: %s; %s; one ends each %.2f s", reason, message, self._pace)
         return Overloaded(message, self.retry_after())
 
     async def _enter(self, call: Call) -> None:
@@ -146,11 +152,10 @@ class Admission:
             self._waiting.remove(turn)
         self._tell()
 
-    def _leave(self, seconds: float) -> None:
+    def _learn_pace(self, seconds: float) -> None:
+        """A call ended well, its time shared among those that ran beside it. One that was left early tells nothing."""
         self._measured += 1
-        self._service_seconds += max(_WEIGHT, 1 / self._measured) * (seconds - self._service_seconds)
-        self._pass_on()
-        self._tell()
+        self._pace += max(_WEIGHT, 1 / self._measured) * (seconds - self._pace)
 
     def _pass_on(self) -> None:
         """A place is free: hand it to whoever waits longest, unless there are to be fewer places."""

@@ -117,7 +117,7 @@ async def test_one_key_cannot_take_all_places():
 
 async def test_the_hint_grows_with_the_queue():
     gate = admission(max_running=1, max_waiting=50)
-    gate._service_seconds = 2.0
+    gate._pace = 2.0
     workers = [Worker(gate)]
     hints = []
     for _ in range(4):
@@ -130,12 +130,12 @@ async def test_the_hint_grows_with_the_queue():
 
 async def test_nobody_waits_in_vain_where_the_pace_is_known():
     gate = admission(max_running=2, max_waiting=1000, queue_seconds=20)
-    gate._service_seconds, gate._measured = 4.0, 10
+    gate._pace, gate._measured = 2.0, 10
     workers = [Worker(gate) for _ in range(100)]
     await settle()
     with pytest.raises(Overloaded, match="takes too long") as refusal:
         gate.check(Call())
-    assert sum(not worker.task.done() for worker in workers) == 2 + 4  # two rounds of 4 s fit into half the patience
+    assert sum(not worker.task.done() for worker in workers) == 2 + 5  # at 2 s each these fit into half the patience
     assert refusal.value.retry_after == 12
     for worker in workers:
         worker.end.set()
