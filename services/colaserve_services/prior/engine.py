@@ -23,6 +23,8 @@ from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
+_LEAST_ROWS = 32  # of contexts in a pass: so few cost next to nothing
+
 
 @dataclass(frozen=True)
 class SampledBlock:
@@ -152,9 +154,13 @@ class PriorEngine(Engine[PriorSession]):
         return self.shape.block_size * (sum(len(turn.latents) for turn in turns) + len(guided)), len(turns)
 
     def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
-        """Every sampling session; contexts share what room a pass has for them, first come, first served."""
-        sampling = sum(len(session.run.uncommitted) <= 1 for session in ready)
-        room = max(1, sampling if sampling else self.limits.chunk // self.shape.block_size)
+        """Every sampling session; contexts share what room a pass has for them, first come, first served.
+
+        While sessions sample, contexts get as many rows as those have with guidance, so that a pass takes less than
+        twice its time.
+        """
+        sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
+        room = max(1, max(2 * sampling, _LEAST_ROWS // B) if sampling else self.limits.chunk // B)
         turns = []
         for session in ready:
             waiting = session.run.uncommitted
