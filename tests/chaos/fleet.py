@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -204,10 +205,20 @@ class Fleet:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on now, given out once, and below those that the system gives to connections.
+
+    A replica that is killed must find its port free again: out of the system's range, no connection takes it meanwhile.
+    """
+    while True:
+        port = random.randrange(16_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
+
+
+_given: set[int] = set()
 
 
 async def get(port: int, path: str, seconds: float = 5.0) -> str:
