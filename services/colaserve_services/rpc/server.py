@@ -117,7 +117,9 @@ class RpcServer:
             raise UsageError(f"--grpc-port: cannot listen on {address}; is the port taken?") from error
 
     def _stage(self) -> str:
-        return self._names[-1].rpartition(".")[2].removesuffix("Service").lower() if self._names else ""
+        """The stage whose door this is: the coordinator's where it lives, whatever else does."""
+        stages = [name.rpartition(".")[2].removesuffix("Service").lower() for name in self._names]
+        return "coordinator" if "generation" in stages or not stages else stages[0]
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
