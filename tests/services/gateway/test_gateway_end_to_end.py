@@ -127,3 +127,14 @@ def test_token_ids_say_the_same_as_their_text(served: Served):
 
 def test_the_gateway_is_ready_when_it_is_reached(served: Served):
     assert served.http.get("/ready").json() == {"status": "ok"}
+
+
+def test_litellm_unmodified_completes_streams_and_is_refused(served: Served):
+    """In a process of its own: importing litellm changes settings of the whole process."""
+    script = Path(__file__).with_name("use_litellm.py")
+    model = served.http.get("/v1/models").json()["data"][0]["id"]
+    done = subprocess.run(
+        [sys.executable, script, str(served.http.base_url).rstrip("/"), model],
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
