@@ -52,9 +52,14 @@ async def test_bad_connections_to_the_stages_make_no_hang_no_wrong_text_and_leak
 
 async def test_requests_that_are_left_or_run_late_leave_nothing_behind(harmed):
     fleet, _ = harmed
-    ended, watch, free = await soak(fleet, SOME, 4, seconds=8)
-    assert {"left", "whole"} <= set(ended)
-    assert free
+    seen: set[str] = set()
+    for _ in range(6):  # a slow machine gets few requests into one round, and one in five is left
+        ended, watch, free = await soak(fleet, SOME, 4, seconds=8)
+        seen |= set(ended)
+        assert free
+        if {"left", "whole"} <= seen:
+            break
+    assert {"left", "whole"} <= seen
     for name, files in watch.files.items():
         assert files[-1] <= files[0] + 12, name  # connections come and go; what leaks grows with the requests
     assert set(STAGES) <= {name.partition("-")[0] for name in watch.files}

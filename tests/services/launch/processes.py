@@ -56,7 +56,7 @@ def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None):
     try:
         until(lambda: process.poll() is not None or "ready after" in log.read_text(), 60)
         assert process.poll() is None, log.read_text()
-        until(ports_file.exists, 5)
+        until(lambda: process.poll() is not None or ports_file.exists(), 60)  # with --split the log names each role
         running = Running(process, json.loads(ports_file.read_text()), log)
         family = running.children()
         yield running

@@ -110,7 +110,7 @@ def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):
         coordinator = start("coordinator", *targets)
         tokens = generate(coordinator.target)
         with grpc.insecure_channel(coordinator.target) as channel:
-            until(lambda: healthy(channel), 10)
+            until(lambda: healthy(channel), 30)
             os.kill(prior.process.pid, signal.SIGSTOP)
             until(lambda: not healthy(channel), 30)
             os.kill(prior.process.pid, signal.SIGCONT)
