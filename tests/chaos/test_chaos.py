@@ -25,8 +25,8 @@ async def harmed(tmp_path_factory):
 
 async def test_no_request_is_lost_or_changed_when_replicas_are_killed(harmed):
     fleet, _ = harmed
-    tally, killer = await kill_under_load(fleet, SOME, concurrency=6, period=1.0, kills=8)
-    assert killer.killed.total() >= 8
+    tally, killer = await kill_under_load(fleet, SOME, concurrency=6, period=3.0, kills=5)
+    assert killer.killed.total() >= 5
     assert (tally.failed, tally.wrong) == ([], [])
     for replica in fleet.all:
         await replica.until_serving()
