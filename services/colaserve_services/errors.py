@@ -51,3 +51,9 @@ class CheckpointError(ColaserveError):
 
 class UsageError(ColaserveError):
     """An impossible combination of settings. One line, for the operator at start."""
+
+
+def require(holds: bool, field: str, got: object, expected: str) -> None:
+    """Raise `InvalidRequest` for a field that holds what cannot be served."""
+    if not holds:
+        raise InvalidRequest(field, f"got {got}, expected {expected}")

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from colaserve_services.errors import InvalidRequest
+from colaserve_services.errors import require
 
 TIME_SCALE = 1000.0  # T: the network's time runs from T (noise) to 0 (latents)
 MAX_STEPS = 1000
@@ -46,17 +46,17 @@ class SamplerSettings:
     resamples: int = 1
 
     def __post_init__(self) -> None:
-        _require(1 <= self.steps <= MAX_STEPS, "sampler.steps", self.steps, f"1 to {MAX_STEPS}")
-        _require(0 <= self.guidance_scale <= 1000, "sampler.guidance_scale", self.guidance_scale, "0 to 1000")
-        _require(self.solver in SOLVERS, "sampler.solver", self.solver, " or ".join(SOLVERS))
-        _require(0 <= self.guidance_start <= 1, "sampler.guidance_start", self.guidance_start, "0 to 1")
-        _require(
+        require(1 <= self.steps <= MAX_STEPS, "sampler.steps", self.steps, f"1 to {MAX_STEPS}")
+        require(0 <= self.guidance_scale <= 1000, "sampler.guidance_scale", self.guidance_scale, "0 to 1000")
+        require(self.solver in SOLVERS, "sampler.solver", self.solver, " or ".join(SOLVERS))
+        require(0 <= self.guidance_start <= 1, "sampler.guidance_start", self.guidance_start, "0 to 1")
+        require(
             0 <= self.guidance_end <= self.guidance_start,
             "sampler.guidance_end",
             self.guidance_end,
             f"0 to guidance_start, {self.guidance_start}",
         )
-        _require(1 <= self.resamples <= 100, "sampler.resamples", self.resamples, "1 to 100")
+        require(1 <= self.resamples <= 100, "sampler.resamples", self.resamples, "1 to 100")
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional branch is needed at time t (0..1000)."""
@@ -73,11 +73,6 @@ class SamplerSettings:
         """Rows of B latents that one block sends through the network, both branches counted."""
         guided = sum(self.guided(t) for t in schedule(self.steps)[:-1]) / self.steps
         return self.evaluations() * (1 + guided)
-
-
-def _require(holds: bool, field: str, got: object, expected: str) -> None:
-    if not holds:
-        raise InvalidRequest(field, f"got {got}, expected {expected}")
 
 
 def schedule(steps: int) -> list[float]:

@@ -41,10 +41,6 @@ class KVCache:
         )
         self._values = torch.zeros(by_position, dtype=shape.dtype, device=shape.device)
 
-    @property
-    def nbytes(self) -> int:
-        return self.shape.nbytes(self.capacity)
-
     def write_slots(self, start: int, stop: int) -> Views:
         """For each layer the places of positions start..stop: keys and values, (heads, n, head_dim) each."""
         assert stop <= self.capacity, "a session writes only what it reserved"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colaserve_services.errors import InvalidRequest
+from colaserve_services.errors import require
 
 GREEDY_BELOW = 1e-5  # temperatures below take the most likely token
 _MASK = (1 << 64) - 1
@@ -23,17 +23,12 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature <= 100, "sampling.temperature", self.temperature, "0 to 100")
-        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all) or more")
-        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0, at most 1")
+        require(0 <= self.temperature <= 100, "sampling.temperature", self.temperature, "0 to 100")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all) or more")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0, at most 1")
         penalty = self.repetition_penalty
-        _require(0 < penalty <= 1000, "sampling.repetition_penalty", penalty, "above 0, at most 1000")
-        _require(0 <= self.seed <= _MASK, "sampling.seed", self.seed, "0 to 2^64 - 1")
-
-
-def _require(holds: bool, field: str, got: object, expected: str) -> None:
-    if not holds:
-        raise InvalidRequest(field, f"got {got}, expected {expected}")
+        require(0 < penalty <= 1000, "sampling.repetition_penalty", penalty, "above 0, at most 1000")
+        require(0 <= self.seed <= _MASK, "sampling.seed", self.seed, "0 to 2^64 - 1")
 
 
 def sample_block(logits: Tensor, settings: SamplingSettings, seen: Tensor, block: int) -> Tensor:
