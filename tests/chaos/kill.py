@@ -38,6 +38,8 @@ class Killer:
                 if victim.role == "coordinator":
                     told.coordinator_died = time.monotonic()
                 await victim.kill()
+                if victim.role == "coordinator":
+                    told.coordinator_died = time.monotonic()
                 await victim.start()
                 self.killed[victim.role] += 1
 

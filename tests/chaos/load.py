@@ -41,6 +41,9 @@ class Outcome:
     repeated: int = 0  # attempts that a caller made beyond the first
 
 
+_NOTICED = 1.0  # seconds until connections to a killed coordinator are known to be dead: requests still go there
+
+
 @dataclass
 class Tally:
     """What became of all."""
@@ -107,8 +110,8 @@ class Roads:
                 outcome.error = "HANG"
             except (ColaserveError, httpx.HTTPError, _Refused) as error:
                 outcome.error = str(error) if isinstance(error, _Refused) else type(error).__name__
-                lost = outcome.error in ("Unavailable", "503") and self.coordinator_died > started
-                if lost and outcome.repeated < 3:
+                lost = outcome.error in ("Unavailable", "503") and self.coordinator_died > started - _NOTICED
+                if lost and outcome.repeated < 10:
                     outcome.repeated += 1
                     await asyncio.sleep(0.2)
                     continue
