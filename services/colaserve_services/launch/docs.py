@@ -55,7 +55,8 @@ this machine or each other (a taken port, no such device).
 
 gRPC health (`grpc.health.v1`) on the gRPC port, and on `--health-port` without TLS and keys: the name "" and the name
 of each service are SERVING when the role is ready (the coordinator: while its stages are); the name `liveness` is
-SERVING as long as the process answers, whatever its load. The gateway has `/ready` and `/health` on its HTTP port.
+SERVING as long as the process answers and can compute, whatever its load (engines whose steps failed three times in a
+row and then fail at their warm-up too are not alive, until they manage it). The gateway has `/ready` and `/health` on its HTTP port.
 """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.runtime.observer import EngineObserver
@@ -10,8 +12,8 @@ from colaserve_services.runtime.observer import EngineObserver
 class EngineMetrics(EngineObserver):
     """Of one engine; `stage` is its label. Called on the device thread; prometheus_client's locks are short."""
 
-    def __init__(self, metrics: Metrics, stage: str):
-        self._refused, self._stage = metrics.refused, stage
+    def __init__(self, metrics: Metrics, stage: str, failing: Callable[[], None] = lambda: None):
+        self._refused, self._stage, self._failing = metrics.refused, stage, failing
         self._queue, self._running = metrics.queue_depth.labels(stage), metrics.running.labels(stage)
         self._rows, self._step = metrics.batch_rows.labels(stage), metrics.step_seconds.labels(stage)
         self._kv, self._budget = metrics.kv_bytes.labels(stage), metrics.kv_budget_bytes.labels(stage)
@@ -45,6 +47,9 @@ class EngineMetrics(EngineObserver):
         self._hits.inc(hits)
         self._misses.inc(misses)
         self._held.set(bytes_held)
+
+    def failing(self) -> None:
+        self._failing()
 
     def refused(self, reason: str) -> None:
         self._refused.labels(self._stage, reason).inc()

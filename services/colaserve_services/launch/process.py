@@ -84,6 +84,11 @@ class Host:
         if self._grpc is not None and self._said_ready:
             self._following = asyncio.ensure_future(self._grpc.serving(ready))
 
+    async def failing(self, failing: bool) -> None:
+        """What computes here fails, or works again: health tells."""
+        if self._grpc is not None:
+            await self._grpc.failing(failing)
+
     async def ready(self) -> None:
         """Say SERVING, and where."""
         self._said_ready = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,13 +109,23 @@ async def _checkpoint(directory: Path) -> Checkpoint:
 async def _stages(
     host: Host, names: tuple[str, ...], model: settings.ModelSettings, limits: Any, checkpoint: Checkpoint
 ) -> RunningStages:
+    loop, suspected = asyncio.get_running_loop(), asyncio.Event()
+
+    def suspect() -> None:
+        with suppress(RuntimeError):  # the loop is closed: the process ends
+            loop.call_soon_threadsafe(suspected.set)
+
     def load() -> RunningStages:
         from colaserve_services.launch.stages import load_stages
 
-        return load_stages(names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics)
+        return load_stages(
+            names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics, suspect
+        )
 
     stages = await in_thread(load)
     host.stack.callback(stages.stop)
+    watch = asyncio.ensure_future(stages.watch(suspected, host.failing))
+    host.stack.callback(watch.cancel)
     return stages
 
 

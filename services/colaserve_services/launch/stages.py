@@ -5,8 +5,9 @@ The only part of the launcher that needs torch; imported when a stage is started
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
 from colaserve_services.decoder.service import DecoderService
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.encoder.service import EncoderService
-from colaserve_services.errors import UsageError
+from colaserve_services.errors import ColaserveError, Overloaded, UsageError
 from colaserve_services.launch.observers import EngineMetrics
 from colaserve_services.launch.progress import Progress
 from colaserve_services.launch.settings import ModelSettings
@@ -33,6 +34,9 @@ from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.text import Tokenizer
 
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
+
+_TRY_AGAIN = 5.0  # seconds between looks at engines that fail
+_WARM_UP_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +54,29 @@ class RunningStages:
         for stage, engine in self.engines.items():
             await _WARM_UPS[stage](engine)
 
+    async def watch(self, suspected: asyncio.Event, failing: Callable[[bool], Awaitable[None]]) -> None:
+        """Whenever the engines are suspected, see whether they can still do their warm-up, and tell while they cannot.
+
+        So a request that breaks a step wherever it goes does not take a replica that serves all others.
+        """
+        while True:
+            await suspected.wait()
+            suspected.clear()
+            while not await self._works():
+                _log.critical("engines fail at their warm-up too: neither ready nor alive until they do it")
+                await failing(True)
+                await asyncio.sleep(_TRY_AGAIN)
+            await failing(False)
+
+    async def _works(self) -> bool:
+        try:
+            await asyncio.wait_for(self.warm_up(), _WARM_UP_SECONDS)
+        except Overloaded:  # so much the better
+            return True
+        except (ColaserveError, TimeoutError):
+            return False
+        return True
+
     def stop(self) -> None:
         """End the device thread; whatever still runs is abandoned."""
         self.thread.stop()
@@ -62,8 +89,12 @@ def load_stages(
     limits: EngineLimits,
     max_message_bytes: int,
     metrics: Metrics,
+    failing: Callable[[], None] = lambda: None,
 ) -> RunningStages:
-    """Read the weights of some stages and start their engines. Blocks; raises CheckpointError and UsageError."""
+    """Read the weights of some stages and start their engines. Blocks; raises CheckpointError and UsageError.
+
+    `failing` is called on the device thread when several steps of an engine have failed in a row.
+    """
     device, dtype = pick_device(settings.device), pick_dtype(settings.dtype, settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -73,7 +104,8 @@ def load_stages(
     engines, services = {}, {}
     for stage in (stage for stage in STAGES if stage in stages):
         model = _load(stage, checkpoint, device, dtype, metrics)
-        engines[stage] = _engine(stage, model, checkpoint, thread, limits, EngineMetrics(metrics, stage))
+        observer = EngineMetrics(metrics, stage, failing)
+        engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
         services[stage] = _SERVICES[stage](engines[stage], identity)
     thread.start()
     return RunningStages(engines, services, thread)

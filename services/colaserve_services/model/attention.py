@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,102 +20,137 @@ class Segment:
     start: int = 0  # position of the first row
     cache: KVCache | None = None  # written at start.. and read up to the last row; None: the rows see only each other
 
+    @property
+    def stop(self) -> int:
+        """Positions up to the last row."""
+        return self.start + self.rows
+
 
 class RaggedAttention:
     """The `attend` of an inference pass. Segments lie in the batch one after the other.
 
-    Cost grows with the sum of the segments' lengths; no mask spans the batch, or anything but a segment's own rows.
+    Neighbours of as many rows whose caches lie side by side, or that have none, are computed as one batch. Cost grows
+    with the sum of the segments' lengths; no mask spans the whole batch.
     """
 
     def __init__(self, segments: Sequence[Segment], block_size: int, device: torch.device):
         self._parts: list[_Cached | _Alone] = []
         row = 0
-        for segment in segments:
-            rows = slice(row, row + segment.rows)
+        for group in _side_by_side(segments):
+            rows = slice(row, row + len(group) * group[0].rows)
             row = rows.stop
-            last = self._parts[-1] if self._parts else None
-            if segment.cache is not None:
-                self._parts.append(_Cached(rows, segment, segment.cache, _mask(segment, block_size, device)))
-            elif isinstance(last, _Alone) and last.length == segment.rows:
-                last.rows = slice(last.rows.start, rows.stop)
-            else:
-                self._parts.append(_Alone(rows, segment.rows, _mask(segment, block_size, device)))
+            part = _Alone if group[0].cache is None else _Cached
+            self._parts.append(part(rows, group, block_size, device))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
-        leading = q.shape[:-2]
         if _by_products(v):
             q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=v.dtype, device=v.device))
-        q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(v.dtype), k, v))
-        outputs = [part.attend(layer, q, k, v) for part in self._parts]
-        return torch.cat(outputs).view(*leading, *q.shape[-2:])
+        out = torch.empty(q.shape, dtype=v.dtype, device=v.device)
+        q, k, v, rows = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(v.dtype), k, v, out))
+        for part in self._parts:
+            part.attend(layer, q[part.rows], k[part.rows], v[part.rows], rows[part.rows])
+        return out
+
+
+def _side_by_side(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Cut into runs that one batch can serve."""
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if groups and _follows(groups[-1][-1], segment):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return groups
+
+
+def _follows(last: Segment, segment: Segment) -> bool:
+    """Whether both can be in one batch: as long, and both without a cache or in neighbouring slots of one slab."""
+    if last.rows != segment.rows or last.cache is None or segment.cache is None:
+        return last.rows == segment.rows and last.cache is segment.cache
+    shape = segment.cache.shape
+    neighbours = last.cache.slab is segment.cache.slab and last.cache.slot + 1 == segment.cache.slot
+    return shape.transposed_keys and neighbours
 
 
 class _Cached:
-    """A segment over its cache. Views into the cache are made once for all layers."""
+    """Segments over their caches, which lie side by side. Views into the caches are made once for all layers."""
 
-    def __init__(self, rows: slice, segment: Segment, cache: KVCache, mask: Tensor | None):
-        self.rows, self._mask = rows, mask
-        self._stop = segment.start + segment.rows
-        self._key_slots, self._value_slots = cache.write_slots(segment.start, self._stop)
-        self._keys, self._values = cache.readable(self._stop)
+    def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
+        self.rows, self._count = rows, len(segments)
+        caches = [segment.cache for segment in segments if segment.cache is not None]
+        slab, first = caches[0].slab, caches[0].slot
+        longest = max(segment.stop for segment in segments)
+        self._keys, self._values = slab.readable(slice(first, first + len(caches)), longest)
+        self._writes = []
+        for start, same in groupby(range(len(segments)), key=lambda i: segments[i].start):
+            places = list(same)
+            slots = slice(first + places[0], first + places[-1] + 1)
+            written = slab.write_slots(slots, start, start + segments[0].rows)
+            self._writes.append((slice(places[0], places[-1] + 1), *written))
+        length, dtype = self._values[0].shape[2], self._values[0].dtype
+        self._hidden = _hidden(segments, length, block_size, device, dtype)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[self.rows].transpose(0, 1) for x in (q, k, v))
-        keys, values = self._keys[layer], self._values[layer]
-        self._key_slots[layer].copy_(k)
-        self._value_slots[layer].copy_(v)
-        if _by_products(v):
-            return _product_attention(q, keys, values, self._mask, self._stop).transpose(0, 1)
-        return _fused_attention(q[None], keys[None], values[None], self._mask)[0].transpose(0, 1)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
+        for sequences, key_slots, value_slots in self._writes:
+            key_slots[layer].copy_(k[sequences])
+            value_slots[layer].copy_(v[sequences])
+        attention = _product_attention if _by_products(v) else _fused_attention
+        out.copy_(attention(q, self._keys[layer], self._values[layer], self._hidden))
 
 
 class _Alone:
-    """Neighbouring segments of one length without a cache, as one batch."""
+    """Segments of one length without a cache, as one batch."""
 
-    def __init__(self, rows: slice, length: int, mask: Tensor | None):
-        self.rows, self.length, self._mask = rows, length, mask
+    def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
+        self.rows, self._count = rows, len(segments)
+        self._hidden = _hidden(segments[:1], segments[0].rows, block_size, device, torch.float32)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[self.rows].to(v.dtype).view(-1, self.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        q, k, v, out = (x.to(v.dtype).view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
+        hidden = None if self._hidden is None else self._hidden.to(v.dtype)
         if _by_products(v):
-            qs, ks, vs = (x.flatten(0, 1) for x in (q, k.transpose(2, 3), v))
-            out = _product_attention(qs, ks, vs, self._mask, self.length).view(q.shape)
+            out.copy_(_product_attention(q, k.transpose(2, 3), v, hidden))
         else:
-            out = _fused_attention(q, k, v, self._mask)
-        return out.transpose(1, 2).flatten(0, 1)
+            out.copy_(_fused_attention(q, k, v, hidden))
 
 
 def _by_products(v: Tensor) -> bool:
     return v.device.type == "cpu" and v.dtype == torch.bfloat16
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     """The library's attention: (batch, heads, n, head_dim) over (batch, heads, L, head_dim)."""
-    if mask is not None:
-        past = torch.ones(len(mask), k.shape[2] - len(mask), dtype=torch.bool, device=mask.device)
-        mask = torch.cat((past, mask), dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if hidden is not None:
+        hidden = F.pad(hidden, (k.shape[2] - hidden.shape[-1], 0))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)
 
 
-def _product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stop: int) -> Tensor:
-    """Attention as two products and a softmax: (batch, n, d), scaled, over (batch, d, L) and (batch, L, d).
+def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (..., d, L) and v (..., L, d).
 
     For a few queries on a CPU in bfloat16 it takes less than half the time of the fused kernel, which is made for many.
-    Scores are rounded to bfloat16 between product and softmax; the softmax computes in float32. Positions from `stop`
-    on are room of the cache that is not in use yet.
+    Scores are rounded to bfloat16 between product and softmax; the softmax computes in float32.
     """
-    scores = torch.bmm(q, k)
-    if stop < scores.shape[-1]:
-        scores[:, :, stop:] = float("-inf")
-    if mask is not None:
-        scores[:, :, stop - len(mask) : stop].masked_fill_(~mask, float("-inf"))
-    return torch.bmm(scores.softmax(dim=-1), v)
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1))
+    if hidden is not None:
+        scores.view(*q.shape[:3], -1)[..., -hidden.shape[-1] :].add_(hidden)
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
 
 
-def _mask(segment: Segment, block_size: int, device: torch.device) -> Tensor | None:
-    """Which of the segment's own rows each row sees, block-causally; None when every row sees all."""
-    if segment.start // block_size == (segment.start + segment.rows - 1) // block_size:
+def _hidden(
+    segments: list[Segment], length: int, block_size: int, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the scores of each segment's rows over the last of `length` keys: (segments, 1, rows, keys).
+
+    0 for what a row sees, -inf for later blocks and for room of a cache that is not in use yet. The keys before the
+    first segment's rows are seen by all and left out. None when every row sees all keys.
+    """
+    rows, start = segments[0].rows, torch.tensor([segment.start for segment in segments], device=device)[:, None]
+    queries = start + torch.arange(rows, device=device)
+    keys = torch.arange(min(segment.start for segment in segments), length, device=device)
+    seen = block_causal_mask(queries, keys, block_size) & (keys < start + rows)[:, None]
+    if seen.all():
         return None
-    positions = torch.arange(segment.start, segment.start + segment.rows, device=device)
-    return block_causal_mask(positions, positions, block_size)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None]

@@ -12,7 +12,7 @@ from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import schedule
-from colaserve_services.model.kv_cache import KVCache, KVShape
+from colaserve_services.model.kv_cache import KVCache, KVPool, KVShape
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.runtime.device import DeviceThread
@@ -44,16 +44,17 @@ class PriorSession(Session[SampledBlock]):
         context = context_blocks(job, B)
         self._positions = B * (context + job.max_blocks)
         super().__init__(
-            kv_bytes=engine.kv_shape.nbytes(self._positions),
+            kv_bytes=engine.kv_shape.nbytes(engine.kv_pool.room(self._positions)),
             work=B * (context + job.max_blocks * job.sampler.passes()),
             deadline=deadline,
             on_read=engine.wake,
         )
+        self.cache: KVCache | None = None
         self._since = self.arrived  # when work on the current block became possible
 
     def start(self) -> None:
         engine = self._engine
-        self.cache: KVCache | None = KVCache(engine.kv_shape, self._positions)
+        self.cache = engine.kv_pool.take(self._positions)
         canvas = Canvas.of(self.job, engine.shape.block_size)
         self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
         engine.table.prepare([*schedule(self.job.sampler.steps), 0.0])
@@ -63,6 +64,8 @@ class PriorSession(Session[SampledBlock]):
         self.deliver()
 
     def free(self) -> None:
+        if self.cache is not None:
+            self._engine.kv_pool.give_back(self.cache)
         self.cache = None
 
     def ready(self) -> bool:
@@ -114,6 +117,12 @@ class _Turn:
         segment = Segment(run.block_size * len(latents), run.block_size * run.committed, session.cache)
         return cls(session, commits, point, complete and run.guided, latents, segment)
 
+    def place(self) -> tuple[int, int, int]:
+        """Orders a pass so that turns which one product can serve are neighbours."""
+        cache = self.session.cache
+        assert cache is not None, "a session with a turn has started"
+        return self.segment.rows, cache.slab.number, cache.slot
+
 
 class PriorEngine(Engine[PriorSession]):
     """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
@@ -130,6 +139,7 @@ class PriorEngine(Engine[PriorSession]):
         config = model.config
         self.model, self.shape = model, shape
         self.kv_shape = KVShape(config.num_layers, config.heads, config.head_dim, model.dtype, model.device)
+        self.kv_pool = KVPool(self.kv_shape)
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.table = ModulationTable(model, model.device)
 
@@ -168,7 +178,7 @@ class PriorEngine(Engine[PriorSession]):
             room -= count if len(waiting) > 1 else 0
             if count or not waiting:
                 turns.append(_Turn.of(session, count))
-        return turns
+        return sorted(turns, key=_Turn.place)
 
     def _velocities(self, turns: list[_Turn]) -> Tensor:
         """One pass. Block rows: for each turn its latents, then the unconditional points. (points, B, d), float32."""

@@ -23,7 +23,7 @@ from colaserve_services.rpc.tls import server_credentials
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-LIVENESS = "liveness"  # a health name that says SERVING as long as the process answers, for liveness probes
+LIVENESS = "liveness"  # a health name for liveness probes: SERVING as long as the process answers and can compute
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class RpcServer:
         self.health_port: int | None = None  # the probes' port, once bound
         given = settings.health_port
         self._probes = None if given is None else HealthPort(self._health, settings.host, given)
-        self._draining = False
+        self._draining = self._failing = self._ready = False
 
     def add(self, servicer: object) -> None:
         """Serve an object of a generated `<Service>Servicer` class."""
@@ -85,8 +85,15 @@ class RpcServer:
 
     async def serving(self, ready: bool = True) -> None:
         """Say SERVING (or NOT_SERVING) for every service and for the whole; a drain has the last word."""
+        self._ready = ready
         if not self._draining:
-            await self._set_health(SERVING if ready else NOT_SERVING)
+            await self._set_health(SERVING if ready and not self._failing else NOT_SERVING)
+
+    async def failing(self, failing: bool) -> None:
+        """What computes behind it fails whatever it is given: neither ready nor alive; or it works again."""
+        self._failing = failing
+        await self._health.set(LIVENESS, NOT_SERVING if failing else SERVING)
+        await self.serving(self._ready)
 
     async def drain(self, drain_seconds: float | None = None) -> None:
         """NOT_SERVING; wait until balancers saw it; refuse new calls and let running ones end, within the grace."""

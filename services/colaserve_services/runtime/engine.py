@@ -16,6 +16,7 @@ from colaserve_services.runtime.session import Session
 S = TypeVar("S", bound=Session[Any])
 
 _SMOOTHING = 0.1  # weight of a new step in the running estimate of the work rate
+_SUSPECT = 3  # failed steps in a row, after which it may be no session's fault
 
 
 class Engine(Generic[S]):
@@ -31,6 +32,7 @@ class Engine(Generic[S]):
         self._kv_used = 0
         self._work_queued = 0.0
         self._work_rate = 0.0  # work units a second, running estimate
+        self._failed = 0  # steps in a row
         device.register(self)
 
     def wake(self) -> None:
@@ -99,6 +101,7 @@ class Engine(Generic[S]):
         rows, sessions = self._forward(ready)
         seconds = time.monotonic() - started
         self._record_rate(rows, seconds)
+        self._failed = 0
         self.observer.stepped(seconds, rows, sessions)
         self._release_ended()
         return True
@@ -114,6 +117,9 @@ class Engine(Generic[S]):
 
     def fail(self, error: Exception) -> None:
         """End every session: a step failed, so the state of the running ones is unknown."""
+        self._failed += 1
+        if self._failed == _SUSPECT:
+            self.observer.failing()
         told = error if isinstance(error, ColaserveError) else Unavailable(f"the engine failed: {type(error).__name__}")
         for session in self._sessions():
             session.outbox.fail(told)

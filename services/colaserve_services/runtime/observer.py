@@ -22,5 +22,8 @@ class EngineObserver:
     def prefix_cache(self, hits: int, misses: int, bytes_held: int) -> None:
         """Leading blocks found and not found in the prefix cache by one session; bytes it holds now."""
 
+    def failing(self) -> None:
+        """Several steps in a row have failed: perhaps no session's fault."""
+
     def refused(self, reason: str) -> None:
         """A session was turned away: "queue", "kv" or "deadline"."""

@@ -174,7 +174,7 @@ def prior(
 @click.option("--out", type=Folder, required=True, help="Where the checkpoint goes.")
 @click.option("--work", type=Folder, help="Metrics and resumable states; default OUT-run.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True, help="Part of what makes the bytes repeatable.")
+@click.option("--threads", type=int, default=2, show_default=True, help="Part of what makes the bytes repeatable.")
 @click.option("--vae-steps", type=int, help="Fewer steps, for a trial.")
 @click.option("--prior-steps", type=int, help="Fewer steps, for a trial.")
 @click.option("--resume", is_flag=True, help="Go on from the newest states in WORK.")

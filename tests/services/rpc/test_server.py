@@ -55,6 +55,15 @@ async def test_health_is_per_service_and_turns_to_serving_after_the_warm_up():
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+async def test_what_cannot_compute_is_neither_ready_nor_alive_until_it_can():
+    async with running() as it:
+        await it.server.failing(True)
+        await it.server.serving()  # what lies behind it came: that does not help
+        assert [await health_of(it.channel, name) for name in ("", SERVICE, "liveness")] == [NOT_SERVING] * 3
+        await it.server.failing(False)
+        assert [await health_of(it.channel, name) for name in ("", SERVICE, "liveness")] == [SERVING] * 3
+
+
 async def test_reflection_lists_the_services():
     async with running() as it:
         stub = reflection_pb2_grpc.ServerReflectionStub(it.channel)
