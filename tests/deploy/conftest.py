@@ -56,16 +56,17 @@ class Rendered:
 
 @pytest.fixture(scope="session", params=[*OVERLAYS, "keda"])
 def rendered(request, tmp_path_factory):
-    """Each overlay, and the base with KEDA in place of the autoscalers."""
+    """Each overlay, and the base with what none of them has: KEDA in place of the autoscalers, and tracing."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl renders the overlays")
     folder = KUBERNETES / "overlays" / request.param
     if request.param == "keda":
         folder = tmp_path_factory.mktemp("keda")
         up = Path(*[".."] * len(folder.parts[1:]))
-        base, component = (up / path.relative_to("/") for path in (KUBERNETES / "base", _component("autoscaling-keda")))
+        paths = KUBERNETES / "base", _component("autoscaling-keda"), _component("tracing")
+        base, *components = (str(up / path.relative_to("/")) for path in paths)
         (folder / "kustomization.yaml").write_text(
-            f"namespace: colaserve\nresources: [{base}]\ncomponents: [{component}]\n"
+            f"namespace: colaserve\nresources: [{base}]\ncomponents: [{', '.join(components)}]\n"
         )
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -85,6 +85,19 @@ def selects(selector, labels):
     )
 
 
+def test_traces_leave_where_a_collector_is_named(rendered):
+    for role in ROLES:
+        endpoint = rendered.environment(role).get("COLASERVE_OTLP_ENDPOINT")
+        policies = [it for it in rendered.kind("NetworkPolicy") if it["metadata"]["name"] == "colaserve-tracing"]
+        assert bool(endpoint) == bool(policies)
+        for policy in policies:
+            (rule,) = policy["spec"]["egress"]
+            port, (peer,) = rule["ports"][0]["port"], rule["to"]
+            namespace = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+            collector = peer["podSelector"]["matchLabels"]["app.kubernetes.io/name"]
+            assert endpoint == f"http://{collector}.{namespace}:{port}"
+
+
 def test_every_secret_that_is_mounted_is_issued_or_named_as_the_operators_own(rendered):
     issued = {found["spec"]["secretName"] for found in rendered.kind("Certificate")}
     mounted = {
