@@ -135,7 +135,9 @@ async def latents() -> Any:
 def first(latents: types_pb2.Latents, rows: int) -> types_pb2.Latents:
     """Their first positions."""
     width = latents.values.shape[1]
-    values = types_pb2.Tensor(dtype=latents.values.dtype, shape=[rows, width], data=latents.values.data[: 4 * rows * width])
+    values = types_pb2.Tensor(
+        dtype=latents.values.dtype, shape=[rows, width], data=latents.values.data[: 4 * rows * width]
+    )
     return types_pb2.Latents(values=values, space=latents.space)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,22 @@ def started(
     roles: tuple[str, ...] = ("prior",),
 ) -> Iterator[Stages]:
     """Load the engines of `roles`, without prefix caches, and start their thread; stop it at the end."""
+    with ThreadPoolExecutor(
+        1
+    ) as loader:  # its OpenMP team ends with it: a second one would make the device's wait asleep
+        stages, thread = loader.submit(_load, compute, max_context, max_running, roles).result()
+    if compute.threads:
+        stages.errands.add(lambda: torch.set_num_threads(compute.threads or 1))  # OpenMP counts for each thread apart
+    thread.start()
+    try:
+        yield stages
+    finally:
+        thread.stop()
+
+
+def _load(
+    compute: ComputeSettings, max_context: int, max_running: int, roles: tuple[str, ...]
+) -> tuple[Stages, DeviceThread]:
     if compute.threads:
         torch.set_num_threads(compute.threads)
     checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, DTYPES[compute.dtype]
@@ -126,11 +143,4 @@ def started(
     if "decoder" in roles:
         decoder = DecoderEngine(checkpoint.load_decoder(device, dtype), shape, thread, bounds)
     prior = PriorEngine(checkpoint.load_prior(device, dtype), shape, thread, bounds, steps)
-    errands = Errands(thread)
-    if compute.threads:
-        errands.add(lambda: torch.set_num_threads(compute.threads or 1))  # OpenMP counts for each thread apart
-    thread.start()
-    try:
-        yield Stages(checkpoint, dtype, prior, encoder, decoder, steps, errands)
-    finally:
-        thread.stop()
+    return Stages(checkpoint, dtype, prior, encoder, decoder, steps, Errands(thread)), thread

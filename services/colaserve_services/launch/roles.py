@@ -118,9 +118,7 @@ async def _stages(
     def load() -> RunningStages:
         from colaserve_services.launch.stages import load_stages
 
-        return load_stages(
-            names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics, suspect
-        )
+        return load_stages(names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics, suspect)
 
     stages = await in_thread(load)
     host.stack.callback(stages.stop)

@@ -26,6 +26,9 @@ class Segment:
         return self.start + self.rows
 
 
+_FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
+
+
 class RaggedAttention:
     """The `attend` of an inference pass. Segments lie in the batch one after the other.
 
@@ -44,10 +47,8 @@ class RaggedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
-        if _by_products(v):
-            q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=v.dtype, device=v.device))
-        out = torch.empty(q.shape, dtype=v.dtype, device=v.device)
-        q, k, v, rows = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(v.dtype), k, v, out))
+        out = v.new_empty(v.shape)
+        q, k, v, rows = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, out))
         for part in self._parts:
             part.attend(layer, q[part.rows], k[part.rows], v[part.rows], rows[part.rows])
         return out
@@ -96,28 +97,38 @@ class _Cached:
         for sequences, key_slots, value_slots in self._writes:
             key_slots[layer].copy_(k[sequences])
             value_slots[layer].copy_(v[sequences])
-        attention = _product_attention if _by_products(v) else _fused_attention
-        out.copy_(attention(q, self._keys[layer], self._values[layer], self._hidden))
+        keys, values = self._keys[layer], self._values[layer]
+        if _by_products(v):
+            q = _scaled(q, v.dtype)
+            out.copy_(_product_attention(q, keys.flatten(0, 1), values, self._hidden))
+        else:
+            out.copy_(_fused_attention(q.to(v.dtype), keys, values, self._hidden))
 
 
 class _Alone:
     """Segments of one length without a cache, as one batch."""
 
     def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
-        self.rows, self._count = rows, len(segments)
+        self.rows, self._count, self._few = rows, len(segments), segments[0].rows <= _FEW
         self._hidden = _hidden(segments[:1], segments[0].rows, block_size, device, torch.float32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        q, k, v, out = (x.to(v.dtype).view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
-        hidden = None if self._hidden is None else self._hidden.to(v.dtype)
-        if _by_products(v):
-            out.copy_(_product_attention(q, k.transpose(2, 3), v, hidden))
+        q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
+        if self._few and v.device.type == "cpu":  # float32 is faster then, whatever the compute dtype
+            keys = k.float().flatten(0, 1).transpose(1, 2)
+            out.copy_(_product_attention(_scaled(q, torch.float32), keys, v.float(), self._hidden))
         else:
-            out.copy_(_fused_attention(q, k, v, hidden))
+            hidden = None if self._hidden is None else self._hidden.to(v.dtype)
+            out.copy_(_fused_attention(q.to(v.dtype), k.to(v.dtype), v, hidden))
 
 
 def _by_products(v: Tensor) -> bool:
     return v.device.type == "cpu" and v.dtype == torch.bfloat16
+
+
+def _scaled(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """q / sqrt(d) in its own memory."""
+    return torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=dtype, device=q.device))
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
@@ -128,12 +139,12 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> 
 
 
 def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (..., d, L) and v (..., L, d).
+    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (batch x heads, d, L) and v.
 
-    For a few queries on a CPU in bfloat16 it takes less than half the time of the fused kernel, which is made for many.
-    Scores are rounded to bfloat16 between product and softmax; the softmax computes in float32.
+    For a few queries on a CPU it takes less than half the time of the fused kernel, which is made for many. In bfloat16
+    scores are rounded between product and softmax; the softmax computes in float32.
     """
-    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1))
+    scores = torch.bmm(q.flatten(0, 1), k)
     if hidden is not None:
         scores.view(*q.shape[:3], -1)[..., -hidden.shape[-1] :].add_(hidden)
     return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 _WORTH_READING_WHOLE = 0.6  # share in use; below, copying what is in use is cheaper than computing over the rest
-_SHORT = 512  # positions; an attention over more is so long that its own call costs little
+_SHORT = 1024  # positions; an attention over more is so long that its own call costs little
 _SLOTS = 16  # of a shared slab, at most
 _SLAB_BYTES = 256 << 20  # of a shared slab, at most; only what its sequences use becomes resident
 
@@ -131,7 +131,8 @@ class KVPool:
         """Positions that a cache for so many takes: sequences that differ little share slabs."""
         if not self.shape.transposed_keys or positions > _SHORT:
             return positions
-        return max(64, 1 << (positions - 1).bit_length())
+        power = 1 << (positions - 1).bit_length()
+        return max(64, power if 4 * positions > 3 * power else 3 * power // 4)
 
     def take(self, positions: int) -> KVCache:
         capacity = self.room(positions)

@@ -13,6 +13,7 @@ from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import schedule
 from colaserve_services.model.kv_cache import KVCache, KVPool, KVShape
+from colaserve_services.model.layers import Attend
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.runtime.device import DeviceThread
@@ -66,6 +67,7 @@ class PriorSession(Session[SampledBlock]):
     def free(self) -> None:
         if self.cache is not None:
             self._engine.kv_pool.give_back(self.cache)
+            self._engine.layout = None  # it may hold views of the cache
         self.cache = None
 
     def ready(self) -> bool:
@@ -124,6 +126,15 @@ class _Turn:
         return self.segment.rows, cache.slab.number, cache.slot
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What all layers of a pass share."""
+
+    segments: list[Segment]
+    rotary: Tensor
+    attend: Attend
+
+
 class PriorEngine(Engine[PriorSession]):
     """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
 
@@ -141,6 +152,7 @@ class PriorEngine(Engine[PriorSession]):
         self.kv_shape = KVShape(config.num_layers, config.heads, config.head_dim, model.dtype, model.device)
         self.kv_pool = KVPool(self.kv_shape)
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
+        self.layout: _Layout | None = None  # of the last pass
         self.table = ModulationTable(model, model.device)
 
     def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
@@ -182,19 +194,26 @@ class PriorEngine(Engine[PriorSession]):
 
     def _velocities(self, turns: list[_Turn]) -> Tensor:
         """One pass. Block rows: for each turn its latents, then the unconditional points. (points, B, d), float32."""
-        B, model = self.shape.block_size, self.model
+        model = self.model
         alone = [turn.point for turn in turns if turn.guided and turn.point is not None]
-        segments = [turn.segment for turn in turns] + [Segment(B)] * len(alone)
-        starts = [segment.start + i for segment in segments for i in range(0, segment.rows, B)]
-        positions = torch.tensor(starts, device=model.device)[:, None] + torch.arange(B, device=model.device)
+        segments = [turn.segment for turn in turns] + [Segment(self.shape.block_size)] * len(alone)
         index, points = self._times(turns)
 
-        attend = RaggedAttention(segments, B, model.device)
-        rotary = model.rotary(positions)
+        layout = self._laid_out(segments)
         x = model.txt_in(torch.stack([z for turn in turns for z in turn.latents] + alone)).float()
         for layer, block in enumerate(model.blocks):
-            x = block(x, self.table.layer(layer, index), rotary, attend)
+            x = block(x, self.table.layer(layer, index), layout.rotary, layout.attend)
         return model.velocity(x[points], self.table.output(index if len(index) == 1 else index[points]))
+
+    def _laid_out(self, segments: list[Segment]) -> _Layout:
+        """Kept for the next pass: most steps of a block have the same segments."""
+        if self.layout is None or self.layout.segments != segments:
+            B, device = self.shape.block_size, self.model.device
+            starts = [segment.start + i for segment in segments for i in range(0, segment.rows, B)]
+            positions = torch.tensor(starts, device=device)[:, None] + torch.arange(B, device=device)
+            attend = RaggedAttention(segments, B, device)
+            self.layout = _Layout(segments, self.model.rotary_of_heads(positions), attend)
+        return self.layout
 
     def _times(self, turns: list[_Turn]) -> tuple[Tensor, Tensor]:
         """Modulation rows of every block row, (rows, 1), and which block rows are points.

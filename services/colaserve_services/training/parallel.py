@@ -118,5 +118,6 @@ def started(device: str = "cpu", mode: str = "ddp") -> Iterator[Parallel]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Parallel(dist.get_rank(), world, place, mode)
+        dist.barrier()  # nobody leaves while another one still computes
     finally:
         dist.destroy_process_group()

@@ -52,13 +52,17 @@ MIXED = [
 ]  # fmt: skip
 
 
-async def test_any_mix_of_runs_in_one_batch_gives_what_each_gives_alone(tiny: Golden) -> None:
-    with engines(tiny.directory) as stages:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+async def test_any_mix_of_runs_in_one_batch_gives_what_each_gives_alone(
+    tiny: Golden, dtype: torch.dtype, bound: float
+) -> None:
+    """In bfloat16 the caches lie side by side and one product serves many of them."""
+    with engines(tiny.directory, dtype=dtype) as stages:
         alone = [await sample(stages, wanted) for wanted in MIXED]
         together = await asyncio.gather(*(sample(stages, wanted) for wanted in MIXED))
         for ours, theirs in zip(together, alone, strict=True):
             for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-4)
+                assert (a.latents - b.latents).norm() < bound * b.latents.norm()
         await freed(stages)
 
 
