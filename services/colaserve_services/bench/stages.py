@@ -115,9 +115,7 @@ def started(
     roles: tuple[str, ...] = ("prior",),
 ) -> Iterator[Stages]:
     """Load the engines of `roles`, without prefix caches, and start their thread; stop it at the end."""
-    with ThreadPoolExecutor(
-        1
-    ) as loader:  # its OpenMP team ends with it: a second one would make the device's wait asleep
+    with ThreadPoolExecutor(1) as loader:  # its OpenMP team ends with it: docs/decisions.md, "One OpenMP team"
         stages, thread = loader.submit(_load, compute, max_context, max_running, roles).result()
     if compute.threads:
         stages.errands.add(lambda: torch.set_num_threads(compute.threads or 1))  # OpenMP counts for each thread apart

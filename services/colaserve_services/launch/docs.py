@@ -38,11 +38,11 @@ TAIL = """
 | `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` | How OpenMP threads wait, see below. |
 | `HF_ENDPOINT`, `HF_TOKEN` | Hub and token of `colaserve pull`. |
 
-`up --split` gives each process the cores divided by three (the stages), one at least, when neither `--threads` nor
-`OMP_NUM_THREADS` says otherwise. Its processes wait for work with `passive`, `0`, `0`, unless these are set: threads
-that spin while they wait take the cores from the other processes. A role that has its cores alone is left at OpenMP's
-own choice. The stages listen on 127.0.0.1 and on free ports, and clients' keys are asked for at the coordinator and
-the gateway only.
+Under `up --split` each stage may use all cores when neither `--threads` nor `OMP_NUM_THREADS` says otherwise, and its
+threads spin only briefly while they wait (`GOMP_SPINCOUNT=3000`, `KMP_BLOCKTIME=1`), unless one of the variables above
+is set: threads that spin long take the cores from the other processes, threads that sleep at once wake up late. A role
+that has its cores alone is left at OpenMP's own choice. The stages listen on 127.0.0.1 and on free ports, and clients'
+keys are asked for at the coordinator and the gateway only.
 
 ## Signals and exit codes
 
@@ -56,7 +56,8 @@ this machine or each other (a taken port, no such device).
 gRPC health (`grpc.health.v1`) on the gRPC port, and on `--health-port` without TLS and keys: the name "" and the name
 of each service are SERVING when the role is ready (the coordinator: while its stages are); the name `liveness` is
 SERVING as long as the process answers and can compute, whatever its load (engines whose steps failed three times in a
-row and then fail at their warm-up too are not alive, until they manage it). The gateway has `/ready` and `/health` on its HTTP port.
+row and then fail at their warm-up too are not alive, until they manage it). The gateway has `/ready` and `/health` on
+its HTTP port.
 """
 
 

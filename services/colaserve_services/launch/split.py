@@ -70,7 +70,7 @@ class Children:
     def _environment(self, role: str) -> dict[str, str]:
         shared = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
         own = self._settings.environment.get(role, {})
-        return {**shared, **threads.share(self._settings.threads, len(STAGES)), **own, EXIT_WITH_PARENT: "1"}
+        return {**shared, **threads.share(self._settings.threads), **own, EXIT_WITH_PARENT: "1"}
 
     async def wait_for_ports(self, role: str) -> dict[str, str]:
         """The addresses that a role took. Raises ColaserveError when a child ends instead."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-# OpenMP threads spin while they wait. Where processes share cores, the spinning takes them from whoever computes.
-PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+# How long OpenMP threads spin before they sleep, for processes that share cores: long enough for the gaps between the
+# operations of a step, short enough to leave the cores to others (docs/decisions.md, "Spin briefly").
+BRIEF = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+WAITING = (*BRIEF, "OMP_WAIT_POLICY")
 
 
 def limit(threads: int | None) -> None:
@@ -14,14 +16,12 @@ def limit(threads: int | None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def share(threads: int | None, processes: int) -> dict[str, str]:
-    """The environment of processes that share this machine: their part of the cores, waiting without spinning.
+def share(threads: int | None) -> dict[str, str]:
+    """The environment of processes that share this machine: each may use all cores, none spins long.
 
-    What the operator has set stays.
+    What the operator has set stays: any variable about waiting settles all of them.
     """
-    environment = {name: value for name, value in PASSIVE.items() if name not in os.environ}
+    environment = {} if any(name in os.environ for name in WAITING) else dict(BRIEF)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     return environment

@@ -75,7 +75,7 @@ class KVSlab:
         return keys[:, slots, :, start:stop].unbind(0), self._values[:, slots, :, start:stop].unbind(0)
 
     def readable(self, slots: slice, stop: int) -> Views:
-        """For each layer keys and values of positions 0..stop: (slots, heads, n, head_dim); keys, if transposed, swapped.
+        """For each layer keys and values of positions 0..stop, (slots, heads, n, head_dim); transposed keys swapped.
 
         A product of the CPU copies operands that are no whole tensor, so transposed keys come with all their room once
         enough of it is in use, and the values too; what is not written yet is zero.

@@ -90,15 +90,13 @@ def test_split_tells_each_role_what_it_knows_of_what_was_given():
     assert not any("k1" in argument for arguments in told.values() for argument in arguments)
 
 
-def test_processes_that_share_cores_wait_without_spinning_unless_told_otherwise(monkeypatch):
-    for name in (*threads.PASSIVE, "OMP_NUM_THREADS"):
+def test_processes_that_share_cores_spin_only_briefly_unless_told_otherwise(monkeypatch):
+    for name in (*threads.WAITING, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert threads.share(None, 3) == {**threads.PASSIVE, "OMP_NUM_THREADS": "2"}
-    assert threads.share(4, 3)["OMP_NUM_THREADS"] == "4"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    assert threads.share(None, 3) == {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    assert threads.share(None) == threads.BRIEF
+    assert threads.share(4) == {**threads.BRIEF, "OMP_NUM_THREADS": "4"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert threads.share(4) == {"OMP_NUM_THREADS": "4"}
 
 
 class Screen:
