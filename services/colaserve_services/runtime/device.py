@@ -27,7 +27,8 @@ class DeviceThread:
     """Takes turns among workers: each gets one step, in the order of registration, then the next round begins.
 
     Several threads that each compute with torch on a CPU fight through their OpenMP teams, so whatever roles live in a
-    process, one thread computes for all of them. Register encoder and decoder before the prior: their steps are short.
+    process, one thread computes for all of them. A team once made counts against the cores until its thread ends, also
+    while it does nothing (docs/decisions.md, "One OpenMP team"): other threads compute nothing, or end. Register encoder and decoder before the prior: their steps are short.
     """
 
     def __init__(self, name: str = "device"):
