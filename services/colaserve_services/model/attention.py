@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from colaserve_services.model.kv_cache import KVCache
 from colaserve_services.model.layers import block_causal_mask
 
+_FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -24,9 +26,6 @@ class Segment:
     def stop(self) -> int:
         """Positions up to the last row."""
         return self.start + self.rows
-
-
-_FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
 
 
 class RaggedAttention:
