@@ -28,7 +28,9 @@ class DeviceThread:
 
     Several threads that each compute with torch on a CPU fight through their OpenMP teams, so whatever roles live in a
     process, one thread computes for all of them. A team once made counts against the cores until its thread ends, also
-    while it does nothing (docs/decisions.md, "One OpenMP team"): other threads compute nothing, or end. Register encoder and decoder before the prior: their steps are short.
+    while it does nothing (docs/decisions.md, "One OpenMP team"): other threads compute nothing, or end.
+
+    Register encoder and decoder before the prior: their steps are short.
     """
 
     def __init__(self, name: str = "device"):
