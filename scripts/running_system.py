@@ -10,11 +10,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = ("encoder", "prior", "decoder", "coordinator", "gateway")
+_VENV = ROOT / ".venv" / "bin" / "python"  # what make set up, for a script run by a Python without colaserve
+PYTHON = str(_VENV) if find_spec("colaserve_services") is None and _VENV.exists() else sys.executable
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def colaserve(model: Path, folder: Path, *more: str) -> Iterator[dict[str, dict[
     file = folder / "ports.json"
     arguments = ["up", "--split", f"--model={model}", "--grpc-port=0", "--http-port=0", "--threads=1"]
     arguments += ["--log-level=warning", f"--ports-file={file}", "--drain-seconds=0", *more]
-    with process([sys.executable, "-m", "colaserve_services.launch", *arguments], folder / "colaserve.log"):
+    with process([PYTHON, "-m", "colaserve_services.launch", *arguments], folder / "colaserve.log"):
         wait(file.exists, 120, "colaserve to be ready", folder / "colaserve.log")
         yield json.loads(file.read_text(encoding="utf-8"))
 
