@@ -71,9 +71,9 @@ class RunningStages:
     async def _works(self) -> bool:
         try:
             await asyncio.wait_for(self.warm_up(), _WARM_UP_SECONDS)
-        except Overloaded:  # so much the better
+        except (Overloaded, TimeoutError):  # busy, which is no failure: liveness does not depend on load
             return True
-        except (ColaserveError, TimeoutError):
+        except ColaserveError:
             return False
         return True
 

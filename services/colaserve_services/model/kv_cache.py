@@ -127,17 +127,20 @@ class KVPool:
         self.shape = shape
         self._slabs: list[KVSlab] = []
 
+    def _shares(self, positions: int) -> bool:
+        return self.shape.transposed_keys and positions <= _SHORT
+
     def room(self, positions: int) -> int:
         """Positions that a cache for so many takes: sequences that differ little share slabs."""
-        if not self.shape.transposed_keys or positions > _SHORT:
+        if not self._shares(positions):
             return positions
         power = 1 << (positions - 1).bit_length()
         return max(64, power if 4 * positions > 3 * power else 3 * power // 4)
 
     def take(self, positions: int) -> KVCache:
+        if not self._shares(positions):
+            return KVCache(self.shape, positions)
         capacity = self.room(positions)
-        if not self.shape.transposed_keys or positions > _SHORT:
-            return KVCache(self.shape, capacity)
         open_slabs = (slab for slab in self._slabs if slab.capacity == capacity and not slab.full)
         slab = next(open_slabs, None) or self._new_slab(capacity)
         return KVCache(self.shape, capacity, slab)

@@ -117,7 +117,8 @@ def started(device: str = "cpu", mode: str = "ddp") -> Iterator[Parallel]:
         return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Parallel(dist.get_rank(), world, place, mode)
-        dist.barrier()  # nobody leaves while another one still computes
+        parallel = Parallel(dist.get_rank(), world, place, mode)
+        yield parallel
+        parallel.barrier()  # nobody leaves while another one still computes
     finally:
         dist.destroy_process_group()

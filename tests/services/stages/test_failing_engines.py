@@ -86,3 +86,12 @@ async def test_engines_that_manage_their_warm_up_are_let_be(tiny, told):
         await eventually(lambda: told)
         assert told == [False]
         task.cancel()
+
+
+async def test_engines_that_are_busy_beyond_their_time_are_not_failing(tiny, told, monkeypatch):
+    monkeypatch.setattr(launched, "_WARM_UP_SECONDS", 0.0)
+    async with serving(tiny) as served:
+        task = await watched(served, told)
+        await eventually(lambda: told)
+        assert told == [False]
+        task.cancel()
