@@ -23,22 +23,25 @@ from tests.chaos.watching import Watch, quantile
 ONE_EACH = dict.fromkeys(SMALL, 1)
 
 
+def answered(records: Sequence[Record], begin: float, until: float) -> float:
+    """Whole answers a second that came between two times."""
+    done = [record for record in records if not record.error and record.finished and begin <= record.finished < until]
+    return len(done) / (until - begin)
+
+
 async def closed_rate(
     client: AsyncClient, requests: itertools.chain[GenerationRequest], callers: int, seconds: float
 ) -> float:
-    """Requests a second that so many callers get, each asking again when it has its answer."""
+    """Answers a second that so many callers get, each asking again when it has its answer, once that runs."""
     begin = time.monotonic() + seconds / 4
-    records = await closed_loop(client, requests, callers, begin + seconds)
-    done = [record for record in records if not record.error and record.finished and record.finished >= begin]
-    return len(done) / seconds
+    return answered(await closed_loop(client, requests, callers, begin + seconds), begin, begin + seconds)
 
 
-def told(records: Sequence[Record], seconds: float, best: float) -> list[str]:
-    """The figures of the callers."""
-    good = [record for record in records if not record.error and record.finished]
-    took = sorted(record.finished - record.due for record in good if record.finished)
+def told(records: Sequence[Record], begin: float, until: float, best: float) -> list[str]:
+    """The figures of the callers. What is answered after the overload counts for the times, not for the goodput."""
+    seconds, goodput = until - begin, answered(records, begin + (until - begin) / 4, until)
+    took = sorted(record.finished - record.due for record in records if not record.error and record.finished)
     refused = sorted(r.finished - r.due for r in records if r.error == "RESOURCE_EXHAUSTED" and r.finished)
-    goodput = len(good) / seconds
     return [
         f"best closed loop         {best:.2f} requests/s",
         f"asked for                {len(records) / seconds:.2f} requests/s",
@@ -77,10 +80,11 @@ async def _main(
         rates = [await closed_rate(client, requests, int(n), closed) for n in callers.split(",")]
         best, before = max(rates), await _refusals(fleet)
         async with Watch(fleet) as watch:
-            until = time.monotonic() + seconds
+            begin = time.monotonic()
+            until = begin + seconds
             records = await open_loop(client, requests, factor * best, until, seed=1)
         late = quantile(await _refusals(fleet), before, 0.99)
-    print("\n".join(told(records, seconds, best)))
+    print("\n".join(told(records, begin, until, best)))
     print(f"refused, s p99 at server {late}")
     print("\n".join(watch.lines(settle)))
 

@@ -124,7 +124,7 @@ def two_passes(stages: Stages) -> AbstractContextManager[list[Calls]]:
 
 
 def _without_history(turn: Any) -> Any:
-    return replace(turn, commits=0, guided=False, latents=[turn.point], segment=Segment(len(turn.point)))
+    return replace(turn, commits=[], guided=False, evaluated=Segment(turn.evaluated.rows))
 
 
 def commit_alone(stages: Stages) -> AbstractContextManager[list[Calls]]:
@@ -135,23 +135,12 @@ def commit_alone(stages: Stages) -> AbstractContextManager[list[Calls]]:
             both = [turn for turn in turns if turn.commits and turn.point is not None]
             if both:
                 calls.count += 1
-                one_pass([_commit(turn) for turn in both])
-            return one_pass([_committed(turn) if turn in both else turn for turn in turns])
+                one_pass([replace(turn, point=None, guided=False) for turn in both])
+            return one_pass([replace(turn, commits=[]) if turn in both else turn for turn in turns])
 
         return velocities
 
     return _passes(stages, make)
-
-
-def _commit(turn: Any) -> Any:
-    segment = replace(turn.segment, rows=turn.segment.rows - len(turn.point))
-    return replace(turn, point=None, guided=False, latents=turn.latents[: turn.commits], segment=segment)
-
-
-def _committed(turn: Any) -> Any:
-    rows = len(turn.point)
-    segment = replace(turn.segment, rows=rows, start=turn.segment.start + turn.segment.rows - rows)
-    return replace(turn, commits=0, latents=[turn.point], segment=segment)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Attention over ragged batches: each sequence over its own past only, in place in its cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colaserve_services.model.kv_cache import KVCache
+from colaserve_services.model.kv_cache import KVCache, KVSlab, Views
 from colaserve_services.model.layers import block_causal_mask
 
 _FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
+_WIDE = 256  # keys; adding to so many scores in a row takes less time than to the few that a mask needs
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,20 @@ class Segment:
     rows: int
     start: int = 0  # position of the first row
     cache: KVCache | None = None  # written at start.. and read up to the last row; None: the rows see only each other
+    passing: bool = False  # the rows fill the cache's front room instead, until the next such segment does
 
     @property
-    def stop(self) -> int:
-        """Positions up to the last row."""
-        return self.start + self.rows
+    def kept(self) -> int:
+        """Positions that the sequence has in its cache after the pass."""
+        return self.start if self.passing else self.start + self.rows
 
 
 class RaggedAttention:
     """The `attend` of an inference pass. Segments lie in the batch one after the other.
 
-    Neighbours of as many rows whose caches lie side by side, or that have none, are computed as one batch. Cost grows
-    with the sum of the segments' lengths; no mask spans the whole batch.
+    A sequence may have several, what it keeps before what passes. Neighbours of as many rows whose caches lie side by
+    side, or that have none, are computed as one batch. Cost grows with the sum of the segments' lengths; no mask spans
+    the whole batch.
     """
 
     def __init__(self, segments: Sequence[Segment], block_size: int, device: torch.device):
@@ -57,20 +60,21 @@ def _side_by_side(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Cut into runs that one batch can serve."""
     groups: list[list[Segment]] = []
     for segment in segments:
-        if groups and _follows(groups[-1][-1], segment):
+        if groups and _follows(groups[-1], segment):
             groups[-1].append(segment)
         else:
             groups.append([segment])
     return groups
 
 
-def _follows(last: Segment, segment: Segment) -> bool:
-    """Whether both can be in one batch: as long, and both without a cache or in neighbouring slots of one slab."""
-    if last.rows != segment.rows or last.cache is None or segment.cache is None:
-        return last.rows == segment.rows and last.cache is segment.cache
-    shape = segment.cache.shape
-    neighbours = last.cache.slab is segment.cache.slab and last.cache.slot + 1 == segment.cache.slot
-    return shape.transposed_keys and neighbours
+def _follows(group: list[Segment], segment: Segment) -> bool:
+    """Whether a segment can join a batch: it is alike, and has no cache or the neighbouring slot of one slab."""
+    last = group[-1]
+    if (last.rows, last.passing) != (segment.rows, segment.passing):
+        return False
+    if last.cache is None or segment.cache is None:
+        return last.cache is segment.cache
+    return last.cache.slab is segment.cache.slab and last.cache.slot + 1 == segment.cache.slot
 
 
 class _Cached:
@@ -79,29 +83,37 @@ class _Cached:
     def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
         self.rows, self._count = rows, len(segments)
         caches = [segment.cache for segment in segments if segment.cache is not None]
-        slab, first = caches[0].slab, caches[0].slot
-        longest = max(segment.stop for segment in segments)
-        self._keys, self._values = slab.readable(slice(first, first + len(caches)), longest)
-        self._writes = []
-        for start, same in groupby(range(len(segments)), key=lambda i: segments[i].start):
-            places = list(same)
-            slots = slice(first + places[0], first + places[-1] + 1)
-            written = slab.write_slots(slots, start, start + segments[0].rows)
-            self._writes.append((slice(places[0], places[-1] + 1), *written))
-        length, dtype = self._values[0].shape[2], self._values[0].dtype
-        self._hidden = _hidden(segments, length, block_size, device, dtype)
+        slab, slots = caches[0].slab, slice(caches[0].slot, caches[0].slot + len(caches))
+        length, front = max(segment.kept for segment in segments), slab.shape.front
+        passing = [(slice(None), slab.front_slots(slots))]
+        self._writes = passing if segments[0].passing else list(_kept(segments, slab, slots.start))
+        self._keys, self._values = slab.readable(slots, length)
+        self._seen = slice(0 if segments[0].passing else front, front + length)
+        self._hidden = _hidden(segments, length, block_size, device, slab.shape.dtype)
+        if self._hidden is not None and slab.shape.transposed_keys:
+            self._hidden = _widened(self._hidden, min(front + length, _WIDE))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
-        for sequences, key_slots, value_slots in self._writes:
+        k = k.to(v.dtype)  # before the places are written, which may be transposed: two fast copies for a slow one
+        for sequences, (key_slots, value_slots) in self._writes:
             key_slots[layer].copy_(k[sequences])
             value_slots[layer].copy_(v[sequences])
         keys, values = self._keys[layer], self._values[layer]
         if _by_products(v):
             q = _scaled(q, v.dtype)
-            out.copy_(_product_attention(q, keys.flatten(0, 1), values, self._hidden))
+            out.copy_(_product_attention(q, keys.flatten(0, 1), values, self._hidden, self._seen))
         else:
+            keys, values = keys[:, :, self._seen], values[:, :, self._seen]
             out.copy_(_fused_attention(q.to(v.dtype), keys, values, self._hidden))
+
+
+def _kept(segments: list[Segment], slab: KVSlab, first: int) -> Iterator[tuple[slice, Views]]:
+    """Where neighbours of one start write: which segments, and for each layer the places of keys and values."""
+    for start, same in groupby(range(len(segments)), key=lambda i: segments[i].start):
+        places = list(same)
+        begin, end = places[0], places[-1] + 1
+        yield slice(begin, end), slab.write_slots(slice(first + begin, first + end), start, start + segments[0].rows)
 
 
 class _Alone:
@@ -114,8 +126,8 @@ class _Alone:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
         if self._few and v.device.type == "cpu":  # float32 is faster then, whatever the compute dtype
-            keys = k.float().flatten(0, 1).transpose(1, 2)
-            out.copy_(_product_attention(_scaled(q, torch.float32), keys, v.float(), self._hidden))
+            keys, values = k.float().flatten(0, 1).transpose(1, 2), torch.empty(v.shape).copy_(v)
+            out.copy_(_product_attention(_scaled(q, torch.float32), keys, values, self._hidden))
         else:
             hidden = None if self._hidden is None else self._hidden.to(v.dtype)
             out.copy_(_fused_attention(q.to(v.dtype), k.to(v.dtype), v, hidden))
@@ -130,22 +142,32 @@ def _scaled(q: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=dtype, device=q.device))
 
 
+def _widened(hidden: Tensor, keys: int) -> Tensor:
+    """Over at least so many keys, of which the new ones are the first, and seen."""
+    return F.pad(hidden, (max(0, keys - hidden.shape[-1]), 0))
+
+
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     """The library's attention: (batch, heads, n, head_dim) over (batch, heads, L, head_dim)."""
     if hidden is not None:
-        hidden = F.pad(hidden, (k.shape[2] - hidden.shape[-1], 0))
+        hidden = _widened(hidden, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)
 
 
-def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, seen: slice = slice(None)) -> Tensor:
     """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (batch x heads, d, L) and v.
 
-    For a few queries on a CPU it takes less than half the time of the fused kernel, which is made for many. In bfloat16
-    scores are rounded between product and softmax; the softmax computes in float32.
+    `seen`: of the keys; `hidden` is added to the scores of the last of them. For a few queries on a CPU it takes less
+    than half the time of the fused kernel, which is made for many. In bfloat16 scores are rounded between product and
+    softmax; the softmax computes in float32.
     """
     scores = torch.bmm(q.flatten(0, 1), k)
+    begin, end, _ = seen.indices(scores.shape[-1])
     if hidden is not None:
-        scores.view(*q.shape[:3], -1)[..., -hidden.shape[-1] :].add_(hidden)
+        scores.view(*q.shape[:3], -1)[..., end - hidden.shape[-1] : end].add_(hidden)
+    for unseen in (scores[..., :begin], scores[..., end:]):
+        if unseen.numel():
+            unseen.fill_(float("-inf"))
     return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
 
 
@@ -154,13 +176,13 @@ def _hidden(
 ) -> Tensor | None:
     """What is added to the scores of each segment's rows over the last of `length` keys: (segments, 1, rows, keys).
 
-    0 for what a row sees, -inf for later blocks and for room of a cache that is not in use yet. The keys before the
-    first segment's rows are seen by all and left out. None when every row sees all keys.
+    0 for what a row sees, -inf for later blocks and for keys that the segment's sequence does not have. The keys before
+    the first segment's rows are seen by all and left out. None when every row sees all keys.
     """
-    rows, start = segments[0].rows, torch.tensor([segment.start for segment in segments], device=device)[:, None]
-    queries = start + torch.arange(rows, device=device)
+    starts, kept = torch.tensor([(segment.start, segment.kept) for segment in segments], device=device).T[..., None]
+    queries = starts + torch.arange(segments[0].rows, device=device)
     keys = torch.arange(min(segment.start for segment in segments), length, device=device)
-    seen = block_causal_mask(queries, keys, block_size) & (keys < start + rows)[:, None]
+    seen = block_causal_mask(queries, keys, block_size) & (keys < kept)[:, None]
     if seen.all():
         return None
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None]

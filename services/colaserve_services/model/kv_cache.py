@@ -1,17 +1,17 @@
 """Keys and values of sequences, all layers: room reserved once, written in place, never moved."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
-_WORTH_READING_WHOLE = 0.6  # share in use; below, copying what is in use is cheaper than computing over the rest
-_SHORT = 1024  # positions; an attention over more is so long that its own call costs little
-_SLOTS = 16  # of a shared slab, at most
-_SLAB_BYTES = 256 << 20  # of a shared slab, at most; only what its sequences use becomes resident
+_STEP = 32  # positions; a softmax over other lengths takes half as long again
+_SHORT = 1024  # positions; up to here room grows by a quarter of the next power of two or less, beyond by a sixteenth
+_SLOTS = 16  # of a slab, at most
+_IDLE_BYTES = 256 << 20  # of slots without a sequence; beyond, new slabs have one slot
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class KVShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    front: int = 0  # positions of room before the sequence, for rows that every pass writes anew
 
     @property
     def transposed_keys(self) -> bool:
@@ -30,7 +31,8 @@ class KVShape:
         return self.device.type == "cpu" and self.dtype == torch.bfloat16
 
     def nbytes(self, positions: int) -> int:
-        return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize * positions
+        """Of a sequence with so many positions, and the room before it."""
+        return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize * (self.front + positions)
 
 
 class KVSlab:
@@ -43,8 +45,9 @@ class KVSlab:
         self.number = next(self._numbers)  # slabs in order of their making
         self._free = list(range(slots))
         self._slots = slots
-        by_position = (shape.layers, slots, shape.heads, capacity, shape.head_dim)
-        by_channel = (shape.layers, slots, shape.heads, shape.head_dim, capacity)
+        self._room = shape.front + capacity
+        by_position = (shape.layers, slots, shape.heads, self._room, shape.head_dim)
+        by_channel = (shape.layers, slots, shape.heads, shape.head_dim, self._room)
         by_key = by_channel if shape.transposed_keys else by_position
         self._keys = torch.empty(by_key, dtype=shape.dtype, device=shape.device)
         self._values = torch.empty(by_position, dtype=shape.dtype, device=shape.device)
@@ -57,6 +60,11 @@ class KVSlab:
     def unused(self) -> bool:
         return len(self._free) == self._slots
 
+    @property
+    def idle_bytes(self) -> int:
+        """Of the slots without a sequence."""
+        return len(self._free) * self.shape.nbytes(self.capacity)
+
     def take(self) -> int:
         """The lowest free slot, zeroed: the nearer the slots in use, the more of them lie side by side."""
         slot = min(self._free)
@@ -68,23 +76,28 @@ class KVSlab:
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
 
+    def front_slots(self, slots: slice) -> Views:
+        """For each layer the room before the sequences: keys and values, (slots, heads, front, head_dim) each."""
+        return self._places(slots, 0, self.shape.front)
+
     def write_slots(self, slots: slice, start: int, stop: int) -> Views:
         """For each layer the places of positions start..stop: keys and values, (slots, heads, n, head_dim) each."""
         assert stop <= self.capacity, "a session writes only what it reserved"
+        return self._places(slots, self.shape.front + start, self.shape.front + stop)
+
+    def _places(self, slots: slice, begin: int, end: int) -> Views:
         keys = self._keys.transpose(3, 4) if self.shape.transposed_keys else self._keys
-        return keys[:, slots, :, start:stop].unbind(0), self._values[:, slots, :, start:stop].unbind(0)
+        return keys[:, slots, :, begin:end].unbind(0), self._values[:, slots, :, begin:end].unbind(0)
 
     def readable(self, slots: slice, stop: int) -> Views:
-        """For each layer keys and values of positions 0..stop, (slots, heads, n, head_dim); transposed keys swapped.
+        """For each layer keys and values of the front room and positions 0..stop: (slots, heads, n, head_dim).
 
-        A product of the CPU copies operands that are no whole tensor, so transposed keys come with all their room once
-        enough of it is in use, and the values too; what is not written yet is zero.
+        Transposed keys come swapped, and with all their room: a product of the CPU copies operands that are no whole
+        tensor. What was never written is zero.
         """
-        if not self.shape.transposed_keys:
-            return self._keys[:, slots, :, :stop].unbind(0), self._values[:, slots, :, :stop].unbind(0)
-        if stop >= _WORTH_READING_WHOLE * self.capacity:
-            stop = self.capacity
-        return self._keys[:, slots, ..., :stop].unbind(0), self._values[:, slots, :, :stop].unbind(0)
+        end = self._room if self.shape.transposed_keys else self.shape.front + stop
+        keys = self._keys[:, slots] if self.shape.transposed_keys else self._keys[:, slots, :, :end]
+        return keys.unbind(0), self._values[:, slots, :, :end].unbind(0)
 
 
 class KVCache:
@@ -96,11 +109,12 @@ class KVCache:
         self.slot = self.slab.take()
 
     def nbytes_of(self, positions: int) -> int:
-        return self.shape.nbytes(positions)
+        """Of a copy."""
+        return replace(self.shape, front=0).nbytes(positions)
 
     def copy_of(self, stop: int) -> "KVCache":
-        """A cache of its own that holds positions 0..stop."""
-        copy = KVCache(self.shape, stop)
+        """A cache of its own that holds positions 0..stop, without front room."""
+        copy = KVCache(replace(self.shape, front=0), stop)
         copy.fill_from(self, stop)
         return copy
 
@@ -118,35 +132,45 @@ class KVCache:
 
 
 class KVPool:
-    """Makes caches; those of short sequences lie side by side where that lets one product serve many of them.
+    """Makes caches for sequences that grow, and moves them as they do.
 
-    A slot's memory stays until its slab is given up, which is when the last sequence leaves it.
+    Where keys are transposed, a cache has room for little more than what it holds, and those with as much room lie side
+    by side: one product serves many of them, and reads little that is not in use. A slot's memory stays until its slab
+    is given up, which is when the last sequence leaves it. Elsewhere a cache has all its room from the start.
     """
 
     def __init__(self, shape: KVShape):
         self.shape = shape
         self._slabs: list[KVSlab] = []
 
-    def _shares(self, positions: int) -> bool:
-        return self.shape.transposed_keys and positions <= _SHORT
-
     def room(self, positions: int) -> int:
-        """Positions that a cache for so many takes: sequences that differ little share slabs."""
-        if not self._shares(positions):
+        """Positions that a cache which holds so many has room for."""
+        if not self.shape.transposed_keys:
             return positions
-        power = 1 << (positions - 1).bit_length()
-        return max(64, power if 4 * positions > 3 * power else 3 * power // 4)
+        needed = self.shape.front + positions
+        step = max(_STEP, (1 << (needed - 1).bit_length()) // (4 if needed <= _SHORT else 16))
+        return max(2 * _STEP, -(-needed // step) * step) - self.shape.front
 
-    def take(self, positions: int) -> KVCache:
-        if not self._shares(positions):
-            return KVCache(self.shape, positions)
-        capacity = self.room(positions)
+    def take(self, positions: int, most: int) -> KVCache:
+        """A cache for so many positions at first, and `most` in the end."""
+        capacity = self.room(positions if self.shape.transposed_keys else most)
         open_slabs = (slab for slab in self._slabs if slab.capacity == capacity and not slab.full)
-        slab = next(open_slabs, None) or self._new_slab(capacity)
-        return KVCache(self.shape, capacity, slab)
+        return KVCache(self.shape, capacity, next(open_slabs, None) or self._new_slab(capacity))
+
+    def grown(self, cache: KVCache, held: int, positions: int) -> KVCache:
+        """The cache, of which the first `held` positions are written, or another with what it holds and more room."""
+        if positions <= cache.slab.capacity:
+            return cache
+        larger = self.take(positions, positions)
+        larger.fill_from(cache, held)
+        self.give_back(cache)
+        return larger
 
     def _new_slab(self, capacity: int) -> KVSlab:
-        slots = max(1, min(_SLOTS, _SLAB_BYTES // self.shape.nbytes(capacity)))
+        slots = 1
+        if self.shape.transposed_keys:
+            idle = sum(slab.idle_bytes for slab in self._slabs)
+            slots = max(1, min(_SLOTS, (_IDLE_BYTES - idle) // self.shape.nbytes(capacity)))
         self._slabs.append(KVSlab(self.shape, capacity, slots))
         return self._slabs[-1]
 

@@ -55,14 +55,23 @@ class PriorSession(Session[SampledBlock]):
 
     def start(self) -> None:
         engine = self._engine
-        self.cache = engine.kv_pool.take(self._positions)
         canvas = Canvas.of(self.job, engine.shape.block_size)
+        self.cache = engine.kv_pool.take(engine.shape.block_size * len(canvas.context), self._positions)
         self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
         engine.table.prepare([*schedule(self.job.sampler.steps), 0.0])
         engine.observer.tokens(canvas.context.shape[0] * engine.shape.block_size, 0)
         self._keys = engine.prefixes.keys(block.numpy().tobytes() for block in canvas.context)
         self.run.commit(engine.prefixes.restore(self._keys, self.cache)[0])
         self.deliver()
+
+    def grow(self, count: int) -> None:
+        """Make room for so many more blocks."""
+        assert self.cache is not None, "a session with a turn has started"
+        B, held = self.run.block_size, self.run.committed
+        cache = self._engine.kv_pool.grown(self.cache, B * held, B * (held + count))
+        if cache is not self.cache:
+            self.cache = cache
+            self._engine.layout = None  # it may hold views of the other
 
     def free(self) -> None:
         if self.cache is not None:
@@ -104,26 +113,27 @@ class _Turn:
     """What one session sends through a pass: blocks to commit, then, once all are in, its current point."""
 
     session: PriorSession
-    commits: int  # uncommitted blocks that go into the cache
+    commits: list[Tensor]  # uncommitted blocks, (B, d) each
+    committing: Segment
     point: Tensor | None  # (B, d): where the velocity is wanted
+    evaluated: Segment  # behind all that is in the cache then
     guided: bool
-    latents: list[Tensor]  # the commits, then the point
-    segment: Segment
 
     @classmethod
-    def of(cls, session: PriorSession, commits: int) -> "_Turn":
-        run = session.run
-        complete = commits == len(run.uncommitted)
+    def of(cls, session: PriorSession, count: int) -> "_Turn":
+        session.grow(count)
+        run, cache = session.run, session.cache
+        B, complete = run.block_size, count == len(run.uncommitted)
+        committing = Segment(B * count, B * run.committed, cache)
+        evaluated = Segment(B, B * (run.committed + count), cache, passing=True)
         point = run.current_latents() if complete else None
-        latents = run.uncommitted[:commits] + ([] if point is None else [point])
-        segment = Segment(run.block_size * len(latents), run.block_size * run.committed, session.cache)
-        return cls(session, commits, point, complete and run.guided, latents, segment)
+        return cls(session, run.uncommitted[:count], committing, point, evaluated, complete and run.guided)
 
-    def place(self) -> tuple[int, int, int]:
+    def place(self) -> tuple[int, int]:
         """Orders a pass so that turns which one product can serve are neighbours."""
         cache = self.session.cache
         assert cache is not None, "a session with a turn has started"
-        return self.segment.rows, cache.slab.number, cache.slot
+        return cache.slab.number, cache.slot
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,9 @@ class PriorEngine(Engine[PriorSession]):
         super().__init__(device, limits, observer or EngineObserver())
         config = model.config
         self.model, self.shape = model, shape
-        self.kv_shape = KVShape(config.num_layers, config.heads, config.head_dim, model.dtype, model.device)
+        self.kv_shape = KVShape(
+            config.num_layers, config.heads, config.head_dim, model.dtype, model.device, shape.block_size
+        )
         self.kv_pool = KVPool(self.kv_shape)
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.layout: _Layout | None = None  # of the last pass
@@ -168,12 +180,13 @@ class PriorEngine(Engine[PriorSession]):
         guided = [turn for turn in turns if turn.guided]
         conditional, unconditional = velocities[: len(evaluated)], iter(velocities[len(evaluated) :])
         for turn in turns:
-            turn.session.run.commit(turn.commits)
+            turn.session.run.commit(len(turn.commits))
             turn.session.remember_context()
         for turn, velocity in zip(evaluated, conditional, strict=True):
             turn.session.run.advance(velocity, next(unconditional) if turn.guided else None)
             turn.session.deliver()
-        return self.shape.block_size * (sum(len(turn.latents) for turn in turns) + len(guided)), len(turns)
+        blocks = sum(len(turn.commits) for turn in turns) + len(evaluated) + len(guided)
+        return self.shape.block_size * blocks, len(turns)
 
     def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
         """Every sampling session; contexts share what room a pass has for them, first come, first served.
@@ -193,17 +206,21 @@ class PriorEngine(Engine[PriorSession]):
         return sorted(turns, key=_Turn.place)
 
     def _velocities(self, turns: list[_Turn]) -> Tensor:
-        """One pass. Block rows: for each turn its latents, then the unconditional points. (points, B, d), float32."""
-        model = self.model
-        alone = [turn.point for turn in turns if turn.guided and turn.point is not None]
-        segments = [turn.segment for turn in turns] + [Segment(self.shape.block_size)] * len(alone)
-        index, points = self._times(turns)
+        """One pass. Block rows: all commits, all points, the unconditional ones again. (points, B, d), float32."""
+        model, B = self.model, self.shape.block_size
+        committing = sorted((turn for turn in turns if turn.commits), key=lambda turn: len(turn.commits))
+        commits = [block for turn in committing for block in turn.commits]
+        evaluated = [turn for turn in turns if turn.point is not None]
+        alone = [turn for turn in evaluated if turn.guided]
+        points = [turn.point for turn in (*evaluated, *alone) if turn.point is not None]
+        segments = [turn.committing for turn in committing] + [turn.evaluated for turn in evaluated]
+        layout = self._laid_out(segments + [Segment(B)] * len(alone))
+        index = self._times(len(commits), [turn.session.run for turn in (*evaluated, *alone)])
 
-        layout = self._laid_out(segments)
-        x = model.txt_in(torch.stack([z for turn in turns for z in turn.latents] + alone)).float()
+        x = model.txt_in(torch.stack(commits + points)).float()
         for layer, block in enumerate(model.blocks):
             x = block(x, self.table.layer(layer, index), layout.rotary, layout.attend)
-        return model.velocity(x[points], self.table.output(index if len(index) == 1 else index[points]))
+        return model.velocity(x[len(commits) :], self.table.output(index if len(index) == 1 else index[len(commits) :]))
 
     def _laid_out(self, segments: list[Segment]) -> _Layout:
         """Kept for the next pass: most steps of a block have the same segments."""
@@ -215,22 +232,17 @@ class PriorEngine(Engine[PriorSession]):
             self.layout = _Layout(segments, self.model.rotary_of_heads(positions), attend)
         return self.layout
 
-    def _times(self, turns: list[_Turn]) -> tuple[Tensor, Tensor]:
-        """Modulation rows of every block row, (rows, 1), and which block rows are points.
+    def _times(self, commits: int, runs: list[SamplingRun]) -> Tensor:
+        """Modulation rows of every block row: commits, which are at t = 0, then each run's point. (rows, 1).
 
         (1, 1) if all block rows are at one time, (rows, B) if any position is pinned.
         """
-        runs: list[SamplingRun | None] = []  # None: a block at t = 0
-        for turn in turns:
-            runs += [None] * turn.commits + ([] if turn.point is None else [turn.session.run])
-        runs += [turn.session.run for turn in turns if turn.guided]
-        device, points = self.model.device, [row for row, run in enumerate(runs) if run]
-        zero, *rows = self.table.rows([0.0, *(run.time if run else 0.0 for run in runs)])
+        B, device = self.shape.block_size, self.model.device
+        zero, *rows = self.table.rows([0.0, *(run.time for run in runs)])
+        rows = [zero] * commits + rows
         index = torch.tensor(rows, device=device)[:, None]
-        if any(run.pinned is not None for run in runs if run):
-            never = torch.zeros(self.shape.block_size, dtype=torch.bool, device=device)
-            pinned = torch.stack([never if run is None or run.pinned is None else run.pinned for run in runs])
-            index = torch.where(pinned, zero, index)
-        elif len(set(rows)) == 1:
-            index = index[:1]
-        return index, torch.tensor(points, dtype=torch.int64, device=device)
+        if any(run.pinned is not None for run in runs):
+            never = torch.zeros(B, dtype=torch.bool, device=device)
+            pinned = [never] * commits + [never if run.pinned is None else run.pinned for run in runs]
+            return torch.where(torch.stack(pinned), zero, index)
+        return index[:1] if len(set(rows)) == 1 else index

@@ -15,7 +15,7 @@ B, HEADS, WIDTH = 4, 2, 8
 
 
 def pool(dtype: torch.dtype = torch.bfloat16) -> KVPool:
-    return KVPool(KVShape(1, HEADS, WIDTH, dtype, CPU))
+    return KVPool(KVShape(1, HEADS, WIDTH, dtype, CPU, front=B))
 
 
 def nothing() -> Tensor:
@@ -41,54 +41,72 @@ def by_hand(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_each_sequence_sees_its_own_past_only_whatever_lies_beside_it(dtype, bound):
-    """Passes of any subset, with one or two blocks a sequence, and rows without a cache behind them."""
+    """Passes of any subset, none to two blocks of a sequence kept, one that passes, and rows without a cache."""
     torch.manual_seed(0)
     draw, caches = random.Random(0), pool(dtype)
-    sequences = [Sequence(caches.take(room)) for room in (40, 50, 60, 64, 100, 128, 600)]
-    for _ in range(8):
-        turns = [(s, B * draw.choice((1, 1, 2))) for s in sequences if draw.random() < 0.8]
-        turns.sort(key=lambda turn: (turn[1], turn[0].cache.slab.number, turn[0].cache.slot))
-        segments = [Segment(rows, len(s.keys), s.cache) for s, rows in turns] + [Segment(B)] * 3
+    sequences = [Sequence(caches.take(room, 1000)) for room in (4, 4, 4, 8, 60, 70, 600)]
+    for _ in range(20):
+        turns = [(s, B * draw.choice((0, 1, 1, 2)), draw.random() < 0.8) for s in sequences if draw.random() < 0.8]
+        for s, rows, _ in turns:
+            s.cache = caches.grown(s.cache, len(s.keys), len(s.keys) + rows)
+        turns.sort(key=lambda turn: (turn[0].cache.slab.number, turn[0].cache.slot))
+        kept = sorted(((s, rows) for s, rows, _ in turns if rows), key=lambda turn: turn[1])
+        passing = [(s, len(s.keys) + rows) for s, rows, passes in turns if passes]
+        segments = [Segment(rows, len(s.keys), s.cache) for s, rows in kept]
+        segments += [Segment(B, start, s.cache, passing=True) for s, start in passing] + [Segment(B)] * 3
         q, k, v = (torch.randn(sum(s.rows for s in segments), HEADS, WIDTH) for _ in range(3))
         got = RaggedAttention(segments, B, CPU)(0, q.clone(), k, v.to(dtype)).float()
-        for i, rows in enumerate(torch.arange(len(q)).split([s.rows for s in segments])):
-            sequence = turns[i][0] if i < len(turns) else Sequence(sequences[0].cache)
-            sequence.keys = torch.cat((sequence.keys, k[rows]))
-            sequence.values = torch.cat((sequence.values, v[rows]))
-            expected = by_hand(q[rows], sequence.keys, sequence.values)
-            torch.testing.assert_close(got[rows], expected, rtol=0, atol=bound)
+        owners = [s for s, _ in (*kept, *passing)] + [Sequence(sequences[0].cache) for _ in range(3)]
+        for owner, segment, rows in zip(
+            owners, segments, torch.arange(len(q)).split([s.rows for s in segments]), strict=True
+        ):
+            keys, values = torch.cat((owner.keys, k[rows])), torch.cat((owner.values, v[rows]))
+            torch.testing.assert_close(got[rows], by_hand(q[rows], keys, values), rtol=0, atol=bound)
+            if not segment.passing:
+                owner.keys, owner.values = keys, values
 
 
-def test_short_sequences_lie_side_by_side_and_long_ones_alone():
+def test_sequences_of_like_length_lie_side_by_side():
     caches = pool()
-    short, long = [caches.take(100) for _ in range(3)], caches.take(600)
+    short, long = [caches.take(n, n) for n in (98, 104, 108)], caches.take(600, 600)
     assert [cache.slot for cache in short] == [0, 1, 2]
     assert short[0].slab is short[1].slab is short[2].slab is not long.slab
 
 
+def test_a_cache_moves_when_it_is_full_and_not_before():
+    caches = pool()
+    cache = caches.take(8, 1000)
+    room = cache.slab.capacity
+    assert caches.grown(cache, 8, room) is cache
+    larger = caches.grown(cache, 8, room + 1)
+    assert larger.slab.capacity > room
+    assert caches.take(8, 1000).slab is not cache.slab  # the place was given back, and the slab with it
+    assert pool(torch.float32).take(8, 1000).slab.capacity == 1000
+
+
 def test_a_place_left_is_taken_next_and_is_empty():
     caches = pool()
-    first, second = caches.take(64), caches.take(64)
-    for keys, values in zip(*first.slab.write_slots(first.slots, 0, 64), strict=True):
+    first, second = caches.take(48, 48), caches.take(48, 48)
+    for keys, values in zip(*first.slab.write_slots(first.slots, 0, 48), strict=True):
         keys.fill_(1.0)
         values.fill_(1.0)
     caches.give_back(first)
-    third = caches.take(64)
+    third = caches.take(48, 48)
     assert (third.slab, third.slot) == (second.slab, 0)
-    for views in third.slab.readable(third.slots, 64):
+    for views in third.slab.readable(third.slots, 48):
         assert not any(view.any() for view in views)
 
 
 def test_a_slab_is_given_up_with_its_last_sequence():
     caches = pool()
-    first, second = caches.take(64), caches.take(64)
+    first, second = caches.take(48, 48), caches.take(48, 48)
     caches.give_back(first)
     caches.give_back(second)
-    assert caches.take(64).slab is not first.slab
+    assert caches.take(48, 48).slab is not first.slab
 
 
 def test_more_sequences_than_a_slab_has_room_for_take_another():
     caches = pool()
-    taken = [caches.take(64) for _ in range(40)]
+    taken = [caches.take(48, 48) for _ in range(40)]
     assert len({(cache.slab.number, cache.slot) for cache in taken}) == 40
     assert len({cache.slab.number for cache in taken}) == 3
