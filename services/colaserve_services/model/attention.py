@@ -40,19 +40,22 @@ class RaggedAttention:
 
     def __init__(self, segments: Sequence[Segment], block_size: int, device: torch.device):
         self._parts: list[_Cached | _Alone] = []
-        row = 0
+        self._cached = row = 0  # rows up to the last with a cache
         for group in _side_by_side(segments):
             rows = slice(row, row + len(group) * group[0].rows)
             row = rows.stop
             part = _Alone if group[0].cache is None else _Cached
             self._parts.append(part(rows, group, block_size, device))
+            self._cached = row if part is _Cached else self._cached
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
         out = v.new_empty(v.shape)
         q, k, v, rows = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, out))
+        kept = k[: self._cached].to(v.dtype)  # before it is transposed: two fast copies for a slow one
         for part in self._parts:
-            part.attend(layer, q[part.rows], k[part.rows], v[part.rows], rows[part.rows])
+            keys = kept if isinstance(part, _Cached) else k
+            part.attend(layer, q[part.rows], keys[part.rows], v[part.rows], rows[part.rows])
         return out
 
 
@@ -95,7 +98,6 @@ class _Cached:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
-        k = k.to(v.dtype)  # before the places are written, which may be transposed: two fast copies for a slow one
         for sequences, (key_slots, value_slots) in self._writes:
             key_slots[layer].copy_(k[sequences])
             value_slots[layer].copy_(v[sequences])

@@ -36,15 +36,14 @@ class KVShape:
 
 
 class KVSlab:
-    """Room for `slots` sequences of `capacity` positions, side by side: neighbours can be read as one batch."""
+    """Room for `slots` sequences of `capacity` positions; those that are there lie side by side, to be read as one."""
 
     _numbers = itertools.count()
 
     def __init__(self, shape: KVShape, capacity: int, slots: int):
-        self.shape, self.capacity = shape, capacity
+        self.shape, self.capacity, self._slots = shape, capacity, slots
         self.number = next(self._numbers)  # slabs in order of their making
-        self._free = list(range(slots))
-        self._slots = slots
+        self._held: list[KVCache] = []
         self._room = shape.front + capacity
         by_position = (shape.layers, slots, shape.heads, self._room, shape.head_dim)
         by_channel = (shape.layers, slots, shape.heads, shape.head_dim, self._room)
@@ -54,27 +53,32 @@ class KVSlab:
 
     @property
     def full(self) -> bool:
-        return not self._free
+        return len(self._held) == self._slots
 
     @property
     def unused(self) -> bool:
-        return len(self._free) == self._slots
+        return not self._held
 
     @property
     def idle_bytes(self) -> int:
         """Of the slots without a sequence."""
-        return len(self._free) * self.shape.nbytes(self.capacity)
+        return (self._slots - len(self._held)) * self.shape.nbytes(self.capacity)
 
-    def take(self) -> int:
-        """The lowest free slot, zeroed: the nearer the slots in use, the more of them lie side by side."""
-        slot = min(self._free)
-        self._free.remove(slot)
+    def take(self, cache: "KVCache") -> int:
+        """The next slot, zeroed."""
+        slot = len(self._held)
+        self._held.append(cache)
         self._keys[:, slot].zero_()
         self._values[:, slot].zero_()
         return slot
 
     def give_back(self, slot: int) -> None:
-        self._free.append(slot)
+        """The sequence of the last slot moves to the place left."""
+        last = self._held.pop()
+        if last.slot != slot:
+            self._keys[:, slot].copy_(self._keys[:, last.slot])
+            self._values[:, slot].copy_(self._values[:, last.slot])
+            self._held[slot], last.slot = last, slot
 
     def front_slots(self, slots: slice) -> Views:
         """For each layer the room before the sequences: keys and values, (slots, heads, front, head_dim) each."""
@@ -106,7 +110,7 @@ class KVCache:
     def __init__(self, shape: KVShape, capacity: int, slab: KVSlab | None = None):
         self.shape = shape
         self.slab = slab or KVSlab(shape, capacity, 1)
-        self.slot = self.slab.take()
+        self.slot = self.slab.take(self)
 
     def nbytes_of(self, positions: int) -> int:
         """Of a copy."""
@@ -137,6 +141,8 @@ class KVPool:
     Where keys are transposed, a cache has room for little more than what it holds, and those with as much room lie side
     by side: one product serves many of them, and reads little that is not in use. A slot's memory stays until its slab
     is given up, which is when the last sequence leaves it. Elsewhere a cache has all its room from the start.
+
+    Views into caches hold until one is grown or given back.
     """
 
     def __init__(self, shape: KVShape):

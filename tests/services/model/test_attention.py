@@ -84,17 +84,26 @@ def test_a_cache_moves_when_it_is_full_and_not_before():
     assert pool(torch.float32).take(8, 1000).slab.capacity == 1000
 
 
-def test_a_place_left_is_taken_next_and_is_empty():
+def fill(cache: KVCache, positions: int, value: float) -> None:
+    for views in cache.slab.write_slots(cache.slots, 0, positions):
+        for view in views:
+            view.fill_(value)
+
+
+def held(cache: KVCache, positions: int) -> set[float]:
+    return {x for views in cache.slab.write_slots(cache.slots, 0, positions) for x in views[0].flatten().tolist()}
+
+
+def test_the_last_sequence_of_a_slab_takes_the_place_that_another_left():
     caches = pool()
-    first, second = caches.take(48, 48), caches.take(48, 48)
-    for keys, values in zip(*first.slab.write_slots(first.slots, 0, 48), strict=True):
-        keys.fill_(1.0)
-        values.fill_(1.0)
-    caches.give_back(first)
-    third = caches.take(48, 48)
-    assert (third.slab, third.slot) == (second.slab, 0)
-    for views in third.slab.readable(third.slots, 48):
-        assert not any(view.any() for view in views)
+    taken = [caches.take(48, 48) for _ in range(4)]
+    for number, cache in enumerate(taken):
+        fill(cache, 48, float(number))
+    caches.give_back(taken[1])
+    assert [taken[i].slot for i in (0, 2, 3)] == [0, 2, 1]
+    assert [held(taken[i], 48) for i in (0, 2, 3)] == [{0.0}, {2.0}, {3.0}]
+    new = caches.take(48, 48)
+    assert (new.slab, new.slot, held(new, 48)) == (taken[0].slab, 3, {0.0})
 
 
 def test_a_slab_is_given_up_with_its_last_sequence():
