@@ -12,6 +12,7 @@ from colaserve_services.model.kv_cache import KVCache, KVSlab, Views
 from colaserve_services.model.layers import block_causal_mask
 
 _FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
+_SCORES = 3 << 18  # of one product: as many as stay in the cores' own caches until the softmax reads them
 _WIDE = 256  # keys; adding to so many scores in a row takes less time than to the few that a mask needs
 
 
@@ -95,6 +96,9 @@ class _Cached:
         self._hidden = _hidden(segments, length, block_size, device, slab.shape.dtype)
         if self._hidden is not None and slab.shape.transposed_keys:
             self._hidden = _widened(self._hidden, min(front + length, _WIDE))
+        heads, keys = self._values[0].shape[1:3]
+        step = max(1, _SCORES // (heads * segments[0].rows * keys))
+        self._batches = [slice(i, i + step) for i in range(0, self._count, step)]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
@@ -104,7 +108,9 @@ class _Cached:
         keys, values = self._keys[layer], self._values[layer]
         if _by_products(v):
             q = _scaled(q, v.dtype)
-            out.copy_(_product_attention(q, keys.flatten(0, 1), values, self._hidden, self._seen))
+            for some in self._batches:
+                hidden = None if self._hidden is None else self._hidden[some]
+                out[some].copy_(_product_attention(q[some], keys[some], values[some], hidden, self._seen))
         else:
             keys, values = keys[:, :, self._seen], values[:, :, self._seen]
             out.copy_(_fused_attention(q.to(v.dtype), keys, values, self._hidden))
@@ -128,7 +134,7 @@ class _Alone:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
         if self._few and v.device.type == "cpu":  # float32 is faster then, whatever the compute dtype
-            keys, values = k.float().flatten(0, 1).transpose(1, 2), torch.empty(v.shape).copy_(v)
+            keys, values = k.float().contiguous().transpose(2, 3), torch.empty(v.shape).copy_(v)
             out.copy_(_product_attention(_scaled(q, torch.float32), keys, values, self._hidden))
         else:
             hidden = None if self._hidden is None else self._hidden.to(v.dtype)
@@ -157,13 +163,13 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> 
 
 
 def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, seen: slice = slice(None)) -> Tensor:
-    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (batch x heads, d, L) and v.
+    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (batch, heads, d, L) and v.
 
     `seen`: of the keys; `hidden` is added to the scores of the last of them. For a few queries on a CPU it takes less
     than half the time of the fused kernel, which is made for many. In bfloat16 scores are rounded between product and
     softmax; the softmax computes in float32.
     """
-    scores = torch.bmm(q.flatten(0, 1), k)
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1))
     begin, end, _ = seen.indices(scores.shape[-1])
     if hidden is not None:
         scores.view(*q.shape[:3], -1)[..., end - hidden.shape[-1] : end].add_(hidden)

@@ -9,9 +9,9 @@ from torch import Tensor
 Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 _STEP = 32  # positions; a softmax over other lengths takes half as long again
-_SHORT = 1024  # positions; up to here room grows by a quarter of the next power of two or less, beyond by a sixteenth
+_SHORT = 1024  # positions; up to here room grows by a quarter of the next power of two, beyond by a thirty-second
 _SLOTS = 16  # of a slab, at most
-_IDLE_BYTES = 256 << 20  # of slots without a sequence; beyond, new slabs have one slot
+_IDLE_BYTES = 512 << 20  # of slots without a sequence; beyond, new slabs have one slot
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class KVPool:
         if not self.shape.transposed_keys:
             return positions
         needed = self.shape.front + positions
-        step = max(_STEP, (1 << (needed - 1).bit_length()) // (4 if needed <= _SHORT else 16))
+        step = max(_STEP, (1 << (needed - 1).bit_length()) // (4 if needed <= _SHORT else 32))
         return max(2 * _STEP, -(-needed // step) * step) - self.shape.front
 
     def take(self, positions: int, most: int) -> KVCache:
