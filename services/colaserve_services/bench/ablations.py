@@ -58,7 +58,6 @@ class _FromWeights:
         self._dit, self._table, self._calls = stages.prior.model, table, calls
         self._block_size = stages.prior.shape.block_size
         self._times: dict[int, float] = {}
-        self._embedded = torch.empty(0)
 
     def prepare(self, times: Any) -> None:
         """Nothing is kept."""
@@ -71,13 +70,12 @@ class _FromWeights:
         self._times = {row: t for t, row in known.items()}
         return [known[t] for t in times]
 
-    def layer(self, layer: int, index: Tensor) -> Modulation:
+    def layers(self, index: Tensor) -> Iterator[Modulation]:
         """As the table's, for every token by itself."""
-        self._calls.count += 1
-        if layer == 0:
-            self._embedded = self._embed(index)
-        modulation: Modulation = self._dit.blocks[layer].modulation(self._embedded)  # type: ignore[operator]
-        return modulation
+        e = self._embed(index)
+        for block in self._dit.blocks:
+            self._calls.count += 1
+            yield block.modulation(e)  # type: ignore[operator]
 
     def output(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """As the table's."""

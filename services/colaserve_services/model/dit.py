@@ -94,10 +94,10 @@ def rotate_pairs(x: Tensor, rotary: Tensor) -> Tensor:
     rope_dim = 2 * rotary.shape[-1]
     if rope_dim == 0:
         return x
-    pairs = torch.view_as_complex(x[..., :rope_dim].unflatten(-1, (-1, 2)))
     if not x.requires_grad:
-        pairs.mul_(rotary)
+        x[..., :rope_dim].view(torch.complex64).mul_(rotary)
         return x
+    pairs = torch.view_as_complex(x[..., :rope_dim].unflatten(-1, (-1, 2)))
     return torch.cat((torch.view_as_real(pairs * rotary).flatten(-2), x[..., rope_dim:]), dim=-1)
 
 

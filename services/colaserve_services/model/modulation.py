@@ -57,15 +57,16 @@ class ModulationTable:
         self._rows[t] = slot
         return slot
 
-    def layer(self, layer: int, index: Tensor) -> Modulation:
-        """Modulation of rows index: (...) gives tensors of (..., D)."""
-        return Modulation(*self._pick(self._layers[layer], index))
+    def layers(self, index: Tensor) -> list[Modulation]:
+        """Modulation of every layer for rows index: (...) gives tensors of (..., D)."""
+        picked = self._layers.index_select(1, index.flatten()).view(
+            len(self._layers), *index.shape, *self._layers.shape[2:]
+        )
+        return [Modulation(*layer.unbind(-2)) for layer in picked.unbind(0)]
 
     def output(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """shift and 1 + scale of the last norm for rows index: (...) gives (..., D) each."""
-        shift, scale = self._pick(self._output, index)
+        shift, scale = (
+            self._output.index_select(0, index.flatten()).view(*index.shape, *self._output.shape[1:]).unbind(-2)
+        )
         return shift, scale
-
-    @staticmethod
-    def _pick(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:]).unbind(-2)

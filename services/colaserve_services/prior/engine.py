@@ -218,8 +218,8 @@ class PriorEngine(Engine[PriorSession]):
         index = self._times(len(commits), [turn.session.run for turn in (*evaluated, *alone)])
 
         x = model.txt_in(torch.stack(commits + points)).float()
-        for layer, block in enumerate(model.blocks):
-            x = block(x, self.table.layer(layer, index), layout.rotary, layout.attend)
+        for block, modulation in zip(model.blocks, self.table.layers(index), strict=True):
+            x = block(x, modulation, layout.rotary, layout.attend)
         return model.velocity(x[len(commits) :], self.table.output(index if len(index) == 1 else index[len(commits) :]))
 
     def _laid_out(self, segments: list[Segment]) -> _Layout:
