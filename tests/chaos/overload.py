@@ -17,10 +17,11 @@ import click
 from colaserve_client import AsyncClient, GenerationRequest
 from colaserve_services.bench.report import percentile
 from colaserve_services.bench.requests import Mix, Record, closed_loop, connected, open_loop
-from tests.chaos.fleet import SMALL, Fleet, FleetSettings
+from tests.chaos.fleet import SMALL, STAGES, Fleet, FleetSettings
 from tests.chaos.watching import Watch, quantile
 
 ONE_EACH = dict.fromkeys(SMALL, 1)
+SMALL_CACHE = "--prefix-cache-bytes=8000000"  # full before the memory's slope counts
 
 
 def answered(records: Sequence[Record], begin: float, until: float) -> float:
@@ -71,9 +72,10 @@ async def _main(
     model: Path, factor: float, seconds: float, closed: float, callers: str, tokens: int, queue_seconds: float,
     settle: float, logs: Path,
 ) -> None:  # fmt: skip
-    patience = {"coordinator": (f"--queue-seconds={queue_seconds}", "--log-level=debug")}
+    patience = f"--queue-seconds={queue_seconds}"
+    settings = {**dict.fromkeys(STAGES, (SMALL_CACHE,)), "coordinator": (patience, "--log-level=debug")}
     async with (
-        Fleet(FleetSettings(logs, model, ONE_EACH, patience)) as fleet,
+        Fleet(FleetSettings(logs, model, ONE_EACH, settings)) as fleet,
         connected(fleet.target, None, 300) as client,
     ):
         requests = Mix((16,), (tokens,)).requests(await client.info(), "overload")

@@ -41,8 +41,9 @@ class Watch:
         slopes = self.slopes(settle)
         for name, points in self.memory.items():
             files = self.files[name]
+            quarters = ", ".join(f"{points[len(points) * i // 4 - 1][1]:.0f}" for i in range(1, 5))
             yield (
-                f"{name:14} {slopes[name]:+.2f} MiB/min of {points[-1][1]:.0f} MiB, "
+                f"{name:14} {slopes[name]:+.2f} MiB/min, {quarters} MiB at the quarters, "
                 f"open files {files[0]} at first, {max(files)} at most, {files[-1]} at last"
             )
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
+from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
 from colaserve_services.runtime.device import DeviceThread
@@ -157,7 +159,9 @@ class DecoderEngine(Engine[DecoderSession]):
         answered = [turn.session for turn in turns if turn.block is not None]
         if answered:
             B, P = self.shape.block_size, self.shape.patch_size
-            logits = self.model.logits(hidden).view(len(answered), B * P, -1)
+            extra = padded_rows(len(hidden), self.model.dtype, self.model.device) - len(hidden)
+            logits = self.model.logits(F.pad(hidden, (0, 0, 0, extra)))[: len(hidden) * P]
+            logits = logits.view(len(answered), B * P, -1)
             for session, rows in zip(answered, logits, strict=True):
                 self._answer(session, rows)
         return sum(turn.rows for turn in turns), len(turns)
@@ -177,10 +181,14 @@ class DecoderEngine(Engine[DecoderSession]):
         """One pass; rows after the last layer of the blocks to answer, (blocks * B, D)."""
         model = self.model
         segments = [Segment(turn.rows, turn.session.position, turn.session.cache) for turn in turns]
-        parts = [part for turn in turns for part in (turn.prefix, turn.block) if part is not None]
+        latents = torch.cat([part for turn in turns for part in (turn.prefix, turn.block) if part is not None])
+        rows = len(latents)
+        if extra := padded_rows(rows, model.dtype, model.device) - rows:
+            latents = F.pad(latents, (0, 0, 0, extra))
+            segments.append(Segment(extra))
         positions = torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]).to(model.device)
         attend = RaggedAttention(segments, model.config.block_size, model.device)
-        hidden = model.transform(model.in_layer(torch.cat(parts)), positions, attend)
+        hidden = model.transform(model.in_layer(latents), positions, attend)[:rows]
         wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns])
         for turn in turns:
             turn.session.advance(turn.rows)

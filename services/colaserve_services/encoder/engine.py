@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
+from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.text_vae import TextVAEEncoder
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
@@ -142,10 +144,14 @@ class EncoderEngine(Engine[EncoderSession]):
     def _forward(self, ready: list[EncoderSession]) -> tuple[int, int]:
         """The heartbeat: the next rows of as many sequences as one pass takes."""
         turns = self._turns(ready)
-        P, device = self.shape.patch_size, self.model.device
-        ids = torch.cat([s.ids[s.position * P : (s.position + rows) * P] for s, rows in turns]).to(device)
-        positions = torch.cat([torch.arange(s.position, s.position + rows) for s, rows in turns]).to(device)
+        P, device, total = self.shape.patch_size, self.model.device, sum(rows for _, rows in turns)
+        ids = torch.cat([s.ids[s.position * P : (s.position + rows) * P] for s, rows in turns])
+        positions = torch.cat([torch.arange(s.position, s.position + rows) for s, rows in turns])
         segments = [Segment(rows, s.position, s.cache) for s, rows in turns]
+        if extra := padded_rows(total, self.model.dtype, device) - total:
+            ids, positions = F.pad(ids, (0, extra * P)), F.pad(positions, (0, extra))
+            segments.append(Segment(extra))
+        ids, positions = ids.to(device), positions.to(device)
         mean, logvar = self.model(ids, positions, RaggedAttention(segments, self.model.config.block_size, device))
         row = 0
         for session, rows in turns:

@@ -1,4 +1,4 @@
-"""Keys and values of sequences, all layers: room reserved once, written in place, never moved."""
+"""Keys and values of sequences, all layers: written in place, side by side, moved only when their room is full."""
 
 import itertools
 from dataclasses import dataclass, replace

@@ -11,6 +11,7 @@ from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overload
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
@@ -288,3 +289,26 @@ async def test_bfloat16_sampling_stays_near_float32(golden: Golden) -> None:
         with engines(golden.directory, dtype=dtype) as stages:
             latents.append((await sample(stages, wanted))[0].latents)
     assert ((latents[1] - latents[0]).norm() / latents[0].norm()).item() < 0.1
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(1, 16), (16, 16), (100, 112), (130, 160), (513, 640), (640, 640)])
+def test_few_numbers_of_rows_reach_the_products_of_a_cpu_in_bfloat16(rows: int, padded: int) -> None:
+    assert padded_rows(rows, torch.bfloat16, torch.device("cpu")) == padded
+    assert padded_rows(rows, torch.float32, torch.device("cpu")) == rows
+    assert padded_rows(rows, torch.bfloat16, torch.device("cuda")) == rows
+
+
+async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
+    """bfloat16 on a CPU, where passes are padded, against float32, where none is."""
+    sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        with engines(tiny.directory, EngineLimits(max_context=512, chunk=40), dtype=dtype) as stages:
+            encoded, _ = await stages.encoder.encode(sequences)
+            async with stages.decoder.session(DecodeJob(noise(8), with_logits=True)) as session:
+                block = await session.decode(noise(4, seed=1))
+            await freed(stages)
+        found.append([*(result.latents for result in encoded), block.logits])
+    for got, expected in zip(*found, strict=True):
+        assert got.shape == expected.shape
+        assert ((got - expected).norm() / expected.norm()).item() < 2e-2
