@@ -80,7 +80,9 @@ async def _main(
     ):
         requests = Mix((16,), (tokens,)).requests(await client.info(), "overload")
         rates = [await closed_rate(client, requests, int(n), closed) for n in callers.split(",")]
-        best, before = max(rates), await _refusals(fleet)
+        if not (best := max(rates)):
+            raise click.ClickException(f"--closed: got {closed:g} s, in which no call was answered; give more")
+        before = await _refusals(fleet)
         async with Watch(fleet) as watch:
             begin = time.monotonic()
             until = begin + seconds
