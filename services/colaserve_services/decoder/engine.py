@@ -15,7 +15,6 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
-from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
 from colaserve_services.runtime.device import DeviceThread
@@ -159,8 +158,8 @@ class DecoderEngine(Engine[DecoderSession]):
         answered = [turn.session for turn in turns if turn.block is not None]
         if answered:
             B, P = self.shape.block_size, self.shape.patch_size
-            extra = padded_rows(len(hidden), self.model.dtype, self.model.device) - len(hidden)
-            logits = self.model.logits(F.pad(hidden, (0, 0, 0, extra)))[: len(hidden) * P]
+            padded = F.pad(hidden, (0, 0, 0, self.model.padding(len(hidden))))
+            logits = self.model.logits(padded)[: len(hidden) * P]
             logits = logits.view(len(answered), B * P, -1)
             for session, rows in zip(answered, logits, strict=True):
                 self._answer(session, rows)
@@ -183,7 +182,7 @@ class DecoderEngine(Engine[DecoderSession]):
         segments = [Segment(turn.rows, turn.session.position, turn.session.cache) for turn in turns]
         latents = torch.cat([part for turn in turns for part in (turn.prefix, turn.block) if part is not None])
         rows = len(latents)
-        if extra := padded_rows(rows, model.dtype, model.device) - rows:
+        if extra := model.padding(rows):
             latents = F.pad(latents, (0, 0, 0, extra))
             segments.append(Segment(extra))
         positions = torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]).to(model.device)

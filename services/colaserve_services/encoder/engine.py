@@ -12,7 +12,6 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
-from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.text_vae import TextVAEEncoder
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
@@ -144,11 +143,11 @@ class EncoderEngine(Engine[EncoderSession]):
     def _forward(self, ready: list[EncoderSession]) -> tuple[int, int]:
         """The heartbeat: the next rows of as many sequences as one pass takes."""
         turns = self._turns(ready)
-        P, device, total = self.shape.patch_size, self.model.device, sum(rows for _, rows in turns)
+        P, device = self.shape.patch_size, self.model.device
         ids = torch.cat([s.ids[s.position * P : (s.position + rows) * P] for s, rows in turns])
         positions = torch.cat([torch.arange(s.position, s.position + rows) for s, rows in turns])
         segments = [Segment(rows, s.position, s.cache) for s, rows in turns]
-        if extra := padded_rows(total, self.model.dtype, device) - total:
+        if extra := self.model.padding(sum(rows for _, rows in turns)):
             ids, positions = F.pad(ids, (0, extra * P)), F.pad(positions, (0, extra))
             segments.append(Segment(extra))
         ids, positions = ids.to(device), positions.to(device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
+_WORTH_READING_WHOLE = 0.6  # share in use; below, copying what is in use is cheaper than computing over the rest
 _STEP = 32  # positions; a softmax over other lengths takes half as long again
 _SHORT = 1024  # positions; up to here room grows by a quarter of the next power of two, beyond by a thirty-second
 _SLOTS = 16  # of a slab, at most
@@ -96,12 +97,20 @@ class KVSlab:
     def readable(self, slots: slice, stop: int) -> Views:
         """For each layer keys and values of the front room and positions 0..stop: (slots, heads, n, head_dim).
 
-        Transposed keys come swapped, and with all their room: a product of the CPU copies operands that are no whole
-        tensor. What was never written is zero.
+        Transposed keys come swapped. A product of the CPU copies operands that are no whole tensor, so there they come
+        with all their room once enough of it is in use, and before with room to an even length. What was never written
+        is zero.
         """
-        end = self._room if self.shape.transposed_keys else self.shape.front + stop
-        keys = self._keys[:, slots] if self.shape.transposed_keys else self._keys[:, slots, :, :end]
-        return keys.unbind(0), self._values[:, slots, :, :end].unbind(0)
+        end = self.shape.front + stop
+        if not self.shape.transposed_keys:
+            return self._keys[:, slots, :, :end].unbind(0), self._values[:, slots, :, :end].unbind(0)
+        end = self._room if end >= _WORTH_READING_WHOLE * self._room else _even(end)
+        return self._keys[:, slots, ..., :end].unbind(0), self._values[:, slots, :, :end].unbind(0)
+
+
+def _even(positions: int) -> int:
+    """Rounded up to a length that softmax is fast over."""
+    return -(-positions // _STEP) * _STEP
 
 
 class KVCache:

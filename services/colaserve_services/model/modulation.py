@@ -4,7 +4,7 @@ The modulation Linears are a third of the DiT's weights; with the table they are
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -57,16 +57,16 @@ class ModulationTable:
         self._rows[t] = slot
         return slot
 
-    def layers(self, index: Tensor) -> list[Modulation]:
-        """Modulation of every layer for rows index: (...) gives tensors of (..., D)."""
-        picked = self._layers.index_select(1, index.flatten()).view(
-            len(self._layers), *index.shape, *self._layers.shape[2:]
-        )
-        return [Modulation(*layer.unbind(-2)) for layer in picked.unbind(0)]
+    def layers(self, index: Tensor) -> Iterator[Modulation]:
+        """Modulation of every layer in turn for rows index: (...) gives tensors of (..., D)."""
+        for table in self._layers:  # not all at once: of many rows that is hundreds of MiB
+            yield Modulation(*self._pick(table, index))
 
     def output(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """shift and 1 + scale of the last norm for rows index: (...) gives (..., D) each."""
-        shift, scale = (
-            self._output.index_select(0, index.flatten()).view(*index.shape, *self._output.shape[1:]).unbind(-2)
-        )
+        shift, scale = self._pick(self._output, index)
         return shift, scale
+
+    @staticmethod
+    def _pick(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:]).unbind(-2)

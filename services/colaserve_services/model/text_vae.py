@@ -15,6 +15,7 @@ from colaserve_services.model.layers import (
     LinearActivation,
     block_causal_mask,
     masked_attention,
+    padded_rows,
     rotary_angles,
     rotary_frequencies,
 )
@@ -118,6 +119,10 @@ class _Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.final_layer.weight.device
+
+    def padding(self, rows: int) -> int:
+        """How many rows more a pass over so many is to have."""
+        return padded_rows(rows, self.dtype, self.device) - rows
 
     def transform(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Rows x: (..., D) at latent positions (...)."""
