@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from colaserve_services.bench import ablate
 from colaserve_services.bench.ablations import VARIANTS, Calls
 from colaserve_services.bench.driver import Load
-from colaserve_services.bench.stages import Stages
+from colaserve_services.bench.stages import ComputeSettings, Stages, started
 from colaserve_services.errors import UsageError
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.sampling_run import SampleJob
@@ -37,6 +38,18 @@ async def test_a_variant_gives_the_engines_numbers_and_runs(stages: Stages, name
         got = await sampled(stages)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-5
     assert all(call.count for call in calls)
+
+
+@pytest.mark.parametrize("name", ["keys concatenated and turned anew", "one dense mask over the batch", "all of these"])
+async def test_a_variant_of_attention_follows_sequences_whose_caches_move(tiny_model: Path, name: str) -> None:
+    compute = ComputeSettings(tiny_model, "bfloat16", threads=1)
+    with started(compute, max_context=128, max_running=4) as stages:
+        moved = stages.prior.kv_pool.room(56) < 56 + 2 * stages.prior.shape.block_size  # of three, two are committed
+        expected = await blocks(stages, 56, seed=0)
+        with VARIANTS[name](stages):
+            got = await blocks(stages, 56, seed=0)
+    assert moved
+    assert ((got - expected).norm() / expected.norm()).item() < 5e-2
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -20,6 +20,7 @@ from colaserve_services.bench.plain_attention import History, PlainAttention
 from colaserve_services.bench.stages import Stages
 from colaserve_services.model.attention import Segment
 from colaserve_services.model.dit import DiTAttention, Modulation
+from colaserve_services.model.kv_cache import KVCache
 from colaserve_services.model.layers import Linear
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.prior import engine as prior_engine
@@ -152,9 +153,15 @@ def _attention(stages: Stages, *, rotates: bool, dense: bool) -> Iterator[list[C
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(prior_engine, "RaggedAttention", attention))
+        stack.enter_context(_replaced(stages.prior.kv_pool, "grown", _as_it_is))  # the history knows it by its cache
         if rotates:
             stack.enter_context(_replaced(DiTAttention, "forward", _without_rotary))
         yield [calls]
+
+
+def _as_it_is(cache: KVCache, held: int, positions: int) -> KVCache:
+    """KVPool.grown for caches that nothing is written to."""
+    return cache
 
 
 def _without_rotary(self: DiTAttention, x: Tensor, rotary: Any, attend: Any) -> Tensor:
