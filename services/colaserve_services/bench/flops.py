@@ -16,15 +16,9 @@ from colaserve_services.model.config import DiTConfig
 LAYER_MATRICES = ("msa.proj_qkv", "msa.proj_out", "mlp.proj_in", "mlp.proj_out")
 
 
-def layer_weights(config: DiTConfig) -> int:
-    """Elements of one layer's four matrices."""
-    inner = config.heads * config.head_dim
-    return config.txt_dim * (4 * inner + 2 * config.expand_ratio * config.txt_dim)
-
-
 def product_flops(config: DiTConfig, rows: int) -> int:
     """Of one pass over so many rows."""
-    return 2 * rows * config.num_layers * layer_weights(config)
+    return 2 * rows * config.num_layers * config.layer_weights
 
 
 @dataclass(frozen=True)

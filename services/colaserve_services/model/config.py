@@ -66,6 +66,12 @@ class DiTConfig:
     rope_dim: int = 96  # leading channels of a head that are rotated
     block_size: int = 4  # latents a block of generation
 
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's four matrices."""
+        inner = self.heads * self.head_dim
+        return self.txt_dim * (4 * inner + 2 * self.expand_ratio * self.txt_dim)
+
 
 @dataclass(frozen=True)
 class ModelShape:

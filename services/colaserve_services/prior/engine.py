@@ -25,6 +25,8 @@ from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
 _LEAST_ROWS = 32  # of contexts in a pass: so few cost next to nothing
+_CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
+_ATTENTION_COST = 2.5  # of an operation of attention, in those of a product, which run at more of the peak
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ class PriorEngine(Engine[PriorSession]):
         self.kv_pool = KVPool(self.kv_shape)
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.layout: _Layout | None = None  # of the last pass
+        keys_cost = _ATTENTION_COST * 2 * config.heads * config.head_dim / config.layer_weights
+        self._key_cost = shape.block_size * keys_cost  # of attending to a block, beside a row's own products
         self.table = ModulationTable(model, model.device)
 
     def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
@@ -191,17 +195,19 @@ class PriorEngine(Engine[PriorSession]):
     def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
         """Every sampling session; contexts share what room a pass has for them, first come, first served.
 
-        While sessions sample, contexts get as many rows as those have with guidance, so that a pass takes less than
-        twice its time.
+        While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
+        time. The unit is a block of rows over no keys; each context gets a block at least while there is room.
         """
         sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
-        room = max(1, max(2 * sampling, _LEAST_ROWS // B) if sampling else self.limits.chunk // B)
+        room = max(_CONTEXT_SHARE * 2 * sampling, _LEAST_ROWS / B) if sampling else self.limits.chunk / B
         turns = []
         for session in ready:
-            waiting = session.run.uncommitted
-            count = len(waiting) if len(waiting) <= 1 else min(room, len(waiting))
-            room -= count if len(waiting) > 1 else 0
-            if count or not waiting:
+            count = len(session.run.uncommitted)
+            if count > 1:
+                cost = 1 + session.run.committed * self._key_cost if sampling else 1
+                count = min(count, max(1, int(room / cost))) if room > 0 else 0
+                room -= count * cost
+            if count or not session.run.uncommitted:
                 turns.append(_Turn.of(session, count))
         return sorted(turns, key=_Turn.place)
 
