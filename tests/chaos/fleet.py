@@ -43,7 +43,7 @@ class FleetSettings:
     arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further ones of a role
     through: Mapping[str, str] = field(default_factory=dict)  # stage: address its callers are told instead
     environment: Mapping[str, str] = field(default_factory=dict)
-    drain_seconds: float = 1.0
+    drain_seconds: float = 2.0
     grace_seconds: float = 20.0
     start_seconds: float = 180.0
 

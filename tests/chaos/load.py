@@ -41,7 +41,9 @@ class Outcome:
     repeated: int = 0  # attempts that a caller made beyond the first
 
 
-_NOTICED = 1.0  # seconds until connections to a killed coordinator are known to be dead: requests still go there
+# Seconds in which a killed coordinator may still be what a request meets: connections to it are not yet known to be
+# dead, and its twin, back from its own death, is found again within the channel's longest backoff.
+_NOTICED = 1.5
 
 
 @dataclass

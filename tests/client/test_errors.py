@@ -236,6 +236,21 @@ def test_a_server_that_comes_later_is_waited_for(server: FakeServer, behaviour: 
             later.stop()
 
 
+def test_a_server_that_was_away_long_is_found_again_within_the_retries(server: FakeServer) -> None:
+    with Client(server.target) as client:
+        assert client.healthy()
+        server.stop()
+        end = time.monotonic() + 4.5  # connecting is tried at ever longer intervals meanwhile
+        while time.monotonic() < end:
+            assert not client.healthy(1)
+            time.sleep(0.1)
+        later = start_server(port=server.port)
+        try:
+            assert client.tokenize("a").ids == (97,)
+        finally:
+            later.stop()
+
+
 async def test_health_is_seen_with_asyncio(async_client: AsyncClient, server: FakeServer) -> None:
     assert await async_client.healthy()
     server.health.set("", 2)  # NOT_SERVING
