@@ -1,6 +1,7 @@
 """Keys and values of sequences, all layers: written in place, side by side, moved only when their room is full."""
 
 import itertools
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,7 +45,9 @@ class KVSlab:
     def __init__(self, shape: KVShape, capacity: int, slots: int):
         self.shape, self.capacity, self._slots = shape, capacity, slots
         self.number = next(self._numbers)  # slabs in order of their making
-        self._held: list[KVCache] = []
+        # Weak, since caches hold their slab: a cache that nobody holds any more is freed at once, not by the collector
+        # of cycles, which counts objects and not their bytes.
+        self._held: list[weakref.ref[KVCache]] = []
         self._room = shape.front + capacity
         by_position = (shape.layers, slots, shape.heads, self._room, shape.head_dim)
         by_channel = (shape.layers, slots, shape.heads, shape.head_dim, self._room)
@@ -68,18 +71,19 @@ class KVSlab:
     def take(self, cache: "KVCache") -> int:
         """The next slot, zeroed."""
         slot = len(self._held)
-        self._held.append(cache)
+        self._held.append(weakref.ref(cache))
         self._keys[:, slot].zero_()
         self._values[:, slot].zero_()
         return slot
 
     def give_back(self, slot: int) -> None:
         """The sequence of the last slot moves to the place left."""
-        last = self._held.pop()
-        if last.slot != slot:
+        held = self._held.pop()
+        last = held()
+        if last is not None and last.slot != slot:
             self._keys[:, slot].copy_(self._keys[:, last.slot])
             self._values[:, slot].copy_(self._values[:, last.slot])
-            self._held[slot], last.slot = last, slot
+            self._held[slot], last.slot = held, slot
 
     def front_slots(self, slots: slice) -> Views:
         """For each layer the room before the sequences: keys and values, (slots, heads, front, head_dim) each."""

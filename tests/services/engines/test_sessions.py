@@ -1,6 +1,7 @@
 """Sessions: what they batch with changes nothing, what they hold is freed, and bounds hold."""
 
 import asyncio
+import gc
 import time
 
 import pytest
@@ -11,11 +12,13 @@ from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overload
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.kv_cache import KVSlab
 from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.session import Session
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 
@@ -102,6 +105,38 @@ async def test_leaving_a_run_frees_its_cache_before_the_second_step(tiny: Golden
             left = time.monotonic()
         await freed(stages)
         assert len([step for step in steps if step > left]) <= 2
+
+
+async def test_what_a_session_held_goes_with_it_and_waits_for_no_collector_of_cycles(tiny: Golden) -> None:
+    """The collector counts objects: the few of a session may keep many bytes alive for minutes."""
+    with engines(tiny.directory, EngineLimits(max_context=64, chunk=8)) as stages:
+        await use_all(stages)  # what is made once
+        gc.collect()
+        gc.disable()
+        try:
+            before = kept_alive()
+            for _ in range(3):
+                await use_all(stages)
+            await freed(stages)
+            for _ in range(50):  # the device thread may hold what it worked on last
+                if kept_alive() <= before:
+                    break
+                await asyncio.sleep(0.05)
+            assert kept_alive() <= before
+        finally:
+            gc.enable()
+
+
+async def use_all(stages: Engines) -> None:
+    await stages.encoder.encode([list(range(3, 43))])  # in chunks, so with a cache
+    await sample(stages, job())
+    async with stages.decoder.session(DecodeJob(prefix=noise(4), max_latents=8)) as session:
+        await session.decode(noise(4))
+
+
+def kept_alive() -> int:
+    """Sessions, caches and tensors that exist."""
+    return sum(issubclass(type(thing), Session | KVSlab | torch.Tensor) for thing in gc.get_objects())
 
 
 async def test_an_unread_run_pauses_and_goes_on_when_read(tiny: Golden) -> None:
