@@ -3,20 +3,21 @@
 <model>/cola_dlm/cola_dit/   config.json, model.safetensors or shards with model.safetensors.index.json
 <model>/cola_dlm/cola_vae/   likewise
 <model>/tokenizer.json       and, optionally, generation_config.json
+
+Reading weights imports torch, all else does without: a coordinator opens a checkpoint too.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
-import time
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.config import (
@@ -28,14 +29,17 @@ from colaserve_services.model.config import (
     load_vae_config,
     read_json,
 )
-from colaserve_services.model.dit import DiT
-from colaserve_services.model.layers import Linear
-from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from colaserve_services.model.dit import DiT
+    from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
 _FINGERPRINT_BYTES = 4096  # of each tensor's data
-_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class _Entry:
     shape: tuple[int, ...]
     offset: int  # of the data, from the beginning of the file
     nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 class WeightFolder:
@@ -67,7 +75,7 @@ class WeightFolder:
         for name in names:
             by_file.setdefault(self.entries[name].path, []).append(name)
         for path, inside in by_file.items():
-            with _opened(path) as file:
+            with _opened(path, "pt") as file:
                 for name in sorted(inside, key=lambda n: self.entries[n].offset):
                     yield name, file.get_tensor(name)
 
@@ -129,7 +137,7 @@ class Checkpoint:
         self.defaults = _load_defaults(directory / "generation_config.json")
 
     @classmethod
-    def open(cls, directory: Path | str) -> "Checkpoint":
+    def open(cls, directory: Path | str) -> Checkpoint:
         """Open a folder in the released layout; raise `CheckpointError`, one line, if it cannot be served."""
         return cls(Path(directory))
 
@@ -137,42 +145,36 @@ class Checkpoint:
     def shape(self) -> ModelShape:
         """Of the whole model; `parameters` counts all stages."""
         stored = (*self.vae.entries.values(), *self.dit.entries.values())
-        parameters = sum(_elements(entry.shape) for entry in stored)
+        parameters = sum(entry.elements for entry in stored)
         return self._shape(parameters)
 
     def load_encoder(
         self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
     ) -> TextVAEEncoder:
         """The Text VAE's encoder; decoder weights are never read."""
-        with torch.device("meta"), _NoInit():
-            model = TextVAEEncoder(self.vae_config)
-        return self._load(model, self.vae, "encoder.", device, dtype, progress)
+        from colaserve_services.model import loading
+
+        return loading.load_encoder(self, device, dtype, progress)
 
     def load_decoder(
         self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
     ) -> TextVAEDecoder:
         """The Text VAE's decoder; encoder weights are never read."""
-        with torch.device("meta"), _NoInit():
-            model = TextVAEDecoder(self.vae_config)
-        return self._load(model, self.vae, "decoder.", device, dtype, progress)
+        from colaserve_services.model import loading
+
+        return loading.load_decoder(self, device, dtype, progress)
 
     def load_prior(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> DiT:
         """The DiT prior."""
-        with torch.device("meta"), _NoInit():
-            model = DiT(self.dit_config)
-        return self._load(model, self.dit, "", device, dtype, progress)
+        from colaserve_services.model import loading
+
+        return loading.load_prior(self, device, dtype, progress)
 
     def check(self) -> None:
         """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
-        with torch.device("meta"):
-            encoder, decoder = TextVAEEncoder(self.vae_config), TextVAEDecoder(self.vae_config)
-            dit = DiT(self.dit_config)
-        for model, folder, prefix in (
-            (encoder, self.vae, "encoder."),
-            (decoder, self.vae, "decoder."),
-            (dit, self.dit, ""),
-        ):
-            _check_names(model, folder, prefix)
+        from colaserve_services.model import loading
+
+        loading.check(self)
 
     def shape_of(self, model: nn.Module) -> ModelShape:
         """The shape with the parameters that `model`, loaded from here, holds."""
@@ -183,100 +185,6 @@ class Checkpoint:
         return ModelShape(
             vae.latent_dim, dit.block_size, vae.block_size, vae.patch_size, vae.vocab_size, parameters=parameters
         )
-
-    def _load(
-        self,
-        model: _Model,
-        folder: WeightFolder,
-        prefix: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        progress: Progress | None,
-    ) -> _Model:
-        """Read, cast and place one tensor after the other, so that only one is held twice."""
-        slots = _check_names(model, folder, prefix)
-        total, done, started = sum(folder.entries[name].nbytes for name in slots), 0, time.monotonic()
-        pending = _Pending(model)
-        with torch.no_grad():
-            for name, stored in folder.read(slots):
-                owner, attribute = slots[name]
-                target = _target_dtype(owner, dtype)
-                value = stored.to(device=device, dtype=target, copy=True)
-                setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
-                pending.placed(owner)
-                done += folder.entries[name].nbytes
-                if progress:
-                    progress(done, total)
-        model.loaded_parameters = sum(_elements(folder.entries[name].shape) for name in slots)  # type: ignore[assignment]
-        model.load_seconds = time.monotonic() - started  # type: ignore[assignment]
-        return model.eval()
-
-
-class _NoInit(TorchFunctionMode):
-    """Modules built inside keep their parameters as they are allocated: the file has the values.
-
-    On the meta device initialising is not only useless: it pulls in 70 MB of shape functions written in Python.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _INITIALISERS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-_INITIALISERS = {
-    nn.init.kaiming_uniform_,
-    nn.init.normal_,
-    nn.init.uniform_,
-    Tensor.fill_,
-    Tensor.normal_,
-    Tensor.uniform_,
-    Tensor.zero_,
-}
-
-
-class _Pending:
-    """Packs a Linear as soon as all its parameters are placed."""
-
-    def __init__(self, model: nn.Module):
-        self._missing = {
-            module: sum(1 for _ in module.parameters(recurse=False))
-            for module in model.modules()
-            if isinstance(module, Linear)
-        }
-
-    def placed(self, module: nn.Module) -> None:
-        if isinstance(module, Linear):
-            self._missing[module] -= 1
-            if self._missing[module] == 0:
-                module.pack()
-
-
-def _target_dtype(owner: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Weights of matrix products and embeddings in the compute dtype; norms and frequencies in float32."""
-    return dtype if isinstance(owner, Linear | nn.Embedding) else torch.float32
-
-
-def _check_names(model: nn.Module, folder: WeightFolder, prefix: str) -> dict[str, tuple[nn.Module, str]]:
-    """Stored name -> (owning module, attribute) of every parameter; all must be there with the expected shape."""
-    slots = {}
-    for path, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}{path}.{attribute}" if path else f"{prefix}{attribute}"
-            entry = folder.entries.get(name)
-            if entry is None:
-                raise CheckpointError(f"{folder.folder}: tensor {name!r} is missing")
-            if entry.shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}; "
-                    f"config.json asks for {list(parameter.shape)}"
-                )
-            slots[name] = (module, attribute)
-    unknown = sorted(name for name in folder.entries if name.startswith(prefix) and name not in slots)
-    if unknown:
-        raise CheckpointError(f"{folder.folder}: tensor {unknown[0]!r} has no place in the model of config.json")
-    return slots
 
 
 def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
@@ -299,7 +207,7 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    with _opened(path):  # the library checks the header against the file's size
+    with _opened(path, "np"):  # the library checks the header against the file's size
         pass
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -315,20 +223,13 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path, framework: str) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 # Names that Hugging Face's own generation_config.json uses, beside ours, and that carry no default of ours.

@@ -50,10 +50,20 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         children = split.children()
         assert set(split.ports) == {"encoder", "prior", "decoder", "coordinator", "gateway"}
         assert len(children) == 5
+        assert {role_of(child) for child in children if maps_torch(child)} == {"encoder", "prior", "decoder"}
         check_keys(split, tokens, text)
         with grpc.insecure_channel(split.target) as channel:
             assert split.stop(signal.SIGINT) == 0
         assert not [child for child in children if child.is_running()]
+
+
+def role_of(process):
+    command = process.cmdline()
+    return next(role for role in ("encoder", "prior", "decoder", "coordinator", "gateway") if role in command)
+
+
+def maps_torch(process):
+    return any("libtorch" in region.path for region in process.memory_maps())
 
 
 def check_keys(split, tokens, text):

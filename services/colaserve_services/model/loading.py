@@ -1,0 +1,150 @@
+"""From a checkpoint's files to networks on a device: cast, placed and packed one tensor after the other."""
+
+import time
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from colaserve_services.errors import CheckpointError
+from colaserve_services.model.checkpoint import Checkpoint, Progress, WeightFolder
+from colaserve_services.model.dit import DiT
+from colaserve_services.model.layers import Linear
+from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def load_encoder(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+) -> TextVAEEncoder:
+    """The Text VAE's encoder; decoder weights are never read."""
+    with torch.device("meta"), _NoInit():
+        model = TextVAEEncoder(checkpoint.vae_config)
+    return _load(model, checkpoint.vae, "encoder.", device, dtype, progress)
+
+
+def load_decoder(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+) -> TextVAEDecoder:
+    """The Text VAE's decoder; encoder weights are never read."""
+    with torch.device("meta"), _NoInit():
+        model = TextVAEDecoder(checkpoint.vae_config)
+    return _load(model, checkpoint.vae, "decoder.", device, dtype, progress)
+
+
+def load_prior(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+) -> DiT:
+    """The DiT prior."""
+    with torch.device("meta"), _NoInit():
+        model = DiT(checkpoint.dit_config)
+    return _load(model, checkpoint.dit, "", device, dtype, progress)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
+    with torch.device("meta"):
+        encoder, decoder = TextVAEEncoder(checkpoint.vae_config), TextVAEDecoder(checkpoint.vae_config)
+        dit = DiT(checkpoint.dit_config)
+    for model, folder, prefix in (
+        (encoder, checkpoint.vae, "encoder."),
+        (decoder, checkpoint.vae, "decoder."),
+        (dit, checkpoint.dit, ""),
+    ):
+        _check_names(model, folder, prefix)
+
+
+def _load(
+    model: _Model,
+    folder: WeightFolder,
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> _Model:
+    """Read, cast and place one tensor after the other, so that only one is held twice."""
+    slots = _check_names(model, folder, prefix)
+    total, done, started = sum(folder.entries[name].nbytes for name in slots), 0, time.monotonic()
+    pending = _Pending(model)
+    with torch.no_grad():
+        for name, stored in folder.read(slots):
+            owner, attribute = slots[name]
+            target = _target_dtype(owner, dtype)
+            value = stored.to(device=device, dtype=target, copy=True)
+            setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+            pending.placed(owner)
+            done += folder.entries[name].nbytes
+            if progress:
+                progress(done, total)
+    model.loaded_parameters = sum(folder.entries[name].elements for name in slots)  # type: ignore[assignment]
+    model.load_seconds = time.monotonic() - started  # type: ignore[assignment]
+    return model.eval()
+
+
+class _NoInit(TorchFunctionMode):
+    """Modules built inside keep their parameters as they are allocated: the file has the values.
+
+    On the meta device initialising is not only useless: it pulls in 70 MB of shape functions written in Python.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_INITIALISERS = {
+    nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    Tensor.fill_,
+    Tensor.normal_,
+    Tensor.uniform_,
+    Tensor.zero_,
+}
+
+
+class _Pending:
+    """Packs a Linear as soon as all its parameters are placed."""
+
+    def __init__(self, model: nn.Module):
+        self._missing = {
+            module: sum(1 for _ in module.parameters(recurse=False))
+            for module in model.modules()
+            if isinstance(module, Linear)
+        }
+
+    def placed(self, module: nn.Module) -> None:
+        if isinstance(module, Linear):
+            self._missing[module] -= 1
+            if self._missing[module] == 0:
+                module.pack()
+
+
+def _target_dtype(owner: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Weights of matrix products and embeddings in the compute dtype; norms and frequencies in float32."""
+    return dtype if isinstance(owner, Linear | nn.Embedding) else torch.float32
+
+
+def _check_names(model: nn.Module, folder: WeightFolder, prefix: str) -> dict[str, tuple[nn.Module, str]]:
+    """Stored name -> (owning module, attribute) of every parameter; all must be there with the expected shape."""
+    slots = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}{path}.{attribute}" if path else f"{prefix}{attribute}"
+            entry = folder.entries.get(name)
+            if entry is None:
+                raise CheckpointError(f"{folder.folder}: tensor {name!r} is missing")
+            if entry.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}; "
+                    f"config.json asks for {list(parameter.shape)}"
+                )
+            slots[name] = (module, attribute)
+    unknown = sorted(name for name in folder.entries if name.startswith(prefix) and name not in slots)
+    if unknown:
+        raise CheckpointError(f"{folder.folder}: tensor {unknown[0]!r} has no place in the model of config.json")
+    return slots
