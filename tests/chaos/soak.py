@@ -38,9 +38,11 @@ async def ask(client: AsyncClient, job: Job, draw: random.Random) -> str:
     return "whole"
 
 
-async def soak(fleet: Fleet, some: list[Job], concurrency: int, seconds: float) -> tuple[Counter[str], Watch, bool]:
+async def soak(
+    fleet: Fleet, some: list[Job], concurrency: int, seconds: float, seed: int = 0
+) -> tuple[Counter[str], Watch, bool]:
     """What became of the requests, what was seen meanwhile, and whether all KV is free at the end."""
-    ended, until, draw = Counter[str](), time.monotonic() + seconds, random.Random(0)
+    ended, until, draw = Counter[str](), time.monotonic() + seconds, random.Random(seed)
     async with AsyncClient(fleet.target) as client, Watch(fleet) as watch:
 
         async def caller(number: int) -> None:

@@ -53,8 +53,8 @@ async def test_bad_connections_to_the_stages_make_no_hang_no_wrong_text_and_leak
 async def test_requests_that_are_left_or_run_late_leave_nothing_behind(harmed):
     fleet, _ = harmed
     seen: set[str] = set()
-    for _ in range(6):  # a slow machine gets few requests into one round, and one in five is left
-        ended, watch, free = await soak(fleet, SOME, 4, seconds=8)
+    for seed in range(1, 7):  # a slow machine gets few requests into one round, and one in five is left
+        ended, watch, free = await soak(fleet, SOME, 4, seconds=8, seed=seed)
         seen |= set(ended)
         assert free
         if {"left", "whole"} <= seen:

@@ -1,8 +1,10 @@
 """The latent service and the three stages, blocking and with asyncio."""
 
+import time
 from collections.abc import Callable
 
 import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
@@ -25,6 +27,8 @@ from colaserve_client import (
     Sampling,
     Unavailable,
 )
+from colaserve_client.aio.transport import AsyncExchange
+from colaserve_client.calls import Attempts, CallOptions
 from tests.client.fakes import SPACE, STORY, Behaviour, Failure, FakeServer
 
 FAST = Retry(attempts=3, first_pause=0.01)
@@ -190,6 +194,50 @@ async def test_asyncio_sessions_do_the_same(server: FakeServer, behaviour: Behav
             with pytest.raises(InvalidRequest, match="no block"):
                 await session.decode(LETTERS)
     assert behaviour.calls == 4
+
+
+@pytest.mark.parametrize("pause", [0, 0.01, 0.05])
+async def test_an_asyncio_session_tells_how_it_ended_though_its_loop_was_busy(
+    server: FakeServer, behaviour: Behaviour, pause: float
+) -> None:
+    """grpc.aio forgets the status of a stream that ended while the loop did something else."""
+    behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * FAST.attempts)
+    async with AsyncDecoderClient(server.target, retry=FAST) as decoder, decoder.session() as session:
+        write = session._exchange._write
+
+        async def write_late(request: object) -> None:
+            time.sleep(pause)
+            await write(request)
+
+        session._exchange._write = write_late
+        with pytest.raises(InvalidRequest, match="no block"):
+            await session.decode(LETTERS)
+
+
+async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None:
+    calls: list[LosesItsStatus] = []
+
+    def start() -> LosesItsStatus:
+        calls.append(LosesItsStatus())
+        return calls[-1]
+
+    attempts = Attempts(Retry(attempts=3, first_pause=0), CallOptions())
+    exchange: AsyncExchange = AsyncExchange(start, "open", attempts, "")
+    with pytest.raises(Unavailable, match="while a request was being sent"):
+        await exchange.ask("block")
+    assert len(calls) == 3
+
+
+class LosesItsStatus:
+    """A call of grpc.aio whose stream has ended just before it is written to."""
+
+    async def write(self, request: object) -> None:
+        if request == "block":
+            metadata = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, "Internal error from Core")
+
+    def cancel(self) -> None:
+        pass
 
 
 async def test_the_asyncio_prior_streams(server: FakeServer) -> None:

@@ -19,6 +19,9 @@ T = TypeVar("T")
 _NOTHING_LEFT: Any = object()
 _EOF: Any = getattr(grpc.aio, "EOF")  # noqa: B009 - type stubs do not know it
 _LOOK_AHEAD = 4  # times the concurrency: results that may wait for a slow one before them
+# Where a stream has ended before grpc.aio writes to it and the event loop has not yet heard of it, its true status is
+# lost for one of INTERNAL with this text. A busy loop hears of it in three rounds.
+_LOST, _ROUNDS = "Internal error from Core", 3
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # a HealthCheckResponse whose status is SERVING
 
@@ -219,11 +222,20 @@ class AsyncExchange(Generic[Q, R]):
         return await self._call.read()
 
     async def _write(self, request: Q) -> None:
+        for _ in range(_ROUNDS):
+            await asyncio.sleep(0)
         try:
             await self._call.write(request)
         except asyncio.InvalidStateError:  # the call has ended already: reading tells why
             await self._call.read()
             raise
+        except grpc.aio.AioRpcError as failure:
+            if failure.details() != _LOST:
+                raise
+            details = "the server ended the session while a request was being sent"
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.UNAVAILABLE, failure.initial_metadata(), failure.trailing_metadata(), details
+            ) from failure
 
     async def _again(self, failure: grpc.aio.AioRpcError) -> None:
         try:

@@ -21,6 +21,7 @@ from colaserve_services.rpc.errors import error_from_rpc, grpc_code
 _BROKEN: Final = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.ABORTED, StatusCode.DATA_LOSS}
 _DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 _DOUBTFUL_ATTEMPTS: Final = 3
+_LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def stage_error(stage: str, error: Exception) -> ColaserveError:
 def _code(error: Exception) -> StatusCode:
     if isinstance(error, grpc.RpcError):
         found: StatusCode = error.code()
-        return found
+        return StatusCode.UNAVAILABLE if (found, error.details()) == (StatusCode.INTERNAL, _LOST) else found
     return grpc_code(error)
 
 

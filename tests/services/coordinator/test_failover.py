@@ -4,6 +4,7 @@ import asyncio
 import time
 from typing import Any
 
+import grpc.aio
 import pytest
 from grpc import StatusCode
 from hypothesis import given
@@ -211,6 +212,16 @@ def _model() -> Any:
     from colaserve_services.coordinator.stages import Model
 
     return Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True)
+
+
+async def test_a_stream_whose_status_was_lost_counts_as_one_that_broke(world):
+    nothing = grpc.aio.Metadata()
+    lost = grpc.aio.AioRpcError(StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+    attempts = Attempts("decoder", Call(), 5, world.heard)
+    for _ in range(4):  # a fault of the stage's own gets fewer
+        await attempts.failed(lost)
+    with pytest.raises(Unavailable, match="the decoder is not available"):
+        await attempts.failed(lost)
 
 
 MODEL, SAMPLER = _model(), types_pb2.Sampler()

@@ -47,7 +47,7 @@ async def test_three_failed_steps_in_a_row_are_told_once_and_a_good_one_starts_a
             code = grpc.StatusCode.OK if forwards is forward else grpc.StatusCode.UNAVAILABLE
             assert await ask(served) == code
             assert watch.told == expected
-        assert prior.load().kv_bytes_used == 0
+        await eventually(lambda: prior.load().kv_bytes_used == 0)
 
 
 @pytest.fixture
