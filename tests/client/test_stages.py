@@ -206,7 +206,7 @@ async def test_an_asyncio_session_tells_how_it_ended_though_its_loop_was_busy(
         write = session._exchange._write
 
         async def write_late(request: object) -> None:
-            time.sleep(pause)
+            time.sleep(pause)  # noqa: ASYNC251 - the loop is to be busy
             await write(request)
 
         session._exchange._write = write_late
