@@ -91,8 +91,8 @@ class Answer(Response):
         """The pieces of all choices as they come, until the deadline."""
         end = asyncio.get_running_loop().time() + self._plan.deadline - time.monotonic()
 
-        def start(request: GenerateRequest) -> GenerateCall:
-            return self._backend.generate(request, self._plan.deadline, record)
+        async def start(request: GenerateRequest) -> GenerateCall:
+            return await self._backend.generate(request, self._plan.deadline, record)
 
         async with asyncio.timeout_at(end), SideBySide(self._plan.requests, start, self._parallel) as messages:
             yield self._translated(messages, record)

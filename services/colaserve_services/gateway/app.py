@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from colaserve_services import __version__
 from colaserve_services.errors import ColaserveError
-from colaserve_services.gateway.backend import GenerationStub
+from colaserve_services.gateway.backend import GenerationStub, Reach
 from colaserve_services.gateway.edge import Edge
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.gateway import Gateway
@@ -29,10 +29,19 @@ from colaserve_services.rpc.requests import REQUEST_ID
 _ABOUT = "OpenAI's API for a continuous latent diffusion language model, with its own fields beside."
 
 
-def create_app(stub: GenerationStub, settings: GatewaySettings, metrics: Metrics | None = None) -> FastAPI:
-    """The application. `metrics` are the process' own, served at /metrics; None makes new ones."""
+def create_app(
+    stub: GenerationStub, settings: GatewaySettings, metrics: Metrics | None = None, reach: Reach | None = None
+) -> FastAPI:
+    """The application.
+
+    Args:
+        stub: of the service.
+        settings: the gateway's.
+        metrics: the process' own, served at /metrics; None makes new ones.
+        reach: awaited before each call; returns when the service can be called, or waiting is no use. None: at once.
+    """
     metrics = metrics or Metrics()
-    gateway = Gateway(stub, settings)
+    gateway = Gateway(stub, settings, reach)
     app = FastAPI(title="colaserve", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
     for router in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
@@ -20,6 +20,7 @@ USER: Final = "x-colaserve-user"  # the request's `user`, percent-encoded
 INFO_TIMEOUT: Final = 5.0
 UNARY_TIMEOUT: Final = 30.0
 
+Reach = Callable[[], Awaitable[None]]
 Info = pb.GenerationServiceGetInfoResponse
 
 
@@ -39,6 +40,10 @@ class GenerationStub(Protocol):
     GetInfo: Any
 
 
+async def _at_once() -> None:
+    """A service in this process is always there."""
+
+
 def metadata(record: RequestRecord) -> Metadata:
     """Who asks, beside the request id that every call carries."""
     user = ((USER, quote(record.user, safe="@:+")),) if record.user else ()
@@ -46,28 +51,32 @@ def metadata(record: RequestRecord) -> Metadata:
 
 
 class Backend:
-    """Calls a GenerationService."""
+    """Calls a GenerationService. `reach` returns when one can be called, or it is no use to wait."""
 
-    def __init__(self, stub: GenerationStub, info_seconds: float):
+    def __init__(self, stub: GenerationStub, info_seconds: float, reach: Reach | None = None):
         self._stub = stub
+        self._reach = reach or _at_once
         self._info_seconds = info_seconds
         self._info: Info | None = None
         self._info_at = -float("inf")
         self._asking: asyncio.Task[Info] | None = None
 
-    def generate(self, request: pb.GenerateRequest, deadline: float, record: RequestRecord) -> GenerateCall:
+    async def generate(self, request: pb.GenerateRequest, deadline: float, record: RequestRecord) -> GenerateCall:
         """Start a generation. `deadline` in time.monotonic() seconds."""
+        await self._reach()
         timeout = max(deadline - time.monotonic(), 0.001)
         call: GenerateCall = self._stub.Generate(request, timeout=timeout, metadata=metadata(record))
         return call
 
     async def tokenize(self, text: str, record: RequestRecord) -> pb.TokenizeResponse:
+        await self._reach()
         request = pb.TokenizeRequest(text=text)
         response: pb.TokenizeResponse
         response = await self._stub.Tokenize(request, timeout=UNARY_TIMEOUT, metadata=metadata(record))
         return response
 
     async def detokenize(self, ids: list[int], record: RequestRecord) -> str:
+        await self._reach()
         request = pb.DetokenizeRequest(token_ids=ids)
         response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=metadata(record))
         return str(response.text)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.gateway.answer import Answer, Plan
-from colaserve_services.gateway.backend import Backend, GenerationStub, Info
+from colaserve_services.gateway.backend import Backend, GenerationStub, Info, Reach
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
 from colaserve_services.gateway.errors import ApiError, invalid
 from colaserve_services.gateway.pieces import TokenTexts
@@ -30,9 +30,9 @@ from colaserve_services.gateway.translate import (
 class Gateway:
     """One gateway: its settings, its coordinator, and whether it is going down."""
 
-    def __init__(self, stub: GenerationStub, settings: GatewaySettings):
+    def __init__(self, stub: GenerationStub, settings: GatewaySettings, reach: Reach | None = None):
         self.settings = settings
-        self.backend = Backend(stub, settings.info_seconds)
+        self.backend = Backend(stub, settings.info_seconds, reach)
         self.texts = TokenTexts(self.backend)
         self.started = int(time.time())
         self.draining = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final, Self
 
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
@@ -12,7 +12,7 @@ from colaserve_services.gateway.backend import GenerateCall
 
 _UNREAD: Final = 8  # messages that wait for a slow reader before the calls are no longer read
 
-Open = Callable[[GenerateRequest], GenerateCall]
+Open = Callable[[GenerateRequest], Awaitable[GenerateCall]]
 Message = tuple[int, GenerateResponse]
 
 
@@ -63,7 +63,7 @@ class SideBySide:
                 await self._queue.put(None)
 
     async def _forward(self, index: int, request: GenerateRequest) -> None:
-        call = self._open(request)
+        call = await self._open(request)
         try:
             async for message in call:
                 await self._queue.put((index, message))

@@ -50,7 +50,9 @@ def run_coordinator(params: Params) -> None:
         await host.open_ports(grpc=True)
         host.publish()
         checkpoint = await _checkpoint(directory)
-        stubs = {stage: await _stub(host, f"{stage.title()}Service", targets[stage], channel) for stage in targets}
+        stubs: dict[str, Any] = {
+            name: _connection(host, f"{name.title()}Service", target, channel).stub for name, target in targets.items()
+        }
         stages = Stages(**stubs, **{f"{stage}_target": target for stage, target in targets.items()})
         coordinator = _coordinator(host, params, checkpoint, stages)
         await host.serve_grpc(*_coordinator_services(coordinator))
@@ -66,7 +68,8 @@ def run_gateway(params: Params) -> None:
 
     async def assemble(host: Host) -> None:
         await host.open_ports(grpc=False)
-        await _gateway(host, params, await _stub(host, "GenerationService", target, channel))
+        coordinator = _connection(host, "GenerationService", target, channel)
+        await _gateway(host, params, coordinator.stub, coordinator.reached)
         host.publish()
 
     run("gateway", settings.watch(params), server, None, assemble)
@@ -159,12 +162,12 @@ async def _connect(host: Host, coordinator: Coordinator) -> None:
     host.stack.callback(watch.cancel)
 
 
-async def _stub(host: Host, service: str, target: str, channel: Any) -> Any:
-    """A stub of a service elsewhere; its channel is closed at the end."""
+def _connection(host: Host, service: str, target: str, channel: Any) -> Connection:
+    """To a service elsewhere; closed at the end."""
     connection = Connection(_stub_class(service), target, channel, f"{PACKAGE}.{service}")
     host.stack.push_async_callback(connection.close)
     connection.follow()
-    return connection.stub
+    return connection
 
 
 def _stub_class(service: str) -> Any:
@@ -178,7 +181,7 @@ def _stub_class(service: str) -> Any:
     }[service]
 
 
-async def _gateway(host: Host, params: Params, stub: Any) -> None:
+async def _gateway(host: Host, params: Params, stub: Any, reach: Any = None) -> None:
     from colaserve_services.gateway.app import create_app
     from colaserve_services.gateway.server import serve
     from colaserve_services.gateway.settings import Bounds, GatewaySettings
@@ -197,5 +200,5 @@ async def _gateway(host: Host, params: Params, stub: Any) -> None:
         bounds=bounds,
     )
     tls = settings.http_tls(params)
-    app = create_app(stub, gateway, host.metrics)
+    app = create_app(stub, gateway, host.metrics, reach)
     host.serve_http(await serve(app, params["host"], params["http_port"], tls), "https" if tls else "http")

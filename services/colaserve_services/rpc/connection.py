@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.rpc.tls import stamps
 
 LOOK_SECONDS = 10.0  # between two looks at the files
+REACH_SECONDS = 3.0  # a replica that came back is found within about one
 LAST_CALLS_SECONDS = 600.0  # that calls of an old channel have to end
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,17 @@ class Connection:
         """Look at the files from now on, until `close`."""
         if self._settings.tls is not None:
             self._following = asyncio.create_task(self._look(look_seconds))
+
+    async def reached(self, seconds: float = REACH_SECONDS) -> None:
+        """Return as soon as a replica is connected and SERVING; after so many seconds even if none is.
+
+        Calls fail at once while there is none, as between the draining of one replica and the discovery of the next.
+        """
+        channel = self._channel
+        with suppress(TimeoutError, grpc.aio.UsageError):  # the latter: closed meanwhile
+            async with asyncio.timeout(seconds):
+                while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                    await channel.wait_for_state_change(state)
 
     async def close(self) -> None:
         """End it, and what it left behind."""

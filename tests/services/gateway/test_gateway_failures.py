@@ -367,6 +367,18 @@ async def test_without_a_coordinator_requests_get_503(gateway: Running):
     assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": "away"})
 
 
+async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Running):
+    """As long as `reach` does; the answer then is what the call gives."""
+    reached = asyncio.Event()
+    gateway.server._gateway.backend._reach = reached.wait
+    waiting = [asyncio.create_task(call) for call in (gateway.chat(), gateway.complete(stream=True))]
+    done, _ = await asyncio.wait(waiting, timeout=0.2)
+    assert not done
+    assert not gateway.fake.seen
+    reached.set()
+    assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
+
+
 async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running):
     assert (await gateway.http.get("/ready")).json() == {"status": "ok"}
     gateway.fake.serving = False

@@ -37,7 +37,7 @@ class Calls:
     def __init__(self, count: int, messages: int, parallel: int = 16, failure: Exception | None = None):
         self.open: list[Call] = []
 
-        def start(request: GenerateRequest) -> Call:
+        async def start(request: GenerateRequest) -> Call:
             self.open.append(Call(request, messages, failure))
             return self.open[-1]
 

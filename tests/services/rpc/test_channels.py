@@ -1,6 +1,7 @@
 """Channels go round over the replicas that are SERVING, whatever else is at the target."""
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 
 import grpc
@@ -45,6 +46,26 @@ async def test_calls_go_round_over_serving_replicas_only():
         await first.server.stop()
         await until(lambda counts: counts == [0, 0, 12])
         draining.cancel()
+
+
+async def test_a_connection_is_reached_when_a_replica_serves_and_not_waited_for_longer_than_told():
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(running(ready=False)) for _ in range(2)]
+        target = ",".join(f"localhost:{replica.port}" for replica in replicas)
+        connection = Connection(encoder_pb2_grpc.EncoderServiceStub, target, ChannelSettings(), SERVICE)
+        stack.push_async_callback(connection.close)
+        started = time.monotonic()
+        await connection.reached(0.3)
+        assert time.monotonic() - started >= 0.3
+        with pytest.raises(grpc.aio.AioRpcError):  # at once, whatever its deadline
+            await connection.stub.Encode(ONE, timeout=30)
+        waiting = asyncio.ensure_future(connection.reached(30))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        await replicas[1].server.serving()
+        await asyncio.wait_for(waiting, 10)
+        await connection.stub.Encode(ONE, timeout=5)
+        assert [replica.servicer.started for replica in replicas] == [0, 1]
 
 
 async def test_a_stub_carries_the_key_and_the_request_id_of_the_call_being_served():
