@@ -16,17 +16,25 @@ from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.errors import UsageError
 from colaserve_services.model.flow import SamplerSettings, schedule
 from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.runtime.limits import EngineLimits
+
+AHEAD = EngineLimits().run_ahead  # blocks that a session writes while others are still at their contexts
 
 
 @dataclass(frozen=True)
 class Load:
-    """Sessions that start together, each with its own random context."""
+    """Sessions that start together, each with its own random context, and go on together once all have a block."""
 
     sessions: int
     context: int  # latents; whole blocks
-    blocks: int  # to write, at least 2: the first one is warm-up
+    blocks: int  # to write, at least 2: the first one is warm-up; each session writes AHEAD more
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     decode: bool = False  # every block also goes through the decoder
+
+    @property
+    def written(self) -> int:
+        """Blocks of each session."""
+        return self.blocks + AHEAD
 
     @property
     def guided_evaluations(self) -> int:
@@ -75,7 +83,8 @@ async def run(stages: Stages, load: Load, seed: int, profile: bool = False) -> R
     recorder = stages.steps
     recorder.begin(load.sessions, load.sampler.evaluations() if profile else 0)
     started = time.monotonic()
-    first = await asyncio.gather(*(_session(stages, load, seed * 1000 + i) for i in range(load.sessions)))
+    together = asyncio.Barrier(load.sessions)
+    first = await asyncio.gather(*(_session(stages, load, seed * 1000 + i, together) for i in range(load.sessions)))
     seconds = time.monotonic() - started
     await stages.errands.run(lambda: None)  # the last step's record is in
     assert recorder.steady or profile, "every load has steady steps"
@@ -95,21 +104,23 @@ def _check(stages: Stages, load: Load, profile: bool) -> None:
         raise UsageError(f"--blocks: got {load.blocks}, expected {least} or more: the first is warm-up")
 
 
-async def _session(stages: Stages, load: Load, seed: int) -> float:
-    """Time of the first block."""
+async def _session(stages: Stages, load: Load, seed: int, together: asyncio.Barrier) -> float:
+    """Time of the first block. The engine pauses a session that nobody reads, so none is done before all have begun."""
     context = torch.randn(load.context, stages.prior.shape.latent_dim, generator=torch.Generator().manual_seed(seed))
-    job = SampleJob(context, load.blocks, sampler=load.sampler, base_seed=seed)
+    job = SampleJob(context, load.written, sampler=load.sampler, base_seed=seed)
     if load.decode:
-        return await _decoded(stages, job)
+        return await _decoded(stages, job, together)
     first = None
     async with stages.prior.session(job) as session:
         async for _ in session:
-            first = first or time.monotonic()
+            if first is None:
+                first = time.monotonic()
+                await together.wait()
     assert first is not None
     return first
 
 
-async def _decoded(stages: Stages, job: SampleJob) -> float:
+async def _decoded(stages: Stages, job: SampleJob, together: asyncio.Barrier) -> float:
     """As `_session`, each block decoded as it comes."""
     assert stages.decoder is not None
     positions = len(job.latents) + job.max_blocks * stages.prior.shape.block_size
@@ -118,6 +129,8 @@ async def _decoded(stages: Stages, job: SampleJob) -> float:
     async with stages.prior.session(job) as prior, stages.decoder.session(prefix) as decoder:
         async for block in prior:
             await decoder.decode(block.latents)
-            first = first or time.monotonic()
+            if first is None:
+                first = time.monotonic()
+                await together.wait()
     assert first is not None
     return first

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 
-from colaserve_services.bench.driver import Load, Result, run
+from colaserve_services.bench.driver import AHEAD, Load, Result, run
 from colaserve_services.bench.flops import attention_of_block, product_flops
 from colaserve_services.bench.peak import Peak
 from colaserve_services.bench.recorder import new_profile
@@ -84,7 +84,7 @@ async def engine(settings: EngineSettings, say: Say) -> Report:
 def open_stages(settings: EngineSettings, roles: tuple[str, ...]) -> AbstractContextManager[Stages]:
     """Engines with room for the largest load."""
     B = Checkpoint.open(settings.compute.model).dit_config.block_size
-    longest = max(settings.contexts) + B * (settings.blocks + 1)
+    longest = max(settings.contexts) + B * (settings.blocks + AHEAD)
     return started(settings.compute, max_context=-(-longest // B) * B, max_running=max(settings.sessions), roles=roles)
 
 
@@ -126,7 +126,7 @@ def describe(stages: Stages, result: Result) -> Row:
         "context": load.context,
         "blocks_per_second": result.blocks_per_second,
         "tokens_per_second": result.blocks_per_second * stages.block_tokens,
-        "tokens_per_second_with_prefill": load.sessions * load.blocks * stages.block_tokens / result.seconds,
+        "tokens_per_second_with_prefill": load.sessions * load.written * stages.block_tokens / result.seconds,
         "first_block_seconds": statistics.median(result.first_block),
         "step_ms_p50": 1e3 * statistics.median(step.seconds for step in result.steady),
         "step_ms_p95": 1e3 * (result.step_percentile(0.95) or 0.0),

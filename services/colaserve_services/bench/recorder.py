@@ -33,7 +33,7 @@ class Step:
 
 
 class StepRecorder(EngineObserver):
-    """Keeps the steady steps of a run: from when every session has a first block until one has its last.
+    """Keeps the steady steps of a run: from when every session has a first block and steps again until one has its last.
 
     With `profile_steps`, that many of them run under torch.profiler instead and are kept apart.
     """
@@ -66,7 +66,7 @@ class StepRecorder(EngineObserver):
                 self._stop_profile()
         elif self._is_steady:
             self.steady.append(step)
-        elif self._first_blocks == self._sessions:
+        elif self._first_blocks == sessions == self._sessions:
             self._begin_steady()
 
     def _begin_steady(self) -> None:

@@ -176,7 +176,8 @@ def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, s
     for unseen in (scores[..., :begin], scores[..., end:]):
         if unseen.numel():
             unseen.fill_(float("-inf"))
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
+    torch.softmax(scores, dim=-1, out=scores)  # in place: half as much has to stay in the cores' caches
+    return torch.bmm(scores, v.flatten(0, 1)).view(q.shape)
 
 
 def _hidden(

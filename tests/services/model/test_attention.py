@@ -66,6 +66,17 @@ def test_each_sequence_sees_its_own_past_only_whatever_lies_beside_it(dtype, bou
                 owner.keys, owner.values = keys, values
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 4, 32), (2, 8, 16, 2304), (16, 8, 16, 96), (3, 1, 5, 257)], ids=str)
+def test_a_softmax_in_place_is_the_one_that_makes_a_tensor(shape, dtype):
+    """What attention computes with, and torch does not promise."""
+    scores = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+    scores[..., -3:] = float("-inf")
+    expected = scores.softmax(dim=-1)
+    torch.softmax(scores, dim=-1, out=scores)
+    assert torch.equal(scores, expected)
+
+
 def test_sequences_of_like_length_lie_side_by_side():
     caches = pool()
     short, long = [caches.take(n, n) for n in (98, 104, 108)], caches.take(600, 600)
