@@ -33,7 +33,7 @@ class Step:
 
 
 class StepRecorder(EngineObserver):
-    """Keeps the steady steps of a run: from when every session has a first block and steps again until one has its last.
+    """Keeps the steady steps of a run: from when all sessions have a first block and step again until one has its last.
 
     With `profile_steps`, that many of them run under torch.profiler instead and are kept apart.
     """
