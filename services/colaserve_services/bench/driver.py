@@ -113,11 +113,16 @@ async def _session(stages: Stages, load: Load, seed: int, together: asyncio.Barr
     first = None
     async with stages.prior.session(job) as session:
         async for _ in session:
-            if first is None:
-                first = time.monotonic()
-                await together.wait()
+            first = first or await _begun(together)
     assert first is not None
     return first
+
+
+async def _begun(together: asyncio.Barrier) -> float:
+    """The time; returns when all sessions have begun."""
+    now = time.monotonic()
+    await together.wait()
+    return now
 
 
 async def _decoded(stages: Stages, job: SampleJob, together: asyncio.Barrier) -> float:
@@ -129,8 +134,6 @@ async def _decoded(stages: Stages, job: SampleJob, together: asyncio.Barrier) ->
     async with stages.prior.session(job) as prior, stages.decoder.session(prefix) as decoder:
         async for block in prior:
             await decoder.decode(block.latents)
-            if first is None:
-                first = time.monotonic()
-                await together.wait()
+            first = first or await _begun(together)
     assert first is not None
     return first

@@ -154,7 +154,7 @@ class Checkpoint:
         """The Text VAE's encoder; decoder weights are never read."""
         from colaserve_services.model import loading
 
-        return loading.load_encoder(self, device, dtype, progress)
+        return loading.load(loading.encoder(self), device, dtype, progress)
 
     def load_decoder(
         self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
@@ -162,19 +162,20 @@ class Checkpoint:
         """The Text VAE's decoder; encoder weights are never read."""
         from colaserve_services.model import loading
 
-        return loading.load_decoder(self, device, dtype, progress)
+        return loading.load(loading.decoder(self), device, dtype, progress)
 
     def load_prior(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> DiT:
         """The DiT prior."""
         from colaserve_services.model import loading
 
-        return loading.load_prior(self, device, dtype, progress)
+        return loading.load(loading.prior(self), device, dtype, progress)
 
     def check(self) -> None:
         """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
         from colaserve_services.model import loading
 
-        loading.check(self)
+        for network in (loading.encoder(self), loading.decoder(self), loading.prior(self)):
+            loading.check(network)
 
     def shape_of(self, model: nn.Module) -> ModelShape:
         """The shape with the parameters that `model`, loaded from here, holds."""

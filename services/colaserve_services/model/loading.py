@@ -1,7 +1,9 @@
 """From a checkpoint's files to networks on a device: cast, placed and packed one tensor after the other."""
 
 import time
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,56 +18,38 @@ from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def load_encoder(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
-) -> TextVAEEncoder:
-    """The Text VAE's encoder; decoder weights are never read."""
-    with torch.device("meta"), _NoInit():
-        model = TextVAEEncoder(checkpoint.vae_config)
-    return _load(model, checkpoint.vae, "encoder.", device, dtype, progress)
+@dataclass(frozen=True)
+class Network(Generic[_Model]):
+    """One of a checkpoint's networks: how it is made, and where its weights lie."""
+
+    make: Callable[[], _Model]
+    folder: WeightFolder
+    prefix: str  # of its tensors' names
 
 
-def load_decoder(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
-) -> TextVAEDecoder:
-    """The Text VAE's decoder; encoder weights are never read."""
-    with torch.device("meta"), _NoInit():
-        model = TextVAEDecoder(checkpoint.vae_config)
-    return _load(model, checkpoint.vae, "decoder.", device, dtype, progress)
+def encoder(checkpoint: Checkpoint) -> Network[TextVAEEncoder]:
+    return Network(lambda: TextVAEEncoder(checkpoint.vae_config), checkpoint.vae, "encoder.")
 
 
-def load_prior(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
-) -> DiT:
-    """The DiT prior."""
-    with torch.device("meta"), _NoInit():
-        model = DiT(checkpoint.dit_config)
-    return _load(model, checkpoint.dit, "", device, dtype, progress)
+def decoder(checkpoint: Checkpoint) -> Network[TextVAEDecoder]:
+    return Network(lambda: TextVAEDecoder(checkpoint.vae_config), checkpoint.vae, "decoder.")
 
 
-def check(checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
-    with torch.device("meta"):
-        encoder, decoder = TextVAEEncoder(checkpoint.vae_config), TextVAEDecoder(checkpoint.vae_config)
-        dit = DiT(checkpoint.dit_config)
-    for model, folder, prefix in (
-        (encoder, checkpoint.vae, "encoder."),
-        (decoder, checkpoint.vae, "decoder."),
-        (dit, checkpoint.dit, ""),
-    ):
-        _check_names(model, folder, prefix)
+def prior(checkpoint: Checkpoint) -> Network[DiT]:
+    return Network(lambda: DiT(checkpoint.dit_config), checkpoint.dit, "")
 
 
-def _load(
-    model: _Model,
-    folder: WeightFolder,
-    prefix: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress | None,
+def check(network: Network[Any]) -> None:
+    """Raise `CheckpointError` unless every tensor is there in its shape; reads headers only."""
+    _check_names(_empty(network), network.folder, network.prefix)
+
+
+def load(
+    network: Network[_Model], device: torch.device, dtype: torch.dtype, progress: Progress | None = None
 ) -> _Model:
     """Read, cast and place one tensor after the other, so that only one is held twice."""
-    slots = _check_names(model, folder, prefix)
+    model, folder = _empty(network), network.folder
+    slots = _check_names(model, folder, network.prefix)
     total, done, started = sum(folder.entries[name].nbytes for name in slots), 0, time.monotonic()
     pending = _Pending(model)
     with torch.no_grad():
@@ -81,6 +65,11 @@ def _load(
     model.loaded_parameters = sum(folder.entries[name].elements for name in slots)  # type: ignore[assignment]
     model.load_seconds = time.monotonic() - started  # type: ignore[assignment]
     return model.eval()
+
+
+def _empty(network: Network[_Model]) -> _Model:
+    with torch.device("meta"), _NoInit():
+        return network.make()
 
 
 class _NoInit(TorchFunctionMode):
