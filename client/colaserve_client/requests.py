@@ -6,6 +6,7 @@ Ranges are the server's to judge; here only what would not survive the way is re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import ArrayLike
 
@@ -28,6 +29,23 @@ INTERPOLATIONS: Mapping[str, latent_service_pb2.Interpolation] = {
 }
 
 
+_NUMBERS: Mapping[int, str] = {
+    FieldDescriptor.CPPTYPE_INT32: f"an integer from {-(1 << 31)} to {(1 << 31) - 1}",
+    FieldDescriptor.CPPTYPE_INT64: f"an integer from {-(1 << 63)} to {(1 << 63) - 1}",
+    FieldDescriptor.CPPTYPE_UINT32: f"an integer from 0 to {(1 << 32) - 1}",
+    FieldDescriptor.CPPTYPE_UINT64: f"an integer from 0 to {(1 << 64) - 1}",
+    FieldDescriptor.CPPTYPE_FLOAT: "a number",
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+}
+
+
+def _number(kind: type[Message], name: str) -> str | None:
+    """What a field that holds one number takes; None for other fields."""
+    if not isinstance(getattr(kind(), name), int | float):
+        return None
+    return _NUMBERS.get(kind.DESCRIPTOR.fields_by_name[name].cpp_type)
+
+
 def build(kind: type[M], path: str = "", **fields: object) -> M:
     """A message; a value of None leaves its field unset. `path` comes before the field's name in errors."""
     message = kind()
@@ -37,7 +55,8 @@ def build(kind: type[M], path: str = "", **fields: object) -> M:
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
-            raise invalid(f"{path}{name}", f"cannot be {_shown(value)}: {error}") from error
+            told = f"got {_shown(value)}, expected {expected}" if (expected := _number(kind, name)) else ""
+            raise invalid(f"{path}{name}", told or f"cannot be {_shown(value)}: {error}") from error
     return message
 
 

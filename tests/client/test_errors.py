@@ -289,3 +289,12 @@ def test_messages_above_the_limit_are_an_error_of_their_own(server: FakeServer, 
         with pytest.raises(MessageTooLarge, match="larger than max"):
             client.tokenize("a" * 500)  # the answer is longer
     assert behaviour.calls == 1
+
+
+@pytest.mark.parametrize("count", [-3, 1 << 32, 1.5, "many"])
+def test_a_number_that_a_field_cannot_hold_is_told_what_it_holds(client: Client, behaviour: Behaviour, count) -> None:
+    with pytest.raises(
+        InvalidRequest, match=f"max_new_tokens: got {count!r}, expected an integer from 0 to 4294967295"
+    ):
+        client.generate("a", max_new_tokens=count)
+    assert behaviour.calls == 0
