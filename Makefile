@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+COMPILED := hatch_build.py services/colaserve_services/model/cpu_attention.c
 
 .PHONY: demo test lint types protos clean
 .DEFAULT_GOAL := demo
@@ -22,6 +23,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	if command -v $(CC) >/dev/null; then $(CC) -std=gnu11 -fopenmp -Wall -Wextra -Werror -fsyntax-only $(filter %.c,$(COMPILED)); fi
 	cd protos && ../$(BIN)/buf lint
 	cd protos && ../$(BIN)/buf format --diff --exit-code
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
@@ -39,7 +41,7 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.serve: $(VENV)/.python pyproject.toml constraints.txt $(COMPILED)
 	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two)'
 	@$(PIP) install --quiet $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[serve]'
@@ -52,4 +54,5 @@ $(VENV)/.dev: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f services/colaserve_services/model/_cpu_attention.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from colaserve_services.bench.plain_attention import History, PlainAttention
 from colaserve_services.bench.stages import Stages
+from colaserve_services.model import cpu_attention
 from colaserve_services.model.attention import Segment
 from colaserve_services.model.dit import DiTAttention, Modulation
 from colaserve_services.model.kv_cache import KVCache
@@ -187,6 +188,19 @@ def dense_and_concatenated(stages: Stages) -> AbstractContextManager[list[Calls]
     return _attention(stages, rotates=True, dense=True)
 
 
+@contextmanager
+def products_for_attention(stages: Stages) -> Iterator[list[Calls]]:
+    """Attention by torch's products and softmax. Only in bfloat16 on CPUs that have a compiled one is it another."""
+    calls = Calls()
+
+    def takes(v: Tensor) -> bool:
+        calls.count += 1
+        return False
+
+    with _replaced(cpu_attention, "takes", takes):
+        yield [calls]
+
+
 def _linears(stages: Stages) -> dict[str, Linear]:
     """The layers' Linears that run at every step, by name."""
     return {
@@ -282,6 +296,7 @@ VARIANTS: dict[str, Variant] = {
     "a pass of its own for the commit": commit_alone,
     "keys concatenated and turned anew": concatenated_keys,
     "one dense mask over the batch": dense_mask,
+    "attention by torch's products": products_for_attention,
     "weights not packed": unpacked_weights,
     "weights cast at every product": cast_weights,
     "GELU apart from its product": separate_gelu,

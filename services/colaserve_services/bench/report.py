@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from colaserve_services.errors import UsageError
+from colaserve_services.model import cpu_attention
 
 Row = dict[str, Any]
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -89,6 +90,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
+        "cpu_attention": cpu_attention.missing() or "compiled",
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
     }

@@ -22,6 +22,7 @@ from colaserve_services.errors import ColaserveError, Overloaded, UsageError
 from colaserve_services.launch.observers import EngineMetrics
 from colaserve_services.launch.progress import Progress
 from colaserve_services.launch.settings import ModelSettings
+from colaserve_services.model import cpu_attention
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.engine import PriorEngine
@@ -152,7 +153,10 @@ def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch
         progress.close()
     seconds = float(getattr(model, "load_seconds", 0.0))
     metrics.weights_load_seconds.labels(stage).set(seconds)
-    _log.info("weights read", extra={"fields": {"stage": stage, "seconds": round(seconds, 2), "dtype": str(dtype)}})
+    fields: dict[str, Any] = {"stage": stage, "seconds": round(seconds, 2), "dtype": str(dtype)}
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        fields["attention"] = cpu_attention.missing() or "compiled"
+    _log.info("weights read", extra={"fields": fields})
     return model
 
 

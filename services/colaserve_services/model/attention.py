@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colaserve_services.model import cpu_attention
 from colaserve_services.model.kv_cache import KVCache, KVSlab, Views
 from colaserve_services.model.layers import block_causal_mask
 
@@ -41,22 +43,23 @@ class RaggedAttention:
 
     def __init__(self, segments: Sequence[Segment], block_size: int, device: torch.device):
         self._parts: list[_Cached | _Alone] = []
-        self._cached = row = 0  # rows up to the last with a cache
+        row = 0
         for group in _side_by_side(segments):
             rows = slice(row, row + len(group) * group[0].rows)
             row = rows.stop
             part = _Alone if group[0].cache is None else _Cached
             self._parts.append(part(rows, group, block_size, device))
-            self._cached = row if part is _Cached else self._cached
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
         out = v.new_empty(v.shape)
         q, k, v, rows = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, out))
-        kept = k[: self._cached].to(v.dtype)  # before it is transposed: two fast copies for a slow one
+        compiled = cpu_attention.takes(v)
+        if compiled:
+            q, k = q.float().contiguous(), k.to(v.dtype)
         for part in self._parts:
-            keys = kept if isinstance(part, _Cached) else k
-            part.attend(layer, q[part.rows], keys[part.rows], v[part.rows], rows[part.rows])
+            of_part = (x[part.rows].view(part.count, -1, *x.shape[1:]) for x in (q, k, v, rows))
+            part.attend(layer, *of_part, compiled=compiled)
         return out
 
 
@@ -81,39 +84,79 @@ def _follows(group: list[Segment], segment: Segment) -> bool:
     return last.cache.slab is segment.cache.slab and last.cache.slot + 1 == segment.cache.slot
 
 
-class _Cached:
+class _Part:
+    """Segments of one length, as one batch: (segments, rows of each, heads, head_dim) of what `attend` gets."""
+
+    def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
+        self.rows, self.count = rows, len(segments)
+        self._block_size, self._device = block_size, device
+        self._first, self._length = min(s.start for s in segments), max(s.kept for s in segments)
+        starts, self._kept = torch.tensor([(s.start, s.kept) for s in segments], device=device).T[..., None]
+        self._queries = starts + torch.arange(segments[0].rows, device=device)
+
+    def _ends(self, front: int = 0) -> Tensor:
+        """For each query the first key that it does not see, (segments, rows), `front` keys being before the first."""
+        of_block = (self._queries // self._block_size + 1) * self._block_size
+        return (front + torch.minimum(of_block, self._kept)).int()
+
+    def _hidden(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of each segment's rows over its last keys: (segments, 1, rows, keys).
+
+        0 for what a row sees, -inf for later blocks and for keys that the segment's sequence does not have. The keys
+        before the first segment's rows are seen by all and left out. None when every row sees all keys.
+        """
+        keys = torch.arange(self._first, self._length, device=self._device)
+        seen = block_causal_mask(self._queries, keys, self._block_size) & (keys < self._kept)[:, None]
+        if seen.all():
+            return None
+        return torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill_(~seen, float("-inf"))[:, None]
+
+
+class _Cached(_Part):
     """Segments over their caches, which lie side by side. Views into the caches are made once for all layers."""
 
     def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
-        self.rows, self._count = rows, len(segments)
+        super().__init__(rows, segments, block_size, device)
         caches = [segment.cache for segment in segments if segment.cache is not None]
         slab, slots = caches[0].slab, slice(caches[0].slot, caches[0].slot + len(caches))
-        length, front = max(segment.kept for segment in segments), slab.shape.front
+        self._shape, front = slab.shape, slab.shape.front
         passing = [(slice(None), slab.front_slots(slots))]
         self._writes = passing if segments[0].passing else list(_kept(segments, slab, slots.start))
-        self._keys, self._values = slab.readable(slots, length)
-        self._seen = slice(0 if segments[0].passing else front, front + length)
-        self._hidden = _hidden(segments, length, block_size, device, slab.shape.dtype)
-        if self._hidden is not None and slab.shape.transposed_keys:
-            self._hidden = _widened(self._hidden, min(front + length, _WIDE))
-        heads, keys = self._values[0].shape[1:3]
-        step = max(1, _SCORES // (heads * segments[0].rows * keys))
-        self._batches = [slice(i, i + step) for i in range(0, self._count, step)]
+        self._keys, self._values = slab.readable(slots, self._length)
+        self._seen = slice(0 if segments[0].passing else front, front + self._length)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
+    @cached_property
+    def _limits(self) -> Tensor:
+        return self._ends(self._shape.front)
+
+    @cached_property
+    def _mask(self) -> Tensor | None:
+        hidden = self._hidden(self._shape.dtype)
+        return _widened(hidden, min(self._seen.stop, _WIDE)) if hidden is not None and self._shape.pooled else hidden
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, compiled: bool) -> None:
+        """Writes keys and values, and the output into `out`."""
         for sequences, (key_slots, value_slots) in self._writes:
-            key_slots[layer].copy_(k[sequences])
-            value_slots[layer].copy_(v[sequences])
+            key_slots[layer].copy_(k[sequences].transpose(1, 2))
+            value_slots[layer].copy_(v[sequences].transpose(1, 2))
         keys, values = self._keys[layer], self._values[layer]
+        if compiled:
+            cpu_attention.attend(q, keys, values, self._seen.start, self._limits, out)
+            return
+        q, out = q.transpose(1, 2), out.transpose(1, 2)
         if _by_products(v):
             q = _scaled(q, v.dtype)
-            for some in self._batches:
-                hidden = None if self._hidden is None else self._hidden[some]
+            for some in self._batches(q.shape[1] * q.shape[2] * keys.shape[2]):
+                hidden = None if self._mask is None else self._mask[some]
                 out[some].copy_(_product_attention(q[some], keys[some], values[some], hidden, self._seen))
         else:
             keys, values = keys[:, :, self._seen], values[:, :, self._seen]
-            out.copy_(_fused_attention(q.to(v.dtype), keys, values, self._hidden))
+            out.copy_(_fused_attention(q.to(v.dtype), keys, values, self._mask))
+
+    def _batches(self, scores: int) -> list[slice]:
+        """Of the sequences, which have so many scores each."""
+        step = max(1, _SCORES // scores)
+        return [slice(i, i + step) for i in range(0, self.count, step)]
 
 
 def _kept(segments: list[Segment], slab: KVSlab, first: int) -> Iterator[tuple[slice, Views]]:
@@ -124,20 +167,28 @@ def _kept(segments: list[Segment], slab: KVSlab, first: int) -> Iterator[tuple[s
         yield slice(begin, end), slab.write_slots(slice(first + begin, first + end), start, start + segments[0].rows)
 
 
-class _Alone:
-    """Segments of one length without a cache, as one batch."""
+class _Alone(_Part):
+    """Segments without a cache."""
 
-    def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
-        self.rows, self._count, self._few = rows, len(segments), segments[0].rows <= _FEW
-        self._hidden = _hidden(segments[:1], segments[0].rows, block_size, device, torch.float32)
+    @cached_property
+    def _limits(self) -> Tensor:
+        return self._ends()
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        q, k, v, out = (x.view(self._count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v, out))
-        if self._few and v.device.type == "cpu":  # float32 is faster then, whatever the compute dtype
-            keys, values = k.float().contiguous().transpose(2, 3), torch.empty(v.shape).copy_(v)
-            out.copy_(_product_attention(_scaled(q, torch.float32), keys, values, self._hidden))
+    @cached_property
+    def _mask(self) -> Tensor | None:
+        return self._hidden(torch.float32)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, compiled: bool) -> None:
+        """The output into `out`."""
+        if compiled:
+            cpu_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), 0, self._limits, out)
+            return
+        q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
+        if q.shape[2] <= _FEW and v.device.type == "cpu":  # float32 is faster then, whatever the compute dtype
+            keys, values = k.float().contiguous(), torch.empty(v.shape).copy_(v)
+            out.copy_(_product_attention(_scaled(q, torch.float32), keys, values, self._mask))
         else:
-            hidden = None if self._hidden is None else self._hidden.to(v.dtype)
+            hidden = None if self._mask is None else self._mask.to(v.dtype)
             out.copy_(_fused_attention(q.to(v.dtype), k.to(v.dtype), v, hidden))
 
 
@@ -163,13 +214,13 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> 
 
 
 def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, seen: slice = slice(None)) -> Tensor:
-    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over k (batch, heads, d, L) and v.
+    """Attention as two products and a softmax: q scaled, (batch, heads, n, d), over (batch, heads, L, d).
 
     `seen`: of the keys; `hidden` is added to the scores of the last of them. For a few queries on a CPU it takes less
     than half the time of the fused kernel, which is made for many. In bfloat16 scores are rounded between product and
     softmax; the softmax computes in float32.
     """
-    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1))
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     begin, end, _ = seen.indices(scores.shape[-1])
     if hidden is not None:
         scores.view(*q.shape[:3], -1)[..., end - hidden.shape[-1] : end].add_(hidden)
@@ -178,20 +229,3 @@ def _product_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, s
             unseen.fill_(float("-inf"))
     torch.softmax(scores, dim=-1, out=scores)  # in place: half as much has to stay in the cores' caches
     return torch.bmm(scores, v.flatten(0, 1)).view(q.shape)
-
-
-def _hidden(
-    segments: list[Segment], length: int, block_size: int, device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
-    """What is added to the scores of each segment's rows over the last of `length` keys: (segments, 1, rows, keys).
-
-    0 for what a row sees, -inf for later blocks and for keys that the segment's sequence does not have. The keys before
-    the first segment's rows are seen by all and left out. None when every row sees all keys.
-    """
-    starts, kept = torch.tensor([(segment.start, segment.kept) for segment in segments], device=device).T[..., None]
-    queries = starts + torch.arange(segments[0].rows, device=device)
-    keys = torch.arange(min(segment.start for segment in segments), length, device=device)
-    seen = block_causal_mask(queries, keys, block_size) & (keys < kept)[:, None]
-    if seen.all():
-        return None
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None]

@@ -18,7 +18,7 @@ _IDLE_BYTES = 512 << 20  # of slots without a sequence; beyond, new slabs have o
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one position of a cache takes, and how keys are laid out."""
+    """What one position of a cache takes."""
 
     layers: int
     heads: int
@@ -28,8 +28,8 @@ class KVShape:
     front: int = 0  # positions of room before the sequence, for rows that every pass writes anew
 
     @property
-    def transposed_keys(self) -> bool:
-        """Keys as (head_dim, positions): what matrix products of the CPU's bfloat16 read without packing them anew."""
+    def pooled(self) -> bool:
+        """Whether sequences lie side by side in shared slabs, for products over many of them: bfloat16 on a CPU."""
         return self.device.type == "cpu" and self.dtype == torch.bfloat16
 
     def nbytes(self, positions: int) -> int:
@@ -49,11 +49,8 @@ class KVSlab:
         # of cycles, which counts objects and not their bytes.
         self._held: list[weakref.ref[KVCache]] = []
         self._room = shape.front + capacity
-        by_position = (shape.layers, slots, shape.heads, self._room, shape.head_dim)
-        by_channel = (shape.layers, slots, shape.heads, shape.head_dim, self._room)
-        by_key = by_channel if shape.transposed_keys else by_position
-        self._keys = torch.empty(by_key, dtype=shape.dtype, device=shape.device)
-        self._values = torch.empty(by_position, dtype=shape.dtype, device=shape.device)
+        size = (shape.layers, slots, shape.heads, self._room, shape.head_dim)
+        self._keys, self._values = (torch.empty(size, dtype=shape.dtype, device=shape.device) for _ in range(2))
 
     @property
     def full(self) -> bool:
@@ -95,21 +92,18 @@ class KVSlab:
         return self._places(slots, self.shape.front + start, self.shape.front + stop)
 
     def _places(self, slots: slice, begin: int, end: int) -> Views:
-        keys = self._keys.transpose(3, 4) if self.shape.transposed_keys else self._keys
-        return keys[:, slots, :, begin:end].unbind(0), self._values[:, slots, :, begin:end].unbind(0)
+        return self._keys[:, slots, :, begin:end].unbind(0), self._values[:, slots, :, begin:end].unbind(0)
 
     def readable(self, slots: slice, stop: int) -> Views:
         """For each layer keys and values of the front room and positions 0..stop: (slots, heads, n, head_dim).
 
-        Transposed keys come swapped. A product of the CPU copies operands that are no whole tensor, so there they come
-        with all their room once enough of it is in use, and before with room to an even length. What was never written
-        is zero.
+        A product of the CPU copies operands that are no whole tensor, so in a pool they come with all their room once
+        enough of it is in use, and before with room to an even length. What was never written is zero.
         """
         end = self.shape.front + stop
-        if not self.shape.transposed_keys:
-            return self._keys[:, slots, :, :end].unbind(0), self._values[:, slots, :, :end].unbind(0)
-        end = self._room if end >= _WORTH_READING_WHOLE * self._room else _even(end)
-        return self._keys[:, slots, ..., :end].unbind(0), self._values[:, slots, :, :end].unbind(0)
+        if self.shape.pooled:
+            end = self._room if end >= _WORTH_READING_WHOLE * self._room else _even(end)
+        return self._places(slots, 0, end)
 
 
 def _even(positions: int) -> int:
@@ -151,7 +145,7 @@ class KVCache:
 class KVPool:
     """Makes caches for sequences that grow, and moves them as they do.
 
-    Where keys are transposed, a cache has room for little more than what it holds, and those with as much room lie side
+    Where they are pooled, a cache has room for little more than what it holds, and those with as much room lie side
     by side: one product serves many of them, and reads little that is not in use. A slot's memory stays until its slab
     is given up, which is when the last sequence leaves it. Elsewhere a cache has all its room from the start.
 
@@ -164,7 +158,7 @@ class KVPool:
 
     def room(self, positions: int) -> int:
         """Positions that a cache which holds so many has room for."""
-        if not self.shape.transposed_keys:
+        if not self.shape.pooled:
             return positions
         needed = self.shape.front + positions
         step = max(_STEP, (1 << (needed - 1).bit_length()) // (4 if needed <= _SHORT else 32))
@@ -172,7 +166,7 @@ class KVPool:
 
     def take(self, positions: int, most: int) -> KVCache:
         """A cache for so many positions at first, and `most` in the end."""
-        capacity = self.room(positions if self.shape.transposed_keys else most)
+        capacity = self.room(positions if self.shape.pooled else most)
         open_slabs = (slab for slab in self._slabs if slab.capacity == capacity and not slab.full)
         return KVCache(self.shape, capacity, next(open_slabs, None) or self._new_slab(capacity))
 
@@ -187,7 +181,7 @@ class KVPool:
 
     def _new_slab(self, capacity: int) -> KVSlab:
         slots = 1
-        if self.shape.transposed_keys:
+        if self.shape.pooled:
             idle = sum(slab.idle_bytes for slab in self._slabs)
             slots = max(1, min(_SLOTS, (_IDLE_BYTES - idle) // self.shape.nbytes(capacity)))
         self._slabs.append(KVSlab(self.shape, capacity, slots))

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from colaserve_services.model import cpu_attention
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.kv_cache import KVCache, KVPool, KVShape
 
 CPU = torch.device("cpu")
-B, HEADS, WIDTH = 4, 2, 8
+B, HEADS, WIDTH = 4, 2, 32
 
 
 def pool(dtype: torch.dtype = torch.bfloat16) -> KVPool:
@@ -39,9 +40,15 @@ def by_hand(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_each_sequence_sees_its_own_past_only_whatever_lies_beside_it(dtype, bound):
+@pytest.mark.parametrize(
+    ("dtype", "bound", "compiled"),
+    [(torch.float32, 1e-5, False), (torch.bfloat16, 3e-2, False), (torch.bfloat16, 3e-2, True)],
+)
+def test_each_sequence_sees_its_own_past_only_whatever_lies_beside_it(dtype, bound, compiled, monkeypatch):
     """Passes of any subset, none to two blocks of a sequence kept, one that passes, and rows without a cache."""
+    if compiled and cpu_attention.missing():
+        pytest.skip(f"compiled attention: {cpu_attention.missing()}")
+    monkeypatch.setattr(cpu_attention, "takes", lambda v: compiled)
     torch.manual_seed(0)
     draw, caches = random.Random(0), pool(dtype)
     sequences = [Sequence(caches.take(room, 1000)) for room in (4, 4, 4, 8, 60, 70, 600)]
