@@ -54,7 +54,7 @@ class RaggedAttention:
         """(..., heads, head_dim) each, all rows of the batch in order; the output in the dtype of v."""
         out = v.new_empty(v.shape)
         q, k, v, rows = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, out))
-        compiled = cpu_attention.takes(v)
+        compiled = cpu_attention.takes(v.device, v.dtype, v.shape[-1])
         if compiled:
             q, k = q.float().contiguous(), k.to(v.dtype)
         for part in self._parts:

@@ -34,10 +34,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def takes(v: Tensor) -> bool:
-    """Whether it can compute attention over such values, (..., head_dim)."""
-    fits = v.device.type == "cpu" and v.dtype == torch.bfloat16 and v.shape[-1] in HEAD_DIMS
-    return fits and missing() is None
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether it can compute attention over such keys and values."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim in HEAD_DIMS and missing() is None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, begin: int, ends: Tensor, out: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colaserve_services.model import cpu_attention
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
@@ -27,6 +28,7 @@ from colaserve_services.runtime.timings import Timings
 _LEAST_ROWS = 32  # of contexts in a pass: so few cost next to nothing
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
 _ATTENTION_COST = 2.5  # of an operation of attention, in those of a product, which run at more of the peak
+_COMPILED_COST = 1.3  # likewise
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,9 @@ class PriorEngine(Engine[PriorSession]):
         self.kv_pool = KVPool(self.kv_shape)
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.layout: _Layout | None = None  # of the last pass
-        keys_cost = _ATTENTION_COST * 2 * config.heads * config.head_dim / config.layer_weights
+        compiled = cpu_attention.takes(model.device, model.dtype, config.head_dim)
+        cost = _COMPILED_COST if compiled else _ATTENTION_COST
+        keys_cost = cost * 2 * config.heads * config.head_dim / config.layer_weights
         self._key_cost = shape.block_size * keys_cost  # of attending to a block, beside a row's own products
         self.table = ModulationTable(model, model.device)
 

@@ -48,7 +48,7 @@ def test_each_sequence_sees_its_own_past_only_whatever_lies_beside_it(dtype, bou
     """Passes of any subset, none to two blocks of a sequence kept, one that passes, and rows without a cache."""
     if compiled and cpu_attention.missing():
         pytest.skip(f"compiled attention: {cpu_attention.missing()}")
-    monkeypatch.setattr(cpu_attention, "takes", lambda v: compiled)
+    monkeypatch.setattr(cpu_attention, "takes", lambda *of_values: compiled)
     torch.manual_seed(0)
     draw, caches = random.Random(0), pool(dtype)
     sequences = [Sequence(caches.take(room, 1000)) for room in (4, 4, 4, 8, 60, 70, 600)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from colaserve_services.model import cpu_attention
 
+CPU = torch.device("cpu")
 needs_it = pytest.mark.skipif(
     cpu_attention.missing() is not None, reason=f"compiled attention: {cpu_attention.missing()}"
 )
@@ -105,10 +106,10 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 @needs_it
 def test_it_takes_what_it_can_compute_and_leaves_the_rest() -> None:
-    assert cpu_attention.takes(torch.empty(2, 64, dtype=torch.bfloat16))
-    assert not cpu_attention.takes(torch.empty(2, 48, dtype=torch.bfloat16))
-    assert not cpu_attention.takes(torch.empty(2, 64))
-    assert not cpu_attention.takes(torch.empty(2, 64, dtype=torch.bfloat16, device="meta"))
+    assert cpu_attention.takes(CPU, torch.bfloat16, 64)
+    assert not cpu_attention.takes(CPU, torch.bfloat16, 48)
+    assert not cpu_attention.takes(CPU, torch.float32, 64)
+    assert not cpu_attention.takes(torch.device("cuda"), torch.bfloat16, 64)
 
 
 @pytest.mark.skipif("avx512_bf16" not in FLAGS or not shutil.which("cc"), reason="no AVX512-BF16, or no compiler")
@@ -134,7 +135,7 @@ def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
         cpu_attention.missing.cache_clear()
         cpu_attention._library.cache_clear()
         assert message in str(cpu_attention.missing())
-        assert not cpu_attention.takes(torch.empty(2, 64, dtype=torch.bfloat16))
+        assert not cpu_attention.takes(CPU, torch.bfloat16, 64)
     monkeypatch.undo()
     cpu_attention.missing.cache_clear()
     cpu_attention._library.cache_clear()
