@@ -44,17 +44,19 @@ class Attempts:
     observer: CoordinatorObserver
     resuming: bool = False  # work was done already: an overloaded replica is then waited for, not passed on
     failures: int = 0
+    doubtful: int = 0  # of them
 
     def progressed(self) -> None:
         """The stage answered."""
         if self.failures:
             self.observer.failover(self.stage, "resumed")
-        self.failures, self.resuming = 0, True
+        self.failures, self.doubtful, self.resuming = 0, 0, True
 
     async def failed(self, error: Exception) -> None:
         """Return when another attempt should be made; raise our error for it when not."""
         ours = stage_error(self.stage, error)
         self.failures += 1
+        self.doubtful += _code(error) in _DOUBTFUL
         pause = self._pause(error, ours)
         if pause is None or pause >= (self.call.left() or float("inf")):
             self._gave_up(ours)
@@ -64,14 +66,11 @@ class Attempts:
 
     def _pause(self, error: Exception, ours: ColaserveError) -> float | None:
         """Seconds to wait before the next attempt; None for none."""
-        code = _code(error)
         if isinstance(ours, Overloaded):
             most = self.most if self.resuming else 2
-        elif code in _DOUBTFUL:
-            most = min(self.most, _DOUBTFUL_ATTEMPTS)
         else:
-            most = self.most if code in _BROKEN else 0
-        if self.failures >= most:
+            most = self.most if _code(error) in _BROKEN | _DOUBTFUL else 0
+        if self.failures >= most or self.doubtful >= _DOUBTFUL_ATTEMPTS:
             return None
         if isinstance(ours, Overloaded) and self.resuming:
             return min(max(ours.retry_after, _FIRST_PAUSE), _LONGEST_PAUSE)

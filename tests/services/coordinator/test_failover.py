@@ -107,6 +107,20 @@ async def test_a_bug_in_a_stage_is_not_tried_for_long(world):
     assert len(world.prior.calls) == 3
 
 
+@pytest.mark.parametrize("bugs", [2, 3])
+async def test_replicas_that_died_do_not_count_as_bugs(world, monkeypatch: pytest.MonkeyPatch, bugs: int):
+    """Three failures that may be bugs end a call, however many replicas died before them."""
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.001)
+    codes = [StatusCode.UNAVAILABLE] * 3 + [StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.INTERNAL][:bugs]
+    world.prior.faults = {number: (0, code) for number, code in enumerate(codes)}
+    if bugs == 2:
+        assert await world.generate(**REQUEST)
+    else:
+        with pytest.raises(ColaserveError):
+            await world.generate(**REQUEST)
+    assert len(world.prior.calls) == 6
+
+
 @pytest.mark.parametrize(
     ("code", "error"), [(StatusCode.INVALID_ARGUMENT, InvalidRequest), (StatusCode.FAILED_PRECONDITION, ModelMismatch)]
 )
