@@ -16,7 +16,7 @@ from colaserve_services.coordinator.stages import NAMES, Stages
 from colaserve_services.errors import Unavailable
 
 LOOK_SECONDS: Final = 5.0  # patience with one answer
-FRESH_SECONDS: Final = 0.5  # a look that recent is not repeated
+FRESH_SECONDS: Final = 0.1  # a look that recent is not repeated
 _MISSES: Final = 2  # looks in a row without an answer until a stage counts as down
 _STARTING: Final = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
 
