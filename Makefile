@@ -10,6 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 COMPILED := hatch_build.py services/colaserve_services/model/cpu_attention.c
+LIBRARY := services/colaserve_services/model/_cpu_attention.so
 
 .PHONY: demo test lint types protos clean
 .DEFAULT_GOAL := demo
@@ -45,6 +46,7 @@ $(VENV)/.serve: $(VENV)/.python pyproject.toml constraints.txt $(COMPILED)
 	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two)'
 	@$(PIP) install --quiet $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[serve]'
+	@test -e $(LIBRARY) || echo '==> attention in bfloat16 on the CPU was not compiled (that takes Linux on x86-64 and gcc): it works, and is slower'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
@@ -54,5 +56,5 @@ $(VENV)/.dev: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f services/colaserve_services/model/_cpu_attention.so
+	rm -f $(LIBRARY)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
