@@ -1,19 +1,13 @@
 """A real gRPC server with tiny deterministic services: a token is a byte, its latent is (byte, 0), the prior writes a
 fixed story. `Behaviour` makes it fail, wait, and tell what reached it."""
 
-import threading
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
 from colaserve.v1 import (
     decoder_pb2,
@@ -28,6 +22,7 @@ from colaserve.v1 import (
     prior_pb2_grpc,
     types_pb2,
 )
+from tests.client.behaviour import Behaviour, Failure, invalid
 
 SPACE = "0123456789abcdef"
 STORY = b" there was a fox that wrote."
@@ -38,86 +33,6 @@ SHAPE = types_pb2.ModelShape(
 )
 LIMITS = types_pb2.Limits(max_context=64, max_message_bytes=1 << 26, max_running=4, max_waiting=8, kv_bytes=1 << 20)
 SERVER = types_pb2.ServerInfo(version="0.0.0", device="cpu", dtype="float32", running=1, waiting=2, kv_bytes_used=512)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A status that a call ends with."""
-
-    code: grpc.StatusCode
-    message: str = "it failed"
-    field: str = ""
-    retry_after: float | None = None
-
-    def abort(self, context: grpc.ServicerContext) -> None:
-        details = []
-        if self.field:
-            violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
-            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-        if self.retry_after is not None:
-            delay = duration_pb2.Duration(nanos=int(self.retry_after * 1e9))
-            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-        status = status_pb2.Status(code=self.code.value[0], message=self.message)
-        for detail in details:
-            packed = any_pb2.Any()
-            packed.Pack(detail)
-            status.details.append(packed)
-        context.abort_with_status(rpc_status.to_status(status))
-
-
-def invalid(name: str, message: str) -> Failure:
-    return Failure(grpc.StatusCode.INVALID_ARGUMENT, f"{name}: {message}", name)
-
-
-@dataclass
-class Behaviour:
-    """What the fakes do beside their work, and what they saw."""
-
-    failures: deque[Failure] = field(default_factory=deque)  # the next calls end with these, one each
-    fail_after: dict[int, Failure] = field(default_factory=dict)  # a stream ends with this after so many messages
-    delay: float = 0  # seconds until a call does anything
-    wait_after: int | None = None  # a stream stands still after so many messages, until it is cancelled or `go_on`
-    go_on: threading.Event = field(default_factory=threading.Event)
-    calls: int = 0
-    running: int = 0
-    most_running: int = 0
-    cancelled: int = 0  # streams that ended because the client left, or its deadline passed
-    metadata: list[dict[str, Any]] = field(default_factory=list)
-    requests: list[Any] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def enter(self, request: Any, context: grpc.ServicerContext) -> None:
-        with self.lock:
-            self.calls += 1
-            self.metadata.append(dict(context.invocation_metadata()))
-            self.requests.append(request)
-            failure = self.failures.popleft() if self.failures else None
-        self.go_on.wait(self.delay)
-        if failure is not None:
-            failure.abort(context)
-
-    def messages(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        """Pass a stream's messages on, with the failures and pauses asked for."""
-        ended = threading.Event()
-        context.add_callback(ended.set)
-        with self.lock:
-            self.running += 1
-            self.most_running = max(self.running, self.most_running)
-        finished = False
-        try:
-            for index, message in enumerate(messages):
-                if index in self.fail_after:
-                    self.fail_after[index].abort(context)
-                while self.wait_after == index and not ended.is_set() and not self.go_on.wait(0.01):
-                    pass
-                if ended.is_set():
-                    return
-                yield message
-            finished = True
-        finally:
-            with self.lock:
-                self.running -= 1
-                self.cancelled += not finished and ended.is_set()
 
 
 def latents_of(ids: Any) -> types_pb2.Latents:

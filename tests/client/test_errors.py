@@ -27,7 +27,8 @@ from colaserve_client import (
     Tls,
     Unavailable,
 )
-from tests.client.fakes import Behaviour, Failure, FakeServer, start_server
+from tests.client.behaviour import Behaviour, Failure
+from tests.client.fakes import FakeServer, start_server
 
 Code = grpc.StatusCode
 KIND = {

@@ -25,7 +25,8 @@ from colaserve_client import (
     ServerError,
     TokenLogprobs,
 )
-from tests.client.fakes import STORY, Behaviour, Failure
+from tests.client.behaviour import Behaviour, Failure
+from tests.client.fakes import STORY
 
 Eventually = Callable[[Callable[[], bool]], None]
 

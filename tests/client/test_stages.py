@@ -29,7 +29,8 @@ from colaserve_client import (
 )
 from colaserve_client.aio.transport import AsyncExchange
 from colaserve_client.calls import Attempts, CallOptions
-from tests.client.fakes import SPACE, STORY, Behaviour, Failure, FakeServer
+from tests.client.behaviour import Behaviour, Failure
+from tests.client.fakes import SPACE, STORY, FakeServer
 
 FAST = Retry(attempts=3, first_pause=0.01)
 LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)

@@ -87,6 +87,8 @@ def _follows(group: list[Segment], segment: Segment) -> bool:
 class _Part:
     """Segments of one length, as one batch: (segments, rows of each, heads, head_dim) of what `attend` gets."""
 
+    _front = 0  # keys before the sequences' first
+
     def __init__(self, rows: slice, segments: list[Segment], block_size: int, device: torch.device):
         self.rows, self.count = rows, len(segments)
         self._block_size, self._device = block_size, device
@@ -94,10 +96,11 @@ class _Part:
         starts, self._kept = torch.tensor([(s.start, s.kept) for s in segments], device=device).T[..., None]
         self._queries = starts + torch.arange(segments[0].rows, device=device)
 
-    def _ends(self, front: int = 0) -> Tensor:
-        """For each query the first key that it does not see, (segments, rows), `front` keys being before the first."""
+    @cached_property
+    def _ends(self) -> Tensor:
+        """For each query the first key that it does not see, (segments, rows)."""
         of_block = (self._queries // self._block_size + 1) * self._block_size
-        return (front + torch.minimum(of_block, self._kept)).int()
+        return (self._front + torch.minimum(of_block, self._kept)).int()
 
     def _hidden(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores of each segment's rows over its last keys: (segments, 1, rows, keys).
@@ -119,15 +122,11 @@ class _Cached(_Part):
         super().__init__(rows, segments, block_size, device)
         caches = [segment.cache for segment in segments if segment.cache is not None]
         slab, slots = caches[0].slab, slice(caches[0].slot, caches[0].slot + len(caches))
-        self._shape, front = slab.shape, slab.shape.front
+        self._shape, self._front = slab.shape, slab.shape.front
         passing = [(slice(None), slab.front_slots(slots))]
         self._writes = passing if segments[0].passing else list(_kept(segments, slab, slots.start))
         self._keys, self._values = slab.readable(slots, self._length)
-        self._seen = slice(0 if segments[0].passing else front, front + self._length)
-
-    @cached_property
-    def _limits(self) -> Tensor:
-        return self._ends(self._shape.front)
+        self._seen = slice(0 if segments[0].passing else self._front, self._front + self._length)
 
     @cached_property
     def _mask(self) -> Tensor | None:
@@ -141,7 +140,7 @@ class _Cached(_Part):
             value_slots[layer].copy_(v[sequences].transpose(1, 2))
         keys, values = self._keys[layer], self._values[layer]
         if compiled:
-            cpu_attention.attend(q, keys, values, self._seen.start, self._limits, out)
+            cpu_attention.attend(q, keys, values, self._seen.start, self._ends, out)
             return
         q, out = q.transpose(1, 2), out.transpose(1, 2)
         if _by_products(v):
@@ -171,17 +170,13 @@ class _Alone(_Part):
     """Segments without a cache."""
 
     @cached_property
-    def _limits(self) -> Tensor:
-        return self._ends()
-
-    @cached_property
     def _mask(self) -> Tensor | None:
         return self._hidden(torch.float32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, compiled: bool) -> None:
         """The output into `out`."""
         if compiled:
-            cpu_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), 0, self._limits, out)
+            cpu_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), 0, self._ends, out)
             return
         q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
         if q.shape[2] <= _FEW and v.device.type == "cpu":  # float32 is faster then, whatever the compute dtype

@@ -28,7 +28,7 @@ from colaserve_services.runtime.timings import Timings
 _LEAST_ROWS = 32  # of contexts in a pass: so few cost next to nothing
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
 _ATTENTION_COST = 2.5  # of an operation of attention, in those of a product, which run at more of the peak
-_COMPILED_COST = 1.3  # likewise
+_COMPILED_COST = 1.3  # likewise, where attention is compiled
 
 
 @dataclass(frozen=True)

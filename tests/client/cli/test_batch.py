@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.client.behaviour import Behaviour, Failure
 from tests.client.cli.conftest import Ran, Run
-from tests.client.fakes import STORY, Behaviour, Failure
+from tests.client.fakes import STORY
 
 
 @pytest.fixture

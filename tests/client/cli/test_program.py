@@ -14,8 +14,9 @@ import pytest
 
 from colaserve_client.cli import exits, verbs
 from colaserve_client.cli.main import cli, main
+from tests.client.behaviour import Behaviour, Failure
 from tests.client.cli.conftest import Run
-from tests.client.fakes import STORY, Behaviour, Failure, FakeServer
+from tests.client.fakes import STORY, FakeServer
 
 ROOT = Path(__file__).resolve().parents[3]
 CODES = {

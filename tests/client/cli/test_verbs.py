@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from colaserve_client import Latents, load_latents
+from tests.client.behaviour import Behaviour
 from tests.client.cli.conftest import Run
-from tests.client.fakes import SPACE, STORY, Behaviour, FakeServer
+from tests.client.fakes import SPACE, STORY, FakeServer
 
 STORY_TEXT = STORY.decode()
 

@@ -130,8 +130,10 @@ async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news(monke
 
     monkeypatch.setattr(events, "LAST_WORD", 0.05)
     dialect = ChatDialect("id", "model", "space", logprobs=False)
-    async with asyncio.timeout(2):
-        await events.EventStream(send, dialect, usage_chunk=False).fail(ApiError(504, "late"))
+    telling = asyncio.ensure_future(events.EventStream(send, dialect, usage_chunk=False).fail(ApiError(504, "late")))
+    done, _ = await asyncio.wait([telling], timeout=2)
+    assert telling in done
+    assert telling.exception() is None
 
 
 async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gateway: Running):

@@ -175,7 +175,8 @@ def test_each_half_of_the_vae_loads_without_the_other_ones_weights(model: Path) 
     tensors = load_file(path)
     for load, needed in (("load_encoder", "encoder."), ("load_decoder", "decoder.")):
         save_file({n: t for n, t in tensors.items() if n.startswith(needed)}, path, {"format": "pt"})
-        getattr(Checkpoint.open(model), load)(CPU, torch.float32)
+        loaded = getattr(Checkpoint.open(model), load)(CPU, torch.float32)
+        assert loaded.loaded_parameters == sum(t.numel() for n, t in tensors.items() if n.startswith(needed))
 
 
 MEASURE = """

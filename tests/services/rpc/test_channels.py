@@ -134,6 +134,7 @@ async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():
         for _ in range(100):
             await stub.Encode(ONE, timeout=5)
             await asyncio.sleep(0.01)
+        assert it.servicer.started == 101
 
 
 @pytest.mark.parametrize(
