@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ import grpc
 from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R
 from colaserve_client.channel import channel_options, credentials
 from colaserve_client.errors import Cancelled, Details, ServerError, invalid
+from colaserve_client.sync.shield import SIGNAL_CHECK_SECONDS, Shield
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class Transport:
             if config.tls is None
             else grpc.secure_channel(config.target, credentials(config.tls), options=options)
         )
+        self._shield = Shield()
         self._closed = False
 
     def _open_channel(self) -> Any:
@@ -48,10 +50,24 @@ class Transport:
         call = self._open_channel().unary_unary(method.path, method.serialize, method.deserialize)
         while True:
             try:
-                answer: R = call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+                answer: R = self._answer(call, request, attempts.remaining(), options)
                 return answer
             except grpc.RpcError as failure:
                 time.sleep(attempts.pause(failure, started=False))
+
+    def _answer(self, call: Any, request: Any, timeout: float | None, options: CallOptions) -> Any:
+        """One answer, or gRPC's error; Ctrl-C cancels the call."""
+        metadata = options.metadata(self._config)
+        if not Shield.needed():
+            return call(request, timeout=timeout, metadata=metadata)
+        running = self._shield.run(lambda: call.future(request, timeout=timeout, metadata=metadata))
+        try:
+            return self._shield.run(running.result)
+        except grpc.RpcError:
+            raise
+        except BaseException:
+            running.cancel()
+            raise
 
     def stream(self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions) -> "Stream[T]":
         """Answers as they come, converted."""
@@ -62,7 +78,7 @@ class Transport:
         def start() -> Any:
             return call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
 
-        return Stream(start, convert, attempts, options.request_id)
+        return Stream(start, convert, attempts, options.request_id, self._shield)
 
     def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "Exchange[Q, R]":
         """A session: it is opened by a request without an answer, then each request gets one."""
@@ -73,14 +89,14 @@ class Transport:
         def start(requests: Iterator[Q]) -> Any:
             return call(requests, timeout=attempts.remaining(), metadata=options.metadata(self._config))
 
-        return Exchange(start, opening, attempts, options.request_id)
+        return Exchange(start, opening, attempts, options.request_id, self._shield)
 
     def healthy(self, timeout: float) -> bool:
         """Whether the server says that it serves; False too when it cannot be reached."""
         options = CallOptions(timeout).resolved(self._config)
         try:
             call = self._open_channel().unary_unary(_HEALTH)
-            return bool(call(b"", timeout=options.timeout, metadata=options.metadata(self._config)) == _SERVING)
+            return bool(self._answer(call, b"", options.timeout, options) == _SERVING)
         except grpc.RpcError:
             return False
 
@@ -105,7 +121,7 @@ class Transport:
                         window.append(pool.submit(one, item))
                     if not window:
                         return
-                    yield window.popleft().result()
+                    yield _result(window.popleft())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 batch.cancel()
@@ -114,6 +130,14 @@ class Transport:
         """Cancel what runs and disconnect; no call can be made afterwards."""
         self._closed = True
         self._channel.close()
+        self._shield.close()
+
+
+def _result(future: Future[T]) -> T:
+    """Its result once it is there. Waiting without a timeout may miss Ctrl-C (gRPC's calls wait in the same way)."""
+    while not wait([future], timeout=SIGNAL_CHECK_SECONDS).done:
+        pass
+    return future.result()
 
 
 class _Batch:
@@ -152,14 +176,21 @@ _batch_of_thread = _BatchOfThread()
 
 
 class Stream(Generic[T]):
-    """The answers of a call as they come. Leaving early (break, `close`, end of `with`) cancels the call."""
+    """The answers of a call as they come. Leaving early (break, `close`, end of `with`, Ctrl-C) cancels the call."""
 
-    def __init__(self, start: Callable[[], Any], convert: Callable[[Any], T], attempts: Attempts, request_id: str):
-        self._start, self._convert, self._attempts = start, convert, attempts
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        convert: Callable[[Any], T],
+        attempts: Attempts,
+        request_id: str,
+        shield: Shield,
+    ) -> None:
+        self._start, self._convert, self._attempts, self._shield = start, convert, attempts, shield
         self.request_id = request_id
         self._received, self._left = False, threading.Event()
         self._call: Any = None  # until it is started, which Ctrl-C may prevent
-        self._call = start()
+        self._call = shield.run(start)
         self._batch = _batch_of_thread.value
         if self._batch is not None:
             self._batch.add(self)
@@ -170,12 +201,15 @@ class Stream(Generic[T]):
     def __next__(self) -> T:
         while not self._left.is_set():
             try:
-                message = next(self._call)
+                message = self._shield.run(self._call.__next__)
             except grpc.RpcError as failure:
                 self._again(failure)
                 continue
             except StopIteration:
                 break
+            except BaseException:
+                self.cancel()
+                raise
             self._received = True
             return self._convert(message)
         self._end()
@@ -187,9 +221,11 @@ class Stream(Generic[T]):
         except BaseException:
             self._end()
             raise
-        if self._left.wait(seconds):
+        if not self._left.wait(seconds):
+            self._call = self._shield.run(self._start)
+        if self._left.is_set():  # perhaps while the call was started, which then is not the one that was cancelled
+            self._call.cancel()
             raise Cancelled("the stream was left", Details(request_id=self.request_id)) from failure
-        self._call = self._start()
 
     def _end(self) -> None:
         self._left.set()
@@ -221,8 +257,15 @@ class Stream(Generic[T]):
 class Exchange(Generic[Q, R]):
     """A session over one stream: a request, its answer, the next request."""
 
-    def __init__(self, start: Callable[[Iterator[Q]], Any], opening: Q, attempts: Attempts, request_id: str) -> None:
-        self._start, self._attempts, self._opening = start, attempts, opening
+    def __init__(
+        self,
+        start: Callable[[Iterator[Q]], Any],
+        opening: Q,
+        attempts: Attempts,
+        request_id: str,
+        shield: Shield,
+    ) -> None:
+        self._start, self._attempts, self._opening, self._shield = start, attempts, opening, shield
         self.request_id = request_id
         self._received = self._closed = False
         self._call: Any = None
@@ -240,16 +283,20 @@ class Exchange(Generic[Q, R]):
                 continue
             except StopIteration:
                 raise ServerError("the session ended without an answer", Details(request_id=self.request_id)) from None
+            except BaseException:
+                self.close()
+                raise
             self._received = True
             return answer
 
     def _write_and_read(self, request: Q) -> Any:
         if self._call is None:
             self._requests = SimpleQueue()
-            self._call = self._start(iter(self._requests.get, None))
+            requests = iter(self._requests.get, None)
+            self._call = self._shield.run(lambda: self._start(requests))
             self._requests.put(self._opening)
         self._requests.put(request)
-        return next(self._call)
+        return self._shield.run(self._call.__next__)
 
     def _again(self, failure: grpc.RpcError) -> None:
         self._requests.put(None)  # ends gRPC's thread that sends

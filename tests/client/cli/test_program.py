@@ -210,6 +210,16 @@ def test_ctrl_c_cancels_and_exits_with_130(
     eventually(lambda: behaviour.running == 0)
 
 
+def test_ctrl_c_while_grpc_makes_a_call_shows_no_trace(server: FakeServer) -> None:
+    prelude = (
+        "import signal, grpc._channel\n"
+        "make = grpc._channel._Rendezvous.__init__\n"
+        "grpc._channel._Rendezvous.__init__ = lambda *given: (signal.raise_signal(signal.SIGINT), make(*given))[1]"
+    )
+    code, out, err = finished("generate", "Once", "--target", server.target, prelude=prelude)
+    assert (code, out, err.strip()) == (130, "", "")
+
+
 def test_a_reader_that_goes_away_is_no_traceback(server: FakeServer) -> None:
     started = process("generate", "Once", "--target", server.target)
     assert started.stdout is not None

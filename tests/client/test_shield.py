@@ -1,0 +1,133 @@
+"""Ctrl-C and the blocking client: nothing of gRPC's is broken off, nothing is left behind."""
+
+import gc
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from colaserve_client import Cancelled, Client, ColaserveError, DecoderClient
+from colaserve_client.sync.shield import Shield
+from tests.client.behaviour import Behaviour
+from tests.client.fakes import FakeServer
+from tests.client.test_stages import LETTERS
+
+Eventually = Callable[[Callable[[], bool]], None]
+
+
+@contextmanager
+def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
+    """Sends SIGINT once something holds, and expects that it is raised, soon."""
+    sent: list[float] = []
+
+    def send() -> None:
+        while not holds():
+            time.sleep(0.005)
+        time.sleep(0.05)
+        sent.append(time.monotonic())
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # no wait of the main thread is interrupted by it
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    sender.join()
+    assert time.monotonic() - sent[0] < 2
+
+
+def call_threads() -> int:
+    return sum(thread.name == "colaserve-calls" for thread in threading.enumerate())
+
+
+def test_ctrl_c_cancels_what_runs_and_the_client_goes_on(
+    client: Client, behaviour: Behaviour, eventually: Eventually
+) -> None:
+    behaviour.wait_after = 1
+    with ctrl_c_when(lambda: behaviour.running == 1):
+        client.generate("Once")
+    eventually(lambda: behaviour.running == 0)
+    behaviour.wait_after = None
+    assert client.generate("Once").text
+
+
+def test_ctrl_c_cancels_a_call_with_one_answer(client: Client, behaviour: Behaviour) -> None:
+    behaviour.delay = 30
+    with ctrl_c_when(lambda: behaviour.calls == 1):
+        client.tokenize("fox")
+    behaviour.delay = 0
+    assert client.tokenize("fox").ids
+
+
+def test_an_interrupted_stream_has_ended(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    behaviour.wait_after = 1
+    stream = client.stream("Once")
+    next(stream)
+    with ctrl_c_when(lambda: behaviour.running == 1):
+        next(stream)
+    assert list(stream) == []
+    eventually(lambda: behaviour.running == 0)
+
+
+def test_ctrl_c_ends_a_batch(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+    behaviour.wait_after = 1
+    outcomes = client.generate_many(["a", "b", "c"], concurrency=2)
+    with ctrl_c_when(lambda: behaviour.running == 2):
+        next(outcomes)
+    eventually(lambda: behaviour.running == 0)
+
+
+def test_an_interrupted_session_is_closed(server: FakeServer, eventually: Eventually) -> None:
+    with DecoderClient(server.target) as decoder, decoder.session() as session:
+        session.decode(LETTERS)
+        server.behaviour.wait_after = 1
+        with ctrl_c_when(lambda: server.behaviour.running == 1):
+            session.decode(LETTERS)
+        with pytest.raises(Cancelled, match="session is closed"):
+            session.decode(LETTERS)
+        eventually(lambda: server.behaviour.running == 0)
+
+
+def test_threads_end_with_their_clients(client: Client, eventually: Eventually) -> None:
+    before = call_threads()
+    client.tokenize("fox")
+    assert call_threads() == before + 1
+    client.close()
+    eventually(lambda: call_threads() == before)
+
+
+def test_threads_end_with_clients_that_are_forgotten(eventually: Eventually) -> None:
+    before = call_threads()
+    shield = Shield()
+    assert shield.run(lambda: 3) == 3
+    assert call_threads() == before + 1
+    del shield
+    eventually(lambda: call_threads() == before)
+
+
+def test_other_threads_call_by_themselves() -> None:
+    seen: list[threading.Thread] = []
+    caller = threading.Thread(target=lambda: seen.append(Shield().run(threading.current_thread)))
+    caller.start()
+    caller.join()
+    assert seen == [caller]
+    assert Shield().run(threading.current_thread) is not threading.current_thread()
+
+
+def test_an_error_comes_through_as_it_is_and_is_not_kept() -> None:
+    class Wrong(ColaserveError):
+        pass
+
+    def fail() -> None:
+        raise Wrong("so it is")
+
+    shield = Shield()
+    with pytest.raises(Wrong, match="so it is") as raised:
+        shield.run(fail)
+    error = weakref.ref(raised.value)
+    del raised
+    gc.collect()
+    assert error() is None
