@@ -10,8 +10,8 @@ import pytest
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services.rpc import arrays
-from tests.services.stages.serving import eventually
 from tests.services.systems import ids_of, recorded, system, text_of
+from tests.waiting import eventually
 
 pb = latent_service_pb2
 

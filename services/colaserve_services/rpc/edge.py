@@ -75,8 +75,8 @@ class Edge(grpc.aio.ServerInterceptor):
                 aclosing(behavior(self._read(received, method, handler, sealed), context)) as responses,
             ):  # the handler is closed here and now, however its call ends
                 async for response in responses:
+                    span.block(**tracing.timing(response))  # before its reader may leave
                     await _write(context, self._written(response, method, handler, sealed))
-                    span.block(**tracing.timing(response))
 
         return serve
 

@@ -237,8 +237,8 @@ async def _run(behavior: Any, argument: Any, context: InProcessContext, span: tr
             return await behavior(argument, context)
         async with aclosing(behavior(argument, context)) as responses:
             async for response in responses:
+                span.block(**tracing.timing(response))  # before its reader may leave
                 await context.write(response)
-                span.block(**tracing.timing(response))
         return None
 
 

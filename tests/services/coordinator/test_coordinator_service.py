@@ -26,6 +26,7 @@ from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import AdmissionLimits
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.waiting import eventually
 
 REGISTER = {
     "encoder": encoder_pb2_grpc.add_EncoderServiceServicer_to_server,
@@ -75,14 +76,6 @@ def request(**fields: Any) -> generation_pb2.GenerateRequest:
 
 async def generate(served: Any, **fields: Any) -> list[generation_pb2.GenerateResponse]:
     return [response async for response in served.generation.Generate(request(**fields))]
-
-
-async def eventually(holds: Any) -> None:
-    for _ in range(100):
-        if holds():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it never came true")
 
 
 async def test_text_streams_over_both_wires_as_in_one_process(served, world):

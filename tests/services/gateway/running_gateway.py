@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -54,12 +53,3 @@ async def running(
             yield Running(fake, server, http, metrics)
     finally:
         await server.stop(grace=0.5)
-
-
-async def eventually(true: Callable[[], object], seconds: float = 3.0) -> None:
-    """Wait until a condition holds; fail when it does not in time."""
-    for _ in range(round(seconds / 0.005)):
-        if true():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came to be")

@@ -14,7 +14,8 @@ from colaserve_services.errors import Overloaded
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from tests.services.gateway.fake_generation import SAYS
-from tests.services.gateway.running_gateway import Running, eventually
+from tests.services.gateway.running_gateway import Running
+from tests.waiting import eventually
 
 MODEL = "fake/cola"
 

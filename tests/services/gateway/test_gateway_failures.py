@@ -18,7 +18,8 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import AdmissionLimits
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, eventually, running
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, running
+from tests.waiting import eventually
 
 BODY = {"model": "fake/cola", "prompt": "x", "stream": True, "max_tokens": 200}
 

@@ -20,7 +20,8 @@ from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
-from tests.services.gateway.running_gateway import Running, eventually
+from tests.services.gateway.running_gateway import Running
+from tests.waiting import eventually
 
 
 async def test_connections_are_served_without_nagles_delay(gateway: Running):

@@ -10,7 +10,7 @@ import pytest
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from colaserve_services.errors import Cancelled, Unavailable
 from colaserve_services.gateway.side_by_side import SideBySide
-from tests.services.gateway.running_gateway import eventually
+from tests.waiting import eventually
 
 
 class Call:

@@ -67,14 +67,6 @@ async def running(settings=None, keys=None, ready=True):
         await server.stop()
 
 
-async def eventually(condition, seconds=5.0):
-    for _ in range(round(seconds / 0.01)):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came to be")
-
-
 @dataclass(frozen=True)
 class Authority:
     """A certificate authority in a folder, and what it signed."""

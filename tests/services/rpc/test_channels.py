@@ -14,7 +14,8 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.channels import Stub, open_channel, resolve
 from colaserve_services.rpc.connection import Connection
 from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
-from tests.services.rpc.conftest import ONE, eventually, running
+from tests.services.rpc.conftest import ONE, running
+from tests.waiting import eventually
 
 SERVICE = "colaserve.v1.EncoderService"
 

@@ -12,7 +12,8 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings, ServerTls
-from tests.services.rpc.conftest import ONE, Encoder, eventually, running
+from tests.services.rpc.conftest import ONE, Encoder, running
+from tests.waiting import eventually
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

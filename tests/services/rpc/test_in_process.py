@@ -12,6 +12,7 @@ from colaserve_services.errors import InvalidRequest, Overloaded
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.errors import error_from_rpc, status_from_errors
 from colaserve_services.rpc.in_process import InProcessStub
+from tests.waiting import eventually
 
 
 class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
@@ -93,14 +94,6 @@ ENDLESS = prior_pb2.SampleRequest(max_blocks=100_000_000)
 async def read_all(call):
     while await call.read() is not grpc.aio.EOF:
         pass
-
-
-async def eventually(condition):
-    for _ in range(200):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came to be")
 
 
 async def test_a_unary_call_returns_its_response_and_carries_metadata_and_deadline(connect):

@@ -25,7 +25,8 @@ from colaserve_services.rpc.settings import (
     ServerTls,
 )
 from colaserve_services.rpc.tls import channel_credentials
-from tests.services.rpc.conftest import ONE, eventually, running
+from tests.services.rpc.conftest import ONE, running
+from tests.waiting import eventually
 
 SERVICE = "colaserve.v1.EncoderService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

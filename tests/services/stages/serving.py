@@ -1,6 +1,5 @@
 """The three stages of a golden checkpoint behind one real gRPC server, and small helpers to call them."""
 
-import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,11 +82,3 @@ async def serving(golden, limits=None, max_message_bytes=4 << 20, dtype="float32
     finally:
         await server.stop()
         stages.stop()
-
-
-async def eventually(condition, seconds=5.0):
-    for _ in range(round(seconds / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came to be")

@@ -7,7 +7,8 @@ import pytest
 
 from colaserve_services.launch import stages as launched
 from colaserve_services.runtime.observer import EngineObserver
-from tests.services.stages.serving import eventually, serving
+from tests.services.stages.serving import serving
+from tests.waiting import eventually
 
 
 class Watch(EngineObserver):

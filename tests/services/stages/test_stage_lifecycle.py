@@ -16,7 +16,8 @@ from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.session import Session
-from tests.services.stages.serving import eventually, serving
+from tests.services.stages.serving import serving
+from tests.waiting import eventually
 
 LONG = {"blocks": 60, "steps": 1000}  # minutes of work
 

@@ -9,7 +9,8 @@ from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.runtime.limits import EngineLimits
-from tests.services.stages.serving import eventually, serving
+from tests.services.stages.serving import serving
+from tests.waiting import eventually
 
 NAN, HUGE = float("nan"), 2**32 - 1
 
