@@ -64,7 +64,7 @@ class AsyncClient(AsyncBaseClient):
             sampler: how latents are sampled.
             sampling: how tokens are drawn.
             seed: of the noise; equal seeds give equal texts. None: random, and returned.
-            stop: up to 16 strings; the text ends before the first of them.
+            stop: up to 16 strings of up to 1,000 characters; the text ends before the first of them.
             ignore_end: write on past end tokens.
             with_latents: also return the latents of the written blocks.
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.

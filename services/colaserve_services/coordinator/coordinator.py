@@ -98,13 +98,13 @@ class Coordinator:
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """GenerationService.Tokenize."""
-        tokenizer = self.core.tokenizer
-        ids = await asyncio.to_thread(tokenizer.encode, request.text, "text")
-        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=map(tokenizer.token_text, ids))
+        ids = await self.core.tokenize(request.text, "text")
+        tokens = await asyncio.to_thread(lambda: list(map(self._tokenizer.token_text, ids)))
+        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
 
     async def detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
         """GenerationService.Detokenize."""
-        ids = self._tokenizer.checked(request.token_ids, "token_ids")
+        ids = self.core.checked(request.token_ids, "token_ids")
         return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids))
 
     async def encode_text(

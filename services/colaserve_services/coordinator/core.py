@@ -23,7 +23,7 @@ from colaserve_services.text import Tokenizer
 
 SIDE_BY_SIDE: Final = 8  # runs of one call at once
 ENCODED_AT_ONCE: Final = 16  # sequences of one call at once
-LONG_TEXT: Final = 16_384  # characters; longer ones are tokenized off the event loop
+LONG_TEXT: Final = 16_384  # characters; more than that are tokenized off the event loop
 
 T = TypeVar("T")
 
@@ -40,14 +40,32 @@ class Core:
     observer: CoordinatorObserver
     admission: Admission
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that fill the longest context."""
+        return self.model.max_context * self.model.patch_size
+
     async def tokenize(self, text: str, field: str) -> list[int]:
         """Ids of a text. Raises InvalidRequest for one of which even a look at its length tells that it cannot fit."""
-        fewest, most = self.tokenizer.fewest_tokens(text), self.model.max_context * self.model.patch_size
-        if fewest > most:
-            raise InvalidRequest(field, f"has {fewest} tokens or more, at most {most} fit (max_context)")
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text, field)
-        return await asyncio.to_thread(self.tokenizer.encode, text, field)
+        [ids] = await self.tokenize_all([text], [field])
+        return ids
+
+    async def tokenize_all(self, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, as `tokenize`, however long they are together."""
+        for text, field in zip(texts, fields, strict=True):
+            if (fewest := self.tokenizer.fewest_tokens(text)) > self.most_tokens:
+                raise InvalidRequest(
+                    field, f"has {fewest} tokens or more, at most {self.most_tokens} fit (max_context)"
+                )
+        if sum(map(len, texts)) < LONG_TEXT:
+            return self.tokenizer.encode_all(texts, fields)
+        return await asyncio.to_thread(self.tokenizer.encode_all, texts, fields)
+
+    def checked(self, ids: Sequence[int], field: str) -> list[int]:
+        """The ids, not too many and each inside the vocabulary; else InvalidRequest."""
+        if len(ids) > self.most_tokens:
+            raise InvalidRequest(field, f"got {len(ids)} ids, at most {self.most_tokens} fit (max_context)")
+        return self.tokenizer.checked(ids, field)
 
     async def encode(
         self, sequences: Sequence[Sequence[int]], call: Call, with_variance: bool = False

@@ -162,18 +162,25 @@ async def tokenize_texts(core: Core, texts: Sequence[str]) -> list[list[int]]:
     """Ids of 1 to 256 texts, none empty, each within the context."""
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise InvalidRequest("texts", f"got {len(texts)} texts, expected 1 to {MOST_TEXTS}")
-    return [await tokenize_text(core, text, f"texts[{index}]") for index, text in enumerate(texts)]
+    return await _tokenize(core, texts, [f"texts[{index}]" for index in range(len(texts))])
 
 
 async def tokenize_text(core: Core, text: str, field: str) -> list[int]:
     """Ids of a text that is not empty and fits into the context."""
-    if not text:
-        raise InvalidRequest(field, "got an empty text, expected one character or more")
-    ids = await core.tokenize(text, field)
-    if not ids:
-        raise InvalidRequest(field, "got a text without tokens")
-    check_room(core, field, core.model.positions(len(ids)))
+    [ids] = await _tokenize(core, [text], [field])
     return ids
+
+
+async def _tokenize(core: Core, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+    for text, field_ in zip(texts, fields, strict=True):
+        if not text:
+            raise InvalidRequest(field_, "got an empty text, expected one character or more")
+    found = await core.tokenize_all(texts, fields)
+    for ids, field_ in zip(found, fields, strict=True):
+        if not ids:
+            raise InvalidRequest(field_, "got a text without tokens")
+        check_room(core, field_, core.model.positions(len(ids)))
+    return found
 
 
 def given_latents(core: Core, latents: types_pb2.Latents, field: str, least: int) -> types_pb2.Latents:

@@ -17,7 +17,7 @@ from colaserve_services.coordinator.defaults import (
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.coordinator.writer import Writer
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.text import Tokenizer
+from colaserve_services.text import Tokenizer, stop_strings
 
 MOST_STOPS: Final = 16
 MOST_TOP_LOGPROBS: Final = 20
@@ -98,7 +98,7 @@ async def _prompt_ids(core: Core, request: generation_pb2.GenerateRequest) -> li
         return await core.tokenize(request.prompt, "prompt")
     if request.prompt:
         raise InvalidRequest("prompt_ids", "got both prompt and prompt_ids, expected one of them")
-    return core.tokenizer.checked(request.prompt_ids.ids, "prompt_ids")
+    return core.checked(request.prompt_ids.ids, "prompt_ids")
 
 
 def _check_room(model: Model, prompt: int, budget: int, needed: int) -> None:
@@ -116,3 +116,5 @@ def _check_stops(stops: Sequence[str]) -> None:
         raise InvalidRequest("stop", f"got {len(stops)} strings, expected at most {MOST_STOPS}")
     if not all(stops):
         raise InvalidRequest("stop", "got an empty string, expected strings of one character or more")
+    if (longest := max(map(len, stops), default=0)) > stop_strings.LONGEST:
+        raise InvalidRequest("stop", f"got {longest} characters, expected at most {stop_strings.LONGEST} in a string")

@@ -8,6 +8,9 @@ from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from colaserve_services.errors import Cancelled
+from colaserve_services.rpc import cancellation
+
 T = TypeVar("T")
 
 
@@ -47,4 +50,8 @@ class ReadAhead(Generic[T]):
                     await self._queue.put((item,))
         except Exception as error:
             end = error
+        except asyncio.CancelledError:
+            if cancellation.is_mine():
+                raise
+            end = Cancelled("the stream was cancelled by what it reads")
         await self._queue.put(end)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +35,10 @@ class DecodeJob:
 
     prefix: Tensor  # (n, d) float32, n a multiple of B
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    history_ids: tuple[int, ...] = ()
+    history_ids: Sequence[int] = ()
     with_logits: bool = False
     top_logprobs: int = 0
-    target_ids: tuple[int, ...] = ()
+    target_ids: Sequence[int] = ()
     max_latents: int = 0  # positions to reserve KV for; 0: max_context
 
 
@@ -110,7 +111,7 @@ class DecoderSession(Session[DecodedBlock]):
             self._engine.prefixes.remember(self._keys, self.cache)
             self._keys = []
 
-    def take_targets(self, count: int) -> tuple[int, ...]:
+    def take_targets(self, count: int) -> Sequence[int]:
         """Target ids of the block about to be answered."""
         begin = self.sampled - len(self.job.history_ids)
         return self.job.target_ids[begin : begin + count]
@@ -232,6 +233,10 @@ def check_job(job: DecodeJob, shape: ModelShape, limits: EngineLimits) -> None:
     if len(job.history_ids) % (B * P):
         raise InvalidRequest(
             "open.history_ids", f"got {len(job.history_ids)} ids, expected a multiple of {B * P} (whole blocks)"
+        )
+    if len(job.history_ids) > limits.max_context * P:
+        raise InvalidRequest(
+            "open.history_ids", f"got {len(job.history_ids)} ids, at most {limits.max_context * P} fit (max_context)"
         )
     if not 0 <= job.top_logprobs <= MAX_TOP_LOGPROBS:
         raise InvalidRequest("open.top_logprobs", f"got {job.top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")

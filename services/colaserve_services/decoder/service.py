@@ -46,10 +46,10 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
                 message.prefix, "open.prefix", self._engine.shape.latent_dim, self._identity.space
             ),
             sampling=sampling_settings(message.sampling),
-            history_ids=tuple(message.history_ids),
+            history_ids=message.history_ids,
             with_logits=message.with_logits,
             top_logprobs=message.top_logprobs,
-            target_ids=tuple(message.target_ids),
+            target_ids=message.target_ids,
             max_latents=message.max_latents,
         )
 

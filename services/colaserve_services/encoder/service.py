@@ -20,7 +20,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         """Encode 1 to 256 sequences."""
         async with status_from_errors(context):
             encoded, timings = await self._engine.encode(
-                [list(sequence.ids) for sequence in request.sequences],
+                [sequence.ids for sequence in request.sequences],
                 with_variance=request.with_variance,
                 deadline=about.deadline(context),
             )

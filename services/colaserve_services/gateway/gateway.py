@@ -19,8 +19,8 @@ from colaserve_services.gateway.refusals import UNSUPPORTED_IN_MESSAGES, refuse_
 from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.gateway.translate import (
+    Choices,
     completion_prompts,
-    generate_request,
     most_likely,
     names_of,
     text_prompt,
@@ -88,12 +88,12 @@ class Gateway:
         record: RequestRecord,
         seconds: float | None,
     ) -> Answer:
-        per_prompt = body.n or 1
+        choices = Choices(prompts, body)
         bounds = self.settings.bounds
         record.user = body.user or ""
         plan = Plan(
-            requests=[generate_request(prompt, body, sample) for prompt in prompts for sample in range(per_prompt)],
-            per_prompt=per_prompt,
+            requests=choices,
+            per_prompt=choices.per_prompt,
             dialect=dialect,
             deadline=record.started + min(seconds or bounds.request_seconds, bounds.request_seconds),
             stream=bool(body.stream),

@@ -9,6 +9,7 @@ from typing import Final, Self
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from colaserve_services.errors import Cancelled
 from colaserve_services.gateway.backend import GenerateCall
+from colaserve_services.rpc import cancellation
 
 _UNREAD: Final = 8  # messages that wait for a slow reader before the calls are no longer read
 
@@ -19,7 +20,7 @@ Message = tuple[int, GenerateResponse]
 class SideBySide:
     """`async for index, message`, in the order of their coming; the first failure is raised.
 
-    Entering starts the calls, at most `parallel` at a time. Leaving, however that happens, cancels those that run.
+    Entering starts the calls, at most `parallel` at a time, each with what `requests` has for it then. Leaving, however that happens, cancels those that run.
     """
 
     def __init__(self, requests: Sequence[GenerateRequest], open_call: Open, parallel: int):
@@ -30,7 +31,7 @@ class SideBySide:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._run(*numbered)) for numbered in enumerate(self._requests)]
+        self._tasks = [asyncio.create_task(self._run(index)) for index in range(len(self._requests))]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -49,12 +50,12 @@ class SideBySide:
             else:
                 yield item
 
-    async def _run(self, index: int, request: GenerateRequest) -> None:
+    async def _run(self, index: int) -> None:
         async with self._places:
             try:
-                await self._forward(index, request)
+                await self._forward(index, self._requests[index])
             except asyncio.CancelledError:
-                if _asked_to_stop():
+                if cancellation.is_mine():
                     raise
                 await self._queue.put(Cancelled("the call was cancelled by the other side"))
             except Exception as error:
@@ -69,8 +70,3 @@ class SideBySide:
                 await self._queue.put((index, message))
         finally:
             call.cancel()
-
-
-def _asked_to_stop() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

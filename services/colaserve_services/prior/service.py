@@ -49,6 +49,10 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
 
     def _job(self, request: prior_pb2.SampleRequest) -> SampleJob:
         shape, canvas = self._engine.shape, request.canvas
+        if len(canvas.open) > self._engine.limits.max_context:
+            raise InvalidRequest(
+                "canvas.open", f"got {len(canvas.open)} spans for {self._engine.limits.max_context} positions at most"
+            )
         seeded = request.WhichOneof("noise_source") == "seed"
         job = SampleJob(
             latents=tensors.latents_from_message(

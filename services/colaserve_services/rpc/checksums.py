@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from grpc.aio import AioRpcError, Metadata
 
 from colaserve_services.errors import Corrupted
-from colaserve_services.rpc import requests
+from colaserve_services.rpc import cancellation, requests
 
 ASKED: Final = ("x-colaserve-checksum", "crc32")
 _TAG: Final = b"\x9d\xa4\xe8\x03"  # field 1000003, fixed32
@@ -69,7 +69,7 @@ class SealedChannel:
 
 class SealedCall:
     """A call of grpc.aio whose answers are opened as they are read; one that does not fit its checksum ends the call
-    with DATA_LOSS."""
+    with DATA_LOSS, the closing of its channel with UNAVAILABLE."""
 
     def __init__(self, call: Any, deserialize: Callable[[bytes], Any]):
         self._call, self._deserialize = call, deserialize
@@ -81,16 +81,25 @@ class SealedCall:
         return self._answer().__await__()
 
     async def __aiter__(self) -> Any:
-        async for received in self._call:
-            yield self._open(received)
+        with cancellation.of_calls_as_errors():
+            async for received in self._call:
+                yield self._open(received)
 
     async def read(self) -> Any:
         """The next answer, or EOF."""
-        received = await self._call.read()
+        with cancellation.of_calls_as_errors():
+            received = await self._call.read()
         return received if received is _EOF else self._open(received)
 
+    async def write(self, request: Any) -> None:
+        """Send a request."""
+        with cancellation.of_calls_as_errors():
+            await self._call.write(request)
+
     async def _answer(self) -> Any:
-        return self._open(await self._call)
+        with cancellation.of_calls_as_errors():
+            received = await self._call
+        return self._open(received)
 
     def _open(self, received: bytes) -> Any:
         try:

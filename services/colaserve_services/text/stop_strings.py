@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+LONGEST: Final = 1000
+"""Characters that a stop string may have: what it costs before any text is there grows with them."""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,13 @@ class Tokenizer:
 
     def encode(self, text: str, field: str = "text") -> list[int]:
         """Ids of a text. Raises InvalidRequest for text that needs an id the model has not."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return self.checked(ids, field)
+        [ids] = self.encode_all([text], [field])
+        return ids
+
+    def encode_all(self, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, as `encode`. Other threads run meanwhile (the library's call for one text holds the GIL)."""
+        encodings = self._library.encode_batch(list(texts), add_special_tokens=False)
+        return [self.checked(encoding.ids, field) for encoding, field in zip(encodings, fields, strict=True)]
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that the text has at least, found without tokenizing it."""

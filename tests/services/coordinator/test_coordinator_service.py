@@ -153,6 +153,13 @@ async def test_tokenize_and_detokenize_are_inverse(served, tokenizer):
         await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[512]))
 
 
+async def test_what_is_too_large_to_tokenize_or_detokenize_is_refused(served):
+    with pytest.raises(grpc.aio.AioRpcError, match=r"text: has \d+ tokens or more, at most 256 fit"):
+        await served.generation.Tokenize(generation_pb2.TokenizeRequest(text="a" * 1_000_000))
+    with pytest.raises(grpc.aio.AioRpcError, match="token_ids: got 257 ids, at most 256 fit"):
+        await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[5] * 257))
+
+
 async def test_every_latent_call_answers_over_the_wire(served):
     pb, latents = latent_service_pb2, served.latents
     encoded = (await latents.EncodeText(pb.EncodeTextRequest(texts=["he looked"]))).encodings[0].latents

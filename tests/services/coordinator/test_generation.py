@@ -199,6 +199,8 @@ BAD = [
     ({"prompt_ids": types_pb2.TokenIds(ids=[512])}, "prompt_ids"),
     ({"stop": ["a", ""]}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": ["a", "b" * 1001]}, "stop"),
+    ({"prompt_ids": types_pb2.TokenIds(ids=[5] * 257)}, "prompt_ids"),
     ({"top_logprobs": 21}, "top_logprobs"),
     ({"sampler": types_pb2.Sampler(steps=0)}, "sampler.steps"),
     ({"sampler": types_pb2.Sampler(steps=1001)}, "sampler.steps"),
@@ -238,7 +240,7 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: in
 
 
 async def test_a_text_far_too_long_is_refused_without_tokenizing_it(world, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(world.tokenizer, "encode", None)
+    monkeypatch.setattr(world.tokenizer, "encode_all", None)
     with pytest.raises(InvalidRequest, match=r"prompt: has \d+ tokens or more, at most 256 fit"):
         await world.generate(prompt="a" * 1_000_000)
 

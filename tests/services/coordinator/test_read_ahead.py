@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from colaserve_services.coordinator.read_ahead import ReadAhead
+from colaserve_services.errors import Cancelled
 
 
 class Counting:
@@ -36,6 +37,17 @@ async def test_an_error_comes_after_the_items_before_it():
         assert [await ahead.next(), await ahead.next()] == [0, 1]
         with pytest.raises(ValueError, match="broke"):
             await ahead.next()
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_an_error_too():
+    async def stream() -> AsyncGenerator[int, None]:
+        yield 0
+        raise asyncio.CancelledError  # as grpc.aio does when a call is cancelled on this side
+
+    async with ReadAhead(stream()) as ahead:
+        assert await ahead.next() == 0
+        with pytest.raises(Cancelled):
+            await asyncio.wait_for(ahead.next(), 5)
 
 
 async def test_it_reads_ahead_but_not_without_end():

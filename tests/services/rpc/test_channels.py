@@ -120,6 +120,35 @@ async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_runni
             await connection.close()
 
 
+async def test_a_call_that_outlives_its_old_channel_fails_so_that_it_can_be_made_again(authority, monkeypatch):
+    monkeypatch.setattr("colaserve_services.rpc.connection.LAST_CALLS_SECONDS", 0.1)
+    cert, key = authority.issue("server")
+    mine, my_key = authority.issue("client", "first")
+    async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
+        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key))
+        connection = Connection(encoder_pb2_grpc.EncoderServiceStub, f"127.0.0.1:{it.port}", settings, SERVICE)
+        connection.follow(look_seconds=0.05)
+        try:
+            it.servicer.gate.clear()
+
+            async def call():
+                return await connection.stub.Encode(ONE, wait_for_ready=True, timeout=20)
+
+            early = asyncio.ensure_future(call())
+            await eventually(lambda: it.servicer.started == 1)
+            authority.issue("client", "second")
+            with pytest.raises(grpc.aio.AioRpcError, match="channel was closed") as caught:
+                await asyncio.wait_for(early, 10)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            late = asyncio.ensure_future(call())
+            await eventually(lambda: it.servicer.started == 2)
+            late.cancel()  # its own cancellation stays one
+            with pytest.raises(asyncio.CancelledError):
+                await late
+        finally:
+            await connection.close()
+
+
 async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():
     async with AsyncExitStack() as stack:
         it = await stack.enter_async_context(running(ServerSettings(max_connection_age=0.3)))
