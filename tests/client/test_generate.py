@@ -20,13 +20,14 @@ from colaserve_client import (
     GenerationRequest,
     InvalidRequest,
     NoiseSeed,
+    Retry,
     Sampler,
     Sampling,
     ServerError,
     TokenLogprobs,
 )
 from tests.client.behaviour import Behaviour, Failure
-from tests.client.fakes import STORY
+from tests.client.fakes import STORY, FakeServer
 
 Eventually = Callable[[Callable[[], bool]], None]
 
@@ -187,6 +188,27 @@ async def test_cancelling_the_task_cancels_at_the_server(
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(async_client.generate("Once"), 0.2)
     await in_thread(lambda: eventually(lambda: behaviour.cancelled == 1))
+
+
+async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_told(server: FakeServer) -> None:
+    server.behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE))
+    patient = Retry(attempts=2, first_pause=0.5, longest_pause=0.5)
+    async with AsyncClient(server.target, retry=patient) as client:
+        stream = client.stream("Once")
+        asyncio.get_running_loop().call_later(0.1, stream.cancel)
+        with pytest.raises(Cancelled):
+            [chunk async for chunk in stream]
+    assert server.behaviour.calls == 1
+
+
+async def test_closing_an_asyncio_client_cancels_its_calls_and_says_so(server: FakeServer) -> None:
+    server.behaviour.wait_after, server.behaviour.delay = 1, 20
+    client = AsyncClient(server.target)
+    calls = [asyncio.ensure_future(call) for call in (client.generate("Once"), client.tokenize("fox"))]
+    await asyncio.sleep(0.2)
+    await client.close()
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(outcome, Cancelled)
 
 
 async def test_cancelling_an_asyncio_stream_from_elsewhere_is_told(

@@ -1,5 +1,6 @@
 """The latent service and the three stages, blocking and with asyncio."""
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -245,3 +246,13 @@ async def test_the_asyncio_prior_streams(server: FakeServer) -> None:
     async with AsyncPriorClient(server.target) as prior, prior.sample(max_blocks=2, seed=1) as blocks:
         ids = [round(float(value)) async for block in blocks for value in block.latents.values[:, 0]]
     assert bytes(ids) == STORY[:8]
+
+
+async def test_a_session_that_was_left_while_it_waited_is_closed(server: FakeServer, behaviour: Behaviour) -> None:
+    async with AsyncDecoderClient(server.target) as decoder, decoder.session() as session:
+        await session.decode(LETTERS)
+        behaviour.wait_after = 1
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(session.decode(LETTERS), 0.2)
+        with pytest.raises(Cancelled, match="session is closed"):
+            await session.decode(LETTERS)

@@ -56,6 +56,10 @@ class AsyncTransport:
             try:
                 answer: R = await call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
                 return answer
+            except asyncio.CancelledError:
+                if _asked_to_stop():
+                    raise
+                raise Cancelled("the client was closed", Details(request_id=options.request_id)) from None
             except grpc.aio.AioRpcError as failure:
                 await asyncio.sleep(attempts.pause(failure, started=False))
 
@@ -128,6 +132,12 @@ class AsyncTransport:
             await self._opened.close()
 
 
+def _asked_to_stop() -> bool:
+    """Whether this task is cancelled; else a CancelledError in it comes of its call, which was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class AsyncStream(Generic[T]):
     """The answers of a call as they come. Leaving early (break, `aclose`, end of `async with`) cancels the call."""
 
@@ -149,10 +159,10 @@ class AsyncStream(Generic[T]):
                 await self._again(failure)
                 continue
             except asyncio.CancelledError:
-                if self._left:  # by `cancel`, not because this task is cancelled
-                    raise Cancelled("the stream was left", Details(request_id=self.request_id)) from None
                 self._left = True
-                raise
+                if _asked_to_stop():
+                    raise
+                raise Cancelled("the stream was left", Details(request_id=self.request_id)) from None
             if message is _EOF:
                 break
             self._received = True
@@ -166,6 +176,8 @@ class AsyncStream(Generic[T]):
         except BaseException:
             self._left = True
             raise
+        if self._left:
+            raise Cancelled("the stream was left", Details(request_id=self.request_id)) from failure
         self._call = self._start()
 
     def cancel(self) -> None:
@@ -209,6 +221,11 @@ class AsyncExchange(Generic[Q, R]):
             except grpc.aio.AioRpcError as failure:
                 await self._again(failure)
                 continue
+            except BaseException as failure:  # the next answer would be that to this request
+                await self.close()
+                if _asked_to_stop() or not isinstance(failure, asyncio.CancelledError):
+                    raise
+                raise Cancelled("the session was closed", Details(request_id=self.request_id)) from None
             if answer is _EOF:
                 raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
             self._received = True

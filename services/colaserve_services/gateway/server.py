@@ -68,7 +68,8 @@ class HttpServer:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 if (stamps := _stamps(tls)) != seen:
-                    context.load_cert_chain(tls.cert, tls.key)  # for the connections to come
+                    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key)
+                    context.load_cert_chain(tls.cert, tls.key)  # of a wrong pair, half would stay in it
                     seen = stamps
             except OSError as error:  # ssl.SSLError is one
                 _log.error("the old certificate stays in use: %s", error)

@@ -20,7 +20,8 @@ Message = tuple[int, GenerateResponse]
 class SideBySide:
     """`async for index, message`, in the order of their coming; the first failure is raised.
 
-    Entering starts the calls, at most `parallel` at a time, each with what `requests` has for it then. Leaving, however that happens, cancels those that run.
+    Entering starts the calls, at most `parallel` at a time, each with what `requests` has for it then. Leaving, however
+    that happens, cancels those that run.
     """
 
     def __init__(self, requests: Sequence[GenerateRequest], open_call: Open, parallel: int):

@@ -62,9 +62,13 @@ GROUPS: dict[str, list[click.Option]] = {
         _option("--max-message-bytes", 64 << 20, "Longest gRPC message, either way.", POSITIVE),
         _option("--max-calls", 1024, "Calls that one process serves at once; 0: no limit.", COUNT),
         _option(
-            "--max-calls-per-client", 0, "Calls of one client (key, else address) at once; 0: no limit.", COUNT
+            "--max-calls-per-client", 0,
+            "Calls of one client (key, else address) at once; 0: no limit. With up --split the gateway's alone.", COUNT,
         ),
-        _option("--max-rate-per-client", 0.0, "Calls a second that one client may start; 0: no limit.", SECONDS),
+        _option(
+            "--max-rate-per-client", 0.0,
+            "Calls a second that one client may start; 0: no limit. With up --split the gateway's alone.", SECONDS,
+        ),
         _option("--keepalive-seconds", 30.0, "A silent connection is probed this often.", click.FloatRange(min=1)),
         _option(
             "--drain-seconds", 2.0, "After SIGTERM: wait so long, not ready, until balancers look elsewhere.",

@@ -134,7 +134,8 @@ async def _run(host: Host, assemble: Assemble) -> None:
     async with host.stack:
         if not await signals.unless_stopped(assemble(host)):
             return
-        await signals.unless_stopped(host.ready())
+        if not await signals.unless_stopped(host.ready()):
+            return
         number = await signals.next()
         await signals.unless_stopped(host.drain(host.settings.drain_seconds if number == signal.SIGTERM else 0.0))
 
@@ -156,6 +157,8 @@ class _Signals:
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.next())
         await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
         stopped = stop.done() and not task.done()
+        if stop.done() and task.done():
+            self._queue.put_nowait(stop.result())  # for what comes next
         for pending in (task, stop):
             pending.cancel()
         with contextlib.suppress(asyncio.CancelledError):

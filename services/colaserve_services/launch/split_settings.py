@@ -15,6 +15,10 @@ from colaserve_services.launch.settings import Params
 from colaserve_services.launch.split import STAGES, SplitSettings
 
 NOT_PASSED = {"ports_file", "metrics_port"}
+PER_CLIENT = {  # limits at the gateway only, and their variables: to the others it is one client
+    "max_calls_per_client": "COLASERVE_MAX_CALLS_PER_CLIENT",
+    "max_rate_per_client": "COLASERVE_MAX_RATE_PER_CLIENT",
+}
 EDGE_ONLY = {"api_keys", "api_keys_file"}  # clients do not reach the stages; keys go by the environment
 
 
@@ -27,17 +31,25 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
         raise UsageError("--health-port: not with --split, where every role has a health service of its own")
     channel = settings.channel(params)
     given = {name for name in params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE} - EDGE_ONLY
-    arguments = {stage: _arguments(STAGE, params, given - {"grpc_port"}) for stage in STAGES}
-    arguments["coordinator"] = _arguments(COORDINATOR, params, given)
+    inner = given - PER_CLIENT.keys()
+    arguments = {stage: _arguments(STAGE, params, inner - {"grpc_port"}) for stage in STAGES}
+    arguments["coordinator"] = _arguments(COORDINATOR, params, inner)
     arguments["gateway"] = _arguments(GATEWAY, params, given)
     return SplitSettings(
         arguments=arguments,
-        environment=_keys(params),
+        environment=_environment(params),
         threads=params["threads"],
         stop_seconds=params["drain_seconds"] + params["grace_seconds"],
         ports_file=params["ports_file"],
         channel=channel,
     )
+
+
+def _environment(params: Params) -> dict[str, dict[str, str]]:
+    """What each role finds in its environment beside what is there."""
+    unlimited, keys = dict.fromkeys(PER_CLIENT.values(), "0"), _keys(params)
+    inner = {role: {**unlimited, **keys.get(role, {})} for role in (*STAGES, "coordinator")}
+    return {**inner, "gateway": keys.get("gateway", {})}
 
 
 def _keys(params: Params) -> dict[str, dict[str, str]]:

@@ -15,13 +15,15 @@ _BUDGET_BYTES = 256 << 20
 
 
 class ModulationTable:
-    """Rows (layers, 6, D) and (2, D) for each time in use; the least recently used rows are given up."""
+    """Rows (layers, 6, D) and (2, D) for each time in use; the least recently used rows are given up.
 
-    def __init__(self, dit: DiT, device: torch.device, budget_bytes: int = _BUDGET_BYTES):
+    `at_least`: different times that one pass may need."""
+
+    def __init__(self, dit: DiT, device: torch.device, at_least: int = 64, budget_bytes: int = _BUDGET_BYTES):
         self._dit, self._device = dit, device
         layers, dim = dit.config.num_layers, dit.config.txt_dim
         row_bytes = 4 * dim * (6 * layers + 2)
-        self.capacity = max(64, min(2048, budget_bytes // row_bytes))
+        self.capacity = max(64, at_least, min(2048, budget_bytes // row_bytes))
         self._layers = torch.empty(layers, self.capacity, 6, dim, device=device)
         self._output = torch.empty(self.capacity, 2, dim, device=device)
         self._rows: OrderedDict[float, int] = OrderedDict()

@@ -173,7 +173,7 @@ class PriorEngine(Engine[PriorSession]):
         cost = _COMPILED_COST if compiled else _ATTENTION_COST
         keys_cost = cost * 2 * config.heads * config.head_dim / config.layer_weights
         self._key_cost = shape.block_size * keys_cost  # of attending to a block, beside a row's own products
-        self.table = ModulationTable(model, model.device)
+        self.table = ModulationTable(model, model.device, limits.max_running + 1)
 
     def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
         """Hold a run while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""

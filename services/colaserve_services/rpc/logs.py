@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from colaserve_services.rpc.requests import current_request_id
 from colaserve_services.rpc.settings import LogSettings
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 access = logging.getLogger("colaserve_services.access")
 
@@ -56,10 +59,15 @@ class TextFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
-        extra = "".join(f" {name}={value}" for name, value in fields(record).items())
+        extra = "".join(f" {name}={_one_line(value)}" for name, value in fields(record).items())
         request = f" request_id={current_request_id()}" if current_request_id() else ""
         text = f"{when} {record.levelname.lower():7} {self.role:11} {record.getMessage()}{extra}{request}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _one_line(value: Any) -> str:
+    """A value, which may be a caller's, without characters that could forge a line or command a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -347,3 +347,11 @@ async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
     for got, expected in zip(*found, strict=True):
         assert got.shape == expected.shape
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2
+
+
+async def test_as_many_runs_as_fit_may_each_have_times_of_their_own(tiny: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colaserve_services.model.modulation._BUDGET_BYTES", 0)
+    jobs = [job(seed, context=0, blocks=1, steps=3 + seed) for seed in range(70)]
+    async with engines(tiny, EngineLimits(max_running=80, max_context=256)) as stages:
+        together = await asyncio.gather(*(sample(stages, each) for each in jobs))
+    assert [len(blocks) for blocks in together] == [1] * 70

@@ -127,6 +127,20 @@ async def test_a_certificate_is_read_again_when_its_files_change(start, tmp_path
     assert await subject(gateway.server.port, tmp_path / "cert.pem") == "second"
 
 
+async def test_the_old_certificate_stays_while_the_new_files_are_no_pair(start, tmp_path: Path):
+    gateway = await start(tls=certificate(tmp_path, "first"))
+    old = tmp_path / "old.pem"
+    old.write_bytes((tmp_path / "cert.pem").read_bytes())
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "cert.pem").write_bytes(certificate(other, "second").cert.read_bytes())
+    await asyncio.sleep(1.3)
+    assert await subject(gateway.server.port, old) == "first"
+    (tmp_path / "key.pem").write_bytes((other / "key.pem").read_bytes())
+    await asyncio.sleep(1.3)
+    assert await subject(gateway.server.port, tmp_path / "cert.pem") == "second"
+
+
 async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(start, tmp_path: Path):
     tls = certificate(tmp_path, "mutual")
     gateway = await start(tls=ServerTls(tls.cert, tls.key, client_ca=tls.cert))

@@ -90,6 +90,20 @@ def test_split_tells_each_role_what_it_knows_of_what_was_given():
     assert not any("k1" in argument for arguments in told.values() for argument in arguments)
 
 
+def test_split_bounds_single_clients_at_the_gateway_which_is_one_client_to_the_others(monkeypatch):
+    told = split_arguments("--max-calls-per-client=2", "--max-rate-per-client=3", "--api-keys=k1")
+    limits = {"--max-calls-per-client=2", "--max-rate-per-client=3.0"}
+    assert limits <= set(told.arguments["gateway"])
+    for role in ("encoder", "prior", "decoder", "coordinator"):
+        assert not limits & set(told.arguments[role])
+        assert told.environment[role]["COLASERVE_MAX_CALLS_PER_CLIENT"] == "0"
+        assert told.environment[role]["COLASERVE_MAX_RATE_PER_CLIENT"] == "0"
+    assert "COLASERVE_MAX_CALLS_PER_CLIENT" not in told.environment["gateway"]
+    assert (
+        told.environment["gateway"]["COLASERVE_UPSTREAM_KEY"] in told.environment["coordinator"]["COLASERVE_API_KEYS"]
+    )
+
+
 def test_processes_that_share_cores_spin_only_briefly_unless_told_otherwise(monkeypatch):
     for name in (*threads.WAITING, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)

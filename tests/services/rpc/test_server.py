@@ -219,6 +219,11 @@ async def test_a_drain_cuts_calls_that_outlive_the_grace():
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
+def test_a_callers_words_cannot_forge_a_line_of_text_nor_command_the_terminal():
+    record = logging.makeLogRecord({"msg": "request", "fields": {"user": "me\n12:00:00 info root\x1b[2J\u2028Zoë"}})
+    assert logs.TextFormatter().format(record).endswith(r" user=me\n12:00:00 info root\x1b[2J\u2028Zoë")
+
+
 async def test_calls_are_counted_timed_and_logged_without_their_content(capsys):
     stream = __import__("io").StringIO()
     previous = logging.getLogger().handlers[:]
