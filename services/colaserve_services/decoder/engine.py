@@ -18,6 +18,7 @@ from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
+from colaserve_services.model.transfer import sent
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
 from colaserve_services.runtime.limits import EngineLimits
@@ -162,8 +163,16 @@ class DecoderEngine(Engine[DecoderSession]):
             padded = F.pad(hidden, (0, 0, 0, self.model.padding(len(hidden))))
             logits = self.model.logits(padded)[: len(hidden) * P]
             logits = logits.view(len(answered), B * P, -1)
-            for session, rows in zip(answered, logits, strict=True):
-                self._answer(session, rows)
+            drawn = torch.stack([self._drawn(*pair) for pair in zip(answered, logits, strict=True)])
+            chosen = torch.stack(
+                [
+                    rows.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+                    for rows, ids in zip(logits, drawn, strict=True)
+                ]
+            )
+            waited_for = drawn.tolist(), chosen.tolist()  # for all at once
+            for session, rows, ids, logprobs in zip(answered, logits, *waited_for, strict=True):
+                self._answer(session, rows, ids, logprobs)
         return sum(turn.rows for turn in turns), len(turns)
 
     def _turns(self, ready: list[DecoderSession]) -> list[_Turn]:
@@ -174,7 +183,7 @@ class DecoderEngine(Engine[DecoderSession]):
             room -= len(prefix)
             block = session.pending[0][0] if complete and session.pending else None
             if len(prefix) or block is not None:
-                turns.append(_Turn(session, prefix, None if block is None else block.to(self.model.device)))
+                turns.append(_Turn(session, prefix, None if block is None else sent(block, self.model.device)))
         return turns
 
     def _hidden(self, turns: list[_Turn]) -> Tensor:
@@ -186,27 +195,31 @@ class DecoderEngine(Engine[DecoderSession]):
         if extra := model.padding(rows):
             latents = F.pad(latents, (0, 0, 0, extra))
             segments.append(Segment(extra))
-        positions = torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]).to(model.device)
+        positions = sent(torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]), model.device)
         attend = RaggedAttention(segments, model.config.block_size, model.device)
         hidden = model.transform(model.in_layer(latents), positions, attend)[:rows]
-        wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns])
+        wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns]).nonzero()[:, 0]
         for turn in turns:
             turn.session.advance(turn.rows)
-        return hidden[wanted.to(model.device)]
+        return hidden.index_select(0, sent(wanted, model.device))
 
-    def _answer(self, session: DecoderSession, logits: Tensor) -> None:
-        """Sample one block's ids from (B * P, V) and hand them over."""
+    def _drawn(self, session: DecoderSession, logits: Tensor) -> Tensor:
+        """The ids (B * P) of one block, sampled from (B * P, V)."""
+        seen = sent(torch.tensor(sorted(session.seen), dtype=torch.int64), logits.device)
+        return sample_block(logits, session.job.sampling, seen, session.sampled // len(logits))
+
+    def _answer(self, session: DecoderSession, logits: Tensor, ids: list[int], logprobs: list[float]) -> None:
+        """Hand one block's ids over, with what was asked for beside them."""
         job, count = session.job, len(logits)
         _, arrived = session.pending.popleft()
-        seen = torch.tensor(sorted(session.seen), dtype=torch.int64, device=logits.device)
-        ids = sample_block(logits, job.sampling, seen, session.sampled // count).tolist()
-        logprobs = logits.log_softmax(dim=-1)
+        targets = session.take_targets(count)
+        every = logits.log_softmax(dim=-1) if targets or job.top_logprobs else logits
         block = DecodedBlock(
             token_ids=ids,
-            logprobs=chosen_logprobs(logprobs, ids),
-            top=top_logprobs(logprobs, job.top_logprobs) if job.top_logprobs else [],
+            logprobs=logprobs,
+            top=top_logprobs(every, job.top_logprobs) if job.top_logprobs else [],
             logits=logits.to("cpu", copy=True) if job.with_logits else None,
-            target_logprobs=chosen_logprobs(logprobs, session.take_targets(count)),
+            target_logprobs=chosen_logprobs(every, targets),
             timings=session.timings(arrived),
         )
         self.observer.block(time.monotonic() - arrived, first=session.sampled == len(job.history_ids))

@@ -99,6 +99,8 @@ def load_stages(
     device, dtype = pick_device(settings.device), pick_dtype(settings.dtype, settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
+        torch.backends.cuda.enable_cudnn_sdp(False)
     limits = _whole_blocks(limits, checkpoint.shape.block_size)
     identity = Identity(checkpoint.space, str(device), str(dtype).removeprefix("torch."), max_message_bytes)
     thread = DeviceThread()
@@ -106,7 +108,10 @@ def load_stages(
     for stage in (stage for stage in STAGES if stage in stages):
         model = _load(stage, checkpoint, device, dtype, metrics)
         observer = EngineMetrics(metrics, stage, failing)
-        engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
+        try:
+            engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UsageError(f"the {stage} does not fit into the memory of {device}") from error
         services[stage] = _SERVICES[stage](engines[stage], identity)
     thread.start()
     return RunningStages(engines, services, thread)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from colaserve_services.model import cpu_attention
 from colaserve_services.model.kv_cache import KVCache, KVSlab, Views
 from colaserve_services.model.layers import block_causal_mask
+from colaserve_services.model.transfer import sent
 
 _FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
 _SCORES = 3 << 18  # of one product: as many as stay in the cores' own caches until the softmax reads them
@@ -93,8 +94,8 @@ class _Part:
         self.rows, self.count = rows, len(segments)
         self._block_size, self._device = block_size, device
         self._first, self._length = min(s.start for s in segments), max(s.kept for s in segments)
-        starts, self._kept = torch.tensor([(s.start, s.kept) for s in segments], device=device).T[..., None]
-        self._queries = starts + torch.arange(segments[0].rows, device=device)
+        starts, self._kept = torch.tensor([(s.start, s.kept) for s in segments]).T[..., None]
+        self._queries = starts + torch.arange(segments[0].rows)
 
     @cached_property
     def _ends(self) -> Tensor:
@@ -108,11 +109,12 @@ class _Part:
         0 for what a row sees, -inf for later blocks and for keys that the segment's sequence does not have. The keys
         before the first segment's rows are seen by all and left out. None when every row sees all keys.
         """
-        keys = torch.arange(self._first, self._length, device=self._device)
+        keys = torch.arange(self._first, self._length)
         seen = block_causal_mask(self._queries, keys, self._block_size) & (keys < self._kept)[:, None]
         if seen.all():
             return None
-        return torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill_(~seen, float("-inf"))[:, None]
+        hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+        return sent(hidden, self._device)[:, None]
 
 
 class _Cached(_Part):

@@ -20,6 +20,7 @@ from colaserve_services.model.layers import (
     rotary_angles,
     rotary_frequencies,
 )
+from colaserve_services.model.transfer import sent
 
 TIME_CHANNELS = 256
 TIME_SCALE = 1000.0  # T of the schedule
@@ -196,7 +197,7 @@ class DiT(nn.Module):
 
     def rotary(self, positions: Tensor) -> Tensor:
         """Unit complex numbers of absolute latent positions: (...) -> (..., 1, rope_dim / 2)."""
-        frequencies = rotary_frequencies(self.config.rope_dim, 10000.0).to(positions.device)
+        frequencies = sent(rotary_frequencies(self.config.rope_dim, 10000.0), positions.device)
         return torch.complex(*rotary_angles(positions, frequencies)).unsqueeze(-2)
 
     def rotary_of_heads(self, positions: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.errors import require
+from colaserve_services.model.transfer import sent
 
 GREEDY_BELOW = 1e-5  # temperatures below take the most likely token
 _MASK = (1 << 64) - 1
@@ -60,7 +61,7 @@ def _draw(scores: Tensor, settings: SamplingSettings, block: int) -> Tensor:
     kept = torch.where(before <= settings.top_p, probabilities, 0.0)
     cumulative = kept.cumsum(dim=-1)
     draws = [uniform(settings.seed, block, position) for position in range(len(scores))]
-    thresholds = torch.tensor(draws, dtype=scores.dtype, device=scores.device)[:, None] * cumulative[:, -1:]
+    thresholds = sent(torch.tensor(draws, dtype=scores.dtype), scores.device)[:, None] * cumulative[:, -1:]
     chosen = (cumulative <= thresholds).sum(dim=-1, keepdim=True).clamp_max(k - 1)
     return ids.gather(1, chosen)[:, 0]
 
@@ -88,5 +89,7 @@ def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[list[int], list[flo
 
 def chosen_logprobs(logprobs: Tensor, ids: Sequence[int]) -> list[float]:
     """Log-probability of ids[i] at position i, for the first len(ids) positions of (n, V)."""
-    index = torch.tensor(ids, dtype=torch.int64, device=logprobs.device)
+    if not ids:
+        return []  # without waiting for the device
+    index = sent(torch.tensor(ids, dtype=torch.int64), logprobs.device)
     return [float(x) for x in logprobs[: len(ids)].gather(1, index[:, None])[:, 0].tolist()]

@@ -19,6 +19,7 @@ from colaserve_services.model.layers import (
     rotary_angles,
     rotary_frequencies,
 )
+from colaserve_services.model.transfer import sent
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: (..., head_dim / 2)
 
@@ -126,7 +127,7 @@ class _Transformer(nn.Module):
 
     def transform(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Rows x: (..., D) at latent positions (...)."""
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta).to(x.device)
+        frequencies = sent(rotary_frequencies(self.config.head_dim, self.config.rope_theta), x.device)
         rotary = rotary_angles(positions, frequencies)
         x = x.float()
         for block in self.blocks:

@@ -16,6 +16,7 @@ from colaserve_services.model.flow import schedule
 from colaserve_services.model.kv_cache import KVCache, KVPool, KVShape
 from colaserve_services.model.layers import Attend
 from colaserve_services.model.modulation import ModulationTable
+from colaserve_services.model.transfer import sent
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
@@ -25,7 +26,9 @@ from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
-_LEAST_ROWS = 32  # of contexts in a pass: so few cost next to nothing
+# Rows of contexts in a pass that cost next to nothing. CUDA: by arithmetic alone, not run on a GPU; reading the weights
+# takes an H100 as long as computing about 300 rows.
+_LEAST_ROWS = {"cpu": 32, "cuda": 128}
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
 _ATTENTION_COST = 2.5  # of an operation of attention, in those of a product, which run at more of the peak
 _COMPILED_COST = 1.3  # likewise, where attention is compiled
@@ -203,7 +206,11 @@ class PriorEngine(Engine[PriorSession]):
         time. The unit is a block of rows over no keys; each context gets a block at least while there is room.
         """
         sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
-        room = max(_CONTEXT_SHARE * 2 * sampling, _LEAST_ROWS / B) if sampling else self.limits.chunk / B
+        room = (
+            max(_CONTEXT_SHARE * 2 * sampling, _LEAST_ROWS[self.model.device.type] / B)
+            if sampling
+            else self.limits.chunk / B
+        )
         turns = []
         for session in ready:
             count = len(session.run.uncommitted)
@@ -237,7 +244,7 @@ class PriorEngine(Engine[PriorSession]):
         if self.layout is None or self.layout.segments != segments:
             B, device = self.shape.block_size, self.model.device
             starts = [segment.start + i for segment in segments for i in range(0, segment.rows, B)]
-            positions = torch.tensor(starts, device=device)[:, None] + torch.arange(B, device=device)
+            positions = sent(torch.tensor(starts)[:, None] + torch.arange(B), device)
             attend = RaggedAttention(segments, B, device)
             self.layout = _Layout(segments, self.model.rotary_of_heads(positions), attend)
         return self.layout
@@ -250,7 +257,7 @@ class PriorEngine(Engine[PriorSession]):
         B, device = self.shape.block_size, self.model.device
         zero, *rows = self.table.rows([0.0, *(run.time for run in runs)])
         rows = [zero] * commits + rows
-        index = torch.tensor(rows, device=device)[:, None]
+        index = sent(torch.tensor(rows), device)[:, None]
         if any(run.pinned is not None for run in runs):
             never = torch.zeros(B, dtype=torch.bool, device=device)
             pinned = [never] * commits + [never if run.pinned is None else run.pinned for run in runs]

@@ -1,5 +1,6 @@
 """Admission and turn-taking, common to the three engines."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -7,13 +8,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from colaserve_services.errors import ColaserveError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.limits import EngineLimits, Load
 from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 
 S = TypeVar("S", bound=Session[Any])
+
+_log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # weight of a new step in the running estimate of the work rate
 _SUSPECT = 3  # failed steps in a row, after which it may be no session's fault
@@ -21,6 +27,8 @@ _SUSPECT = 3  # failed steps in a row, after which it may be no session's fault
 
 class Engine(Generic[S]):
     """Sessions wait in order of arrival, run together while slots and KV memory last, and leave between steps."""
+
+    prefixes: Prefixes
 
     def __init__(self, device: DeviceThread, limits: EngineLimits, observer: EngineObserver):
         self.limits = limits
@@ -155,10 +163,22 @@ class Engine(Generic[S]):
     def _start_waiting(self) -> None:
         while (session := self._next_to_start()) is not None:
             session.started = time.monotonic()
-            session.start()
+            try:
+                session.start()
+            except torch.OutOfMemoryError:  # the others' state is whole
+                _log.exception("no memory for a session's KV; it is refused")
+                self._free_memory()
+                session.outbox.fail(Overloaded("the device has no memory left for this session", 1.0))
+                self._release(session)
             self._report()
         if self._waiting:  # they do not fit; whoever watches shall know, though nothing starts
             self._report()
+
+    def _free_memory(self) -> None:
+        """Give up what is only kept because it may be of use."""
+        self.prefixes.forget()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _next_to_start(self) -> S | None:
         """First come, first served: a large session at the head waits for room rather than being overtaken for ever."""

@@ -1,14 +1,18 @@
 """What leading blocks left behind, kept for the next session that begins with the same ones."""
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from colaserve_services.runtime.observer import EngineObserver
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Cache(Protocol):
@@ -75,6 +79,12 @@ class PrefixCache(Generic[T]):
         while self.nbytes > self._budget:
             self._drop(next(iter(self._entries)))
 
+    def clear(self) -> None:
+        """Keep nothing of what is there."""
+        self._entries.clear()
+        self._owners.clear()
+        self.nbytes = 0
+
     def _drop(self, last: bytes) -> None:
         entry = self._entries.pop(last)
         self.nbytes -= entry.nbytes
@@ -109,4 +119,12 @@ class Prefixes:
         positions = len(keys) * self._block_size
         nbytes = cache.nbytes_of(positions)
         if self._cache.wants(keys, nbytes):
-            self._cache.add(keys, (cache.copy_of(positions), beside), nbytes)
+            try:
+                self._cache.add(keys, (cache.copy_of(positions), beside), nbytes)
+            except torch.OutOfMemoryError:  # sessions need it more
+                _log.warning("no memory left to keep prefixes in; all kept ones are given up")
+                self.forget()
+
+    def forget(self) -> None:
+        """Give up all that is kept."""
+        self._cache.clear()

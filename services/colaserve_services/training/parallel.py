@@ -115,6 +115,8 @@ def started(device: str = "cpu", mode: str = "ddp") -> Iterator[Parallel]:
     if world == 1:
         yield Parallel(0, 1, place, mode)
         return
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # FSDP's mesh takes the current device
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         parallel = Parallel(dist.get_rank(), world, place, mode)

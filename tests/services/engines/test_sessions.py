@@ -1,6 +1,7 @@
 """Sessions: what they batch with changes nothing, what they hold is freed, and bounds hold."""
 
 import asyncio
+import functools
 import gc
 import time
 
@@ -14,8 +15,9 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.kv_cache import KVSlab
 from colaserve_services.model.layers import padded_rows
+from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.prior.engine import SampledBlock
+from colaserve_services.prior.engine import PriorSession, SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.session import Session
@@ -349,9 +351,30 @@ async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2
 
 
-async def test_as_many_runs_as_fit_may_each_have_times_of_their_own(tiny: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colaserve_services.model.modulation._BUDGET_BYTES", 0)
+async def test_as_many_runs_as_fit_may_each_have_times_of_their_own(tiny: Golden, monkeypatch: pytest.MonkeyPatch):
+    least = functools.partial(ModulationTable, budget_bytes=0)
+    monkeypatch.setattr("colaserve_services.prior.engine.ModulationTable", least)
     jobs = [job(seed, context=0, blocks=1, steps=3 + seed) for seed in range(70)]
-    async with engines(tiny, EngineLimits(max_running=80, max_context=256)) as stages:
+    with engines(tiny.directory, EngineLimits(max_running=80, max_context=256)) as stages:
         together = await asyncio.gather(*(sample(stages, each) for each in jobs))
     assert [len(blocks) for blocks in together] == [1] * 70
+
+
+async def test_a_session_for_which_there_is_no_memory_is_refused_and_the_others_go_on(
+    tiny: Golden, monkeypatch: pytest.MonkeyPatch
+):
+    with engines(tiny.directory) as stages:
+        alone = await sample(stages, job(1))
+        start = PriorSession.start
+
+        def scarce(session: PriorSession) -> None:
+            if session.job.base_seed == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            start(session)
+
+        monkeypatch.setattr(PriorSession, "start", scarce)
+        fine, refused = await asyncio.gather(sample(stages, job(1)), sample(stages, job(2)), return_exceptions=True)
+        assert isinstance(refused, Overloaded)
+        assert isinstance(fine, list)
+        assert torch.equal(fine[-1].latents, alone[-1].latents)
+        await freed(stages)
