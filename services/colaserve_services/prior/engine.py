@@ -206,11 +206,8 @@ class PriorEngine(Engine[PriorSession]):
         time. The unit is a block of rows over no keys; each context gets a block at least while there is room.
         """
         sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
-        room = (
-            max(_CONTEXT_SHARE * 2 * sampling, _LEAST_ROWS[self.model.device.type] / B)
-            if sampling
-            else self.limits.chunk / B
-        )
+        least = _LEAST_ROWS[self.model.device.type] / B
+        room = max(_CONTEXT_SHARE * 2 * sampling, least) if sampling else self.limits.chunk / B
         turns = []
         for session in ready:
             count = len(session.run.uncommitted)

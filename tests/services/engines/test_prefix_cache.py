@@ -9,7 +9,8 @@ from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.prefix_cache import PrefixCache, chain_keys
+from colaserve_services.runtime.observer import EngineObserver
+from colaserve_services.runtime.prefix_cache import PrefixCache, Prefixes, chain_keys
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 
@@ -154,3 +155,27 @@ def test_the_budget_holds_and_the_least_recently_used_go_first(seed: int) -> Non
         assert count == 4
         assert value == text
         assert cache.nbytes <= 30
+
+
+def test_a_prefix_for_which_there_is_no_memory_is_not_kept_and_the_kept_ones_are_given_up() -> None:
+    class Cache:
+        def __init__(self, room: bool) -> None:
+            self.room = room
+
+        def nbytes_of(self, positions: int) -> int:
+            return positions
+
+        def copy_of(self, stop: int) -> str:
+            if not self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return "kept"
+
+        def fill_from(self, other: str, stop: int) -> None: ...
+
+    prefixes = Prefixes(100, 4, EngineObserver())
+    prefixes.remember(keys("ab"), Cache(room=True))
+    assert prefixes.restore(keys("ab"), Cache(room=True))[0] == 2
+    prefixes.remember(keys("cd"), Cache(room=False))
+    assert [prefixes.restore(keys(each), Cache(room=True))[0] for each in ("ab", "cd")] == [0, 0]
+    prefixes.remember(keys("cd"), Cache(room=True))
+    assert prefixes.restore(keys("cd"), Cache(room=True))[0] == 2
