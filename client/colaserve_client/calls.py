@@ -1,10 +1,11 @@
 """What sync and asyncio calls share: the methods, the options of a call, and when a call is tried again."""
 
-import math
 import random
+import re
 import time
 import uuid
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Generic, TypeVar
 
 import grpc
@@ -85,6 +86,16 @@ DECODER_INFO = _method(
 )
 
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_FOR_EVER = 1e9  # seconds; gRPC takes a deadline that is much further away for one that has passed
+
+
+def check_timeout(timeout: float | None) -> None:
+    """`InvalidRequest` for what is no number of seconds above 0."""
+    if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
+        raise invalid("timeout", f"expected more than 0 seconds, got {timeout!r}")
+
+
 @dataclass(frozen=True)
 class ClientConfig:
     """How a client reaches its server."""
@@ -98,6 +109,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         check_target(self.target)
+        check_timeout(self.timeout)
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key):
             raise invalid("key", "expected printable ASCII characters")
 
@@ -112,12 +124,11 @@ class CallOptions:
     def resolved(self, config: ClientConfig) -> "CallOptions":
         """With the client's timeout and a request id; a timeout of None now means no deadline."""
         timeout = config.timeout if self.timeout is None else self.timeout
-        if timeout is not None and not timeout > 0:
-            raise invalid("timeout", f"expected more than 0 seconds, got {timeout}")
+        check_timeout(timeout)
         request_id = self.request_id or uuid.uuid4().hex
-        if not (request_id.isascii() and request_id.isprintable()):
-            raise invalid("request_id", f"expected printable ASCII characters, got {request_id!r}")
-        return replace(self, timeout=None if timeout == math.inf else timeout, request_id=request_id)
+        if not _REQUEST_ID.fullmatch(request_id):  # the server would choose another one
+            raise invalid("request_id", f"expected 1 to 128 of A-Z a-z 0-9 . _ : / + = @ -, got {request_id!r}")
+        return replace(self, timeout=None if timeout is None or timeout > _FOR_EVER else timeout, request_id=request_id)
 
     def metadata(self, config: ClientConfig) -> list[tuple[str, str]]:
         """The call's metadata."""

@@ -26,7 +26,8 @@ def client_version() -> str:
 
 def check_target(target: str) -> str:
     """The target itself; `InvalidRequest` when gRPC could not make sense of it."""
-    if target.startswith(_RESOLVED_BY_GRPC) or _HOST_AND_PORT.fullmatch(target):
+    plain = _HOST_AND_PORT.fullmatch(target) and int(target.rpartition(":")[2]) < 65536
+    if plain or target.startswith(_RESOLVED_BY_GRPC):
         return target
     raise invalid("target", f'expected "host:port" or a gRPC name such as "dns:///host:port", got {target!r}')
 
@@ -37,9 +38,9 @@ def channel_options(connection: Connection, tls: Tls | None) -> list[tuple[str, 
         ("grpc.primary_user_agent", f"colaserve-client/{client_version()}"),
         ("grpc.max_send_message_length", connection.max_message_bytes),
         ("grpc.max_receive_message_length", connection.max_message_bytes),
-        ("grpc.keepalive_time_ms", int(connection.keepalive * 1000)),
-        ("grpc.keepalive_timeout_ms", int(connection.keepalive_timeout * 1000)),
-        ("grpc.client_idle_timeout_ms", int(connection.idle * 1000)),
+        ("grpc.keepalive_time_ms", _milliseconds(connection.keepalive)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(connection.keepalive_timeout)),
+        ("grpc.client_idle_timeout_ms", _milliseconds(connection.idle)),
         ("grpc.initial_reconnect_backoff_ms", 100),  # so that a server which just started is found at once
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 1000),  # and one that was away long: `Retry()` tries for longer than this
@@ -49,6 +50,10 @@ def channel_options(connection: Connection, tls: Tls | None) -> list[tuple[str, 
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(min(seconds * 1000, 2**31 - 1))  # gRPC's most, which it takes for never
 
 
 def credentials(tls: Tls) -> grpc.ChannelCredentials:

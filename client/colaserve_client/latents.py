@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ class Latents:
         array.flags.writeable = False
         self._values, self._space = array, space
 
+    def __reduce__(self) -> tuple[type["Latents"], tuple[FloatArray, str]]:
+        return Latents, (self._values, self._space)  # copies are read-only too
+
     @property
     def values(self) -> FloatArray:
         """The array, (n, d), read-only."""
@@ -59,9 +63,9 @@ class Latents:
         """n, the number of positions."""
         return int(self._values.shape[0])
 
-    def __getitem__(self, positions: int | slice) -> "Latents":
+    def __getitem__(self, positions: int | np.integer[Any] | slice) -> "Latents":
         """The latents at one or several positions."""
-        if isinstance(positions, int):
+        if isinstance(positions, int | np.integer):
             return Latents(self._values[positions][None], self._space)
         return Latents(self._values[positions], self._space)
 
@@ -134,11 +138,12 @@ class Latents:
 
 def save_latents(path: str | os.PathLike[str], latents: Mapping[str, Latents]) -> None:
     """Write sequences of one space to a safetensors file: a float32 tensor (n, d) each, the space in the metadata."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     space = Latents.concatenate(latents.values()).space if latents else ""
     metadata = {"format": _FORMAT, "space": space}
-    save_file({name: np.ascontiguousarray(each.values) for name, each in latents.items()}, path, metadata=metadata)
+    data = save({name: np.ascontiguousarray(each.values) for name, each in latents.items()}, metadata=metadata)
+    Path(path).write_bytes(data)  # the library's own writing to a file would replace a link or a device by it
 
 
 def load_latents(path: str | os.PathLike[str]) -> dict[str, Latents]:

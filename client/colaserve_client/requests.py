@@ -3,7 +3,7 @@
 Ranges are the server's to judge; here only what would not survive the way is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -17,6 +17,7 @@ from colaserve_client.latents import Latents
 from colaserve_client.settings import GenerationRequest, Interpolation, NoiseSeed, Prompt, Sampler, Sampling
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 SOLVERS: Mapping[str, types_pb2.Solver] = {
     "euler": types_pb2.SOLVER_EULER,
@@ -66,7 +67,7 @@ def _shown(value: object) -> str:
 
 
 def _named(choices: Mapping[str, int], name: str | None, field: str) -> int | None:
-    if name is not None and name not in choices:
+    if name is not None and not (isinstance(name, str) and name in choices):
         raise invalid(field, f"expected one of {', '.join(choices)}, got {name!r}")
     return None if name is None else choices[name]
 
@@ -75,13 +76,22 @@ def _strings(values: Sequence[str], field: str) -> list[str]:
     """One string where several are expected would be taken letter by letter."""
     if isinstance(values, str):
         raise invalid(field, f"expected a list of strings, got one: write [{_shown(values)}]")
+    if not isinstance(values, Iterable):
+        raise invalid(field, f"expected a list of strings, got {_shown(values)}")
     return list(values)
+
+
+def _of_kind(value: T, kind: type, field: str) -> T:
+    if not isinstance(value, kind):
+        raise invalid(field, f"expected {kind.__name__}, got {_shown(value)}")
+    return value
 
 
 def sampler(settings: Sampler | None) -> types_pb2.Sampler | None:
     """The message of settings."""
     if settings is None:
         return None
+    _of_kind(settings, Sampler, "sampler")
     return build(
         types_pb2.Sampler,
         "sampler.",
@@ -98,6 +108,7 @@ def sampling(settings: Sampling | None) -> types_pb2.Sampling | None:
     """The message of settings."""
     if settings is None:
         return None
+    _of_kind(settings, Sampling, "sampling")
     return build(
         types_pb2.Sampling,
         "sampling.",
@@ -113,7 +124,7 @@ def noise_seed(seed: int | NoiseSeed | None) -> types_pb2.NoiseSeed | None:
     """The message of a seed; a number is a base_seed of sample 0."""
     if seed is None:
         return None
-    seed = NoiseSeed(seed) if isinstance(seed, int) else seed
+    seed = seed if isinstance(seed, NoiseSeed) else NoiseSeed(seed)
     return build(types_pb2.NoiseSeed, "seed.", base_seed=seed.base_seed, sample_id=seed.sample_id)
 
 
@@ -144,12 +155,14 @@ def generate(request: GenerationRequest) -> generation_pb2.GenerateRequest:
 
 
 def _prompt(prompt: Prompt) -> tuple[str | None, types_pb2.TokenIds | None]:
+    if prompt is None:
+        raise invalid("prompt", "expected a text or token ids, got None")
     return (prompt, None) if isinstance(prompt, str) else (None, token_ids(prompt, "prompt_ids"))
 
 
 def tokenize(text: str) -> generation_pb2.TokenizeRequest:
     """The message of a text."""
-    return build(generation_pb2.TokenizeRequest, text=text)
+    return build(generation_pb2.TokenizeRequest, text=_of_kind(text, str, "text"))
 
 
 def detokenize(ids: Sequence[int]) -> generation_pb2.DetokenizeRequest:
@@ -174,7 +187,7 @@ def decode_latents(
     """The message of latents to decode."""
     return build(
         latent_service_pb2.DecodeLatentsRequest,
-        latents=latents.to_proto(),
+        latents=_of_kind(latents, Latents, "latents").to_proto(),
         sampling=sampling(settings),
         top_logprobs=top_logprobs,
         target_ids=target_ids,
@@ -188,7 +201,7 @@ def sample_latents(
     """The message of latents to continue."""
     return build(
         latent_service_pb2.SampleLatentsRequest,
-        prefix=None if prefix is None else prefix.to_proto(),
+        prefix=None if prefix is None else _of_kind(prefix, Latents, "prefix").to_proto(),
         max_blocks=max_blocks,
         sampler=sampler(settings),
         seed=noise_seed(seed),

@@ -65,7 +65,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     def Generate(self, request, context):
         self.behaviour.enter(request, context)
         if request.HasField("max_new_tokens") and request.max_new_tokens < 1:
-            invalid("max_new_tokens", f"expected 1 or more, got {request.max_new_tokens}").abort(context)
+            invalid("max_new_tokens", f"got {request.max_new_tokens}, expected 1 or more").abort(context)
         yield from self.behaviour.messages(self._blocks(request), context)
 
     def _blocks(self, request):

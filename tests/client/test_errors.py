@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import grpc
+import numpy as np
 import pytest
 
 from colaserve_client import (
@@ -92,7 +93,7 @@ async def test_details_arrive(server: FakeServer, behaviour: Behaviour) -> None:
 
 
 def test_invalid_requests_are_value_errors(client: Client) -> None:
-    with pytest.raises(ValueError, match="max_new_tokens: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens: got 0, expected 1 or more"):
         client.generate("a", max_new_tokens=0)
 
 
@@ -299,3 +300,38 @@ def test_a_number_that_a_field_cannot_hold_is_told_what_it_holds(client: Client,
     ):
         client.generate("a", max_new_tokens=count)
     assert behaviour.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda client: client.generate(None), "prompt"),
+        (lambda client: client.generate("a", stop=None), "stop"),
+        (lambda client: client.generate("a", sampler={"steps": 2}), "sampler"),
+        (lambda client: client.generate("a", timeout="5"), "timeout"),
+        (lambda client: client.generate("a", request_id="my request"), "request_id"),
+        (lambda client: client.generate("a", request_id="a" * 129), "request_id"),
+        (lambda client: client.tokenize(None), "text"),
+        (lambda client: client.encode_text(None), "texts"),
+        (lambda client: client.decode_latents(np.zeros((4, 2), np.float32)), "latents"),
+        (lambda client: Client("127.0.0.1:93536"), "target"),
+        (lambda client: Client("127.0.0.1:1", timeout=-1), "timeout"),
+    ],
+)
+def test_arguments_of_another_kind_are_invalid_requests(
+    client: Client, behaviour: Behaviour, call: Callable[[Client], object], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        call(client)
+    assert (caught.value.field, behaviour.calls) == (field, 0)
+
+
+def test_numbers_of_numpy_are_numbers(client: Client, behaviour: Behaviour) -> None:
+    client.generate("a", seed=np.int64(3), max_new_tokens=np.int32(4), timeout=1e12)  # type: ignore[arg-type]
+    assert behaviour.requests[0].seed.base_seed == 3
+
+
+def test_a_server_is_asked_once_even_without_time(server: FakeServer) -> None:
+    with Client(server.target) as client:
+        client.tokenize("a")
+        client.wait_until_ready(0)

@@ -1,5 +1,7 @@
 """Latents: a value that keeps its space through slicing, joining, files and messages."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +123,23 @@ def test_a_file_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello, I am a text")
     with pytest.raises(InvalidRequest, match="no safetensors file"):
         load_latents(tmp_path / "text")
+
+
+def test_a_file_is_written_where_a_link_points(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_latents(tmp_path / "link", {"a": Latents(np.zeros((1, 2), np.float32), "s")})
+    assert (tmp_path / "link").is_symlink()
+    assert load_latents(tmp_path / "real")["a"].space == "s"
+
+
+def test_copies_are_read_only_too() -> None:
+    latents = Latents(np.ones((3, 2), np.float32), "s")
+    for copied in (pickle.loads(pickle.dumps(latents)), copy.deepcopy(latents)):
+        assert copied == latents
+        assert not copied.values.flags.writeable
+
+
+def test_numbers_of_numpy_are_positions() -> None:
+    latents = Latents(np.arange(6, dtype=np.float32).reshape(3, 2), "s")
+    assert latents[np.int64(1)] == latents[1]

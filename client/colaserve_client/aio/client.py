@@ -131,7 +131,7 @@ class AsyncClient(AsyncBaseClient):
         >>> async for outcome in client.generate_many(prompts):
         ...     print(outcome.unwrap().text if outcome.result else outcome.error)
          there
-        max_new_tokens: expected 1 or more, got 0
+        max_new_tokens: got 0, expected 1 or more
         """
 
         async def one(prompt: Prompt | GenerationRequest) -> GenerationOutcome:

@@ -42,6 +42,8 @@ def run_batch(
     resume: bool,
 ) -> int:
     """Answer every line; return the exit code."""
+    if output_file is not None and output_file.exists() and input_file.exists() and output_file.samefile(input_file):
+        raise click.UsageError(f"--input and --output are both {output_file}: give the answers a file of their own")
     items = read_items(input_file, defaults)
     done = _answered(output_file, resume)
     unknown = done - {item.id for item in items}
@@ -99,8 +101,14 @@ def read_items(path: Path, defaults: GenerationRequest) -> list[Item]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with click.open_file(str(path), encoding="utf-8") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    with click.open_file(str(path), "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise click.UsageError(f"{path}:{number}: is not UTF-8: {error}") from error
+            if text.strip():
+                yield number, text
 
 
 def _item(text: str, number: int, where: str, defaults: GenerationRequest) -> Item:
@@ -110,12 +118,26 @@ def _item(text: str, number: int, where: str, defaults: GenerationRequest) -> It
         raise click.UsageError(f"{where}: no JSON: {error}") from error
     if not isinstance(line, dict) or not isinstance(line.get("prompt"), str | list):
         raise click.UsageError(f'{where}: expected an object with a "prompt", a text or a list of token ids')
+    _check_prompt(line["prompt"], where)
     if unknown := sorted(line.keys() - KNOWN):
         raise click.UsageError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
     name = line.get("id", number)
     if not isinstance(name, str | int):
         raise click.UsageError(f"{where}: id: expected a text or a whole number, got {name!r}")
+    if line.get("sample_id") is not None and line.get("seed") is None and defaults.seed is None:
+        raise click.UsageError(f"{where}: sample_id tells samples of one seed apart: give both")
     return Item(name, _request(line, defaults))
+
+
+def _check_prompt(prompt: str | list[Any], where: str) -> None:
+    if isinstance(prompt, list):
+        if not all(type(each) is int for each in prompt):
+            raise click.UsageError(f"{where}: prompt: expected a text or a list of token ids, whole numbers")
+        return
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise click.UsageError(f"{where}: prompt: has half a character: {error}") from error
 
 
 def _request(line: Mapping[str, Any], defaults: GenerationRequest) -> GenerationRequest:
@@ -129,10 +151,11 @@ def _request(line: Mapping[str, Any], defaults: GenerationRequest) -> Generation
 
 
 def _seed(line: Mapping[str, Any], defaults: GenerationRequest) -> NoiseSeed | int | None:
-    if "seed" not in line and "sample_id" not in line:
+    seed, sample = line.get("seed"), line.get("sample_id")
+    if seed is None and sample is None:
         return defaults.seed
     known = defaults.seed if isinstance(defaults.seed, NoiseSeed) else NoiseSeed(0)
-    return NoiseSeed(line.get("seed", known.base_seed), line.get("sample_id", known.sample_id))
+    return NoiseSeed(known.base_seed if seed is None else seed, known.sample_id if sample is None else sample)
 
 
 def _chosen(line: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -158,11 +181,13 @@ def _answered(path: Path | None, resume: bool) -> set[ItemId]:
 
 
 def _good_lines(path: Path) -> Iterator[tuple[ItemId, str]]:
-    texts = path.read_text(encoding="utf-8").split("\n")
-    for number, text in enumerate(texts[:-1], 1):  # after the last newline comes nothing, or a line that was cut off
+    lines = path.read_bytes().split(b"\n")
+    for number, data in enumerate(lines[:-1], 1):  # after the last newline comes nothing, or a line that was cut off
         try:
+            text = data.decode()
             line = json.loads(text)
             name = line["id"]
+            hash(name)
         except (ValueError, TypeError, KeyError) as error:
             raise click.UsageError(f"{path}:{number}: no answer of a batch; is --output the right file?") from error
         if "error" not in line:

@@ -98,11 +98,10 @@ def _answer(
 ) -> str | None:
     """Print an answer as it comes and return it; None when there was an error or Ctrl-C."""
     text = ""
-    stream = client.stream(
-        prompt, max_new_tokens=max_new_tokens, sampler=sampler, sampling=sampling, seed=seed, stop=[_NEXT_TURN]
-    )
     try:
-        with stream:
+        with client.stream(
+            prompt, max_new_tokens=max_new_tokens, sampler=sampler, sampling=sampling, seed=seed, stop=[_NEXT_TURN]
+        ) as stream:
             for chunk in stream:
                 click.echo(chunk.text if text else chunk.text.lstrip(), nl=False)
                 text += chunk.text

@@ -52,10 +52,12 @@ class BaseClient:
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Return as soon as the server is ready; `Unavailable` when it is not within `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            if self.healthy(left):
-                return
+        while not self.healthy(max(deadline - time.monotonic(), 0.1)):  # it is asked once at least
+            if (left := deadline - time.monotonic()) <= 0:
+                break
             time.sleep(min(0.1, left))
+        else:
+            return
         raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
 
     def close(self) -> None:

@@ -50,10 +50,14 @@ class Plan:
 async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -> Plan:
     """Raises InvalidRequest naming the field that cannot be honoured."""
     prompt_ids = await _prompt_ids(core, request)
-    budget = request.max_new_tokens if request.HasField("max_new_tokens") else core.defaults.max_new_tokens
+    context, redecoded = split_prompt(len(prompt_ids), core.model)
+    if request.HasField("max_new_tokens"):
+        budget = request.max_new_tokens
+    else:  # nobody asked for so many
+        room = (core.model.max_context - context) * core.model.patch_size - redecoded
+        budget = min(core.defaults.max_new_tokens, max(room, 1))
     if budget < 1:
         raise InvalidRequest("max_new_tokens", f"got {budget}, expected 1 or more")
-    context, redecoded = split_prompt(len(prompt_ids), core.model)
     blocks = -(-(redecoded + budget) // core.model.block_tokens)
     _check_room(core.model, len(prompt_ids), budget, context + blocks * core.model.block_size)
     _check_stops(request.stop)

@@ -96,6 +96,8 @@ class Backend:
 
     async def _ask(self) -> Info:
         try:
+            if self._info is None:  # an older one does until then
+                await self._reach()
             self._info = await self.fresh_info()
             self._info_at = time.monotonic()
             return self._info

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 from colaserve_services.errors import NotAuthenticated, UsageError
 
@@ -30,7 +32,7 @@ class Keys:
     @staticmethod
     def load(file: Path | None, text: str = "") -> Keys | None:
         """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and of a comma-separated text, or None."""
-        given = [part.strip() for part in text.split(",") if part.strip()]
+        given = [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
         return Keys(given, file) if given or file is not None else None
 
     def identify(self, authorization: str) -> str:
@@ -70,11 +72,14 @@ class Keys:
             raise UsageError(f"--api-keys-file: cannot read {file}: {error}") from error
 
 
+_COMMENT: Final = re.compile(r"(^|\s)#.*")  # a key may hold the sign
+
+
 def _parse(lines: Iterable[str]) -> dict[bytes, str]:
     """Digest to name. A line of more than two words: UsageError, which shows no key."""
     keys = {}
     for number, line in enumerate(lines, start=1):
-        words = line.split("#")[0].split()
+        words = _COMMENT.sub("", line).split()
         if len(words) > 2:
             raise UsageError(f"--api-keys-file: line {number} has {len(words)} words, expected KEY or NAME KEY")
         if words:

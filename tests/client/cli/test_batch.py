@@ -73,8 +73,8 @@ def test_failures_are_lines_too_and_tried_again(run: Run, files: tuple[Path, Pat
 def test_a_line_that_was_cut_off_is_asked_again(run: Run, files: tuple[Path, Path], behaviour: Behaviour) -> None:
     write(files[0], [{"prompt": "a"}, {"prompt": "b"}])
     assert batch(run, files).code == 0
-    whole = files[1].read_text()
-    files[1].write_text(whole[:-20])
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-20] + "日".encode()[:1])
     assert batch(run, files, "--resume").code == 0
     assert len(read(files[1])) == 2
     assert behaviour.calls == 3
@@ -102,6 +102,9 @@ def test_a_server_that_is_gone_ends_the_batch_and_keeps_what_was_done(
         ([{"prompt": "a", "max_tokens": 3}], "unknown field 'max_tokens'"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], "in.jsonl:2: the id 1 is there twice"),
         ([{"prompt": "a", "id": [1]}], "id: expected a text or a whole number"),
+        (['{"prompt": [NaN]}'], "in.jsonl:1: prompt: expected a text or a list of token ids"),
+        (['{"prompt": "\\ud800"}'], "in.jsonl:1: prompt: has half a character"),
+        ([{"prompt": "a", "sample_id": 3}], "in.jsonl:1: sample_id tells samples of one seed apart"),
     ],
 )
 def test_a_wrong_line_is_named_before_anything_is_asked(
@@ -123,3 +126,29 @@ def test_nothing_is_overwritten_and_nothing_is_mixed_up(run: Run, files: tuple[P
     assert "right file" in batch(run, files, "--resume").err
     assert files[1].read_text() == "my diary\n"
     assert run("generate", "--input", files[0], "--resume").code == 2
+
+
+@pytest.mark.parametrize("wrong", [{"stop": None}, {"stop": 5}, {"solver": ["euler"]}, {"seed": "x"}])
+def test_a_wrong_value_fails_its_own_line_only(run: Run, files: tuple[Path, Path], wrong: dict[str, Any]) -> None:
+    write(files[0], [{"prompt": "a"}, {"prompt": "b", **wrong}, {"prompt": "c"}])
+    assert batch(run, files).code == 1
+    assert [answer.get("error", {}).get("type") for answer in read(files[1])] == [None, "InvalidRequest", None]
+
+
+def test_a_seed_of_null_is_drawn(run: Run, files: tuple[Path, Path], behaviour: Behaviour) -> None:
+    write(files[0], [{"prompt": "a", "seed": None}, {"prompt": "b", "seed": 4, "sample_id": None}])
+    assert batch(run, files, "--concurrency", "1").code == 0
+    assert [request.HasField("seed") for request in behaviour.requests] == [False, True]
+
+
+def test_answers_do_not_go_where_the_questions_are(run: Run, files: tuple[Path, Path], behaviour: Behaviour) -> None:
+    write(files[0], [{"prompt": "a", "id": 1}])
+    done = run("generate", "--input", files[0], "--output", files[0], "--resume")
+    assert (done.code, behaviour.calls) == (2, 0)
+    assert "are both" in done.err
+
+
+def test_an_input_that_is_no_text_is_told_with_its_line(run: Run, files: tuple[Path, Path]) -> None:
+    files[0].write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    done = batch(run, files)
+    assert (done.code, "in.jsonl:2: is not UTF-8" in done.err) == (2, True)

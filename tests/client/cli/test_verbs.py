@@ -80,7 +80,7 @@ def test_every_option_is_a_variable_and_the_command_line_wins(run: Run, behaviou
         (["generate", "a", "--sample-id", "3"], "--seed"),
         (["generate", "a", "--max-new-tokens", "many"], "many"),
         (["generate", "a", "--max-new-tokens", "-1"], "max_new_tokens"),
-        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0"),
+        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens: got 0, expected 1 or more"),
         (["generate", "a", "--target", "nowhere"], "host:port"),
         (["generate", "a", "--tls-ca", "/nowhere.pem"], "tls.ca: cannot read"),
         (["generate", "a", "--nonsense"], "--nonsense"),
@@ -214,5 +214,5 @@ def test_chat_puts_an_instruction_first_and_ends_with_its_input(run: Run, behavi
 def test_chat_goes_on_after_an_error(run: Run, behaviour: Behaviour) -> None:
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
     assert done.code == 0
-    assert done.err.count("max_new_tokens: expected 1 or more") == 2
+    assert done.err.count("max_new_tokens: got 0, expected 1 or more") == 2
     assert behaviour.requests[-1].prompt == "Question: ho Answer:"

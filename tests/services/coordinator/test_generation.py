@@ -239,6 +239,14 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: in
     assert not world.encoder.calls
 
 
+async def test_a_default_budget_is_what_fits(make_world):
+    world = await make_world(defaults=Defaults(max_new_tokens=100))
+    [*_, last] = await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 230), ignore_end=True)
+    assert last.usage.completion_tokens == 26
+    with pytest.raises(InvalidRequest, match="prompt"):
+        await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 256))
+
+
 async def test_a_text_far_too_long_is_refused_without_tokenizing_it(world, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(world.tokenizer, "encode_all", None)
     with pytest.raises(InvalidRequest, match=r"prompt: has \d+ tokens or more, at most 256 fit"):

@@ -382,6 +382,17 @@ async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Runnin
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
 
 
+async def test_a_gateway_that_has_not_met_its_coordinator_yet_waits_for_it_too(start):
+    gateway = await start()
+    backend, reached = gateway.server._gateway.backend, asyncio.Event()
+    backend._info, backend._reach = None, reached.wait
+    waiting = asyncio.create_task(gateway.complete())
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    reached.set()
+    assert (await waiting).status_code == 200
+
+
 async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running):
     assert (await gateway.http.get("/ready")).json() == {"status": "ok"}
     gateway.fake.serving = False

@@ -121,6 +121,20 @@ def test_a_key_is_named_by_its_line_or_by_its_hash():
     assert "secret" not in keys.identify("Bearer secret-b")
 
 
+def test_a_key_may_hold_the_sign_of_comments(tmp_path):
+    (tmp_path / "keys").write_text("# ours\nalice s3cr#t-key # hers\n  # none\n")
+    keys = Keys.load(tmp_path / "keys")
+    assert keys.identify("Bearer s3cr#t-key") == "alice"
+    with pytest.raises(NotAuthenticated):
+        keys.identify("Bearer s3cr")
+
+
+def test_keys_in_the_variable_may_have_commas_or_lines_between_them():
+    keys = Keys.load(None, "first,alice second\nthird\n")
+    assert keys.identify("Bearer second") == "alice"
+    assert keys.identify("Bearer first") != keys.identify("Bearer third")
+
+
 def test_a_key_file_without_a_key_is_refused(tmp_path):
     (tmp_path / "keys").write_text("a b c\n")
     with pytest.raises(UsageError, match="line 1 has 3 words"):
