@@ -84,6 +84,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: no such path, no such method, a body that it cannot read."""
     assert isinstance(error, HTTPException)
     reasons = {
+        400: ("the body must be a JSON object, in UTF-8 and not too deep", "invalid_json"),
         404: (f"{request.url.path}: there is no such path", "not_found"),
         405: (f"{request.method} is not for this path", "method_not_allowed"),
     }

@@ -25,7 +25,8 @@ def validation_error(error: RequestValidationError) -> ApiError:
         return invalid(field, UNIONS[field])
     worst = max(same_field, key=lambda fault: len(fault["loc"]))
     if not _param(worst["loc"]):
-        return ApiError(400, "the body must be a JSON object, sent with content-type application/json")
+        message = "the body must be a JSON object, sent with content-type application/json"
+        return ApiError(400, message, code="invalid_json")
     return invalid(_param(worst["loc"]), _sentence(worst))
 
 

@@ -301,7 +301,9 @@ async def test_a_body_that_does_not_come_is_not_waited_for(start):
 async def test_a_body_that_is_no_request_is_a_400(gateway: Running, content: bytes, headers: dict[str, str]):
     response = await gateway.http.post(COMPLETIONS, content=content, headers=headers)
     assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == ("invalid_value" if error["param"] else "invalid_json")
 
 
 async def test_unknown_fields_pass_with_the_flag_and_unsupported_ones_do_not(start):

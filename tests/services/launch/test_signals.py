@@ -1,0 +1,28 @@
+"""Signals are never lost, whatever they come with."""
+
+import asyncio
+import signal
+
+import pytest
+
+from colaserve_services.launch.process import _Signals
+
+
+@pytest.fixture
+async def signals():
+    yield _Signals()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(number)
+
+
+async def test_a_signal_ends_work(signals):
+    asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGTERM)
+    assert not await signals.unless_stopped(asyncio.sleep(30))
+
+
+async def test_a_signal_that_comes_as_work_ends_is_there_afterwards(signals):
+    async def work():
+        signals._queue.put_nowait(signal.SIGTERM)
+
+    assert await signals.unless_stopped(work())
+    assert await asyncio.wait_for(signals.next(), 1) == signal.SIGTERM
