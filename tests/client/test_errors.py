@@ -267,7 +267,8 @@ def test_a_target_that_is_none_is_refused(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["localhost:1", "10.0.0.1:50051", "[::1]:50051", "dns:///a.b.c:1", "unix:/tmp/x"])
 def test_targets_of_all_kinds_are_taken(target: str) -> None:
-    Client(target).close()
+    with Client(target) as client:
+        assert client.target == target
 
 
 @pytest.mark.parametrize("settings", [{"key": ""}, {"key": "a\nb"}, {"key": "é"}])
@@ -335,3 +336,6 @@ def test_a_server_is_asked_once_even_without_time(server: FakeServer) -> None:
     with Client(server.target) as client:
         client.tokenize("a")
         client.wait_until_ready(0)
+    assert server.behaviour.calls == 1  # health is asked of another service
+    with Client("127.0.0.1:1") as nobody, pytest.raises(Unavailable, match="was not ready within 0 s"):
+        nobody.wait_until_ready(0)

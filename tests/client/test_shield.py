@@ -78,6 +78,7 @@ def test_ctrl_c_ends_a_batch(client: Client, behaviour: Behaviour, eventually: E
     with ctrl_c_when(lambda: behaviour.running == 2):
         next(outcomes)
     eventually(lambda: behaviour.running == 0)
+    assert behaviour.calls <= 3
 
 
 def test_an_interrupted_session_is_closed(server: FakeServer, eventually: Eventually) -> None:

@@ -187,7 +187,8 @@ def _good_lines(path: Path) -> Iterator[tuple[ItemId, str]]:
             text = data.decode()
             line = json.loads(text)
             name = line["id"]
-            hash(name)
+            if not isinstance(name, str | int):
+                raise TypeError(f"no id: {name!r}")
         except (ValueError, TypeError, KeyError) as error:
             raise click.UsageError(f"{path}:{number}: no answer of a batch; is --output the right file?") from error
         if "error" not in line:

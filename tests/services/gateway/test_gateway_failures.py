@@ -372,27 +372,19 @@ async def test_without_a_coordinator_requests_get_503(gateway: Running):
     assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": "away"})
 
 
-async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Running):
-    """As long as `reach` does; the answer then is what the call gives."""
-    reached = asyncio.Event()
-    gateway.server._gateway.backend._reach = reached.wait
+@pytest.mark.parametrize("met", [True, False])
+async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Running, met: bool):
+    """As long as `reach` does, whether or not the coordinator was met before; the answer is what the call gives."""
+    backend, reached = gateway.server._gateway.backend, asyncio.Event()
+    backend._reach = reached.wait
+    if not met:
+        backend._info = None
     waiting = [asyncio.create_task(call) for call in (gateway.chat(), gateway.complete(stream=True))]
     done, _ = await asyncio.wait(waiting, timeout=0.2)
     assert not done
     assert not gateway.fake.seen
     reached.set()
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
-
-
-async def test_a_gateway_that_has_not_met_its_coordinator_yet_waits_for_it_too(start):
-    gateway = await start()
-    backend, reached = gateway.server._gateway.backend, asyncio.Event()
-    backend._info, backend._reach = None, reached.wait
-    waiting = asyncio.create_task(gateway.complete())
-    await asyncio.sleep(0.1)
-    assert not waiting.done()
-    reached.set()
-    assert (await waiting).status_code == 200
 
 
 async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
@@ -95,7 +95,9 @@ async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_running_calls_go_on(authority):
+@asynccontextmanager
+async def followed_certificate(authority):
+    """A server that asks for certificates, and a connection to it that looks often at its own, `client.pem`."""
     cert, key = authority.issue("server")
     mine, my_key = authority.issue("client", "first")
     async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
@@ -103,50 +105,47 @@ async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_runni
         connection = Connection(encoder_pb2_grpc.EncoderServiceStub, f"127.0.0.1:{it.port}", settings, SERVICE)
         connection.follow(look_seconds=0.05)
         try:
-            it.servicer.gate.clear()
-            early = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
-            await eventually(lambda: it.servicer.started == 1)
-            authority.issue("client", "second")
-            await eventually(lambda: len(connection._closing) == 1)
-            late = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
-            await eventually(lambda: it.servicer.started == 2)
-            it.servicer.gate.set()
-            await asyncio.gather(early, late)
-            assert it.servicer.clients == ["first", "second"]
-            mine.unlink()
-            await asyncio.sleep(0.2)
-            await connection.stub.Encode(ONE, timeout=5)
+            yield it, connection
         finally:
             await connection.close()
+
+
+async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_running_calls_go_on(authority):
+    async with followed_certificate(authority) as (it, connection):
+        it.servicer.gate.clear()
+        early = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
+        await eventually(lambda: it.servicer.started == 1)
+        authority.issue("client", "second")
+        await eventually(lambda: len(connection._closing) == 1)
+        late = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
+        await eventually(lambda: it.servicer.started == 2)
+        it.servicer.gate.set()
+        await asyncio.gather(early, late)
+        assert it.servicer.clients == ["first", "second"]
+        (authority.folder / "client.pem").unlink()
+        await asyncio.sleep(0.2)
+        await connection.stub.Encode(ONE, timeout=5)
 
 
 async def test_a_call_that_outlives_its_old_channel_fails_so_that_it_can_be_made_again(authority, monkeypatch):
     monkeypatch.setattr("colaserve_services.rpc.connection.LAST_CALLS_SECONDS", 0.1)
-    cert, key = authority.issue("server")
-    mine, my_key = authority.issue("client", "first")
-    async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
-        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key))
-        connection = Connection(encoder_pb2_grpc.EncoderServiceStub, f"127.0.0.1:{it.port}", settings, SERVICE)
-        connection.follow(look_seconds=0.05)
-        try:
-            it.servicer.gate.clear()
+    async with followed_certificate(authority) as (it, connection):
+        it.servicer.gate.clear()
 
-            async def call():
-                return await connection.stub.Encode(ONE, wait_for_ready=True, timeout=20)
+        async def call():
+            return await connection.stub.Encode(ONE, wait_for_ready=True, timeout=20)
 
-            early = asyncio.ensure_future(call())
-            await eventually(lambda: it.servicer.started == 1)
-            authority.issue("client", "second")
-            with pytest.raises(grpc.aio.AioRpcError, match="channel was closed") as caught:
-                await asyncio.wait_for(early, 10)
-            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-            late = asyncio.ensure_future(call())
-            await eventually(lambda: it.servicer.started == 2)
-            late.cancel()  # its own cancellation stays one
-            with pytest.raises(asyncio.CancelledError):
-                await late
-        finally:
-            await connection.close()
+        early = asyncio.ensure_future(call())
+        await eventually(lambda: it.servicer.started == 1)
+        authority.issue("client", "second")
+        with pytest.raises(grpc.aio.AioRpcError, match="channel was closed") as caught:
+            await asyncio.wait_for(early, 10)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        late = asyncio.ensure_future(call())
+        await eventually(lambda: it.servicer.started == 2)
+        late.cancel()  # its own cancellation stays one
+        with pytest.raises(asyncio.CancelledError):
+            await late
 
 
 async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():
