@@ -45,7 +45,6 @@ FIELD_NAMES: Final[Mapping[str, str]] = {
     "sampler.guidance_start": "guidance_interval",
     "sampler.guidance_end": "guidance_interval",
     "seed.base_seed": "seed",
-    "seed.sample_id": "n",
     "text": "prompt",
     "token_ids": "tokens",
     "ignore_end": "ignore_eos",
