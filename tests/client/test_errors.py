@@ -2,7 +2,7 @@
 
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
@@ -49,8 +49,9 @@ SAFE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
 @pytest.fixture
-def once(server: FakeServer) -> Client:
-    return Client(server.target, retry=Retry(attempts=1))
+def once(server: FakeServer) -> Iterator[Client]:
+    with Client(server.target, retry=Retry(attempts=1)) as connected:
+        yield connected
 
 
 @pytest.mark.parametrize("code", FAILURES)
@@ -251,6 +252,25 @@ def test_a_server_that_was_away_long_is_found_again_within_the_retries(server: F
             assert client.tokenize("a").ids == (97,)
         finally:
             later.stop()
+
+
+async def test_a_new_client_does_not_share_the_fate_of_one_that_could_not_connect(server: FakeServer) -> None:
+    server.stop()
+    once = Retry(attempts=1)
+    with Client(server.target, retry=once) as older:
+        async with AsyncClient(server.target, retry=once) as older_of_asyncio:
+            with pytest.raises(Unavailable, match="refused"):
+                older.tokenize("a")
+            with pytest.raises(Unavailable, match="refused"):
+                await older_of_asyncio.tokenize("a")
+            later = start_server(port=server.port)
+            try:
+                with Client(server.target, retry=once) as newer:
+                    assert newer.tokenize("a").ids == (97,)
+                async with AsyncClient(server.target, retry=once) as newer_of_asyncio:
+                    assert (await newer_of_asyncio.tokenize("a")).ids == (97,)
+            finally:
+                later.stop()
 
 
 async def test_health_is_seen_with_asyncio(async_client: AsyncClient, server: FakeServer) -> None:
