@@ -107,11 +107,13 @@ def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     """What operators and curious people ask for."""
     router = APIRouter(tags=["system"])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> shapes.Health:
         """The process lives. Says nothing about load or about the coordinator."""
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", response_model=None, responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
     async def ready() -> Response:
         """Whether requests should come here: 200, or 503 while the gateway goes down or a stage is away."""

@@ -393,3 +393,10 @@ async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running
     ready = await gateway.http.get("/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "prior is not serving")
     assert isinstance(ready, httpx.Response)
+
+
+async def test_a_probe_may_ask_for_the_head_alone(gateway: Running):
+    gateway.fake.serving = False
+    for path, status in (("/health", 200), ("/ready", 503)):
+        response = await gateway.http.head(path)
+        assert (response.status_code, response.content) == (status, b"")
