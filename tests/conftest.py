@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that stands still for a moment is no failure, and a run is to fail again when it is repeated.
+settings.register_profile("colaserve", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("colaserve")
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GOLDEN_NAMES = ("tiny_b4", "tiny_b4_vae1", "tiny_b16_scaled")

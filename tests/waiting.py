@@ -1,13 +1,43 @@
 """Waiting until something comes to be."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PATIENCE = 20.0  # seconds; a busy machine may stand still for some
 
 
-async def eventually(holds: Callable[[], object], seconds: float = 5.0) -> None:
+async def eventually(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Return once a condition holds; fail when it does not in time."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"it did not come to be within {seconds:g} s"
         await asyncio.sleep(0.005)
+
+
+def wait_until(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """The same where there is no event loop."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"it did not come to be within {seconds:g} s"
+        time.sleep(0.005)
+
+
+@contextmanager
+def when(holds: Callable[[], object], act: Callable[[], object]) -> Iterator[None]:
+    """What is inside runs, while another thread acts as soon as a condition holds; fail when it never did."""
+    acted: list[object] = []
+
+    def wait_and_act() -> None:
+        wait_until(holds)
+        acted.append(act())
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    assert acted, "the moment to act did not come"

@@ -4,6 +4,7 @@ import random
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Generic, TypeVar
@@ -13,7 +14,16 @@ from google.protobuf.message import Message
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
 from colaserve_client.channel import check_target
-from colaserve_client.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable, error_from_rpc, invalid
+from colaserve_client.errors import (
+    Cancelled,
+    ColaserveError,
+    DeadlineExceeded,
+    Details,
+    Overloaded,
+    Unavailable,
+    error_from_rpc,
+    invalid,
+)
 from colaserve_client.settings import Connection, Retry, Tls
 
 Q = TypeVar("Q", bound=Message)
@@ -139,8 +149,8 @@ class CallOptions:
 class Attempts:
     """The tries of one call: until when, and with what pauses. One thread or task uses it."""
 
-    def __init__(self, retry: Retry, options: CallOptions) -> None:
-        self._retry, self._options, self._failures = retry, options, 0
+    def __init__(self, retry: Retry, options: CallOptions, closed: Callable[[], bool]) -> None:
+        self._retry, self._options, self._closed, self._failures = retry, options, closed, 0
         self._deadline = None if options.timeout is None else time.monotonic() + options.timeout
 
     def remaining(self) -> float | None:
@@ -152,6 +162,8 @@ class Attempts:
 
         `started`: something of the answer has come already, so that a new try would not be the same call.
         """
+        if self._closed():
+            raise Cancelled("the client was closed", Details(request_id=self._options.request_id)) from failure
         error = self._error(failure)
         self._failures += 1
         if started or not isinstance(error, Unavailable | Overloaded) or self._failures >= self._retry.attempts:

@@ -66,7 +66,7 @@ class Overloaded(ColaserveError):
 
 
 class Unavailable(ColaserveError):
-    """The server is down, draining, not ready yet, or the connection broke."""
+    """The server is down, going down, not ready yet, or the connection broke."""
 
 
 class DeadlineExceeded(ColaserveError):
@@ -74,7 +74,7 @@ class DeadlineExceeded(ColaserveError):
 
 
 class Cancelled(ColaserveError):
-    """The call was cancelled, by this side or by the server."""
+    """The call was cancelled by this side."""
 
 
 class MessageTooLarge(ColaserveError):
@@ -98,7 +98,7 @@ ERROR_BY_CODE: Mapping[grpc.StatusCode, type[ColaserveError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.CANCELLED: Unavailable,  # by the server: what reaches it while it goes down, or outlasts its grace
     grpc.StatusCode.UNIMPLEMENTED: NotSupported,
 }  # every other code is a ServerError
 

@@ -27,11 +27,10 @@ class Killer:
     seed: int = 0
     killed: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, told: Roads) -> None:
-        """For ever."""
+    async def run(self, told: Roads, over: asyncio.Event) -> None:
+        """Until it is over; a replica that was killed is started again before."""
         draw = random.Random(self.seed)
-        while True:
-            await asyncio.sleep(self.period)
+        while not await _within(over, self.period):
             victims = [replica for role in ROLES for replica in await self._victims(role)]
             if victims:
                 victim = draw.choice(victims)
@@ -61,14 +60,18 @@ async def kill_under_load(
             if len(tally.outcomes) >= requests and killer.killed.total() >= kills:
                 enough.set()
 
-        killing = asyncio.create_task(killer.run(open_roads))
-        try:
-            await endless(one, some, concurrency, enough)
-        finally:
-            killing.cancel()
-            with suppress(asyncio.CancelledError):
-                await killing
+        async with asyncio.TaskGroup() as together:
+            together.create_task(killer.run(open_roads, enough))
+            together.create_task(endless(one, some, concurrency, enough))
     return tally, killer
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether it is set within the seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 @click.command()

@@ -16,6 +16,7 @@ from colaserve_client import AsyncClient, ColaserveError, Retry, Sampling
 from tests.chaos.fleet import Fleet
 
 DEADLINE = 60.0  # seconds of a request, retries included
+ONCE = Retry(attempts=1)
 WORDS = "the a red blue house tree river of and fox ran over under quickly nobody said that it was there"
 
 
@@ -43,7 +44,7 @@ class Outcome:
 
 # Seconds in which a killed coordinator may still be what a request meets: connections to it are not yet known to be
 # dead, and its twin, back from its own death, is found again within the channel's longest backoff.
-_NOTICED = 1.5
+_NOTICED = 4.0
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Roads:
         while True:
             left = self._deadline - (time.monotonic() - started)
             try:
-                async with asyncio.timeout(left + 5):  # a deadline that nobody keeps is a hang
+                async with asyncio.timeout(left + 20):  # a deadline that nobody keeps is a hang
                     outcome.text = await (self._over_http if job.http else self._over_grpc)(job, left)
                 outcome.error = ""
             except TimeoutError:
@@ -113,7 +114,7 @@ class Roads:
             except (ColaserveError, httpx.HTTPError, _Refused) as error:
                 outcome.error = str(error) if isinstance(error, _Refused) else type(error).__name__
                 lost = outcome.error in ("Unavailable", "503") and self.coordinator_died > started - _NOTICED
-                if lost and outcome.repeated < 10:
+                if lost and outcome.repeated < 25:
                     outcome.repeated += 1
                     await asyncio.sleep(0.2)
                     continue
@@ -157,9 +158,8 @@ class _Refused(Exception):
 
 
 @asynccontextmanager
-async def roads(fleet: Fleet, deadline: float = DEADLINE) -> AsyncIterator[Roads]:
-    """Open roads to the fleet."""
-    retry = Retry(attempts=1)  # every failure is to be seen
+async def roads(fleet: Fleet, deadline: float = DEADLINE, retry: Retry = ONCE) -> AsyncIterator[Roads]:
+    """Open roads to the fleet; by default every failure of the client library's calls is seen."""
     limits = httpx.Limits(max_connections=200)
     async with (
         AsyncClient(fleet.target, retry=retry) as client,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from colaserve_client import Retry
 from tests.chaos.fleet import ROLES, SIZES, Fleet, FleetSettings
 from tests.chaos.load import Job, Tally, endless, jobs, roads, undisturbed
 from tests.conftest import GOLDEN
@@ -19,9 +20,10 @@ from tests.conftest import GOLDEN
 async def roll_under_load(
     fleet: Fleet, some: list[Job], concurrency: int, roles: tuple[str, ...] = ROLES
 ) -> tuple[Tally, dict[str, int]]:
-    """Restart each replica of these roles in turn; callers ask nothing twice. Also the exit codes, by name."""
+    """Restart each replica of these roles in turn; callers ask nothing twice, the client library does before the first
+    block as it does for everybody. Also the exit codes, by name."""
     tally, codes, over = Tally(expected=await undisturbed(fleet, some)), dict[str, int](), asyncio.Event()
-    async with roads(fleet) as open_roads:
+    async with roads(fleet, retry=Retry()) as open_roads:
 
         async def one(job: Job) -> None:
             tally.outcomes.append(await open_roads.ask(job))

@@ -18,7 +18,7 @@ HARM = Harm(delay=0.01, cut=0.005, swallow=0.002, corrupt=0.005)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def harmed(tmp_path_factory):
-    settings = FleetSettings(tmp_path_factory.mktemp("fleet"), sizes=SMALL, drain_seconds=1.5)
+    settings = FleetSettings(tmp_path_factory.mktemp("fleet"), sizes=SMALL, drain_seconds=4.0)
     async with harmed_fleet(settings) as fleet_and_proxies:
         yield fleet_and_proxies
 

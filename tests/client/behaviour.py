@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -27,7 +28,8 @@ class Failure:
             violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
             details.append(error_details_pb2.BadRequest(field_violations=[violation]))
         if self.retry_after is not None:
-            delay = duration_pb2.Duration(nanos=int(self.retry_after * 1e9))
+            delay = duration_pb2.Duration()
+            delay.FromTimedelta(timedelta(seconds=self.retry_after))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in details:
@@ -89,4 +91,4 @@ class Behaviour:
         finally:
             with self.lock:
                 self.running -= 1
-                self.cancelled += not finished and ended.is_set()
+                self.cancelled += not finished and (ended.is_set() or not context.is_active())

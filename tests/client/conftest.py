@@ -1,12 +1,12 @@
 """A fake server for each test, and clients of it."""
 
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from colaserve_client import AsyncClient, Client, Retry
 from tests.client import fakes
+from tests.waiting import wait_until
 
 FAST = Retry(attempts=4, first_pause=0.01, longest_pause=0.05)
 
@@ -37,12 +37,5 @@ async def async_client(server: fakes.FakeServer) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Waits, five seconds at most, until a condition holds."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 5
-        while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true"
-            time.sleep(0.01)
-
-    return wait
+    """Waits until a condition holds, and fails when it does not in time."""
+    return wait_until

@@ -10,7 +10,6 @@ import pytest
 
 from colaserve_client import (
     AsyncClient,
-    Cancelled,
     Client,
     ColaserveError,
     Connection,
@@ -41,11 +40,11 @@ KIND = {
     Code.RESOURCE_EXHAUSTED: Overloaded,
     Code.UNAVAILABLE: Unavailable,
     Code.DEADLINE_EXCEEDED: DeadlineExceeded,
-    Code.CANCELLED: Cancelled,
+    Code.CANCELLED: Unavailable,
     Code.UNIMPLEMENTED: NotSupported,
 }
 FAILURES = [code for code in Code if code is not Code.OK]
-SAFE = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+SAFE = (Code.UNAVAILABLE, Code.CANCELLED, Code.RESOURCE_EXHAUSTED)
 
 
 @pytest.fixture
@@ -161,11 +160,11 @@ def test_the_hint_of_the_server_is_waited_for(client: Client, behaviour: Behavio
 
 
 def test_no_pause_outlasts_the_deadline(client: Client, behaviour: Behaviour) -> None:
-    behaviour.failures.append(Failure(Code.RESOURCE_EXHAUSTED, "full", retry_after=0.9))
+    behaviour.failures.append(Failure(Code.RESOURCE_EXHAUSTED, "full", retry_after=30))
     started = time.monotonic()
     with pytest.raises(Overloaded, match="full"):
-        client.tokenize("a", timeout=0.5)
-    assert time.monotonic() - started < 0.4
+        client.tokenize("a", timeout=20)
+    assert time.monotonic() - started < 15
 
 
 def test_pauses_grow_up_to_the_longest() -> None:
@@ -180,11 +179,12 @@ def test_pauses_grow_up_to_the_longest() -> None:
 def test_the_deadline_ends_a_call_and_frees_the_server(
     client: Client, behaviour: Behaviour, call: str, eventually: Callable[[Callable[[], bool]], None]
 ) -> None:
+    assert client.tokenize("a").ids  # connected
     behaviour.wait_after = 1
     started = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"not done within the timeout of 0\.3 s"):
-        list(getattr(client, call)("a", timeout=0.3))
-    assert 0.25 < time.monotonic() - started < 3
+    with pytest.raises(DeadlineExceeded, match=r"not done within the timeout of 1 s"):
+        list(getattr(client, call)("a", timeout=1))
+    assert 0.9 < time.monotonic() - started < 15
     eventually(lambda: behaviour.running == 0 and behaviour.cancelled == 1)
 
 
@@ -240,7 +240,7 @@ def test_a_server_that_comes_later_is_waited_for(server: FakeServer, behaviour: 
 
 
 def test_a_server_that_was_away_long_is_found_again_within_the_retries(server: FakeServer) -> None:
-    with Client(server.target) as client:
+    with Client(server.target, retry=Retry(attempts=5)) as client:
         assert client.healthy()
         server.stop()
         end = time.monotonic() + 4.5  # connecting is tried at ever longer intervals meanwhile

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import itertools
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,10 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve_client import (
     AsyncClient,
+    AsyncStream,
     Cancelled,
     Client,
+    GenerationChunk,
     GenerationRequest,
     InvalidRequest,
     NoiseSeed,
@@ -28,6 +29,7 @@ from colaserve_client import (
 )
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import STORY, FakeServer
+from tests.waiting import wait_until, when
 
 Eventually = Callable[[Callable[[], bool]], None]
 
@@ -149,11 +151,22 @@ def test_an_exception_inside_cancels_at_the_server(
 def test_another_thread_may_cancel(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
     behaviour.wait_after = 1
     stream = client.stream("Once")
-    threading.Timer(0.1, stream.cancel).start()
-    with pytest.raises(Cancelled):
+    with when(lambda: behaviour.running == 1, stream.cancel), pytest.raises(Cancelled):
         list(stream)
     eventually(lambda: behaviour.cancelled == 1)
     assert list(stream) == []
+
+
+def test_a_stream_that_was_cancelled_between_two_messages_does_not_look_whole(client: Client) -> None:
+    stream = client.stream("Once")
+    next(stream)
+    stream.cancel()
+    with pytest.raises(Cancelled):
+        list(stream)
+    closed = client.stream("Once")
+    next(closed)
+    closed.close()  # by who reads it
+    assert list(closed) == []
 
 
 def test_closing_the_client_cancels(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
@@ -185,27 +198,47 @@ async def test_cancelling_the_task_cancels_at_the_server(
     async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
 ) -> None:
     behaviour.wait_after = 1
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(async_client.generate("Once"), 0.2)
+    generating = asyncio.create_task(async_client.generate("Once"))
+    await in_thread(lambda: eventually(lambda: behaviour.running == 1))
+    generating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await generating
     await in_thread(lambda: eventually(lambda: behaviour.cancelled == 1))
 
 
-async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_told(server: FakeServer) -> None:
+async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_told_at_once(server: FakeServer) -> None:
     server.behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE))
-    patient = Retry(attempts=2, first_pause=0.5, longest_pause=0.5)
+    patient = Retry(attempts=2, first_pause=100, longest_pause=100)
     async with AsyncClient(server.target, retry=patient) as client:
         stream = client.stream("Once")
-        asyncio.get_running_loop().call_later(0.1, stream.cancel)
+        reading = asyncio.ensure_future(anext(stream))
+        await in_thread(lambda: wait_until(lambda: server.behaviour.calls == 1))
+        await asyncio.sleep(0.2)
+        stream.cancel()
         with pytest.raises(Cancelled):
-            [chunk async for chunk in stream]
+            await asyncio.wait_for(reading, 20)
     assert server.behaviour.calls == 1
+
+
+async def test_an_asyncio_stream_that_was_cancelled_between_two_messages_does_not_look_whole(
+    async_client: AsyncClient,
+) -> None:
+    stream = async_client.stream("Once")
+    await anext(stream)
+    stream.cancel()
+    with pytest.raises(Cancelled):
+        [chunk async for chunk in stream]
+    closed = async_client.stream("Once")
+    await anext(closed)
+    await closed.aclose()  # by who reads it
+    assert [chunk async for chunk in closed] == []
 
 
 async def test_closing_an_asyncio_client_cancels_its_calls_and_says_so(server: FakeServer) -> None:
     server.behaviour.wait_after, server.behaviour.delay = 1, 20
     client = AsyncClient(server.target)
     calls = [asyncio.ensure_future(call) for call in (client.generate("Once"), client.tokenize("fox"))]
-    await asyncio.sleep(0.2)
+    await in_thread(lambda: wait_until(lambda: server.behaviour.calls == 2))
     await client.close()
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(outcome, Cancelled)
@@ -216,9 +249,15 @@ async def test_cancelling_an_asyncio_stream_from_elsewhere_is_told(
 ) -> None:
     behaviour.wait_after = 1
     stream = async_client.stream("Once")
-    asyncio.get_running_loop().call_later(0.1, stream.cancel)
+    reading = asyncio.create_task(whole(stream))
+    await in_thread(lambda: wait_until(lambda: behaviour.running == 1))
+    stream.cancel()
     with pytest.raises(Cancelled):
-        [chunk async for chunk in stream]
+        await reading
+
+
+async def whole(stream: AsyncStream[GenerationChunk]) -> list[GenerationChunk]:
+    return [chunk async for chunk in stream]
 
 
 async def in_thread(work: Callable[[], None]) -> None:
@@ -230,9 +269,9 @@ async def in_thread(work: Callable[[], None]) -> None:
 
 def test_a_batch_keeps_its_order_and_its_bound(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
-    threading.Timer(0.3, behaviour.go_on.set).start()
     prompts = [GenerationRequest("Once", max_new_tokens=n + 5) for n in range(12)]
-    outcomes = list(client.generate_many(prompts, concurrency=3))
+    with when(lambda: behaviour.running == 3, behaviour.go_on.set):
+        outcomes = list(client.generate_many(prompts, concurrency=3))
     assert [len(outcome.unwrap().token_ids) for outcome in outcomes] == list(range(5, 17))
     assert [outcome.request for outcome in outcomes] == prompts
     assert behaviour.most_running == 3
@@ -259,9 +298,10 @@ def test_an_endless_batch_is_read_only_as_far_as_needed(
 
 
 def test_leaving_a_batch_cancels_what_runs(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
-    outcomes = client.generate_many((str(number) for number in itertools.count()), concurrency=2)
+    behaviour.wait_after = 1  # the first request ends before, with its one block
+    requests = (GenerationRequest(str(n), max_new_tokens=4 if n == 0 else 12) for n in itertools.count())
+    outcomes = client.generate_many(requests, concurrency=2)
     next(outcomes)
-    behaviour.wait_after = 1
     eventually(lambda: behaviour.running == 2)
     started = time.monotonic()
     outcomes.close()
@@ -271,9 +311,10 @@ def test_leaving_a_batch_cancels_what_runs(client: Client, behaviour: Behaviour,
 
 async def test_an_asyncio_batch_keeps_its_order_and_its_bound(async_client: AsyncClient, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
-    threading.Timer(0.3, behaviour.go_on.set).start()
     prompts = [GenerationRequest("Once", max_new_tokens=n + 5) for n in range(12)]
-    lengths = [len(outcome.unwrap().token_ids) async for outcome in async_client.generate_many(prompts, concurrency=3)]
+    with when(lambda: behaviour.running == 3, behaviour.go_on.set):
+        outcomes = [outcome async for outcome in async_client.generate_many(prompts, concurrency=3)]
+    lengths = [len(outcome.unwrap().token_ids) for outcome in outcomes]
     assert lengths == list(range(5, 17))
     assert behaviour.most_running == 3
 

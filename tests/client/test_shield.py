@@ -27,20 +27,20 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
     def send() -> None:
         while not holds():
             time.sleep(0.005)
-        time.sleep(0.05)
+        time.sleep(0.3)  # the main thread waits by now
         sent.append(time.monotonic())
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # no wait of the main thread is interrupted by it
 
     sender = threading.Thread(target=send)
-    sender.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it must be expected before it can be sent
+        sender.start()
         yield
     sender.join()
-    assert time.monotonic() - sent[0] < 2
+    assert time.monotonic() - sent[0] < 10
 
 
-def call_threads() -> int:
-    return sum(thread.name == "colaserve-calls" for thread in threading.enumerate())
+def call_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "colaserve-calls"}
 
 
 def test_ctrl_c_cancels_what_runs_and_the_client_goes_on(
@@ -95,18 +95,20 @@ def test_an_interrupted_session_is_closed(server: FakeServer, eventually: Eventu
 def test_threads_end_with_their_clients(client: Client, eventually: Eventually) -> None:
     before = call_threads()
     client.tokenize("fox")
-    assert call_threads() == before + 1
+    mine = call_threads() - before
+    assert len(mine) == 1
     client.close()
-    eventually(lambda: call_threads() == before)
+    eventually(lambda: not mine & call_threads())
 
 
 def test_threads_end_with_clients_that_are_forgotten(eventually: Eventually) -> None:
     before = call_threads()
     shield = Shield()
     assert shield.run(lambda: 3) == 3
-    assert call_threads() == before + 1
+    mine = call_threads() - before
+    assert len(mine) == 1
     del shield
-    eventually(lambda: call_threads() == before)
+    eventually(lambda: not mine & call_threads())
 
 
 def test_other_threads_call_by_themselves() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -203,8 +204,11 @@ async def test_an_asyncio_session_tells_how_it_ended_though_its_loop_was_busy(
     server: FakeServer, behaviour: Behaviour, pause: float
 ) -> None:
     """grpc.aio forgets the status of a stream that ended while the loop did something else."""
-    behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * FAST.attempts)
-    async with AsyncDecoderClient(server.target, retry=FAST) as decoder, decoder.session() as session:
+    behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * 8)
+    async with (
+        AsyncDecoderClient(server.target, retry=replace(FAST, attempts=8)) as decoder,
+        decoder.session() as session,
+    ):
         write = session._exchange._write
 
         async def write_late(request: object) -> None:
@@ -223,7 +227,7 @@ async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None
         calls.append(LosesItsStatus())
         return calls[-1]
 
-    attempts = Attempts(Retry(attempts=3, first_pause=0), CallOptions())
+    attempts = Attempts(Retry(attempts=3, first_pause=0), CallOptions(), lambda: False)
     exchange: AsyncExchange = AsyncExchange(start, "open", attempts, "")
     with pytest.raises(Unavailable, match="while a request was being sent"):
         await exchange.ask("block")

@@ -4,6 +4,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
@@ -50,7 +51,7 @@ class AsyncTransport:
     async def unary(self, method: Method[Q, R], request: Q, options: CallOptions) -> R:
         """One answer; tried again where that is safe."""
         options = options.resolved(self._config)
-        attempts = Attempts(self._config.retry, options)
+        attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._channel().unary_unary(method.path, method.serialize, method.deserialize)
         while True:
             try:
@@ -68,7 +69,7 @@ class AsyncTransport:
     ) -> "AsyncStream[T]":
         """Answers as they come, converted."""
         options = options.resolved(self._config)
-        attempts = Attempts(self._config.retry, options)
+        attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._channel().unary_stream(method.path, method.serialize, method.deserialize)
 
         def start() -> Any:
@@ -79,7 +80,7 @@ class AsyncTransport:
     def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "AsyncExchange[Q, R]":
         """A session: it is opened by a request without an answer, then each request gets one."""
         options = options.resolved(self._config)
-        attempts = Attempts(self._config.retry, options)
+        attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._channel().stream_stream(method.path, method.serialize, method.deserialize)
 
         def start() -> Any:
@@ -144,7 +145,8 @@ class AsyncStream(Generic[T]):
     def __init__(self, start: Callable[[], Any], convert: Callable[[Any], T], attempts: Attempts, request_id: str):
         self._start, self._convert, self._attempts = start, convert, attempts
         self.request_id = request_id
-        self._received = self._left = False
+        self._received = self._ended = False
+        self._left = asyncio.Event()
         self._call: Any = None  # until it is started, which may fail
         self._call = start()
 
@@ -152,41 +154,54 @@ class AsyncStream(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        while not self._left:
+        while not self._ended:
+            if self._left.is_set():
+                raise self._was_left()
             try:
                 message = await self._call.read()
             except grpc.aio.AioRpcError as failure:
                 await self._again(failure)
                 continue
             except asyncio.CancelledError:
-                self._left = True
+                self._ended = True
                 if _asked_to_stop():
                     raise
-                raise Cancelled("the stream was left", Details(request_id=self.request_id)) from None
+                raise self._was_left() from None
             if message is _EOF:
                 break
             self._received = True
             return self._convert(message)
-        self._left = True
+        self._ended = True
         raise StopAsyncIteration
 
     async def _again(self, failure: grpc.aio.AioRpcError) -> None:
+        """Start the call anew, or raise."""
+        if self._left.is_set():
+            raise self._was_left() from failure
         try:
-            await asyncio.sleep(self._attempts.pause(failure, started=self._received))
+            seconds = self._attempts.pause(failure, started=self._received)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._left.wait()
         except BaseException:
-            self._left = True
+            self._ended = True
             raise
-        if self._left:
-            raise Cancelled("the stream was left", Details(request_id=self.request_id)) from failure
+        if self._left.is_set():
+            raise self._was_left() from failure
         self._call = self._start()
 
+    def _was_left(self) -> Cancelled:
+        self._ended = True
+        return Cancelled("the stream was left", Details(request_id=self.request_id))
+
     def cancel(self) -> None:
-        """Cancel the call, from any task; the server frees what it holds."""
-        self._left = True
+        """Cancel the call, from any task; the server frees what it holds. Whoever reads on gets `Cancelled`."""
+        self._left.set()
         self._call.cancel()
 
     async def aclose(self) -> None:
-        """Cancel the call, unless it has ended."""
+        """Cancel the call, unless it has ended; there is nothing more to read."""
+        self._ended = True
         self.cancel()
 
     async def __aenter__(self) -> "AsyncStream[T]":
@@ -198,7 +213,7 @@ class AsyncStream(Generic[T]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._call is not None and not self._left:
+        if self._call is not None and not self._ended:
             self._call.cancel()
 
 
@@ -255,6 +270,8 @@ class AsyncExchange(Generic[Q, R]):
             ) from failure
 
     async def _again(self, failure: grpc.aio.AioRpcError) -> None:
+        if self._closed:
+            return
         try:
             await asyncio.sleep(self._attempts.pause(failure, started=self._received))
         except BaseException:

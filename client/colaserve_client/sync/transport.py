@@ -46,7 +46,7 @@ class Transport:
     def unary(self, method: Method[Q, R], request: Q, options: CallOptions) -> R:
         """One answer; tried again where that is safe."""
         options = options.resolved(self._config)
-        attempts = Attempts(self._config.retry, options)
+        attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._open_channel().unary_unary(method.path, method.serialize, method.deserialize)
         while True:
             try:
@@ -72,7 +72,7 @@ class Transport:
     def stream(self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions) -> "Stream[T]":
         """Answers as they come, converted."""
         options = options.resolved(self._config)
-        attempts = Attempts(self._config.retry, options)
+        attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._open_channel().unary_stream(method.path, method.serialize, method.deserialize)
 
         def start() -> Any:
@@ -83,7 +83,7 @@ class Transport:
     def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "Exchange[Q, R]":
         """A session: it is opened by a request without an answer, then each request gets one."""
         options = options.resolved(self._config)
-        attempts = Attempts(self._config.retry, options)
+        attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._open_channel().stream_stream(method.path, method.serialize, method.deserialize)
 
         def start(requests: Iterator[Q]) -> Any:
@@ -188,7 +188,8 @@ class Stream(Generic[T]):
     ) -> None:
         self._start, self._convert, self._attempts, self._shield = start, convert, attempts, shield
         self.request_id = request_id
-        self._received, self._left = False, threading.Event()
+        self._received = self._ended = False
+        self._left = threading.Event()
         self._call: Any = None  # until it is started, which Ctrl-C may prevent
         self._call = shield.run(start)
         self._batch = _batch_of_thread.value
@@ -199,7 +200,9 @@ class Stream(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        while not self._left.is_set():
+        while not self._ended:
+            if self._left.is_set():
+                raise self._was_left()
             try:
                 message = self._shield.run(self._call.__next__)
             except grpc.RpcError as failure:
@@ -208,7 +211,7 @@ class Stream(Generic[T]):
             except StopIteration:
                 break
             except BaseException:
-                self.cancel()
+                self.close()
                 raise
             self._received = True
             return self._convert(message)
@@ -216,6 +219,9 @@ class Stream(Generic[T]):
         raise StopIteration
 
     def _again(self, failure: grpc.RpcError) -> None:
+        """Start the call anew, or raise."""
+        if self._left.is_set():
+            raise self._was_left() from failure
         try:
             seconds = self._attempts.pause(failure, started=self._received)
         except BaseException:
@@ -225,20 +231,25 @@ class Stream(Generic[T]):
             self._call = self._shield.run(self._start)
         if self._left.is_set():  # perhaps while the call was started, which then is not the one that was cancelled
             self._call.cancel()
-            raise Cancelled("the stream was left", Details(request_id=self.request_id)) from failure
+            raise self._was_left() from failure
+
+    def _was_left(self) -> Cancelled:
+        self._end()
+        return Cancelled("the stream was left", Details(request_id=self.request_id))
 
     def _end(self) -> None:
-        self._left.set()
+        self._ended = True
         if self._batch is not None:
             self._batch.discard(self)
 
     def cancel(self) -> None:
-        """Cancel the call, from any thread; the server frees what it holds."""
-        self._end()
+        """Cancel the call, from any thread; the server frees what it holds. Whoever reads on gets `Cancelled`."""
+        self._left.set()
         self._call.cancel()
 
     def close(self) -> None:
-        """Cancel the call, unless it has ended."""
+        """Cancel the call, unless it has ended; there is nothing more to read."""
+        self._end()
         self.cancel()
 
     def __enter__(self) -> "Stream[T]":
@@ -250,7 +261,7 @@ class Stream(Generic[T]):
         self.close()
 
     def __del__(self) -> None:
-        if self._call is not None and not self._left.is_set():
+        if self._call is not None and not self._ended:
             self._call.cancel()
 
 
@@ -300,6 +311,8 @@ class Exchange(Generic[Q, R]):
 
     def _again(self, failure: grpc.RpcError) -> None:
         self._requests.put(None)  # ends gRPC's thread that sends
+        if self._closed:
+            return
         try:
             time.sleep(self._attempts.pause(failure, started=self._received))
         except BaseException:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services import __version__
@@ -47,6 +48,7 @@ class Coordinator:
         self._admission = Admission(self._limits, self._observer)
         self._lookout = Lookout(stages)
         self._core: Core | None = None
+        self._connected = asyncio.Event()
         self._connected_at = 0.0
         self.model_name = model_name
 
@@ -66,6 +68,13 @@ class Coordinator:
             self._stages, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
         )
         self._connected_at = time.monotonic()
+        self._connected.set()
+
+    async def connected(self, seconds: float) -> None:
+        """Return as soon as connect() is done; after so many seconds even if it is not."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._connected.wait()
 
     @property
     def ready(self) -> bool:

@@ -7,6 +7,7 @@ with two CPU processes (gloo). Not run on a GPU.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from colaserve_services.errors import UsageError
 
 MODES = ("ddp", "fsdp")
+# A thread of gloo's may still be letting the tensors of the last operation go. If that takes the interpreter's lock
+# when the interpreter has ended, the process aborts, with its work done; nothing tells when the thread is through.
+_LET_GO_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,4 @@ def started(device: str = "cpu", mode: str = "ddp") -> Iterator[Parallel]:
         parallel.barrier()  # nobody leaves while another one still computes
     finally:
         dist.destroy_process_group()
+        time.sleep(_LET_GO_SECONDS)

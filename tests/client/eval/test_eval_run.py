@@ -230,7 +230,8 @@ from colaserve_client.eval.connect import Connector
 
 class Slow(FakeClient):
     async def generate(self, prompt, **settings):
-        await asyncio.sleep(0.05)
+        Slow.asked = getattr(Slow, "asked", 0) + 1
+        await asyncio.sleep(30 if Slow.asked > 6 else 0.05)
         return await super().generate(prompt, **settings)
 
 @asynccontextmanager
@@ -255,13 +256,13 @@ def test_a_killed_or_interrupted_process_repeats_nothing(
     )
     command = [sys.executable, "-c", SLOW_RUN, "run", str(file), "--output", str(out), "--concurrency", "2"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not (out / "task.jsonl").exists() or len(read_lines(out / "task.jsonl")) < 4:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(ending)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == status
     assert "Traceback" not in errors
     kept = [line["prompt"] for line in read_lines(out / "task.jsonl")]

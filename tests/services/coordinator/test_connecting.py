@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
-from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages
+from colaserve.v1 import generation_pb2, latent_service_pb2
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages, service
+from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.text import SpecialIds, Tokenizer
@@ -80,6 +82,30 @@ async def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
 async def test_before_connecting_calls_are_refused(tokenizer):
     with pytest.raises(Unavailable, match="not connected"):
         over(fakes(), tokenizer).generate(None, Call())
+
+
+async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
+    coordinator = over(fakes(), tokenizer)
+    generation, latents = GenerationServicer(coordinator), LatentServicer(coordinator)
+    early = [
+        asyncio.create_task(call)
+        for call in (
+            generation.Tokenize(generation_pb2.TokenizeRequest(text="he"), None),
+            generation.GetInfo(generation_pb2.GenerationServiceGetInfoRequest(), None),
+            latents.GetInfo(latent_service_pb2.LatentServiceGetInfoRequest(), None),
+        )
+    ]
+    await asyncio.sleep(0.1)
+    assert not any(call.done() for call in early)
+    await coordinator.connect()
+    assert (await early[0]).token_ids
+    assert (await early[1]).space == (await early[2]).space
+
+
+async def test_served_calls_do_not_wait_for_ever_for_connecting(tokenizer, monkeypatch):
+    monkeypatch.setattr(service, "CONNECTED_SECONDS", 0.01)
+    with pytest.raises(Unavailable, match="not connected"):
+        await GenerationServicer(over(fakes(), tokenizer)).Tokenize(generation_pb2.TokenizeRequest(text="he"), None)
 
 
 async def test_the_least_context_and_message_size_hold(tokenizer):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import grpc
@@ -13,6 +12,7 @@ import psutil
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc
 from tests.conftest import GOLDEN
+from tests.waiting import wait_until
 
 FREE_PORTS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0")
 QUICK = ("--drain-seconds=0.1",)
@@ -39,7 +39,7 @@ class Running:
     def stop(self, number=signal.SIGTERM):
         """The exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(100)
 
 
 @contextmanager
@@ -54,9 +54,10 @@ def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None):
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **QUIET, **(env or {})})
     family = []
     try:
-        until(lambda: process.poll() is not None or "ready after" in log.read_text(), 60)
+        wait_until(lambda: process.poll() is not None or "ready after" in log.read_text(), 150)
         assert process.poll() is None, log.read_text()
-        until(lambda: process.poll() is not None or ports_file.exists(), 60)  # with --split the log names each role
+        # with --split the log names each role
+        wait_until(lambda: process.poll() is not None or ports_file.exists(), 150)
         running = Running(process, json.loads(ports_file.read_text()), log)
         family = running.children()
         yield running
@@ -65,13 +66,6 @@ def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None):
             if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
                 left.kill()
         process.wait(10)
-
-
-def until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.02)
 
 
 def generate(target, prompt="The capital", tokens=12, metadata=(), **fields):

@@ -14,7 +14,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc
-from tests.services.launch.processes import FREE_PORTS, generate, started, until
+from tests.services.launch.processes import FREE_PORTS, generate, started
+from tests.waiting import wait_until
 
 KEY = "a-key-for-tests"
 BODY = {"prompt": "The capital", "max_tokens": 12, "seed": 7}
@@ -33,11 +34,14 @@ def long_stream(channel):
     request = generation_pb2.GenerateRequest(
         prompt="x", max_new_tokens=200, ignore_end=True, seed={"base_seed": 3}, sampler={"steps": 30}
     )
-    return generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=60)
+    return generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=120)
 
 
 def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp_path):
-    with started(tmp_path, "up", *FREE_PORTS) as fused, grpc.insecure_channel(fused.target) as channel:
+    with (
+        started(tmp_path, "up", *FREE_PORTS, "--grace-seconds=120") as fused,
+        grpc.insecure_channel(fused.target) as channel,
+    ):
         tokens, text = generate(fused.target), post(fused.http)
         assert len(tokens) == 12
         stream = long_stream(channel)
@@ -45,7 +49,7 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         fused.process.send_signal(signal.SIGTERM)
         rest = list(stream)
         assert sum(len(response.token_ids) for response in (first, *rest)) == 200
-        assert fused.process.wait(30) == 0
+        assert fused.process.wait(120) == 0
     with started(tmp_path, "up", "--split", *FREE_PORTS, env={"COLASERVE_API_KEYS": KEY}) as split:
         children = split.children()
         assert set(split.ports) == {"encoder", "prior", "decoder", "coordinator", "gateway"}
@@ -120,11 +124,11 @@ def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):
         coordinator = start("coordinator", *targets)
         tokens = generate(coordinator.target)
         with grpc.insecure_channel(coordinator.target) as channel:
-            until(lambda: healthy(channel), 30)
+            wait_until(lambda: healthy(channel), 100)
             os.kill(prior.process.pid, signal.SIGSTOP)
-            until(lambda: not healthy(channel), 30)
+            wait_until(lambda: not healthy(channel), 100)
             os.kill(prior.process.pid, signal.SIGCONT)
-            until(lambda: healthy(channel), 30)
+            wait_until(lambda: healthy(channel), 100)
         assert generate(coordinator.target) == tokens
 
 
