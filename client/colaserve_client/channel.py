@@ -42,7 +42,7 @@ def channel_options(connection: Connection, tls: Tls | None) -> list[tuple[str, 
         ("grpc.keepalive_timeout_ms", _milliseconds(connection.keepalive_timeout)),
         ("grpc.client_idle_timeout_ms", _milliseconds(connection.idle)),
         ("grpc.initial_reconnect_backoff_ms", 100),  # so that a server which just started is found at once
-        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.min_reconnect_backoff_ms", 5000),  # which is in truth the time that connecting may take
         ("grpc.max_reconnect_backoff_ms", 1000),  # and one that was away long: `Retry()` tries for longer than this
         ("grpc.use_local_subchannel_pool", 1),  # a new client does not wait because an older one could not connect
         ("grpc.enable_retries", 0),  # `calls.Attempts` alone decides what is tried again

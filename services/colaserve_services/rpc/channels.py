@@ -112,7 +112,7 @@ def _options(settings: ChannelSettings, service: str) -> list[tuple[str, Any]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # else two, then one a minute: streams that wait send nothing
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 5000),  # which is in truth the time that connecting may take
         ("grpc.max_reconnect_backoff_ms", 1000),  # the others may die before one that came back is found
         ("grpc.dns_min_time_between_resolutions_ms", 2000),
         ("grpc.use_local_subchannel_pool", 1),  # channels of one process do not share the fate of a connection
