@@ -76,7 +76,7 @@ def test_steps_count_from_the_last_first_block_until_the_first_session_has_ended
 async def test_a_run_gives_the_steps_of_all_blocks_but_the_first(stages: Stages) -> None:
     sampler = SamplerSettings(steps=3)
     result = await run(stages, Load(2, 8, 3, sampler), seed=0)
-    assert 1 <= len(result.steady) <= 13  # 4 blocks of 3 evaluations, less what one session started before the other
+    assert 1 <= len(result.steady) <= 24  # 4 blocks of 3 evaluations of each session, of which some are done together
     assert {step.sessions for step in result.steady} <= {1, 2}
     assert result.blocks_per_second > 0
     assert len(result.first_block) == 2

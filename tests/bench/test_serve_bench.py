@@ -147,10 +147,11 @@ def test_ratios_are_of_the_same_load_in_the_same_round() -> None:
     assert [row["of_first"] for row in found] == [pytest.approx(10 / 9), 1.0, 1.0, pytest.approx(0.9)]
 
 
+@pytest.mark.timeout(300)
 async def test_a_started_system_is_measured_and_then_gone(tiny_model: Path) -> None:
     system = SystemSettings(ComputeSettings(tiny_model, "float32", threads=1))
     mix = Mix((4, 8), (8,))
-    settings = ServeSettings(mix, (2,), (8.0,), warmup=0.2, duration=1.0, timeout=30)
+    settings = ServeSettings(mix, (2,), (8.0,), warmup=0.2, duration=3.0, timeout=60)
     async with running(system) as target:
         report = await serve(target, settings, print)
         prefixes = await prefix(target, PrefixSettings((32,), tail_tokens=4, pairs=2), print)

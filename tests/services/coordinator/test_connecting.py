@@ -12,6 +12,7 @@ from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailabl
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.text import SpecialIds, Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.waiting import eventually
 
 
 def fakes() -> dict[str, Any]:
@@ -125,13 +126,12 @@ async def test_readiness_follows_the_stages(tokenizer):
     told: list[bool] = []
     watching = asyncio.create_task(coordinator.watch(told.append))
     decoder.up = False
-    await asyncio.sleep(0.1)
+    await eventually(lambda: told == [False])
     assert not coordinator.ready
     decoder.up = True
-    await asyncio.sleep(0.1)
-    watching.cancel()
+    await eventually(lambda: told == [False, True])
     assert coordinator.ready
-    assert told == [False, True]
+    watching.cancel()
 
 
 async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokenizer):
@@ -140,9 +140,8 @@ async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokeniz
     await coordinator.connect()
     stages["prior"].space = "ffffffffffffffff"
     watching = asyncio.create_task(coordinator.watch(lambda ready: None))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: not coordinator.ready)
     watching.cancel()
-    assert not coordinator.ready
 
 
 async def test_info_tells_model_defaults_limits_and_stages(make_world):

@@ -1,6 +1,5 @@
 """When a replica breaks the caller notices nothing: the same ids as undisturbed, nothing asked twice."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.prior_run import PriorRun
 from colaserve_services.errors import ColaserveError, InvalidRequest, ModelMismatch, Overloaded, Unavailable
+from tests.waiting import eventually
 
 PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again
 SEED = types_pb2.NoiseSeed(base_seed=11, sample_id=2)
@@ -86,18 +86,17 @@ async def test_attempts_are_bounded(make_world, stage: str):
         await world.generate(**REQUEST)
     assert len(getattr(world, stage).calls) == 4
     assert (stage, "failed") in world.heard.of("failover")
-    await asyncio.sleep(0.02)  # a cancelled call ends a moment later
-    assert (world.prior.running, world.decoder.running) == (0, 0)
+    await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
 
 
 async def test_attempts_end_with_the_deadline(world, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 0.2)
-    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 10.0)
+    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 60.0)
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 100.0)
     world.prior.faults = dict.fromkeys(range(100), (0, StatusCode.UNAVAILABLE))
     started = time.monotonic()
     with pytest.raises(ColaserveError):
-        await world.generate(**REQUEST, call=Call(deadline=started + 0.5))
-    assert time.monotonic() - started < 0.6
+        await world.generate(**REQUEST, call=Call(deadline=started + 20))
+    assert time.monotonic() - started < 15
 
 
 async def test_a_bug_in_a_stage_is_not_tried_for_long(world):

@@ -12,6 +12,7 @@ from colaserve_services.coordinator import Call, Defaults
 from colaserve_services.coordinator.defaults import sampling_seed
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from tests.services.coordinator.stage_fakes import FakeDecoder
+from tests.waiting import eventually
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 PROMPT = "He looked at the river and then he said nothing"
@@ -283,8 +284,7 @@ async def test_leaving_early_frees_the_stages(world):
     assert world.decoder.running == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await asyncio.sleep(0.02)
-    assert (world.prior.running, world.decoder.running) == (0, 0)
+    await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
     assert world.coordinator._admission.running == 0
 
 
@@ -293,11 +293,10 @@ async def test_a_deadline_reaches_each_stage_and_ends_the_call(world, stage: str
     getattr(world, stage).gate.clear()
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=stage):
-        await world.generate(prompt=PROMPT, call=Call(deadline=time.monotonic() + 0.2))
-    assert time.monotonic() - started < 1
-    assert 0 < getattr(world, stage).remaining[0] <= 0.2
-    await asyncio.sleep(0.02)
-    assert (world.prior.running, world.decoder.running) == (0, 0)
+        await world.generate(prompt=PROMPT, call=Call(deadline=time.monotonic() + 1))
+    assert time.monotonic() - started < 10
+    assert 0 < getattr(world, stage).remaining[0] <= 1
+    await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
 
 
 async def test_without_a_deadline_none_is_passed_on(world):

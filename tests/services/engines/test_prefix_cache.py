@@ -1,7 +1,5 @@
 """Leading blocks seen before are copied, not computed, and change nothing."""
 
-import asyncio
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import PrefixCache, Prefixes, chain_keys
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
+from tests.waiting import eventually
 
 IDS = [int(x) for x in torch.randint(3, 500, (70,), generator=torch.Generator().manual_seed(1))]
 LATENTS = torch.randn(64, 16, generator=torch.Generator().manual_seed(2))
@@ -53,18 +52,19 @@ async def encode(stages: Engines, ids: list[int]) -> torch.Tensor:
     return result.latents
 
 
-async def settled() -> None:
-    await asyncio.sleep(0.05)  # the observer is told after the result is out
+async def settled(stages: Engines) -> None:
+    """The observer is told after the result is out, and before the session is let go."""
+    await eventually(lambda: stages.prior.load().running == stages.decoder.load().running == 0)
 
 
 async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
     with engines(tiny.directory) as stages:
         watch = Watch(stages.prior)
         cold = await sample(stages, LATENTS)
-        await settled()
+        await settled(stages)
         cost = watch.take()
         warm = await sample(stages, LATENTS)
-        await settled()
+        await settled(stages)
         assert torch.equal(cold, warm)
         assert watch.take() == cost - 64
         await sample(stages, torch.cat((LATENTS[:32], -LATENTS[32:])))
@@ -75,10 +75,10 @@ async def test_decoder_computes_a_known_prefix_once(tiny: Golden) -> None:
     with engines(tiny.directory) as stages:
         watch = Watch(stages.decoder)
         cold = await decode(stages, LATENTS)
-        await settled()
+        await settled(stages)
         assert watch.take() == 68
         warm = await decode(stages, LATENTS)
-        await settled()
+        await settled(stages)
         assert watch.take() == 4
         torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-5)
 
@@ -87,14 +87,14 @@ async def test_encoder_gives_the_same_bytes_for_a_known_beginning(tiny: Golden) 
     with engines(tiny.directory) as stages:
         watch = Watch(stages.encoder)
         first = await encode(stages, IDS[:40])
-        await settled()
+        await settled(stages)
         assert watch.take() == 40
         longer = await encode(stages, IDS)
-        await settled()
+        await settled(stages)
         assert watch.take() == 32  # 72 rows with padding, 40 known
         assert torch.equal(longer[:40], first)
         assert torch.equal(await encode(stages, IDS), longer)
-        await settled()
+        await settled(stages)
         assert watch.take() == 0
     with engines(tiny.directory, EngineLimits(max_context=512, prefix_cache_bytes=0)) as stages:
         torch.testing.assert_close(await encode(stages, IDS), longer, rtol=1e-4, atol=1e-5)
@@ -104,10 +104,10 @@ async def test_a_budget_of_zero_keeps_nothing(tiny: Golden) -> None:
     with engines(tiny.directory, EngineLimits(max_context=512, prefix_cache_bytes=0)) as stages:
         watch = Watch(stages.prior)
         await sample(stages, LATENTS)
-        await settled()
+        await settled(stages)
         cost = watch.take()
         await sample(stages, LATENTS)
-        await settled()
+        await settled(stages)
         assert watch.take() == cost
         assert watch.hits == []
 

@@ -1,7 +1,5 @@
 """What waits is seen by those who watch, also while nothing starts or ends."""
 
-import asyncio
-
 import torch
 
 from colaserve_services.model.flow import SamplerSettings
@@ -10,6 +8,7 @@ from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
 from tests.conftest import Golden
 from tests.services.engines.conftest import engines
+from tests.waiting import eventually
 
 
 class Watch(EngineObserver):
@@ -31,9 +30,5 @@ async def test_sessions_that_wait_behind_a_full_engine_are_counted_while_it_comp
             async with stages.prior.session(job), stages.prior.session(job):
                 await anext(aiter(first))
                 await anext(aiter(first))
-                assert watch.seen[-1] == (2, 1)
-        for _ in range(200):
-            if watch.seen[-1] == (0, 0):
-                break
-            await asyncio.sleep(0.01)
-        assert watch.seen[-1] == (0, 0)
+                await eventually(lambda: watch.seen[-1] == (2, 1))
+        await eventually(lambda: watch.seen[-1] == (0, 0))

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import gc
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.session import Session
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
+from tests.waiting import eventually
 
 EMPTY = torch.zeros(0, 16)
 
@@ -43,13 +45,12 @@ async def sample(stages: Engines, wanted: SampleJob) -> list[SampledBlock]:
 
 async def freed(stages: Engines) -> None:
     for engine in (stages.encoder, stages.decoder, stages.prior):
-        for _ in range(500):
+
+        def holds_nothing(engine: Any = engine) -> bool:
             load = engine.load()
-            if (load.running, load.waiting, load.kv_bytes_used) == (0, 0, 0):
-                break
-            await asyncio.sleep(0.01)
-        else:
-            raise AssertionError(f"{type(engine).__name__} still holds {engine.load()}")
+            return (load.running, load.waiting, load.kv_bytes_used) == (0, 0, 0)
+
+        await eventually(holds_nothing)
 
 
 MIXED = [
@@ -144,11 +145,8 @@ def kept_alive() -> int:
 async def test_an_unread_run_pauses_and_goes_on_when_read(tiny: Golden) -> None:
     with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
         async with stages.prior.session(job(blocks=6)) as session:
-            for _ in range(200):
-                await asyncio.sleep(0.01)
-                if session.outbox.unread == 2:
-                    break
-            await asyncio.sleep(0.1)
+            await eventually(lambda: session.outbox.unread == 2)
+            await asyncio.sleep(0.1)  # in which it would go on
             assert session.run.block == 2
             assert [block.index async for block in session] == list(range(6))
 

@@ -132,16 +132,16 @@ async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news(monke
     monkeypatch.setattr(events, "LAST_WORD", 0.05)
     dialect = ChatDialect("id", "model", "space", logprobs=False)
     telling = asyncio.ensure_future(events.EventStream(send, dialect, usage_chunk=False).fail(ApiError(504, "late")))
-    done, _ = await asyncio.wait([telling], timeout=2)
+    done, _ = await asyncio.wait([telling], timeout=20)
     assert telling in done
     assert telling.exception() is None
 
 
 async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gateway: Running):
     gateway.fake.gate = asyncio.Event()
-    response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-timeout": "0.2"})
+    response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-timeout": "1"})
     assert response.status_code == 504
-    assert 0 < (gateway.fake.seen[0].seconds or 0) <= 0.2
+    assert 0 < (gateway.fake.seen[0].seconds or 0) <= 1
     await eventually(lambda: gateway.fake.running == 0)
 
 
@@ -154,7 +154,7 @@ async def test_the_gateway_keeps_a_deadline_that_the_coordinator_forgets(fake: F
 
     fake.gate = asyncio.Event()
     async with running(fake, stub=Forgetful()) as gateway:
-        headers = {"x-request-timeout": "0.2"}
+        headers = {"x-request-timeout": "1"}
         response = await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers=headers)
         assert response.status_code == 504
         await eventually(lambda: fake.running == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import ssl
@@ -21,7 +22,7 @@ from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import Running
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 
 async def test_connections_are_served_without_nagles_delay(gateway: Running):
@@ -54,18 +55,22 @@ async def test_going_down_is_said_first_and_running_streams_end_well(gateway: Ru
     gateway.fake.gate = asyncio.Event()
     running = asyncio.create_task(gateway.complete(stream=True, max_tokens=200))
     await eventually(lambda: gateway.fake.running == 1)
-    stopping = asyncio.create_task(gateway.server.stop(grace=5, notice=0.3))
+    stopping = asyncio.create_task(gateway.server.stop(grace=60, notice=2))
     await asyncio.sleep(0.05)
     ready = await gateway.http.get("/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "going down")
     assert ready.headers["connection"] == "close"  # the next request of this client finds another gateway
     assert (await gateway.http.get("/health")).status_code == 200  # still taken while it is only said
-    await asyncio.sleep(0.5)
-    with pytest.raises(httpx.ConnectError):
-        await httpx.AsyncClient(base_url=gateway.url).get("/health")
+    await eventually(lambda: refuses_connections(gateway))
     gateway.fake.gate.set()
     assert "[DONE]" in (await running).text
-    await asyncio.wait_for(stopping, 2)
+    await asyncio.wait_for(stopping, PATIENCE)
+
+
+def refuses_connections(gateway: Running) -> bool:
+    with socket.socket() as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(("127.0.0.1", gateway.server.port)) == errno.ECONNREFUSED
 
 
 async def test_what_outlives_the_grace_is_cancelled(gateway: Running):
@@ -74,7 +79,7 @@ async def test_what_outlives_the_grace_is_cancelled(gateway: Running):
     await eventually(lambda: gateway.fake.running == 1)
     started = time.monotonic()
     await gateway.server.stop(grace=0.2)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
     assert gateway.fake.seen[0].cancelled
     response = await running
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")

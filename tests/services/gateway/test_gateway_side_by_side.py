@@ -86,6 +86,6 @@ async def test_a_failure_is_raised_after_what_came_before_it(failure: Exception)
 
 
 async def read_all(calls: Calls, got: list[str]) -> None:
-    async with asyncio.timeout(2), calls.merged as messages:
+    async with asyncio.timeout(20), calls.merged as messages:
         async for _, message in messages:
             got.append(message.text)

@@ -26,7 +26,7 @@ from colaserve_services.rpc.settings import (
 )
 from colaserve_services.rpc.tls import channel_credentials
 from tests.services.rpc.conftest import ONE, running
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 SERVICE = "colaserve.v1.EncoderService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -156,7 +156,7 @@ async def test_one_call_too_many_is_refused_at_once_while_health_and_running_cal
         error = await refusal(it.stub.Encode(ONE))
         assert isinstance(error, Overloaded)
         assert error.retry_after > 0
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
         assert await health_of(it.channel) == SERVING
         assert await it.stub.GetInfo(encoder_pb2.EncoderServiceGetInfoRequest())
         it.servicer.gate.set()
@@ -167,8 +167,7 @@ async def test_one_call_too_many_is_refused_at_once_while_health_and_running_cal
 
 
 async def test_a_client_that_calls_too_often_is_told_when_to_come_back():
-    async with running(ServerSettings(admission=AdmissionLimits(max_rate_per_client=2))) as it:
-        await it.stub.Encode(ONE)
+    async with running(ServerSettings(admission=AdmissionLimits(max_rate_per_client=0.5))) as it:
         await it.stub.Encode(ONE)
         error = await refusal(it.stub.Encode(ONE))
         assert isinstance(error, Overloaded)
@@ -204,22 +203,28 @@ async def test_a_taken_port_is_one_clear_error():
 
 
 async def test_a_drain_turns_health_and_lets_running_calls_end():
-    async with running(ServerSettings(drain_seconds=0.3)) as it:
+    async with running(ServerSettings(drain_seconds=2)) as it:
         it.servicer.gate.clear()
         call = asyncio.ensure_future(it.stub.Encode(ONE))
         await eventually(lambda: it.servicer.started == 1)
         drain = asyncio.ensure_future(it.server.drain())
-        await asyncio.sleep(0.1)
-        assert await health_of(it.channel) == NOT_SERVING
-        await asyncio.sleep(0.4)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{it.port}") as late:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await encoder_pb2_grpc.EncoderServiceStub(late).Encode(ONE, timeout=1)
-        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        while await health_of(it.channel) != NOT_SERVING:  # noqa: ASYNC110 - each look is a call
+            await asyncio.sleep(0.01)
+        while not await refuses_connections(it.port):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
         assert not drain.done()
         it.servicer.gate.set()
         assert await call
-        await asyncio.wait_for(drain, 5)
+        await asyncio.wait_for(drain, PATIENCE)
+
+
+async def refuses_connections(port: int) -> bool:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]) as late:
+        try:
+            await health_of(late)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.UNAVAILABLE
+    return False
 
 
 async def test_a_drain_cuts_calls_that_outlive_the_grace():

@@ -10,6 +10,7 @@ import pytest
 
 from colaserve_services.rpc import requests, tracing
 from tests.services.launch.processes import FREE_PORTS, started
+from tests.waiting import wait_until
 
 pytest.importorskip("opentelemetry.sdk")
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
@@ -17,6 +18,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PROMPT = "a very secret prompt"
 STAGES = {"EncoderService/Encode", "PriorService/Sample", "DecoderService/Decode"}
+NAMES = {"HTTP POST", "GenerationService/Generate", *STAGES}
+SOON = {"OTEL_BSP_SCHEDULE_DELAY": "200"}  # milliseconds until spans are sent
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -51,16 +54,26 @@ def post(url, headers):
         json.load(answer)
 
 
+def of_trace(collector):
+    return [(role, span) for role, span in collector.spans if span.trace_id.hex() == TRACE]
+
+
+def calls_among(collector):
+    return {span.name: span for _, span in of_trace(collector) if span.name != "block"}
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("split", [(), ("--split",)], ids=["one process", "split"])
 def test_a_request_is_one_trace_through_all_services_with_a_span_a_block(tmp_path, split):
-    with collecting() as (collector, endpoint):
-        with started(tmp_path, "up", *split, *FREE_PORTS, f"--otlp-endpoint={endpoint}") as system:
-            post(system.http, {"traceparent": f"00-{TRACE}-{PARENT}-01"})
-            assert system.stop() == 0
-        spans = [(role, span) for role, span in collector.spans if span.trace_id.hex() == TRACE]
-    calls = {span.name: span for _, span in spans if span.name != "block"}
-    assert set(calls) == {"HTTP POST", "GenerationService/Generate", *STAGES}
+    with (
+        collecting() as (collector, endpoint),
+        started(tmp_path, "up", *split, *FREE_PORTS, f"--otlp-endpoint={endpoint}", env=SOON) as system,
+    ):
+        post(system.http, {"traceparent": f"00-{TRACE}-{PARENT}-01"})
+        wait_until(lambda: set(calls_among(collector)) == NAMES)  # a slow collector may not hear the last of them
+        assert system.stop() == 0
+    spans, calls = of_trace(collector), calls_among(collector)
+    assert set(calls) == NAMES
     assert calls["HTTP POST"].parent_span_id.hex() == PARENT
     assert calls["GenerationService/Generate"].parent_span_id == calls["HTTP POST"].span_id
     assert {calls[stage].parent_span_id for stage in STAGES} == {calls["GenerationService/Generate"].span_id}

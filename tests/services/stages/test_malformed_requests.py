@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
 from tests.conftest import load_golden
 from tests.services.stages.serving import serving
+from tests.waiting import PATIENCE, wait_until
 
 REQUESTS = int(os.environ.get("COLASERVE_FUZZ_REQUESTS", "150"))
 SECONDS = 5  # deadline of a request
@@ -38,6 +39,7 @@ FLOATS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 7.0, 1e-30, 1e38, float("na
 BYTES = st.sampled_from(
     [b"", b"\x00", b"\x00" * 64, b"\x00" * 256, b"\x00" * 512, b"\xff" * 256, b"\x00\x00\x80\x7f" * 64]
 )
+
 SCALARS = {
     FieldDescriptor.TYPE_UINT32: NUMBERS,
     FieldDescriptor.TYPE_UINT64: LONGS,
@@ -115,13 +117,11 @@ def server():
 
 
 def wait_until_free(engine):
-    done = threading.Event()
-    for _ in range(500):
+    def is_free():
         load = engine.load()
-        if load.running == load.waiting == load.kv_bytes_used == 0:
-            return
-        done.wait(0.01)
-    raise AssertionError(f"something is held: {engine.load()}")
+        return load.running == load.waiting == load.kv_bytes_used == 0
+
+    wait_until(is_free)
 
 
 def answered(call):
@@ -145,7 +145,7 @@ def test_nothing_malformed_harms_the_prior(server):
         answered(lambda: list(server.prior.Sample(request, timeout=SECONDS)))
 
     send()
-    assert len(list(server.prior.Sample(still_serves, timeout=SECONDS))) == 1
+    assert len(list(server.prior.Sample(still_serves, timeout=PATIENCE))) == 1
 
 
 def test_nothing_malformed_harms_the_decoder(server):
@@ -164,7 +164,7 @@ def test_nothing_malformed_harms_the_decoder(server):
         answered(lambda: list(server.decoder.Decode(iter(kept), timeout=SECONDS)))
 
     send()
-    assert len(list(server.decoder.Decode(iter(valid()), timeout=SECONDS))) == 3
+    assert len(list(server.decoder.Decode(iter(valid()), timeout=PATIENCE))) == 3
 
 
 def test_nothing_malformed_harms_the_encoder(server):
@@ -176,7 +176,7 @@ def test_nothing_malformed_harms_the_encoder(server):
         answered(lambda: server.encoder.Encode(request, timeout=SECONDS))
 
     send()
-    assert server.encoder.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}]), timeout=SECONDS)
+    assert server.encoder.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}]), timeout=PATIENCE)
 
 
 def test_bytes_that_are_no_messages_harm_nobody(server):
@@ -195,4 +195,4 @@ def test_bytes_that_are_no_messages_harm_nobody(server):
         answered(lambda: call(junk, timeout=SECONDS))
 
     send()
-    assert server.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest(), timeout=SECONDS)
+    assert server.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest(), timeout=PATIENCE)
