@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -101,10 +101,12 @@ class Core:
         seed: types_pb2.NoiseSeed,
         call: Call,
         open_spans: Sequence[Span] = (),
+        on_wait: Callable[[bool], None] = lambda waits: None,
     ) -> PriorRun:
-        """A run of the prior over a canvas."""
+        """A run of the prior over a canvas. `on_wait` hears True when it must wait for another
+        replica, False when that writes."""
         attempts = self.attempts("prior", call)
-        return PriorRun(self.stages.prior, self.model, latents, blocks, sampler, seed, attempts, open_spans)
+        return PriorRun(self.stages.prior, self.model, latents, blocks, sampler, seed, attempts, open_spans, on_wait)
 
     def decoder(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +18,8 @@ from colaserve_services.coordinator.stages import Model
 class DecoderRun:
     """`async with DecoderRun(...) as decoder: await decoder.decode(latents)`; leaving frees the stage's session.
 
-    When the stream breaks it is opened again with the latents and ids so far, and the block is sent once more.
+    The stream is opened with the first block. When it breaks it is opened again with the latents and ids so far, and
+    the block is sent once more.
     """
 
     def __init__(
@@ -39,10 +39,9 @@ class DecoderRun:
         self._max_latents = rows.count(prefix) + blocks * model.block_size
         self._ids: list[int] = []  # sampled so far, untrimmed
         self._call: Any = None
+        self._decoding = self._let_go = False
 
     async def __aenter__(self) -> DecoderRun:
-        with suppress(*STAGE_ERRORS, asyncio.InvalidStateError):  # decode() meets them again and tries anew
-            await self._open()  # early: the prefix is read while the prior writes the first block
         return self
 
     async def __aexit__(
@@ -52,6 +51,27 @@ class DecoderRun:
 
     async def decode(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
         """The ids of the next block, B * P of them."""
+        self._decoding = True
+        try:
+            response = await self._answered(latents)
+        finally:
+            self._decoding = False
+        self._latents.append(latents)
+        self._ids += response.token_ids
+        if self._let_go:
+            self._close()
+        return response
+
+    def prior_waits(self, waits: bool) -> None:
+        """While the run's prior waits for a replica, free the stage's session after every block, the next opens one.
+
+        Who waits for a prior holds no decoder: calls that hold all of one and wait for the other would wait for ever.
+        """
+        self._let_go = waits
+        if waits and not self._decoding:
+            self._close()
+
+    async def _answered(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
         while True:
             try:
                 response = await self._exchange(latents)
@@ -60,8 +80,6 @@ class DecoderRun:
                 await self._attempts.failed(error)
             else:
                 self._attempts.progressed()
-                self._latents.append(latents)
-                self._ids += response.token_ids
                 return response
 
     def request(self) -> decoder_pb2.OpenDecode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,7 @@ _DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 _DOUBTFUL_ATTEMPTS: Final = 3
 _LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
+_LONGEST_PATIENCE = 60.0  # seconds
 
 _log = logging.getLogger(__name__)
 
@@ -44,20 +46,23 @@ class Attempts:
     observer: CoordinatorObserver
     resuming: bool = False  # work was done already: an overloaded replica is then waited for, not passed on
     failures: int = 0
-    doubtful: int = 0  # of them
+    broken: int = 0  # of them: streams that broke, not refusals of a stage that is full
+    doubtful: int = 0  # of those
+    refused_since: float | None = None  # since when a full stage is waited for
 
     def progressed(self) -> None:
         """The stage answered."""
-        if self.failures:
+        if self.broken:
             self.observer.failover(self.stage, "resumed")
-        self.failures, self.doubtful, self.resuming = 0, 0, True
+        self.failures, self.broken, self.doubtful, self.refused_since, self.resuming = 0, 0, 0, None, True
 
     async def failed(self, error: Exception) -> None:
         """Return when another attempt should be made; raise our error for it when not."""
         ours = stage_error(self.stage, error)
         self.failures += 1
+        self.broken += _code(error) in _BROKEN | _DOUBTFUL
         self.doubtful += _code(error) in _DOUBTFUL
-        pause = self._pause(error, ours)
+        pause = self._patience(ours) if isinstance(ours, Overloaded) and self.resuming else self._pause(error, ours)
         if pause is None or pause >= (self.call.left() or float("inf")):
             self._gave_up(ours)
             raise ours from error
@@ -66,20 +71,28 @@ class Attempts:
 
     def _pause(self, error: Exception, ours: ColaserveError) -> float | None:
         """Seconds to wait before the next attempt; None for none."""
+        most = self.most if _code(error) in _BROKEN | _DOUBTFUL else 0
         if isinstance(ours, Overloaded):
-            most = self.most if self.resuming else 2
-        else:
-            most = self.most if _code(error) in _BROKEN | _DOUBTFUL else 0
+            most = 2
         if self.failures >= most or self.doubtful >= _DOUBTFUL_ATTEMPTS:
             return None
-        if isinstance(ours, Overloaded) and self.resuming:
-            return min(max(ours.retry_after, _FIRST_PAUSE), _LONGEST_PAUSE)
         if self.failures == 1:
             return 0.0  # another replica may be there at once
         return float(min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE)) * random.uniform(0.5, 1.0)
 
+    def _patience(self, ours: Overloaded) -> float | None:
+        """The same while a full stage is waited for: until the deadline, for a minute where there is none."""
+        now = time.monotonic()
+        if self.refused_since is None:
+            self.refused_since = now
+        waited = now - self.refused_since
+        if self.call.left() is None and waited > _LONGEST_PATIENCE:
+            return None
+        pause = min(max(ours.retry_after, waited / 2, _FIRST_PAUSE), _LONGEST_PAUSE)
+        return float(pause * random.uniform(0.5, 1.0))
+
     def _gave_up(self, ours: ColaserveError) -> None:
-        if isinstance(ours, Unavailable) or self.failures > 1:
+        if isinstance(ours, Unavailable) or self.broken:
             self.observer.failover(self.stage, "failed")
 
 

@@ -28,9 +28,11 @@ async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Ca
         prompt = await _encode(core, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(core.tokenizer)
-        prior = ReadAhead(core.prior(prompt, plan.blocks, plan.sampler, plan.seed, call).blocks())
+        decoder = core.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs)
+        run = core.prior(prompt, plan.blocks, plan.sampler, plan.seed, call, on_wait=decoder.prior_waits)
+        prior = ReadAhead(run.blocks())
         try:
-            async with prior, core.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs) as decoder:
+            async with prior, decoder:
                 while True:
                     block = await prior.next()
                     watch.written(block.timing)

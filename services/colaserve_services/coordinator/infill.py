@@ -44,6 +44,7 @@ class Layout:
 
 async def infill(core: Core, request: pb.InfillRequest, call: Call) -> pb.InfillResponse:
     """LatentService.Infill."""
+    core.admission.check(call)
     layout = await lay_out(core, request.segments)
     sampler = resolve_sampler(request.sampler, core.defaults)
     blocks = layout.end - layout.context
@@ -115,9 +116,10 @@ async def _write(
     size, blocks = core.model.block_size, layout.end - layout.context
     canvas = rows.take(latents, 0, layout.end * size)
     prefix = rows.take(latents, 0, layout.context * size)
-    run = core.prior(canvas, blocks, sampler, seed, call, layout.open_spans)
+    decoder = core.decoder(prefix, blocks, sampling, call)
+    run = core.prior(canvas, blocks, sampler, seed, call, layout.open_spans, decoder.prior_waits)
     ids: list[int] = []
-    async with ReadAhead(run.blocks()) as prior, core.decoder(prefix, blocks, sampling, call) as decoder:
+    async with ReadAhead(run.blocks()) as prior, decoder:
         for _ in range(blocks):
             block = await prior.next()
             decoded = await decoder.decode(block.latents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 import numpy as np
@@ -28,6 +29,7 @@ _LERP, _SLERP = pb.INTERPOLATION_LERP, pb.INTERPOLATION_SLERP
 
 async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) -> pb.InterpolateResponse:
     """LatentService.Interpolate."""
+    core.admission.check(call)
     if not 2 <= request.points <= MOST_POINTS:
         raise InvalidRequest("points", f"got {request.points}, expected 2 to {MOST_POINTS}")
     if request.interpolation not in (pb.INTERPOLATION_UNSPECIFIED, _LERP, _SLERP):
@@ -39,13 +41,16 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
     async with core.admission.slot(call):
         start, end = await _ends(core, request, call, response.timing)
         check_size(core, "points", request.points * len(start))
-        points = [between(start, end, float(weight)) for weight in weights]
-        messages = [arrays.latents_to_message(point, core.model.space) for point in points]
+        messages = []
+        for weight in weights:
+            messages.append(arrays.latents_to_message(between(start, end, float(weight)), core.model.space))
+            await asyncio.sleep(0)  # 256 long points take their time; others have a turn between them
         decoded = await side_by_side([decode_all(core, message, sampling, call, patient=True) for message in messages])
     for weight, latents, one in zip(weights, messages, decoded, strict=True):
         ids = core.tokenizer.before_end(one.ids)
         response.points.add(weight=weight, latents=latents, text=core.tokenizer.decode(ids), token_ids=ids)
         add_timing(response.timing, one.timing)
+        await asyncio.sleep(0)
     return response
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Decoded:
 
 async def encode_text(core: Core, request: pb.EncodeTextRequest, call: Call) -> pb.EncodeTextResponse:
     """LatentService.EncodeText."""
+    core.admission.check(call)
     if request.with_variance and not core.model.has_variance:
         raise InvalidRequest("with_variance", "this checkpoint's encoder has no variance (use_variation is false)")
     ids = await tokenize_texts(core, request.texts)
@@ -96,6 +98,7 @@ async def sample_latents(
 
 async def reconstruct(core: Core, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:
     """LatentService.Reconstruct."""
+    core.admission.check(call)
     ids = await tokenize_texts(core, request.texts)
     greedy = types_pb2.Sampling(temperature=0, repetition_penalty=1)
     sampling = resolve_sampling(greedy, core.defaults, 0)
@@ -110,6 +113,7 @@ async def reconstruct(core: Core, request: pb.ReconstructRequest, call: Call) ->
     for one, original in zip(decoded, ids, strict=True):
         response.reconstructions.append(_reconstruction(core, one, original))
         add_timing(response.timing, one.timing)
+        await asyncio.sleep(0)  # 256 long texts take their time; others have a turn between them
     return response
 
 
@@ -186,6 +190,8 @@ async def _tokenize(core: Core, texts: Sequence[str], fields: Sequence[str]) -> 
 def given_latents(core: Core, latents: types_pb2.Latents, field: str, least: int) -> types_pb2.Latents:
     """A caller's latents, checked, as float32 of this space."""
     model = core.model
+    if len(latents.values.shape) == 2:  # before anything is made of what cannot fit
+        check_room(core, field, latents.values.shape[0])
     values = arrays.latents_from_message(latents, field, model.latent_dim, model.space)
     if len(values) < least:
         raise InvalidRequest(field, f"got {len(values)} latents, expected {least} or more")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -31,10 +31,11 @@ class PriorRun:
         seed: types_pb2.NoiseSeed,
         attempts: Attempts,
         open_spans: Sequence[Span] = (),
+        on_wait: Callable[[bool], None] = lambda waits: None,
     ):
         self._stub, self._model, self._attempts = stub, model, attempts
         self._latents, self._open, self._blocks = latents, tuple(open_spans), blocks
-        self._sampler, self._seed = sampler, seed
+        self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
         self.context = context_blocks(rows.count(latents), open_spans, model.block_size)  # blocks
         self._written: list[types_pb2.Latents] = []
 
@@ -49,6 +50,7 @@ class PriorRun:
                     async for response in stream:
                         yield self._keep(response)
             except STAGE_ERRORS as error:
+                self._on_wait(True)
                 await self._attempts.failed(error)
 
     async def _stream(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
@@ -57,6 +59,7 @@ class PriorRun:
             async for response in call:
                 self._check(response)
                 self._attempts.progressed()
+                self._on_wait(False)
                 yield response
             if len(self._written) < self._blocks:
                 raise BrokenStream("the prior ended its stream before the last block")

@@ -63,7 +63,7 @@ class DecoderSession(Session[DecodedBlock]):
         self.capacity = job.max_latents or engine.limits.max_context
         super().__init__(
             kv_bytes=engine.kv_shape.nbytes(self.capacity),
-            work=len(job.prefix),
+            work=self.capacity,
             deadline=deadline,
             on_read=engine.wake,
         )
@@ -142,7 +142,7 @@ class DecoderEngine(Engine[DecoderSession]):
         limits: EngineLimits,
         observer: EngineObserver | None = None,
     ):
-        super().__init__(device, limits, observer or EngineObserver())
+        super().__init__(device, limits.in_chunks_of(shape.block_size), observer or EngineObserver())
         config = model.config
         self.model, self.shape = model, shape
         self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)

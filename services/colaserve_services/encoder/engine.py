@@ -1,5 +1,6 @@
 """The encoder's engine: sequences of many calls through one forward pass, long ones in chunks of blocks."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class EncoderEngine(Engine[EncoderSession]):
         pad_id: int,
         observer: EngineObserver | None = None,
     ):
-        super().__init__(device, limits, observer or EngineObserver())
+        super().__init__(device, limits.in_chunks_of(shape.block_size), observer or EngineObserver())
         config = model.config
         self.model, self.shape, self.pad_id = model, shape, pad_id
         self.has_variance = config.use_variation
@@ -115,30 +116,32 @@ class EncoderEngine(Engine[EncoderSession]):
         self, sequences: Sequence[Sequence[int]], *, with_variance: bool = False, deadline: float | None = None
     ) -> tuple[list[Encoded], Timings]:
         """Encode 1 to 256 sequences of token ids. Raises `InvalidRequest`, `Overloaded`, `DeadlineExceeded`."""
-        self._check(sequences, with_variance)
-        arrived = time.monotonic()
-        sessions = [EncoderSession(self, ids, with_variance, deadline) for ids in sequences]
+        arrived, sessions = time.monotonic(), []
+        self._check_call(sequences, with_variance)
+        for number, ids in enumerate(sequences):
+            self._check(number, ids)
+            sessions.append(EncoderSession(self, ids, with_variance, deadline))
+            await asyncio.sleep(0)  # 256 long sequences take their time; others have a turn between them
         async with self._all_admitted(sessions):
             results = [result for session in sessions if (result := await session.outbox.get()) is not None]
         started = min(session.started or arrived for session in sessions)
         now = time.monotonic()
         return results, Timings(int((started - arrived) * 1e6), int((now - started) * 1e6))
 
-    def _check(self, sequences: Sequence[Sequence[int]], with_variance: bool) -> None:
+    def _check_call(self, sequences: Sequence[Sequence[int]], with_variance: bool) -> None:
         if not 1 <= len(sequences) <= MAX_SEQUENCES:
             raise InvalidRequest("sequences", f"got {len(sequences)} sequences, expected 1 to {MAX_SEQUENCES}")
         if with_variance and not self.has_variance:
             raise InvalidRequest("with_variance", "this checkpoint has no variance (use_variation is false)")
+
+    def _check(self, number: int, ids: Sequence[int]) -> None:
         longest, vocabulary = self.limits.max_context * self.shape.patch_size, self.shape.vocab_size
-        for number, ids in enumerate(sequences):
-            if not 1 <= len(ids) <= longest:
-                raise InvalidRequest(
-                    f"sequences[{number}]", f"got {len(ids)} tokens, expected 1 to {longest} (max_context)"
-                )
-            if max(ids) >= vocabulary or min(ids) < 0:
-                raise InvalidRequest(
-                    f"sequences[{number}].ids", f"got an id of {max(ids)}, expected 0 to {vocabulary - 1}"
-                )
+        if not 1 <= len(ids) <= longest:
+            raise InvalidRequest(
+                f"sequences[{number}]", f"got {len(ids)} tokens, expected 1 to {longest} (max_context)"
+            )
+        if max(ids) >= vocabulary or min(ids) < 0:
+            raise InvalidRequest(f"sequences[{number}].ids", f"got an id of {max(ids)}, expected 0 to {vocabulary - 1}")
 
     def _forward(self, ready: list[EncoderSession]) -> tuple[int, int]:
         """The heartbeat: the next rows of as many sequences as one pass takes."""

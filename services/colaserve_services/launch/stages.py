@@ -70,8 +70,11 @@ class RunningStages:
             await failing(False)
 
     async def _works(self) -> bool:
+        return all([await self._can_warm_up(stage) for stage in self.engines])
+
+    async def _can_warm_up(self, stage: str) -> bool:
         try:
-            await asyncio.wait_for(self.warm_up(), _WARM_UP_SECONDS)
+            await asyncio.wait_for(_WARM_UPS[stage](self.engines[stage]), _WARM_UP_SECONDS)
         except (Overloaded, TimeoutError):  # busy, which is no failure: liveness does not depend on load
             return True
         except ColaserveError:

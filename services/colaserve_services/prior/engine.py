@@ -89,6 +89,9 @@ class PriorSession(Session[SampledBlock]):
     def ready(self) -> bool:
         return not self.finished and self.outbox.unread < self._engine.limits.run_ahead
 
+    def went_on(self) -> None:
+        self._since = time.monotonic()  # its reader had been away
+
     def remember_context(self) -> None:
         """Once the context is in the cache, keep a copy of it for the next run that begins with the same blocks."""
         if self._keys and self.run.committed >= len(self._keys) and self.cache is not None:

@@ -69,7 +69,7 @@ class Metrics:
         self.prefix_bytes = gauge("prefix_cache_bytes", "Bytes that the prefix cache holds.", "stage")
         self.weights_load_seconds = gauge("weights_load_seconds", "Seconds that reading the weights took.", "stage")
         self.refused = counter(
-            "refused_total", "Calls refused because a bound was reached: queue, kv, deadline, calls, client, rate.",
+            "refused_total", "Calls refused at a bound: queue, kv, deadline, idle, calls, client, rate.",
             "stage", "reason",
         )  # fmt: skip
         self.engine_tokens = counter(

@@ -102,7 +102,9 @@ class Engine(Generic[S]):
         """Let sessions leave and join, then bring those that are ready one forward pass on."""
         self._release_ended()
         self._start_waiting()
-        ready = [session for session in self._running if session.ready()]
+        while self._waiting and self._give_up_idle():
+            self._start_waiting()
+        ready = self._ready()
         if not ready:
             return False
         started = time.monotonic()
@@ -120,19 +122,56 @@ class Engine(Generic[S]):
 
     def next_deadline(self) -> float | None:
         with self._lock:
-            deadlines = [s.deadline for s in (*self._waiting, *self._running) if s.deadline is not None]
-        return min(deadlines, default=None)
+            due = [s.deadline for s in (*self._waiting, *self._running) if s.deadline is not None]
+            if self._waiting:
+                due += [s.idle_since + self.limits.idle_seconds for s in self._running if s.idle_since is not None]
+        return min(due, default=None)
 
     def fail(self, error: Exception) -> None:
-        """End every session: a step failed, so the state of the running ones is unknown."""
+        """End the running sessions: a step failed, so their state is unknown."""
         self._failed += 1
-        if self._failed == _SUSPECT:
+        if self._failed % _SUSPECT == 0:
             self.observer.failing()
+        if isinstance(error, torch.OutOfMemoryError):
+            self._free_memory()
         told = error if isinstance(error, ColaserveError) else Unavailable(f"the engine failed: {type(error).__name__}")
-        for session in self._sessions():
-            session.outbox.fail(told)
-            session.finished = True
+        with self._lock:
+            running = list(self._running)
+        for session in running:
+            self._end(session, told)
         self._release_ended()
+
+    def _end(self, session: S, error: ColaserveError) -> None:
+        session.outbox.fail(error)
+        session.finished = True
+
+    def _ready(self) -> list[S]:
+        """The running sessions that a pass would bring on."""
+        ready, now = [], time.monotonic()
+        for session in self._running:
+            if session.ready():
+                if session.idle_since is not None:
+                    session.idle_since = None
+                    session.went_on()
+                ready.append(session)
+            elif session.idle_since is None:
+                session.idle_since = now
+        return ready
+
+    def _give_up_idle(self) -> bool:
+        """End the session that has had nothing to compute for longest, if that is too long while others wait: its
+        reader is away, or sends nothing. Its caller may go on with another one."""
+        since, session = min(
+            ((s.idle_since, s) for s in self._running if s.idle_since is not None and not s.ready()),
+            key=lambda idle: idle[0],
+            default=(None, None),
+        )
+        if since is None or session is None or time.monotonic() - since < self.limits.idle_seconds:
+            return False
+        self._end(session, Unavailable(f"nothing to compute for {self.limits.idle_seconds:g} s while others wait"))
+        self.observer.refused("idle")
+        self._release(session)
+        return True
 
     def _sessions(self) -> list[S]:
         with self._lock:
@@ -142,8 +181,7 @@ class Engine(Generic[S]):
         now = time.monotonic()
         for session in self._sessions():
             if session.deadline is not None and now >= session.deadline and not session.finished:
-                session.outbox.fail(DeadlineExceeded("the deadline passed before the work was done"))
-                session.finished = True
+                self._end(session, DeadlineExceeded("the deadline passed before the work was done"))
                 self.observer.refused("deadline")
             if session.cancelled or session.finished:
                 self._release(session)
@@ -168,7 +206,8 @@ class Engine(Generic[S]):
             except torch.OutOfMemoryError:  # the others' state is whole
                 _log.exception("no memory for a session's KV; it is refused")
                 self._free_memory()
-                session.outbox.fail(Overloaded("the device has no memory left for this session", 1.0))
+                self._end(session, Overloaded("the device has no memory left for this session", 1.0))
+                self.observer.refused("kv")
                 self._release(session)
             self._report()
         if self._waiting:  # they do not fit; whoever watches shall know, though nothing starts

@@ -1,6 +1,6 @@
 """What an engine takes at most, and how busy it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,12 @@ class EngineLimits:
     kv_bytes: int = 2 << 30  # KV budget in bytes
     run_ahead: int = 2  # blocks that may wait unread before a session pauses
     prefix_cache_bytes: int = 256 << 20  # for KV of identical leading blocks, beside kv_bytes; 0 switches it off
+    idle_seconds: float = 60.0  # that a running session may have nothing to compute while others wait
     chunk: int = 512  # latents of context that one forward pass takes while no session is sampling
+
+    def in_chunks_of(self, block_size: int) -> "EngineLimits":
+        """The same with chunks of whole blocks: within a block all positions see each other, so none may be cut."""
+        return replace(self, chunk=max(block_size, self.chunk // block_size * block_size))
 
 
 @dataclass(frozen=True)

@@ -26,4 +26,4 @@ class EngineObserver:
         """Several steps in a row have failed: perhaps no session's fault."""
 
     def refused(self, reason: str) -> None:
-        """A session was turned away: "queue", "kv" or "deadline"."""
+        """A session was turned away: "queue", "kv", "deadline" or "idle"."""

@@ -88,9 +88,15 @@ class PrefixCache(Generic[T]):
     def _drop(self, last: bytes) -> None:
         entry = self._entries.pop(last)
         self.nbytes -= entry.nbytes
-        for key in entry.keys:
-            if self._owners.get(key) == last:
-                del self._owners[key]
+        lost = [key for key in entry.keys if self._owners.get(key) == last]
+        for key in lost:
+            del self._owners[key]
+        for other in self._entries.values() if lost else ():  # that begin alike
+            if other.keys[0] == entry.keys[0]:
+                for mine, its in zip(entry.keys, other.keys, strict=False):
+                    if mine != its:
+                        break
+                    self._owners.setdefault(mine, other.keys[-1])
 
 
 class Prefixes:
@@ -124,7 +130,9 @@ class Prefixes:
             except torch.OutOfMemoryError:  # sessions need it more
                 _log.warning("no memory left to keep prefixes in; all kept ones are given up")
                 self.forget()
+            self._observer.prefix_cache(0, 0, self._cache.nbytes)
 
     def forget(self) -> None:
         """Give up all that is kept."""
         self._cache.clear()
+        self._observer.prefix_cache(0, 0, 0)

@@ -65,6 +65,7 @@ class Session(Generic[T]):
         self.started: float | None = None
         self.cancelled = False
         self.finished = False
+        self.idle_since: float | None = None  # when a pass could last have brought it on; None: it can
 
     def cancel(self) -> None:
         """The caller is gone. Any thread; the device thread frees the session before its next step."""
@@ -79,6 +80,9 @@ class Session(Generic[T]):
     def ready(self) -> bool:
         """Whether a forward pass would bring this session on."""
         return True
+
+    def went_on(self) -> None:
+        """It had nothing to compute, and has again."""
 
     def timings(self, since: float) -> Timings:
         """Of a result finished now whose work was first possible at `since`."""

@@ -1,5 +1,6 @@
 """When a replica breaks the caller notices nothing: the same ids as undisturbed, nothing asked twice."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -13,12 +14,20 @@ from colaserve.v1 import latent_service_pb2, types_pb2
 from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.prior_run import PriorRun
-from colaserve_services.errors import ColaserveError, InvalidRequest, ModelMismatch, Overloaded, Unavailable
+from colaserve_services.errors import (
+    ColaserveError,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelMismatch,
+    Overloaded,
+    Unavailable,
+)
 from tests.waiting import eventually
 
 PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again
 SEED = types_pb2.NoiseSeed(base_seed=11, sample_id=2)
 REQUEST = {"prompt": PROMPT, "max_new_tokens": 18, "seed": SEED, "ignore_end": True, "with_latents": True}
+FULL = StatusCode.RESOURCE_EXHAUSTED
 BROKEN = [StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.CANCELLED, StatusCode.UNKNOWN]
 
 
@@ -148,6 +157,59 @@ async def test_a_run_in_its_middle_waits_for_an_overloaded_replica(world):
     full = dict.fromkeys(range(2, 6), (0, StatusCode.RESOURCE_EXHAUSTED))
     world.decoder.faults = {1: (2, StatusCode.UNAVAILABLE), **full}
     assert told(await world.generate(**REQUEST)) == undisturbed
+
+
+async def test_a_run_in_its_middle_waits_for_a_full_stage_until_its_deadline(world):
+    world.decoder.faults = {0: (1, StatusCode.UNAVAILABLE), **dict.fromkeys(range(1, 10_000), (0, FULL))}
+    started = time.monotonic()
+    with pytest.raises((Overloaded, DeadlineExceeded)):
+        await world.generate(**REQUEST, call=Call(deadline=started + 0.5))
+    assert time.monotonic() - started > 0.4
+    assert len(world.decoder.calls) > 10
+
+
+async def test_without_a_deadline_it_does_not_wait_for_ever(world, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PATIENCE", 0.1)
+    world.decoder.faults = {0: (1, StatusCode.UNAVAILABLE), **dict.fromkeys(range(1, 10_000), (0, FULL))}
+    with pytest.raises(Overloaded, match="decoder"):
+        await world.generate(**REQUEST)
+
+
+async def test_refusals_of_a_full_stage_are_no_failovers(world):
+    world.prior.faults = {0: (0, FULL)}
+    await world.generate(**REQUEST)
+    world.prior.faults = dict.fromkeys(range(2, 100), (0, FULL))
+    with pytest.raises(Overloaded):
+        await world.generate(**REQUEST)
+    assert world.heard.of("failover") == []
+
+
+async def test_no_decoder_is_held_before_the_prior_has_written(world):
+    """Else calls that hold all decoders could wait for priors which other calls hold that wait for decoders."""
+    world.prior.gate.clear()
+    generating = asyncio.create_task(world.generate(**REQUEST))
+    await eventually(lambda: world.prior.running == 1)
+    await asyncio.sleep(0.05)
+    assert world.decoder.calls == []
+    world.prior.gate.set()
+    await generating
+
+
+async def test_no_decoder_is_held_while_a_broken_prior_is_carried_on(world):
+    undisturbed, begin = told(await world.generate(**REQUEST)), world.prior.begin
+
+    def begin_and_wait(request: Any, context: Any) -> Any:
+        if len(world.prior.calls) == 2:
+            world.prior.gate.clear()
+        return begin(request, context)
+
+    world.prior.begin, world.prior.faults = begin_and_wait, {1: (2, StatusCode.UNAVAILABLE)}
+    generating = asyncio.create_task(world.generate(**REQUEST))
+    await eventually(lambda: len(world.prior.calls) == 3 and len(world.decoder.calls) == 3)
+    await eventually(lambda: world.decoder.running == 0)  # it had opened one a block, for the two that were written
+    world.prior.gate.set()
+    assert told(await generating) == undisturbed
+    assert len(world.decoder.calls) == 4
 
 
 async def test_a_stage_that_answers_nonsense_is_left_for_another(world):

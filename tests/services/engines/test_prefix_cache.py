@@ -21,10 +21,15 @@ class Watch:
     """Counts the rows an engine computes."""
 
     def __init__(self, engine: object):
-        self.rows = 0
+        self.rows = self.held = 0
         self.hits: list[tuple[int, int]] = []
         engine.observer.stepped = lambda seconds, rows, sessions: self.count(rows)  # type: ignore[attr-defined]
-        engine.observer.prefix_cache = lambda hits, misses, held: self.hits.append((hits, misses))  # type: ignore[attr-defined]
+        engine.observer.prefix_cache = self.looked  # type: ignore[attr-defined]
+
+    def looked(self, hits: int, misses: int, held: int) -> None:
+        self.held = held
+        if hits or misses:
+            self.hits.append((hits, misses))
 
     def count(self, rows: int) -> None:
         self.rows += rows
@@ -67,6 +72,7 @@ async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
         await settled(stages)
         assert torch.equal(cold, warm)
         assert watch.take() == cost - 64
+        assert watch.held == stages.prior.prefixes._cache.nbytes > 0
         await sample(stages, torch.cat((LATENTS[:32], -LATENTS[32:])))
         assert watch.hits == [(0, 16), (16, 0), (8, 8)]
 
@@ -125,6 +131,17 @@ def test_the_longest_known_beginning_is_found() -> None:
     assert cache.find(keys("ac"))[0] == 1
     assert cache.find(keys("b")) == (0, None)
     assert cache.find([]) == (0, None)
+
+
+def test_a_beginning_that_two_chains_share_is_known_as_long_as_one_of_them() -> None:
+    for first, second in (("abcd", "abx"), ("abx", "abcd")):
+        cache: PrefixCache[str] = PrefixCache(20)
+        cache.add(keys(first), first, 10)
+        cache.add(keys(second), second, 10)
+        cache.find(keys(first))
+        cache.add(keys("z"), "z", 10)  # in place of the second
+        assert cache.find(keys("ab")) == (2, first)
+        assert cache.find(keys(second))[0] == 2
 
 
 def test_a_chain_that_continues_another_replaces_it() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.session import Session
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
+from tests.services.model.checkpoints import write_checkpoint
 from tests.waiting import eventually
 
 EMPTY = torch.zeros(0, 16)
@@ -207,6 +209,76 @@ async def test_a_failing_step_ends_its_sessions_and_the_engine_serves_on(tiny: G
         assert len(await sample(stages, job())) == 2
 
 
+async def test_a_failing_step_ends_those_who_run_and_nobody_who_waits(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1)) as stages:
+        forward, failures = stages.prior._velocities, [RuntimeError("device lost")]
+
+        def broken(turns: Any) -> torch.Tensor:
+            if failures:
+                raise failures.pop()
+            return forward(turns)
+
+        stages.prior._velocities = broken  # type: ignore[method-assign]
+        first, *others = await asyncio.gather(*(sample(stages, job(k)) for k in range(3)), return_exceptions=True)
+        assert isinstance(first, Unavailable)
+        assert [len(other) for other in others if not isinstance(other, BaseException)] == [2, 2]
+
+
+async def test_a_pass_without_memory_gives_up_what_is_only_kept(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        await sample(stages, job(context=16))
+        await freed(stages)
+        assert stages.prior.prefixes._cache.nbytes > 0
+        forward = stages.prior._velocities
+
+        def broken(turns: object) -> torch.Tensor:
+            stages.prior._velocities = forward  # type: ignore[method-assign]
+            raise torch.OutOfMemoryError
+
+        stages.prior._velocities = broken  # type: ignore[method-assign]
+        with pytest.raises(Unavailable):
+            await sample(stages, job(1))
+        await freed(stages)
+        assert stages.prior.prefixes._cache.nbytes == 0
+
+
+async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
+        async with stages.prior.session(job(blocks=6)) as unread:
+            await eventually(lambda: unread.outbox.unread == 2)
+            await asyncio.sleep(0.5)  # while nobody waits
+            assert stages.prior.load().running == 1
+            assert len(await sample(stages, job(1))) == 2
+            got = aiter(unread)
+            assert [(await anext(got)).index for _ in range(2)] == [0, 1]  # what was written is not lost
+            with pytest.raises(Unavailable, match=r"nothing to compute for 0\.3 s while others wait"):
+                await anext(got)
+        await freed(stages)
+
+
+async def test_who_sends_nothing_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
+    wanted = DecodeJob(noise(4), max_latents=16)
+    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
+        async with stages.decoder.session(wanted) as silent:
+            await silent.decode(noise(4))
+            async with stages.decoder.session(wanted) as other:
+                await asyncio.wait_for(other.decode(noise(4)), 20)
+            with pytest.raises(Unavailable, match="nothing to compute"):
+                await silent.decode(noise(4))
+        await freed(stages)
+
+
+async def test_time_in_which_a_reader_is_away_is_not_counted_as_computing(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=1)) as stages:
+        async with stages.prior.session(job(blocks=3)) as session:
+            blocks = aiter(session)
+            await eventually(lambda: session.outbox.unread == 1 and session.idle_since is not None)
+            await asyncio.sleep(1)
+            await anext(blocks)
+            late = await anext(blocks)
+        assert late.timings.compute_us < 900_000
+
+
 async def test_decoding_resumes_with_the_same_draws_from_prefix_and_history(tiny: Golden) -> None:
     sampling = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3)
     latents = noise(24)
@@ -297,6 +369,21 @@ async def test_encoding_does_not_depend_on_the_batch_or_on_chunks(tiny: Golden) 
         whole, _ = await stages.encoder.encode(sequences)
         for chunked, one in zip(together, whole, strict=True):
             torch.testing.assert_close(chunked.latents, one.latents, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 31])
+async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
+    """Positions of a block see each other, whatever size a pass would like to have."""
+    folder = write_checkpoint(tmp_path, vae={"block_size": 12}, dit={"block_size": 12})
+    ids, block = list(range(3, 63)), torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    prefix, results = torch.randn(48, 8, generator=torch.Generator().manual_seed(0)), []
+    for limits in (EngineLimits(max_context=120, chunk=chunk), EngineLimits(max_context=120)):
+        with engines(folder, limits) as stages:
+            (encoded,), _ = await stages.encoder.encode([ids])
+            async with stages.decoder.session(DecodeJob(prefix, with_logits=True)) as session:
+                results.append((encoded.latents, (await session.decode(block)).logits))
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()

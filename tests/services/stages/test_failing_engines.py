@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import pytest
 
+from colaserve_services.errors import Overloaded
 from colaserve_services.launch import stages as launched
 from colaserve_services.runtime.observer import EngineObserver
 from tests.services.stages.serving import serving
@@ -38,12 +39,14 @@ async def ask(served) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
-async def test_three_failed_steps_in_a_row_are_told_once_and_a_good_one_starts_anew(tiny, monkeypatch):
+async def test_three_failed_steps_in_a_row_are_told_and_three_more_and_a_good_one_starts_anew(tiny, monkeypatch):
     async with serving(tiny) as served:
         prior, watch = served.stages.engines["prior"], Watch()
         monkeypatch.setattr(prior, "observer", watch)
         forward = prior._forward
-        for forwards, expected in ((broken, 0), (forward, 0), (broken, 0), (broken, 0), (broken, 1), (broken, 1)):
+        for forwards, expected in (
+            *((broken, 0), (forward, 0), (broken, 0), (broken, 0), (broken, 1), (broken, 1), (broken, 1), (broken, 2)),
+        ):
             monkeypatch.setattr(prior, "_forward", forwards)
             code = grpc.StatusCode.OK if forwards is forward else grpc.StatusCode.UNAVAILABLE
             assert await ask(served) == code
@@ -78,6 +81,19 @@ async def test_engines_that_fail_at_their_warm_up_too_are_told_until_they_manage
             await eventually(lambda: len(told) >= 2)
             assert all(told)
         await eventually(lambda: told[-1] is False)
+        task.cancel()
+
+
+async def test_a_busy_engine_does_not_vouch_for_another(tiny, told, monkeypatch):
+    async def busy(engine: object) -> None:
+        raise Overloaded("full", 1.0)
+
+    monkeypatch.setitem(launched._WARM_UPS, "decoder", busy)
+    async with serving(tiny) as served:
+        monkeypatch.setattr(served.stages.engines["prior"], "_forward", broken)
+        task = await watched(served, told)
+        await eventually(lambda: told)
+        assert told[0] is True
         task.cancel()
 
 
