@@ -69,7 +69,7 @@ async def test_going_down_is_said_first_and_running_streams_end_well(gateway: Ru
 
 def refuses_connections(gateway: Running) -> bool:
     with socket.socket() as probe:
-        probe.setblocking(False)
+        probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", gateway.server.port)) == errno.ECONNREFUSED
 
 
