@@ -59,7 +59,8 @@ async def encode(stages: Engines, ids: list[int]) -> torch.Tensor:
 
 async def settled(stages: Engines) -> None:
     """The observer is told after the result is out, and before the session is let go."""
-    await eventually(lambda: stages.prior.load().running == stages.decoder.load().running == 0)
+    engines_ = (stages.encoder, stages.decoder, stages.prior)
+    await eventually(lambda: all(engine.load().running == 0 for engine in engines_))
 
 
 async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
