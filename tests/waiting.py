@@ -11,18 +11,22 @@ PATIENCE = 20.0  # seconds; a busy machine may stand still for some
 
 async def eventually(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Return once a condition holds; fail when it does not in time."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"it did not come to be within {seconds:g} s"
-        await asyncio.sleep(0.005)
+    for pause in _looks(holds, seconds):
+        await asyncio.sleep(pause)
 
 
 def wait_until(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
     """The same where there is no event loop."""
+    for pause in _looks(holds, seconds):
+        time.sleep(pause)
+
+
+def _looks(holds: Callable[[], object], seconds: float) -> Iterator[float]:
+    """The pauses between looks, until it holds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"it did not come to be within {seconds:g} s"
-        time.sleep(0.005)
+        yield 0.005
 
 
 @contextmanager

@@ -55,11 +55,8 @@ class AsyncBaseClient:
         deadline = time.monotonic() + timeout
         while not await self.healthy(max(deadline - time.monotonic(), 0.1)):  # it is asked once at least
             if (left := deadline - time.monotonic()) <= 0:
-                break
+                raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
             await asyncio.sleep(min(0.1, left))
-        else:
-            return
-        raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
 
     async def close(self) -> None:
         """Cancel what runs and disconnect."""

@@ -54,11 +54,8 @@ class BaseClient:
         deadline = time.monotonic() + timeout
         while not self.healthy(max(deadline - time.monotonic(), 0.1)):  # it is asked once at least
             if (left := deadline - time.monotonic()) <= 0:
-                break
+                raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
             time.sleep(min(0.1, left))
-        else:
-            return
-        raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
 
     def close(self) -> None:
         """Cancel what runs and disconnect."""

@@ -103,8 +103,8 @@ class Core:
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
     ) -> PriorRun:
-        """A run of the prior over a canvas. `on_wait` hears True when it must wait for another
-        replica, False when that writes."""
+        """A run of the prior over a canvas. `on_wait` hears True when it must wait for another replica, False when
+        that writes."""
         attempts = self.attempts("prior", call)
         return PriorRun(self.stages.prior, self.model, latents, blocks, sampler, seed, attempts, open_spans, on_wait)
 

@@ -1,6 +1,7 @@
 """Admission and turn-taking, common to the three engines."""
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -124,7 +125,7 @@ class Engine(Generic[S]):
         with self._lock:
             due = [s.deadline for s in (*self._waiting, *self._running) if s.deadline is not None]
             if self._waiting:
-                due += [s.idle_since + self.limits.idle_seconds for s in self._running if s.idle_since is not None]
+                due += [s.idle_since + self.limits.idle_seconds for s in self._running if s.idle_since < math.inf]
         return min(due, default=None)
 
     def fail(self, error: Exception) -> None:
@@ -135,9 +136,7 @@ class Engine(Generic[S]):
         if isinstance(error, torch.OutOfMemoryError):
             self._free_memory()
         told = error if isinstance(error, ColaserveError) else Unavailable(f"the engine failed: {type(error).__name__}")
-        with self._lock:
-            running = list(self._running)
-        for session in running:
+        for session in self._running:
             self._end(session, told)
         self._release_ended()
 
@@ -150,23 +149,20 @@ class Engine(Generic[S]):
         ready, now = [], time.monotonic()
         for session in self._running:
             if session.ready():
-                if session.idle_since is not None:
-                    session.idle_since = None
+                if session.idle_since < math.inf:
+                    session.idle_since = math.inf
                     session.went_on()
                 ready.append(session)
-            elif session.idle_since is None:
-                session.idle_since = now
+            else:
+                session.idle_since = min(session.idle_since, now)
         return ready
 
     def _give_up_idle(self) -> bool:
         """End the session that has had nothing to compute for longest, if that is too long while others wait: its
         reader is away, or sends nothing. Its caller may go on with another one."""
-        since, session = min(
-            ((s.idle_since, s) for s in self._running if s.idle_since is not None and not s.ready()),
-            key=lambda idle: idle[0],
-            default=(None, None),
-        )
-        if since is None or session is None or time.monotonic() - since < self.limits.idle_seconds:
+        idle = [session for session in self._running if not session.ready()]
+        session = min(idle, key=lambda session: session.idle_since, default=None)
+        if session is None or time.monotonic() - session.idle_since < self.limits.idle_seconds:
             return False
         self._end(session, Unavailable(f"nothing to compute for {self.limits.idle_seconds:g} s while others wait"))
         self.observer.refused("idle")

@@ -1,6 +1,7 @@
 """A session: what one caller holds in an engine, and the way its results go back to the caller's event loop."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -65,7 +66,7 @@ class Session(Generic[T]):
         self.started: float | None = None
         self.cancelled = False
         self.finished = False
-        self.idle_since: float | None = None  # when a pass could last have brought it on; None: it can
+        self.idle_since = math.inf  # when a pass could last have brought it on (time.monotonic); inf: it can
 
     def cancel(self) -> None:
         """The caller is gone. Any thread; the device thread frees the session before its next step."""

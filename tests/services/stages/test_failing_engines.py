@@ -44,9 +44,8 @@ async def test_three_failed_steps_in_a_row_are_told_and_three_more_and_a_good_on
         prior, watch = served.stages.engines["prior"], Watch()
         monkeypatch.setattr(prior, "observer", watch)
         forward = prior._forward
-        for forwards, expected in (
-            *((broken, 0), (forward, 0), (broken, 0), (broken, 0), (broken, 1), (broken, 1), (broken, 1), (broken, 2)),
-        ):
+        steps = [broken, forward, broken, broken, broken, broken, broken, broken]
+        for forwards, expected in zip(steps, [0, 0, 0, 0, 1, 1, 1, 2], strict=True):
             monkeypatch.setattr(prior, "_forward", forwards)
             code = grpc.StatusCode.OK if forwards is forward else grpc.StatusCode.UNAVAILABLE
             assert await ask(served) == code

@@ -39,7 +39,6 @@ FLOATS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 7.0, 1e-30, 1e38, float("na
 BYTES = st.sampled_from(
     [b"", b"\x00", b"\x00" * 64, b"\x00" * 256, b"\x00" * 512, b"\xff" * 256, b"\x00\x00\x80\x7f" * 64]
 )
-
 SCALARS = {
     FieldDescriptor.TYPE_UINT32: NUMBERS,
     FieldDescriptor.TYPE_UINT64: LONGS,

@@ -1,0 +1,174 @@
+"""Who runs, who waits, who gives a place up: readers that stay away, full engines, steps and memory that fail."""
+
+import asyncio
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from colaserve_services.prior.engine import PriorSession
+from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.runtime.limits import EngineLimits
+from tests.conftest import Golden
+from tests.services.engines.conftest import Engines, engines
+from tests.services.engines.runs import freed, job, noise, sample
+from tests.waiting import eventually
+
+
+async def test_an_unread_run_pauses_and_goes_on_when_read(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
+        async with stages.prior.session(job(blocks=6)) as session:
+            await eventually(lambda: session.outbox.unread == 2)
+            await asyncio.sleep(0.1)  # in which it would go on
+            assert session.run.block == 2
+            assert [block.index async for block in session] == list(range(6))
+
+
+async def test_a_passed_deadline_ends_a_run_and_frees_it(tiny: Golden) -> None:
+    async def sample_until(stages: Engines, wanted: SampleJob, seconds: float) -> None:
+        async with stages.prior.session(wanted, deadline=time.monotonic() + seconds) as session:
+            async for _ in session:
+                await asyncio.sleep(seconds)
+
+    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
+        with pytest.raises(DeadlineExceeded):  # while it computes
+            await sample_until(stages, job(blocks=100, steps=1000), 0.2)
+        await freed(stages)
+        with pytest.raises(DeadlineExceeded):  # while it is paused
+            await sample_until(stages, job(blocks=20), 0.2)
+        await freed(stages)
+
+
+async def test_a_full_queue_refuses_at_once_and_harms_nobody(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, max_running=1, max_waiting=1, run_ahead=1)
+    with engines(tiny.directory, limits) as stages:
+        async with stages.prior.session(job(1)) as first, stages.prior.session(job(2)) as second:
+            with pytest.raises(Overloaded) as refused:
+                async with stages.prior.session(job(3)):
+                    pass
+            assert 0 < refused.value.retry_after <= 60
+            assert len([block async for block in first]) == 2
+            assert len([block async for block in second]) == 2
+        await freed(stages)
+
+
+async def test_runs_wait_for_cache_and_start_when_it_is_free(tiny: Golden) -> None:
+    with engines(tiny.directory) as probe:
+        need = probe.prior.kv_shape.nbytes(4 + 2 * 4)
+    limits = EngineLimits(max_context=512, kv_bytes=2 * need, run_ahead=1)
+    with engines(tiny.directory, limits) as stages:
+        results = await asyncio.gather(*(sample(stages, job(seed)) for seed in range(6)))
+        assert [len(blocks) for blocks in results] == [2] * 6
+        with pytest.raises(InvalidRequest, match="the budget"):
+            async with stages.prior.session(job(blocks=100)):
+                pass
+        await freed(stages)
+
+
+async def test_a_failing_step_ends_its_sessions_and_the_engine_serves_on(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        forward = stages.prior._velocities
+
+        def broken(turns: object) -> torch.Tensor:
+            stages.prior._velocities = forward  # type: ignore[method-assign]
+            raise RuntimeError("device lost")
+
+        stages.prior._velocities = broken  # type: ignore[method-assign, assignment]
+        with pytest.raises(Unavailable):
+            await sample(stages, job())
+        await freed(stages)
+        assert len(await sample(stages, job())) == 2
+
+
+async def test_a_failing_step_ends_those_who_run_and_nobody_who_waits(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1)) as stages:
+        forward, failures = stages.prior._velocities, [RuntimeError("device lost")]
+
+        def broken(turns: Any) -> torch.Tensor:
+            if failures:
+                raise failures.pop()
+            return forward(turns)
+
+        stages.prior._velocities = broken  # type: ignore[method-assign]
+        first, *others = await asyncio.gather(*(sample(stages, job(k)) for k in range(3)), return_exceptions=True)
+        assert isinstance(first, Unavailable)
+        assert [len(other) for other in others if not isinstance(other, BaseException)] == [2, 2]
+
+
+async def test_a_pass_without_memory_gives_up_what_is_only_kept(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        await sample(stages, job(context=16))
+        await freed(stages)
+        assert stages.prior.prefixes._cache.nbytes > 0
+        forward = stages.prior._velocities
+
+        def broken(turns: object) -> torch.Tensor:
+            stages.prior._velocities = forward  # type: ignore[method-assign]
+            raise torch.OutOfMemoryError
+
+        stages.prior._velocities = broken  # type: ignore[method-assign]
+        with pytest.raises(Unavailable):
+            await sample(stages, job(1))
+        await freed(stages)
+        assert stages.prior.prefixes._cache.nbytes == 0
+
+
+async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
+        async with stages.prior.session(job(blocks=6)) as unread:
+            await eventually(lambda: unread.outbox.unread == 2)
+            await asyncio.sleep(0.5)  # while nobody waits
+            assert stages.prior.load().running == 1
+            assert len(await sample(stages, job(1))) == 2
+            got = aiter(unread)
+            assert [(await anext(got)).index for _ in range(2)] == [0, 1]  # what was written is not lost
+            with pytest.raises(Unavailable, match=r"nothing to compute for 0\.3 s while others wait"):
+                await anext(got)
+        await freed(stages)
+
+
+async def test_who_sends_nothing_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
+    wanted = DecodeJob(noise(4), max_latents=16)
+    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
+        async with stages.decoder.session(wanted) as silent:
+            await silent.decode(noise(4))
+            async with stages.decoder.session(wanted) as other:
+                await asyncio.wait_for(other.decode(noise(4)), 20)
+            with pytest.raises(Unavailable, match="nothing to compute"):
+                await silent.decode(noise(4))
+        await freed(stages)
+
+
+async def test_time_in_which_a_reader_is_away_is_not_counted_as_computing(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=1)) as stages:
+        async with stages.prior.session(job(blocks=3)) as session:
+            blocks = aiter(session)
+            await eventually(lambda: session.outbox.unread == 1 and session.idle_since < math.inf)
+            await asyncio.sleep(1)
+            await anext(blocks)
+            late = await anext(blocks)
+        assert late.timings.compute_us < 900_000
+
+
+async def test_a_session_for_which_there_is_no_memory_is_refused_and_the_others_go_on(
+    tiny: Golden, monkeypatch: pytest.MonkeyPatch
+):
+    with engines(tiny.directory) as stages:
+        alone = await sample(stages, job(1))
+        start = PriorSession.start
+
+        def scarce(session: PriorSession) -> None:
+            if session.job.base_seed == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            start(session)
+
+        monkeypatch.setattr(PriorSession, "start", scarce)
+        fine, refused = await asyncio.gather(sample(stages, job(1)), sample(stages, job(2)), return_exceptions=True)
+        assert isinstance(refused, Overloaded)
+        assert isinstance(fine, list)
+        assert torch.equal(fine[-1].latents, alone[-1].latents)
+        await freed(stages)
