@@ -136,7 +136,8 @@ def test_break_cancels_at_the_server(client: Client, behaviour: Behaviour, event
     for _ in client.stream("Once"):
         break
     gc.collect()
-    eventually(lambda: behaviour.cancelled == 1 and behaviour.running == 0)
+    eventually(lambda: behaviour.running == 0)
+    assert (behaviour.calls, behaviour.cancelled) == (1, 1)
 
 
 def test_an_exception_inside_cancels_at_the_server(
@@ -191,7 +192,8 @@ async def test_leaving_an_asyncio_stream_cancels_at_the_server(
     async for _ in async_client.stream("Once"):
         break
     gc.collect()
-    await in_thread(lambda: eventually(lambda: behaviour.cancelled == 2))
+    await in_thread(lambda: eventually(lambda: behaviour.running == 0))
+    assert (behaviour.calls, behaviour.cancelled) == (2, 2)
 
 
 async def test_cancelling_the_task_cancels_at_the_server(
@@ -328,6 +330,7 @@ async def test_leaving_an_asyncio_batch_cancels_what_runs(
     await in_thread(lambda: eventually(lambda: behaviour.running == 2))
     await outcomes.aclose()
     await in_thread(lambda: eventually(lambda: behaviour.running == 0))
+    assert behaviour.cancelled == 2
 
 
 @pytest.mark.parametrize("concurrency", [0, -1])

@@ -70,9 +70,10 @@ def check(value, shape, where):
 
 
 def test_their_fields_exist_and_hold_the_right_kind_of_value(rendered):
-    for kind, shape in SPECS.items():
-        for found in rendered.kind(kind):
-            check(found["spec"], shape, f"{kind} {found['metadata']['name']}")
+    found = [(kind, each) for kind in SPECS for each in rendered.kind(kind)]
+    for kind, each in found:
+        check(each["spec"], SPECS[kind], f"{kind} {each['metadata']['name']}")
+    assert len(found) == sum(each["kind"] in SPECS for each in rendered.objects)
 
 
 def test_every_kind_is_either_kubernetes_own_or_listed_here(rendered):

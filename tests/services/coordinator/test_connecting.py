@@ -142,6 +142,8 @@ async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokeniz
     watching = asyncio.create_task(coordinator.watch(lambda ready: None))
     await eventually(lambda: not coordinator.ready)
     watching.cancel()
+    [prior] = (each for each in (await coordinator.generation_info()).stages if each.stage == "prior")
+    assert not prior.serving
 
 
 async def test_info_tells_model_defaults_limits_and_stages(make_world):

@@ -182,3 +182,4 @@ async def test_leaving_sampled_latents_early_frees_the_prior(served):
     served.prior.gate.clear()
     call.cancel()
     await eventually(lambda: served.prior.running == 0)
+    assert len(served.prior.calls) == 1

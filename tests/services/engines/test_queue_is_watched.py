@@ -32,3 +32,4 @@ async def test_sessions_that_wait_behind_a_full_engine_are_counted_while_it_comp
                 await anext(aiter(first))
                 await eventually(lambda: watch.seen[-1] == (2, 1))
         await eventually(lambda: watch.seen[-1] == (0, 0))
+    assert max(watch.seen) == (2, 1)

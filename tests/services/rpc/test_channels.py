@@ -37,8 +37,8 @@ async def test_calls_go_round_over_serving_replicas_only():
         async def until(condition):
             for _ in range(200):
                 with suppress(grpc.aio.AioRpcError):  # of a replica whose end was not noticed yet
-                    if condition(await served_by()):
-                        return
+                    if condition(counts := await served_by()):
+                        return counts
                 await asyncio.sleep(0.05)
             raise AssertionError("it never came to be")
 
@@ -46,7 +46,7 @@ async def test_calls_go_round_over_serving_replicas_only():
         draining = asyncio.ensure_future(second.server.drain(drain_seconds=3600))
         await until(lambda counts: counts[1] == 0 and counts[0] == counts[2] == 6)
         await first.server.stop()
-        await until(lambda counts: counts == [0, 0, 12])
+        assert await until(lambda counts: counts[0] == 0) == [0, 0, 12]
         draining.cancel()
 
 

@@ -161,6 +161,7 @@ async def test_cancelling_the_reader_ends_the_servicer(connect):
         await eventually(lambda: servicer.written > 10)
         reader.cancel()
         await eventually(lambda: servicer.ended)
+        assert reader.cancelled()
 
 
 async def test_a_dropped_in_process_stream_ends_the_servicer():
@@ -170,6 +171,9 @@ async def test_a_dropped_in_process_stream_ends_the_servicer():
     del call
     gc.collect()
     await eventually(lambda: servicer.ended)
+    written = servicer.written
+    await asyncio.sleep(0.05)
+    assert servicer.written == written
 
 
 async def test_a_deadline_ends_a_stream_on_both_sides(connect):

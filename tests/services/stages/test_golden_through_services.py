@@ -29,7 +29,7 @@ async def test_every_recorded_generation_is_repeated(golden):
             latents = [next(encoded).latents if sequence else types_pb2.Latents() for sequence in ids]
             for explicit in (False, True):
                 runs = (run(served, golden, case, s, ids[s], latents[s], explicit) for s in range(len(ids)))
-                await asyncio.gather(*runs)
+                assert len(await asyncio.gather(*runs)) == len(case["tokens"])
 
 
 async def run(served, golden, case, sample_id, ids, latents, explicit):
