@@ -143,9 +143,11 @@ def test_the_engine_command_writes_every_number_a_table_and_a_picture(tiny_model
 
 def test_solvers_are_compared_within_their_round(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ["--dtype=float32", "--threads=1", "--sessions=1", "--context=8", "--steps=4", "--blocks=2", "--quick"]
-    out = tmp_path / "solvers.json"
-    result = CliRunner().invoke(bench, ["solvers", "--model", str(tiny_model), *arguments, "--json", str(out)])
+    out, picture = tmp_path / "solvers.json", tmp_path / "solvers.png"
+    left = ["--json", str(out), "--plot", str(picture)]
+    result = CliRunner().invoke(bench, ["solvers", "--model", str(tiny_model), *arguments, *left])
     assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
     rows = {row["variant"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == list(solvers.variants(SamplerSettings()))
     assert rows["plain"]["ratio"] == 1

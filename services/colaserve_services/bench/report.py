@@ -143,7 +143,10 @@ def _median(values: list[Any]) -> Any:
 
 
 def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[Column]) -> None:
-    """A panel for each of `panels`, a line for each value of `series`, over `x`. Raises UsageError."""
+    """A panel for each of `panels`: a line for each value of `series` over `x`; bars where each has one row, all at one x.
+
+    Raises UsageError.
+    """
     try:
         import matplotlib as mpl
 
@@ -151,19 +154,31 @@ def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[
         from matplotlib import pyplot
     except ImportError as error:
         raise UsageError("--plot: needs matplotlib; install colaserve[plot]") from error
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False)
+    draw = _bars if len({row[x] for row in rows}) == 1 and len({row[series] for row in rows}) == len(rows) else _lines
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.5 * len(panels) + 2, 3.5), squeeze=False, sharey=draw is _bars, layout="constrained"
+    )
     for axis, panel in zip(axes[0], panels, strict=True):
-        shown = [row for row in rows if row.get(panel.key) is not None]
-        for value in dict.fromkeys(row[series] for row in shown):
-            points = [(row[x], row[panel.key]) for row in shown if row[series] == value]
-            axis.plot([str(p[0]) for p in points], [p[1] for p in points], marker="o", label=f"{value}")
-        axis.set_xlabel(x)
+        draw(axis, [row for row in rows if row.get(panel.key) is not None], x, series, panel.key)
         axis.set_title(panel.heading)
-        if shown:
-            axis.legend(title=series, fontsize="small")
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
+    if lines := axes[0][0].get_lines():
+        figure.legend(handles=lines, title=series, loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _lines(axis: Any, rows: Sequence[Row], x: str, series: str, y: str) -> None:
+    for value in dict.fromkeys(row[series] for row in rows):
+        points = [(str(row[x]), row[y]) for row in rows if row[series] == value]
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{value}")
+    axis.set_xlabel(x)
+    axis.set_ylim(bottom=0)
+
+
+def _bars(axis: Any, rows: Sequence[Row], x: str, series: str, y: str) -> None:
+    values = {f"{row[series]}": row[y] for row in rows}
+    axis.barh(list(values), list(values.values()))
+    axis.set_ylim(len(values) - 0.5, -0.5)  # the first one on top
+    axis.set_xlabel("".join(f"{x} {value}" for value in dict.fromkeys(row[x] for row in rows)))
