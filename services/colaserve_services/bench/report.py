@@ -143,9 +143,9 @@ def _median(values: list[Any]) -> Any:
 
 
 def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[Column]) -> None:
-    """A panel for each of `panels`: a line for each value of `series` over `x`; bars where each has one row, all at one x.
+    """A panel for each of `panels`: a line for each value of `series` over `x`, or bars where each has one row.
 
-    Raises UsageError.
+    Bars are drawn when all those rows are at one `x`. Raises UsageError.
     """
     try:
         import matplotlib as mpl
