@@ -21,7 +21,8 @@ def torchrun(folder: Path, mode: str, until: int = 6, resume: str = "fresh") -> 
     path = os.pathsep.join([str(ROOT), *(str(ROOT / part) for part in ("client", "services", "protos/gen"))])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.parallel_job", str(folder), mode, str(until), resume]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # torchrun leaves a folder for logs behind
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[:4000]  # the processes' own words come before torchrun's
 

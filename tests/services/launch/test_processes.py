@@ -102,7 +102,7 @@ def test_roles_trust_each_other_by_tls_and_all_end_when_one_dies(tmp_path, autho
 
 
 def test_the_roles_end_when_what_started_them_is_killed(tmp_path):
-    with started(tmp_path, "up", "--split", *FREE_PORTS) as split:
+    with started(tmp_path, "up", "--split", *FREE_PORTS, env={"TMPDIR": str(tmp_path)}) as split:
         children = split.children()
         split.process.kill()
         split.process.wait(10)
