@@ -1,5 +1,6 @@
 """`colaserve chat`: a conversation, put to the model as the gateway does it."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def chat(
     """Talk with the model.
 
     The first message is put into the checkpoint's chat frame, where it has one; a longer conversation becomes a
-    transcript with the roles' names. The model has no other memory than that.
+    transcript with the roles' names. The model has no other memory than that. An answer that fails, or
+    Ctrl-C in it, ends a conversation whose messages come from a file or another program.
 
     \b
       colaserve chat
@@ -88,6 +90,11 @@ def _ask() -> str | None:
             return text
 
 
+def _interactive() -> bool:
+    """Whether someone types the messages, and not a file or a program whose next ones need all before."""
+    return sys.stdin.isatty()
+
+
 def _answer(
     client: Client,
     prompt: str,
@@ -96,7 +103,7 @@ def _answer(
     sampling: Sampling,
     seed: NoiseSeed | None,
 ) -> str | None:
-    """Print an answer as it comes and return it; None when there was an error or Ctrl-C."""
+    """Print an answer as it comes and return it; None when it was stopped, or failed and another may be asked for."""
     text = ""
     try:
         with client.stream(
@@ -105,11 +112,13 @@ def _answer(
             for chunk in stream:
                 click.echo(chunk.text if text else chunk.text.lstrip(), nl=False)
                 text += chunk.text
-    except (KeyboardInterrupt, Cancelled):
-        click.echo(" (stopped)")
-        return None
-    except ColaserveError as error:
-        click.echo(f"colaserve: {error}", err=True)
+    except (KeyboardInterrupt, ColaserveError) as error:
+        if not _interactive():
+            raise
+        if isinstance(error, KeyboardInterrupt | Cancelled):
+            click.echo(" (stopped)")
+        else:
+            click.echo(f"colaserve: {error}", err=True)
         return None
     click.echo()
     return text

@@ -24,7 +24,7 @@ from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.stages import Stages, agree
 from colaserve_services.coordinator.watch import FRESH_SECONDS, Lookout
-from colaserve_services.errors import CheckpointError, Unavailable
+from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable
 from colaserve_services.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ class Coordinator:
         limits: CoordinatorLimits | None = None,
         observer: CoordinatorObserver | None = None,
         model_name: str = "",
+        space: str = "",
     ):
+        """`space`: the latent space of the checkpoint that the tokenizer and the defaults are of; empty: not known."""
         self._stages, self._tokenizer = stages, tokenizer
         self._defaults, self._limits = defaults or Defaults(), limits or CoordinatorLimits()
         self._observer = observer or CoordinatorObserver()
@@ -51,12 +53,18 @@ class Coordinator:
         self._connected = asyncio.Event()
         self._connected_at = 0.0
         self.model_name = model_name
+        self._space = space
 
     async def connect(self) -> None:
-        """Wait for the stages and check that they serve one model. Raises Unavailable when they do not come within
-        limits.connect_seconds, ModelMismatch when they differ, CheckpointError when the tokenizer does not fit."""
-        infos = await self._lookout.wait(self._limits.connect_seconds)
+        """Wait for the stages, however long they take, and check that they serve one model. Raises Unavailable for what
+        waiting does not change, ModelMismatch when they differ, CheckpointError when the tokenizer does not fit."""
+        infos = await self._lookout.wait()
         model = agree(infos, self._limits.max_context, self._limits.max_message_bytes)
+        if self._space and model.space and self._space != model.space:
+            raise ModelMismatch(
+                f"the stages serve another model: space is {model.space} there, {self._space} in the coordinator's "
+                "checkpoint (--model)"
+            )
         if self._tokenizer.vocab_size > model.vocab_size:
             raise CheckpointError(
                 f"tokenizer.json has ids up to {self._tokenizer.vocab_size - 1}, "

@@ -17,14 +17,13 @@ class CoordinatorLimits:
     max_waiting: int = 512  # calls that wait for one of these; one more is refused at once
     queue_seconds: float = 30.0  # a call that waited so long is refused
     max_per_key: int = 0  # calls of one key at once, waiting ones included; 0: no bound
-    connect_seconds: float = 600.0  # patience with stages that are still starting
-    attempts: int = 10  # failures in a row of one stage until a call is given up
+    attempts: int = 8  # failures in a row of one stage until a call is given up
     watch_seconds: float = 1.0  # between two looks at the stages
 
     def __post_init__(self) -> None:
         for name in ("max_context", "max_message_bytes", "max_running", "attempts"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, expected 1 or more")
-        for name in ("max_waiting", "queue_seconds", "max_per_key", "connect_seconds"):
+        for name in ("max_waiting", "queue_seconds", "max_per_key"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: got {getattr(self, name)}, expected 0 or more")

@@ -17,6 +17,7 @@ from colaserve_services.errors import Unavailable
 
 LOOK_SECONDS: Final = 5.0  # patience with one answer
 FRESH_SECONDS: Final = 0.1  # a look that recent is not repeated
+_SILENT_SECONDS: Final = 15.0  # between two lines of the log about stages that are waited for
 _MISSES: Final = 2  # looks in a row without an answer until a stage counts as down
 _STARTING: Final = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
 
@@ -60,17 +61,17 @@ class Lookout:
         self._looked = time.monotonic()
         await asyncio.gather(*(self._ask(name) for name in NAMES))
 
-    async def wait(self, seconds: float) -> dict[str, Any]:
-        """The answers of all stages, once each has given one. Raises Unavailable when they do not come."""
-        deadline = time.monotonic() + seconds
-        pause = 0.05
+    async def wait(self) -> dict[str, Any]:
+        """The answers of all stages, once each has given one. The log says now and again who is waited for."""
+        tell_at, pause = time.monotonic() + _SILENT_SECONDS, 0.05
         while True:
             await self.look()
             if self.all_serving:
                 return {name: view.info for name, view in self.views.items()}
-            if time.monotonic() >= deadline:
-                raise Unavailable(f"waited {seconds:g} s for the stages: {self.faults()}")
-            await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+            if time.monotonic() >= tell_at:
+                _log.warning("waiting for the stages: %s", self.faults())
+                tell_at = time.monotonic() + _SILENT_SECONDS
+            await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
 
     def faults(self) -> str:

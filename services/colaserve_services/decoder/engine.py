@@ -142,10 +142,11 @@ class DecoderEngine(Engine[DecoderSession]):
         limits: EngineLimits,
         observer: EngineObserver | None = None,
     ):
-        super().__init__(device, limits.in_chunks_of(shape.block_size), observer or EngineObserver())
         config = model.config
-        self.model, self.shape = model, shape
         self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
+        limits = limits.fitting(shape.block_size, self.kv_shape.nbytes)
+        super().__init__(device, limits, observer or EngineObserver())
+        self.model, self.shape = model, shape
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
@@ -176,7 +177,7 @@ class DecoderEngine(Engine[DecoderSession]):
         return sum(turn.rows for turn in turns), len(turns)
 
     def _turns(self, ready: list[DecoderSession]) -> list[_Turn]:
-        room, turns = self.limits.chunk, []
+        room, turns = self.limits.prefill_chunk, []
         for session in ready:
             prefix = session.remaining_prefix()[: max(0, room)]
             complete = session.position + len(prefix) >= len(session.prefix)

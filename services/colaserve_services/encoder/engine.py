@@ -43,7 +43,7 @@ class EncoderSession(Session[Encoded]):
         self.ids = torch.tensor([*ids, *padding])
         self.rows = len(self.ids) // P  # latents, padding included
         self.length = -(-len(ids) // P)
-        self._cached = self.rows > engine.limits.chunk or engine.limits.prefix_cache_bytes > 0
+        self._cached = self.rows > engine.limits.prefill_chunk or engine.limits.prefix_cache_bytes > 0
         super().__init__(
             kv_bytes=engine.kv_shape.nbytes(self.rows) if self._cached else 0,
             work=self.rows,
@@ -105,11 +105,12 @@ class EncoderEngine(Engine[EncoderSession]):
         pad_id: int,
         observer: EngineObserver | None = None,
     ):
-        super().__init__(device, limits.in_chunks_of(shape.block_size), observer or EngineObserver())
         config = model.config
+        self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
+        limits = limits.fitting(shape.block_size, self.kv_shape.nbytes)
+        super().__init__(device, limits, observer or EngineObserver())
         self.model, self.shape, self.pad_id = model, shape, pad_id
         self.has_variance = config.use_variation
-        self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
 
     async def encode(
@@ -164,9 +165,9 @@ class EncoderEngine(Engine[EncoderSession]):
 
     def _turns(self, ready: list[EncoderSession]) -> list[tuple[EncoderSession, int]]:
         """(session, rows): whole sequences that fit one chunk together, or the next chunk of a long one."""
-        room, turns = self.limits.chunk, []
+        room, turns = self.limits.prefill_chunk, []
         for session in ready:
-            rows = min(session.rows - session.position, self.limits.chunk)
+            rows = min(session.rows - session.position, self.limits.prefill_chunk)
             if rows > room:
                 break
             turns.append((session, rows))

@@ -41,13 +41,19 @@ GROUPS: dict[str, list[click.Option]] = {
             click.Choice(["auto", "float32", "bfloat16"]),
         ),
         _option(
-            "--threads", None, "CPU threads that compute in one process [all cores; a third of them with --split].",
+            "--threads", None, "CPU threads that compute in one process [OMP_NUM_THREADS, else all cores].",
             POSITIVE,
         ),
     ],
     "Engine": [
         _option("--max-running", 32, "Sessions of one stage that share forward passes.", POSITIVE),
         _option("--max-waiting", 256, "Sessions of one stage that may wait; one more is refused.", COUNT),
+        _option(
+            "--max-waiting-work", float(1 << 24),
+            "Work, in latents * steps * passes, of the sessions of one stage that may wait; more is refused. No "
+            "session counts for more than half of it.",
+            click.FloatRange(min=1),
+        ),
         _option("--kv-bytes", 2 << 30, "Byte budget of one stage's KV cache.", POSITIVE),
         _option(
             "--prefix-cache-bytes", 256 << 20,
@@ -56,6 +62,18 @@ GROUPS: dict[str, list[click.Option]] = {
             COUNT,
         ),
         _option("--run-ahead", 2, "Blocks that the prior writes before they are read.", POSITIVE),
+        _option(
+            "--prefill-chunk", 512,
+            "Latents of contexts, or of sequences to encode, that one forward pass takes, in whole blocks. While "
+            "sessions sample, the prior takes fewer.",
+            POSITIVE,
+        ),
+        _option(
+            "--idle-seconds", 60.0,
+            "A session that has had nothing to compute for so long (its reader is away, its caller silent) gives its "
+            "place to who waits.",
+            click.FloatRange(min=0, min_open=True),
+        ),
     ],
     "Server": [
         _option("--host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4."),

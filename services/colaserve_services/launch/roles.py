@@ -146,7 +146,9 @@ def _coordinator(host: Host, params: Params, checkpoint: Checkpoint, stages: Sta
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
     defaults = Defaults.resolve(settings.request_defaults(params), checkpoint.defaults)
     name = params["served_model_name"] or checkpoint.name
-    return Coordinator(stages, tokenizer, defaults, limits, CoordinatorMetrics(host.metrics), name)
+    return Coordinator(
+        stages, tokenizer, defaults, limits, CoordinatorMetrics(host.metrics), name, space=checkpoint.space
+    )
 
 
 def _coordinator_services(coordinator: Coordinator) -> tuple[object, object]:

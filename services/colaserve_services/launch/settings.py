@@ -64,7 +64,10 @@ def checkpoint(params: Params) -> Path:
 
 def engine(params: Params) -> EngineLimits:
     """Limits of each engine."""
-    names = ("max_context", "max_running", "max_waiting", "kv_bytes", "prefix_cache_bytes", "run_ahead")
+    names = (
+        "max_context", "max_running", "max_waiting", "max_waiting_work", "kv_bytes", "prefix_cache_bytes", "run_ahead",
+        "prefill_chunk", "idle_seconds",
+    )  # fmt: skip
     return EngineLimits(**{name: params[name] for name in names})
 
 

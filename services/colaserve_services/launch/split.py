@@ -166,7 +166,7 @@ async def _start_and_watch(children: Children, settings: SplitSettings) -> None:
     for stage in STAGES:
         await children.start(stage, *PRIVATE, "--metrics-port=0", "--drain-seconds=0")
     targets = [f"--{stage}={(await children.wait_for_ports(stage))['grpc']}" for stage in STAGES]
-    await children.start("coordinator", "--metrics-port=0", *targets)
+    await children.start("coordinator", *targets)
     coordinator = (await children.wait_for_ports("coordinator"))["grpc"]
     await children.start("gateway", "--metrics-port=0", f"--coordinator={_reachable(coordinator)}")
     await children.wait_for_ports("gateway")

@@ -14,7 +14,11 @@ from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAG
 from colaserve_services.launch.settings import Params
 from colaserve_services.launch.split import STAGES, SplitSettings
 
-NOT_PASSED = {"ports_file", "metrics_port"}
+NOT_PASSED = {"ports_file"}
+COORDINATORS = {
+    "grpc_port",
+    "metrics_port",
+}  # the stages take free ones; the gateway's metrics are at its HTTP port too
 PER_CLIENT = {  # limits at the gateway only, and their variables: to the others it is one client
     "max_calls_per_client": "COLASERVE_MAX_CALLS_PER_CLIENT",
     "max_rate_per_client": "COLASERVE_MAX_RATE_PER_CLIENT",
@@ -32,9 +36,9 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
     channel = settings.channel(params)
     given = {name for name in params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE} - EDGE_ONLY
     inner = given - PER_CLIENT.keys()
-    arguments = {stage: _arguments(STAGE, params, inner - {"grpc_port"}) for stage in STAGES}
+    arguments = {stage: _arguments(STAGE, params, inner - COORDINATORS) for stage in STAGES}
     arguments["coordinator"] = _arguments(COORDINATOR, params, inner)
-    arguments["gateway"] = _arguments(GATEWAY, params, given)
+    arguments["gateway"] = _arguments(GATEWAY, params, given - COORDINATORS)
     return SplitSettings(
         arguments=arguments,
         environment=_environment(params),

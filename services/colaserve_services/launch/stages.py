@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,7 +104,6 @@ def load_stages(
         torch.set_num_threads(settings.threads)
     if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
         torch.backends.cuda.enable_cudnn_sdp(False)
-    limits = _whole_blocks(limits, checkpoint.shape.block_size)
     identity = Identity(checkpoint.space, str(device), str(dtype).removeprefix("torch."), max_message_bytes)
     thread = DeviceThread()
     engines, services = {}, {}
@@ -141,13 +140,6 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _whole_blocks(limits: EngineLimits, block_size: int) -> EngineLimits:
-    whole = limits.max_context // block_size * block_size
-    if not whole:
-        raise UsageError(f"--max-context: got {limits.max_context}, less than one block of {block_size} latents")
-    return replace(limits, max_context=whole)
 
 
 def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:

@@ -52,7 +52,7 @@ class PriorSession(Session[SampledBlock]):
         context = context_blocks(job, B)
         self._positions = B * (context + job.max_blocks)
         super().__init__(
-            kv_bytes=engine.kv_shape.nbytes(engine.kv_pool.room(self._positions)),
+            kv_bytes=engine.kv_bytes(self._positions),
             work=B * (context + job.max_blocks * job.sampler.passes()),
             deadline=deadline,
             on_read=engine.wake,
@@ -166,13 +166,14 @@ class PriorEngine(Engine[PriorSession]):
         limits: EngineLimits,
         observer: EngineObserver | None = None,
     ):
-        super().__init__(device, limits, observer or EngineObserver())
         config = model.config
-        self.model, self.shape = model, shape
         self.kv_shape = KVShape(
             config.num_layers, config.heads, config.head_dim, model.dtype, model.device, shape.block_size
         )
         self.kv_pool = KVPool(self.kv_shape)
+        limits = limits.fitting(shape.block_size, self.kv_bytes)
+        super().__init__(device, limits, observer or EngineObserver())
+        self.model, self.shape = model, shape
         self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.layout: _Layout | None = None  # of the last pass
         compiled = cpu_attention.takes(model.device, model.dtype, config.head_dim)
@@ -180,6 +181,10 @@ class PriorEngine(Engine[PriorSession]):
         keys_cost = cost * 2 * config.heads * config.head_dim / config.layer_weights
         self._key_cost = shape.block_size * keys_cost  # of attending to a block, beside a row's own products
         self.table = ModulationTable(model, model.device, limits.max_running + 1)
+
+    def kv_bytes(self, positions: int) -> int:
+        """Of a session with so many latents."""
+        return self.kv_shape.nbytes(self.kv_pool.room(positions))
 
     def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
         """Hold a run while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
@@ -210,7 +215,7 @@ class PriorEngine(Engine[PriorSession]):
         """
         sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
         least = _LEAST_ROWS[self.model.device.type] / B
-        room = max(_CONTEXT_SHARE * 2 * sampling, least) if sampling else self.limits.chunk / B
+        room = max(_CONTEXT_SHARE * 2 * sampling, least) if sampling else self.limits.prefill_chunk / B
         turns = []
         for session in ready:
             count = len(session.run.uncommitted)

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from colaserve_services.errors import ColaserveError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.limits import EngineLimits, Load
 from colaserve_services.runtime.observer import EngineObserver
@@ -56,7 +56,7 @@ class Engine(Generic[S]):
 
     @asynccontextmanager
     async def _admitted(self, session: S) -> AsyncIterator[S]:
-        """Hold a session while inside; leaving frees it, however one leaves. Raises `Overloaded`, `InvalidRequest`."""
+        """Hold a session while inside; leaving frees it, however one leaves. Raises `Overloaded`."""
         async with self._all_admitted([session]):
             yield session
 
@@ -72,23 +72,25 @@ class Engine(Generic[S]):
             self._device.wake()
 
     def _admit(self, sessions: list[S]) -> None:
-        for session in sessions:
-            if session.kv_bytes > self.limits.kv_bytes:
-                raise InvalidRequest(
-                    "max_context",
-                    f"needs {session.kv_bytes} bytes of KV cache; the budget (--kv-bytes) is {self.limits.kv_bytes}",
-                )
         with self._lock:
-            present = sum(not session.finished for session in (*self._waiting, *self._running))
-            refused = present >= self.limits.max_running + self.limits.max_waiting
+            waiting = [session for session in self._waiting if session.wanted]
+            present = len(waiting) + sum(session.wanted for session in self._running)
+            work = self._share(waiting)
+            many = present >= self.limits.max_running + self.limits.max_waiting
+            large = bool(waiting) and work + self._share(sessions) > self.limits.max_waiting_work
             retry_after = self._retry_after()
-            if not refused:
+            if not (many or large):
                 self._waiting.extend(sessions)
                 self._work_queued += sum(session.work for session in sessions)
-        if refused:
+        if many or large:
             self.observer.refused("queue")
-            raise Overloaded(f"{present} sessions run or wait already", retry_after)
+            work_waits = f"{work:.0f} units of work (latents * steps * passes) wait already"
+            raise Overloaded(f"{present} sessions run or wait already" if many else work_waits, retry_after)
         self._device.wake()
+
+    def _share(self, sessions: list[S]) -> float:
+        """What they take of the bound of waiting work: no session more than half, or one could keep out all others."""
+        return sum(min(session.work, self.limits.max_waiting_work / 2) for session in sessions)
 
     def _retry_after(self) -> float:
         """Seconds until a place in the queue is likely to be free: the queue's work over the measured rate, a share."""

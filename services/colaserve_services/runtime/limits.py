@@ -1,6 +1,13 @@
 """What an engine takes at most, and how busy it is."""
 
+import logging
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from colaserve_services.errors import UsageError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -10,15 +17,29 @@ class EngineLimits:
     max_context: int = 8192  # latent positions of a session, prompt and generation together
     max_running: int = 32  # sessions that share forward passes
     max_waiting: int = 256  # sessions that may wait; one more is refused
+    max_waiting_work: float = float(1 << 24)  # their work, latents * steps * passes; more is refused
     kv_bytes: int = 2 << 30  # KV budget in bytes
     run_ahead: int = 2  # blocks that may wait unread before a session pauses
     prefix_cache_bytes: int = 256 << 20  # for KV of identical leading blocks, beside kv_bytes; 0 switches it off
     idle_seconds: float = 60.0  # that a running session may have nothing to compute while others wait
-    chunk: int = 512  # latents of context that one forward pass takes while no session is sampling
+    prefill_chunk: int = 512  # latents of contexts in one pass; the prior takes fewer while a session samples
 
-    def in_chunks_of(self, block_size: int) -> "EngineLimits":
-        """The same with chunks of whole blocks: within a block all positions see each other, so none may be cut."""
-        return replace(self, chunk=max(block_size, self.chunk // block_size * block_size))
+    def fitting(self, block_size: int, kv_bytes: Callable[[int], int]) -> "EngineLimits":
+        """The same with whole blocks, and as long a context as the KV budget has room for.
+
+        `kv_bytes`: of a session with so many latents. Raises UsageError when there is no room for a block.
+        """
+        asked = self.max_context // block_size
+        if not asked:
+            raise UsageError(f"--max-context: got {self.max_context}, less than one block of {block_size} latents")
+        fit = bisect_right(range(1, asked + 1), self.kv_bytes, key=lambda blocks: kv_bytes(block_size * blocks))
+        if not fit:
+            raise UsageError(f"--kv-bytes: got {self.kv_bytes}, one block of latents needs {kv_bytes(block_size)}")
+        if fit < asked:
+            _log.warning("--kv-bytes has room for contexts of %d latents, not %d", block_size * fit, self.max_context)
+        # Within a block all positions see each other: none may be cut.
+        chunk = max(block_size, self.prefill_chunk // block_size * block_size)
+        return replace(self, max_context=block_size * fit, prefill_chunk=chunk)
 
 
 @dataclass(frozen=True)

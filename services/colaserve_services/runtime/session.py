@@ -68,6 +68,11 @@ class Session(Generic[T]):
         self.finished = False
         self.idle_since = math.inf  # when a pass could last have brought it on (time.monotonic); inf: it can
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it still has something to do for someone."""
+        return not (self.finished or self.cancelled)
+
     def cancel(self) -> None:
         """The caller is gone. Any thread; the device thread frees the session before its next step."""
         self.cancelled = True

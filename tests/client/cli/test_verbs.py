@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from colaserve_client import Latents, load_latents
+from colaserve_client.cli import chat, exits
 from tests.client.behaviour import Behaviour
 from tests.client.cli.conftest import Run
 from tests.client.fakes import SPACE, STORY, FakeServer
@@ -211,7 +212,16 @@ def test_chat_puts_an_instruction_first_and_ends_with_its_input(run: Run, behavi
     assert done.err.count("/reset forgets") == 2
 
 
-def test_chat_goes_on_after_an_error(run: Run, behaviour: Behaviour) -> None:
+def test_chat_ends_with_the_error_when_nobody_types(run: Run, behaviour: Behaviour) -> None:
+    done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
+    assert done.code == exits.USAGE
+    assert done.err.count("max_new_tokens: got 0, expected 1 or more") == 1
+
+
+def test_chat_goes_on_after_an_error_when_someone_types(
+    run: Run, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_interactive", lambda: True)
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
     assert done.code == 0
     assert done.err.count("max_new_tokens: got 0, expected 1 or more") == 2

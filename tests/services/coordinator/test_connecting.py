@@ -6,7 +6,7 @@ import pytest
 from grpc import StatusCode
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages, service
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages, service, watch
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
 from colaserve_services.rpc.in_process import InProcessStub
@@ -60,11 +60,24 @@ async def test_stages_that_are_still_starting_are_waited_for(tokenizer):
     assert coordinator.ready
 
 
-async def test_patience_with_stages_is_bounded_and_tells_which(tokenizer):
+async def test_the_log_says_which_stage_is_waited_for(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(watch, "_SILENT_SECONDS", 0.0)
     stages = fakes()
-    Starting(stages["prior"])
-    with pytest.raises(Unavailable, match=r"waited 0\.1 s for the stages: prior at prior\.test:1: UNAVAILABLE$"):
-        await over(stages, tokenizer, connect_seconds=0.1).connect()
+    starting = Starting(stages["prior"])
+    connecting = asyncio.create_task(over(stages, tokenizer).connect())
+    line = "waiting for the stages: prior at prior.test:1: UNAVAILABLE"
+    await eventually(lambda: line in caplog.messages)
+    starting.up = True
+    await connecting
+
+
+async def test_stages_of_another_model_than_the_coordinators_are_refused_naming_both(tokenizer):
+    stages = fakes()
+    stubs = {name: InProcessStub(fake) for name, fake in stages.items()}
+    theirs = stages["decoder"].space
+    await Coordinator(Stages(**stubs), tokenizer, space=theirs).connect()
+    with pytest.raises(ModelMismatch, match=rf"space is {theirs} there, ffff in the coordinator's checkpoint"):
+        await Coordinator(Stages(**stubs), tokenizer, space="ffff").connect()
 
 
 async def test_a_stage_that_waiting_will_not_change_is_told_at_once(tokenizer):

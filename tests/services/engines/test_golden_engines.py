@@ -34,7 +34,7 @@ def tokenize(golden: Golden, text: str) -> list[int]:
 @pytest.mark.parametrize("chunk", [512, 32], ids=["whole", "in_chunks"])
 async def test_encoder_gives_the_recorded_latents(golden: Golden, chunk: int) -> None:
     ids = [golden.tensors[f"encode.ids.{i}"] for i in range(3)]
-    with engines(golden.directory, EngineLimits(max_context=512, chunk=chunk)) as stages:
+    with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=chunk)) as stages:
         results, _ = await stages.encoder.encode([x.tolist() for x in ids], with_variance=True)
         normalise = stages.encoder.model.normalise
         for i, result in enumerate(results):
@@ -45,7 +45,7 @@ async def test_encoder_gives_the_recorded_latents(golden: Golden, chunk: int) ->
 
 @pytest.mark.parametrize("chunk", [512, 16], ids=["whole", "in_chunks"])
 async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_prefix(golden: Golden, chunk: int) -> None:
-    with engines(golden.directory, EngineLimits(max_context=512, chunk=chunk)) as stages:
+    with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=chunk)) as stages:
         B, P = stages.decoder.shape.block_size, stages.decoder.shape.patch_size
         lengths = golden.tensors["decode.lengths"].tolist()
         latents = golden.tensors["decode.latents"].split(lengths)
@@ -62,7 +62,7 @@ async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_pref
         await asyncio.gather(*(decode(i, prefix) for i in range(len(lengths)) for prefix in (0, lengths[i] - B)))
 
 
-@pytest.mark.parametrize("limits", [EngineLimits(max_context=512), EngineLimits(max_context=512, chunk=16)])
+@pytest.mark.parametrize("limits", [EngineLimits(max_context=512), EngineLimits(max_context=512, prefill_chunk=16)])
 async def test_generation_gives_the_recorded_blocks_and_tokens(golden: Golden, limits: EngineLimits) -> None:
     with engines(golden.directory, limits) as stages:
         for case in golden.meta["cases"]:

@@ -3,13 +3,14 @@
 import asyncio
 import math
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
 from colaserve_services.prior.engine import PriorSession
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
@@ -63,9 +64,42 @@ async def test_runs_wait_for_cache_and_start_when_it_is_free(tiny: Golden) -> No
     with engines(tiny.directory, limits) as stages:
         results = await asyncio.gather(*(sample(stages, job(seed)) for seed in range(6)))
         assert [len(blocks) for blocks in results] == [2] * 6
-        with pytest.raises(InvalidRequest, match="the budget"):
-            async with stages.prior.session(job(blocks=100)):
+        await freed(stages)
+
+
+async def test_contexts_are_as_long_as_the_kv_budget_has_room_for(
+    tiny: Golden, caplog: pytest.LogCaptureFixture
+) -> None:
+    with engines(tiny.directory) as probe:
+        B, room = probe.prior.shape.block_size, probe.prior.kv_bytes(12 * 4)
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room)) as stages:
+        assert stages.prior.limits.max_context == 12 * B
+        assert f"--kv-bytes has room for contexts of {12 * B} latents, not 512" in caplog.messages
+        assert len(await sample(stages, job(blocks=11))) == 11  # behind a block of context
+        with pytest.raises(InvalidRequest, match="max_context is 48"):
+            async with stages.prior.session(job(blocks=12)):
                 pass
+    with pytest.raises(UsageError, match="--kv-bytes: got 1, one block of latents needs"):
+        EngineLimits(kv_bytes=1).fitting(B, lambda positions: positions)
+
+
+async def test_work_that_waits_is_bounded_too(tiny: Golden) -> None:
+    with engines(tiny.directory) as probe:
+        work = PriorSession(probe.prior, job(blocks=2), None).work
+    limits = EngineLimits(max_context=512, max_running=1, max_waiting_work=2 * work)
+    with engines(tiny.directory, limits) as stages:
+        async with AsyncExitStack() as held:
+            large = await held.enter_async_context(stages.prior.session(job(blocks=20)))  # nothing waits: any work may
+            await eventually(lambda: stages.prior.load().running == 1)
+            gone = stages.prior.session(job(blocks=20))
+            await gone.__aenter__()
+            await held.enter_async_context(stages.prior.session(job(1)))  # one that waits takes half at most
+            await gone.__aexit__(None, None, None)  # and nothing once nobody wants it
+            await held.enter_async_context(stages.prior.session(job(2)))
+            with pytest.raises(Overloaded, match=rf"^{2 * work:.0f} units of work .* wait already"):
+                async with stages.prior.session(job(3)):
+                    pass
+            assert large.finished is False
         await freed(stages)
 
 

@@ -85,7 +85,7 @@ async def test_leaving_a_run_frees_its_cache_before_the_second_step(tiny: Golden
 
 async def test_what_a_session_held_goes_with_it_and_waits_for_no_collector_of_cycles(tiny: Golden) -> None:
     """The collector counts objects: the few of a session may keep many bytes alive for minutes."""
-    with engines(tiny.directory, EngineLimits(max_context=64, chunk=8)) as stages:
+    with engines(tiny.directory, EngineLimits(max_context=64, prefill_chunk=8)) as stages:
         await use_all(stages)  # what is made once
         gc.collect()
         gc.disable()
@@ -194,7 +194,7 @@ async def test_a_call_of_many_sequences_is_admitted_as_one(tiny: Golden) -> None
 
 async def test_encoding_does_not_depend_on_the_batch_or_on_chunks(tiny: Golden) -> None:
     sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
-    with engines(tiny.directory, EngineLimits(max_context=512, chunk=16)) as stages:
+    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=16)) as stages:
         together, _ = await stages.encoder.encode(sequences, with_variance=True)
         for ids, result in zip(sequences, together, strict=True):
             (alone,), _ = await stages.encoder.encode([ids])
@@ -213,7 +213,7 @@ async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
     folder = write_checkpoint(tmp_path, vae={"block_size": 12}, dit={"block_size": 12})
     ids, block = list(range(3, 63)), torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
     prefix, results = torch.randn(48, 8, generator=torch.Generator().manual_seed(0)), []
-    for limits in (EngineLimits(max_context=120, chunk=chunk), EngineLimits(max_context=120)):
+    for limits in (EngineLimits(max_context=120, prefill_chunk=chunk), EngineLimits(max_context=120)):
         with engines(folder, limits) as stages:
             (encoded,), _ = await stages.encoder.encode([ids])
             async with stages.decoder.session(DecodeJob(prefix, with_logits=True)) as session:
@@ -261,7 +261,7 @@ async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
     sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        with engines(tiny.directory, EngineLimits(max_context=512, chunk=40), dtype=dtype) as stages:
+        with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=40), dtype=dtype) as stages:
             encoded, _ = await stages.encoder.encode(sequences)
             async with stages.decoder.session(DecodeJob(noise(8), with_logits=True)) as session:
                 block = await session.decode(noise(4, seed=1))

@@ -79,14 +79,15 @@ def split_arguments(*arguments):
 
 def test_split_tells_each_role_what_it_knows_of_what_was_given():
     told = split_arguments(
-        "--max-running=7", "--http-port=0", "--steps=9", "--api-keys=k1", "--grpc-port=1234"
+        "--max-running=7", "--http-port=0", "--steps=9", "--api-keys=k1", "--grpc-port=1234", "--metrics-port=4321"
     ).arguments
     assert "--max-running=7" in told["prior"]
     assert "--max-running=7" not in told["gateway"]
     assert "--http-port=0" in told["gateway"]
     assert "--http-port=0" not in told["decoder"]
     assert "--steps=9" in told["coordinator"]
-    assert "--grpc-port=1234" in told["coordinator"]
+    for port in ("--grpc-port=1234", "--metrics-port=4321"):
+        assert [role for role, arguments in told.items() if port in arguments] == ["coordinator"]
     assert not any("k1" in argument for arguments in told.values() for argument in arguments)
 
 
