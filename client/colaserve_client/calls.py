@@ -19,7 +19,9 @@ from colaserve_client.errors import (
     ColaserveError,
     DeadlineExceeded,
     Details,
+    ModelMismatch,
     Overloaded,
+    ServerError,
     Unavailable,
     error_from_rpc,
     invalid,
@@ -28,6 +30,8 @@ from colaserve_client.settings import Connection, Retry, Tls
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ DECODE = _method("DecoderService/Decode", decoder_pb2.DecodeRequest, decoder_pb2
 DECODER_INFO = _method(
     "DecoderService/GetInfo", decoder_pb2.DecoderServiceGetInfoRequest, decoder_pb2.DecoderServiceGetInfoResponse
 )
+
+
+def converted(convert: Callable[[S], T], answer: S, request_id: str) -> T:
+    """What `convert` makes of an answer; `ServerError` when it is malformed."""
+    try:
+        return convert(answer)
+    except (ModelMismatch, ValueError) as error:  # as it would be the caller's fault in a request
+        raise ServerError(f"malformed answer: {error}", Details(request_id=request_id)) from error
 
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

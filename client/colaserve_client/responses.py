@@ -6,7 +6,8 @@ from typing import Protocol
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client import results
 from colaserve_client.arrays import array_from_tensor
-from colaserve_client.errors import ServerError
+from colaserve_client.calls import converted
+from colaserve_client.errors import Details, ServerError
 from colaserve_client.latents import Latents
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Solver
 
@@ -72,17 +73,17 @@ def generation_chunk(message: generation_pb2.GenerateResponse) -> results.Genera
 
 
 def generation_result(chunks: Iterable[results.GenerationChunk], request_id: str) -> results.GenerationResult:
-    """The whole of all chunks; `ServerError` when the last one is missing or incomplete."""
+    """The whole of all chunks; `ServerError` when the last one is missing or incomplete, or they do not fit."""
     chunks = list(chunks)
     last = chunks[-1] if chunks else None
     if last is None or last.finish_reason is None or last.usage is None or last.seed is None:
-        raise ServerError("the stream ended without a finish reason, usage and seed")
+        raise ServerError("the stream ended without a finish reason, usage and seed", Details(request_id=request_id))
     latents = [chunk.latents for chunk in chunks if chunk.latents is not None]
     return results.GenerationResult(
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-        latents=Latents.concatenate(latents) if latents else None,
+        latents=converted(Latents.concatenate, latents, request_id) if latents else None,
         finish_reason=last.finish_reason,
         usage=last.usage,
         seed=last.seed,
@@ -94,6 +95,11 @@ def generation_result(chunks: Iterable[results.GenerationChunk], request_id: str
 def tokens(message: generation_pb2.TokenizeResponse) -> results.Tokens:
     """A tokenized text."""
     return results.Tokens(tuple(message.token_ids), tuple(message.tokens))
+
+
+def text(message: generation_pb2.DetokenizeResponse) -> str:
+    """Token ids turned into text."""
+    return message.text
 
 
 def text_encodings(message: latent_service_pb2.EncodeTextResponse) -> list[results.TextEncoding]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -51,6 +51,7 @@ class Behaviour:
     fail_after: dict[int, Failure] = field(default_factory=dict)  # a stream ends with this after so many messages
     delay: float = 0  # seconds until a call does anything
     wait_after: int | None = None  # a stream stands still after so many messages, until it is cancelled or `go_on`
+    spoil: Callable[[Any], None] | None = None  # what is done to each answer before it is sent
     go_on: threading.Event = field(default_factory=threading.Event)
     calls: int = 0
     running: int = 0
@@ -70,6 +71,12 @@ class Behaviour:
         if failure is not None:
             failure.abort(context)
 
+    def sent(self, answer: Any) -> Any:
+        """An answer, spoilt where that is asked for."""
+        if self.spoil is not None:
+            self.spoil(answer)
+        return answer
+
     def messages(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """Pass a stream's messages on, with the failures and pauses asked for."""
         ended = threading.Event()
@@ -86,7 +93,7 @@ class Behaviour:
                     pass
                 if ended.is_set():
                     return
-                yield message
+                yield self.sent(message)
             finished = True
         finally:
             with self.lock:

@@ -135,17 +135,15 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
         if not all(request.texts):
             invalid(f"texts[{list(request.texts).index('')}]", "must not be empty").abort(context)
         ids = [text.encode() for text in request.texts]
-        return latent_service_pb2.EncodeTextResponse(
-            encodings=[
-                latent_service_pb2.TextEncoding(
-                    latents=latents_of(each),
-                    token_ids=each,
-                    log_variance=latents_of(each).values if request.with_variance else None,
-                )
-                for each in ids
-            ],
-            timing=TIMING,
-        )
+        encodings = [
+            latent_service_pb2.TextEncoding(
+                latents=latents_of(each),
+                token_ids=each,
+                log_variance=latents_of(each).values if request.with_variance else None,
+            )
+            for each in ids
+        ]
+        return self.behaviour.sent(latent_service_pb2.EncodeTextResponse(encodings=encodings, timing=TIMING))
 
     def DecodeLatents(self, request, context):
         self.behaviour.enter(request, context)
@@ -222,9 +220,8 @@ class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
 
     def Encode(self, request, context):
         self.behaviour.enter(request, context)
-        return encoder_pb2.EncodeResponse(
-            encodings=[encoder_pb2.Encoding(latents=latents_of(each.ids)) for each in request.sequences], timing=TIMING
-        )
+        encodings = [encoder_pb2.Encoding(latents=latents_of(each.ids)) for each in request.sequences]
+        return self.behaviour.sent(encoder_pb2.EncodeResponse(encodings=encodings, timing=TIMING))
 
     def GetInfo(self, request, context):
         self.behaviour.enter(request, context)

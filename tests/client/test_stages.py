@@ -228,7 +228,7 @@ async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None
         return calls[-1]
 
     attempts = Attempts(Retry(attempts=3, first_pause=0), CallOptions(), lambda: False)
-    exchange: AsyncExchange = AsyncExchange(start, "open", attempts, "")
+    exchange: AsyncExchange = AsyncExchange(start, "open", str, attempts, "")
     with pytest.raises(Unavailable, match="while a request was being sent"):
         await exchange.ask("block")
     assert len(calls) == 3

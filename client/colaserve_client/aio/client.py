@@ -150,7 +150,7 @@ class AsyncClient(AsyncBaseClient):
         Tokens(ids=(102, 111, 120), texts=('f', 'o', 'x'))
         """
         request = requests.tokenize(text)
-        return responses.tokens(await self._transport.unary(calls.TOKENIZE, request, CallOptions(timeout, request_id)))
+        return await self._transport.unary(calls.TOKENIZE, request, responses.tokens, CallOptions(timeout, request_id))
 
     async def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
         """Token ids to text, as generate does it; special tokens included.
@@ -159,8 +159,7 @@ class AsyncClient(AsyncBaseClient):
         'fox'
         """
         request = requests.detokenize(ids)
-        answer = await self._transport.unary(calls.DETOKENIZE, request, CallOptions(timeout, request_id))
-        return answer.text
+        return await self._transport.unary(calls.DETOKENIZE, request, responses.text, CallOptions(timeout, request_id))
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
         """The model, its defaults, the server's limits and load, and the stages behind it.
@@ -170,8 +169,8 @@ class AsyncClient(AsyncBaseClient):
         (4, 32, ['encoder', 'prior', 'decoder'])
         """
         request = generation_pb2.GenerationServiceGetInfoRequest()
-        return responses.model_info(
-            await self._transport.unary(calls.MODEL_INFO, request, CallOptions(timeout, request_id))
+        return await self._transport.unary(
+            calls.MODEL_INFO, request, responses.model_info, CallOptions(timeout, request_id)
         )
 
     async def latent_info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
@@ -181,8 +180,9 @@ class AsyncClient(AsyncBaseClient):
         '0123456789abcdef'
         """
         request = latent_service_pb2.LatentServiceGetInfoRequest()
-        answer = await self._transport.unary(calls.LATENT_INFO, request, CallOptions(timeout, request_id))
-        return responses.service_info(answer)
+        return await self._transport.unary(
+            calls.LATENT_INFO, request, responses.service_info, CallOptions(timeout, request_id)
+        )
 
     async def encode_text(
         self, texts: Sequence[str], *, with_variance: bool = False, timeout: float | None = None, request_id: str = ""
@@ -194,8 +194,8 @@ class AsyncClient(AsyncBaseClient):
         [Latents(n=3, d=2, space='0123456789abcdef'), Latents(n=5, d=2, space='0123456789abcdef')]
         """
         request = requests.encode_text(texts, with_variance)
-        return responses.text_encodings(
-            await self._transport.unary(calls.ENCODE_TEXT, request, CallOptions(timeout, request_id))
+        return await self._transport.unary(
+            calls.ENCODE_TEXT, request, responses.text_encodings, CallOptions(timeout, request_id)
         )
 
     async def decode_latents(
@@ -223,8 +223,8 @@ class AsyncClient(AsyncBaseClient):
         'fox'
         """
         request = requests.decode_latents(latents, sampling, top_logprobs, target_ids, token_count)
-        return responses.decoded_latents(
-            await self._transport.unary(calls.DECODE_LATENTS, request, CallOptions(timeout, request_id))
+        return await self._transport.unary(
+            calls.DECODE_LATENTS, request, responses.decoded_latents, CallOptions(timeout, request_id)
         )
 
     def sample_latents(
@@ -269,8 +269,8 @@ class AsyncClient(AsyncBaseClient):
         ['aaa', 'bbb', 'ccc']
         """
         request = requests.interpolate(start, end, points, interpolation, sampling)
-        return responses.interpolation(
-            await self._transport.unary(calls.INTERPOLATE, request, CallOptions(timeout, request_id))
+        return await self._transport.unary(
+            calls.INTERPOLATE, request, responses.interpolation, CallOptions(timeout, request_id)
         )
 
     async def infill(
@@ -292,7 +292,7 @@ class AsyncClient(AsyncBaseClient):
         ('My name is ___.', ('My name is ', '___', '.'))
         """
         request = requests.infill(segments, sampler, sampling, seed)
-        return responses.infill(await self._transport.unary(calls.INFILL, request, CallOptions(timeout, request_id)))
+        return await self._transport.unary(calls.INFILL, request, responses.infill, CallOptions(timeout, request_id))
 
     async def reconstruct(
         self, texts: Sequence[str], *, timeout: float | None = None, request_id: str = ""
@@ -304,6 +304,6 @@ class AsyncClient(AsyncBaseClient):
         ('fox', 1.0)
         """
         request = requests.reconstruct(texts)
-        return responses.reconstructions(
-            await self._transport.unary(calls.RECONSTRUCT, request, CallOptions(timeout, request_id))
+        return await self._transport.unary(
+            calls.RECONSTRUCT, request, responses.reconstructions, CallOptions(timeout, request_id)
         )

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
 
-from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R
+from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R, converted
 from colaserve_client.channel import channel_options, credentials
 from colaserve_client.errors import Cancelled, Details, ServerError, invalid
 
@@ -48,15 +48,15 @@ class AsyncTransport:
             )
         return self._opened
 
-    async def unary(self, method: Method[Q, R], request: Q, options: CallOptions) -> R:
-        """One answer; tried again where that is safe."""
+    async def unary(self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions) -> T:
+        """One answer, converted; tried again where that is safe."""
         options = options.resolved(self._config)
         attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._channel().unary_unary(method.path, method.serialize, method.deserialize)
         while True:
             try:
-                answer: R = await call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
-                return answer
+                answer = await call(request, timeout=attempts.remaining(), metadata=options.metadata(self._config))
+                return converted(convert, answer, options.request_id)
             except asyncio.CancelledError:
                 if _asked_to_stop():
                     raise
@@ -77,8 +77,10 @@ class AsyncTransport:
 
         return AsyncStream(start, convert, attempts, options.request_id)
 
-    def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "AsyncExchange[Q, R]":
-        """A session: it is opened by a request without an answer, then each request gets one."""
+    def exchange(
+        self, method: Method[Q, R], opening: Q, convert: Callable[[R], T], options: CallOptions
+    ) -> "AsyncExchange[Q, T]":
+        """A session: it is opened by a request without an answer, then each request gets one, converted."""
         options = options.resolved(self._config)
         attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._channel().stream_stream(method.path, method.serialize, method.deserialize)
@@ -86,7 +88,7 @@ class AsyncTransport:
         def start() -> Any:
             return call(timeout=attempts.remaining(), metadata=options.metadata(self._config))
 
-        return AsyncExchange(start, opening, attempts, options.request_id)
+        return AsyncExchange(start, opening, convert, attempts, options.request_id)
 
     async def healthy(self, timeout: float) -> bool:
         """Whether the server says that it serves; False too when it cannot be reached."""
@@ -159,18 +161,20 @@ class AsyncStream(Generic[T]):
                 raise self._was_left()
             try:
                 message = await self._call.read()
+                if message is _EOF:
+                    break
+                self._received = True
+                return converted(self._convert, message, self.request_id)
             except grpc.aio.AioRpcError as failure:
                 await self._again(failure)
-                continue
             except asyncio.CancelledError:
                 self._ended = True
                 if _asked_to_stop():
                     raise
                 raise self._was_left() from None
-            if message is _EOF:
-                break
-            self._received = True
-            return self._convert(message)
+            except BaseException:
+                await self.aclose()
+                raise
         self._ended = True
         raise StopAsyncIteration
 
@@ -217,41 +221,42 @@ class AsyncStream(Generic[T]):
             self._call.cancel()
 
 
-class AsyncExchange(Generic[Q, R]):
+class AsyncExchange(Generic[Q, T]):
     """A session over one stream: a request, its answer, the next request."""
 
-    def __init__(self, start: Callable[[], Any], opening: Q, attempts: Attempts, request_id: str) -> None:
-        self._start, self._attempts, self._opening = start, attempts, opening
+    def __init__(
+        self, start: Callable[[], Any], opening: Q, convert: Callable[[Any], T], attempts: Attempts, request_id: str
+    ) -> None:
+        self._start, self._opening, self._convert, self._attempts = start, opening, convert, attempts
         self.request_id = request_id
         self._received = self._closed = False
         self._call: Any = None
 
-    async def ask(self, request: Q) -> R:
+    async def ask(self, request: Q) -> T:
         """The answer to a request."""
         while True:
             if self._closed:
                 raise Cancelled("the session is closed", Details(request_id=self.request_id))
             try:
-                answer = await self._write_and_read(request)
+                return await self._write_and_read(request)
             except grpc.aio.AioRpcError as failure:
                 await self._again(failure)
-                continue
             except BaseException as failure:  # the next answer would be that to this request
                 await self.close()
                 if _asked_to_stop() or not isinstance(failure, asyncio.CancelledError):
                     raise
                 raise Cancelled("the session was closed", Details(request_id=self.request_id)) from None
-            if answer is _EOF:
-                raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
-            self._received = True
-            return cast(R, answer)
 
-    async def _write_and_read(self, request: Q) -> Any:
+    async def _write_and_read(self, request: Q) -> T:
         if self._call is None:
             self._call = self._start()
             await self._write(self._opening)
         await self._write(request)
-        return await self._call.read()
+        answer = await self._call.read()
+        if answer is _EOF:
+            raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
+        self._received = True
+        return converted(self._convert, answer, self.request_id)
 
     async def _write(self, request: Q) -> None:
         for _ in range(_ROUNDS):

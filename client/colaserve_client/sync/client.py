@@ -150,7 +150,7 @@ class Client(BaseClient):
         Tokens(ids=(102, 111, 120), texts=('f', 'o', 'x'))
         """
         request = requests.tokenize(text)
-        return responses.tokens(self._transport.unary(calls.TOKENIZE, request, CallOptions(timeout, request_id)))
+        return self._transport.unary(calls.TOKENIZE, request, responses.tokens, CallOptions(timeout, request_id))
 
     def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
         """Token ids to text, as generate does it; special tokens included.
@@ -159,8 +159,7 @@ class Client(BaseClient):
         'fox'
         """
         request = requests.detokenize(ids)
-        answer = self._transport.unary(calls.DETOKENIZE, request, CallOptions(timeout, request_id))
-        return answer.text
+        return self._transport.unary(calls.DETOKENIZE, request, responses.text, CallOptions(timeout, request_id))
 
     def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
         """The model, its defaults, the server's limits and load, and the stages behind it.
@@ -170,7 +169,7 @@ class Client(BaseClient):
         (4, 32, ['encoder', 'prior', 'decoder'])
         """
         request = generation_pb2.GenerationServiceGetInfoRequest()
-        return responses.model_info(self._transport.unary(calls.MODEL_INFO, request, CallOptions(timeout, request_id)))
+        return self._transport.unary(calls.MODEL_INFO, request, responses.model_info, CallOptions(timeout, request_id))
 
     def latent_info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The latent space, its limits and the server's load.
@@ -179,8 +178,9 @@ class Client(BaseClient):
         '0123456789abcdef'
         """
         request = latent_service_pb2.LatentServiceGetInfoRequest()
-        answer = self._transport.unary(calls.LATENT_INFO, request, CallOptions(timeout, request_id))
-        return responses.service_info(answer)
+        return self._transport.unary(
+            calls.LATENT_INFO, request, responses.service_info, CallOptions(timeout, request_id)
+        )
 
     def encode_text(
         self, texts: Sequence[str], *, with_variance: bool = False, timeout: float | None = None, request_id: str = ""
@@ -192,8 +192,8 @@ class Client(BaseClient):
         [Latents(n=3, d=2, space='0123456789abcdef'), Latents(n=5, d=2, space='0123456789abcdef')]
         """
         request = requests.encode_text(texts, with_variance)
-        return responses.text_encodings(
-            self._transport.unary(calls.ENCODE_TEXT, request, CallOptions(timeout, request_id))
+        return self._transport.unary(
+            calls.ENCODE_TEXT, request, responses.text_encodings, CallOptions(timeout, request_id)
         )
 
     def decode_latents(
@@ -221,8 +221,8 @@ class Client(BaseClient):
         'fox'
         """
         request = requests.decode_latents(latents, sampling, top_logprobs, target_ids, token_count)
-        return responses.decoded_latents(
-            self._transport.unary(calls.DECODE_LATENTS, request, CallOptions(timeout, request_id))
+        return self._transport.unary(
+            calls.DECODE_LATENTS, request, responses.decoded_latents, CallOptions(timeout, request_id)
         )
 
     def sample_latents(
@@ -267,8 +267,8 @@ class Client(BaseClient):
         ['aaa', 'bbb', 'ccc']
         """
         request = requests.interpolate(start, end, points, interpolation, sampling)
-        return responses.interpolation(
-            self._transport.unary(calls.INTERPOLATE, request, CallOptions(timeout, request_id))
+        return self._transport.unary(
+            calls.INTERPOLATE, request, responses.interpolation, CallOptions(timeout, request_id)
         )
 
     def infill(
@@ -290,7 +290,7 @@ class Client(BaseClient):
         ('My name is ___.', ('My name is ', '___', '.'))
         """
         request = requests.infill(segments, sampler, sampling, seed)
-        return responses.infill(self._transport.unary(calls.INFILL, request, CallOptions(timeout, request_id)))
+        return self._transport.unary(calls.INFILL, request, responses.infill, CallOptions(timeout, request_id))
 
     def reconstruct(
         self, texts: Sequence[str], *, timeout: float | None = None, request_id: str = ""
@@ -302,6 +302,6 @@ class Client(BaseClient):
         ('fox', 1.0)
         """
         request = requests.reconstruct(texts)
-        return responses.reconstructions(
-            self._transport.unary(calls.RECONSTRUCT, request, CallOptions(timeout, request_id))
+        return self._transport.unary(
+            calls.RECONSTRUCT, request, responses.reconstructions, CallOptions(timeout, request_id)
         )

@@ -35,15 +35,16 @@ class EncoderClient(BaseClient):
     ) -> list[SequenceEncoding]:
         """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others."""
         request = requests.encode(sequences, with_variance)
-        return responses.sequence_encodings(
-            self._transport.unary(calls.ENCODE, request, CallOptions(timeout, request_id))
+        return self._transport.unary(
+            calls.ENCODE, request, responses.sequence_encodings, CallOptions(timeout, request_id)
         )
 
     def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = encoder_pb2.EncoderServiceGetInfoRequest()
-        answer = self._transport.unary(calls.ENCODER_INFO, request, CallOptions(timeout, request_id))
-        return responses.service_info(answer)
+        return self._transport.unary(
+            calls.ENCODER_INFO, request, responses.service_info, CallOptions(timeout, request_id)
+        )
 
 
 class PriorClient(BaseClient):
@@ -85,8 +86,9 @@ class PriorClient(BaseClient):
     def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = prior_pb2.PriorServiceGetInfoRequest()
-        answer = self._transport.unary(calls.PRIOR_INFO, request, CallOptions(timeout, request_id))
-        return responses.service_info(answer)
+        return self._transport.unary(
+            calls.PRIOR_INFO, request, responses.service_info, CallOptions(timeout, request_id)
+        )
 
 
 class DecoderClient(BaseClient):
@@ -129,19 +131,22 @@ class DecoderClient(BaseClient):
         opening = requests.open_decode(
             prefix, sampling, history_ids, with_logits, top_logprobs, target_ids, max_latents
         )
-        return DecodeSession(self._transport.exchange(calls.DECODE, opening, CallOptions(timeout, request_id)))
+        return DecodeSession(
+            self._transport.exchange(calls.DECODE, opening, responses.decoded_block, CallOptions(timeout, request_id))
+        )
 
     def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = decoder_pb2.DecoderServiceGetInfoRequest()
-        answer = self._transport.unary(calls.DECODER_INFO, request, CallOptions(timeout, request_id))
-        return responses.service_info(answer)
+        return self._transport.unary(
+            calls.DECODER_INFO, request, responses.service_info, CallOptions(timeout, request_id)
+        )
 
 
 class DecodeSession:
     """An open session of a decoder; `DecoderClient.session` makes it."""
 
-    def __init__(self, exchange: Exchange[decoder_pb2.DecodeRequest, decoder_pb2.DecodeResponse]) -> None:
+    def __init__(self, exchange: Exchange[decoder_pb2.DecodeRequest, DecodedBlock]) -> None:
         self._exchange = exchange
 
     @property
@@ -151,7 +156,7 @@ class DecodeSession:
 
     def decode(self, block: Latents) -> DecodedBlock:
         """Decode the next block, (B, d)."""
-        return responses.decoded_block(self._exchange.ask(requests.decode_block(block)))
+        return self._exchange.ask(requests.decode_block(block))
 
     def close(self) -> None:
         """End the session and free what it holds."""

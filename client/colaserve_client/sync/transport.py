@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R
+from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R, converted
 from colaserve_client.channel import channel_options, credentials
 from colaserve_client.errors import Cancelled, Details, ServerError, invalid
 from colaserve_client.sync.shield import SIGNAL_CHECK_SECONDS, Shield
@@ -43,15 +43,15 @@ class Transport:
             raise Cancelled("the client is closed")
         return self._channel
 
-    def unary(self, method: Method[Q, R], request: Q, options: CallOptions) -> R:
-        """One answer; tried again where that is safe."""
+    def unary(self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions) -> T:
+        """One answer, converted; tried again where that is safe."""
         options = options.resolved(self._config)
         attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._open_channel().unary_unary(method.path, method.serialize, method.deserialize)
         while True:
             try:
-                answer: R = self._answer(call, request, attempts.remaining(), options)
-                return answer
+                answer = self._answer(call, request, attempts.remaining(), options)
+                return converted(convert, answer, options.request_id)
             except grpc.RpcError as failure:
                 time.sleep(attempts.pause(failure, started=False))
 
@@ -80,8 +80,10 @@ class Transport:
 
         return Stream(start, convert, attempts, options.request_id, self._shield)
 
-    def exchange(self, method: Method[Q, R], opening: Q, options: CallOptions) -> "Exchange[Q, R]":
-        """A session: it is opened by a request without an answer, then each request gets one."""
+    def exchange(
+        self, method: Method[Q, R], opening: Q, convert: Callable[[R], T], options: CallOptions
+    ) -> "Exchange[Q, T]":
+        """A session: it is opened by a request without an answer, then each request gets one, converted."""
         options = options.resolved(self._config)
         attempts = Attempts(self._config.retry, options, lambda: self._closed)
         call = self._open_channel().stream_stream(method.path, method.serialize, method.deserialize)
@@ -89,7 +91,7 @@ class Transport:
         def start(requests: Iterator[Q]) -> Any:
             return call(requests, timeout=attempts.remaining(), metadata=options.metadata(self._config))
 
-        return Exchange(start, opening, attempts, options.request_id, self._shield)
+        return Exchange(start, opening, convert, attempts, options.request_id, self._shield)
 
     def healthy(self, timeout: float) -> bool:
         """Whether the server says that it serves; False too when it cannot be reached."""
@@ -205,16 +207,15 @@ class Stream(Generic[T]):
                 raise self._was_left()
             try:
                 message = self._shield.run(self._call.__next__)
+                self._received = True
+                return converted(self._convert, message, self.request_id)
             except grpc.RpcError as failure:
                 self._again(failure)
-                continue
             except StopIteration:
                 break
             except BaseException:
                 self.close()
                 raise
-            self._received = True
-            return self._convert(message)
         self._end()
         raise StopIteration
 
@@ -265,49 +266,50 @@ class Stream(Generic[T]):
             self._call.cancel()
 
 
-class Exchange(Generic[Q, R]):
+class Exchange(Generic[Q, T]):
     """A session over one stream: a request, its answer, the next request."""
 
     def __init__(
         self,
         start: Callable[[Iterator[Q]], Any],
         opening: Q,
+        convert: Callable[[Any], T],
         attempts: Attempts,
         request_id: str,
         shield: Shield,
     ) -> None:
-        self._start, self._attempts, self._opening, self._shield = start, attempts, opening, shield
+        self._start, self._opening, self._convert, self._attempts = start, opening, convert, attempts
+        self._shield = shield
         self.request_id = request_id
         self._received = self._closed = False
         self._call: Any = None
         self._requests: SimpleQueue[Q | None] = SimpleQueue()
 
-    def ask(self, request: Q) -> R:
+    def ask(self, request: Q) -> T:
         """The answer to a request."""
         while True:
             if self._closed:
                 raise Cancelled("the session is closed", Details(request_id=self.request_id))
             try:
-                answer: R = self._write_and_read(request)
+                return self._write_and_read(request)
             except grpc.RpcError as failure:
                 self._again(failure)
-                continue
             except StopIteration:
                 raise ServerError("the session ended without an answer", Details(request_id=self.request_id)) from None
             except BaseException:
                 self.close()
                 raise
-            self._received = True
-            return answer
 
-    def _write_and_read(self, request: Q) -> Any:
+    def _write_and_read(self, request: Q) -> T:
         if self._call is None:
             self._requests = SimpleQueue()
             requests = iter(self._requests.get, None)
             self._call = self._shield.run(lambda: self._start(requests))
             self._requests.put(self._opening)
         self._requests.put(request)
-        return self._shield.run(self._call.__next__)
+        answer = self._shield.run(self._call.__next__)
+        self._received = True
+        return converted(self._convert, answer, self.request_id)
 
     def _again(self, failure: grpc.RpcError) -> None:
         self._requests.put(None)  # ends gRPC's thread that sends

@@ -176,7 +176,7 @@ def load(json_file: Path | None, plot_file: Path | None, quick: bool, rounds: in
 
 target_options = together(
     click.option("--target", help="Address of a running coordinator or `colaserve up`, host:port."),
-    click.option("--key", envvar="COLASERVE_API_KEY", help="Bearer key for --target."),
+    click.option("--key", envvar="COLASERVE_KEY", help="Bearer key for --target."),
     click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="Checkpoint, with --start."),
     click.option(
         "--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="With --start."

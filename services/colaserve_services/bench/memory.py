@@ -85,8 +85,9 @@ def _measure(compute: ComputeSettings, stages: Sequence[str], sender: Any) -> No
         models = [getattr(checkpoint, f"load_{stage}")(device, DTYPES[compute.dtype], None) for stage in stages]
         seconds = time.monotonic() - started
         resident = anonymous_bytes()
+    del models
     nbytes = _stored_bytes(checkpoint, stages)
-    parameters = sum(model.loaded_parameters for model in models)
+    parameters = sum(checkpoint.shape_of(stage).parameters for stage in stages)
     sender.send(
         {
             "parameters_millions": parameters / 1e6,

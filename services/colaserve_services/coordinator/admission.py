@@ -97,7 +97,7 @@ class Admission:
         """Raise Overloaded when queue or key are full. `slot` does it too; this is for before the first work."""
         limits = self._limits
         if limits.max_per_key and self._by_key[call.key] >= limits.max_per_key:
-            raise self._refusal("key", f"{limits.max_per_key} calls of this key are under way, its limit")
+            raise self._refusal("key", f"{limits.max_per_key} calls of this client are under way, its limit")
         if self._running < int(self._places):
             return
         if len(self._waiting) >= limits.max_waiting:

@@ -15,17 +15,17 @@ ANONYMOUS = "anonymous"
 
 @dataclass(frozen=True)
 class Call:
-    """`deadline` is time.monotonic() seconds, None without one; `key` names the caller without telling its key."""
+    """`deadline` is time.monotonic() seconds, None without one; `key` names the caller, see `caller_name`."""
 
     deadline: float | None = None
     key: str = ANONYMOUS
     arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, remaining: float | None, metadata: Iterable[tuple[str, str | bytes]] | None) -> Call:
-        """The call that gRPC describes by seconds left and metadata."""
+    def of(cls, remaining: float | None, metadata: Iterable[tuple[str, str | bytes]] | None, peer: str) -> Call:
+        """The call that gRPC describes by seconds left, metadata and the other end of its connection."""
         deadline = None if remaining is None else time.monotonic() + remaining
-        return cls(deadline, key_name(requests.value(metadata, requests.AUTHORIZATION)))
+        return cls(deadline, caller_name(requests.value(metadata, requests.AUTHORIZATION), peer))
 
     def left(self) -> float | None:
         """Seconds until the deadline; raises DeadlineExceeded when it has passed."""
@@ -41,7 +41,10 @@ class Call:
         return time.monotonic() - self.arrived
 
 
-def key_name(authorization: str) -> str:
-    """A short name for an authorization header that does not tell the key: "key-" and 8 hex digits of its SHA-256."""
+def caller_name(authorization: str, peer: str) -> str:
+    """A short name for a caller: "key-" and 8 hex digits of its key's SHA-256, which do not tell the key; without a key
+    its address."""
     key = authorization.partition(" ")[2].strip() or authorization.strip()
-    return "key-" + hashlib.sha256(key.encode()).hexdigest()[:8] if key else ANONYMOUS
+    if key:
+        return "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+    return peer.rpartition(":")[0] or ANONYMOUS

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services import __version__
@@ -23,7 +24,7 @@ from colaserve_services.coordinator.defaults import Defaults, resolve_sampler, r
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.stages import Stages, agree
-from colaserve_services.coordinator.watch import FRESH_SECONDS, Lookout
+from colaserve_services.coordinator.watch import Lookout
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable
 from colaserve_services.text import Tokenizer
 
@@ -90,15 +91,23 @@ class Coordinator:
         return self._core is not None and self._lookout.all_serving
 
     async def watch(self, changed: Callable[[bool], None]) -> None:
-        """Look at the stages for ever, telling whenever `ready` changes; run it as a task, cancel it to stop."""
+        """After connect(): look at the stages for ever, follow their limits, tell whenever `ready` changes. Run it as a
+        task, cancel it to stop."""
         told = self.ready
         while True:
             await asyncio.sleep(self._limits.watch_seconds)
             await self._lookout.look()
+            self._follow_limits()
             if self.ready != told:
                 told = self.ready
                 _log.warning("ready: %s. %s", told, self._lookout.faults())
                 changed(told)
+
+    def _follow_limits(self) -> None:
+        """Stages may come back with other limits; calls that run keep those they began with."""
+        limits, core = self._limits, self.core
+        model = core.model.within(self._lookout.infos, limits.max_context, limits.max_message_bytes)
+        self._core = replace(core, model=model)
 
     @property
     def core(self) -> Core:
@@ -122,7 +131,8 @@ class Coordinator:
     async def detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
         """GenerationService.Detokenize."""
         ids = self.core.checked(request.token_ids, "token_ids")
-        return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids))
+        tokens = await asyncio.to_thread(lambda: list(map(self._tokenizer.token_text, ids)))
+        return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids), tokens=tokens)
 
     async def encode_text(
         self, request: latent_service_pb2.EncodeTextRequest, call: Call
@@ -159,9 +169,8 @@ class Coordinator:
         return await latent_space.reconstruct(self.core, request, call)
 
     async def generation_info(self) -> generation_pb2.GenerationServiceGetInfoResponse:
-        """GenerationService.GetInfo."""
+        """GenerationService.GetInfo; the stages as the last look found them."""
         model = self.core.model
-        await self._lookout.look(FRESH_SECONDS)
         return generation_pb2.GenerationServiceGetInfoResponse(
             model_name=self.model_name,
             model=model.shape(),

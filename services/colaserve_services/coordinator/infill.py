@@ -134,10 +134,12 @@ def _response(
     ids, texts = list(layout.ids), []
     offset = layout.context * core.model.block_tokens  # token position of written[0]
     for segment in layout.segments:
-        if segment.kept is None:
-            ids[segment.start : segment.end] = written[segment.start - offset : segment.end - offset]
-        hole = core.tokenizer.before_end(ids[segment.start : segment.end])
-        texts.append(core.tokenizer.decode(hole) if segment.kept is None else segment.kept)
+        if segment.kept is not None:
+            texts.append(segment.kept)
+            continue
+        hole = written[segment.start - offset : segment.end - offset]
+        ids[segment.start : segment.end] = hole
+        texts.append(core.tokenizer.decode(core.tokenizer.before_end(hole)))
     filled = sum(segment.end - segment.start for segment in layout.holes)
     usage = types_pb2.Usage(
         prompt_tokens=len(ids) - filled, completion_tokens=filled, blocks=layout.end - layout.context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -31,8 +31,11 @@ class ReadAhead(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
+        try:
             await self._task
+        except asyncio.CancelledError:
+            if cancellation.is_mine():
+                raise
 
     async def next(self) -> T:
         """The next item. Once, after the last one: raises what the stream raised, or EOFError when it just ended."""

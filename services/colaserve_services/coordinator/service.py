@@ -104,4 +104,4 @@ class LatentServicer(_OfCoordinator, latent_service_pb2_grpc.LatentServiceServic
 
 def call_of(context: Any) -> Call:
     """The deadline and the caller of a gRPC call."""
-    return Call.of(context.time_remaining(), context.invocation_metadata())
+    return Call.of(context.time_remaining(), context.invocation_metadata(), str(context.peer()))

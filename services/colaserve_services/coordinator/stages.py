@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
@@ -68,6 +68,15 @@ class Model:
         """Blocks that so many latents need."""
         return -(-positions // self.block_size)
 
+    def within(self, infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Model:
+        """The same with the least of these limits and those that the stages tell."""
+        context = _least(infos, "max_context", max_context)
+        return replace(
+            self,
+            max_context=context // self.block_size * self.block_size,
+            max_message_bytes=_least(infos, "max_message_bytes", max_message_bytes),
+        )
+
     def shape(self) -> types_pb2.ModelShape:
         """As a message."""
         names = ("latent_dim", "block_size", "vae_block_size", "patch_size", "vocab_size", "parameters")
@@ -80,8 +89,6 @@ def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Mo
     for name in ("latent_dim", "block_size", "vae_block_size", "patch_size", "vocab_size"):
         _check_same(infos, name, lambda info, name=name: getattr(info.model, name))  # type: ignore[misc]
     shape = infos["decoder"].model
-    contexts = [max_context, *(info.limits.max_context for info in infos.values() if info.limits.max_context)]
-    sizes = [max_message_bytes, *(i.limits.max_message_bytes for i in infos.values() if i.limits.max_message_bytes)]
     return Model(
         space=infos["decoder"].space,
         latent_dim=shape.latent_dim,
@@ -90,10 +97,16 @@ def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Mo
         patch_size=shape.patch_size,
         vocab_size=shape.vocab_size,
         parameters=sum(info.model.parameters for info in infos.values()),
-        max_context=min(contexts) // shape.block_size * shape.block_size,
-        max_message_bytes=min(sizes),
+        max_context=max_context,
+        max_message_bytes=max_message_bytes,
         has_variance=infos["encoder"].has_variance,
-    )
+    ).within(infos, max_context, max_message_bytes)
+
+
+def _least(infos: dict[str, Any], name: str, ours: int) -> int:
+    """The least of our limit and those of the stages that tell one."""
+    theirs = (getattr(info.limits, name) for info in infos.values())
+    return min(ours, *(limit or ours for limit in theirs))
 
 
 def _check_same(infos: dict[str, Any], name: str, read: Callable[[Any], Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,8 +16,7 @@ from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator.stages import NAMES, Stages
 from colaserve_services.errors import Unavailable
 
-LOOK_SECONDS: Final = 5.0  # patience with one answer
-FRESH_SECONDS: Final = 0.1  # a look that recent is not repeated
+_PATIENCE: Final = (0.5, 0.5, 1.0, 1.0, 2.0)  # seconds, try by try; the next one goes to another replica
 _SILENT_SECONDS: Final = 15.0  # between two lines of the log about stages that are waited for
 _MISSES: Final = 2  # looks in a row without an answer until a stage counts as down
 _STARTING: Final = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
@@ -45,20 +45,21 @@ class Lookout:
     stages: Stages
     space: str = ""  # that a stage must have to count as serving; empty: any
     views: dict[str, View] = field(default_factory=lambda: {name: View() for name in NAMES})
-    _looked: float = float("-inf")
 
     @property
     def all_serving(self) -> bool:
         """Whether every stage answered lately."""
         return all(view.serving for view in self.views.values())
 
-    async def look(self, fresh_seconds: float = 0.0) -> None:
-        """Ask all stages at once, unless that was done within `fresh_seconds`.
+    @property
+    def infos(self) -> dict[str, Any]:
+        """The latest answer of each stage."""
+        return {name: view.info for name, view in self.views.items()}
+
+    async def look(self) -> None:
+        """Ask all stages at once.
 
         Before the stages have agreed, raises Unavailable for an answer that waiting does not change; never later."""
-        if time.monotonic() - self._looked < fresh_seconds:
-            return
-        self._looked = time.monotonic()
         await asyncio.gather(*(self._ask(name) for name in NAMES))
 
     async def wait(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Lookout:
         while True:
             await self.look()
             if self.all_serving:
-                return {name: view.info for name, view in self.views.items()}
+                return self.infos
             if time.monotonic() >= tell_at:
                 _log.warning("waiting for the stages: %s", self.faults())
                 tell_at = time.monotonic() + _SILENT_SECONDS
@@ -97,7 +98,7 @@ class Lookout:
     async def _ask(self, name: str) -> None:
         view = self.views[name]
         try:
-            info = await self.stages.info(name, LOOK_SECONDS)
+            info = await self._answer(name)
         except grpc.RpcError as error:
             code = error.code()
             view.missed, view.fault = view.missed + 1, code.name
@@ -109,3 +110,10 @@ class Lookout:
             view.missed, view.fault = _MISSES, f"serves space {info.space}, not {self.space}"
             return
         view.info, view.missed, view.fault = info, 0, ""
+
+    async def _answer(self, name: str) -> Any:
+        """The first answer of several tries, so that one silent replica is no miss while another one answers."""
+        for seconds in _PATIENCE[:-1]:
+            with suppress(grpc.RpcError):
+                return await self.stages.info(name, seconds)
+        return await self.stages.info(name, _PATIENCE[-1])

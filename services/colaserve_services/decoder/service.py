@@ -12,7 +12,6 @@ from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEn
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.rpc import about, tensors
-from colaserve_services.rpc.errors import status_from_errors
 
 
 class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
@@ -25,14 +24,13 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
         self, requests: AsyncIterator[decoder_pb2.DecodeRequest], context: Any
     ) -> AsyncIterator[decoder_pb2.DecodeResponse]:
         """Decode one run; leaving the session, however that happens, frees its KV."""
-        async with status_from_errors(context):
-            first = await anext(aiter(requests), None)
-            if first is None or first.WhichOneof("request") != "open":
-                raise InvalidRequest("request", "the first request of a Decode stream must set `open`")
-            job = self._job(first.open)
-            async with self._engine.session(job, deadline=about.deadline(context)) as session:
-                async for request in requests:
-                    yield _message(await session.decode(self._block(request)))
+        first = await anext(aiter(requests), None)
+        if first is None or first.WhichOneof("request") != "open":
+            raise InvalidRequest("request", "the first request of a Decode stream must set `open`")
+        job = self._job(first.open)
+        async with self._engine.session(job, deadline=about.deadline(context)) as session:
+            async for request in requests:
+                yield _message(await session.decode(self._block(request)))
 
     async def GetInfo(
         self, request: decoder_pb2.DecoderServiceGetInfoRequest, context: Any

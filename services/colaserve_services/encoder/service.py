@@ -7,7 +7,6 @@ from typing import Any
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.encoder.engine import Encoded, EncoderEngine
 from colaserve_services.rpc import about, tensors
-from colaserve_services.rpc.errors import status_from_errors
 
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
@@ -18,14 +17,13 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
 
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Any) -> encoder_pb2.EncodeResponse:
         """Encode 1 to 256 sequences."""
-        async with status_from_errors(context):
-            encoded, timings = await self._engine.encode(
-                [sequence.ids for sequence in request.sequences],
-                with_variance=request.with_variance,
-                deadline=about.deadline(context),
-            )
-            encodings = [self._message(one) for one in encoded]
-            return encoder_pb2.EncodeResponse(encodings=encodings, timing=about.timing(timings))
+        encoded, timings = await self._engine.encode(
+            [sequence.ids for sequence in request.sequences],
+            with_variance=request.with_variance,
+            deadline=about.deadline(context),
+        )
+        encodings = [self._message(one) for one in encoded]
+        return encoder_pb2.EncodeResponse(encodings=encodings, timing=about.timing(timings))
 
     async def GetInfo(
         self, request: encoder_pb2.EncoderServiceGetInfoRequest, context: Any

@@ -92,7 +92,7 @@ class Answer(Response):
         end = asyncio.get_running_loop().time() + self._plan.deadline - time.monotonic()
 
         async def start(request: GenerateRequest) -> GenerateCall:
-            return await self._backend.generate(request, self._plan.deadline, record)
+            return await self._backend.generate(request, self._plan.deadline)
 
         async with asyncio.timeout_at(end), SideBySide(self._plan.requests, start, self._parallel) as messages:
             yield self._translated(messages, record)
@@ -101,7 +101,7 @@ class Answer(Response):
         offsets = [Offsets() for _ in self._plan.requests]
         async for index, message in messages:
             record.saw_block()
-            yield index, await piece_of(message, self._texts, offsets[index], record)
+            yield index, await piece_of(message, self._texts, offsets[index])
 
     def _usage(self, last: Sequence[Piece], record: RequestRecord) -> Usage:
         """Of all choices, from the last piece of each; a prompt counts once, however often it was continued."""

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
-from urllib.parse import quote
 
 import grpc
 
 from colaserve.v1 import generation_pb2 as pb
 from colaserve_services.errors import ColaserveError, Unavailable
-from colaserve_services.gateway.record import RequestRecord
-from colaserve_services.rpc.requests import Metadata, outgoing_metadata
+from colaserve_services.rpc.requests import outgoing_metadata
 
-CLIENT: Final = "x-colaserve-client"  # the key's name
-USER: Final = "x-colaserve-user"  # the request's `user`, percent-encoded
 INFO_TIMEOUT: Final = 5.0
 UNARY_TIMEOUT: Final = 30.0
 
@@ -40,14 +36,13 @@ class GenerationStub(Protocol):
     GetInfo: Any
 
 
+def most_tokens(info: Info) -> int:
+    """Tokens that fill the longest context."""
+    return info.limits.max_context * max(info.model.patch_size, 1)
+
+
 async def _at_once() -> None:
     """A service in this process is always there."""
-
-
-def metadata(record: RequestRecord) -> Metadata:
-    """Who asks, beside the request id that every call carries."""
-    user = ((USER, quote(record.user, safe="@:+")),) if record.user else ()
-    return (*outgoing_metadata(), (CLIENT, record.client), *user)
 
 
 class Backend:
@@ -61,54 +56,67 @@ class Backend:
         self._info_at = -float("inf")
         self._asking: asyncio.Task[Info] | None = None
 
-    async def generate(self, request: pb.GenerateRequest, deadline: float, record: RequestRecord) -> GenerateCall:
+    async def generate(self, request: pb.GenerateRequest, deadline: float) -> GenerateCall:
         """Start a generation. `deadline` in time.monotonic() seconds."""
         await self._reach()
         timeout = max(deadline - time.monotonic(), 0.001)
-        call: GenerateCall = self._stub.Generate(request, timeout=timeout, metadata=metadata(record))
+        call: GenerateCall = self._stub.Generate(request, timeout=timeout, metadata=outgoing_metadata())
         return call
 
-    async def tokenize(self, text: str, record: RequestRecord) -> pb.TokenizeResponse:
+    async def tokenize(self, text: str) -> pb.TokenizeResponse:
         await self._reach()
         request = pb.TokenizeRequest(text=text)
         response: pb.TokenizeResponse
-        response = await self._stub.Tokenize(request, timeout=UNARY_TIMEOUT, metadata=metadata(record))
+        response = await self._stub.Tokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
         return response
 
-    async def detokenize(self, ids: list[int], record: RequestRecord) -> str:
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return str((await self._detokenize(ids)).text)
+
+    async def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id alone."""
+        most = most_tokens(await self.info())  # that one call takes
+        texts: list[str] = []
+        for start in range(0, len(ids), most):
+            texts += (await self._detokenize(ids[start : start + most])).tokens
+        return texts
+
+    async def _detokenize(self, ids: Sequence[int]) -> pb.DetokenizeResponse:
         await self._reach()
         request = pb.DetokenizeRequest(token_ids=ids)
-        response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=metadata(record))
-        return str(response.text)
+        response: pb.DetokenizeResponse
+        response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
+        return response
 
     async def info(self) -> Info:
-        """The coordinator's description of itself, `info_seconds` old at most, older only while it cannot be asked."""
-        if self._info is not None and time.monotonic() - self._info_at <= self._info_seconds:
-            return self._info
-        if self._asking is None:  # all who wait share one call
+        """The coordinator's description of itself. One older than `info_seconds` is given while a new one is asked for,
+        and as long as none comes."""
+        if self._asking is None and time.monotonic() - self._info_at > self._info_seconds:
             self._asking = asyncio.create_task(self._ask())
-        try:
-            return await asyncio.shield(self._asking)
-        except (grpc.RpcError, ColaserveError, TimeoutError):
-            if self._info is None:
-                raise
+        if self._info is not None:
             return self._info
+        assert self._asking is not None
+        return await asyncio.shield(self._asking)  # all who wait share one call
 
     async def _ask(self) -> Info:
         try:
-            if self._info is None:  # an older one does until then
+            if self._info is None:
                 await self._reach()
-            self._info = await self.fresh_info()
-            self._info_at = time.monotonic()
+            return await self.fresh_info()
+        except (grpc.RpcError, ColaserveError, TimeoutError):
+            if self._info is None:
+                raise
             return self._info
         finally:
             self._asking = None
 
     async def fresh_info(self, seconds: float = INFO_TIMEOUT) -> Info:
+        """Its description of itself as of now."""
         request = pb.GenerationServiceGetInfoRequest()
         async with asyncio.timeout(seconds):
             info: Info = await self._stub.GetInfo(request, timeout=seconds, metadata=outgoing_metadata())
-            return info
+        self._info, self._info_at = info, time.monotonic()
+        return info
 
     async def check_ready(self, seconds: float = 2.0) -> None:
         """Raise unless the coordinator answers and finds all its stages serving."""

@@ -37,13 +37,9 @@ class Gateway:
         self.started = int(time.time())
         self.draining = False
 
-    def model_name(self, info: Info) -> str:
-        """The name that clients ask for."""
-        return self.settings.model_name or info.model_name
-
     def check_model(self, asked: str | None, info: Info) -> str:
         """The served model's name; 404 when another one was asked for."""
-        served = self.model_name(info)
+        served = info.model_name
         if asked not in (None, served):
             message = f"model: {asked!r} is not served here, {served!r} is"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -75,7 +71,7 @@ class Gateway:
         model = self.check_model(body.model, info)
         prompts = completion_prompts(body.prompt, info.model.vocab_size)
         self._check_choices(body, len(prompts))
-        echoes = await self._echoes(prompts, record) if body.echo else [""] * len(prompts)
+        echoes = await self._echoes(prompts) if body.echo else [""] * len(prompts)
         each = [echo for echo in echoes for _ in range(body.n or 1)]
         dialect = CompletionDialect(record.request_id, model, info.space, most_likely(body) is not None, each)
         return self._answer(body, prompts, dialect, record, seconds)
@@ -109,9 +105,9 @@ class Gateway:
         if prompts * per_prompt > bound:
             raise invalid("prompt", f"{prompts} prompts with n = {per_prompt} are more than the {bound} texts allowed")
 
-    async def _echoes(self, prompts: Sequence[GenerateRequest], record: RequestRecord) -> list[str]:
+    async def _echoes(self, prompts: Sequence[GenerateRequest]) -> list[str]:
         return [
-            await self.backend.detokenize(list(prompt.prompt_ids.ids), record)
+            await self.backend.detokenize(list(prompt.prompt_ids.ids))
             if prompt.HasField("prompt_ids")
             else prompt.prompt
             for prompt in prompts

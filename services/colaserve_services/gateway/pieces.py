@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +9,6 @@ from typing import Final
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.gateway.backend import Backend
-from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.shapes import Reason
 
 INCOMPLETE: Final = "\ufffd"
@@ -70,15 +68,14 @@ class TokenTexts:
         self._backend = backend
         self._texts: dict[int, str] = {}
 
-    async def learn(self, ids: Iterable[int], record: RequestRecord) -> None:
+    async def learn(self, ids: Iterable[int]) -> None:
         missing = sorted({token for token in ids if token not in self._texts})
-        texts = await asyncio.gather(*(self._backend.detokenize([token], record) for token in missing))
-        for token, text in zip(missing, texts, strict=True):
+        for token, text in zip(missing, await self._backend.token_texts(missing), strict=True):
             self._texts[token] = f"{PART}{token}" if INCOMPLETE in text else text
 
-    async def length(self, ids: Sequence[int], record: RequestRecord) -> int:
+    async def length(self, ids: Sequence[int]) -> int:
         """Characters of tokens that hold parts of them."""
-        return len(await self._backend.detokenize(list(ids), record))
+        return len(await self._backend.detokenize(ids))
 
     def __getitem__(self, token: int) -> str:
         return self._texts[token]
@@ -91,40 +88,38 @@ class Offsets:
         self._at = 0
         self._parts: list[int] = []  # read since the last whole token
 
-    async def next(self, token: int, texts: TokenTexts, record: RequestRecord) -> int:
+    async def next(self, token: int, texts: TokenTexts) -> int:
         """The place of the next token."""
         text = texts[token]
         if text.startswith(PART):
             self._parts.append(token)
             return self._at
         if self._parts:
-            self._at += await texts.length(self._parts, record)
+            self._at += await texts.length(self._parts)
             self._parts.clear()
         start, self._at = self._at, self._at + len(text)
         return start
 
 
-async def piece_of(message: GenerateResponse, texts: TokenTexts, offsets: Offsets, record: RequestRecord) -> Piece:
+async def piece_of(message: GenerateResponse, texts: TokenTexts, offsets: Offsets) -> Piece:
     """A message in this API's terms; token texts are looked up only where there are log-probabilities."""
     usage = message.usage
     return Piece(
         message.text,
-        await _positions(message, texts, offsets, record) if message.logprobs else (),
+        await _positions(message, texts, offsets) if message.logprobs else (),
         _REASONS.get(message.finish_reason),
         usage.prompt_tokens,
         usage.completion_tokens,
     )
 
 
-async def _positions(
-    message: GenerateResponse, texts: TokenTexts, offsets: Offsets, record: RequestRecord
-) -> tuple[Position, ...]:
+async def _positions(message: GenerateResponse, texts: TokenTexts, offsets: Offsets) -> tuple[Position, ...]:
     likely_ids = [token for top in message.top_logprobs for token in top.token_ids]
-    await texts.learn([*message.token_ids, *likely_ids], record)
+    await texts.learn([*message.token_ids, *likely_ids])
     tops: Sequence[types_pb2.TopLogprobs] = message.top_logprobs
     beside = [_scored(top.token_ids, top.logprobs, texts) for top in tops] or [()] * len(message.token_ids)
     chosen = _scored(message.token_ids, message.logprobs, texts)
-    starts = [await offsets.next(token, texts, record) for token in message.token_ids]
+    starts = [await offsets.next(token, texts) for token in message.token_ids]
     return tuple(Position(*columns) for columns in zip(chosen, starts, beside, strict=True))
 
 

@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from colaserve_services.gateway import shapes
 from colaserve_services.gateway.answer import Answer
-from colaserve_services.gateway.backend import Info
+from colaserve_services.gateway.backend import Info, most_tokens
 from colaserve_services.gateway.docs_page import docs_page
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
@@ -69,11 +69,11 @@ def model_routes(gateway: Gateway) -> APIRouter:
 
     def model(info: Info) -> shapes.Model:
         return {
-            "id": gateway.model_name(info),
+            "id": info.model_name,
             "object": "model",
             "created": gateway.started,
             "owned_by": "colaserve",
-            "max_model_len": info.limits.max_context * max(info.model.patch_size, 1),
+            "max_model_len": most_tokens(info),
             "defaults": _defaults(info),
         }
 

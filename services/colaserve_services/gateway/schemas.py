@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -65,9 +65,7 @@ class GenerationFields(BaseModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Repeats a run; choice i of a prompt is sample i of this seed."
     )
-    user: Text | None = Field(
-        None, max_length=256, description="Your end user's id: logged, and told to the coordinator."
-    )
+    user: Text | None = Field(None, max_length=256, description="Your end user's id: logged.")
     top_k: int | None = Field(
         None, ge=-1, le=UINT32, description="Keep the k most likely tokens; 0 or -1 keeps all; 50."
     )
@@ -164,8 +162,3 @@ UNIONS: Final[dict[str, str]] = {
 def parts(value: str | list[TextPart]) -> str:
     """A content's text: parts are joined as they are."""
     return value if isinstance(value, str) else "".join(part.text for part in value)
-
-
-def extras(model: BaseModel) -> dict[str, Any]:
-    """Fields that the schema does not know."""
-    return model.model_extra or {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import ssl
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,13 +15,13 @@ from fastapi import FastAPI
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.rpc.settings import ServerTls
+from colaserve_services.rpc.tls import server_context
+from colaserve_services.rpc.watched_files import WatchedFiles
 
 _KEEP_ALIVE = 75  # seconds that an idle connection is kept: above what clients and balancers keep theirs
 _LOOK_SECONDS = 1.0  # between two looks at the certificate's files
 
 _LAST_WORDS = 2.0  # seconds that cancelled requests have to say so to their clients
-
-_log = logging.getLogger(__name__)
 
 
 class HttpServer:
@@ -30,6 +30,7 @@ class HttpServer:
     def __init__(self, app: FastAPI, listener: socket.socket, tls: ServerTls | None):
         self._gateway: Gateway = app.state.gateway
         self._listener, self._tls = listener, tls
+        self._files = WatchedFiles(*((tls.cert, tls.key, tls.client_ca) if tls else ()))
         self._server = _Server(_config(app, tls))
         self._tasks: list[asyncio.Task[None]] = []
         self.host: str = listener.getsockname()[0]
@@ -62,17 +63,12 @@ class HttpServer:
             await asyncio.wait(late, timeout=_LAST_WORDS)
 
     async def _follow_certificate(self, tls: ServerTls) -> None:
-        context, seen = self._server.config.ssl, _stamps(tls)
+        context = self._server.config.ssl
         assert isinstance(context, ssl.SSLContext)
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            try:
-                if (stamps := _stamps(tls)) != seen:
-                    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key)
-                    context.load_cert_chain(tls.cert, tls.key)  # of a wrong pair, half would stay in it
-                    seen = stamps
-            except OSError as error:  # ssl.SSLError is one
-                _log.error("the old certificate stays in use: %s", error)
+            if (renewed := self._files.read_again(partial(server_context, tls))) is not None:
+                context.sni_callback = partial(_use, renewed)
 
 
 async def serve(app: FastAPI, host: str, port: int, tls: ServerTls | None = None) -> HttpServer:
@@ -110,17 +106,15 @@ def _config(app: FastAPI, tls: ServerTls | None) -> uvicorn.Config:
         lifespan="off",
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        ssl_certfile=str(tls.cert) if tls else None,
-        ssl_keyfile=str(tls.key) if tls else None,
-        ssl_ca_certs=str(tls.client_ca) if tls and tls.client_ca else None,
-        ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
     )
     config.load()
+    config.ssl = None if tls is None else server_context(tls)
     return config
 
 
-def _stamps(tls: ServerTls) -> tuple[float, ...]:
-    return tls.cert.stat().st_mtime, tls.key.stat().st_mtime
+def _use(context: ssl.SSLContext, connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+    """Go on with another context in a handshake that began."""
+    connection.context = context
 
 
 class _Server(uvicorn.Server):

@@ -29,7 +29,6 @@ class Bounds:
 class GatewaySettings:
     """Everything a gateway can be told."""
 
-    model_name: str = ""  # the name clients ask for; empty: the coordinator's
     keys: Keys | None = None  # None: everybody may call
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # by key, else by address
     cors_origins: tuple[str, ...] = ()  # browsers' origins that may call, "*" for all; none: no CORS headers

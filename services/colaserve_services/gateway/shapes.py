@@ -67,22 +67,12 @@ class Delta(TypedDict, total=False):
 
 
 class ChatChunkChoice(TypedDict):
+    """In an event of a chat's stream."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: Reason | None
-
-
-class ChatChunk(TypedDict):
-    """One event of a chat's stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage | None]
 
 
 class CompletionLogprobs(TypedDict):

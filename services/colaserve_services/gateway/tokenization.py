@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from colaserve_services.gateway import shapes
-from colaserve_services.gateway.backend import Info
+from colaserve_services.gateway.backend import Info, most_tokens
 from colaserve_services.gateway.errors import invalid
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.prompting import chat_prompt
-from colaserve_services.gateway.record import record_of
 from colaserve_services.gateway.routes import ERRORS
 from colaserve_services.gateway.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -19,25 +18,25 @@ def tokenization_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(tags=["tokenizer"], responses=ERRORS)
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, request: Request) -> shapes.Tokenized:
+    async def tokenize(body: TokenizeRequest) -> shapes.Tokenized:
         """Token ids of a prompt, or of messages as a chat would frame them."""
         gateway.check_extras(body, body.messages or ())
         info = await gateway.backend.info()
         gateway.check_model(body.model, info)
-        got = await gateway.backend.tokenize(_text(body, info), record_of(request.scope))
+        got = await gateway.backend.tokenize(_text(body, info))
         return {
             "count": len(got.token_ids),
-            "max_model_len": info.limits.max_context * max(info.model.patch_size, 1),
+            "max_model_len": most_tokens(info),
             "tokens": list(got.token_ids),
             "token_strs": list(got.tokens) if body.return_token_strs else None,
         }
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest, request: Request) -> shapes.Detokenized:
+    async def detokenize(body: DetokenizeRequest) -> shapes.Detokenized:
         """Text of token ids."""
         gateway.check_extras(body)
         gateway.check_model(body.model, await gateway.backend.info())
-        return {"prompt": await gateway.backend.detokenize(body.tokens, record_of(request.scope))}
+        return {"prompt": await gateway.backend.detokenize(body.tokens)}
 
     return router
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import click
 
 from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE, UP
+from colaserve_services.rpc.metrics import Metrics
 
 ROLES = {
     "up": UP,
@@ -60,12 +61,18 @@ of each service are SERVING when the role is ready (the coordinator: while its s
 SERVING as long as the process answers and can compute, whatever its load (engines whose steps failed three times in a
 row and then fail at their warm-up too are not alive, until they manage it). The gateway has `/ready` and `/health` on
 its HTTP port.
+
+## Metrics
+
+Of every role at its `--metrics-port`, of the gateway at its HTTP port too. `stage` is encoder, prior, decoder or
+coordinator; a role has the values of what it does. `process_` metrics tell CPU seconds, memory and open files.
+
 """
 
 
 def document() -> str:
     """The whole page."""
-    return HEAD + "\n".join(_roles()) + "\n" + "\n".join(_groups()) + TAIL
+    return HEAD + "\n".join(_roles()) + "\n" + "\n".join(_groups()) + TAIL + "\n".join(_metrics()) + "\n"
 
 
 def _roles() -> Iterator[str]:
@@ -74,6 +81,13 @@ def _roles() -> Iterator[str]:
     for role, groups in ROLES.items():
         yield f"| `{role}` | {', '.join(groups)} |"
     yield ""
+
+
+def _metrics() -> Iterator[str]:
+    yield "| Metric | Kind | Labels | Meaning |"
+    yield "|---|---|---|---|"
+    for name, kind, labels, text in Metrics().table:
+        yield f"| `{name}` | {kind} | {', '.join(labels)} | {text} |"
 
 
 def _groups() -> Iterator[str]:

@@ -139,7 +139,9 @@ GROUPS: dict[str, list[click.Option]] = {
         _option("--max-generations", 256, "Calls that the coordinator works on at once.", POSITIVE),
         _option("--max-queued", 512, "Calls that may wait for that; one more is refused.", COUNT),
         _option("--queue-seconds", 30.0, "A call that waited so long is refused.", SECONDS),
-        _option("--max-per-key", 0, "Calls of one key at once, waiting ones included; 0: no limit.", COUNT),
+        _option(
+            "--max-per-key", 0, "Calls of one key, else address, at once, waiting ones included; 0: no limit.", COUNT
+        ),
         _option("--attempts", 8, "Failures of one stage in a row until a call is given up.", POSITIVE),
     ],
     "Defaults of requests": [
@@ -165,6 +167,10 @@ GROUPS: dict[str, list[click.Option]] = {
         _option("--http-port", 8000, "HTTP port; 0 takes a free one.", PORT),
         _option("--http-tls-cert", None, "PEM certificate chain of the HTTP port.", FILE),
         _option("--http-tls-key", None, "PEM key of --http-tls-cert.", FILE),
+        _option(
+            "--http-tls-client-ca", None, "PEM authority; HTTP clients, probes too, must show a certificate of it.",
+            FILE,
+        ),
         _option("--cors-origins", "", "Browsers' origins that may call; * for all.", show_default=False),
         _option(
             "--allow-unknown-fields", False, "Ignore JSON fields that nobody knows instead of refusing them.",

@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 import grpc
 
 from colaserve_services.launch.settings import WatchSettings
+from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.metrics import Metrics, MetricsEndpoint
+from colaserve_services.rpc.network import address
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
 
@@ -130,40 +132,12 @@ def keep_grpc() -> None:
 
 async def _run(host: Host, assemble: Assemble) -> None:
     keep_grpc()
-    signals = _Signals()
+    signals = Signals()
     async with host.stack:
-        if not await signals.unless_stopped(assemble(host)):
-            return
-        if not await signals.unless_stopped(host.ready()):
+        if await signals.ended(assemble(host)) or await signals.ended(host.ready()):
             return
         number = await signals.next()
-        await signals.unless_stopped(host.drain(host.settings.drain_seconds if number == signal.SIGTERM else 0.0))
-
-
-class _Signals:
-    """SIGTERM and SIGINT as they come."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[int] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._queue.put_nowait, number)
-
-    async def next(self) -> int:
-        return await self._queue.get()
-
-    async def unless_stopped(self, work: Awaitable[None]) -> bool:
-        """Do the work; False when a signal ended it."""
-        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.next())
-        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-        stopped = stop.done() and not task.done()
-        if stop.done() and task.done():
-            self._queue.put_nowait(stop.result())  # for what comes next
-        for pending in (task, stop):
-            pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return not stopped
+        await signals.ended(host.drain(host.settings.drain_seconds if number == signal.SIGTERM else 0.0))
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
@@ -190,11 +164,6 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_result(result)
     else:
         future.set_exception(error)
-
-
-def address(host: str, port: int) -> str:
-    """host:port, an IPv6 host in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def write_whole(path: Path, text: str) -> None:

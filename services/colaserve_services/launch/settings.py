@@ -77,7 +77,7 @@ def server(params: Params) -> ServerSettings:
         host=params["host"],
         port=params["grpc_port"],
         health_port=params["health_port"],
-        tls=_server_tls(params, "tls_cert", "tls_key", params["tls_client_ca"]),
+        tls=_server_tls(params, "tls"),
         admission=admission(params),
         max_message_bytes=params["max_message_bytes"],
         max_concurrent_streams=params["max_concurrent_streams"],
@@ -122,7 +122,7 @@ def channel(params: Params) -> ChannelSettings:
 
 def http_tls(params: Params) -> ServerTls | None:
     """TLS of the HTTP port."""
-    return _server_tls(params, "http_tls_cert", "http_tls_key", None)
+    return _server_tls(params, "http_tls")
 
 
 def watch(params: Params) -> WatchSettings:
@@ -147,11 +147,13 @@ def target(params: Params, name: str) -> str:
     return str(params[name])
 
 
-def _server_tls(params: Params, cert: str, key: str, client_ca: Path | None) -> ServerTls | None:
-    if (params[cert] is None) != (params[key] is None):
-        raise UsageError(f"--{cert.replace('_', '-')} and --{key.replace('_', '-')} go together")
-    if params[cert] is None:
+def _server_tls(params: Params, prefix: str) -> ServerTls | None:
+    cert, key, client_ca = (params[f"{prefix}_{name}"] for name in ("cert", "key", "client_ca"))
+    flag = "--" + prefix.replace("_", "-")
+    if (cert is None) != (key is None):
+        raise UsageError(f"{flag}-cert and {flag}-key go together")
+    if cert is None:
         if client_ca is not None:
-            raise UsageError("--tls-client-ca: needs --tls-cert and --tls-key")
+            raise UsageError(f"{flag}-client-ca: needs {flag}-cert and {flag}-key")
         return None
-    return ServerTls(params[cert], params[key], client_ca)
+    return ServerTls(cert, key, client_ca)

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from colaserve_services.errors import ColaserveError
 from colaserve_services.launch import threads
 from colaserve_services.launch.process import EXIT_WITH_PARENT, keep_grpc, write_whole
+from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.settings import ChannelSettings
 
@@ -123,6 +124,13 @@ class Children:
             process.kill()
             await process.wait()
 
+    async def kill(self) -> None:
+        """End all at once."""
+        for process in self._running.values():
+            if process.returncode is None:
+                process.kill()
+        await asyncio.gather(*(process.wait() for process in self._running.values()))
+
     def _file(self, role: str) -> Path:
         return self._folder / f"{role}.json"
 
@@ -140,25 +148,13 @@ def run_split(settings: SplitSettings) -> None:
 
 async def _run(settings: SplitSettings, folder: Path) -> None:
     keep_grpc()
-    children, stop = Children(settings, folder), asyncio.Event()
-    numbers: list[int] = []
-
-    def heard(number: int) -> None:
-        numbers.append(number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, heard, number)
-    work = asyncio.ensure_future(_start_and_watch(children, settings))
-    stopped = asyncio.ensure_future(stop.wait())
+    children, signals = Children(settings, folder), Signals()
+    number: int | None = None
     try:
-        await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
+        number = await signals.ended(_start_and_watch(children, settings))
     finally:
-        work.cancel()
-        stopped.cancel()
-        await children.stop(numbers[0] if numbers else signal.SIGTERM)
+        if await signals.ended(children.stop(number or signal.SIGTERM)):
+            await children.kill()
 
 
 async def _start_and_watch(children: Children, settings: SplitSettings) -> None:

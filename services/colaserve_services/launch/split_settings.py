@@ -33,6 +33,8 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
         raise UsageError("--tls-ca: needed with --tls-cert and --split, for the roles to trust each other")
     if params["health_port"] is not None:
         raise UsageError("--health-port: not with --split, where every role has a health service of its own")
+    if params["upstream_key"]:
+        raise UsageError("--upstream-key: not with --split, where the roles' keys are drawn anew at each start")
     channel = settings.channel(params)
     given = {name for name in params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE} - EDGE_ONLY
     inner = given - PER_CLIENT.keys()

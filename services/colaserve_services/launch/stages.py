@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +144,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:
-    progress = Progress(f"reading the {stage}")
+    progress, started = Progress(f"reading the {stage}"), time.monotonic()
     try:
         load: Callable[..., nn.Module] = getattr(checkpoint, f"load_{stage}")
         model = load(device, dtype, progress)
@@ -151,7 +152,7 @@ def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch
         raise UsageError(f"the {stage} does not fit into the memory of {device}") from error
     finally:
         progress.close()
-    seconds = float(getattr(model, "load_seconds", 0.0))
+    seconds = time.monotonic() - started
     metrics.weights_load_seconds.labels(stage).set(seconds)
     fields: dict[str, Any] = {"stage": stage, "seconds": round(seconds, 2), "dtype": str(dtype)}
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -163,7 +164,7 @@ def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch
 def _engine(
     stage: str, model: Any, checkpoint: Checkpoint, thread: DeviceThread, limits: EngineLimits, observer: EngineMetrics
 ) -> Any:
-    shape = checkpoint.shape_of(model)
+    shape = checkpoint.shape_of(stage)
     observer.kv(0, limits.kv_bytes)
     if stage == "encoder":
         tokenizer = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults)

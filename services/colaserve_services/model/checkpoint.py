@@ -32,7 +32,7 @@ from colaserve_services.model.config import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from colaserve_services.model.dit import DiT
     from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
@@ -174,12 +174,14 @@ class Checkpoint:
         """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
         from colaserve_services.model import loading
 
-        for network in (loading.encoder(self), loading.decoder(self), loading.prior(self)):
-            loading.check(network)
+        for network in loading.NETWORKS.values():
+            loading.parameters(network(self))
 
-    def shape_of(self, model: nn.Module) -> ModelShape:
-        """The shape with the parameters that `model`, loaded from here, holds."""
-        return self._shape(int(getattr(model, "loaded_parameters", 0)))
+    def shape_of(self, stage: str) -> ModelShape:
+        """The shape with the parameters of one stage alone: "encoder", "prior" or "decoder"."""
+        from colaserve_services.model import loading
+
+        return self._shape(loading.parameters(loading.NETWORKS[stage](self)))
 
     def _shape(self, parameters: int) -> ModelShape:
         vae, dit = self.vae_config, self.dit_config

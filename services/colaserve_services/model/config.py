@@ -125,6 +125,10 @@ def load_dit_config(path: Path) -> DiTConfig:
         raise CheckpointError(
             f"{path}: txt_out_channels is {config.txt_out_channels}; expected txt_in_channels, {config.txt_in_channels}"
         )
+    if config.head_dim % 2:
+        raise CheckpointError(
+            f"{path}: head_dim is {config.head_dim}; expected an even number, which rotary pairs need"
+        )
     if config.rope_dim % 2 or config.rope_dim > config.head_dim:
         raise CheckpointError(f"{path}: rope_dim is {config.rope_dim}; expected an even number up to head_dim")
     return config

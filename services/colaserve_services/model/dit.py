@@ -206,8 +206,6 @@ class DiT(nn.Module):
         Turning whole tensors takes a fraction of the time that the leading channels of each head take.
         """
         rotary = self.rotary(positions)
-        if self.config.head_dim % 2:
-            return rotary
         still = self.config.head_dim // 2 - rotary.shape[-1]
         return F.pad(rotary, (0, still), value=1.0).expand(*positions.shape, self.config.heads, -1).contiguous()
 

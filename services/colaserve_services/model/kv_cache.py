@@ -66,11 +66,12 @@ class KVSlab:
         return (self._slots - len(self._held)) * self.shape.nbytes(self.capacity)
 
     def take(self, cache: "KVCache") -> int:
-        """The next slot, zeroed."""
+        """The next slot; in a pool zeroed, since more is read there than was written."""
         slot = len(self._held)
         self._held.append(weakref.ref(cache))
-        self._keys[:, slot].zero_()
-        self._values[:, slot].zero_()
+        if self.shape.pooled:
+            self._keys[:, slot].zero_()
+            self._values[:, slot].zero_()
         return slot
 
     def give_back(self, slot: int) -> None:

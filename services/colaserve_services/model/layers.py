@@ -21,6 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+_PACKED_FOR = 32  # rows
 _FUSED: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""),
     "gelu": ("gelu", [], "none"),
@@ -45,12 +46,12 @@ class Linear(nn.Linear):
             x = x.to(self.weight.dtype)
         return _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
 
-    def pack(self, rows: int = 32) -> None:
-        """Keep the weight in oneDNN's blocked layout only; `rows` is the batch it is tuned for. bfloat16 on the CPU."""
+    def pack(self) -> None:
+        """Keep the weight in oneDNN's blocked layout only, tuned for a few rows. bfloat16 on the CPU, else nothing."""
         weight = self.weight.detach()
         if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not _onednn_available():
             return
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
         self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
 
 

@@ -1,6 +1,5 @@
 """From a checkpoint's files to networks on a device: cast, placed and packed one tensor after the other."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -39,9 +38,13 @@ def prior(checkpoint: Checkpoint) -> Network[DiT]:
     return Network(lambda: DiT(checkpoint.dit_config), checkpoint.dit, "")
 
 
-def check(network: Network[Any]) -> None:
-    """Raise `CheckpointError` unless every tensor is there in its shape; reads headers only."""
-    _check_names(_empty(network), network.folder, network.prefix)
+NETWORKS: dict[str, Callable[[Checkpoint], Network[Any]]] = {"encoder": encoder, "prior": prior, "decoder": decoder}
+
+
+def parameters(network: Network[Any]) -> int:
+    """How many it has. Raises `CheckpointError` unless every tensor is there in its shape; reads headers only."""
+    names = _check_names(_empty(network), network.folder, network.prefix)
+    return sum(network.folder.entries[name].elements for name in names)
 
 
 def load(
@@ -50,7 +53,7 @@ def load(
     """Read, cast and place one tensor after the other, so that only one is held twice."""
     model, folder = _empty(network), network.folder
     slots = _check_names(model, folder, network.prefix)
-    total, done, started = sum(folder.entries[name].nbytes for name in slots), 0, time.monotonic()
+    total, done = sum(folder.entries[name].nbytes for name in slots), 0
     pending = _Pending(model)
     with torch.no_grad():
         for name, stored in folder.read(slots):
@@ -62,8 +65,6 @@ def load(
             done += folder.entries[name].nbytes
             if progress:
                 progress(done, total)
-    model.loaded_parameters = sum(folder.entries[name].elements for name in slots)  # type: ignore[assignment]
-    model.load_seconds = time.monotonic() - started  # type: ignore[assignment]
     return model.eval()
 
 

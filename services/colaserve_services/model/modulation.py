@@ -20,11 +20,11 @@ class ModulationTable:
 
     `at_least`: different times that one pass may need."""
 
-    def __init__(self, dit: DiT, device: torch.device, at_least: int = 64, budget_bytes: int = _BUDGET_BYTES):
+    def __init__(self, dit: DiT, device: torch.device, at_least: int = 64):
         self._dit, self._device = dit, device
         layers, dim = dit.config.num_layers, dit.config.txt_dim
         row_bytes = 4 * dim * (6 * layers + 2)
-        self.capacity = max(64, at_least, min(2048, budget_bytes // row_bytes))
+        self.capacity = max(64, at_least, min(2048, _BUDGET_BYTES // row_bytes))
         self._layers = torch.empty(layers, self.capacity, 6, dim, device=device)
         self._output = torch.empty(self.capacity, 2, dim, device=device)
         self._rows: OrderedDict[float, int] = OrderedDict()

@@ -90,9 +90,9 @@ class PatchEmbedder(Linear):
             return F.linear(x.to(weight.dtype), weight, self.bias)
         return super().forward(x)
 
-    def pack(self, rows: int = 32) -> None:
+    def pack(self) -> None:
         self.weight = nn.Parameter(self.weight.detach().transpose(1, 2).flatten(1), requires_grad=False)
-        super().pack(rows)
+        super().pack()
         if self._packed is None:
             dim = self.out_features
             self.weight = nn.Parameter(self.weight.view(dim, -1, dim).transpose(1, 2), requires_grad=False)

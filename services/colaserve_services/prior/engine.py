@@ -65,7 +65,7 @@ class PriorSession(Session[SampledBlock]):
         canvas = Canvas.of(self.job, engine.shape.block_size)
         self.cache = engine.kv_pool.take(engine.shape.block_size * len(canvas.context), self._positions)
         self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
-        engine.table.prepare([*schedule(self.job.sampler.steps), 0.0])
+        engine.table.prepare(schedule(self.job.sampler.steps))  # ends with the time of commits, 0
         engine.observer.tokens(canvas.context.shape[0] * engine.shape.block_size, 0)
         self._keys = engine.prefixes.keys(block.numpy().tobytes() for block in canvas.context)
         self.run.commit(engine.prefixes.restore(self._keys, self.cache)[0])

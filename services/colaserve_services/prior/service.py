@@ -13,7 +13,6 @@ from colaserve_services.model.flow import SamplerSettings, SolverName
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob, context_blocks
 from colaserve_services.rpc import about, tensors
-from colaserve_services.rpc.errors import status_from_errors
 
 SOLVERS: dict[int, SolverName] = {
     types_pb2.SOLVER_UNSPECIFIED: "euler",
@@ -31,15 +30,14 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
 
     async def Sample(self, request: prior_pb2.SampleRequest, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
         """Write the blocks of a canvas; leaving the session, however that happens, frees its KV."""
-        async with status_from_errors(context):
-            job = self._job(request)
-            async with self._engine.session(job, deadline=about.deadline(context)) as session:
-                async for block in session:
-                    yield prior_pb2.SampleResponse(
-                        block_index=block.index,
-                        latents=tensors.latents_to_message(block.latents, self._identity.space),
-                        timing=about.timing(block.timings),
-                    )
+        job = self._job(request)
+        async with self._engine.session(job, deadline=about.deadline(context)) as session:
+            async for block in session:
+                yield prior_pb2.SampleResponse(
+                    block_index=block.index,
+                    latents=tensors.latents_to_message(block.latents, self._identity.space),
+                    timing=about.timing(block.timings),
+                )
 
     async def GetInfo(
         self, request: prior_pb2.PriorServiceGetInfoRequest, context: Any

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import re
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from colaserve_services.errors import NotAuthenticated, UsageError
+from colaserve_services.rpc.watched_files import WatchedFiles
 
 LOOK_SECONDS = 1.0  # between two looks at the file
-
-_log = logging.getLogger(__name__)
 
 
 class Keys:
     """The keys that clients may show. Only their SHA-256 is kept."""
 
     def __init__(self, keys: Iterable[str] = (), file: Path | None = None):
-        self._fixed = _parse(keys)
-        self._file, self._looked, self._stamp = file, float("-inf"), (0.0, 0)
-        self._from_file: dict[bytes, str] = {}
-        self._look(first=True)
+        self._fixed, self._file = _parse(keys), file
+        self._watched, self._looked = WatchedFiles(file), time.monotonic()
+        self._from_file = {} if file is None else _read(file)
         if not self._all():
-            raise UsageError(f"--api-keys-file: {file} holds no key; write one a line")
+            raise _no_key(file)
 
     @staticmethod
     def load(file: Path | None, text: str = "") -> Keys | None:
@@ -50,26 +48,29 @@ class Keys:
     def _all(self) -> dict[bytes, str]:
         return self._fixed | self._from_file
 
-    def _look(self, first: bool = False) -> None:
+    def _look(self) -> None:
         if self._file is None or time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
-        try:
-            self._read(self._file)
-        except UsageError as error:
-            if first:
-                raise
-            _log.error("the old keys stay in use: %s", error)
+        self._from_file = self._watched.read_again(partial(_read_some, self._file)) or self._from_file
 
-    def _read(self, file: Path) -> None:
-        try:
-            status = file.stat()
-            stamp = (status.st_mtime, status.st_size)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._from_file = _parse(file.read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--api-keys-file: cannot read {file}: {error}") from error
+
+def _read_some(file: Path) -> dict[bytes, str]:
+    """Keys of a file that had some; one that was emptied is a mistake, or still being written."""
+    if keys := _read(file):
+        return keys
+    raise _no_key(file)
+
+
+def _read(file: Path) -> dict[bytes, str]:
+    try:
+        return _parse(file.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-keys-file: cannot read {file}: {error}") from error
+
+
+def _no_key(file: Path | None) -> UsageError:
+    return UsageError(f"--api-keys-file: {file} holds no key; write one a line")
 
 
 _COMMENT: Final = re.compile(r"(^|\s)#.*")  # a key may hold the sign

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from colaserve_services.errors import UsageError
-from colaserve_services.rpc import checksums, requests
+from colaserve_services.rpc import checksums, network, requests
 from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.rpc.tls import channel_credentials
 
@@ -75,7 +75,7 @@ def resolve(target: str) -> str:
     if len(version) > 1:
         raise UsageError(f"{target!r} mixes IPv4 and IPv6 addresses; give addresses of one kind")
     scheme = f"ipv{version.pop()}"
-    return f"{scheme}:" + ",".join(f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}" for ip, port in addresses)
+    return f"{scheme}:" + ",".join(network.address(str(ip), port) for ip, port in addresses)
 
 
 def _dns(part: str) -> str:
@@ -101,16 +101,9 @@ def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IP
 
 def _options(settings: ChannelSettings, service: str) -> list[tuple[str, Any]]:
     config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
-    keepalive = round(settings.keepalive_seconds * 1000)
     return [
+        *network.options(settings.max_message_bytes, settings.keepalive_seconds),
         ("grpc.service_config", json.dumps(config)),
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", settings.max_message_bytes),
-        ("grpc.keepalive_time_ms", keepalive),
-        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
-        ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),  # else two, then one a minute: streams that wait send nothing
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5000),  # which is in truth the time that connecting may take
         ("grpc.max_reconnect_backoff_ms", 1000),  # the others may die before one that came back is found

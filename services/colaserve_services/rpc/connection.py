@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
 
-from colaserve_services.errors import UsageError
 from colaserve_services.rpc.channels import Stub, open_channel
 from colaserve_services.rpc.settings import ChannelSettings
-from colaserve_services.rpc.tls import stamps
+from colaserve_services.rpc.watched_files import WatchedFiles
 
 LOOK_SECONDS = 10.0  # between two looks at the files
 REACH_SECONDS = 3.0  # a replica that came back is found within about one
 LAST_CALLS_SECONDS = 600.0  # that calls of an old channel have to end
-
-_log = logging.getLogger(__name__)
 
 
 class Connection:
@@ -29,17 +26,16 @@ class Connection:
     """
 
     def __init__(self, kind: Callable[[Any], Any], target: str, settings: ChannelSettings, service: str):
-        self._target, self._settings, self._service = target, settings, service
-        self._channel = open_channel(target, settings, service)
-        self._seen = self._stamps()
+        tls, self._open = settings.tls, partial(open_channel, target, settings, service)
+        self._files = WatchedFiles(*((tls.ca, tls.cert, tls.key) if tls else ()))
+        self._channel = self._open()
         self._closing: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
         self.stub = Stub(kind, self._channel, settings)
 
     def follow(self, look_seconds: float = LOOK_SECONDS) -> None:
         """Look at the files from now on, until `close`."""
-        if self._settings.tls is not None:
-            self._following = asyncio.create_task(self._look(look_seconds))
+        self._following = asyncio.create_task(self._look(look_seconds))
 
     async def reached(self, seconds: float = REACH_SECONDS) -> None:
         """Return as soon as a replica is connected and SERVING; after so many seconds even if none is.
@@ -63,26 +59,15 @@ class Connection:
     async def _look(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            if (seen := self._stamps()) != self._seen:
-                self._seen = seen
-                self._renew()
+            if (channel := self._files.read_again(self._open)) is not None:
+                self._use(channel)
 
-    def _renew(self) -> None:
-        try:
-            channel = open_channel(self._target, self._settings, self._service)
-        except UsageError as error:
-            _log.error("the old certificate stays in use: %s", error)
-            return
-        _log.info("certificates read again", extra={"fields": {"service": self._service}})
+    def _use(self, channel: grpc.aio.Channel) -> None:
         old, self._channel = self._channel, channel
         self.stub.use(channel)
         closing = asyncio.create_task(_close(old))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
-
-    def _stamps(self) -> tuple[tuple[int, int], ...]:
-        tls = self._settings.tls
-        return () if tls is None else stamps(tls.ca, tls.cert, tls.key)
 
 
 async def _close(channel: grpc.aio.Channel) -> None:

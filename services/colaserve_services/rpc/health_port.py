@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from colaserve_services.errors import UsageError
+from colaserve_services.rpc import network
 
 
 class HealthPort:
@@ -20,7 +21,7 @@ class HealthPort:
 
     def bind(self) -> int:
         """Take the port and return it. Raises UsageError when it is taken."""
-        address = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        address = network.address(self._host, self._port)
         try:
             return self._server.add_insecure_port(address)
         except RuntimeError as error:

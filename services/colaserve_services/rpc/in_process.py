@@ -1,4 +1,4 @@
-"""Stubs that call a servicer in the same process: no socket, no serialisation, the call surface of grpc.aio stubs.
+"""Stubs that call a servicer in the same process, as grpc.aio stubs do: no socket, no serialisation.
 
     stub = InProcessStub(PriorService(engine, identity))
     async for block in stub.Sample(request, timeout=10): ...
@@ -111,20 +111,11 @@ class InProcessContext:
     async def write(self, message: Any) -> None:
         await self._out.put(message)
 
-    async def send_initial_metadata(self, metadata: object) -> None:
-        """There is no wire; initial metadata is dropped."""
-
     def set_trailing_metadata(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
         self._trailing = tuple(metadata)
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return self._trailing
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self._code = code
-
-    def set_details(self, details: str) -> None:
-        self._details = details
 
     def code(self) -> grpc.StatusCode:
         return self._code
@@ -141,7 +132,7 @@ class InProcessContext:
 
 
 class _Call:
-    """One running call: the servicer runs in its own task, as it would behind a socket.
+    """One running call, the part of grpc.aio.Call that services here use. The servicer runs in its own task.
 
     A call that is dropped before its end is cancelled, as in grpc.aio.
     """
@@ -171,21 +162,6 @@ class _Call:
     def cancel(self) -> bool:
         """End the call: the servicer is cancelled, the caller gets asyncio.CancelledError."""
         return self._task.cancel()
-
-    def cancelled(self) -> bool:
-        return self._task.cancelled()
-
-    def done(self) -> bool:
-        return self._task.done()
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self._task.add_done_callback(lambda _: callback(self))
-
-    def time_remaining(self) -> float | None:
-        return self._context.time_remaining()
-
-    async def initial_metadata(self) -> Metadata:
-        return Metadata()
 
     async def trailing_metadata(self) -> Metadata:
         await self._ended()

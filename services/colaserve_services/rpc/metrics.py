@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from colaserve_services import __version__
 from colaserve_services.errors import UsageError
+from colaserve_services.rpc import network
 from colaserve_services.rpc.settings import MetricsSettings
 
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -26,6 +27,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None):
         self.registry = registry or CollectorRegistry()
+        self.table: list[tuple[str, str, tuple[str, ...], str]] = []  # name, kind, labels, meaning
         self._calls()
         self._engines()
         self._generation()
@@ -69,12 +71,14 @@ class Metrics:
         self.prefix_bytes = gauge("prefix_cache_bytes", "Bytes that the prefix cache holds.", "stage")
         self.weights_load_seconds = gauge("weights_load_seconds", "Seconds that reading the weights took.", "stage")
         self.refused = counter(
-            "refused_total", "Calls refused at a bound: queue, kv, deadline, idle, calls, client, rate.",
+            "refused_total",
+            "Calls refused, or ended, at a bound: queue, wait, kv, idle, deadline, calls, key, client, rate.",
             "stage", "reason",
         )  # fmt: skip
         self.engine_tokens = counter(
-            "engine_tokens_total", "Tokens that went into (in) and came out of (out) a stage.", "direction", "stage"
-        )
+            "engine_tokens_total", "Latents of sequences and contexts (in) and of written blocks (out).",
+            "direction", "stage",
+        )  # fmt: skip
 
     def _generation(self) -> None:
         self.first_block = self._histogram(
@@ -94,13 +98,18 @@ class Metrics:
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"colaserve_{name}", text, labels, registry=self.registry)
+        return Counter(*self._told("counter", name, text, labels), registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"colaserve_{name}", text, labels, registry=self.registry)
+        return Gauge(*self._told("gauge", name, text, labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"colaserve_{name}", text, labels, buckets=buckets, registry=self.registry)
+        return Histogram(*self._told("histogram", name, text, labels), buckets=buckets, registry=self.registry)
+
+    def _told(self, kind: str, name: str, text: str, labels: tuple[str, ...]) -> tuple[str, str, tuple[str, ...]]:
+        whole = f"colaserve_{name}"
+        self.table.append((whole, kind, labels, text))
+        return whole, text, labels
 
 
 class Aliases(Collector):
@@ -136,12 +145,11 @@ class MetricsEndpoint:
             metrics.registry.register(Aliases(metrics))
         try:
             server, thread = prometheus_client.start_http_server(
-                settings.port or 0, settings.host, registry=metrics.registry
+                settings.port, settings.host, registry=metrics.registry
             )
         except OSError as error:
-            raise UsageError(
-                f"--metrics-port: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
-            ) from error
+            where = network.address(settings.host, settings.port)
+            raise UsageError(f"--metrics-port: cannot listen on {where}: {error.strerror or error}") from error
         return MetricsEndpoint(server, thread)
 
     def close(self) -> None:

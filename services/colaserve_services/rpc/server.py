@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from colaserve_services.errors import UsageError
+from colaserve_services.rpc import network
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.edge import Edge
@@ -114,8 +115,7 @@ class RpcServer:
 
     def _bind(self) -> int:
         settings = self._settings
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        address = f"{host}:{settings.port}"
+        address = network.address(settings.host, settings.port)
         try:
             if settings.tls is None:
                 return self._server.add_insecure_port(address)
@@ -130,17 +130,10 @@ class RpcServer:
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
-    keepalive = round(settings.keepalive_seconds * 1000)
     options = [
+        *network.options(settings.max_message_bytes, settings.keepalive_seconds),
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
-        ("grpc.keepalive_time_ms", keepalive),
-        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
-        ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ("grpc.http2.max_ping_strikes", 0),
     ]

@@ -68,7 +68,7 @@ class MetricsSettings:
     """The Prometheus endpoint."""
 
     host: str = "127.0.0.1"
-    port: int | None = 9090  # 0: a free one; None: no endpoint
+    port: int = 9090  # 0: a free one
     aliases: bool = False  # also the vllm: names that inference gateways read
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import ssl
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,74 +11,57 @@ import grpc
 
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.settings import ClientTls, ServerTls
-
-_log = logging.getLogger(__name__)
+from colaserve_services.rpc.watched_files import WatchedFiles
 
 
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """Credentials that follow the files of `tls`; raise UsageError when these cannot be read now."""
-    source = _Certificates(tls)
-    first = source.read()
-    fetch: Any = source.changed  # None, for unchanged, is missing in the stubs
-    return grpc.dynamic_ssl_server_credentials(first, fetch, tls.client_ca is not None)
+    """Credentials that follow the files of `tls`, at which each handshake looks.
+
+    Raise UsageError when these cannot be read now, or do not fit.
+    """
+    watched, read = WatchedFiles(tls.cert, tls.key, tls.client_ca), partial(_configuration, tls)
+    fetch: Any = partial(watched.read_again, read)  # None, for unchanged, is missing in the stubs
+    return grpc.dynamic_ssl_server_credentials(read(), fetch, tls.client_ca is not None)
 
 
 def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
-    """Credentials of a client; raise UsageError when a file cannot be read."""
+    """Credentials of a client; raise UsageError when a file cannot be read, or the key is not the certificate's."""
     if (tls.cert is None) != (tls.key is None):
         raise UsageError("a client certificate needs both its certificate and its key")
-    return grpc.ssl_channel_credentials(_optional(tls.ca), _optional(tls.key), _optional(tls.cert))
+    ca, key, cert = (_bytes(path) for path in (tls.ca, tls.key, tls.cert))
+    _context(tls.cert, tls.key, tls.ca)
+    return grpc.ssl_channel_credentials(ca, key, cert)
 
 
-class _Certificates:
-    """Looks at the files at each handshake."""
-
-    def __init__(self, tls: ServerTls):
-        self._tls = tls
-        self._seen = self._stamps()
-
-    def read(self) -> grpc.ServerCertificateConfiguration:
-        tls = self._tls
-        pair = [(_bytes(tls.key), _bytes(tls.cert))]
-        return grpc.ssl_server_certificate_configuration(pair, _optional(tls.client_ca))
-
-    def _stamps(self) -> tuple[tuple[int, int], ...]:
-        return stamps(self._tls.cert, self._tls.key, self._tls.client_ca)
-
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new configuration, or None when nothing changed."""
-        seen = self._stamps()
-        if seen == self._seen:
-            return None
-        self._seen = seen
-        try:
-            configuration = self.read()
-        except UsageError as error:
-            _log.error("the old certificate stays in use: %s", error)
-            return None
-        _log.info("certificate read again from %s", self._tls.cert)
-        return configuration
+def server_context(tls: ServerTls) -> ssl.SSLContext:
+    """OpenSSL's context of a server; raise UsageError when a file cannot be read, or they do not fit."""
+    context = _context(tls.cert, tls.key, tls.client_ca)
+    context.verify_mode = ssl.CERT_NONE if tls.client_ca is None else ssl.CERT_REQUIRED
+    return context
 
 
-def stamps(*files: Path | None) -> tuple[tuple[int, int], ...]:
-    """What changes when one of the files does."""
-    return tuple(_stamp(path) for path in files if path is not None)
+def _configuration(tls: ServerTls) -> grpc.ServerCertificateConfiguration:
+    key, cert, client_ca = (_bytes(path) for path in (tls.key, tls.cert, tls.client_ca))
+    _context(tls.cert, tls.key, tls.client_ca)
+    return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.SSLContext:
+    """Finds out now what gRPC finds out in handshakes only."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        status = path.stat()
-    except OSError:
-        return (0, 0)
-    return (status.st_mtime_ns, status.st_ino)
+        if cert is not None:
+            context.load_cert_chain(cert, key, password="")  # else it asks for one at the terminal
+        if ca is not None:
+            context.load_verify_locations(ca)
+    except OSError as error:  # ssl.SSLError is one
+        files = ", ".join(str(path) for path in (cert, key, ca) if path is not None)
+        raise UsageError(f"TLS: cannot use {files}: {error.strerror or error}") from error
+    return context
 
 
-def _optional(path: Path | None) -> bytes | None:
-    return None if path is None else _bytes(path)
-
-
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path | None) -> bytes | None:
     try:
-        return path.read_bytes()
+        return None if path is None else path.read_bytes()
     except OSError as error:
         raise UsageError(f"TLS: cannot read {path}: {error.strerror or error}") from error

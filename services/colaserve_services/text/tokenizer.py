@@ -97,7 +97,10 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        library = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: is no tokenizer that the tokenizers library can read: {reason}") from error
+    library.no_truncation()  # a training script's settings, saved with the tokenizer, would cut and pad prompts
+    library.no_padding()
+    return library

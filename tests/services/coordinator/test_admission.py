@@ -6,7 +6,7 @@ import pytest
 
 from colaserve_services.coordinator import Call, CoordinatorLimits, CoordinatorObserver
 from colaserve_services.coordinator.admission import Admission
-from colaserve_services.coordinator.call import key_name
+from colaserve_services.coordinator.call import caller_name
 from colaserve_services.errors import DeadlineExceeded, Overloaded, UsageError
 
 
@@ -104,7 +104,7 @@ async def test_one_key_cannot_take_all_places():
     gate = admission(max_running=10, max_per_key=2)
     greedy = [Worker(gate, Call(key="a")) for _ in range(2)]
     await settle()
-    with pytest.raises(Overloaded, match="of this key"):
+    with pytest.raises(Overloaded, match="of this client"):
         async with gate.slot(Call(key="a")):
             pass
     async with gate.slot(Call(key="b")):
@@ -187,10 +187,17 @@ async def test_a_refusal_comes_at_once_and_harms_nobody():
 
 
 def test_a_keys_name_does_not_tell_the_key():
-    name = key_name("Bearer secret-key")
+    name = caller_name("Bearer secret-key", "ipv4:10.0.0.1:555")
     assert "secret" not in name
-    assert name == key_name("Bearer secret-key") != key_name("Bearer other")
-    assert key_name("") == "anonymous"
+    assert name == caller_name("Bearer secret-key", "ipv4:10.0.0.2:555") != caller_name("Bearer other", "")
+
+
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [("ipv4:10.0.0.1:555", "ipv4:10.0.0.1"), ("ipv6:%5B::1%5D:555", "ipv6:%5B::1%5D"), ("in-process", "anonymous")],
+)
+def test_without_a_key_a_caller_is_known_by_its_address(peer: str, name: str):
+    assert caller_name("", peer) == name
 
 
 @pytest.mark.parametrize("bad", [{"max_running": 0}, {"max_waiting": -1}, {"max_context": 0}, {"attempts": 0}])

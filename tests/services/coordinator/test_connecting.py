@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages, service, watch
@@ -35,6 +36,23 @@ class Starting:
         if not self.up:
             await context.abort(self._code, "not yet")
         return await self._answer(request, context)
+
+
+class Replicas:
+    """A stub whose looks go round over a stage's replicas; None is one that never answers."""
+
+    def __init__(self, *fakes: Any):
+        self._replicas, self.looks = [fake and InProcessStub(fake) for fake in fakes], 0
+
+    def GetInfo(self, request: Any, timeout: float) -> Any:
+        replica = self._replicas[self.looks % len(self._replicas)]
+        self.looks += 1
+        return silence(timeout) if replica is None else replica.GetInfo(request, timeout=timeout)
+
+
+async def silence(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    raise AioRpcError(StatusCode.DEADLINE_EXCEEDED, Metadata(), Metadata())
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior"])
@@ -144,6 +162,39 @@ async def test_readiness_follows_the_stages(tokenizer):
     decoder.up = True
     await eventually(lambda: told == [False, True])
     assert coordinator.ready
+    watching.cancel()
+
+
+async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer, monkeypatch):
+    monkeypatch.setattr(watch, "_PATIENCE", (0.001, 0.001, 20.0))
+    prior, others = Replicas(None, None, FakePrior()), {name: InProcessStub(fake) for name, fake in fakes().items()}
+    coordinator = Coordinator(Stages(**others | {"prior": prior}), tokenizer, limits=CoordinatorLimits(watch_seconds=0))
+    await coordinator.connect()
+    told: list[bool] = []
+    watching = asyncio.create_task(coordinator.watch(told.append))
+    await eventually(lambda: prior.looks >= 30)
+    watching.cancel()
+    assert coordinator.ready
+    assert not told
+
+
+async def test_what_the_stages_are_is_told_from_the_last_look_and_not_asked_anew(tokenizer):
+    prior, others = Replicas(FakePrior()), {name: InProcessStub(fake) for name, fake in fakes().items()}
+    coordinator = Coordinator(Stages(**others | {"prior": prior}), tokenizer)
+    await coordinator.connect()
+    looks = prior.looks
+    assert all(stage.serving for stage in (await coordinator.generation_info()).stages)
+    assert prior.looks == looks
+
+
+async def test_limits_follow_the_stages(tokenizer):
+    stages = fakes()
+    coordinator = over(stages, tokenizer, max_context=200, watch_seconds=0.01)
+    await coordinator.connect()
+    watching = asyncio.create_task(coordinator.watch(lambda ready: None))
+    for theirs, least in ((50, 48), (150, 148), (300, 200)):
+        stages["decoder"].max_context = theirs
+        await eventually(lambda least=least: coordinator.core.model.max_context == least)
     watching.cancel()
 
 

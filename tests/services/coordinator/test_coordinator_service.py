@@ -112,6 +112,15 @@ async def test_a_client_that_goes_away_frees_coordinator_and_stages(served):
     assert served.coordinator._admission.running == 0
 
 
+async def test_a_client_without_a_key_is_counted_by_its_address(served):
+    served.prior.gate.clear()
+    running = asyncio.create_task(generate(served))
+    await eventually(lambda: served.coordinator._admission.running == 1)
+    assert list(served.coordinator._admission._by_key) == ["ipv4:127.0.0.1"]
+    served.prior.gate.set()
+    await running
+
+
 async def test_a_deadline_of_the_client_ends_all(served):
     assert await generate(served)  # connected
     served.prior.gate.clear()
@@ -149,7 +158,7 @@ async def test_tokenize_and_detokenize_are_inverse(served, tokenizer):
     assert list(answer.token_ids) == tokenizer.encode(text)
     assert len(answer.tokens) == len(answer.token_ids)
     back = await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=answer.token_ids))
-    assert back.text == text
+    assert (back.text, back.tokens) == (text, answer.tokens)
     with pytest.raises(grpc.aio.AioRpcError, match="token_ids"):
         await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[512]))
 

@@ -63,3 +63,25 @@ async def test_leaving_closes_the_stream_at_once_wherever_it_is():
         async with ReadAhead(source.stream()):
             await asyncio.sleep(0.01)
         assert source.closed
+
+
+async def test_who_is_cancelled_while_the_stream_closes_hears_of_it():
+    closing = asyncio.Event()
+
+    async def stream() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await asyncio.Event().wait()
+
+    async def leave() -> None:
+        async with ReadAhead(stream()) as ahead:
+            await ahead.next()
+
+    leaving = asyncio.create_task(leave())
+    await closing.wait()
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving

@@ -1,20 +1,36 @@
 """The three engines on a golden checkpoint, on the CPU."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecoderEngine
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.kv_cache import KVShape, KVSlab
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.limits import EngineLimits
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def caches_come_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may hold anything at first; NaN shows in every result that it reached."""
+    made = KVSlab.__init__
+
+    def make(slab: KVSlab, shape: KVShape, capacity: int, slots: int) -> None:
+        made(slab, shape, capacity, slots)
+        for memory in (slab._keys, slab._values):
+            memory.fill_(math.nan)
+
+    monkeypatch.setattr(KVSlab, "__init__", make)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Sessions: what they batch with changes nothing, what they hold is freed, and bounds hold."""
 
 import asyncio
-import functools
 import gc
 import time
 from pathlib import Path
@@ -11,12 +10,12 @@ import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.model import modulation
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.kv_cache import KVSlab
 from colaserve_services.model.layers import padded_rows
-from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
@@ -273,8 +272,7 @@ async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
 
 
 async def test_as_many_runs_as_fit_may_each_have_times_of_their_own(tiny: Golden, monkeypatch: pytest.MonkeyPatch):
-    least = functools.partial(ModulationTable, budget_bytes=0)
-    monkeypatch.setattr("colaserve_services.prior.engine.ModulationTable", least)
+    monkeypatch.setattr(modulation, "_BUDGET_BYTES", 0)
     jobs = [job(seed, context=0, blocks=1, steps=3 + seed) for seed in range(70)]
     with engines(tiny.directory, EngineLimits(max_running=80, max_context=256)) as stages:
         together = await asyncio.gather(*(sample(stages, each) for each in jobs))

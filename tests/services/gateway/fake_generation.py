@@ -10,11 +10,18 @@ from typing import Any
 from colaserve.v1 import generation_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2_grpc import GenerationServiceServicer
+from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc.requests import value
 
 BLOCK = 4  # tokens
 SAYS = " Paris, of course. It lies on the Seine, and 日本 is far."
 END_ID = 256
+
+
+def _opened() -> asyncio.Event:
+    gate = asyncio.Event()
+    gate.set()
+    return gate
 
 
 @dataclass
@@ -43,9 +50,13 @@ class FakeGeneration(GenerationServiceServicer):
     serving: bool = True
     ends_without_reason: bool = False
     info_failure: Exception | None = None
+    info_gate: asyncio.Event = field(default_factory=_opened)
+    model_name: str = "fake/cola"
+    max_context: int = 512
     seen: list[Seen] = field(default_factory=list)
     logprob: float = -0.5
     infos: int = 0
+    asking: int = 0
     detokenized: int = 0
     running: int = 0
     most_running: int = 0
@@ -117,17 +128,25 @@ class FakeGeneration(GenerationServiceServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         self.detokenized += 1
-        return pb.DetokenizeResponse(text=_text(list(request.token_ids)))
+        ids = list(request.token_ids)
+        if len(ids) > self.max_context:
+            raise InvalidRequest("token_ids", f"got {len(ids)} ids")
+        return pb.DetokenizeResponse(text=_text(ids), tokens=[_text([one]) for one in ids])
 
     async def GetInfo(self, request: Any, context: Any) -> pb.GenerationServiceGetInfoResponse:
         self.infos += 1
+        self.asking += 1
+        try:
+            await self.info_gate.wait()
+        finally:
+            self.asking -= 1
         if self.info_failure is not None:
             raise self.info_failure
         return pb.GenerationServiceGetInfoResponse(
-            model_name="fake/cola",
+            model_name=self.model_name,
             model=types_pb2.ModelShape(latent_dim=16, block_size=BLOCK, vae_block_size=1, patch_size=1, vocab_size=300),
             space="0123456789abcdef",
-            limits=types_pb2.Limits(max_context=512),
+            limits=types_pb2.Limits(max_context=self.max_context),
             default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER,
                                               guidance_start=1, guidance_end=0),
             default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.5, repetition_penalty=1.5),

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 
-from colaserve_services.gateway.settings import GatewaySettings
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
 
@@ -96,11 +95,18 @@ async def test_a_token_that_is_part_of_a_character_is_told_by_its_id(gateway: Ru
     assert choice["logprobs"]["content"][0]["bytes"] is None
 
 
-async def test_a_tokens_text_is_asked_for_once(gateway: Running):
+async def test_a_tokens_text_is_asked_for_once_those_of_a_block_together(gateway: Running):
     gateway.fake.says = "abracadabra"
     for _ in range(2):
         await gateway.chat(logprobs=True)
-    assert gateway.fake.detokenized == len(set("abracadabra"))
+    assert gateway.fake.detokenized == len(["abra", "cada"])
+
+
+async def test_more_tokens_than_fit_into_a_context_are_told_too(gateway: Running):
+    gateway.fake.max_context, gateway.fake.says = 3, "a"
+    [choice] = (await gateway.chat(logprobs=True, top_logprobs=8)).json()["choices"]
+    assert [one["token"] for one in choice["logprobs"]["content"][0]["top_logprobs"]] == list("abcdefgh")
+    assert gateway.fake.detokenized == 3
 
 
 async def test_an_impossible_token_has_a_logprob_that_json_can_say(gateway: Running):
@@ -138,8 +144,8 @@ async def test_a_stop_string_ends_the_text_before_it(gateway: Running):
     assert (choice["text"], choice["finish_reason"]) == (" Paris", "stop")
 
 
-async def test_the_served_model_is_listed_with_its_defaults(start):
-    gateway = await start(GatewaySettings(model_name="mine"))
+async def test_the_served_model_is_listed_with_its_defaults(gateway: Running):
+    gateway.fake.model_name = "mine"
     [model] = (await gateway.http.get("/v1/models")).json()["data"]
     assert model["id"] == "mine"
     assert model["max_model_len"] == 512

@@ -110,11 +110,6 @@ async def test_token_ids_go_as_ids(shared: Running):
     assert [list(seen.request.prompt_ids.ids) for seen in shared.fake.seen[-2:]] == [[1, 2], [3]]
 
 
-async def test_the_user_is_told_to_the_coordinator(shared: Running):
-    await shared.chat(user="zoë 1")
-    assert shared.fake.seen[-1].told("x-colaserve-user") == "zo%C3%AB%201"
-
-
 async def test_top_logprobs_is_the_number_of_likely_tokens(shared: Running):
     await shared.chat(logprobs=True, top_logprobs=4)
     assert shared.fake.seen[-1].request.top_logprobs == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import httpx
 import pytest
@@ -10,15 +11,50 @@ import pytest
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.settings import GatewaySettings
 from tests.services.gateway.running_gateway import Running
+from tests.waiting import eventually
 
 
-async def test_what_the_coordinator_is_is_asked_once_and_kept_while_it_is_away(start):
-    gateway = await start(GatewaySettings(info_seconds=0.01))
-    await asyncio.gather(*(gateway.http.get("/v1/models") for _ in range(5)))
-    assert gateway.fake.infos < 5
-    gateway.fake.info_failure = Unavailable("away")
-    await asyncio.sleep(0.02)
+async def test_requests_that_come_together_ask_once_what_the_coordinator_is(gateway: Running):
+    gateway.fake.info_gate.clear()
+    asking = [asyncio.create_task(gateway.http.get("/v1/models")) for _ in range(5)]
+    in_progress = gateway.metrics.requests_in_progress.labels("gateway", "http")
+    await eventually(lambda: in_progress._value.get() == 5)
+    gateway.fake.info_gate.set()
+    assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200] * 5
+    assert gateway.fake.infos == 1
+
+
+async def test_what_the_coordinator_is_is_kept_while_it_is_away(start, caplog):
+    gateway = await start(GatewaySettings(info_seconds=0))
     assert (await gateway.http.get("/v1/models")).status_code == 200
+    gateway.fake.info_failure = Unavailable("away")
+    for _ in range(3):
+        assert (await gateway.http.get("/v1/models")).status_code == 200
+    await eventually(lambda: gateway.fake.infos > 1 and gateway.server._gateway.backend._asking is None)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+async def test_while_a_new_answer_is_asked_for_requests_get_the_old_one(start):
+    gateway = await start(GatewaySettings(info_seconds=0))
+
+    async def served() -> str:
+        return (await gateway.http.get("/v1/models")).json()["data"][0]["id"]
+
+    assert await served() == "fake/cola"
+    gateway.fake.info_gate.clear()
+    gateway.fake.model_name = "new"
+    assert await served() == await served() == "fake/cola"
+    assert (gateway.fake.infos, gateway.fake.asking) == (2, 1)
+    gateway.fake.info_gate.set()
+    await eventually(lambda: gateway.fake.asking == 0)
+    assert await served() == "new"
+
+
+async def test_a_probe_of_readiness_brings_a_new_answer(gateway: Running):
+    assert (await gateway.http.get("/ready")).status_code == 200
+    assert (await gateway.http.get("/v1/models")).status_code == 200
+    assert gateway.fake.infos == 1
 
 
 async def test_without_a_coordinator_requests_get_503(gateway: Running):
@@ -33,10 +69,10 @@ async def test_without_a_coordinator_requests_get_503(gateway: Running):
 @pytest.mark.parametrize("met", [True, False])
 async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Running, met: bool):
     """As long as `reach` does, whether or not the coordinator was met before; the answer is what the call gives."""
-    backend, reached = gateway.server._gateway.backend, asyncio.Event()
-    backend._reach = reached.wait
-    if not met:
-        backend._info = None
+    reached = asyncio.Event()
+    if met:
+        await gateway.http.get("/v1/models")
+    gateway.server._gateway.backend._reach = reached.wait
     waiting = [asyncio.create_task(call) for call in (gateway.chat(), gateway.complete(stream=True))]
     done, _ = await asyncio.wait(waiting, timeout=0.2)
     assert not done

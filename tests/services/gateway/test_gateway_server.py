@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import socket
 import ssl
 import subprocess
@@ -14,10 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from colaserve_services.commands import command
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.server import serve
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
+from colaserve_services.launch import settings
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
@@ -116,39 +119,68 @@ def certificate(folder: Path, name: str) -> ServerTls:
     return tls
 
 
-async def subject(port: int, ca: Path) -> str:
+async def subject(port: int, ca: Path, host: str = "localhost") -> str:
     context = ssl.create_default_context(cafile=str(ca))
-    _, writer = await asyncio.open_connection("localhost", port, ssl=context, family=socket.AF_INET)
+    context.check_hostname = host == "localhost"
+    _, writer = await asyncio.open_connection(host, port, ssl=context, family=socket.AF_INET)
     shown = writer.get_extra_info("ssl_object").getpeercert()["subject"]
     writer.close()
     return str(shown[0][0][1])
 
 
-async def test_a_certificate_is_read_again_when_its_files_change(start, tmp_path: Path):
+@pytest.fixture
+def renewals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The gateway looks often at its certificate's files; the log of it."""
+    monkeypatch.setattr("colaserve_services.gateway.server._LOOK_SECONDS", 0.01)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+async def test_a_certificate_is_read_again_when_its_files_change(start, tmp_path: Path, renewals):
     gateway = await start(tls=certificate(tmp_path, "first"))
     assert await subject(gateway.server.port, tmp_path / "cert.pem") == "first"
     certificate(tmp_path, "second")
-    await asyncio.sleep(1.3)
-    assert await subject(gateway.server.port, tmp_path / "cert.pem") == "second"
+    await eventually(lambda: "read again" in renewals.text)
+    for host in ("localhost", "127.0.0.1"):  # the latter names no server
+        assert await subject(gateway.server.port, tmp_path / "cert.pem", host) == "second"
 
 
-async def test_the_old_certificate_stays_while_the_new_files_are_no_pair(start, tmp_path: Path):
+async def test_the_old_certificate_stays_while_the_new_files_are_no_pair(start, tmp_path: Path, renewals):
     gateway = await start(tls=certificate(tmp_path, "first"))
     old = tmp_path / "old.pem"
     old.write_bytes((tmp_path / "cert.pem").read_bytes())
     other = tmp_path / "other"
     other.mkdir()
     (tmp_path / "cert.pem").write_bytes(certificate(other, "second").cert.read_bytes())
-    await asyncio.sleep(1.3)
+    await eventually(lambda: "stays in use" in renewals.text)
     assert await subject(gateway.server.port, old) == "first"
     (tmp_path / "key.pem").write_bytes((other / "key.pem").read_bytes())
-    await asyncio.sleep(1.3)
+    await eventually(lambda: "read again" in renewals.text)
     assert await subject(gateway.server.port, tmp_path / "cert.pem") == "second"
+
+
+async def test_clients_of_an_authority_that_was_replaced_are_refused(start, tmp_path: Path, renewals):
+    tls = certificate(tmp_path, "mutual")
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(tls.cert.read_bytes())
+    gateway = await start(tls=ServerTls(tls.cert, tls.key, client_ca=ca))
+    context = ssl.create_default_context(cafile=str(tls.cert))
+    context.load_cert_chain(tls.cert, tls.key)
+    url = f"https://localhost:{gateway.server.port}/health"
+    async with httpx.AsyncClient(verify=context) as http:
+        assert (await http.get(url)).status_code == 200
+    (tmp_path / "other").mkdir()
+    ca.write_bytes(certificate(tmp_path / "other", "mutual").cert.read_bytes())
+    await eventually(lambda: "read again" in renewals.text)
+    async with httpx.AsyncClient(verify=context) as http:
+        with pytest.raises(httpx.HTTPError):
+            await http.get(url)
 
 
 async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(start, tmp_path: Path):
     tls = certificate(tmp_path, "mutual")
-    gateway = await start(tls=ServerTls(tls.cert, tls.key, client_ca=tls.cert))
+    options = [f"--http-tls-{name}={file}" for name, file in (("cert", tls.cert), ("key", tls.key))]
+    gateway = await start(tls=http_tls(*options, f"--http-tls-client-ca={tls.cert}"))
     context = ssl.create_default_context(cafile=str(tls.cert))
     url = f"https://localhost:{gateway.server.port}"
     async with httpx.AsyncClient(verify=context) as http:
@@ -160,7 +192,19 @@ async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(
         assert answer.json()["choices"][0]["text"] == SAYS
 
 
+def http_tls(*options: str) -> ServerTls | None:
+    """What the role takes from its command line."""
+    return settings.http_tls(command("gateway").make_context("gateway", list(options)).params)
+
+
+def test_clients_are_asked_for_certificates_only_where_the_server_has_one():
+    with pytest.raises(UsageError, match="--http-tls-client-ca: needs --http-tls-cert and --http-tls-key"):
+        http_tls("--http-tls-client-ca=/nowhere/ca.pem")
+    with pytest.raises(UsageError, match="--http-tls-cert and --http-tls-key go together"):
+        http_tls("--http-tls-cert=/nowhere/cert.pem")
+
+
 async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):
     app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"none\.pem"):
         await serve(app, "127.0.0.1", 0, ServerTls(tmp_path / "none.pem", tmp_path / "none.key"))

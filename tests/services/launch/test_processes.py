@@ -30,9 +30,9 @@ def post(url, key=""):
         return json.load(answer)["choices"][0]["text"]
 
 
-def long_stream(channel):
+def long_stream(channel, steps=30):
     request = generation_pb2.GenerateRequest(
-        prompt="x", max_new_tokens=200, ignore_end=True, seed={"base_seed": 3}, sampler={"steps": 30}
+        prompt="x", max_new_tokens=200, ignore_end=True, seed={"base_seed": 3}, sampler={"steps": steps}
     )
     return generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=120)
 
@@ -108,6 +108,22 @@ def test_the_roles_end_when_what_started_them_is_killed(tmp_path):
         split.process.wait(10)
         gone, alive = psutil.wait_procs(children, timeout=30)
         assert (len(gone), alive) == (5, [])
+
+
+def test_a_second_signal_ends_all_roles_at_once(tmp_path):
+    with (
+        started(tmp_path, "up", "--split", *FREE_PORTS, "--grace-seconds=300") as split,
+        grpc.insecure_channel(split.target) as channel,
+    ):
+        children, stream = split.children(), long_stream(channel, steps=1000)
+        next(stream)
+        split.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in split.log.read_text())
+        split.process.send_signal(signal.SIGINT)
+        assert split.process.wait(20) == 0
+        assert not [child for child in children if child.is_running()]
+        with pytest.raises(grpc.RpcError):
+            list(stream)
 
 
 def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):

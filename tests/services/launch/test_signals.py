@@ -5,24 +5,24 @@ import signal
 
 import pytest
 
-from colaserve_services.launch.process import _Signals
+from colaserve_services.launch.signals import Signals
 
 
 @pytest.fixture
 async def signals():
-    yield _Signals()
+    yield Signals()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().remove_signal_handler(number)
 
 
 async def test_a_signal_ends_work(signals):
     asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGTERM)
-    assert not await signals.unless_stopped(asyncio.sleep(30))
+    assert await signals.ended(asyncio.sleep(30)) == signal.SIGTERM
 
 
 async def test_a_signal_that_comes_as_work_ends_is_there_afterwards(signals):
     async def work():
         signals._queue.put_nowait(signal.SIGTERM)
 
-    assert await signals.unless_stopped(work())
+    assert await signals.ended(work()) is None
     assert await asyncio.wait_for(signals.next(), 1) == signal.SIGTERM

@@ -128,6 +128,7 @@ IMPOSSIBLE = [
     (["--device=cuda:9"], "--device"),
     (["--device=tpu"], "expected cpu, cuda or cuda:N"),
     (["--max-context=3"], "less than one block"),
+    (["--kv-bytes=1"], "one block of latents needs"),
     (["--tls-cert=/nowhere/a.pem"], "go together"),
     (["--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "cannot read /nowhere"),
     (["--tls-client-ca=/nowhere/ca.pem"], "needs --tls-cert"),
@@ -137,6 +138,8 @@ IMPOSSIBLE = [
     (["--steps=1001"], "steps"),
     (["--chat-frame=hello"], "chat_frame"),
     (["--split", "--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "--tls-ca"),
+    (["--split", "--health-port=0"], "--health-port: not with --split"),
+    (["--split", "--upstream-key=k"], "--upstream-key: not with --split"),
 ]
 
 

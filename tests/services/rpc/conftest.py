@@ -10,7 +10,6 @@ import pytest
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.launch.process import keep_grpc
-from colaserve_services.rpc.errors import status_from_errors
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
@@ -26,13 +25,12 @@ class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
         self.clients = []  # names in their certificates
 
     async def Encode(self, request, context):
-        async with status_from_errors(context):
-            self.started += 1
-            self.clients += [name.decode() for name in context.auth_context().get("x509_common_name", ())]
-            if not request.sequences:
-                raise InvalidRequest("sequences", "got none")
-            await self.gate.wait()
-            return encoder_pb2.EncodeResponse(encodings=[encoder_pb2.Encoding()] * len(request.sequences))
+        self.started += 1
+        self.clients += [name.decode() for name in context.auth_context().get("x509_common_name", ())]
+        if not request.sequences:
+            raise InvalidRequest("sequences", "got none")
+        await self.gate.wait()
+        return encoder_pb2.EncodeResponse(encodings=[encoder_pb2.Encoding()] * len(request.sequences))
 
     async def GetInfo(self, request, context):
         return encoder_pb2.EncoderServiceGetInfoResponse(space="0123456789abcdef")

@@ -123,8 +123,22 @@ async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_runni
         it.servicer.gate.set()
         await asyncio.gather(early, late)
         assert it.servicer.clients == ["first", "second"]
+
+
+async def test_a_client_certificate_that_does_not_fit_its_key_is_not_used(authority, caplog):
+    async with followed_certificate(authority) as (it, connection):
+        channel = connection._channel
+        other, key = authority.issue("other", "second")
+        (authority.folder / "client.pem").write_bytes(other.read_bytes())
+        await eventually(lambda: "stays in use" in caplog.text)
+        assert connection._channel is channel
+        (authority.folder / "client.key").write_bytes(key.read_bytes())
+        await eventually(lambda: connection._channel is not channel)
+        await connection.stub.Encode(ONE, wait_for_ready=True, timeout=30)
+        assert it.servicer.clients == ["second"]
+        caplog.clear()
         (authority.folder / "client.pem").unlink()
-        await asyncio.sleep(0.2)
+        await eventually(lambda: "stays in use" in caplog.text)
         await connection.stub.Encode(ONE, timeout=30)
 
 

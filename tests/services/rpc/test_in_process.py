@@ -1,4 +1,4 @@
-"""In-process stubs behave as grpc.aio stubs do: the same test bodies run against both."""
+"""In-process stubs behave as grpc.aio stubs of our servers do: the same test bodies run against both."""
 
 import asyncio
 import gc
@@ -10,8 +10,12 @@ import pytest
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
 from colaserve_services.errors import InvalidRequest, Overloaded
 from colaserve_services.rpc import requests
-from colaserve_services.rpc.errors import error_from_rpc, status_from_errors
+from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.edge import Edge
+from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.settings import AdmissionLimits
 from tests.waiting import eventually
 
 
@@ -21,14 +25,13 @@ class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
 
     async def Encode(self, request, context):
         self.seen.append((requests.adopt(context.invocation_metadata()), context.time_remaining()))
-        async with status_from_errors(context):
-            if not request.sequences:
-                raise InvalidRequest("sequences", "got none, expected 1 to 256")
-            if request.with_variance:
-                raise Overloaded("full", retry_after=2.5)
-            if len(request.sequences) > 1:
-                raise RuntimeError("a secret")
-            return encoder_pb2.EncodeResponse(encodings=[encoder_pb2.Encoding()])
+        if not request.sequences:
+            raise InvalidRequest("sequences", "got none, expected 1 to 256")
+        if request.with_variance:
+            raise Overloaded("full", retry_after=2.5)
+        if len(request.sequences) > 1:
+            raise RuntimeError("a secret")
+        return encoder_pb2.EncodeResponse(encodings=[encoder_pb2.Encoding()])
 
 
 class Prior(prior_pb2_grpc.PriorServiceServicer):
@@ -37,13 +40,12 @@ class Prior(prior_pb2_grpc.PriorServiceServicer):
 
     async def Sample(self, request, context):
         try:
-            async with status_from_errors(context):
-                for index in range(request.max_blocks):
-                    yield prior_pb2.SampleResponse(block_index=index)
-                    self.written += 1
-                    await asyncio.sleep(0)
-                if request.first_block:
-                    raise InvalidRequest("first_block", "late")
+            for index in range(request.max_blocks):
+                yield prior_pb2.SampleResponse(block_index=index)
+                self.written += 1
+                await asyncio.sleep(0)
+            if request.first_block:
+                raise InvalidRequest("first_block", "late")
         except BaseException as error:
             self.ended.append(type(error))
             raise
@@ -52,16 +54,15 @@ class Prior(prior_pb2_grpc.PriorServiceServicer):
 
 class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
     async def Decode(self, requests_, context):
-        async with status_from_errors(context):
-            async for request in requests_:
-                if request.WhichOneof("request") is None:
-                    raise InvalidRequest("request", "empty")
-                yield decoder_pb2.DecodeResponse(token_ids=list(request.open.history_ids))
+        async for request in requests_:
+            if request.WhichOneof("request") is None:
+                raise InvalidRequest("request", "empty")
+            yield decoder_pb2.DecodeResponse(token_ids=list(request.open.history_ids))
 
 
 @asynccontextmanager
 async def grpc_stub(servicer, add, stub):
-    server = grpc.aio.server()
+    server = grpc.aio.server(interceptors=[Edge(Metrics(), Admission(AdmissionLimits()))])
     add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -24,7 +24,7 @@ from colaserve_services.rpc.settings import (
     ServerSettings,
     ServerTls,
 )
-from colaserve_services.rpc.tls import channel_credentials
+from colaserve_services.rpc.tls import channel_credentials, server_credentials
 from tests.services.rpc.conftest import ONE, running
 from tests.waiting import PATIENCE, eventually
 
@@ -112,6 +112,24 @@ def test_keys_follow_their_file(tmp_path, monkeypatch):
     assert keys.identify("Bearer newer")
     file.unlink()
     assert keys.identify("Bearer newer")
+
+
+def test_a_key_file_that_could_not_be_read_once_is_read_later_and_an_emptied_one_takes_no_keys_away(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("colaserve_services.rpc.auth.LOOK_SECONDS", 0.0)
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+    keys = Keys.load(file, "fixed")
+    file.write_text("newer\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(file), "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not yours")))
+        assert keys.identify("Bearer old")
+    assert keys.identify("Bearer newer")
+    file.write_text("# none\n")
+    assert keys.identify("Bearer newer")
+    assert f"{file} holds no key" in caplog.text
+    assert keys.identify("Bearer fixed")
 
 
 def test_a_key_is_named_by_its_line_or_by_its_hash():
@@ -288,6 +306,10 @@ async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_
         assert await served_certificate(it.port, authority.ca) == "second"
         cert.unlink()
         assert await served_certificate(it.port, authority.ca) == "second"
+        cert.write_bytes(authority.issue("other", "third")[0].read_bytes())  # without its key
+        assert await served_certificate(it.port, authority.ca) == "second"
+        key.write_bytes((authority.folder / "other.key").read_bytes())
+        assert await served_certificate(it.port, authority.ca) == "third"
         async with secure(it.port, ClientTls(authority.ca)) as channel:
             assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
 
@@ -304,6 +326,17 @@ async def test_mutual_tls_refuses_clients_without_a_certificate_of_the_authority
                 await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
         with pytest.raises(grpc.aio.AioRpcError):
             await it.stub.Encode(ONE, timeout=2)  # plain text
+
+
+def test_certificates_that_do_not_fit_their_keys_are_one_clear_error(authority):
+    cert, _ = authority.issue("one")
+    _, key = authority.issue("other")
+    with pytest.raises(UsageError, match=r"one\.pem, .*other\.key.*mismatch"):
+        channel_credentials(ClientTls(authority.ca, cert, key))
+    with pytest.raises(UsageError, match=r"one\.pem, .*other\.key.*mismatch"):
+        server_credentials(ServerTls(cert, key))
+    with pytest.raises(UsageError, match=r"other\.key"):
+        channel_credentials(ClientTls(key))  # holds no certificate
 
 
 def test_a_missing_certificate_is_one_clear_error(tmp_path):

@@ -29,6 +29,15 @@ def saved(tmp_path: Path, *special: str) -> Path:
     return tmp_path / "tokenizer.json"
 
 
+def test_truncation_and_padding_of_the_file_do_not_touch_a_text(tmp_path: Path):
+    library = tokenizers.Tokenizer.from_file(str(GOLDEN))
+    texts, fields = ["he looked at the sea", "he"], ["a", "b"]
+    library.enable_truncation(2)
+    library.enable_padding(length=5)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.open(tmp_path / "tokenizer.json", 512).encode_all(texts, fields) == PLAIN.encode_all(texts, fields)
+
+
 def test_special_ids_are_looked_up_when_the_vocabulary_is_not_the_releases(tokenizer: Tokenizer):
     assert tokenizer.special == SpecialIds(pad=2, end_of_text=0, im_end=1)
     assert tokenizer.special.end == {0, 1}
@@ -98,6 +107,10 @@ def test_a_text_ends_before_the_first_end_or_pad_id(tokenizer: Tokenizer):
 def test_the_text_of_half_a_character_is_a_replacement_character(tokenizer: Tokenizer):
     assert [tokenizer.token_text(id_) for id_ in tokenizer.encode("a")] == ["a"]
     assert "\N{REPLACEMENT CHARACTER}" in "".join(map(tokenizer.token_text, tokenizer.encode("😀")))
+
+
+def test_the_text_of_an_id_alone_is_what_it_decodes_to(tokenizer: Tokenizer):
+    assert all(tokenizer.token_text(id_) == tokenizer.decode([id_]) for id_ in range(512))
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))

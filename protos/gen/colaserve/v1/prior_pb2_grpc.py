@@ -54,9 +54,10 @@ class PriorServiceServicer(object):
     def Sample(self, request, context):
         """Writes the blocks of a canvas. The stream owns the session: its KV cache is reserved once, when the session starts,
         and freed when the stream ends, however it ends (done, cancelled, deadline, broken connection). Blocks come in order.
-        When --run-ahead blocks wait unread the session pauses and keeps its cache. INVALID_ARGUMENT names the field;
-        FAILED_PRECONDITION means another latent space; RESOURCE_EXHAUSTED means queue or cache are full: nothing ran,
-        retrying (elsewhere) is safe. After any failure the run can be resumed on another replica, see first_block.
+        When --run-ahead blocks wait unread the session pauses and keeps its cache; after --idle-seconds of that, while others
+        wait for its place, it ends with UNAVAILABLE. INVALID_ARGUMENT names the field; FAILED_PRECONDITION means another
+        latent space; RESOURCE_EXHAUSTED means that too much waits already: nothing ran, retrying (elsewhere) is safe. After
+        any failure the run can be resumed on another replica, see first_block.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,22 @@
+"""What servers and channels have in common."""
+
+from __future__ import annotations
+
+
+def address(host: str, port: int) -> str:
+    """host:port, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def options(max_message_bytes: int, keepalive_seconds: float) -> list[tuple[str, int]]:
+    """Options of gRPC for either end of a connection."""
+    keepalive = round(keepalive_seconds * 1000)
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", keepalive),
+        ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
+        ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # else two, then one a minute: streams that wait send nothing
+    ]
