@@ -6,6 +6,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
+from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,7 +42,8 @@ class Edge:
         in_progress.inc()
         with tracing.serving(_span_name(scope), _trace_headers(scope)) as span:
             try:
-                await self._serve(scope, receive, _Telling(send, record, self._gateway), record)
+                out = self._metrics.transfer_bytes.labels("out", SERVICE)
+                await self._serve(scope, receive, _Telling(send, record, self._gateway, out), record)
             finally:
                 in_progress.dec()
                 self._end(scope, record)
@@ -80,11 +82,11 @@ class Edge:
 
 
 class _Telling:
-    """Sends on, with the request id on the answer, and notes the status. While the gateway goes down, the answer
+    """Sends on, with the request id on the answer, and notes status and bytes. While the gateway goes down, the answer
     asks for a new connection, which then leads elsewhere."""
 
-    def __init__(self, send: Send, record: RequestRecord, gateway: Gateway):
-        self._send, self._record, self._gateway = send, record, gateway
+    def __init__(self, send: Send, record: RequestRecord, gateway: Gateway, out: Counter):
+        self._send, self._record, self._gateway, self._out = send, record, gateway, out
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -93,6 +95,7 @@ class _Telling:
             headers[requests.REQUEST_ID] = self._record.request_id
             if self._gateway.draining:
                 headers["connection"] = "close"
+        self._out.inc(len(message.get("body", b"")))
         await self._send(message)
 
 

@@ -189,3 +189,12 @@ async def test_requests_are_counted_by_path_and_status(gateway: Running):
     text = (await gateway.http.get("/metrics")).text
     for method, code in ((CHAT, 200), (CHAT, 400), ("unknown", 404)):
         assert f'request_seconds_count{{code="{code}",method="{method}",service="gateway"}} 1.0' in text
+
+
+async def test_bytes_are_counted_both_ways(gateway: Running):
+    answer = await gateway.chat()
+    read = gateway.metrics.registry.get_sample_value
+    counted = {
+        way: read("colaserve_transfer_bytes_total", {"direction": way, "service": "gateway"}) for way in ("in", "out")
+    }
+    assert counted == {"in": len(answer.request.content), "out": len(answer.content)}
