@@ -73,12 +73,12 @@ def check_job(job: SampleJob, shape: ModelShape, limits: EngineLimits) -> None:
         raise InvalidRequest("canvas.latents", f"got shape {list(job.latents.shape)}, expected (n, {d})")
     if not 1 <= job.max_blocks <= limits.max_context // B:
         raise InvalidRequest("max_blocks", f"got {job.max_blocks}, expected 1 to {limits.max_context // B}")
+    _check_spans(job.open, len(job.latents))
+    _check_extent(job, B, limits.max_context)
     if job.noise is not None:
         _check_noise(job, (job.max_blocks, B, d))
     else:
         _check_seed(job)
-    _check_spans(job.open, len(job.latents))
-    _check_extent(job, B, limits.max_context)
 
 
 def _check_spans(spans: Sequence[tuple[int, int]], n: int) -> None:
@@ -94,6 +94,10 @@ def _check_spans(spans: Sequence[tuple[int, int]], n: int) -> None:
 
 def _check_extent(job: SampleJob, block_size: int, max_context: int) -> None:
     n, context = len(job.latents), context_blocks(job, block_size)
+    if job.first_block > context:
+        raise InvalidRequest(
+            "first_block", f"got {job.first_block}, but the canvas begins with {context} known blocks"
+        )
     positions = (context + job.max_blocks) * block_size
     if n > positions:
         raise InvalidRequest(

@@ -11,7 +11,7 @@ from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.flow import SamplerSettings, SolverName
 from colaserve_services.prior.engine import PriorEngine
-from colaserve_services.prior.sampling_run import SampleJob, context_blocks
+from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.rpc import about, tensors
 
 SOLVERS: dict[int, SolverName] = {
@@ -52,7 +52,7 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
                 "canvas.open", f"got {len(canvas.open)} spans for {self._engine.limits.max_context} positions at most"
             )
         seeded = request.WhichOneof("noise_source") == "seed"
-        job = SampleJob(
+        return SampleJob(
             latents=tensors.latents_from_message(
                 canvas.latents, "canvas.latents", shape.latent_dim, self._identity.space
             ),
@@ -64,12 +64,6 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             sample_id=request.seed.sample_id,
             noise=self._noise(request),
         )
-        known = context_blocks(job, shape.block_size)
-        if job.first_block > known:
-            raise InvalidRequest(
-                "first_block", f"got {job.first_block}, but the canvas begins with {known} known blocks"
-            )
-        return job
 
     def _noise(self, request: prior_pb2.SampleRequest) -> Tensor | None:
         if request.WhichOneof("noise_source") != "noise":

@@ -162,7 +162,8 @@ async def test_target_logprobs_are_those_of_the_logits(tiny: Golden) -> None:
         (SampleJob(EMPTY, max_blocks=2, noise=torch.zeros(1, 4, 16)), "noise"),
         (SampleJob(EMPTY, 1, sampler=SamplerSettings(resamples=2), noise=torch.zeros(1, 4, 16)), "sampler.resamples"),
         (SampleJob(EMPTY, max_blocks=1, base_seed=1 << 63), "seed.base_seed"),
-        (SampleJob(EMPTY, max_blocks=1, base_seed=(1 << 63) - 1, first_block=1), "seed.base_seed"),
+        (SampleJob(noise(4), max_blocks=1, base_seed=(1 << 63) - 1, first_block=1), "seed.base_seed"),
+        (SampleJob(noise(3), max_blocks=1, base_seed=0, first_block=1), "first_block"),
         (SampleJob(EMPTY, max_blocks=1, base_seed=0, sample_id=10_000), "seed.sample_id"),
     ],
 )

@@ -40,6 +40,7 @@ SAMPLE = {  # field -> what to set in an otherwise valid SampleRequest of two bl
     "canvas.open   ": {"canvas": canvas(EIGHT, (4, 6), (5, 8))},
     "canvas.open    ": {"canvas": canvas(EIGHT, (4, HUGE))},
     "canvas.open     ": {"canvas": canvas(EIGHT, *[(0, 4)] * 257)},
+    "canvas.open      ": {"canvas": canvas(EIGHT, (5, 3)), "first_block": 2},
     "max_blocks": {"max_blocks": 0},
     "max_blocks ": {"max_blocks": HUGE},
     "max_blocks  ": {"max_blocks": 65},
