@@ -95,9 +95,7 @@ def _check_spans(spans: Sequence[tuple[int, int]], n: int) -> None:
 def _check_extent(job: SampleJob, block_size: int, max_context: int) -> None:
     n, context = len(job.latents), context_blocks(job, block_size)
     if job.first_block > context:
-        raise InvalidRequest(
-            "first_block", f"got {job.first_block}, but the canvas begins with {context} known blocks"
-        )
+        raise InvalidRequest("first_block", f"got {job.first_block}, but the canvas begins with {context} known blocks")
     positions = (context + job.max_blocks) * block_size
     if n > positions:
         raise InvalidRequest(
