@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass, fields
-from math import isfinite
 from typing import Any, Final
 
 from colaserve.v1 import types_pb2
+from colaserve_services.bounds import SAMPLE_ID, SAMPLER, SAMPLING, SEED_END, Range, block_seed
 from colaserve_services.errors import InvalidRequest, UsageError
 
 SOLVERS: Final = {
@@ -16,23 +16,7 @@ SOLVERS: Final = {
     "ab2": types_pb2.SOLVER_AB2,
     "heun": types_pb2.SOLVER_HEUN,
 }
-# field: (least, most); both may be taken, except where OPEN says that the least may not
-_SAMPLER: Final = {
-    "steps": (1, 1000),
-    "guidance_scale": (0, 1000),
-    "guidance_start": (0, 1),
-    "guidance_end": (0, 1),
-    "resamples": (1, 100),
-}
-_SAMPLING: Final = {
-    "temperature": (0, 100),
-    "top_k": (0, 2**32 - 1),
-    "top_p": (0, 1),
-    "repetition_penalty": (0, 1000),
-}
-_OPEN: Final = {"top_p", "repetition_penalty"}
 _SEED_BITS: Final = 48  # of a drawn base_seed: room below 2^63 for every sample and block, exact in a JSON number
-_SEED_BOUND: Final = 2**63
 
 
 @dataclass(frozen=True)
@@ -77,7 +61,7 @@ class Defaults:
 
 def resolve_sampler(message: types_pb2.Sampler, defaults: Defaults) -> types_pb2.Sampler:
     """The sampler with every field set. Raises InvalidRequest naming the field that is out of its range."""
-    values = {name: _choose(message, name, defaults, "sampler", bounds) for name, bounds in _SAMPLER.items()}
+    values = {name: _choose(message, name, defaults, "sampler", bounds) for name, bounds in SAMPLER.items()}
     if values["guidance_end"] > values["guidance_start"]:
         raise InvalidRequest(
             "sampler.guidance_end",
@@ -88,7 +72,7 @@ def resolve_sampler(message: types_pb2.Sampler, defaults: Defaults) -> types_pb2
 
 def resolve_sampling(message: types_pb2.Sampling, defaults: Defaults, seed: int, **other: float) -> types_pb2.Sampling:
     """The sampling with every field set; `seed` where it has none, `other` in place of the defaults."""
-    values = {name: _choose(message, name, defaults, "sampling", bounds, other) for name, bounds in _SAMPLING.items()}
+    values = {name: _choose(message, name, defaults, "sampling", bounds, other) for name, bounds in SAMPLING.items()}
     return types_pb2.Sampling(seed=message.seed if message.HasField("seed") else seed, **values)
 
 
@@ -96,10 +80,8 @@ def resolve_seed(message: types_pb2.NoiseSeed | None, blocks: int) -> types_pb2.
     """The seed of a run of so many blocks; drawn when None. Raises InvalidRequest for one that has no noise."""
     if message is None:
         return types_pb2.NoiseSeed(base_seed=secrets.randbits(_SEED_BITS))
-    if message.sample_id >= 10_000:
-        raise InvalidRequest("seed.sample_id", f"got {message.sample_id}, expected below 10000")
-    last = message.base_seed + 1_000 * message.sample_id + 10_000_000 * max(blocks - 1, 0)
-    if last >= _SEED_BOUND:
+    SAMPLE_ID.check("seed.sample_id", message.sample_id)
+    if block_seed(message.base_seed, message.sample_id, max(blocks - 1, 0)) >= SEED_END:
         raise InvalidRequest(
             "seed.base_seed",
             f"got {message.base_seed}; with 1000 * sample_id and 10000000 a block it must stay below 2^63",
@@ -111,7 +93,7 @@ def sampling_seed(seed: types_pb2.NoiseSeed) -> int:
     """The seed of the token draws of a run that names none: the first 63 bits of SHA-256 over the ASCII text
     "colaserve sampling BASE_SEED SAMPLE_ID", read little-endian."""
     text = f"colaserve sampling {seed.base_seed} {seed.sample_id}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") & (_SEED_BOUND - 1)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") & (SEED_END - 1)
 
 
 def _choose(
@@ -119,18 +101,12 @@ def _choose(
     name: str,
     defaults: Defaults,
     field: str,
-    bounds: tuple[float, float],
+    bounds: Range,
     other: dict[str, float] = {},  # noqa: B006 - read only
 ) -> Any:
     chosen = getattr(message, name) if message.HasField(name) else other.get(name, getattr(defaults, name))
-    low, high = bounds
-    if not low <= chosen <= high or not isfinite(chosen) or (name in _OPEN and chosen == low):
-        raise InvalidRequest(f"{field}.{name}", f"got {chosen:g}, expected {_range(name, low, high)}")
+    bounds.check(f"{field}.{name}", chosen)
     return chosen
-
-
-def _range(name: str, low: float, high: float) -> str:
-    return f"above {low} and at most {high}" if name in _OPEN else f"{low} to {high}"
 
 
 def _solver(asked: int, default: str) -> Any:

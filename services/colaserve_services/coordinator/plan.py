@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
+from colaserve_services.bounds import TOP_LOGPROBS
 from colaserve_services.coordinator.core import Core
 from colaserve_services.coordinator.defaults import (
     resolve_sampler,
@@ -20,7 +21,6 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.text import Tokenizer, stop_strings
 
 MOST_STOPS: Final = 16
-MOST_TOP_LOGPROBS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def split_prompt(tokens: int, model: Model) -> tuple[int, int]:
 
 def checked_top_logprobs(count: int) -> int:
     """The count, or InvalidRequest when it is too large."""
-    if count > MOST_TOP_LOGPROBS:
-        raise InvalidRequest("top_logprobs", f"got {count}, expected 0 to {MOST_TOP_LOGPROBS}")
+    TOP_LOGPROBS.check("top_logprobs", count)
     return count
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colaserve_services.bounds import TOP_LOGPROBS
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
@@ -25,8 +26,6 @@ from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
-
-MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -250,8 +249,7 @@ def check_job(job: DecodeJob, shape: ModelShape, limits: EngineLimits) -> None:
         raise InvalidRequest(
             "open.history_ids", f"got {len(job.history_ids)} ids, at most {limits.max_context * P} fit (max_context)"
         )
-    if not 0 <= job.top_logprobs <= MAX_TOP_LOGPROBS:
-        raise InvalidRequest("open.top_logprobs", f"got {job.top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")
+    TOP_LOGPROBS.check("open.top_logprobs", job.top_logprobs)
     if len(job.target_ids) > (reserved - len(job.prefix)) * P:
         raise InvalidRequest(
             "open.target_ids",

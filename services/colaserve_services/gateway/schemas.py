@@ -6,9 +6,10 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from colaserve_services.bounds import SAMPLER, SAMPLING, SEED_END, TOP_LOGPROBS
+
 DEADLINE_HEADER: Final = "x-request-timeout"
 MOST_STOPS: Final = 4
-MOST_LOGPROBS: Final = 20
 UINT32: Final = 2**32 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
@@ -57,13 +58,16 @@ class GenerationFields(BaseModel):
     stream: bool | None = Field(None, description="Send server-sent events, one for each block.")
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(
-        None, ge=0, le=100, description="0 takes the most likely token; the checkpoint's default, else 0."
+        None,
+        ge=0,
+        le=SAMPLING["temperature"].most,
+        description="0 takes the most likely token; the checkpoint's default, else 0.",
     )
     top_p: float | None = Field(
         None, gt=0, le=1, description="Keep tokens while the probability before them is at most this; 0.9."
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Repeats a run; choice i of a prompt is sample i of this seed."
+        None, ge=0, lt=SEED_END, description="Repeats a run; choice i of a prompt is sample i of this seed."
     )
     user: Text | None = Field(None, max_length=256, description="Your end user's id: logged.")
     top_k: int | None = Field(
@@ -72,8 +76,12 @@ class GenerationFields(BaseModel):
     repetition_penalty: float | None = Field(
         None, gt=0, description="Divides the scores of ids of earlier blocks; 1 is off; 1.1."
     )
-    guidance_scale: float | None = Field(None, ge=0, le=1000, description="Classifier-free guidance; 1 is off; 7.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Steps from noise to latents, for each block; 16.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=SAMPLER["guidance_scale"].most, description="Classifier-free guidance; 1 is off; 7."
+    )
+    steps: int | None = Field(
+        None, ge=1, le=SAMPLER["steps"].most, description="Steps from noise to latents, for each block; 16."
+    )
     solver: Literal["euler", "ab2", "heun"] | None = Field(None, description="Integration rule; euler.")
     guidance_interval: list[Fraction] | None = Field(
         None,
@@ -109,7 +117,7 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=UINT32, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Return each token's log-probability.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="And those of this many likely tokens; needs logprobs."
+        None, ge=0, le=TOP_LOGPROBS.most, description="And those of this many likely tokens; needs logprobs."
     )
 
 
@@ -122,7 +130,7 @@ class CompletionRequest(GenerationFields):
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
     echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
     logprobs: int | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="Return log-probabilities, of this many likely tokens too."
+        None, ge=0, le=TOP_LOGPROBS.most, description="Return log-probabilities, of this many likely tokens too."
     )
 
 

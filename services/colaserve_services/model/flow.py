@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from colaserve_services.bounds import SAMPLER
 from colaserve_services.errors import require
 
 TIME_SCALE = 1000.0  # T: the network's time runs from T (noise) to 0 (latents)
-MAX_STEPS = 1000
 _TIME_ROUNDING = 1e-6  # of t/T: bounds arrive as float32
 
 SolverName = Literal["euler", "ab2", "heun"]
@@ -46,17 +46,11 @@ class SamplerSettings:
     resamples: int = 1
 
     def __post_init__(self) -> None:
-        require(1 <= self.steps <= MAX_STEPS, "sampler.steps", self.steps, f"1 to {MAX_STEPS}")
-        require(0 <= self.guidance_scale <= 1000, "sampler.guidance_scale", self.guidance_scale, "0 to 1000")
+        for name, bounds in SAMPLER.items():
+            bounds.check(f"sampler.{name}", getattr(self, name))
         require(self.solver in SOLVERS, "sampler.solver", self.solver, " or ".join(SOLVERS))
-        require(0 <= self.guidance_start <= 1, "sampler.guidance_start", self.guidance_start, "0 to 1")
-        require(
-            0 <= self.guidance_end <= self.guidance_start,
-            "sampler.guidance_end",
-            self.guidance_end,
-            f"0 to guidance_start, {self.guidance_start}",
-        )
-        require(1 <= self.resamples <= 100, "sampler.resamples", self.resamples, "1 to 100")
+        within = self.guidance_end <= self.guidance_start
+        require(within, "sampler.guidance_end", self.guidance_end, f"0 to guidance_start, {self.guidance_start}")
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional branch is needed at time t (0..1000)."""
@@ -145,8 +139,3 @@ def add_noise(z: Tensor, t: float, t_next: float, renoise: Renoise | None) -> Te
     u, w = t / TIME_SCALE, t_next / TIME_SCALE
     a = (1 - u) / (1 - w)
     return a * z + max(u * u - (a * w) ** 2, 0.0) ** 0.5 * renoise()
-
-
-def block_seed(base_seed: int, sample_id: int, block: int) -> int:
-    """Seed of the CPU generator of one block's noise: base_seed + 1_000 sample_id + 10_000_000 block."""
-    return base_seed + 1_000 * sample_id + 10_000_000 * block

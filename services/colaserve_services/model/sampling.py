@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colaserve_services.bounds import SAMPLING
 from colaserve_services.errors import require
 from colaserve_services.model.transfer import sent
 
@@ -24,11 +25,8 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(0 <= self.temperature <= 100, "sampling.temperature", self.temperature, "0 to 100")
-        require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all) or more")
-        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0, at most 1")
-        penalty = self.repetition_penalty
-        require(0 < penalty <= 1000, "sampling.repetition_penalty", penalty, "above 0, at most 1000")
+        for name, bounds in SAMPLING.items():
+            bounds.check(f"sampling.{name}", getattr(self, name))
         require(0 <= self.seed <= _MASK, "sampling.seed", self.seed, "0 to 2^64 - 1")
 
 

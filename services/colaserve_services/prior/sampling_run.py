@@ -6,20 +6,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.flow import (
     Evaluation,
     Renoise,
     SamplerSettings,
-    block_seed,
     guide,
     solve,
 )
 from colaserve_services.runtime.limits import EngineLimits
-
-MAX_SEED = 1 << 63
-MAX_SAMPLE_ID = 10_000
 
 
 @dataclass(frozen=True)
@@ -122,10 +119,9 @@ def _check_noise(job: SampleJob, expected: tuple[int, int, int]) -> None:
 def _check_seed(job: SampleJob) -> None:
     if job.base_seed is None:
         raise InvalidRequest("noise_source", "neither seed nor noise is set")
-    if not 0 <= job.sample_id < MAX_SAMPLE_ID:
-        raise InvalidRequest("seed.sample_id", f"got {job.sample_id}, expected 0 to {MAX_SAMPLE_ID - 1}")
+    SAMPLE_ID.check("seed.sample_id", job.sample_id)
     highest = block_seed(job.base_seed, job.sample_id, job.first_block + job.max_blocks - 1)
-    if not 0 <= job.base_seed <= highest < MAX_SEED:
+    if not 0 <= job.base_seed <= highest < SEED_END:
         raise InvalidRequest(
             "seed.base_seed", f"got {job.base_seed}; with sample_id and block added it must stay below 2^63"
         )

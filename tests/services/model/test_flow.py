@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from colaserve_services.bounds import block_seed
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.flow import SamplerSettings, add_noise, block_seed, guide, schedule, solve
+from colaserve_services.model.flow import SamplerSettings, add_noise, guide, schedule, solve
 
 
 def run(field: Callable[[Tensor, float], Tensor], settings: SamplerSettings, z: Tensor) -> tuple[Tensor, list[float]]:
