@@ -118,8 +118,12 @@ class Backend:
         self._info, self._info_at = info, time.monotonic()
         return info
 
-    async def check_ready(self, seconds: float = 2.0) -> None:
-        """Raise unless the coordinator answers and finds all its stages serving."""
-        for stage in (await self.fresh_info(seconds)).stages:
+    async def check_ready(self) -> None:
+        """Raise unless the coordinator answers, within 2 s, and finds all its stages serving."""
+        try:
+            info = await self.fresh_info(0.5)
+        except (grpc.RpcError, TimeoutError):  # one replica is silent, it may be; the next call goes to another
+            info = await self.fresh_info(1.5)
+        for stage in info.stages:
             if not stage.serving:
                 raise Unavailable(f"{stage.stage} is not serving")

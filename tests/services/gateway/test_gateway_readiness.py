@@ -89,6 +89,14 @@ async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running
     assert isinstance(ready, httpx.Response)
 
 
+async def test_readiness_is_asked_again_where_one_coordinator_is_silent(gateway: Running):
+    gateway.fake.info_gate.clear()
+    asking = asyncio.create_task(gateway.http.get("/ready"))
+    await eventually(lambda: gateway.fake.infos == 2)
+    gateway.fake.info_gate.set()
+    assert (await asking).status_code == 200
+
+
 async def test_a_probe_may_ask_for_the_head_alone(gateway: Running):
     gateway.fake.serving = False
     for path, status in (("/health", 200), ("/ready", 503)):
