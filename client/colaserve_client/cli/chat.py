@@ -51,8 +51,8 @@ def chat(
     """Talk with the model.
 
     The first message is put into the checkpoint's chat frame, where it has one; a longer conversation becomes a
-    transcript with the roles' names. The model has no other memory than that. An answer that fails, or
-    Ctrl-C in it, ends a conversation whose messages come from a file or another program.
+    transcript with the roles' names. The model has no other memory than that. An answer that fails, or Ctrl-C in it,
+    ends a conversation whose messages come from a file or another program.
 
     \b
       colaserve chat

@@ -105,9 +105,9 @@ class Coordinator:
 
     def _follow_limits(self) -> None:
         """Stages may come back with other limits; calls that run keep those they began with."""
-        limits, core = self._limits, self.core
-        model = core.model.within(self._lookout.infos, limits.max_context, limits.max_message_bytes)
-        self._core = replace(core, model=model)
+        model = self.core.model.within(self._lookout.infos, self._limits.max_context, self._limits.max_message_bytes)
+        if model != self.core.model:
+            self._core = replace(self.core, model=model)
 
     @property
     def core(self) -> Core:

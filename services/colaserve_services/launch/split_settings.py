@@ -15,10 +15,7 @@ from colaserve_services.launch.settings import Params
 from colaserve_services.launch.split import STAGES, SplitSettings
 
 NOT_PASSED = {"ports_file"}
-COORDINATORS = {
-    "grpc_port",
-    "metrics_port",
-}  # the stages take free ones; the gateway's metrics are at its HTTP port too
+COORDINATORS = {"grpc_port", "metrics_port"}  # the others take free ones; the gateway tells metrics over HTTP too
 PER_CLIENT = {  # limits at the gateway only, and their variables: to the others it is one client
     "max_calls_per_client": "COLASERVE_MAX_CALLS_PER_CLIENT",
     "max_rate_per_client": "COLASERVE_MAX_RATE_PER_CLIENT",
