@@ -33,6 +33,10 @@ class Corrupted(ColaserveError):
     """Bytes changed on their way: a message does not fit its checksum. It was not read; asking again is safe."""
 
 
+class StepFailed(ColaserveError):
+    """A stage cannot compute this request, though it computes others: our fault, and never retried."""
+
+
 class NotAuthenticated(ColaserveError):
     """No key, or none that is known."""
 

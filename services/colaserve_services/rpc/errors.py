@@ -22,6 +22,7 @@ from colaserve_services.errors import (
     ModelMismatch,
     NotAuthenticated,
     Overloaded,
+    StepFailed,
     Unavailable,
 )
 from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
@@ -35,8 +36,10 @@ TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
     Unavailable: (StatusCode.UNAVAILABLE, 503),
     Corrupted: (StatusCode.DATA_LOSS, 503),
     DeadlineExceeded: (StatusCode.DEADLINE_EXCEEDED, 504),
+    StepFailed: (StatusCode.INTERNAL, 500),  # other errors of this status carry no ErrorInfo
 }
 INTERNAL: Final = (StatusCode.INTERNAL, 500)
+STEP_FAILED: Final = "STEP_FAILED"  # reason of the google.rpc.ErrorInfo that a StepFailed carries
 DETAILS_KEY: Final = "grpc-status-details-bin"
 LONGEST_MESSAGE: Final = 1000  # characters; a status travels in a header, whose size is bounded
 
@@ -54,7 +57,7 @@ def http_status(error: Exception) -> int:
 
 
 def status_proto(error: Exception) -> status_pb2.Status:
-    """The google.rpc.Status of an error, with BadRequest, RetryInfo or RequestInfo; internals are never told."""
+    """The google.rpc.Status of an error, with the details that a caller may read; internals are never told."""
     status = status_pb2.Status(code=grpc_code(error).value[0], message=_message(error))
     detail = _detail(error)
     if detail is not None:
@@ -65,12 +68,14 @@ def status_proto(error: Exception) -> status_pb2.Status:
 def error_from_rpc(error: Any) -> ColaserveError:
     """Our error for the grpc.RpcError that another service answered with, its details kept; `raise ... from error`."""
     code, text = error.code(), error.details() or error.code().name
-    field, retry_after = _read_details(error)
+    field, retry_after, reason = _read_details(error)
     if code == StatusCode.INVALID_ARGUMENT:
         named = text.removeprefix(f"{field}: ") if field else text
         return InvalidRequest(field or "request", named)
     if code == StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(text, retry_after)
+    if code == StatusCode.INTERNAL:
+        return StepFailed(text) if reason == STEP_FAILED else ColaserveError(f"{code.name}: {text}")
     for kind, (known, _) in TABLE.items():
         if known == code:
             return kind(text)
@@ -125,6 +130,8 @@ def _detail(error: Exception) -> Any:
         return error_details_pb2.BadRequest(field_violations=[violation])
     if isinstance(error, Overloaded):
         return error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after))
+    if isinstance(error, StepFailed):
+        return error_details_pb2.ErrorInfo(reason=STEP_FAILED, domain="colaserve")
     if _known(error) not in TABLE:
         return error_details_pb2.RequestInfo(request_id=current_request_id())
     return None
@@ -135,9 +142,9 @@ def _duration(seconds: float) -> Duration:
     return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
 
 
-def _read_details(error: Any) -> tuple[str, float]:
-    """(field, retry_after in seconds) of a status; ("", 1) where it does not say."""
-    field, retry_after = "", 1.0
+def _read_details(error: Any) -> tuple[str, float, str]:
+    """(field, retry_after in seconds, ErrorInfo's reason) of a status; ("", 1, "") where it does not say."""
+    field, retry_after, reason = "", 1.0, ""
     for detail in _details(error):
         if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             message = error_details_pb2.BadRequest.FromString(detail.value)
@@ -145,7 +152,9 @@ def _read_details(error: Any) -> tuple[str, float]:
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
             retry_after = delay.seconds + delay.nanos / 1e9
-    return field, retry_after
+        elif detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
+    return field, retry_after, reason
 
 
 def _details(error: Any) -> Sequence[Any]:

@@ -1,5 +1,6 @@
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc.aio import AioRpcError, Metadata
 
 from colaserve_services import errors
@@ -29,6 +30,7 @@ RUNTIME = [
     errors.Corrupted("12 bytes came without a checksum"),
     errors.DeadlineExceeded("late"),
     errors.Cancelled("gone"),
+    errors.StepFailed("a step of the prior fails with this request"),
 ]
 
 
@@ -62,6 +64,15 @@ def test_other_errors_are_internal_and_tell_nothing(error):
     status = status_proto(error)
     assert "password" not in str(status)
     assert "secret" not in str(status)
+
+
+def test_only_an_internal_error_that_says_so_is_a_failed_step():
+    assert (grpc_code(RUNTIME[-1]), http_status(RUNTIME[-1])) == (grpc.StatusCode.INTERNAL, 500)
+    (detail,) = status_proto(RUNTIME[-1]).details
+    info = error_details_pb2.ErrorInfo()
+    assert detail.Unpack(info)
+    assert (info.reason, info.domain) == ("STEP_FAILED", "colaserve")
+    assert type(crossed(RuntimeError("a bug"))) is errors.ColaserveError
 
 
 def test_a_long_message_is_cut_so_that_it_fits_a_header():
