@@ -40,7 +40,6 @@ class Record:
     """One request. Times are time.monotonic() seconds."""
 
     due: float  # when it should have been sent: waiting for the load generator counts too
-    slot: int = 0  # of a closed loop: which of its callers sent it
     blocks: list[float] = field(default_factory=list)  # arrivals
     tokens: list[int] = field(default_factory=list)  # of each block
     finished: float | None = None
@@ -97,14 +96,14 @@ async def closed_loop(
     """So many requests at all times until then; those that run at the end are left as they are and cancelled."""
     records: list[Record] = []
 
-    async def work(slot: int) -> None:
+    async def work() -> None:
         while time.monotonic() < until:
-            records.append(record := Record(time.monotonic(), slot))
+            records.append(record := Record(time.monotonic()))
             await send(client, next(requests), record)
             if record.error:
                 await asyncio.sleep(0.1)  # a refusal comes at once; a caller would not ask again at once either
 
-    workers = [asyncio.create_task(work(slot)) for slot in range(concurrency)]
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
     _, running = await asyncio.wait(workers, timeout=max(0.0, until - time.monotonic()))
     await _cancelled(running)
     for worker in set(workers) - running:

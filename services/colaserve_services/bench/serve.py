@@ -31,8 +31,7 @@ COLUMNS = (
 PANELS = (COLUMNS[3], COLUMNS[6], COLUMNS[9], COLUMNS[11])
 NOTES = (
     "closed loop: `load` requests at all times; open loop: `load` Poisson arrivals a second",
-    "throughput: of the blocks that arrive in the measured window; in a closed loop summed over its callers, each from",
-    "its first arrival to its last, since blocks of sessions in step arrive together; latencies run from when due",
+    "throughput: of the answers that end inside the measured window, over the window; latencies run from when due",
     "good: without an error, and both time to first block and mean inter-block time within the objective",
 )
 _PERCENTILES = (0.5, 0.95, 0.99)
@@ -97,15 +96,15 @@ async def measure(connection: AsyncClient, settings: ServeSettings, loop: str, l
 def summarise(
     records: Sequence[Record], counted: Sequence[Record], begin: float, end: float, objective: Objective
 ) -> Row:
-    """Throughput from the blocks of all `records` within the window, the rest from the `counted` requests."""
+    """Throughput of the answers among `records` that end inside the window, over the window; shares of `counted`."""
     seconds = end - begin
-    blocks, tokens = _rates(records, begin, end)
+    ended = [r for r in records if r.finished and begin <= r.finished <= end and not r.error]
     good = sum(objective.met(record) for record in counted)
     errors = Counter(record.error for record in records if record.error)
     row: Row = {
-        "blocks_per_second": blocks,
-        "tokens_per_second": tokens,
-        "requests_per_second": sum(not record.error for record in counted) / seconds,
+        "blocks_per_second": sum(len(record.blocks) for record in ended) / seconds,
+        "tokens_per_second": sum(sum(record.tokens) for record in ended) / seconds,
+        "requests_per_second": len(ended) / seconds,
         "goodput": good / seconds,
         "good_share": good / len(counted) if counted else None,
         "requests": len(counted),
@@ -116,20 +115,3 @@ def summarise(
     for name, values in (("first_block", firsts), ("inter_block", gaps)):
         row |= {f"{name}_p{round(100 * share)}": percentile(values, share) for share in _PERCENTILES}
     return row
-
-
-def _rates(records: Sequence[Record], begin: float, end: float) -> tuple[float, float]:
-    """Blocks and tokens a second within the window, summed over the slots."""
-    slots: dict[int, list[tuple[float, int]]] = {}
-    for record in records:
-        arrivals = zip(record.blocks, record.tokens, strict=True)
-        slots.setdefault(record.slot, []).extend((at, n) for at, n in arrivals if begin <= at <= end)
-    rates = [_rate(sorted(arrivals), end - begin) for arrivals in slots.values()]
-    return sum(blocks for blocks, _ in rates), sum(tokens for _, tokens in rates)
-
-
-def _rate(arrivals: Sequence[tuple[float, int]], window: float) -> tuple[float, float]:
-    """From the first arrival to the last; over the whole window where there are too few."""
-    if len(arrivals) > 2 and (span := arrivals[-1][0] - arrivals[0][0]) > window / 2:
-        return (len(arrivals) - 1) / span, sum(n for _, n in arrivals[1:]) / span
-    return len(arrivals) / window, sum(n for _, n in arrivals) / window

@@ -127,7 +127,7 @@ class Aliases(Collector):
         )
         yield GaugeMetricFamily("vllm:num_requests_waiting", "Alias: waiting sessions.", sum(waiting))
         yield GaugeMetricFamily("vllm:num_requests_running", "Alias: running sessions.", sum(running))
-        yield GaugeMetricFamily("vllm:gpu_cache_usage_perc", "Alias: share of KV in use.", max(usage, default=0.0))
+        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Alias: share of KV in use.", max(usage, default=0.0))
 
 
 class MetricsEndpoint:

@@ -64,4 +64,4 @@ def test_aliases_sum_queues_and_tell_the_fullest_cache():
     value = metrics.registry.get_sample_value
     assert value("vllm:num_requests_waiting") == 4
     assert value("vllm:num_requests_running") == 0
-    assert value("vllm:gpu_cache_usage_perc") == 0.75
+    assert value("vllm:kv_cache_usage_perc") == 0.75
