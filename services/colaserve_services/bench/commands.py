@@ -1,4 +1,4 @@
-"""`colaserve bench ...`: make-checkpoint, engine, solvers, ablate, stall, load, prefix, serve."""
+"""`colaserve bench ...`: make-checkpoint, engine, solvers, stall, load, prefix, serve."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from colaserve_client import Sampler
-from colaserve_services.bench import ablate as ablate_bench
 from colaserve_services.bench import compare as comparison
 from colaserve_services.bench import engine as engine_bench
 from colaserve_services.bench import memory
@@ -20,7 +19,6 @@ from colaserve_services.bench import prefix as prefix_bench
 from colaserve_services.bench import serve as serve_bench
 from colaserve_services.bench import solvers as solvers_bench
 from colaserve_services.bench import stall as stall_bench
-from colaserve_services.bench.ablations import VARIANTS
 from colaserve_services.bench.options import (
     POSITIVE,
     Numbers,
@@ -114,21 +112,6 @@ def solvers(json_file: Path | None, plot_file: Path | None, quick: bool, **optio
     def work() -> None:
         report = asyncio.run(solvers_bench.solvers(_engine_settings(quick, options), say))
         publish(report, json_file, plot_file, "sessions", "variant", solvers_bench.PANELS)
-
-    run_or_explain(work)
-
-
-@bench.command()
-@engine_options
-@click.option("--off", type=click.Choice(list(VARIANTS)), multiple=True, help="Only these [all of them in turn].")
-@output_options
-def ablate(off: tuple[str, ...], json_file: Path | None, plot_file: Path | None, quick: bool, **options: Any) -> None:
-    """What each exact saving of the prior is worth: the engine with it over the engine without it."""
-
-    def work() -> None:
-        settings = _engine_settings(quick, options)
-        report = asyncio.run(ablate_bench.ablate(settings, off or tuple(VARIANTS), say))
-        publish(report, json_file, plot_file, "sessions", "variant", ablate_bench.PANELS)
 
     run_or_explain(work)
 
