@@ -45,6 +45,7 @@ class DecodeJob:
 class DecodedBlock:
     """B * P sampled ids with what was asked for about each."""
 
+    index: int  # in the run, counted from the history
     token_ids: list[int]
     logprobs: list[float]
     top: list[tuple[list[int], list[float]]]
@@ -213,6 +214,7 @@ class DecoderEngine(Engine[DecoderSession]):
         targets = session.take_targets(count)
         every = logits.log_softmax(dim=-1) if targets or job.top_logprobs else logits
         block = DecodedBlock(
+            index=session.sampled // count,
             token_ids=ids,
             logprobs=logprobs,
             top=top_logprobs(every, job.top_logprobs) if job.top_logprobs else [],

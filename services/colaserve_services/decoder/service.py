@@ -62,6 +62,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
 
 def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
     return decoder_pb2.DecodeResponse(
+        block_index=block.index,
         token_ids=block.token_ids,
         logprobs=block.logprobs,
         top_logprobs=[types_pb2.TopLogprobs(token_ids=ids, logprobs=values) for ids, values in block.top],

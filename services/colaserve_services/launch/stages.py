@@ -105,7 +105,6 @@ def load_stages(
         torch.set_num_threads(settings.threads)
     if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
         torch.backends.cuda.enable_cudnn_sdp(False)
-    identity = Identity(checkpoint.space, str(device), str(dtype).removeprefix("torch."), max_message_bytes)
     thread = DeviceThread()
     engines, services = {}, {}
     for stage in (stage for stage in STAGES if stage in stages):
@@ -115,6 +114,8 @@ def load_stages(
             engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UsageError(f"the {stage} does not fit into the memory of {device}") from error
+        weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
+        identity = Identity(checkpoint.space, weights, str(device), kind, max_message_bytes)
         services[stage] = _SERVICES[stage](engines[stage], identity)
     thread.start()
     return RunningStages(engines, services, thread)

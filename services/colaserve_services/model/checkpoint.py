@@ -170,6 +170,10 @@ class Checkpoint:
 
         return loading.load(loading.prior(self), device, dtype, progress)
 
+    def weights_of(self, stage: str) -> str:
+        """Fingerprint of the folder that the weights of one stage lie in."""
+        return self.dit.fingerprint() if stage == "prior" else self.space
+
     def check(self) -> None:
         """Raise `CheckpointError` unless every tensor of the networks is there in its shape; reads headers only."""
         from colaserve_services.model import loading

@@ -16,6 +16,7 @@ class Identity:
     """Of the process that answers."""
 
     space: str  # fingerprint of the latent space
+    weights: str = ""  # of the stage's own folder
     device: str = ""
     dtype: str = ""
     max_message_bytes: int = 0
@@ -49,11 +50,12 @@ class Timed(Protocol):
 
 
 def info(engine: Any, identity: Identity) -> dict[str, Any]:
-    """The fields that every stage's GetInfo response has: model, space, limits, server."""
+    """The fields that every stage's GetInfo response has: model, space, weights, limits, server."""
     limits, load = engine.limits, engine.load()
     return {
         "model": shape_message(engine.shape),
         "space": identity.space,
+        "weights": identity.weights,
         "limits": types_pb2.Limits(
             max_context=limits.max_context,
             max_message_bytes=identity.max_message_bytes,

@@ -124,7 +124,9 @@ async def test_decoding_resumes_with_the_same_draws_from_prefix_and_history(tiny
             wanted = DecodeJob(latents[:prefix], sampling=sampling, history_ids=tuple(history), max_latents=32)
             async with stages.decoder.session(wanted) as session:
                 for start in range(prefix, 24, 4):
-                    ids += (await session.decode(latents[start : start + 4])).token_ids
+                    block = await session.decode(latents[start : start + 4])
+                    assert block.index * len(block.token_ids) == len(ids)
+                    ids += block.token_ids
             return ids
 
         whole = await decode(8, [])

@@ -60,7 +60,10 @@ async def run(served, golden, case, sample_id, ids, latents, explicit):
         assert block.latents.space == served.space
         assert relative(values(block.latents), recorded[f"{name}.block_latents.{index}"][sample_id]) < 2e-5
         await decode.write(decoder_pb2.DecodeRequest(block=block.latents))
-        tokens += (await decode.read()).token_ids
+        answer = await decode.read()
+        assert answer.HasField("block_index")
+        assert answer.block_index == index
+        tokens += answer.token_ids
         index += 1
     await decode.done_writing()
     assert index == case["n_blocks"]

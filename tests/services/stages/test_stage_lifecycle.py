@@ -10,6 +10,7 @@ import torch
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2_grpc
 from colaserve_services.errors import DeadlineExceeded, Overloaded
+from colaserve_services.model.checkpoint import WeightFolder
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
@@ -163,9 +164,12 @@ async def test_an_unread_stream_does_not_run_away_and_goes_on_when_read(tiny):
 async def test_get_info_tells_model_limits_and_load(tiny):
     async with serving(tiny) as served:
         call = await sampling(served)
+        prior_folder = WeightFolder(tiny.directory / "cola_dlm" / "cola_dit")
+        weights = {"encoder": served.space, "prior": prior_folder.fingerprint(), "decoder": served.space}
         for stage, stub in (("encoder", served.encoder), ("prior", served.prior), ("decoder", served.decoder)):
             info = await stub.GetInfo(_info_request(stage))
             assert info.space == served.space
+            assert info.weights == weights[stage]
             assert (info.model.latent_dim, info.model.block_size) == (served.shape.latent_dim, served.shape.block_size)
             assert info.model.parameters > 0
             assert info.limits.max_context == served.limits.max_context

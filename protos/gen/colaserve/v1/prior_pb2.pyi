@@ -36,13 +36,15 @@ class PriorServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class PriorServiceGetInfoResponse(_message.Message):
-    __slots__ = ("model", "space", "limits", "server")
+    __slots__ = ("model", "space", "limits", "server", "weights")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     model: _types_pb2.ModelShape
     space: str
     limits: _types_pb2.Limits
     server: _types_pb2.ServerInfo
-    def __init__(self, model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ...) -> None: ...
+    weights: str
+    def __init__(self, model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ..., weights: _Optional[str] = ...) -> None: ...
