@@ -4,6 +4,7 @@ import json
 import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
@@ -32,7 +33,7 @@ def check_target(target: str) -> str:
     raise invalid("target", f'expected "host:port" or a gRPC name such as "dns:///host:port", got {target!r}')
 
 
-def channel_options(connection: Connection, tls: Tls | None) -> list[tuple[str, str | int]]:
+def channel_options(target: str, connection: Connection, tls: Tls | None) -> list[tuple[str, str | int]]:
     """gRPC's channel arguments."""
     options: list[tuple[str, str | int]] = [
         ("grpc.primary_user_agent", f"colaserve-client/{client_version()}"),
@@ -48,9 +49,24 @@ def channel_options(connection: Connection, tls: Tls | None) -> list[tuple[str, 
         ("grpc.enable_retries", 0),  # `calls.Attempts` alone decides what is tried again
         ("grpc.service_config", json.dumps({"loadBalancingConfig": [{connection.load_balancing: {}}]})),
     ]
+    if is_loopback(target):
+        options.append(("grpc.enable_http_proxy", 0))  # a proxy could not reach this machine's servers
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options
+
+
+def is_loopback(target: str) -> bool:
+    """Whether a target is on this machine: a proxy of the environment is then passed by."""
+    if target.startswith("unix"):
+        return True
+    host = target.rpartition("/")[2].removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0]
+    if host in ("localhost", "ip6-localhost"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _milliseconds(seconds: float) -> int:

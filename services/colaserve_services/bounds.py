@@ -38,6 +38,7 @@ SAMPLING: Final = {
     "top_p": Range(0, 1, open=True),
     "repetition_penalty": Range(0, 1000, open=True),
 }
+MAX_NEW_TOKENS: Final = Range(1, 2**32 - 1)
 TOP_LOGPROBS: Final = Range(0, 20)
 SAMPLE_ID: Final = Range(0, 9_999)
 SEED_END: Final = 2**63  # of the noise of each block; they stay below

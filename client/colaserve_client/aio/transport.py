@@ -32,7 +32,7 @@ class AsyncTransport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._options = channel_options(config.connection, config.tls)
+        self._options = channel_options(config.target, config.connection, config.tls)
         self._credentials = None if config.tls is None else credentials(config.tls)
         self._opened: Any = None
         self._closed = False

@@ -1,6 +1,8 @@
 """Exit codes, and how an error becomes one line and one of them."""
 
 import errno
+import os
+import re
 from collections.abc import Mapping
 
 import click
@@ -34,6 +36,9 @@ _CODE_BY_ERROR: Mapping[type[ColaserveError], int] = {
     NotAuthenticated: NOT_AUTHENTICATED,
 }
 
+_AWAY = re.compile(r"the (encoder|prior|decoder) is not available\b")  # as the coordinator words it
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # the variables that gRPC reads, in its order
+
 
 def code_of(error: BaseException) -> int:
     """The exit code of an error."""
@@ -42,6 +47,15 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return INTERRUPTED
     return _CODE_BY_ERROR.get(type(error), ERROR) if isinstance(error, ColaserveError) else ERROR
+
+
+def _hint(error: Unavailable) -> str:
+    """What to look at when a service is away: the stage that the server names, or the server itself."""
+    if away := _AWAY.match(str(error)):
+        return f"the server answers, its {away[1]} does not: `colaserve status` shows all services"
+    proxies = [name for name in _PROXIES if os.environ.get(name)]
+    proxy = f"; {proxies[0]} is set, and used for servers on other machines" if proxies else ""
+    return f"is a server running? `colaserve up` starts one, --target says where it is{proxy}"
 
 
 def line_of(error: BaseException) -> str:
@@ -54,7 +68,7 @@ def line_of(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, Unavailable):
-        return f"{error} (is a server running? `colaserve up` starts one, --target says where it is)"
+        return f"{error} ({_hint(error)})"
     if isinstance(error, NotAuthenticated):
         return f"{error} (--key or COLASERVE_KEY holds the key)"
     if isinstance(error, ColaserveError):

@@ -29,7 +29,7 @@ class Transport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        options = channel_options(config.connection, config.tls)
+        options = channel_options(config.target, config.connection, config.tls)
         self._channel: Any = (
             grpc.insecure_channel(config.target, options=options)
             if config.tls is None

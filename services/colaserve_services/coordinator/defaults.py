@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from colaserve.v1 import types_pb2
-from colaserve_services.bounds import SAMPLE_ID, SAMPLER, SAMPLING, SEED_END, Range, block_seed
+from colaserve_services.bounds import MAX_NEW_TOKENS, SAMPLE_ID, SAMPLER, SAMPLING, SEED_END, Range, block_seed
 from colaserve_services.errors import InvalidRequest, UsageError
 
 SOLVERS: Final = {
@@ -40,10 +40,9 @@ class Defaults:
         try:
             resolve_sampler(types_pb2.Sampler(), self)
             resolve_sampling(types_pb2.Sampling(), self, 0)
+            MAX_NEW_TOKENS.check("max_new_tokens", self.max_new_tokens)
         except InvalidRequest as error:
             raise UsageError(f"default of {error}") from error
-        if self.max_new_tokens < 1:
-            raise UsageError(f"default of max_new_tokens: got {self.max_new_tokens}, expected 1 or more")
         if self.chat_frame and "{prompt}" not in self.chat_frame:
             raise UsageError('chat_frame: has no place "{prompt}" for the message')
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
-from colaserve_services.bounds import TOP_LOGPROBS
+from colaserve_services.bounds import MAX_NEW_TOKENS, TOP_LOGPROBS
 from colaserve_services.coordinator.core import Core
 from colaserve_services.coordinator.defaults import (
     resolve_sampler,
@@ -56,8 +56,7 @@ async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -
     else:  # nobody asked for so many
         room = (core.model.max_context - context) * core.model.patch_size - redecoded
         budget = min(core.defaults.max_new_tokens, max(room, 1))
-    if budget < 1:
-        raise InvalidRequest("max_new_tokens", f"got {budget}, expected 1 or more")
+    MAX_NEW_TOKENS.check("max_new_tokens", budget)
     blocks = -(-(redecoded + budget) // core.model.block_tokens)
     _check_room(core.model, len(prompt_ids), budget, context + blocks * core.model.block_size)
     _check_stops(request.stop)

@@ -38,6 +38,7 @@ TAIL = """
 | `OMP_NUM_THREADS` | Threads of one process when `--threads` is not given. |
 | `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` | How OpenMP threads wait, see below. |
 | `HF_ENDPOINT`, `HF_TOKEN` | Hub and token of `colaserve pull`. |
+| `http_proxy` and its like | Services ignore them; `pull` and the client use them, but not on this machine. |
 
 Under `up --split` each stage may use all cores when neither `--threads` nor `OMP_NUM_THREADS` says otherwise, and its
 threads spin only briefly while they wait (`GOMP_SPINCOUNT=3000`, `KMP_BLOCKTIME=1`), unless one of the variables
@@ -112,7 +113,7 @@ def _values(option: click.Option) -> str:
         return f" {{{','.join(map(str, kind.choices))}}}"
     if isinstance(kind, click.Path):
         return " PATH"
-    return {"integer": " N", "integer range": " N", "float": " X", "float range": " X"}.get(kind.name, " TEXT")
+    return {"integer": " N", "integer range": " N", "float range": " X"}.get(kind.name, " TEXT")
 
 
 def _default(option: click.Option) -> str:

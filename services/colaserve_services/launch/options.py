@@ -5,6 +5,7 @@ An option is also the environment variable COLASERVE_<NAME>; the command line wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,17 +13,45 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A finite number within its range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not math.isfinite(number := click.FLOAT.convert(value, param, ctx)):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return super().convert(number, param, ctx)
+
+
+class Text(click.types.StringParamType):
+    """A text that can be sent: bytes of the command line or of a variable that are no UTF-8 are refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            self.fail(f"{text!r} is not UTF-8.", param, ctx)
+        return text
+
+
 PORT = click.IntRange(0, 65535)
 FILE = click.Path(path_type=Path, dir_okay=False)
-POSITIVE = click.IntRange(min=1)
-COUNT = click.IntRange(min=0)
-SECONDS = click.FloatRange(min=0)
+POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
+COUNT = click.IntRange(0, 2**32 - 1)
+BYTES = click.IntRange(1, 2**63 - 1)
+CHANNEL = click.IntRange(1, 2**31 - 1)  # what an option of a gRPC channel holds
+MOST_SECONDS = 2_000_000.0  # 23 days; in milliseconds still an option of a gRPC channel
+SECONDS = Number(0, MOST_SECONDS)
 DEMO = Path(__file__).parent.parent / "demo"
 
 
 def _option(name: str, default: Any, text: str, kind: Any = None, **more: Any) -> click.Option:
     variable = "COLASERVE_" + name.lstrip("-").upper().replace("-", "_")
     more.setdefault("show_default", default is not None)
+    if kind is None and not more.get("is_flag"):
+        kind = Text()
     return click.Option([name], default=default, help=text, type=kind, envvar=variable, show_envvar=True, **more)
 
 
@@ -42,7 +71,7 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
         _option(
             "--threads", None, "CPU threads that compute in one process [OMP_NUM_THREADS, else all cores].",
-            POSITIVE,
+            click.IntRange(1, 4096),
         ),
     ],
     "Engine": [
@@ -52,14 +81,14 @@ GROUPS: dict[str, list[click.Option]] = {
             "--max-waiting-work", float(1 << 24),
             "Work, in latents * steps * passes, of the sessions of one stage that may wait; more is refused. No "
             "session counts for more than half of it.",
-            click.FloatRange(min=1),
+            Number(1),
         ),
-        _option("--kv-bytes", 2 << 30, "Byte budget of one stage's KV cache.", POSITIVE),
+        _option("--kv-bytes", 2 << 30, "Byte budget of one stage's KV cache.", BYTES),
         _option(
             "--prefix-cache-bytes", 256 << 20,
             "Bytes, beside --kv-bytes, in which one stage keeps the KV of leading blocks for sessions that begin "
             "with them; 0: off.",
-            COUNT,
+            click.IntRange(0, 2**63 - 1),
         ),
         _option("--run-ahead", 2, "Blocks that the prior writes before they are read.", POSITIVE),
         _option(
@@ -72,12 +101,12 @@ GROUPS: dict[str, list[click.Option]] = {
             "--idle-seconds", 60.0,
             "A session that has had nothing to compute for so long (its reader is away, its caller silent) gives its "
             "place to who waits.",
-            click.FloatRange(min=0, min_open=True),
+            Number(0, MOST_SECONDS, min_open=True),
         ),
     ],
     "Server": [
         _option("--host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4."),
-        _option("--max-message-bytes", 64 << 20, "Longest gRPC message, either way.", POSITIVE),
+        _option("--max-message-bytes", 64 << 20, "Longest gRPC message, either way.", CHANNEL),
         _option("--max-calls", 1024, "Calls that one process serves at once; 0: no limit.", COUNT),
         _option(
             "--max-calls-per-client", 0,
@@ -87,7 +116,7 @@ GROUPS: dict[str, list[click.Option]] = {
             "--max-rate-per-client", 0.0,
             "Calls a second that one client may start; 0: no limit. With up --split the gateway's alone.", SECONDS,
         ),
-        _option("--keepalive-seconds", 30.0, "A silent connection is probed this often.", click.FloatRange(min=1)),
+        _option("--keepalive-seconds", 30.0, "A silent connection is probed this often.", Number(1, MOST_SECONDS)),
         _option(
             "--drain-seconds", 2.0, "After SIGTERM: wait so long, not ready, until balancers look elsewhere.",
             SECONDS,
@@ -101,7 +130,7 @@ GROUPS: dict[str, list[click.Option]] = {
             "--health-port", None,
             "One more port for the health service alone, without TLS and keys, for probes that know neither.", PORT,
         ),
-        _option("--max-concurrent-streams", 1000, "Calls on one gRPC connection.", POSITIVE),
+        _option("--max-concurrent-streams", 1000, "Calls on one gRPC connection.", CHANNEL),
         _option(
             "--max-connection-age", 300.0,
             "Seconds until clients connect anew, and so find new replicas; 0: never.", SECONDS,
@@ -147,15 +176,15 @@ GROUPS: dict[str, list[click.Option]] = {
     "Defaults of requests": [
         _option("--max-new-tokens", None, "Tokens to write [generation_config.json, else 32].", POSITIVE),
         _option("--steps", None, "Steps of the sampler, 1 to 1000 [16].", POSITIVE),
-        _option("--guidance-scale", None, "Classifier-free guidance, 0 to 1000; 1: off [7].", float),
+        _option("--guidance-scale", None, "Classifier-free guidance, 0 to 1000; 1: off [7].", Number()),
         _option("--solver", None, "Integration rule [euler].", click.Choice(["euler", "ab2", "heun"])),
-        _option("--guidance-start", None, "Guidance is on from this time on, 1 to 0 [1].", float),
-        _option("--guidance-end", None, "Guidance is off at and below this time [0].", float),
+        _option("--guidance-start", None, "Guidance is on from this time on, 1 to 0 [1].", Number()),
+        _option("--guidance-end", None, "Guidance is off at and below this time [0].", Number()),
         _option("--resamples", None, "Times each step runs, 1 to 100 [1].", POSITIVE),
-        _option("--temperature", None, "Of the token draws, 0 to 100 [0].", float),
+        _option("--temperature", None, "Of the token draws, 0 to 100 [0].", Number()),
         _option("--top-k", None, "Keep the k most likely tokens; 0: all [50].", COUNT),
-        _option("--top-p", None, "Keep tokens up to this probability, above 0 to 1 [0.9].", float),
-        _option("--repetition-penalty", None, "Of tokens of earlier blocks, above 0 [1.1].", float),
+        _option("--top-p", None, "Keep tokens up to this probability, above 0 to 1 [0.9].", Number()),
+        _option("--repetition-penalty", None, "Of tokens of earlier blocks, above 0 [1.1].", Number()),
         _option("--chat-frame", None, 'Frame of one chat message, with the place "{prompt}".'),
     ],
     "Upstream": [
@@ -176,9 +205,9 @@ GROUPS: dict[str, list[click.Option]] = {
             "--allow-unknown-fields", False, "Ignore JSON fields that nobody knows instead of refusing them.",
             is_flag=True,
         ),
-        _option("--max-body-bytes", 4 << 20, "Longest HTTP request.", POSITIVE),
+        _option("--max-body-bytes", 4 << 20, "Longest HTTP request.", BYTES),
         _option("--max-choices", 128, "Prompts times n of one HTTP request.", POSITIVE),
-        _option("--request-seconds", 600.0, "Longest deadline of an HTTP request.", click.FloatRange(min=0.1)),
+        _option("--request-seconds", 600.0, "Longest deadline of an HTTP request.", Number(0.1, MOST_SECONDS)),
     ],
     "Watching": [
         _option("--metrics-port", 9090, "Prometheus port; 0 takes a free one.", PORT),

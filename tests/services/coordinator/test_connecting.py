@@ -236,7 +236,8 @@ def test_defaults_are_flags_then_checkpoint_then_brackets():
 @pytest.mark.parametrize(
     ("bad", "name"),
     [({"steps": 0}, "sampler.steps"), ({"solver": "rk4"}, "sampler.solver"), ({"top_p": 0.0}, "sampling.top_p"),
-     ({"max_new_tokens": 0}, "max_new_tokens"), ({"chat_frame": "no place"}, "chat_frame")],
+     ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2**40}, "max_new_tokens"),
+     ({"temperature": float("nan")}, "sampling.temperature"), ({"chat_frame": "no place"}, "chat_frame")],
 )  # fmt: skip
 def test_impossible_defaults_are_refused(bad: dict[str, Any], name: str):
     with pytest.raises(UsageError, match=name):

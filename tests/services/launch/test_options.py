@@ -63,6 +63,29 @@ def test_the_command_line_wins_over_the_variable(monkeypatch):
     assert [params["max_running"] for params in seen] == [5, 7]
 
 
+NUMBERS = [option for option in ALL if option.type.name.endswith("range")]
+OUT_OF_BOUNDS = {"integer range": ["-1", "1099511627776000000000"], "float range": ["nan", "inf", "-inf"]}
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
+def test_numbers_that_no_message_or_channel_can_hold_are_refused(option, by, monkeypatch):
+    probe = click.Command("probe", params=[option], callback=lambda **params: None)
+    for value in OUT_OF_BOUNDS[option.type.name]:
+        if by == "variable":
+            monkeypatch.setenv(option.envvar, value)
+        done = CliRunner().invoke(probe, [f"{option.opts[0]}={value}"] if by == "flag" else [])
+        assert done.exit_code == 2
+        assert f"'{option.opts[0]}'" in done.stderr
+
+
+def test_texts_that_are_no_utf_8_are_refused():
+    for role, option in (("up", "--served-model-name"), ("gateway", "--cors-origins")):
+        done = CliRunner().invoke(command(role), [f"{option}=a\udcff"])
+        assert done.exit_code == 2
+        assert "not UTF-8" in done.stderr
+
+
 def split_arguments(*arguments):
     """What the processes of `up --split` would be told."""
     up, found = command("up"), []

@@ -136,6 +136,7 @@ IMPOSSIBLE = [
     (["--api-keys-file=/nowhere/keys"], "cannot read /nowhere/keys"),
     (["--top-p=0"], "top_p"),
     (["--steps=1001"], "steps"),
+    (["--max-new-tokens=1099511627776"], "--max-new-tokens"),
     (["--chat-frame=hello"], "chat_frame"),
     (["--split", "--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "--tls-ca"),
     (["--split", "--health-port=0"], "--health-port: not with --split"),

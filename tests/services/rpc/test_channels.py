@@ -50,6 +50,12 @@ async def test_calls_go_round_over_serving_replicas_only():
         draining.cancel()
 
 
+async def test_services_are_called_past_a_proxy_of_the_environment(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with running() as replica, open_channel(f"localhost:{replica.port}", ChannelSettings(), SERVICE) as channel:
+        assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=30)
+
+
 async def test_a_connection_is_reached_when_a_replica_serves_and_not_waited_for_longer_than_told():
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(running(ready=False)) for _ in range(2)]
