@@ -1,5 +1,6 @@
 """What sync and asyncio calls share: the methods, the options of a call, and when a call is tried again."""
 
+import os
 import random
 import re
 import time
@@ -116,6 +117,30 @@ def check_timeout(timeout: float | None) -> None:
     """`InvalidRequest` for what is no number of seconds above 0."""
     if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
         raise invalid("timeout", f"expected more than 0 seconds, got {timeout!r}")
+
+
+_OFF = {"0", "false", "no", "n", "f"}
+
+
+def forked(process: int) -> bool:
+    """Whether this is a child of the process with this id, where what that one opened cannot be used.
+
+    Raises `Unavailable` in a child where gRPC was told not to survive a fork: a call would never return.
+    """
+    if process == os.getpid():
+        return False
+    if os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in _OFF:
+        raise Unavailable(
+            "this process was forked from one that had used gRPC, and GRPC_ENABLE_FORK_SUPPORT switches gRPC's support "
+            "of that off: remove the variable, or start the process with the spawn method"
+        )
+    return True
+
+
+def check_same_process(process: int, what: str) -> None:
+    """`Cancelled` for what was opened before a fork and is used after it."""
+    if forked(process):
+        raise Cancelled(f"the {what} was opened before this process was forked and belongs to its parent; open another")
 
 
 @dataclass(frozen=True)

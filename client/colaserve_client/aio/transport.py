@@ -2,18 +2,30 @@
 """Calls over grpc.aio: unary, server streams, sessions. `sync/transport.py` is its twin with threads."""
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
 
-from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R, converted
+from colaserve_client.calls import (
+    Attempts,
+    CallOptions,
+    ClientConfig,
+    Method,
+    Q,
+    R,
+    check_same_process,
+    converted,
+    forked,
+)
 from colaserve_client.channel import channel_options, credentials
-from colaserve_client.errors import Cancelled, Details, ServerError, invalid
+from colaserve_client.errors import Cancelled, Details, ServerError, Unavailable, invalid
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -26,6 +38,12 @@ _LOST, _ROUNDS = "Internal error from Core", 3
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # a HealthCheckResponse whose status is SERVING
 
+_FORKED = (
+    "this process was forked from one whose asyncio clients were connected, which these do not survive: "
+    "close them before the fork, use the blocking Client, or start the process with the spawn method"
+)
+_connected: "WeakSet[AsyncTransport]" = WeakSet()  # a call in a forked child of such a process would end the child
+
 
 class AsyncTransport:
     """The connection of a client; opened by its first call, since a channel belongs to the running event loop."""
@@ -35,12 +53,17 @@ class AsyncTransport:
         self._options = channel_options(config.target, config.connection, config.tls)
         self._credentials = None if config.tls is None else credentials(config.tls)
         self._opened: Any = None
+        self._process = os.getpid()
         self._closed = False
 
     def _channel(self) -> Any:
         if self._closed:
             raise Cancelled("the client is closed")
+        if any(forked(transport._process) for transport in _connected):
+            raise Unavailable(_FORKED)
         if self._opened is None:
+            self._process = os.getpid()
+            _connected.add(self)
             self._opened = (
                 grpc.aio.insecure_channel(self._config.target, options=self._options)
                 if self._credentials is None
@@ -131,8 +154,9 @@ class AsyncTransport:
     async def close(self) -> None:
         """Cancel what runs and disconnect; no call can be made afterwards."""
         self._closed = True
-        if self._opened is not None:
+        if self._opened is not None and self._process == os.getpid():
             await self._opened.close()
+            _connected.discard(self)
 
 
 def _asked_to_stop() -> bool:
@@ -146,7 +170,7 @@ class AsyncStream(Generic[T]):
 
     def __init__(self, start: Callable[[], Any], convert: Callable[[Any], T], attempts: Attempts, request_id: str):
         self._start, self._convert, self._attempts = start, convert, attempts
-        self.request_id = request_id
+        self.request_id, self._process = request_id, os.getpid()
         self._received = self._ended = False
         self._left = asyncio.Event()
         self._call: Any = None  # until it is started, which may fail
@@ -156,6 +180,7 @@ class AsyncStream(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
+        check_same_process(self._process, "stream")
         while not self._ended:
             if self._left.is_set():
                 raise self._was_left()
@@ -201,7 +226,11 @@ class AsyncStream(Generic[T]):
     def cancel(self) -> None:
         """Cancel the call, from any task; the server frees what it holds. Whoever reads on gets `Cancelled`."""
         self._left.set()
-        self._call.cancel()
+        self._cancel_call()
+
+    def _cancel_call(self) -> None:
+        if self._call is not None and self._process == os.getpid():  # a forked child leaves its parent's call alone
+            self._call.cancel()
 
     async def aclose(self) -> None:
         """Cancel the call, unless it has ended; there is nothing more to read."""
@@ -217,8 +246,8 @@ class AsyncStream(Generic[T]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._call is not None and not self._ended:
-            self._call.cancel()
+        if not self._ended:
+            self._cancel_call()
 
 
 class AsyncExchange(Generic[Q, T]):
@@ -228,12 +257,13 @@ class AsyncExchange(Generic[Q, T]):
         self, start: Callable[[], Any], opening: Q, convert: Callable[[Any], T], attempts: Attempts, request_id: str
     ) -> None:
         self._start, self._opening, self._convert, self._attempts = start, opening, convert, attempts
-        self.request_id = request_id
+        self.request_id, self._process = request_id, os.getpid()
         self._received = self._closed = False
         self._call: Any = None
 
     async def ask(self, request: Q) -> T:
         """The answer to a request."""
+        check_same_process(self._process, "session")
         while True:
             if self._closed:
                 raise Cancelled("the session is closed", Details(request_id=self.request_id))
@@ -287,5 +317,5 @@ class AsyncExchange(Generic[Q, T]):
     async def close(self) -> None:
         """End the session; the server frees what it holds."""
         self._closed = True
-        if self._call is not None:
+        if self._call is not None and self._process == os.getpid():
             self._call.cancel()

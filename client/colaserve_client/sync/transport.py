@@ -1,5 +1,6 @@
 """Calls over blocking gRPC: unary, server streams, sessions. `aio/transport.py` is its twin for asyncio."""
 
+import os
 import threading
 import time
 from collections import deque
@@ -11,7 +12,17 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from colaserve_client.calls import Attempts, CallOptions, ClientConfig, Method, Q, R, converted
+from colaserve_client.calls import (
+    Attempts,
+    CallOptions,
+    ClientConfig,
+    Method,
+    Q,
+    R,
+    check_same_process,
+    converted,
+    forked,
+)
 from colaserve_client.channel import channel_options, credentials
 from colaserve_client.errors import Cancelled, Details, ServerError, invalid
 from colaserve_client.sync.shield import SIGNAL_CHECK_SECONDS, Shield
@@ -29,18 +40,26 @@ class Transport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        options = channel_options(config.target, config.connection, config.tls)
-        self._channel: Any = (
-            grpc.insecure_channel(config.target, options=options)
-            if config.tls is None
-            else grpc.secure_channel(config.target, credentials(config.tls), options=options)
-        )
-        self._shield = Shield()
+        self._options = channel_options(config.target, config.connection, config.tls)
+        self._credentials = None if config.tls is None else credentials(config.tls)
+        self._parents: Any = None  # the channel of the process that this one was forked from: never touched again
         self._closed = False
+        self._open()
+
+    def _open(self) -> None:
+        self._process, self._shield = os.getpid(), Shield()
+        self._channel: Any = (
+            grpc.insecure_channel(self._config.target, options=self._options)
+            if self._credentials is None
+            else grpc.secure_channel(self._config.target, self._credentials, options=self._options)
+        )
 
     def _open_channel(self) -> Any:
         if self._closed:
             raise Cancelled("the client is closed")
+        if forked(self._process):
+            self._parents = (self._parents, self._channel)
+            self._open()
         return self._channel
 
     def unary(self, method: Method[Q, R], request: Q, convert: Callable[[R], T], options: CallOptions) -> T:
@@ -131,8 +150,9 @@ class Transport:
     def close(self) -> None:
         """Cancel what runs and disconnect; no call can be made afterwards."""
         self._closed = True
-        self._channel.close()
-        self._shield.close()
+        if self._process == os.getpid():
+            self._channel.close()
+            self._shield.close()
 
 
 def _result(future: Future[T]) -> T:
@@ -189,7 +209,7 @@ class Stream(Generic[T]):
         shield: Shield,
     ) -> None:
         self._start, self._convert, self._attempts, self._shield = start, convert, attempts, shield
-        self.request_id = request_id
+        self.request_id, self._process = request_id, os.getpid()
         self._received = self._ended = False
         self._left = threading.Event()
         self._call: Any = None  # until it is started, which Ctrl-C may prevent
@@ -202,6 +222,7 @@ class Stream(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        check_same_process(self._process, "stream")
         while not self._ended:
             if self._left.is_set():
                 raise self._was_left()
@@ -246,7 +267,11 @@ class Stream(Generic[T]):
     def cancel(self) -> None:
         """Cancel the call, from any thread; the server frees what it holds. Whoever reads on gets `Cancelled`."""
         self._left.set()
-        self._call.cancel()
+        self._cancel_call()
+
+    def _cancel_call(self) -> None:
+        if self._call is not None and self._process == os.getpid():  # a forked child leaves its parent's call alone
+            self._call.cancel()
 
     def close(self) -> None:
         """Cancel the call, unless it has ended; there is nothing more to read."""
@@ -262,8 +287,8 @@ class Stream(Generic[T]):
         self.close()
 
     def __del__(self) -> None:
-        if self._call is not None and not self._ended:
-            self._call.cancel()
+        if not self._ended:
+            self._cancel_call()
 
 
 class Exchange(Generic[Q, T]):
@@ -280,13 +305,14 @@ class Exchange(Generic[Q, T]):
     ) -> None:
         self._start, self._opening, self._convert, self._attempts = start, opening, convert, attempts
         self._shield = shield
-        self.request_id = request_id
+        self.request_id, self._process = request_id, os.getpid()
         self._received = self._closed = False
         self._call: Any = None
         self._requests: SimpleQueue[Q | None] = SimpleQueue()
 
     def ask(self, request: Q) -> T:
         """The answer to a request."""
+        check_same_process(self._process, "session")
         while True:
             if self._closed:
                 raise Cancelled("the session is closed", Details(request_id=self.request_id))
@@ -325,6 +351,8 @@ class Exchange(Generic[Q, T]):
     def close(self) -> None:
         """End the session; the server frees what it holds."""
         self._closed = True
+        if self._process != os.getpid():  # a forked child leaves its parent's call alone
+            return
         self._requests.put(None)
         if self._call is not None:
             self._call.cancel()
