@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
 from colaserve_client.channel import check_target
 from colaserve_client.errors import (
+    STEP_FAILED,
     Cancelled,
     ColaserveError,
     DeadlineExceeded,
@@ -203,7 +204,8 @@ class Attempts:
             raise Cancelled("the client was closed", Details(request_id=self._options.request_id)) from failure
         error = self._error(failure)
         self._failures += 1
-        if started or not isinstance(error, Unavailable | Overloaded) or self._failures >= self._retry.attempts:
+        again = isinstance(error, Unavailable | Overloaded) and error.details.reason != STEP_FAILED
+        if started or not again or self._failures >= self._retry.attempts:
             raise error from failure
         seconds = self._hint(error) * random.uniform(1.0, 1.2)  # apart from others that were refused just now
         left = self.remaining()

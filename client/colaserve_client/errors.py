@@ -11,6 +11,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+STEP_FAILED = "STEP_FAILED"  # reason of a google.rpc.ErrorInfo
 _TOO_LARGE = "larger than max"  # how gRPC itself words a message above the limit, under RESOURCE_EXHAUSTED
 
 
@@ -20,6 +21,7 @@ class Details:
 
     field: str = ""  # the request's field that was refused; empty when the server named none
     retry_after: float | None = None  # seconds; None when the server gave no hint
+    reason: str = ""  # STEP_FAILED: the server cannot compute this request, though it computes others
     request_id: str = ""  # to be found again in the server's logs; empty for errors found before a call was made
 
 
@@ -118,15 +120,17 @@ def error_from_rpc(failure: grpc.RpcError, request_id: str = "") -> ColaserveErr
 
 
 def _details(failure: grpc.RpcError, request_id: str) -> Details:
-    """What google.rpc.BadRequest and google.rpc.RetryInfo in the trailing metadata say."""
-    field, retry_after = "", None
+    """What google.rpc.BadRequest, RetryInfo and ErrorInfo in the trailing metadata say."""
+    field, retry_after, reason = "", None, ""
     for packed in _packed_details(failure):
-        bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        bad, retry, info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
         if packed.Unpack(bad) and bad.field_violations:
             field = bad.field_violations[0].field
         elif packed.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return Details(field, retry_after, request_id)
+        elif packed.Unpack(info):
+            reason = info.reason
+    return Details(field, retry_after, reason, request_id)
 
 
 def _packed_details(failure: Any) -> list[Any]:

@@ -21,6 +21,7 @@ class Failure:
     message: str = "it failed"
     field: str = ""
     retry_after: float | None = None
+    reason: str = ""
 
     def abort(self, context: grpc.ServicerContext) -> None:
         details = []
@@ -31,6 +32,8 @@ class Failure:
             delay = duration_pb2.Duration()
             delay.FromTimedelta(timedelta(seconds=self.retry_after))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        if self.reason:
+            details.append(error_details_pb2.ErrorInfo(reason=self.reason, domain="colaserve"))
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in details:
             packed = any_pb2.Any()

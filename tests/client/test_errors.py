@@ -124,6 +124,22 @@ async def test_asyncio_calls_are_tried_again_too(async_client: AsyncClient, beha
     assert len({metadata["x-request-id"] for metadata in behaviour.metadata}) == 2
 
 
+@pytest.mark.parametrize("code", [Code.INTERNAL, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED])
+async def test_a_failed_step_is_never_tried_again(
+    client: Client, async_client: AsyncClient, behaviour: Behaviour, code: grpc.StatusCode
+) -> None:
+    behaviour.failures.extend([Failure(code, reason="STEP_FAILED")] * 4)
+    for call in (lambda: client.tokenize("a"), lambda: list(client.stream("a"))):
+        with pytest.raises(KIND.get(code, ServerError)) as caught:
+            call()
+        assert caught.value.details.reason == "STEP_FAILED"
+    with pytest.raises(KIND.get(code, ServerError)):
+        await async_client.tokenize("a")
+    with pytest.raises(KIND.get(code, ServerError)):
+        await async_client.generate("a")
+    assert behaviour.calls == 4
+
+
 def test_attempts_are_bounded(client: Client, behaviour: Behaviour) -> None:
     behaviour.failures.extend([Failure(Code.UNAVAILABLE)] * 10)
     with pytest.raises(Unavailable):

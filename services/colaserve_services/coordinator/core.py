@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from colaserve.v1 import encoder_pb2, types_pb2
-from colaserve_services.coordinator import rows
+from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.admission import Admission
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.decoder_run import DecoderRun
 from colaserve_services.coordinator.defaults import Defaults
-from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts, BrokenStream
+from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.prior_run import PriorRun, Span
@@ -87,7 +87,7 @@ class Core:
             try:
                 timeout = attempts.call.left()
                 response: encoder_pb2.EncodeResponse = await self.stages.encoder.Encode(request, timeout=timeout)
-                self._check(response, sequences, with_variance)
+                checks.encodings(response, sequences, with_variance, self.model, attempts.call)
                 attempts.progressed()
                 return response
             except STAGE_ERRORS as error:
@@ -130,16 +130,6 @@ class Core:
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""
         return rows.of(b"", self.model.latent_dim, self.model.space)
-
-    def _check(
-        self, response: encoder_pb2.EncodeResponse, sequences: Sequence[Sequence[int]], with_variance: bool
-    ) -> None:
-        if len(response.encodings) != len(sequences):
-            raise BrokenStream(f"the encoder sent {len(response.encodings)} encodings, expected {len(sequences)}")
-        for encoding, ids in zip(response.encodings, sequences, strict=True):
-            shape = self.model.positions(len(ids)), self.model.latent_dim
-            if not rows.is_whole(encoding.latents, *shape) or encoding.HasField("log_variance") != with_variance:
-                raise BrokenStream("the encoder sent an encoding of another shape")
 
 
 def add_timing(total: types_pb2.Timing, *parts: types_pb2.Timing) -> types_pb2.Timing:

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from colaserve.v1 import decoder_pb2, types_pb2
-from colaserve_services.coordinator import rows
-from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts, BrokenStream
+from colaserve_services.coordinator import checks, rows
+from colaserve_services.coordinator.checks import StageFault
+from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.stages import Model
 
 
@@ -102,7 +103,7 @@ class DecoderRun:
             await self._read_end(error)
         response = await self._call.read()
         if response is grpc.aio.EOF:
-            raise BrokenStream("the decoder ended its stream before the last block")
+            raise StageFault("count", "it ended its stream before the last block")
         self._check(response)
         return response
 
@@ -115,17 +116,12 @@ class DecoderRun:
         if code != grpc.StatusCode.OK:
             details, trailing = await self._call.details(), await self._call.trailing_metadata()
             raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details, None) from error
-        raise BrokenStream("the decoder ended its stream before the last block") from error
+        raise StageFault("count", "it ended its stream before the last block") from error
 
     def _check(self, response: decoder_pb2.DecodeResponse) -> None:
-        size = self._model.block_tokens
-        wanted_tops = size if self._top else 0
-        if len(response.token_ids) != size or max(response.token_ids) >= self._model.vocab_size:
-            raise BrokenStream(f"the decoder sent {len(response.token_ids)} ids, expected {size} of the vocabulary")
-        if len(response.logprobs) != size or len(response.top_logprobs) != wanted_tops:
-            raise BrokenStream("the decoder sent another number of log-probabilities than ids")
-        if len(response.target_logprobs) != min(size, max(len(self._targets) - len(self._ids), 0)):
-            raise BrokenStream("the decoder sent another number of log-probabilities than target ids")
+        size, done = self._model.block_tokens, len(self._ids)
+        targets = min(size, max(len(self._targets) - done, 0))
+        checks.decoded(response, done // size, self._top, targets, self._model, self._attempts.call)
 
     def _close(self) -> None:
         if self._call is not None:

@@ -13,8 +13,16 @@ import grpc
 from grpc import StatusCode
 
 from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.checks import StageFault
 from colaserve_services.coordinator.observer import CoordinatorObserver
-from colaserve_services.errors import ColaserveError, DeadlineExceeded, NotAuthenticated, Overloaded, Unavailable
+from colaserve_services.errors import (
+    ColaserveError,
+    DeadlineExceeded,
+    NotAuthenticated,
+    Overloaded,
+    StepFailed,
+    Unavailable,
+)
 from colaserve_services.rpc.errors import error_from_rpc, grpc_code
 
 # A replica that died, drains or was cut off. INTERNAL and UNKNOWN are also what a bug in the stage answers, so they
@@ -22,6 +30,8 @@ from colaserve_services.rpc.errors import error_from_rpc, grpc_code
 _BROKEN: Final = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.ABORTED, StatusCode.DATA_LOSS}
 _DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 _DOUBTFUL_ATTEMPTS: Final = 3
+# The coordinator has checked what it sends, so a stage that refuses it is at fault.
+_REFUSED: Final = {StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION}
 _LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
 _LONGEST_PATIENCE = 60.0  # seconds
@@ -29,11 +39,7 @@ _LONGEST_PATIENCE = 60.0  # seconds
 _log = logging.getLogger(__name__)
 
 
-class BrokenStream(Unavailable):
-    """A stage ended a stream early, or answered with something else than was asked for."""
-
-
-STAGE_ERRORS: Final = (grpc.RpcError, BrokenStream)
+STAGE_ERRORS: Final = (grpc.RpcError, StageFault)
 
 
 @dataclass
@@ -58,6 +64,10 @@ class Attempts:
 
     async def failed(self, error: Exception) -> None:
         """Return when another attempt should be made; raise our error for it when not."""
+        if isinstance(error, grpc.RpcError) and error.code() in _REFUSED:
+            error = StageFault("refused", f"it answered {_brief(error)} to what the coordinator had checked")
+        if isinstance(error, StageFault):
+            self.fault(error)
         ours = stage_error(self.stage, error)
         self.failures += 1
         self.broken += _code(error) in _BROKEN | _DOUBTFUL
@@ -69,9 +79,15 @@ class Attempts:
         _log.warning("%s failed (%s), attempt %d follows", self.stage, _brief(error), self.failures + 1)
         await asyncio.sleep(pause)
 
+    def fault(self, fault: StageFault) -> None:
+        """Count an answer that is the stage's fault."""
+        self.observer.stage_fault(self.stage, fault.kind)
+
     def _pause(self, error: Exception, ours: ColaserveError) -> float | None:
         """Seconds to wait before the next attempt; None for none."""
         most = self.most if _code(error) in _BROKEN | _DOUBTFUL else 0
+        if isinstance(ours, StepFailed):  # it would fail wherever it goes, and may take others with it
+            return None
         if isinstance(ours, Overloaded):
             most = 2
         if self.failures >= most or self.doubtful >= _DOUBTFUL_ATTEMPTS:
@@ -119,4 +135,4 @@ def _code(error: Exception) -> StatusCode:
 
 def _brief(error: Exception) -> str:
     """One line, and no more of a status than its code: its text may hold a caller's."""
-    return _code(error).name if isinstance(error, grpc.RpcError) else type(error).__name__
+    return _code(error).name if isinstance(error, grpc.RpcError) else f"{type(error).__name__}: {error}"

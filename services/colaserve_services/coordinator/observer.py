@@ -24,5 +24,8 @@ class CoordinatorObserver:
     def wasted(self, blocks: int) -> None:
         """The prior wrote blocks after the end of a text."""
 
+    def stage_fault(self, stage: str, kind: str) -> None:
+        """A stage answered wrongly; `kind` is one of checks.KINDS."""
+
     def failover(self, stage: str, outcome: str) -> None:
         """A call to "encoder", "prior" or "decoder" had broken: "resumed" (another attempt went on) or "failed"."""

@@ -7,8 +7,9 @@ from contextlib import aclosing
 from typing import Any
 
 from colaserve.v1 import prior_pb2, types_pb2
-from colaserve_services.coordinator import rows
-from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts, BrokenStream
+from colaserve_services.coordinator import checks, rows
+from colaserve_services.coordinator.checks import StageFault
+from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.stages import Model
 
 Span = tuple[int, int]
@@ -57,12 +58,15 @@ class PriorRun:
         call = self._stub.Sample(self.request(), timeout=self._attempts.call.left())
         try:
             async for response in call:
-                self._check(response)
+                if len(self._written) == self._blocks:  # the run is whole: nothing needs to go on elsewhere
+                    self._attempts.fault(StageFault("count", "it sent a block too many"))
+                    return
+                checks.block(response, len(self._written), self._model, self._attempts.call)
                 self._attempts.progressed()
                 self._on_wait(False)
                 yield response
             if len(self._written) < self._blocks:
-                raise BrokenStream("the prior ended its stream before the last block")
+                raise StageFault("count", "it ended its stream before the last block")
         finally:
             call.cancel()
 
@@ -105,12 +109,6 @@ class PriorRun:
     def _keep(self, response: prior_pb2.SampleResponse) -> prior_pb2.SampleResponse:
         self._written.append(response.latents)
         return response
-
-    def _check(self, response: prior_pb2.SampleResponse) -> None:
-        if response.block_index != len(self._written):
-            raise BrokenStream(f"the prior sent block {response.block_index}, expected {len(self._written)}")
-        if not rows.is_whole(response.latents, self._model.block_size, self._model.latent_dim):
-            raise BrokenStream("the prior sent a block of another shape")
 
 
 def context_blocks(positions: int, open_spans: Sequence[Span], block_size: int) -> int:

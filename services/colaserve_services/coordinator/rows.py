@@ -37,10 +37,3 @@ def of(data: bytes, width: int, space: str) -> types_pb2.Latents:
     """Latents of these bytes, row-major float32."""
     rows = len(data) // (width * _BYTES) if width else 0
     return types_pb2.Latents(values=types_pb2.Tensor(dtype=FLOAT32, shape=(rows, width), data=data), space=space)
-
-
-def is_whole(latents: types_pb2.Latents, rows: int, width: int) -> bool:
-    """Whether these are float32 latents (rows, width) with the bytes they need."""
-    values = latents.values
-    fits = values.dtype == FLOAT32 and list(values.shape) == [rows, width]
-    return fits and len(values.data) == rows * width * _BYTES

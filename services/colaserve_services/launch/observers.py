@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from colaserve_services.coordinator import checks
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.runtime.observer import EngineObserver
@@ -63,6 +64,8 @@ class CoordinatorMetrics(CoordinatorObserver):
         for stage in ("encoder", "prior", "decoder"):  # at 0, so that the first failure is an increase
             for outcome in ("resumed", "failed"):
                 metrics.failovers.labels(stage, outcome)
+            for kind in checks.KINDS:
+                metrics.stage_faults.labels(stage, kind)
 
     def queued(self, waiting: int, running: int) -> None:
         self._metrics.queue_depth.labels("coordinator").set(waiting)
@@ -83,6 +86,9 @@ class CoordinatorMetrics(CoordinatorObserver):
 
     def wasted(self, blocks: int) -> None:
         self._metrics.wasted_blocks.inc(blocks)
+
+    def stage_fault(self, stage: str, kind: str) -> None:
+        self._metrics.stage_faults.labels(stage, kind).inc()
 
     def failover(self, stage: str, outcome: str) -> None:
         self._metrics.failovers.labels(stage, outcome).inc()

@@ -96,6 +96,12 @@ class Metrics:
         self.failovers = self._counter(
             "failovers_total", "Streams moved to another replica; outcome: resumed or failed.", "stage", "outcome"
         )
+        self.stage_faults = self._counter(
+            "stage_faults_total",
+            "Wrong answers of a stage, which coordinators did not use: not_finite, shape, ids, count, timing, space, "
+            "model (another checkpoint) or refused (what the coordinator had checked).",
+            "stage", "kind",
+        )  # fmt: skip
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(*self._told("counter", name, text, labels), registry=self.registry)

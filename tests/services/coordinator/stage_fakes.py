@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from colaserve.v1 import (
 )
 from colaserve_services.rpc import arrays
 
+Fault = grpc.StatusCode | Exception
 D, B, VOCAB, SPACE = 2, 4, 512, "0123456789abcdef"
 
 
@@ -38,18 +39,29 @@ class Fake:
         self.metadata: list[Any] = []
         self.remaining: list[float | None] = []
         self.running = 0
-        self.faults: dict[int, tuple[int, grpc.StatusCode]] = {}  # call -> (answers before it, status)
+        self.faults: dict[int, tuple[int, Fault]] = {}  # call -> (answers before it, what then ends it)
+        self.spoils: dict[int, Callable[[Any], Any]] = {}  # call -> what is done to each of its answers
         self.gate = asyncio.Event()
         self.gate.set()
         self.space = SPACE
         for name, value in changes.items():
             setattr(self, name, value)
 
-    def begin(self, request: Any, context: Any) -> tuple[int, grpc.StatusCode] | None:
+    def begin(self, request: Any, context: Any) -> tuple[int, Fault] | None:
         self.calls.append(request)
         self.metadata.append(context.invocation_metadata())
         self.remaining.append(context.time_remaining())
         return self.faults.get(len(self.calls) - 1)
+
+    async def fail(self, fault: Fault, context: Any) -> None:
+        if isinstance(fault, Exception):
+            raise fault
+        await context.abort(fault, f"{type(self).__name__} broke")
+
+    def spoiled(self, response: Any, number: int) -> Any:
+        """The answer, changed in place where call `number` is to be answered wrongly."""
+        self.spoils.get(number, lambda response: None)(response)
+        return response
 
     def info(self, kind: Any, **more: Any) -> Any:
         shape = types_pb2.ModelShape(
@@ -67,16 +79,16 @@ class FakeEncoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):
         return self.info(encoder_pb2.EncoderServiceGetInfoResponse, has_variance=self.has_variance)
 
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Any) -> encoder_pb2.EncodeResponse:
-        fault = self.begin(request, context)
+        fault, number = self.begin(request, context), len(self.calls) - 1
         await self.gate.wait()
         if fault:
-            await context.abort(fault[1], "encoder broke")
+            await self.fail(fault[1], context)
         response = encoder_pb2.EncodeResponse(timing=types_pb2.Timing(queue_us=1, compute_us=2))
         for sequence in request.sequences:
             latents = arrays.latents_to_message(self.encode(sequence.ids), SPACE)
             variance = latents.values if request.with_variance else None
             response.encodings.add(latents=latents, log_variance=variance)
-        return response
+        return self.spoiled(response, number)
 
     def encode(self, ids: Iterable[int]) -> np.ndarray:
         ids = list(ids)
@@ -85,11 +97,13 @@ class FakeEncoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):
 
 
 class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
+    extra = 0  # blocks beyond those that it is asked for
+
     async def GetInfo(self, request: Any, context: Any) -> Any:
         return self.info(prior_pb2.PriorServiceGetInfoResponse)
 
     async def Sample(self, request: prior_pb2.SampleRequest, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
-        fault = self.begin(request, context)
+        fault, call = self.begin(request, context), len(self.calls) - 1
         self.running += 1
         try:
             canvas = arrays.latents_from_message(request.canvas.latents, "canvas", D, SPACE)
@@ -98,10 +112,10 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
             context_blocks = min([len(canvas), *opened]) // size
             assert len(canvas) <= (context_blocks + request.max_blocks) * size
             past = canvas[: context_blocks * size]
-            for number in range(request.max_blocks):
+            for number in range(request.max_blocks + self.extra):
                 await self.gate.wait()
                 if fault and fault[0] == number:
-                    await context.abort(fault[1], "prior broke")
+                    await self.fail(fault[1], context)
                 index, start = request.first_block + number, len(past)
                 seed = digest(
                     request.seed.base_seed, request.seed.sample_id, index, past.tobytes(), repr(request.sampler)
@@ -113,7 +127,8 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
                 past = np.concatenate([past, block])
                 timing = types_pb2.Timing(queue_us=10, compute_us=20)
                 latents = arrays.latents_to_message(block, SPACE)
-                yield prior_pb2.SampleResponse(block_index=index, latents=latents, timing=timing)
+                response = prior_pb2.SampleResponse(block_index=index, latents=latents, timing=timing)
+                yield self.spoiled(response, call)
         finally:
             self.running -= 1
 
@@ -130,29 +145,34 @@ class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
         self.running += 1
         try:
             opening = (await anext(requests)).open
-            fault = self.begin(opening, context)
+            fault, call = self.begin(opening, context), len(self.calls) - 1
             past = arrays.latents_from_message(opening.prefix, "prefix", D, SPACE)
             ids, targets = list(opening.history_ids), list(opening.target_ids)
             number = 0
             async for request in requests:
                 await self.gate.wait()
                 if fault and fault[0] == number:
-                    await context.abort(fault[1], "decoder broke")
+                    await self.fail(fault[1], context)
                 number += 1
                 past = np.concatenate([past, arrays.latents_from_message(request.block, "block", D, SPACE)])
                 assert len(past) <= opening.max_latents
                 new = self.draw(past, ids, opening.sampling.seed)
                 ids += new
                 here, targets = targets[: len(new)], targets[len(new) :]
-                yield decoder_pb2.DecodeResponse(
+                response = decoder_pb2.DecodeResponse(
                     token_ids=new,
                     logprobs=[-id_ / 100 for id_ in new],
                     top_logprobs=[self.top(id_, opening.top_logprobs) for id_ in new] if opening.top_logprobs else (),
                     target_logprobs=[-1.0 if ours == theirs else -3.0 for ours, theirs in zip(new, here, strict=False)],
                     timing=types_pb2.Timing(queue_us=100, compute_us=200),
+                    block_index=self.index(len(ids) - len(new)),
                 )
+                yield self.spoiled(response, call)
         finally:
             self.running -= 1
+
+    def index(self, ids: int) -> int | None:
+        return ids // (self.block_size * self.patch_size)
 
     def draw(self, past: np.ndarray, ids: list[int], seed: int) -> list[int]:
         count = self.block_size * self.patch_size

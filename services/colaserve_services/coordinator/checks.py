@@ -1,0 +1,112 @@
+"""What a stage's answer must be. One that is not is the stage's fault: the call goes on elsewhere, the caller sees
+nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.stages import Model
+from colaserve_services.errors import Unavailable
+
+KINDS: Final = ("not_finite", "shape", "ids", "count", "timing", "space", "model", "refused")
+_CLOCK_SLACK: Final = 60.0  # seconds that a stage's times may exceed the age of their call
+_FLOAT32: Final = types_pb2.DATA_TYPE_FLOAT32
+
+
+class StageFault(Unavailable):
+    """A stage answered with something else than it was asked for; `kind` is one of KINDS."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def encodings(
+    response: encoder_pb2.EncodeResponse,
+    sequences: Sequence[Sequence[int]],
+    with_variance: bool,
+    model: Model,
+    call: Call,
+) -> None:
+    """Raise StageFault unless this is one encoding for each sequence."""
+    if len(response.encodings) != len(sequences):
+        raise StageFault("count", f"it sent {len(response.encodings)} encodings, expected {len(sequences)}")
+    for encoding, ids in zip(response.encodings, sequences, strict=True):
+        count = model.positions(len(ids))
+        _latents(encoding.latents, count, model)
+        if encoding.HasField("log_variance") != with_variance:
+            raise StageFault("shape", f"log_variance: expected {'one' if with_variance else 'none'}")
+        if with_variance:
+            _tensor(encoding.log_variance, count, model)
+    _timing(response.timing, call)
+
+
+def block(response: prior_pb2.SampleResponse, index: int, model: Model, call: Call) -> None:
+    """Raise StageFault unless this is the block of that index."""
+    if response.block_index != index:
+        raise StageFault("count", f"it sent block {response.block_index}, expected {index}")
+    _latents(response.latents, model.block_size, model)
+    _timing(response.timing, call)
+
+
+def decoded(
+    response: decoder_pb2.DecodeResponse, index: int, top_logprobs: int, targets: int, model: Model, call: Call
+) -> None:
+    """Raise StageFault unless this answers the block of that index, with so many of what was asked for."""
+    size = model.block_tokens
+    if response.HasField("block_index") and response.block_index != index:
+        raise StageFault("count", f"it answered block {response.block_index}, expected {index}")
+    _count("token_ids", response.token_ids, size)
+    _count("logprobs", response.logprobs, size)
+    _count("top_logprobs", response.top_logprobs, size if top_logprobs else 0)
+    _count("target_logprobs", response.target_logprobs, targets)
+    _ids(response.token_ids, model)
+    _finite("logprobs", response.logprobs)
+    _finite("target_logprobs", response.target_logprobs)
+    for top in response.top_logprobs:
+        _count("top_logprobs.token_ids", top.token_ids, min(top_logprobs, model.vocab_size))
+        _count("top_logprobs.logprobs", top.logprobs, len(top.token_ids))
+        _ids(top.token_ids, model)
+        _finite("top_logprobs", top.logprobs)
+    _timing(response.timing, call)
+
+
+def _latents(latents: types_pb2.Latents, count: int, model: Model) -> None:
+    if latents.space and model.space and latents.space != model.space:
+        raise StageFault("space", f"it sent latents of space {latents.space[:64]!r}, expected {model.space}")
+    _tensor(latents.values, count, model)
+
+
+def _tensor(values: types_pb2.Tensor, count: int, model: Model) -> None:
+    """float32 of shape (count, d)."""
+    shape = [count, model.latent_dim]
+    whole = len(values.data) == 4 * count * model.latent_dim
+    if values.dtype != _FLOAT32 or list(values.shape) != shape or not whole:
+        raise StageFault("shape", f"it sent values of shape {list(values.shape)[:8]}, expected float32 {shape}")
+    if not np.isfinite(np.frombuffer(values.data, "<f4")).all():
+        raise StageFault("not_finite", "it sent values that are not finite")
+
+
+def _count(name: str, found: Sequence[object], expected: int) -> None:
+    if len(found) != expected:
+        raise StageFault("count", f"it sent {len(found)} {name}, expected {expected}")
+
+
+def _ids(ids: Iterable[int], model: Model) -> None:
+    if max(ids, default=0) >= model.vocab_size:
+        raise StageFault("ids", f"it sent an id outside the vocabulary of {model.vocab_size}")
+
+
+def _finite(name: str, numbers: Sequence[float]) -> None:
+    if not np.isfinite(numbers).all():
+        raise StageFault("not_finite", f"it sent {name} that are not finite")
+
+
+def _timing(timing: types_pb2.Timing, call: Call) -> None:
+    if timing.queue_us + timing.compute_us > (call.age() + _CLOCK_SLACK) * 1e6:
+        raise StageFault("timing", f"it sent {timing.queue_us} + {timing.compute_us} us, more than the call has lasted")
