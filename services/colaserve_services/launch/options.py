@@ -106,7 +106,7 @@ GROUPS: dict[str, list[click.Option]] = {
     ],
     "Server": [
         _option("--host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4."),
-        _option("--max-message-bytes", 64 << 20, "Longest gRPC message, either way.", CHANNEL),
+        _option("--max-message-bytes", 64 << 20, "Longest gRPC message; requests have 16 MiB at most.", CHANNEL),
         _option("--max-calls", 1024, "Calls that one process serves at once; 0: no limit.", COUNT),
         _option(
             "--max-calls-per-client", 0,

@@ -63,9 +63,10 @@ class Host:
             if self._grpc.health_port is not None:
                 self.addresses["health"] = address(self.settings.host, self._grpc.health_port)
 
-    async def serve_grpc(self, *servicers: object) -> None:
-        """Answer calls; health says NOT_SERVING until `ready`."""
+    async def serve_grpc(self, *servicers: object, context_bytes: int) -> None:
+        """Answer calls; health says NOT_SERVING until `ready`. `context_bytes`: the longest context's latents."""
         assert self._grpc is not None, "open_ports(grpc=True) comes first"
+        self._grpc.bound_latents(context_bytes)
         for servicer in servicers:
             self._grpc.add(servicer)
         await self._grpc.start()

@@ -32,8 +32,9 @@ def run_stage(stage: str, params: Params) -> None:
     async def assemble(host: Host) -> None:
         await host.open_ports(grpc=True)
         host.publish()
-        stages = await _stages(host, (stage,), model, limits, await _checkpoint(model.directory))
-        await host.serve_grpc(stages.services[stage])
+        checkpoint = await _checkpoint(model.directory)
+        stages = await _stages(host, (stage,), model, limits, checkpoint)
+        await host.serve_grpc(stages.services[stage], context_bytes=_context_bytes(params, checkpoint))
         await stages.warm_up()
 
     run(stage, settings.watch(params), server, settings.keys(params), assemble)
@@ -55,7 +56,7 @@ def run_coordinator(params: Params) -> None:
         }
         stages = Stages(**stubs, **{f"{stage}_target": target for stage, target in targets.items()})
         coordinator = _coordinator(host, params, checkpoint, stages)
-        await host.serve_grpc(*_coordinator_services(coordinator))
+        await host.serve_grpc(*_coordinator_services(coordinator), context_bytes=_context_bytes(params, checkpoint))
         await _connect(host, coordinator)
 
     run("coordinator", settings.watch(params), settings.server(params), settings.keys(params), assemble)
@@ -91,7 +92,8 @@ def run_all(params: Params) -> None:
         stages = Stages(encoder, prior, decoder)
         coordinator = _coordinator(host, params, checkpoint, stages)
         generation, latent = _coordinator_services(coordinator)
-        await host.serve_grpc(generation, latent, *running.services.values())
+        services = generation, latent, *running.services.values()
+        await host.serve_grpc(*services, context_bytes=_context_bytes(params, checkpoint))
         await running.warm_up()
         await _connect(host, coordinator)
         await _gateway(host, params, InProcessStub(generation))
@@ -107,6 +109,11 @@ async def _checkpoint(directory: Path) -> Checkpoint:
         return Checkpoint.open(directory)
 
     return await in_thread(read)
+
+
+def _context_bytes(params: Params, checkpoint: Checkpoint) -> int:
+    """What the latents of the longest context take as float32."""
+    return int(params["max_context"]) * checkpoint.shape.latent_dim * 4
 
 
 async def _stages(

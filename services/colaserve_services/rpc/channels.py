@@ -102,7 +102,7 @@ def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IP
 def _options(settings: ChannelSettings, service: str) -> list[tuple[str, Any]]:
     config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
     return [
-        *network.options(settings.max_message_bytes, settings.keepalive_seconds),
+        *network.options(settings.max_message_bytes, settings.max_message_bytes, settings.keepalive_seconds),
         ("grpc.enable_http_proxy", 0),  # services call each other directly, whatever http_proxy says
         ("grpc.service_config", json.dumps(config)),
         ("grpc.initial_reconnect_backoff_ms", 200),

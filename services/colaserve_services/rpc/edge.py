@@ -6,22 +6,24 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from colaserve_services.errors import InvalidRequest
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from colaserve_services.rpc import checksums, requests, tracing
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.request_bounds import RequestBounds
 
 UNGUARDED = "/grpc.health.v1."  # probes show no key, are not counted and not logged
+FIRST_SECONDS = 30.0  # that a call's first message may take to come
 NAMES = {code.value[0]: code.name for code in StatusCode}
 
 
@@ -30,11 +32,20 @@ class Method(NamedTuple):
     name: str
 
 
+class Call(NamedTuple):
+    request: Any  # a message, or an async iterator of them
+    span: tracing.CallSpan
+    sealed: bool  # whether its messages carry checksums
+
+
 class Edge(grpc.aio.ServerInterceptor):
     """Wraps the handler of every method but those of the health service."""
 
-    def __init__(self, metrics: Metrics, admission: Admission, keys: Keys | None = None):
-        self._metrics, self._admission, self._keys = metrics, admission, keys
+    def __init__(
+        self, metrics: Metrics, admission: Admission, keys: Keys | None = None, first_seconds: float = FIRST_SECONDS
+    ):
+        self._metrics, self._admission, self._keys, self._first_seconds = metrics, admission, keys, first_seconds
+        self.bounds = RequestBounds()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -48,49 +59,64 @@ class Edge(grpc.aio.ServerInterceptor):
         return self._wrap(handler, Method(service.rpartition(".")[2], name))
 
     def _wrap(self, handler: Any, method: Method) -> Any:
-        """A handler that takes and gives bytes: messages are read here, so that what is none is the caller's error."""
-        behavior = next(
-            found
-            for found in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-            if found is not None
-        )
-        kind = f"{_word(handler.request_streaming)}_{_word(handler.response_streaming)}_rpc_method_handler"
+        """A handler of streams of bytes, whatever the method is: so the key is looked at before a message is read, the
+        first message has a limited time to come, and each is checked before protobuf reads it."""
         serve = self._streaming if handler.response_streaming else self._unary
-        return getattr(grpc, kind)(serve(behavior, method, handler))
+        return grpc.stream_stream_rpc_method_handler(serve(handler, method))
 
-    def _unary(self, behavior: Any, method: Method, handler: Any) -> Any:
-        async def serve(received: Any, context: Any) -> bytes:
-            sealed = checksums.asked(context.invocation_metadata())
-            async with self._call(method, context):
-                response = await behavior(self._read(received, method, handler, sealed), context)
-                return self._written(response, method, handler, sealed)
+    def _unary(self, handler: Any, method: Method) -> Any:
+        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def serve(received: AsyncIterator[bytes], context: Any) -> None:
+            async with self._call(received, method, handler, context) as call:
+                response = await behavior(call.request, context)
+                await _write(context, self._written(response, method, handler, call.sealed))
 
         return serve
 
-    def _streaming(self, behavior: Any, method: Method, handler: Any) -> Any:
-        async def serve(received: Any, context: Any) -> None:
-            sealed = checksums.asked(context.invocation_metadata())
+    def _streaming(self, handler: Any, method: Method) -> Any:
+        behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def serve(received: AsyncIterator[bytes], context: Any) -> None:
             async with (
-                self._call(method, context) as span,
-                aclosing(behavior(self._read(received, method, handler, sealed), context)) as responses,
+                self._call(received, method, handler, context) as call,
+                aclosing(behavior(call.request, context)) as responses,
             ):  # the handler is closed here and now, however its call ends
                 async for response in responses:
-                    span.block(**tracing.timing(response))  # before its reader may leave
-                    await _write(context, self._written(response, method, handler, sealed))
+                    call.span.block(**tracing.timing(response))  # before its reader may leave
+                    await _write(context, self._written(response, method, handler, call.sealed))
 
         return serve
 
-    def _read(self, received: Any, method: Method, handler: Any, sealed: bool) -> Any:
-        if handler.request_streaming:
-            return self._read_stream(received, method, handler, sealed)
-        return self._message(received, method, handler, sealed)
+    async def _first(self, received: AsyncIterator[bytes], method: Method) -> bytes | None:
+        """The first message, None where the stream ends without one."""
+        try:
+            async with asyncio.timeout(self._first_seconds):
+                return await anext(received, None)
+        except TimeoutError as error:
+            waited = f"no message of {method.name} came within {self._first_seconds:g} s"
+            raise DeadlineExceeded(waited) from error
 
-    async def _read_stream(self, received: Any, method: Method, handler: Any, sealed: bool) -> AsyncIterator[Any]:
-        async for message in received:
+    def _request(
+        self, first: bytes | None, rest: AsyncIterator[bytes], method: Method, handler: Any, sealed: bool
+    ) -> Any:
+        if handler.request_streaming:
+            return self._stream(first, rest, method, handler, sealed)
+        if first is None:
+            raise InvalidRequest("request", f"got no message, expected one request of {method.name}")
+        return self._message(first, method, handler, sealed)
+
+    async def _stream(
+        self, first: bytes | None, rest: AsyncIterator[bytes], method: Method, handler: Any, sealed: bool
+    ) -> AsyncIterator[Any]:
+        if first is not None:
+            yield self._message(first, method, handler, sealed)
+        async for message in rest:
             yield self._message(message, method, handler, sealed)
 
     def _message(self, received: bytes, method: Method, handler: Any, sealed: bool) -> Any:
         self._metrics.transfer_bytes.labels("in", method.service).inc(len(received))
+        self.bounds.check(method.name, received)
         received = checksums.opened(received, required=sealed)
         try:
             return handler.request_deserializer(received)
@@ -105,23 +131,28 @@ class Edge(grpc.aio.ServerInterceptor):
         return message
 
     @asynccontextmanager
-    async def _call(self, method: Method, context: Any) -> AsyncIterator[tracing.CallSpan]:
-        request_id = requests.adopt(context.invocation_metadata())
+    async def _call(
+        self, received: AsyncIterator[bytes], method: Method, handler: Any, context: Any
+    ) -> AsyncIterator[Call]:
+        metadata = context.invocation_metadata()
+        request_id = requests.adopt(metadata)
         context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
-        with tracing.serving(tracing.span_name(method), context.invocation_metadata()) as span:
-            async with self._counted(method, context, span):
-                yield span
+        sealed = checksums.asked(metadata)
+        with tracing.serving(tracing.span_name(method), metadata) as span:
+            async with self._counted(method, context, span) as client:
+                first = await self._first(received, method)  # a caller that sends nothing takes no slot
+                with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
+                    yield Call(self._request(first, received, method, handler, sealed), span, sealed)
 
     @asynccontextmanager
-    async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[None]:
+    async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
         running = self._metrics.requests_in_progress.labels(*method)
         running.inc()
         started, code, client = time.perf_counter(), "OK", ""
         try:
             async with status_from_errors(context):
                 client = self._client(context)
-                with self._admission.enter(client) if method.name != "GetInfo" else _nothing():
-                    yield
+                yield client
         except asyncio.CancelledError:
             code = _why_cancelled(context)
             raise
@@ -151,16 +182,6 @@ async def _write(context: Any, message: bytes) -> None:
         await context.write(message)
     except grpc.aio.InternalError as error:  # nobody is at the other end any more
         raise asyncio.CancelledError from error
-
-
-class _nothing:  # noqa: N801 - reads as a word where it is used
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _word(streaming: bool) -> str:
-    return "stream" if streaming else "unary"
 
 
 def _number(code: Any) -> int:

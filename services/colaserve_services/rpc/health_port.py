@@ -15,7 +15,9 @@ class HealthPort:
     """Answers health checks and nothing else."""
 
     def __init__(self, servicer: Any, host: str, port: int):
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], migration_thread_pool=None)
+        self._server = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), network.UNCOMPRESSED], migration_thread_pool=None
+        )
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         self._host, self._port = host, port
 

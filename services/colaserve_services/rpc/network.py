@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+UNCOMPRESSED = ("grpc.compression_enabled_algorithms_bitset", 1)  # others: UNIMPLEMENTED, and nothing is inflated
+
 
 def address(host: str, port: int) -> str:
     """host:port, an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def options(max_message_bytes: int, keepalive_seconds: float) -> list[tuple[str, int]]:
-    """Options of gRPC for either end of a connection."""
+def options(most_received: int, most_sent: int, keepalive_seconds: float) -> list[tuple[str, int]]:
+    """Options of gRPC for either end of a connection; messages in bytes."""
     keepalive = round(keepalive_seconds * 1000)
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", most_received),
+        ("grpc.max_send_message_length", most_sent),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
         ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute

@@ -19,6 +19,7 @@ from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.health_port import HealthPort
 from colaserve_services.rpc.in_process import service_descriptor
 from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.request_bounds import MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import ServerSettings
 from colaserve_services.rpc.tls import server_credentials
 
@@ -44,8 +45,9 @@ class RpcServer:
         self._settings = settings
         refused = metrics.refused
         admission = Admission(settings.admission, lambda reason: refused.labels(self._stage(), reason).inc())
+        self._edge = Edge(metrics, admission, keys, settings.first_message_seconds)
         self._server = grpc.aio.server(
-            interceptors=[Edge(metrics, admission, keys)], options=_options(settings), migration_thread_pool=None
+            interceptors=[self._edge], options=_options(settings), migration_thread_pool=None
         )
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
@@ -62,6 +64,10 @@ class RpcServer:
         register = getattr(sys.modules[base.__module__], f"add_{base.__name__}_to_server")
         register(servicer, self._server)
         self._names.append(name)
+
+    def bound_latents(self, context_bytes: int) -> None:
+        """Take requests with as many bytes of latents as the longest context has; until then, the longest message."""
+        self._edge.bounds = RequestBounds(context_bytes)
 
     def bind(self) -> int:
         """Take the port and return it. Raises UsageError when it is taken or a certificate cannot be read."""
@@ -131,7 +137,10 @@ class RpcServer:
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     options = [
-        *network.options(settings.max_message_bytes, settings.keepalive_seconds),
+        *network.options(
+            min(settings.max_message_bytes, MOST_BYTES), settings.max_message_bytes, settings.keepalive_seconds
+        ),
+        network.UNCOMPRESSED,
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),

@@ -1,0 +1,69 @@
+"""How large a request of each method may be. Checked on the raw bytes, before protobuf makes objects of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from colaserve_services.errors import InvalidRequest
+
+KIB, MIB = 1024, 1024 * 1024
+MOST_BYTES: Final = 16 * MIB  # of any message; gRPC itself refuses more
+
+_TEXT: Final = 4 * MIB
+_BESIDE_LATENTS: Final = MIB  # for all fields beside the latents
+_LATENTS: Final = {"Sample": 1, "Decode": 1, "DecodeLatents": 1, "SampleLatents": 1, "Interpolate": 2}  # its contexts
+_OTHERS: Final = {"GetInfo": KIB, "Encode": 8 * MIB}
+
+_FIELDS: Final = 16_384  # at the top level of a message; a packed list counts as one
+_FEWER_FIELDS: Final = {"Encode": 300, "EncodeText": 300, "Reconstruct": 300}  # 256 sequences or texts, and the rest
+
+
+class RequestBounds:
+    """`context_bytes`: what the latents of the longest context take as float32."""
+
+    def __init__(self, context_bytes: int = MOST_BYTES):
+        self.context_bytes = context_bytes
+
+    def check(self, method: str, received: bytes) -> None:
+        """Raise InvalidRequest for a message that is too long, or has too many fields, for a request of `method`."""
+        most = self.most_bytes(method)
+        if len(received) > most:
+            raise InvalidRequest("request", f"got {len(received)} bytes, expected at most {most} for {method}")
+        fields = _FEWER_FIELDS.get(method, _FIELDS)
+        if _has_more_fields(received, fields):
+            raise InvalidRequest("request", f"got more than {fields} fields, the most that {method} takes")
+
+    def most_bytes(self, method: str) -> int:
+        """Of one request message."""
+        contexts = _LATENTS.get(method)
+        bound = _OTHERS.get(method, _TEXT) if contexts is None else contexts * self.context_bytes + _BESIDE_LATENTS
+        return min(bound, MOST_BYTES)
+
+
+def _has_more_fields(message: bytes, most: int) -> bool:
+    """Whether the top level has more than `most` fields. Bytes that are no message end it: protobuf refuses them."""
+    position = 0
+    for _ in range(most):
+        if position >= len(message):
+            return False
+        tag, position = _varint(message, position)
+        if tag & 7 == 2:  # a length, then so many bytes
+            length, position = _varint(message, position)
+            position += length
+        elif tag & 7 == 0:
+            _, position = _varint(message, position)
+        else:
+            position += {1: 8, 5: 4}.get(tag & 7, 0)
+    return position < len(message)
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """The number there and the position behind it; behind the message's end where there is none."""
+    value = shift = 0
+    while position < len(message) and shift < 70:
+        byte = message[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position
+    return 0, len(message)

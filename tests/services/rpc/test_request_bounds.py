@@ -1,0 +1,165 @@
+"""What a request may cost before it is accepted is bounded by its bytes on the wire."""
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from colaserve.v1 import encoder_pb2, generation_pb2, types_pb2
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthenticated
+from colaserve_services.rpc import checksums
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.rpc.request_bounds import KIB, MIB, MOST_BYTES, RequestBounds
+from colaserve_services.rpc.settings import AdmissionLimits, ServerSettings
+from tests.services.rpc.conftest import ONE, running
+from tests.waiting import eventually
+
+ENCODE = "/colaserve.v1.EncoderService/Encode"
+CONTEXT = 8192 * 16 * 4  # bytes of latents
+BOUNDS = {
+    "Encode": 8 * MIB,
+    "Sample": CONTEXT + MIB,
+    "Decode": CONTEXT + MIB,
+    "SampleLatents": CONTEXT + MIB,
+    "DecodeLatents": CONTEXT + MIB,
+    "Interpolate": 2 * CONTEXT + MIB,  # two ends
+    "Generate": 4 * MIB,
+    "Tokenize": 4 * MIB,
+    "Detokenize": 4 * MIB,
+    "EncodeText": 4 * MIB,
+    "Infill": 4 * MIB,
+    "Reconstruct": 4 * MIB,
+    "GetInfo": KIB,
+}
+
+
+async def refused(call) -> Exception:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return error_from_rpc(caught.value)
+
+
+@pytest.mark.parametrize(("method", "most"), BOUNDS.items())
+def test_each_method_has_its_bound(method: str, most: int):
+    bounds = RequestBounds(CONTEXT)
+    bounds.check(method, b"\x0a\xff\xff\xff\x7f" + bytes(most - 5))  # one field
+    with pytest.raises(InvalidRequest, match=f"request: got {most + 1} bytes, expected at most {most} for {method}"):
+        bounds.check(method, bytes(most + 1))
+
+
+def test_no_bound_exceeds_what_the_server_takes():
+    assert RequestBounds(2**40).most_bytes("Sample") == MOST_BYTES
+
+
+def test_what_is_not_too_long_yet_has_too_many_parts_is_refused_before_it_is_read():
+    bounds = RequestBounds(CONTEXT)
+    for method, most in (("Encode", 300), ("EncodeText", 300), ("Reconstruct", 300), ("Infill", 16_384)):
+        bounds.check(method, b"\x0a\x00" * most)
+        with pytest.raises(InvalidRequest, match=f"more than {most} fields"):
+            bounds.check(method, b"\x0a\x00" * (most + 1))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        encoder_pb2.EncodeRequest(sequences=[{"ids": range(1000)}] * 256, with_variance=True),
+        generation_pb2.GenerateRequest(prompt="x" * 10_000, stop=["a"] * 16, seed={"base_seed": 2**62}),
+        generation_pb2.DetokenizeRequest(token_ids=range(100_000)),
+        types_pb2.Tensor(shape=[3] * 50, data=b"\x0a\x00" * 10_000, dtype=1),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_what_a_client_sends_passes(message):
+    method = type(message).__name__.removesuffix("Request")
+    RequestBounds(CONTEXT).check(method, message.SerializeToString())
+    RequestBounds(CONTEXT).check(method, checksums.seal(message.SerializeToString()))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xff" * 100, b"\x0a", b"\x0a\xff\xff\xff\xff\x0f", b"\x0b\x0b\x0c", b"\x0d\x01"]
+)
+def test_bytes_that_are_no_message_are_left_to_protobuf(junk: bytes):
+    RequestBounds(CONTEXT).check("Generate", junk)
+
+
+async def test_too_long_a_request_is_refused_unread_and_the_server_lives_on():
+    async with running() as it:
+        it.server.bound_latents(CONTEXT)
+        raw = it.channel.unary_unary(ENCODE)
+        for message in (b"\xff" * (8 * MIB + 1), b"\x0a\x00" * 1_000_000):
+            error = await refused(raw(message))
+            assert isinstance(error, InvalidRequest)
+            assert error.field == "request"
+            assert "that are no request" not in str(error)
+        assert await it.stub.Encode(ONE)
+        assert it.servicer.started == 1
+
+
+async def test_no_message_is_longer_than_the_servers_limit():
+    async with running() as it, grpc.aio.insecure_channel(f"127.0.0.1:{it.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(ENCODE)(bytes(MOST_BYTES + 1))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await it.stub.Encode(ONE)
+
+
+@pytest.mark.parametrize(
+    ("compression", "name"), [(grpc.Compression.Gzip, "gzip"), (grpc.Compression.Deflate, "deflate")]
+)
+async def test_compressed_messages_are_refused_by_name(compression, name: str):
+    async with running(ServerSettings(health_port=0)) as it:
+        zeros = encoder_pb2.EncodeRequest(sequences=[{"ids": [0] * 100_000}])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.Encode(zeros, compression=compression)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert name.lower() in caught.value.details()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{it.server.health_port}") as channel:
+            check = health_pb2.HealthCheckRequest(service="x" * 1000)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health_pb2_grpc.HealthStub(channel).Check(check, compression=compression)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert it.servicer.started == 0
+
+
+def opened(channel: grpc.aio.Channel):
+    """A call that sends no message."""
+    return channel.stream_unary(ENCODE)()
+
+
+async def test_the_key_is_looked_at_before_any_message():
+    async with running(keys=Keys(["secret"])) as it:
+        assert isinstance(await refused(opened(it.channel)), NotAuthenticated)
+        too_long = it.channel.unary_unary(ENCODE)(bytes(8 * MIB + 1))
+        assert isinstance(await refused(too_long), NotAuthenticated)
+
+
+async def test_a_first_message_that_does_not_come_is_not_waited_for():
+    async with running(ServerSettings(first_message_seconds=0.1)) as it:
+        error = await refused(opened(it.channel))
+        assert isinstance(error, DeadlineExceeded)
+        assert "no message of Encode came within 0.1 s" in str(error)
+        assert await it.stub.Encode(ONE)
+
+
+async def test_calls_that_send_nothing_take_no_slots():
+    async with running(ServerSettings(admission=AdmissionLimits(max_calls=1))) as it:
+        silent = [opened(it.channel) for _ in range(5)]
+        labels = {"service": "EncoderService", "method": "Encode"}
+        await eventually(
+            lambda: it.metrics.registry.get_sample_value("colaserve_requests_in_progress", labels) == len(silent)
+        )
+        assert await it.stub.Encode(ONE)
+        for call in silent:
+            call.cancel()
+        await asyncio.gather(*silent, return_exceptions=True)
+
+
+async def test_a_call_that_ends_without_its_message_is_told_so():
+    async with running() as it:
+        call = opened(it.channel)
+        await call.done_writing()
+        error = await refused(call)
+        assert isinstance(error, InvalidRequest)
+        assert "got no message" in str(error)
