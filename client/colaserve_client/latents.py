@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, tensor_from_array
 from colaserve_client.errors import ModelMismatch, invalid
+from colaserve_client.writing import write_file
 
 _FORMAT = "colaserve.latents.v1"
 
@@ -143,7 +143,7 @@ def save_latents(path: str | os.PathLike[str], latents: Mapping[str, Latents]) -
     space = Latents.concatenate(latents.values()).space if latents else ""
     metadata = {"format": _FORMAT, "space": space}
     data = save({name: np.ascontiguousarray(each.values) for name, each in latents.items()}, metadata=metadata)
-    Path(path).write_bytes(data)  # the library's own writing to a file would replace a link or a device by it
+    write_file(path, data)
 
 
 def load_latents(path: str | os.PathLike[str]) -> dict[str, Latents]:

@@ -85,9 +85,9 @@ def test_json_at_its_bounds_is_read(text: str) -> None:
 
 
 def test_json_files_and_lines_hold_objects(path: Path) -> None:
-    with pytest.raises(Unreadable, match=r"file: expected a JSON object, got a list$"):
+    with pytest.raises(Unreadable, match=r"file: expected a JSON object, got list$"):
         read_json(write(path, b"[]"))
-    with pytest.raises(Unreadable, match=r"file:3: expected a JSON object, got nothing$"):
+    with pytest.raises(Unreadable, match=r"file:3: expected a JSON object, got NoneType$"):
         list(read_json_lines(write(path, b"{}\n\nnull\n")))
     assert list(read_json_lines(write(path, '{"a": "x\u2028y"}\r\n'.encode()))) == [(1, {"a": "x\u2028y"})]
 

@@ -24,8 +24,10 @@ def lines(*records):
     [
         ("a.txt", b"", "a.txt: the file is empty"),
         ("a.txt", b" \n\n", "a.txt: the file is empty"),
-        ("a.txt", b"fine\nbad \xe9 byte", "a.txt:2: byte 0xe9 is not UTF-8; convert the file first"),
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON \(Expecting value at column 10\)"),
+        ("a.txt", b"fine\nbad \xe9 byte", "a.txt:2: byte 0xe9 is not UTF-8; convert it to UTF-8 first"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: Expecting value at column 10"),
+        ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2: JSON is nested more than 100 levels deep"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1: half of a surrogate pair"),
         ("a.jsonl", "[1]\n", "a.jsonl:1: got list, expected an object"),
         ("a.jsonl", '{"prompt": "x"}\n', "a.jsonl:1: response: got nothing, expected a string"),
         ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: text: got int, expected a string"),
@@ -40,7 +42,7 @@ def test_unusable_data_is_one_line_that_names_the_place(tmp_path, words, name, c
 
 
 def test_a_missing_file_is_named(tmp_path, words):
-    with pytest.raises(UsageError, match=r"none.txt: cannot be read \(No such file"):
+    with pytest.raises(UsageError, match=r"none.txt: No such file"):
         read_dataset([tmp_path / "none.txt"], words, 64, 0)
 
 
@@ -66,6 +68,13 @@ def test_paragraphs_of_a_text_file_are_rows(tmp_path, words):
     data = read(tmp_path, words, "a.txt", "\ufeffone river\n\ntwo rivers\nrun\n")
     assert [words.decode(list(row.ids)) for row in data.rows] == ["one river", "two rivers\nrun"]
     assert {row.prompt for row in data.rows} == {0}
+
+
+def test_newlines_alone_end_a_line_and_carriage_returns_before_them_belong_to_it(tmp_path, words):
+    data = read(tmp_path, words, "a.txt", "one\r\n\r\ntwo\r\nlines\r\n\r\n\r\nthree")
+    assert [words.decode(list(row.ids[:-1])) for row in data.rows] == ["one", "two\nlines", "three"]
+    data = read(tmp_path, words, "a.jsonl", '{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}\r\n')
+    assert [words.decode(list(row.ids[:-1])) for row in data.rows] == ["a\u2028b\u0085c", "d"]
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_decides():

@@ -1,7 +1,5 @@
 """Many prompts out of a file: JSON lines in, JSON lines out, interrupted and resumed at will."""
 
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -13,9 +11,11 @@ import click
 
 from colaserve_client.cli import exits, output
 from colaserve_client.errors import ColaserveError, InvalidRequest, NotAuthenticated, Unavailable
+from colaserve_client.reading import Unreadable, name_of, parse_json, read_json_lines, read_lines
 from colaserve_client.results import GenerationOutcome
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
 from colaserve_client.sync.client import Client
+from colaserve_client.writing import named, write_file
 
 ItemId = str | int
 _SAMPLER = {field.name for field in fields(Sampler)}
@@ -63,7 +63,7 @@ def _answer(client: Client, waiting: Sequence[Item], concurrency: int, out: Text
     with closing(client.generate_many((item.request for item in waiting), concurrency=concurrency)) as outcomes:
         for item, outcome in zip(waiting, outcomes, strict=True):
             _stop_if_hopeless(outcome)
-            print(output.json_line(_line(item, outcome)), file=out, flush=True)
+            output.print_json(_line(item, outcome), out)
             failed += outcome.error is not None
             bar.update(1)
     return failed
@@ -92,52 +92,29 @@ def _error(error: ColaserveError | None) -> dict[str, Any]:
 def read_items(path: Path, defaults: GenerationRequest) -> list[Item]:
     """All lines; a wrong one is refused before anything is asked. A line without an id goes by its number, from 1."""
     items: dict[ItemId, Item] = {}
-    for number, text in _lines(path):
-        item = _item(text, number, f"{path}:{number}", defaults)
+    for number, line in read_json_lines(path):
+        where = f"{name_of(path)}:{number}"
+        item = _item(line, number, where, defaults)
         if item.id in items:
-            raise click.UsageError(f"{path}:{number}: the id {item.id!r} is there twice")
+            raise click.UsageError(f"{where}: the id {item.id!r} is there twice")
         items[item.id] = item
     return list(items.values())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with click.open_file(str(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise click.UsageError(f"{path}:{number}: is not UTF-8: {error}") from error
-            if text.strip():
-                yield number, text
-
-
-def _item(text: str, number: int, where: str, defaults: GenerationRequest) -> Item:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise click.UsageError(f"{where}: no JSON: {error}") from error
-    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str | list):
+def _item(fields: Mapping[str, Any], number: int, where: str, defaults: GenerationRequest) -> Item:
+    line = {name: value for name, value in fields.items() if value is not None}  # null: as if it were not there
+    prompt, name = line.get("prompt"), line.get("id", number)
+    if not isinstance(prompt, str | list):
         raise click.UsageError(f'{where}: expected an object with a "prompt", a text or a list of token ids')
-    _check_prompt(line["prompt"], where)
-    if unknown := sorted(line.keys() - KNOWN):
+    if isinstance(prompt, list) and not all(type(each) is int for each in prompt):
+        raise click.UsageError(f"{where}: prompt: expected a text or a list of token ids, whole numbers")
+    if unknown := sorted(fields.keys() - KNOWN):
         raise click.UsageError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
-    name = line.get("id", number)
-    if not isinstance(name, str | int):
+    if type(name) not in (str, int):
         raise click.UsageError(f"{where}: id: expected a text or a whole number, got {name!r}")
-    if line.get("sample_id") is not None and line.get("seed") is None and defaults.seed is None:
+    if "sample_id" in line and "seed" not in line and defaults.seed is None:
         raise click.UsageError(f"{where}: sample_id tells samples of one seed apart: give both")
     return Item(name, _request(line, defaults))
-
-
-def _check_prompt(prompt: str | list[Any], where: str) -> None:
-    if isinstance(prompt, list):
-        if not all(type(each) is int for each in prompt):
-            raise click.UsageError(f"{where}: prompt: expected a text or a list of token ids, whole numbers")
-        return
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise click.UsageError(f"{where}: prompt: has half a character: {error}") from error
 
 
 def _request(line: Mapping[str, Any], defaults: GenerationRequest) -> GenerationRequest:
@@ -176,44 +153,35 @@ def _answered(path: Path | None, resume: bool) -> set[ItemId]:
     if not resume:
         raise click.UsageError(f"{path} is there already: --resume goes on with it, or remove it")
     kept = list(_good_lines(path))
-    _replace(path, [text for _, text in kept])
+    write_file(path, "".join(f"{text}\n" for _, text in kept))
     return {name for name, _ in kept}
 
 
 def _good_lines(path: Path) -> Iterator[tuple[ItemId, str]]:
-    lines = path.read_bytes().split(b"\n")
-    for number, data in enumerate(lines[:-1], 1):  # after the last newline comes nothing, or a line that was cut off
+    for number, text in read_lines(path, whole=True):
         try:
-            text = data.decode()
-            line = json.loads(text)
+            line = parse_json(text, str(path), number)
             name = line["id"]
-            if not isinstance(name, str | int):
+            if type(name) not in (str, int):
                 raise TypeError(f"no id: {name!r}")
-        except (ValueError, TypeError, KeyError) as error:
+        except (Unreadable, TypeError, KeyError) as error:
             raise click.UsageError(f"{path}:{number}: no answer of a batch; is --output the right file?") from error
         if "error" not in line:
             yield name, text
 
 
-def _replace(path: Path, lines: Sequence[str]) -> None:
-    """Write a file so that a crash leaves the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(part, path)
-
-
 @contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO]:
     if path is None:
-        yield sys.stdout
+        yield output.standard_output()
         return
-    with path.open("a", encoding="utf-8") as file:
+    with named(path), path.open("a", encoding="utf-8", newline="\n") as file:
         yield file
 
 
 def _progress(total: int, done: int, output_file: Path | None) -> Any:
     """A bar on standard error; none when the answers themselves are on the terminal."""
-    hidden = output_file is None and sys.stdout.isatty()
+    hidden = sys.stderr is None or (output_file is None and sys.stdout.isatty())
     bar: Any = click.progressbar(
         length=total, label="prompts", file=sys.stderr, show_pos=True, show_eta=True, hidden=hidden
     )

@@ -1,14 +1,14 @@
 """`colaserve chat`: a conversation, put to the model as the gateway does it."""
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import click
 
-from colaserve_client.cli import options
+from colaserve_client.cli import options, output
 from colaserve_client.errors import Cancelled, ColaserveError
+from colaserve_client.reading import read_lines, standard_input
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 from colaserve_client.sync.client import Client
 
@@ -64,7 +64,7 @@ def chat(
     before = [Turn("System", system)] if system else []
     turns = list(before)
     click.echo(_HELP, err=True)
-    while (text := _ask()) is not None:
+    for text in _messages():
         if text == "/reset":
             turns = list(before)
             continue
@@ -74,25 +74,32 @@ def chat(
             turns += [question, Turn("Assistant", answer)]
 
 
-def _ask() -> str | None:
-    """The next message; None at the end."""
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            click.echo()
-            return None
+def _messages() -> Iterator[str]:
+    """What is asked, up to /exit or the end."""
+    for line in _typed() if _interactive() else (line for _, line in read_lines("-")):
+        text = line.strip()
         if text == "/exit":
-            return None
+            return
         if text.startswith("/") and text != "/reset":
             click.echo(_HELP, err=True)
         elif text:
-            return text
+            yield text
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            output.echo()
+            return
+        except UnicodeDecodeError:
+            click.echo("colaserve: that line is not UTF-8", err=True)
 
 
 def _interactive() -> bool:
     """Whether someone types the messages, and not a file or a program whose next ones need all before."""
-    return sys.stdin.isatty()
+    return standard_input().isatty()
 
 
 def _answer(
@@ -110,15 +117,15 @@ def _answer(
             prompt, max_new_tokens=max_new_tokens, sampler=sampler, sampling=sampling, seed=seed, stop=[_NEXT_TURN]
         ) as stream:
             for chunk in stream:
-                click.echo(chunk.text if text else chunk.text.lstrip(), nl=False)
+                output.echo(chunk.text if text else chunk.text.lstrip(), end="")
                 text += chunk.text
     except (KeyboardInterrupt, ColaserveError) as error:
         if not _interactive():
             raise
         if isinstance(error, KeyboardInterrupt | Cancelled):
-            click.echo(" (stopped)")
+            output.echo(" (stopped)")
         else:
             click.echo(f"colaserve: {error}", err=True)
         return None
-    click.echo()
+    output.echo()
     return text

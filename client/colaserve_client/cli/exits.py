@@ -15,6 +15,7 @@ from colaserve_client.errors import (
     Overloaded,
     Unavailable,
 )
+from colaserve_client.reading import Unreadable
 
 OK, ERROR, USAGE, UNAVAILABLE, DEADLINE, NOT_AUTHENTICATED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -34,6 +35,7 @@ _CODE_BY_ERROR: Mapping[type[ColaserveError], int] = {
     Unavailable: UNAVAILABLE,
     DeadlineExceeded: DEADLINE,
     NotAuthenticated: NOT_AUTHENTICATED,
+    Unreadable: USAGE,
 }
 
 _AWAY = re.compile(r"the (encoder|prior|decoder) is not available\b")  # as the coordinator words it

@@ -1,6 +1,5 @@
 """`colaserve generate`: one prompt, streamed to the terminal, or many out of a file."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -13,6 +12,7 @@ import click
 from colaserve_client import responses
 from colaserve_client.cli import options, output
 from colaserve_client.cli.batch import run_batch
+from colaserve_client.reading import read_text, standard_input
 from colaserve_client.results import GenerationResult
 from colaserve_client.settings import GenerationRequest
 from colaserve_client.sync.client import Client
@@ -112,18 +112,15 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise click.UsageError("give PROMPT or --file, not both")
     if prompt is not None:
         return prompt
-    if file is None and sys.stdin.isatty():
+    if file is None and standard_input().isatty():
         raise click.UsageError("give PROMPT, --file or something on standard input")
-    return read_text(file or Path("-")).removesuffix("\n")
+    return read_prompt_file(file or Path("-"))
 
 
-def read_text(file: Path) -> str:
-    """A file's text; - is standard input."""
-    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"{file} is not UTF-8: {error}") from error
+def read_prompt_file(file: Path) -> str:
+    """A file's text, less one line end at the end; - is standard input."""
+    text = read_text(file)
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: bool) -> GenerationResult:
@@ -132,11 +129,11 @@ def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: boo
     settings = {field.name: getattr(request, field.name) for field in fields(request)}
     with client.stream(**settings) as stream:
         if echo and not quiet:
-            click.echo(request.prompt, nl=False)
+            output.echo(str(request.prompt), end="")
         for chunk in stream:
             chunks.append(chunk)
             if not quiet:
-                click.echo(chunk.text, nl=False)
+                output.echo(chunk.text, end="")
     if not quiet:
-        click.echo()
+        output.echo()
     return responses.generation_result(chunks, stream.request_id)

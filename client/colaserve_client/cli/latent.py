@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from colaserve_client.cli import options, output
-from colaserve_client.cli.generate import read_text
+from colaserve_client.cli.generate import read_prompt_file
 from colaserve_client.latents import Latents, load_latents, save_latents
+from colaserve_client.reading import read_text
 from colaserve_client.results import TextEncoding
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 from colaserve_client.sync.client import Client
@@ -19,7 +20,7 @@ _HOLE = re.compile(r"\[\[(\d+)\]\]")
 
 
 def _texts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    found = [*texts, *(read_text(file).removesuffix("\n") for file in files)]
+    found = [*texts, *map(read_prompt_file, files)]
     if not found:
         raise click.UsageError("give one or more texts, or --file")
     return found
@@ -62,7 +63,7 @@ def encode(
     if as_json:
         output.print_json([{"text": text, **output.plain(each)} for text, each in zip(found, encodings, strict=True)])
     else:
-        click.echo(output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, found, encodings))))
+        output.echo(output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, found, encodings))))
 
 
 def _row(text: str, encoding: TextEncoding) -> tuple[object, ...]:
@@ -102,9 +103,9 @@ def decode(
     if as_json:
         output.print_json([{"name": each, **output.plain(result)} for each, result in decoded.items()])
     elif len(decoded) == 1:
-        click.echo(next(iter(decoded.values())).text)
+        output.echo(next(iter(decoded.values())).text)
     else:
-        click.echo(output.pairs([(each, result.text) for each, result in decoded.items()]))
+        output.echo(output.pairs([(each, result.text) for each, result in decoded.items()]))
 
 
 def _load(file: Path, name: str | None) -> dict[str, Latents]:
@@ -150,7 +151,7 @@ def interpolate(
     if as_json:
         output.print_json(walk)
     else:
-        click.echo(output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))
+        output.echo(output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))
 
 
 @click.command(cls=options.SectionedCommand)
@@ -186,7 +187,7 @@ def infill(
     if as_json:
         output.print_json(result)
     else:
-        click.echo(result.text)
+        output.echo(result.text)
 
 
 def split_holes(text: str) -> list[str | int]:
@@ -194,8 +195,14 @@ def split_holes(text: str) -> list[str | int]:
     parts = _HOLE.split(text)
     if len(parts) == 1:
         raise click.UsageError("the text has no hole; [[8]] is one of 8 tokens")
-    segments: list[str | int] = [int(part) if index % 2 else part for index, part in enumerate(parts)]
+    segments: list[str | int] = [_hole_size(part) if index % 2 else part for index, part in enumerate(parts)]
     return [segment for segment in segments if segment != ""]
+
+
+def _hole_size(digits: str) -> int:
+    if len(digits) > 9:
+        raise click.UsageError(f"a hole's size has {len(digits)} digits; [[8]] is a hole of 8 tokens")
+    return int(digits)
 
 
 @click.command(cls=options.SectionedCommand)
@@ -215,4 +222,4 @@ def reconstruct(*, client: Client, texts: Sequence[str], files: Sequence[Path], 
         output.print_json([{"original": text, **output.plain(trip)} for text, trip in zip(found, trips, strict=True)])
         return
     rows = [(f"{trip.token_accuracy:.1%}", f"{trip.bits_per_token:.3f}", repr(trip.text)) for trip in trips]
-    click.echo(output.table(("TOKENS EQUAL", "BITS A TOKEN", "TEXT"), rows))
+    output.echo(output.table(("TOKENS EQUAL", "BITS A TOKEN", "TEXT"), rows))

@@ -1,9 +1,12 @@
 """What verbs print: values as JSON for machines, tables and sentences for people."""
 
+import codecs
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -27,14 +30,32 @@ def plain(value: Any) -> Any:
     return value
 
 
-def json_line(value: Any) -> str:
-    """One line of JSON."""
-    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
-def print_json(value: Any) -> None:
-    """A value for machines, on one line."""
-    click.echo(json_line(value))
+def printable(text: str) -> str:
+    """The text with control characters but for tabs and line ends written out, so that none steers a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def standard_output() -> TextIO:
+    """Where answers go that have no file; a `click.ClickException` when it is closed."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise click.ClickException("standard output is closed: there is nowhere to write the answer")
+    return sys.stdout
+
+
+def echo(text: str = "", end: str = "\n") -> None:
+    """Print text at once: as it is, but `printable` on a terminal."""
+    out = standard_output()
+    print(printable(text) if out.isatty() else text, end=end, file=out, flush=True)
+
+
+def print_json(value: Any, out: TextIO | None = None) -> None:
+    """A value for machines, on one line; in ASCII where the output's encoding lacks other characters."""
+    out = out or standard_output()
+    ascii_only = codecs.lookup(out.encoding or "utf-8").name != "utf-8"
+    print(json.dumps(plain(value), ensure_ascii=ascii_only, allow_nan=False), file=out, flush=True)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

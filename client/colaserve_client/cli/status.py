@@ -34,7 +34,7 @@ def info(*, client: Client, as_json: bool) -> None:
     if as_json:
         output.print_json(found)
     else:
-        click.echo(output.pairs(_description(found)))
+        output.echo(output.pairs(_description(found)))
 
 
 def _description(found: ModelInfo) -> list[tuple[str, object]]:
@@ -100,7 +100,7 @@ def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
         output.print_json(rows)
     else:
         headings = ("SERVICE", "STATE", "VERSION", "SPACE", "ON", "RUNNING", "WAITING", "KV CACHE", "UP", "ADDRESS")
-        click.echo(output.table(headings, [_cells(row) for row in rows]))
+        output.echo(output.table(headings, [_cells(row) for row in rows]))
     return exits.OK if all(row.serving for row in rows) else exits.UNAVAILABLE
 
 

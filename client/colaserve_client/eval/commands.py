@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from colaserve_client.cli.options import Server, json_option, sampler_options, server_options
-from colaserve_client.cli.output import json_line
+from colaserve_client.cli.output import echo, print_json
 from colaserve_client.eval import options, sweep
 from colaserve_client.eval.connect import Connector, identity
 from colaserve_client.eval.demo import held_out_texts
@@ -174,7 +174,7 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
     """Write a Markdown page about what run, sweep and vae left in FOLDER, with plots beside it."""
     path = output or folder / "report.md"
     write_report(folder, path, plots=not no_plots)
-    click.echo(path)
+    echo(str(path))
 
 
 @evaluate.command(short_help="Measure the round trip through the latent space.")
@@ -220,7 +220,10 @@ def vae(
 
 def show(value: Any, table: Table, as_json: bool) -> None:
     """Print for machines or for people."""
-    click.echo(json_line(value) if as_json else text_table(table))
+    if as_json:
+        print_json(value)
+    else:
+        echo(text_table(table))
 
 
 async def _ask(
@@ -240,7 +243,13 @@ async def _ask(
 
 def _progress(length: int, label: str) -> Any:
     return click.progressbar(
-        length=length, label=label, file=sys.stderr, show_pos=True, item_show_func=_show_output, update_min_steps=1
+        length=length,
+        label=label,
+        file=sys.stderr,
+        show_pos=True,
+        item_show_func=_show_output,
+        update_min_steps=1,
+        hidden=sys.stderr is None,
     )
 
 

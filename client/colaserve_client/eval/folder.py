@@ -19,11 +19,11 @@ from colaserve_client.eval.records import (
     QuestionId,
     encode_line,
     json_text,
-    read_json,
+    read_object,
     read_outputs,
-    replace_file,
     write_outputs,
 )
+from colaserve_client.writing import named, write_file
 
 SETTINGS_FILE, SPEED_FILE, LOCK_FILE = "settings.json", "speed.json", ".lock"
 
@@ -86,7 +86,7 @@ class OutputLog:
         """Add an output; the line is with the system when this returns."""
         assert output.id not in self._outputs, f"{output.id!r} has an output already"
         self._outputs[output.id] = output
-        with open(self.path, "ab") as file:
+        with named(self.path), open(self.path, "ab") as file:
             file.write(encode_line(output.to_json()).encode())
 
     def sort(self, questions: Sequence[Question]) -> None:
@@ -126,19 +126,19 @@ class RunFolder:
 
     def add_speed(self, speed: Speed) -> None:
         """Count an attempt."""
-        replace_file(self.path / SPEED_FILE, json_text(asdict(self.speed + speed)) + "\n")
+        write_file(self.path / SPEED_FILE, json_text(asdict(self.speed + speed)) + "\n")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of a run's folder, empty when none are recorded. Raises EvalError when they cannot be read."""
     file = path / SETTINGS_FILE
-    return read_json(file) if file.exists() else {}
+    return read_object(file) if file.exists() else {}
 
 
 def read_speed(path: Path) -> Speed:
     """How fast a run was; all zero when nothing is recorded."""
     file = path / SPEED_FILE
-    return Speed(**read_json(file)) if file.exists() else Speed()
+    return Speed(**read_object(file)) if file.exists() else Speed()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -159,7 +159,7 @@ def _agree(path: Path, settings: Mapping[str, Any], tasks: Sequence[Task]) -> No
     for name in known.keys() & given.keys():
         if known[name] != given[name]:
             raise EvalError(f"{path}: task {name} was begun with other questions; choose another folder")
-    replace_file(path / SETTINGS_FILE, json_text({**settings, "tasks": {**known, **given}}) + "\n")
+    write_file(path / SETTINGS_FILE, json_text({**settings, "tasks": {**known, **given}}) + "\n")
 
 
 def _known_tasks(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

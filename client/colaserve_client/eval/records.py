@@ -1,14 +1,16 @@
 """The jsonl files of an evaluation: questions in, outputs out, one JSON object a line."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from colaserve_client.errors import ColaserveError
+from colaserve_client.reading import Unreadable, read_json, read_json_lines
+from colaserve_client.writing import write_file
 
 QuestionId = int | str
 Json = Mapping[str, Any]
@@ -98,25 +100,21 @@ def read_outputs(path: Path) -> list[Output]:
 
 def parse_lines(path: Path, parse: Callable[[Json], Any]) -> Iterator[tuple[int, Any]]:
     """(line number from 1, parsed object) of each non-empty line. Raises EvalError naming file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: is not UTF-8 (byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parse_line(line, parse, f"{path}:{number}")
+    with readable():
+        for number, fields in read_json_lines(path):
+            try:
+                yield number, parse(fields)
+            except ValueError as error:
+                raise EvalError(f"{path}:{number}: {error}") from error
 
 
-def _parse_line(line: str, parse: Callable[[Json], Any], where: str) -> Any:
+@contextmanager
+def readable() -> Iterator[None]:
+    """What cannot be read is an EvalError."""
     try:
-        fields = json.loads(line)
-        if not isinstance(fields, dict):
-            raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-        return parse(fields)
-    except ValueError as error:
-        raise EvalError(f"{where}: {error}") from error
+        yield
+    except Unreadable as error:
+        raise EvalError(str(error)) from error
 
 
 def unique(questions: list[Question], path: Path) -> list[Question]:
@@ -133,7 +131,7 @@ def unique(questions: list[Question], path: Path) -> list[Question]:
 
 def write_outputs(path: Path, outputs: Iterable[Output]) -> None:
     """Replace a file by these outputs, whole or not at all."""
-    replace_file(path, "".join(encode_line(output.to_json()) for output in outputs))
+    write_file(path, "".join(encode_line(output.to_json()) for output in outputs))
 
 
 def encode_line(fields: Json) -> str:
@@ -146,25 +144,10 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises EvalError when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvalError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise EvalError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file such that a reader, or a crash, finds the old text or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with readable():
+        return read_json(path)
 
 
 def _id(fields: Json) -> QuestionId:

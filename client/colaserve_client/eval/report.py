@@ -6,12 +6,13 @@ from pathlib import Path
 
 from colaserve_client.eval.folder import SETTINGS_FILE, read_settings, read_speed
 from colaserve_client.eval.plots import plot_score, plot_sweep
-from colaserve_client.eval.records import EvalError, Output, read_json, read_outputs
+from colaserve_client.eval.records import EvalError, Output, read_object, read_outputs
 from colaserve_client.eval.scoring import cut_answer
 from colaserve_client.eval.sweep import PLOT_FILE, SWEEP_FILE, read_sweep, sweep_table
 from colaserve_client.eval.tables import markdown_table, score_table
 from colaserve_client.eval.tasks import is_correct, score_folder
 from colaserve_client.eval.vae import VAE_FILE, quality_table
+from colaserve_client.writing import write_file
 
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 120  # wrong answers shown a task, and of each text
 
@@ -25,7 +26,7 @@ def write_report(folder: Path, path: Path, plots: bool = True) -> None:
     found = [text for section in sections if (text := section(folder, path.parent if plots else None))]
     if not found:
         raise EvalError(f"{folder}: holds neither outputs nor {SWEEP_FILE} nor {VAE_FILE}")
-    path.write_text("\n\n".join([f"# Evaluation of {_title(folder)}", *found]) + "\n", encoding="utf-8")
+    write_file(path, "\n\n".join([f"# Evaluation of {_title(folder)}", *found]) + "\n")
 
 
 def _title(folder: Path) -> str:
@@ -92,5 +93,5 @@ def _sweep_section(folder: Path, plots: Path | None) -> str:
 def _vae_section(folder: Path, plots: Path | None) -> str:
     if not (folder / VAE_FILE).exists():
         return ""
-    table = markdown_table(quality_table(read_json(folder / VAE_FILE)))
+    table = markdown_table(quality_table(read_object(folder / VAE_FILE)))
     return f"## Round trip through the latent space\n\n{table}"

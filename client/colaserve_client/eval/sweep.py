@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from colaserve_client.eval.folder import Speed, read_speed
-from colaserve_client.eval.records import Output, json_text, read_json, read_outputs, replace_file
+from colaserve_client.eval.records import Output, json_text, read_object, read_outputs
 from colaserve_client.eval.runner import GenerationSettings
 from colaserve_client.eval.tables import Table
 from colaserve_client.eval.tasks import Score, score_folder
 from colaserve_client.settings import Solver
+from colaserve_client.writing import write_file
 
 SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
 
@@ -93,12 +94,12 @@ def mean_blocks(outputs: Iterable[Output]) -> float:
 
 def write_sweep(points: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write the points' JSON to the folder of the sweep."""
-    replace_file(folder / SWEEP_FILE, json_text({"points": points}) + "\n")
+    write_file(folder / SWEEP_FILE, json_text({"points": points}) + "\n")
 
 
 def read_sweep(folder: Path) -> list[dict[str, Any]]:
     """The points' JSON. Raises EvalError when the folder holds none."""
-    return list(read_json(folder / SWEEP_FILE)["points"])
+    return list(read_object(folder / SWEEP_FILE)["points"])
 
 
 def sweep_table(points: Sequence[Mapping[str, Any]]) -> Table:

@@ -24,6 +24,7 @@ from string import Formatter, ascii_uppercase
 from typing import Any
 
 from colaserve_client.eval.records import MAX_CHOICES, EvalError, Question, parse_lines, unique
+from colaserve_client.reading import Unreadable, read_text
 
 TRUTHS = ("text", "letter", "index", "number", "last_word")
 _OWN_PLACES = frozenset({"options", "ground_truth", "choices", "id"})
@@ -115,6 +116,8 @@ def load_template(name_or_path: str) -> Template:
         text = _read_file(Path(name_or_path))
     try:
         return _checked(tomllib.loads(text))
+    except RecursionError:
+        raise EvalError(f"template {name_or_path}: is nested too deep") from None
     except ValueError as error:  # of which TOMLDecodeError is one
         raise EvalError(f"template {name_or_path}: {error}") from error
 
@@ -127,8 +130,8 @@ def read_raw_questions(path: Path, template: Template) -> list[Question]:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except Unreadable as error:
         shipped = ", ".join(shipped_templates())
         raise EvalError(f"template {path}: neither a readable UTF-8 file ({error}) nor one of {shipped}") from error
 

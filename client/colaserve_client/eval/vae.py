@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from colaserve_client.eval.pool import work_through
-from colaserve_client.eval.records import EvalError, json_text, parse_lines, replace_file
+from colaserve_client.eval.records import EvalError, json_text, parse_lines, readable
 from colaserve_client.eval.tables import Table
+from colaserve_client.reading import read_lines
 from colaserve_client.results import Reconstruction
+from colaserve_client.writing import write_file
 
 BATCH_TEXTS, BATCH_CHARACTERS = 32, 20_000  # of one call: enough to fill a batch, small enough for progress to show
 VAE_FILE = "vae.json"
@@ -108,7 +110,7 @@ def batched(texts: Sequence[str]) -> Iterator[list[str]]:
 def write_quality(quality: VaeQuality, folder: Path) -> None:
     """Write the figures as JSON into a folder, made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / VAE_FILE, json_text(quality.to_json()) + "\n")
+    write_file(folder / VAE_FILE, json_text(quality.to_json()) + "\n")
 
 
 def quality_table(figures: Mapping[str, Any]) -> Table:
@@ -124,7 +126,5 @@ def _text(fields: Any) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    with readable():
+        return [line for _, line in read_lines(path) if line.strip()]

@@ -1,11 +1,11 @@
 """What a checkpoint's config.json files say, checked once; every key is honoured or refused by name."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from colaserve_client import reading
 from colaserve_services.errors import CheckpointError
 
 Activation = Literal["swiglu", "gelu", "silu"]
@@ -150,14 +150,9 @@ def check_pair(vae: TextVAEConfig, dit: DiTConfig) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or a `CheckpointError` of one line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        return reading.read_json(path)
+    except reading.Unreadable as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _load(path: Path, kind: type[_Config], fixed: Mapping[str, tuple[Any, str]]) -> _Config:

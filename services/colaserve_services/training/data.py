@@ -7,14 +7,15 @@ cut into pieces of the context's length.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from colaserve_client.reading import Unreadable, parse_json, read_lines
 from colaserve_services.errors import UsageError
 from colaserve_services.training.rows import Row
 
@@ -75,38 +76,31 @@ def _rows(record: Record, tokenizer: Tokenizer, context: int, end_id: int) -> li
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of one file: .jsonl by line, anything else as one text a paragraph (blank lines between)."""
-    text = _read(path)
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
-        yield from (_record(line, f"{path}:{number}") for number, line in lines)
-    else:
-        yield from (Record("", part.strip(), str(path)) for part in text.split("\n\n"))
-
-
-def _read(path: Path) -> str:
+    """The records of one file: .jsonl by line, anything else as one text a paragraph (empty lines between)."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    if not data.strip():
-        raise UsageError(f"{path}: the file is empty")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UsageError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file first"
-        ) from error
+        lines = list(read_lines(path))
+        if not any(line.strip() for _, line in lines):
+            raise UsageError(f"{path}: the file is empty")
+        if path.suffix == ".jsonl":
+            yield from (_record(line, number, path) for number, line in lines)
+        else:
+            yield from _paragraphs(lines, path)
+    except Unreadable as error:
+        raise UsageError(str(error)) from error
 
 
-def _record(line: str, place: str) -> Record:
+def _paragraphs(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Record]:
+    for empty, group in groupby(lines, key=lambda numbered: not numbered[1]):
+        if not empty:
+            numbers, text = zip(*group, strict=True)
+            yield Record("", "\n".join(text).strip(), f"{path}:{numbers[0]}")
+
+
+def _record(line: str, number: int, path: Path) -> Record:
+    place = f"{path}:{number}"
     if not line.strip():
         return Record("", "", place)
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+    value = parse_json(line, str(path), number)
     if not isinstance(value, dict):
         raise UsageError(f"{place}: got {type(value).__name__}, expected an object with text, or prompt and response")
     if "text" in value:

@@ -96,14 +96,18 @@ def test_a_server_that_is_gone_ends_the_batch_and_keeps_what_was_done(
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        (["no json"], "in.jsonl:1: no JSON"),
-        ([[1, 2]], "in.jsonl:1: expected an object"),
+        (["no json"], "in.jsonl:1: not JSON"),
+        ([[1, 2]], "in.jsonl:1: expected a JSON object, got list"),
         ([{"prompt": "a"}, {"text": "b"}], "in.jsonl:2: expected an object"),
         ([{"prompt": "a", "max_tokens": 3}], "unknown field 'max_tokens'"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], "in.jsonl:2: the id 1 is there twice"),
         ([{"prompt": "a", "id": [1]}], "id: expected a text or a whole number"),
-        (['{"prompt": [NaN]}'], "in.jsonl:1: prompt: expected a text or a list of token ids"),
-        (['{"prompt": "\\ud800"}'], "in.jsonl:1: prompt: has half a character"),
+        ([{"prompt": "a", "id": True}], "id: expected a text or a whole number"),
+        ([{"prompt": [1.5]}], "in.jsonl:1: prompt: expected a text or a list of token ids"),
+        (['{"prompt": [NaN]}'], "in.jsonl:1: not JSON: NaN is no number"),
+        (['{"prompt": "\\ud800"}'], "in.jsonl:1: half of a surrogate pair"),
+        (['{"prompt": "a"}', "[" * 100_000], "in.jsonl:2: JSON is nested more than 100 levels deep"),
+        (['{"prompt": [' + "1" * 5000 + "]}"], "in.jsonl:1: a number of more than 4300 digits"),
         ([{"prompt": "a", "sample_id": 3}], "in.jsonl:1: sample_id tells samples of one seed apart"),
     ],
 )
@@ -128,7 +132,7 @@ def test_nothing_is_overwritten_and_nothing_is_mixed_up(run: Run, files: tuple[P
     assert run("generate", "--input", files[0], "--resume").code == 2
 
 
-@pytest.mark.parametrize("wrong", [{"stop": None}, {"stop": 5}, {"solver": ["euler"]}, {"seed": "x"}])
+@pytest.mark.parametrize("wrong", [{"stop": "end"}, {"stop": 5}, {"solver": ["euler"]}, {"seed": "x"}])
 def test_a_wrong_value_fails_its_own_line_only(run: Run, files: tuple[Path, Path], wrong: dict[str, Any]) -> None:
     write(files[0], [{"prompt": "a"}, {"prompt": "b", **wrong}, {"prompt": "c"}])
     assert batch(run, files).code == 1
@@ -151,4 +155,4 @@ def test_answers_do_not_go_where_the_questions_are(run: Run, files: tuple[Path, 
 def test_an_input_that_is_no_text_is_told_with_its_line(run: Run, files: tuple[Path, Path]) -> None:
     files[0].write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     done = batch(run, files)
-    assert (done.code, "in.jsonl:2: is not UTF-8" in done.err) == (2, True)
+    assert (done.code, "in.jsonl:2: byte 0xff is not UTF-8" in done.err) == (2, True)

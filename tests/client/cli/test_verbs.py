@@ -45,10 +45,11 @@ def test_the_prompt_comes_from_argument_file_or_standard_input(run: Run, behavio
     assert run("generate", stdin="héllo\n").code == 0
     assert run("generate", "--file", "-", stdin="dash").code == 0
     assert run("generate", "").code == 0
-    assert [request.prompt for request in behaviour.requests] == ["two\nlines\n", "héllo", "dash", ""]
+    assert run("generate", stdin=b"\xef\xbb\xbfmarked\r\n").code == 0
+    assert [request.prompt for request in behaviour.requests] == ["two\nlines\n", "héllo", "dash", "", "marked"]
     assert run("generate", "a", "--file", file).code == 2
-    bad = run("generate", stdin=b"\xff\xfe")
-    assert (bad.code, "is not UTF-8" in bad.err) == (2, True)
+    bad = run("generate", stdin=b"a\n\xff")
+    assert (bad.code, "standard input:2: byte 0xff is not UTF-8" in bad.err) == (2, True)
 
 
 def test_every_option_reaches_the_server(run: Run, behaviour: Behaviour) -> None:
@@ -87,6 +88,7 @@ def test_every_option_is_a_variable_and_the_command_line_wins(run: Run, behaviou
         (["generate", "a", "--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
         (["infill", "no hole"], "[[8]]"),
+        (["infill", f"a [[{'1' * 5000}]]"], "a hole's size has 5000 digits"),
         (["infill"], "TEXT or --file"),
         (["encode"], "one or more texts"),
         (["encode", "a", "--variance"], "--json"),

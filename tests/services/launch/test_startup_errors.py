@@ -89,7 +89,7 @@ DAMAGES = [
     (lose_a_shard, "model-00001-of-00002.safetensors: no such file"),
     (lambda folder: config(folder, VAE, model_type="llama"), "model_type is 'llama'"),
     (lambda folder: config(folder, VAE, act="relu"), "act is 'relu'"),
-    (lambda folder: (folder / VAE / "config.json").write_text("{"), "not valid JSON"),
+    (lambda folder: (folder / VAE / "config.json").write_text("{"), "not JSON"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     (lose_the_special_ids, "pad"),

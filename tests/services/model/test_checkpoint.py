@@ -134,7 +134,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors: no such file"),
     "no weights": (lambda m: (vae(m) / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "no config": (lambda m: (vae(m) / "config.json").unlink(), "config.json"),
-    "broken config": (lambda m: (vae(m) / "config.json").write_text("{"), "not valid JSON"),
+    "broken config": (lambda m: (vae(m) / "config.json").write_text("{"), "not JSON"),
     "another model": (config(dit, model_type="llama"), "model_type is 'llama'"),
     "another VAE": (config(vae, model_type="llama"), "model_type is 'llama'"),
     "unknown key": (config(dit, num_experts=8), "unknown key 'num_experts'"),
