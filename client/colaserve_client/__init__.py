@@ -13,6 +13,7 @@ docs/client.md is the guide.
 from colaserve_client.aio.client import AsyncClient
 from colaserve_client.aio.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
 from colaserve_client.aio.transport import AsyncStream
+from colaserve_client.channel import client_version
 from colaserve_client.errors import (
     Cancelled,
     ColaserveError,
@@ -26,7 +27,7 @@ from colaserve_client.errors import (
     ServerError,
     Unavailable,
 )
-from colaserve_client.latents import Latents, load_latents, save_latents
+from colaserve_client.latents import Latents, LatentsLike, load_latents, save_latents
 from colaserve_client.results import (
     DecodedBlock,
     DecodedLatents,
@@ -67,6 +68,8 @@ from colaserve_client.sync.client import Client
 from colaserve_client.sync.stages import DecoderClient, DecodeSession, EncoderClient, PriorClient
 from colaserve_client.sync.transport import Stream
 
+__version__ = client_version()
+
 __all__ = [
     "AsyncClient",
     "AsyncDecodeSession",
@@ -95,6 +98,7 @@ __all__ = [
     "InvalidRequest",
     "LatentBlock",
     "Latents",
+    "LatentsLike",
     "Limits",
     "MessageTooLarge",
     "ModelInfo",
@@ -124,6 +128,7 @@ __all__ = [
     "Tokens",
     "Unavailable",
     "Usage",
+    "__version__",
     "load_latents",
     "save_latents",
 ]

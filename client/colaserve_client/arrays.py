@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,6 +11,7 @@ from colaserve.v1 import types_pb2
 from colaserve_client.errors import invalid
 
 FloatArray = NDArray[np.float32]
+_PARALLEL = 1e-3  # sine of the angle below which the great circle is a straight line
 
 
 def _from_bfloat16(data: bytes) -> FloatArray:
@@ -44,9 +46,44 @@ def tensor_from_array(values: ArrayLike, field: str = "tensor") -> types_pb2.Ten
 def float_array(values: ArrayLike, field: str) -> FloatArray:
     """A contiguous float32 copy; `InvalidRequest` names `field` when the values are no finite numbers."""
     try:
+        if values is None:  # which numpy takes for NaN
+            raise TypeError("nothing was given")
         array = np.array(values, dtype=np.float32, order="C")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of torch that has a gradient
         raise invalid(field, f"expected numbers, got {type(values).__name__} ({error})") from error
     if not np.isfinite(array).all():
         raise invalid(field, "expected finite numbers, got NaN or infinity")
     return array
+
+
+def shortest(value: float) -> float:
+    """The float that prints as a float32 does: 0.9, where float32's nearest number is 0.8999999761581421."""
+    return float(str(np.float32(value)))
+
+
+def shortest_all(values: FloatArray) -> Any:
+    """Nested lists of an array's numbers, each the float that prints as the float32 does."""
+    return values.astype(str).astype(np.float64).tolist()
+
+
+def lerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
+    """The straight line: `start` at weight 0, `end` at 1, bit for bit."""
+    if weight in (0, 1):
+        return end if weight else start
+    return ((1 - weight) * start + weight * end).astype(np.float32)
+
+
+def slerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
+    """The great circle, row by row; the straight line for rows that are nearly parallel (or opposite, or zero)."""
+    straight = lerp(start, end, weight)
+    if weight in (0, 1):
+        return straight
+    a, b = start.astype(np.float64), end.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1, keepdims=True) * np.linalg.norm(b, axis=-1, keepdims=True)
+    cosine = np.divide((a * b).sum(-1, keepdims=True), norms, out=np.ones_like(norms), where=norms > 0)
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    sine = np.sin(angle)
+    curved = sine > _PARALLEL
+    safe = np.where(curved, sine, 1)
+    arc = (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / safe
+    return np.where(curved, arc, straight).astype(np.float32)

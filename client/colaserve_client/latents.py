@@ -1,45 +1,52 @@
 """Latents as a value: an array that knows which latent space it belongs to."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from colaserve.v1 import types_pb2
-from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, tensor_from_array
+from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, slerp, tensor_from_array
 from colaserve_client.errors import ModelMismatch, invalid
+from colaserve_client.tables import html_table
 from colaserve_client.writing import write_file
 
 _FORMAT = "colaserve.latents.v1"
+_SHOWN = 16  # positions, and numbers of each, in a notebook
 
 
 class Latents:
-    """Normalised latents of one sequence: float32, (n, d), read-only, with the fingerprint of their space.
+    """Latents of one sequence: float32, (n, d), read-only, with the fingerprint of their space.
 
     An empty space means that the caller vouches for it. Equal means: the same space and the same numbers.
+    `+ - * /` are arithmetic with numbers, arrays and other latents of the space; `concat` joins.
 
     >>> import numpy as np
-    >>> latents = Latents(np.zeros((10, 16)), space="0123456789abcdef")
-    >>> len(latents), latents.dim
-    (10, 16)
-    >>> latents[2:5]
-    Latents(n=3, d=16, space='0123456789abcdef')
+    >>> latents = Latents(np.arange(20).reshape(10, 2), space="0123456789abcdef")
+    >>> latents.shape
+    (10, 2)
+    >>> (latents[2:5] - latents[1:4]) / 4
+    Latents([[0.5, 0.5],
+             [0.5, 0.5],
+             [0.5, 0.5]], n=3, d=2, space='0123456789abcdef')
     >>> [len(block) for block in latents.blocks(4)]
     [4, 4, 2]
-    >>> latents[:4] + latents[4:] == latents
+    >>> Latents.concat([latents[:4], latents[4:]]) == latents
     True
     """
 
     __slots__ = ("_space", "_values")
+    __array_priority__ = 1000  # so that `array + latents` are latents, too
 
     def __init__(self, values: ArrayLike, space: str = "") -> None:
-        array = float_array(values, "latents")
-        if array.ndim != 2:
-            raise invalid("latents", f"expected an array of shape (n, d), got shape {array.shape}")
-        array.flags.writeable = False
-        self._values, self._space = array, space
+        self._values, self._space = _checked(values, "latents"), space
+
+    @staticmethod
+    def of(values: "LatentsLike", field: str = "latents") -> "Latents":
+        """Latents as they are; an array as latents of the empty space. `InvalidRequest` names `field`."""
+        return values if isinstance(values, Latents) else Latents(_checked(values, field))
 
     def __reduce__(self) -> tuple[type["Latents"], tuple[FloatArray, str]]:
         return Latents, (self._values, self._space)  # copies are read-only too
@@ -53,6 +60,11 @@ class Latents:
     def space(self) -> str:
         """The fingerprint of the latent space, 16 hex digits, or empty."""
         return self._space
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d)."""
+        return len(self), self.dim
 
     @property
     def dim(self) -> int:
@@ -79,25 +91,80 @@ class Latents:
             raise invalid("size", f"expected 1 or more, got {size}")
         return (self[start : start + size] for start in range(0, len(self), size))
 
-    def __add__(self, other: "Latents") -> "Latents":
-        """Both in a row; `ModelMismatch` when they belong to different spaces."""
-        return Latents.concatenate([self, other])
+    def numpy(self) -> FloatArray:
+        """A copy that can be written to."""
+        return self._values.copy()
+
+    def normalized(self) -> "Latents":
+        """Every position scaled to length 1; zeros stay zeros.
+
+        >>> Latents([[3, 4], [0, 0]]).normalized().values.tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+        """
+        lengths = np.linalg.norm(self._values, axis=-1, keepdims=True)
+        return Latents(self._values / np.where(lengths > 0, lengths, 1), self._space)
+
+    def slerp(self, end: "LatentsLike", weight: float) -> "Latents":
+        """The point of the great circle from here to `end`, position by position: weight 0 is here, 1 is `end`.
+
+        >>> Latents([[1, 0]]).slerp([[0, 1]], 0.5).values.round(3).tolist()
+        [[0.7070000171661377, 0.7070000171661377]]
+        """
+        other = Latents.of(end, "end")
+        space = _common_space([self, other])
+        if self.shape != other.shape:
+            raise invalid("end", f"got shape {other.shape}, expected {self.shape}")
+        return Latents(slerp(self._values, other._values, weight), space)
 
     @staticmethod
-    def concatenate(parts: Iterable["Latents"]) -> "Latents":
+    def concat(parts: Iterable["LatentsLike"]) -> "Latents":
         """All in a row, at least one; an empty space takes over that of the others.
 
         Raises `ModelMismatch` when they belong to different spaces.
         """
-        parts = list(parts)
-        if not parts:
+        found = [Latents.of(part, f"parts[{index}]") for index, part in enumerate(parts)]
+        if not found:
             raise invalid("parts", "expected one or more latents, got none")
-        spaces = sorted({part.space for part in parts if part.space})
-        if len(spaces) > 1:
-            raise ModelMismatch(f"latents of different spaces cannot be joined: {', '.join(spaces)}")
-        if len({part.dim for part in parts}) > 1:
-            raise ModelMismatch(f"latents of {sorted({part.dim for part in parts})} channels cannot be joined")
-        return Latents(np.concatenate([part.values for part in parts]), *spaces)
+        if len({part.dim for part in found}) > 1:
+            raise ModelMismatch(f"latents of {sorted({part.dim for part in found})} channels cannot be joined")
+        return Latents(np.concatenate([part.values for part in found]), _common_space(found))
+
+    def __add__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.add, self, other)
+
+    def __radd__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.add, other, self)
+
+    def __sub__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.subtract, self, other)
+
+    def __rsub__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.subtract, other, self)
+
+    def __mul__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.multiply, self, other)
+
+    def __rmul__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.multiply, other, self)
+
+    def __truediv__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.divide, self, other)
+
+    def __rtruediv__(self, other: "LatentsLike") -> "Latents":
+        return self._with(np.divide, other, self)
+
+    def __neg__(self) -> "Latents":
+        return Latents(-self._values, self._space)
+
+    def _with(self, operation: Callable[..., Any], left: Any, right: Any) -> "Latents":
+        """What an operation makes of both, number by number, with numpy's broadcasting."""
+        arrays = [float_array(operand, "operand") for operand in (left, right)]
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                return Latents(operation(*arrays), _common_space([left, right]))
+        except ValueError as error:
+            shapes = " and ".join(str(array.shape) for array in arrays)
+            raise invalid("operand", f"shapes {shapes} give no finite latents: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Latents):
@@ -108,7 +175,17 @@ class Latents:
         return hash((self._space, self._values.shape, (self._values + 0.0).tobytes()))  # -0.0 equals 0.0
 
     def __repr__(self) -> str:
-        return f"Latents(n={len(self)}, d={self.dim}, space={self._space!r})"
+        numbers = np.array2string(
+            self._values, precision=4, suppress_small=True, separator=", ", threshold=40, edgeitems=2, prefix="Latents("
+        )
+        return f"Latents({numbers}, n={len(self)}, d={self.dim}, space={self._space!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: position by position, the first ones."""
+        rows = [[f"{number:.4g}" for number in row[:_SHOWN]] for row in self._values[:_SHOWN].tolist()]
+        more = "" if max(self.shape) <= _SHOWN else f", the first {_SHOWN} of each are shown"
+        about = f"Latents: {len(self)} positions of {self.dim} numbers{more}; space {self._space or 'not named'}"
+        return html_table(about, rows)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """So that numpy functions take latents."""
@@ -136,13 +213,33 @@ class Latents:
         return types_pb2.Latents(values=tensor_from_array(self._values, "latents.values"), space=self._space)
 
 
-def save_latents(path: str | os.PathLike[str], latents: Mapping[str, Latents]) -> None:
+LatentsLike = Latents | ArrayLike
+"""What is taken wherever latents are: latents, or an array of shape (n, d), whose space the caller vouches for."""
+
+
+def _checked(values: ArrayLike, field: str) -> FloatArray:
+    array = float_array(values, field)
+    if array.ndim != 2:
+        raise invalid(field, f"expected an array of shape (n, d), got shape {array.shape}")
+    array.flags.writeable = False
+    return array
+
+
+def _common_space(operands: Iterable[object]) -> str:
+    """The space of all that are latents and name one; `ModelMismatch` when they name several."""
+    spaces = sorted({one.space for one in operands if isinstance(one, Latents) and one.space})
+    if len(spaces) > 1:
+        raise ModelMismatch(f"latents of different spaces do not go together: {', '.join(spaces)}")
+    return spaces[0] if spaces else ""
+
+
+def save_latents(path: str | os.PathLike[str], latents: Mapping[str, LatentsLike]) -> None:
     """Write sequences of one space to a safetensors file: a float32 tensor (n, d) each, the space in the metadata."""
     from safetensors.numpy import save
 
-    space = Latents.concatenate(latents.values()).space if latents else ""
-    metadata = {"format": _FORMAT, "space": space}
-    data = save({name: np.ascontiguousarray(each.values) for name, each in latents.items()}, metadata=metadata)
+    found = {name: Latents.of(each, name) for name, each in latents.items()}
+    metadata = {"format": _FORMAT, "space": _common_space(found.values())}
+    data = save({name: np.ascontiguousarray(each.values) for name, each in found.items()}, metadata=metadata)
     write_file(path, data)
 
 

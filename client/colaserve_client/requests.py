@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client.arrays import tensor_from_array
 from colaserve_client.errors import invalid
-from colaserve_client.latents import Latents
+from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.settings import GenerationRequest, Interpolation, NoiseSeed, Prompt, Sampler, Sampling
 
 M = TypeVar("M", bound=Message)
@@ -178,7 +178,7 @@ def encode_text(texts: Sequence[str], with_variance: bool) -> latent_service_pb2
 
 
 def decode_latents(
-    latents: Latents,
+    latents: LatentsLike,
     settings: Sampling | None,
     top_logprobs: int | None,
     target_ids: Sequence[int],
@@ -187,7 +187,7 @@ def decode_latents(
     """The message of latents to decode."""
     return build(
         latent_service_pb2.DecodeLatentsRequest,
-        latents=_of_kind(latents, Latents, "latents").to_proto(),
+        latents=Latents.of(latents).to_proto(),
         sampling=sampling(settings),
         top_logprobs=top_logprobs,
         target_ids=target_ids,
@@ -196,12 +196,12 @@ def decode_latents(
 
 
 def sample_latents(
-    prefix: Latents | None, max_blocks: int, settings: Sampler | None, seed: int | NoiseSeed | None
+    prefix: LatentsLike | None, max_blocks: int, settings: Sampler | None, seed: int | NoiseSeed | None
 ) -> latent_service_pb2.SampleLatentsRequest:
     """The message of latents to continue."""
     return build(
         latent_service_pb2.SampleLatentsRequest,
-        prefix=None if prefix is None else _of_kind(prefix, Latents, "prefix").to_proto(),
+        prefix=_latents(prefix, "prefix"),
         max_blocks=max_blocks,
         sampler=sampler(settings),
         seed=noise_seed(seed),
@@ -209,23 +209,28 @@ def sample_latents(
 
 
 def interpolate(
-    start: str | Latents, end: str | Latents, points: int, path: Interpolation | None, settings: Sampling | None
+    start: str | LatentsLike, end: str | LatentsLike, points: int, path: Interpolation | None, settings: Sampling | None
 ) -> latent_service_pb2.InterpolateRequest:
     """The message of a walk."""
     return build(
         latent_service_pb2.InterpolateRequest,
-        start=_endpoint(start, "start."),
-        end=_endpoint(end, "end."),
+        start=_endpoint(start, "start"),
+        end=_endpoint(end, "end"),
         points=points,
         interpolation=_named(INTERPOLATIONS, path, "interpolation"),
         sampling=sampling(settings),
     )
 
 
-def _endpoint(point: str | Latents, path: str) -> latent_service_pb2.Endpoint:
-    if isinstance(point, Latents):
-        return latent_service_pb2.Endpoint(latents=point.to_proto())
-    return build(latent_service_pb2.Endpoint, path, text=point)
+def _endpoint(point: str | LatentsLike, field: str) -> latent_service_pb2.Endpoint:
+    if isinstance(point, str):
+        return build(latent_service_pb2.Endpoint, f"{field}.", text=point)
+    return latent_service_pb2.Endpoint(latents=Latents.of(point, field).to_proto())
+
+
+def _latents(values: LatentsLike | None, field: str) -> types_pb2.Latents | None:
+    """The message of latents, or of an array of them."""
+    return None if values is None else Latents.of(values, field).to_proto()
 
 
 def infill(
@@ -264,7 +269,7 @@ def encode(sequences: Sequence[Sequence[int]], with_variance: bool) -> encoder_p
 
 
 def sample(
-    latents: Latents | None,
+    latents: LatentsLike | None,
     open_spans: Sequence[tuple[int, int]],
     max_blocks: int,
     first_block: int,
@@ -286,13 +291,13 @@ def sample(
     )
 
 
-def _canvas(latents: Latents | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:
+def _canvas(latents: LatentsLike | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:
     spans = [build(types_pb2.Span, f"canvas.open[{i}].", start=s, end=e) for i, (s, e) in enumerate(open_spans)]
-    return types_pb2.Canvas(latents=None if latents is None else latents.to_proto(), open=spans)
+    return types_pb2.Canvas(latents=_latents(latents, "latents"), open=spans)
 
 
 def open_decode(
-    prefix: Latents | None,
+    prefix: LatentsLike | None,
     settings: Sampling | None,
     history_ids: Sequence[int],
     with_logits: bool,
@@ -304,7 +309,7 @@ def open_decode(
     opening = build(
         decoder_pb2.OpenDecode,
         "open.",
-        prefix=None if prefix is None else prefix.to_proto(),
+        prefix=_latents(prefix, "prefix"),
         sampling=sampling(settings),
         history_ids=history_ids,
         with_logits=with_logits or None,
@@ -315,6 +320,6 @@ def open_decode(
     return decoder_pb2.DecodeRequest(open=opening)
 
 
-def decode_block(block: Latents) -> decoder_pb2.DecodeRequest:
+def decode_block(block: LatentsLike) -> decoder_pb2.DecodeRequest:
     """The message of a session's next block."""
-    return decoder_pb2.DecodeRequest(block=block.to_proto())
+    return decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto())

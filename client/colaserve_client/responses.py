@@ -5,7 +5,7 @@ from typing import Protocol
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client import results
-from colaserve_client.arrays import array_from_tensor
+from colaserve_client.arrays import array_from_tensor, shortest
 from colaserve_client.calls import converted
 from colaserve_client.errors import Details, ServerError
 from colaserve_client.latents import Latents
@@ -50,11 +50,11 @@ def noise_seed(message: types_pb2.NoiseSeed) -> NoiseSeed:
 
 def token_logprobs(message: _Logprobs) -> tuple[results.TokenLogprobs, ...]:
     """One a token; none when the server sent none."""
-    tops = [tuple(zip(top.token_ids, top.logprobs, strict=True)) for top in message.top_logprobs]
+    tops = [tuple(zip(top.token_ids, map(shortest, top.logprobs), strict=True)) for top in message.top_logprobs]
     tops = tops or [()] * len(message.logprobs)
     if not message.logprobs:
         return ()
-    rows = zip(message.token_ids, message.logprobs, tops, strict=True)
+    rows = zip(message.token_ids, map(shortest, message.logprobs), tops, strict=True)
     return tuple(results.TokenLogprobs(*row) for row in rows)
 
 
@@ -83,7 +83,7 @@ def generation_result(chunks: Iterable[results.GenerationChunk], request_id: str
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-        latents=converted(Latents.concatenate, latents, request_id) if latents else None,
+        latents=converted(Latents.concat, latents, request_id) if latents else None,
         finish_reason=last.finish_reason,
         usage=last.usage,
         seed=last.seed,
@@ -120,7 +120,7 @@ def decoded_latents(message: latent_service_pb2.DecodeLatentsResponse) -> result
         text=message.text,
         token_ids=tuple(message.token_ids),
         logprobs=token_logprobs(message),
-        target_logprobs=tuple(message.target_logprobs),
+        target_logprobs=tuple(map(shortest, message.target_logprobs)),
         timing=timing(message.timing),
     )
 
@@ -138,7 +138,9 @@ def latent_block(message: latent_service_pb2.SampleLatentsResponse | prior_pb2.S
 def interpolation(message: latent_service_pb2.InterpolateResponse) -> list[results.InterpolationPoint]:
     """The points of a walk, in order."""
     return [
-        results.InterpolationPoint(point.weight, Latents.from_proto(point.latents), point.text, tuple(point.token_ids))
+        results.InterpolationPoint(
+            shortest(point.weight), Latents.from_proto(point.latents), point.text, tuple(point.token_ids)
+        )
         for point in message.points
     ]
 
@@ -162,8 +164,8 @@ def reconstructions(message: latent_service_pb2.ReconstructResponse) -> list[res
             text=each.text,
             token_ids=tuple(each.token_ids),
             original_ids=tuple(each.original_ids),
-            token_accuracy=each.token_accuracy,
-            bits_per_token=each.bits_per_token,
+            token_accuracy=shortest(each.token_accuracy),
+            bits_per_token=shortest(each.bits_per_token),
         )
         for each in message.reconstructions
     ]
@@ -186,7 +188,7 @@ def decoded_block(message: decoder_pb2.DecodeResponse) -> results.DecodedBlock:
         token_ids=tuple(message.token_ids),
         logprobs=token_logprobs(message),
         logits=array_from_tensor(message.logits, "logits") if message.HasField("logits") else None,
-        target_logprobs=tuple(message.target_logprobs),
+        target_logprobs=tuple(map(shortest, message.target_logprobs)),
         timing=timing(message.timing),
     )
 
@@ -279,19 +281,19 @@ def _stage_info(message: generation_pb2.StageInfo) -> results.StageInfo:
 def _sampler(message: types_pb2.Sampler) -> Sampler:
     return Sampler(
         steps=message.steps if message.HasField("steps") else None,
-        guidance_scale=message.guidance_scale if message.HasField("guidance_scale") else None,
+        guidance_scale=shortest(message.guidance_scale) if message.HasField("guidance_scale") else None,
         solver=_SOLVERS.get(message.solver),
-        guidance_start=message.guidance_start if message.HasField("guidance_start") else None,
-        guidance_end=message.guidance_end if message.HasField("guidance_end") else None,
+        guidance_start=shortest(message.guidance_start) if message.HasField("guidance_start") else None,
+        guidance_end=shortest(message.guidance_end) if message.HasField("guidance_end") else None,
         resamples=message.resamples if message.HasField("resamples") else None,
     )
 
 
 def _sampling(message: types_pb2.Sampling) -> Sampling:
     return Sampling(
-        temperature=message.temperature if message.HasField("temperature") else None,
+        temperature=shortest(message.temperature) if message.HasField("temperature") else None,
         top_k=message.top_k if message.HasField("top_k") else None,
-        top_p=message.top_p if message.HasField("top_p") else None,
-        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else None,
+        top_p=shortest(message.top_p) if message.HasField("top_p") else None,
+        repetition_penalty=shortest(message.repetition_penalty) if message.HasField("repetition_penalty") else None,
         seed=message.seed if message.HasField("seed") else None,
     )

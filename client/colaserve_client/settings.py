@@ -17,12 +17,19 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Tls:
-    """An encrypted connection; all files are PEM."""
+    """An encrypted connection; all files are PEM.
 
-    ca: str | Path | None = None  # the authorities to trust; None: those that gRPC ships with
-    cert: str | Path | None = None  # this side's certificate chain, for mutual TLS; needs key
-    key: str | Path | None = None  # its private key
-    server_name: str | None = None  # the name to expect in the server's certificate; None: the target's host
+    Attributes:
+        ca: the authorities to trust; None: those that gRPC ships with.
+        cert: this side's certificate chain, for mutual TLS; needs key.
+        key: its private key.
+        server_name: the name to expect in the server's certificate; None: the target's host.
+    """
+
+    ca: str | Path | None = None
+    cert: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
@@ -35,12 +42,18 @@ class Retry:
 
     Only what is safe is tried again: Unavailable and Overloaded before the first message. A server's hint
     (google.rpc.RetryInfo) comes before the pauses here.
+
+    Attributes:
+        attempts: in all; 1 switches retries off.
+        first_pause: seconds before the second attempt.
+        growth: each later pause is this much longer.
+        longest_pause: seconds; a longer hint of the server's counts in full.
     """
 
-    attempts: int = 4  # in all; 1 switches retries off
-    first_pause: float = 0.2  # seconds before the second attempt
-    growth: float = 2.0  # each later pause is this much longer
-    longest_pause: float = 10.0  # seconds; a longer hint of the server's counts in full
+    attempts: int = 4
+    first_pause: float = 0.2
+    growth: float = 2.0
+    longest_pause: float = 10.0
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
@@ -53,52 +66,94 @@ class Retry:
 
 @dataclass(frozen=True)
 class Connection:
-    """How the connection is kept."""
+    """How the connection is kept.
 
-    keepalive: float = 60.0  # seconds between pings on a silent connection; servers may refuse more frequent ones
-    keepalive_timeout: float = 20.0  # seconds without an answer to a ping after which the connection is broken
-    idle: float = 1800.0  # seconds without a call after which it is closed; the next call opens it again
-    max_message_bytes: int = 64 * _MIB  # of one message, either way
-    load_balancing: Literal["round_robin", "pick_first"] = "round_robin"  # over the addresses that the name resolves to
+    Attributes:
+        keepalive: seconds between pings on a silent connection; servers may refuse more frequent ones.
+        keepalive_timeout: seconds without an answer to a ping after which the connection is broken.
+        idle: seconds without a call after which it is closed; the next call opens it again.
+        max_message_bytes: of one message, either way.
+        load_balancing: over the addresses that the name resolves to.
+    """
+
+    keepalive: float = 60.0
+    keepalive_timeout: float = 20.0
+    idle: float = 1800.0
+    max_message_bytes: int = 64 * _MIB
+    load_balancing: Literal["round_robin", "pick_first"] = "round_robin"
 
 
 @dataclass(frozen=True)
 class NoiseSeed:
-    """The seed of a run's noise; equal seeds repeat a run."""
+    """The seed of a run's noise; equal seeds repeat a run.
+
+    Attributes:
+        base_seed: any number from 0 on; base_seed + sample_id is below 2^63.
+        sample_id: below 10,000: tells samples of one base_seed apart.
+    """
 
     base_seed: int
-    sample_id: int = 0  # below 10,000: tells samples of one base_seed apart
+    sample_id: int = 0
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How latents are carried from noise to text. In brackets: the default where server and checkpoint have none."""
+    """How latents are carried from noise to text. In brackets: the default where server and checkpoint have none.
 
-    steps: int | None = None  # [16] 1 to 1000
-    guidance_scale: float | None = None  # [7] 0 to 1000; 1 switches guidance off and halves the work
-    solver: Solver | None = None  # [euler]
-    guidance_start: float | None = None  # [1] guidance is on where guidance_start >= t > guidance_end
-    guidance_end: float | None = None  # [0]
-    resamples: int | None = None  # [1] times each step runs (RePaint)
+    Attributes:
+        steps: [16] 1 to 1000.
+        guidance_scale: [7] 0 to 1000; 1 switches guidance off and halves the work.
+        solver: [euler] "euler", "ab2" or "heun".
+        guidance_start: [1] guidance is on where guidance_start >= t > guidance_end.
+        guidance_end: [0] see guidance_start.
+        resamples: [1] times each step runs (RePaint).
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: Solver | None = None
+    guidance_start: float | None = None
+    guidance_end: float | None = None
+    resamples: int | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from the decoder's logits. In brackets as for `Sampler`."""
+    """How tokens are drawn from the decoder's logits. In brackets as for `Sampler`.
 
-    temperature: float | None = None  # [0] 0 to 100; 0 takes the most likely token
-    top_k: int | None = None  # [50] 0 keeps all
-    top_p: float | None = None  # [0.9] above 0, at most 1
-    repetition_penalty: float | None = None  # [1.1] above 0; 1 switches it off
-    seed: int | None = None  # of the draws; unset: derived from the noise seed
+    Attributes:
+        temperature: [0] 0 to 100; 0 takes the most likely token.
+        top_k: [50] 0 keeps all.
+        top_p: [0.9] above 0, at most 1.
+        repetition_penalty: [1.1] above 0; 1 switches it off.
+        seed: of the draws; unset: derived from the noise seed.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One generation of a batch; the same fields as `Client.generate` takes."""
+    """One generation of a batch; the same fields as `Client.generate` takes.
+
+    Attributes:
+        prompt: a text, or token ids; may be empty.
+        max_new_tokens: [32].
+        sampler: how latents are sampled.
+        sampling: how tokens are drawn.
+        seed: of the noise; None: random, and returned.
+        stop: up to 16 strings; the text ends before the first of them.
+        ignore_end: write on past end tokens.
+        with_latents: also return the latents of the written blocks.
+        top_logprobs: 0 to 20: also return log-probabilities, of so many likely tokens too.
+    """
 
     prompt: Prompt
-    max_new_tokens: int | None = None  # [32]
+    max_new_tokens: int | None = None
     sampler: Sampler | None = None
     sampling: Sampling | None = None
     seed: int | NoiseSeed | None = None

@@ -56,6 +56,7 @@ class Behaviour:
     wait_after: int | None = None  # a stream stands still after so many messages, until it is cancelled or `go_on`
     spoil: Callable[[Any], None] | None = None  # what is done to each answer before it is sent
     go_on: threading.Event = field(default_factory=threading.Event)
+    logprob: float = -0.25  # of every token of a generation
     calls: int = 0
     running: int = 0
     most_running: int = 0

@@ -54,8 +54,8 @@ def text_of(ids: Any) -> str:
     return bytes(ids).decode("utf-8", "replace")
 
 
-def tops(ids: Any, count: int) -> list[types_pb2.TopLogprobs]:
-    return [types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[-0.5] * count) for token in ids if count]
+def tops(ids: Any, count: int, logprob: float = -0.5) -> list[types_pb2.TopLogprobs]:
+    return [types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[logprob] * count) for token in ids if count]
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
@@ -92,8 +92,8 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.GenerateResponse(
             text=text_of(piece),
             token_ids=piece,
-            logprobs=[-0.25] * len(piece) if wanted else [],
-            top_logprobs=tops(piece, request.top_logprobs),
+            logprobs=[self.behaviour.logprob] * len(piece) if wanted else [],
+            top_logprobs=tops(piece, request.top_logprobs, self.behaviour.logprob - 0.25),
             latents=latents_of(piece) if request.with_latents else None,
             timing=TIMING,
         )
@@ -117,7 +117,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             limits=LIMITS,
             server=SERVER,
             default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER),
-            default_sampling=types_pb2.Sampling(temperature=0, top_k=50),
+            default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.9),
             default_max_new_tokens=32,
             chat_frame="Question: {prompt} Answer:",
             end_ids=[0],

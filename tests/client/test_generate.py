@@ -46,6 +46,22 @@ def test_chunks_joined_are_the_whole(client: Client) -> None:
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.blocks) == (4, 28, 7)
 
 
+def test_a_result_reads_as_its_text(client: Client) -> None:
+    result = client.generate("Once")
+    assert str(result) == f"{result}" == STORY.decode()
+    assert "".join(map(str, client.stream("Once"))) == STORY.decode()
+    assert str(client.infill(["a", 2])) == "a__"
+    assert str(client.reconstruct(["fox"])[0]) == str(client.interpolate("fox", "fox")[0]) == "fox"
+    assert all(shown in result._repr_html_() for shown in ("<caption> there was", "<td>finish_reason</td>"))
+
+
+def test_what_came_as_float32_prints_as_it_was_meant(client: Client, behaviour: Behaviour) -> None:
+    behaviour.logprob = -0.1
+    result = client.generate("Once", top_logprobs=1)
+    assert [result.logprobs[0].logprob, result.logprobs[0].top[0][1]] == [-0.1, -0.35]
+    assert client.info().default_sampling.top_p == 0.9
+
+
 def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour) -> None:
     client.generate(
         [1, 2, 3],

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def test_blocks_joined_are_the_whole(values: np.ndarray, size: int) -> None:
     latents = Latents(values, SPACE)
     blocks = list(latents.blocks(size))
     assert all(len(block) == size for block in blocks[:-1])
-    assert not blocks or Latents.concatenate(blocks) == latents
+    assert not blocks or Latents.concat(blocks) == latents
 
 
 @given(arrays)
@@ -70,11 +71,86 @@ def test_later_changes_to_the_source_do_not_show() -> None:
 
 def test_latents_of_different_spaces_do_not_join() -> None:
     here, there, anywhere = (Latents(np.zeros((1, 2)), space) for space in (SPACE, "f" * 16, ""))
-    with pytest.raises(ModelMismatch, match=f"{SPACE}, {'f' * 16}"):
-        _ = here + there
-    assert (anywhere + here).space == SPACE
+    for together in (lambda: Latents.concat([here, there]), lambda: here + there, lambda: here.slerp(there, 0.5)):
+        with pytest.raises(ModelMismatch, match=f"{SPACE}, {'f' * 16}"):
+            together()
+    assert Latents.concat([anywhere, here]).space == (anywhere + here).space == SPACE
     with pytest.raises(ModelMismatch, match="channels"):
-        _ = here + Latents(np.zeros((1, 3)), SPACE)
+        Latents.concat([here, Latents(np.zeros((1, 3)), SPACE)])
+    with pytest.raises(InvalidRequest, match="got none"):
+        Latents.concat([])
+
+
+@given(arrays, st.floats(0.5, 4, width=32))
+def test_arithmetic_is_that_of_the_numbers_and_keeps_the_space(values: np.ndarray, number: float) -> None:
+    latents = Latents(values, SPACE)
+    for made, expected in (
+        (latents + latents, values + values),
+        (latents - number, values - np.float32(number)),
+        (number - latents, np.float32(number) - values),
+        (latents * number, values * np.float32(number)),
+        (np.float64(number) * latents, values * np.float32(number)),
+        (latents / number, values / np.float32(number)),
+        (values + latents, values + values),
+        (-latents, -values),
+        (sum([latents, latents]), values + values),
+    ):
+        assert isinstance(made, Latents)
+        assert made.space == SPACE
+        np.testing.assert_array_equal(made.values, expected)
+
+
+def test_an_operand_broadcasts_as_in_numpy() -> None:
+    latents = Latents(np.ones((3, 2)), SPACE)
+    assert (latents + np.array([[1, 2]])).values.tolist() == [[2, 3]] * 3
+    assert (1 / (latents * 4)).values.tolist() == [[0.25, 0.25]] * 3
+
+
+@pytest.mark.parametrize(
+    ("calculate", "complaint"),
+    [
+        (lambda latents: latents / 0, "finite"),
+        (lambda latents: latents + np.ones((2, 2)), r"\(3, 2\) and \(2, 2\)"),
+        (lambda latents: latents * np.ones((4, 3, 2)), r"shape \(4, 3, 2\)"),
+        (lambda latents: latents * "two", "expected numbers"),
+        (lambda latents: latents + None, "expected numbers"),
+        (lambda latents: latents.slerp([[1.0, 2.0]], 0.5), r"got shape \(1, 2\), expected \(3, 2\)"),
+    ],
+)
+def test_what_gives_no_latents_is_refused(calculate: Callable[[Latents], object], complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        calculate(Latents(np.ones((3, 2)), SPACE))
+
+
+def test_shape_and_a_copy_to_write_to() -> None:
+    latents = Latents(np.ones((3, 2)), SPACE)
+    assert latents.shape == (3, 2)
+    copied = latents.numpy()
+    copied[0, 0] = 9
+    assert latents.values[0, 0] == 1
+
+
+def test_normalized_positions_have_length_one() -> None:
+    made = Latents([[3, 4], [0, 0], [0, -2]], SPACE).normalized()
+    np.testing.assert_allclose(made.values, [[0.6, 0.8], [0, 0], [0, -1]], rtol=1e-6)
+    assert made.space == SPACE
+
+
+@given(st.floats(0, 1))
+def test_slerp_turns_at_a_constant_speed(weight: float) -> None:
+    made = Latents([[1, 0], [0, 2]], SPACE).slerp(Latents([[0, 1], [0, 2]]), weight)
+    angle = weight * np.pi / 2
+    np.testing.assert_allclose(made.values, [[np.cos(angle), np.sin(angle)], [0, 2]], atol=1e-5)
+    assert made.space == SPACE
+
+
+def test_numbers_are_seen_in_the_repr_and_in_notebooks() -> None:
+    small, large = Latents([[0.5, -1.25]], SPACE), Latents(np.ones((500, 20)))
+    assert repr(small) == f"Latents([[ 0.5 , -1.25]], n=1, d=2, space='{SPACE}')"
+    assert "..." in repr(large)
+    assert len(repr(large)) < 400
+    assert all(shown in small._repr_html_() for shown in ("<td>0.5</td>", "<td>-1.25</td>", SPACE))
+    assert large._repr_html_().count("<tr>") == 16
 
 
 def test_other_space_or_other_numbers_are_not_equal() -> None:

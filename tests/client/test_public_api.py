@@ -1,7 +1,9 @@
 """The public API: what is in it, what it costs to import, and that both halves are the same."""
 
+import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,20 @@ PUBLIC = {
     *("AsyncStream", "Cancelled", "Client", "ColaserveError", "Connection", "DeadlineExceeded", "DecodeSession"),
     *("DecodedBlock", "DecodedLatents", "DecoderClient", "EncoderClient", "FinishReason", "GenerationChunk"),
     *("GenerationOutcome", "GenerationRequest", "GenerationResult", "InfillResult", "Interpolation"),
-    *("InterpolationPoint", "InvalidRequest", "LatentBlock", "Latents", "Limits", "MessageTooLarge", "ModelInfo"),
+    *(
+        "InterpolationPoint",
+        "InvalidRequest",
+        "LatentBlock",
+        "Latents",
+        "LatentsLike",
+        "Limits",
+        "MessageTooLarge",
+        "ModelInfo",
+    ),
     *("ModelMismatch", "ModelShape", "NoiseSeed", "NotAuthenticated", "NotSupported", "Overloaded", "PriorClient"),
     *("Prompt", "Reconstruction", "Retry", "Sampler", "Sampling", "SequenceEncoding", "ServerError", "ServerInfo"),
     *("ServiceInfo", "Solver", "StageInfo", "Stream", "TextEncoding", "Timing", "Tls", "TokenLogprobs", "Tokens"),
-    *("Unavailable", "Usage", "load_latents", "save_latents"),
+    *("Unavailable", "Usage", "__version__", "load_latents", "save_latents"),
 }
 METHODS = {
     *("close", "decode_latents", "detokenize", "encode_text", "generate", "generate_many", "healthy", "infill"),
@@ -63,6 +74,17 @@ def test_everything_public_says_what_it_is() -> None:
             for member in public_members(value):
                 if inspect.isfunction(found := inspect.getattr_static(value, member)):
                     assert found.__doc__, f"{name}.{member}"
+
+
+def test_every_field_is_told_about_where_help_shows_it() -> None:
+    kinds = [getattr(colaserve_client, name) for name in sorted(PUBLIC)]
+    for kind in filter(dataclasses.is_dataclass, kinds):
+        told = inspect.getdoc(kind) or ""
+        assert [each.name for each in dataclasses.fields(kind) if f"\n    {each.name}: " not in told] == [], kind
+
+
+def test_the_version_is_the_packages() -> None:
+    assert re.fullmatch(r"\d+\.\d+\S*|unknown", colaserve_client.__version__)
 
 
 def test_the_sync_client_is_made_from_the_asyncio_one() -> None:

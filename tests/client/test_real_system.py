@@ -71,7 +71,7 @@ def test_a_loop_over_the_stages_writes_what_the_coordinator_writes(client: Clien
     token_ids = [token for _, block_ids in written for token in block_ids][len(ids) - before :]
     assert tuple(token_ids[:9]) == whole.token_ids
     assert whole.latents is not None
-    assert whole.latents == Latents.concatenate(latents for latents, _ in written)[: len(whole.latents)]
+    assert whole.latents == Latents.concat(latents for latents, _ in written)[: len(whole.latents)]
 
 
 def test_texts_go_through_the_latent_space(client: Client) -> None:

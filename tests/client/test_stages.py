@@ -21,6 +21,7 @@ from colaserve_client import (
     EncoderClient,
     InvalidRequest,
     Latents,
+    LatentsLike,
     ModelMismatch,
     NoiseSeed,
     PriorClient,
@@ -50,6 +51,38 @@ def test_a_text_goes_to_latents_and_back(client: Client) -> None:
     assert second.token_ids == (98,)
     decoded = client.decode_latents(first.latents, top_logprobs=1, target_ids=[1, 2], token_count=3)
     assert (decoded.text, len(decoded.logprobs), decoded.target_logprobs) == ("hé", 3, (-0.75, -0.75))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, Latents])
+def test_an_array_is_taken_wherever_latents_are(
+    server: FakeServer, client: Client, kind: Callable[[list[list[float]]], LatentsLike]
+) -> None:
+    values = kind(LETTERS.values.tolist())
+    assert client.decode_latents(values).text == "abcd"
+    assert next(client.sample_latents(values, max_blocks=1)).index == 0
+    assert [point.text for point in client.interpolate("aaaa", values, points=2)] == ["aaaa", "abcd"]
+    with PriorClient(server.target) as prior, DecoderClient(server.target) as decoder:
+        assert [block.index for block in prior.sample(values, max_blocks=1, seed=1)] == [0]
+        with decoder.session(values) as session:
+            assert session.decode(values).token_ids == (97, 98, 99, 100)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda client: client.decode_latents([1.0, 2.0]), "latents"),
+        (lambda client: client.decode_latents(None), "latents"),
+        (lambda client: client.sample_latents("text", max_blocks=1), "prefix"),
+        (lambda client: client.interpolate("a", np.zeros((2, 2, 2))), "end"),
+        (lambda client: client.interpolate(None, "a"), "start"),
+    ],
+)
+def test_what_is_no_array_of_latents_is_refused_by_name(
+    client: Client, call: Callable[[Client], object], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        call(client)
+    assert caught.value.field == field
 
 
 def test_latents_of_another_space_are_refused(client: Client) -> None:
@@ -103,7 +136,7 @@ def test_info_tells_all(client: Client) -> None:
     info = client.info()
     assert (info.name, info.space, info.end_ids, info.pad_id) == ("fake", SPACE, (0,), 1)
     assert info.default_sampler == Sampler(steps=16, guidance_scale=7, solver="euler")
-    assert info.default_sampling == Sampling(temperature=0, top_k=50)
+    assert info.default_sampling == Sampling(temperature=0, top_k=50, top_p=0.9)
     assert info.stages[0].serving
     assert (info.server.running, info.server.waiting, info.limits.max_context) == (1, 2, 64)
     assert client.latent_info().has_variance is None

@@ -9,7 +9,7 @@ from colaserve_client.aio.base import AsyncBaseClient
 from colaserve_client.aio.transport import AsyncStream
 from colaserve_client.calls import CallOptions
 from colaserve_client.errors import ColaserveError
-from colaserve_client.latents import Latents
+from colaserve_client.latents import LatentsLike
 from colaserve_client.results import (
     DecodedLatents,
     GenerationChunk,
@@ -190,8 +190,8 @@ class AsyncClient(AsyncBaseClient):
         """Texts (1 to 256, none empty) to latents, with the log variance of the posterior on request.
 
         >>> encodings = await client.encode_text(["fox", "a hen"])
-        >>> [encoding.latents for encoding in encodings]
-        [Latents(n=3, d=2, space='0123456789abcdef'), Latents(n=5, d=2, space='0123456789abcdef')]
+        >>> [encoding.latents.shape for encoding in encodings]
+        [(3, 2), (5, 2)]
         """
         request = requests.encode_text(texts, with_variance)
         return await self._transport.unary(
@@ -200,7 +200,7 @@ class AsyncClient(AsyncBaseClient):
 
     async def decode_latents(
         self,
-        latents: Latents,
+        latents: LatentsLike,
         *,
         sampling: Sampling | None = None,
         top_logprobs: int | None = None,
@@ -212,7 +212,7 @@ class AsyncClient(AsyncBaseClient):
         """Latents to text.
 
         Args:
-            latents: n >= 1 positions of the server's space; `ModelMismatch` otherwise.
+            latents: n >= 1 positions of the server's space, `ModelMismatch` otherwise; or an array (n, d).
             sampling: how tokens are drawn; the repetition penalty is 1 unless set.
             top_logprobs: as for `generate`.
             target_ids: ids whose log-probability is wanted at each position.
@@ -229,7 +229,7 @@ class AsyncClient(AsyncBaseClient):
 
     def sample_latents(
         self,
-        prefix: Latents | None = None,
+        prefix: LatentsLike | None = None,
         *,
         max_blocks: int,
         sampler: Sampler | None = None,
@@ -252,8 +252,8 @@ class AsyncClient(AsyncBaseClient):
 
     async def interpolate(
         self,
-        start: str | Latents,
-        end: str | Latents,
+        start: str | LatentsLike,
+        end: str | LatentsLike,
         *,
         points: int = 5,
         interpolation: Interpolation | None = None,

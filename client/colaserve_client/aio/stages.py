@@ -11,7 +11,7 @@ from colaserve_client import calls, requests, responses
 from colaserve_client.aio.base import AsyncBaseClient
 from colaserve_client.aio.transport import AsyncExchange, AsyncStream
 from colaserve_client.calls import CallOptions
-from colaserve_client.latents import Latents
+from colaserve_client.latents import LatentsLike
 from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 
@@ -22,7 +22,9 @@ class AsyncEncoderClient(AsyncBaseClient):
     >>> async with AsyncEncoderClient(target) as encoder:
     ...     [encoding] = await encoder.encode([[102, 111, 120]])
     >>> encoding.latents
-    Latents(n=3, d=2, space='0123456789abcdef')
+    Latents([[102.,   0.],
+             [111.,   0.],
+             [120.,   0.]], n=3, d=2, space='0123456789abcdef')
     """
 
     async def encode(
@@ -58,7 +60,7 @@ class AsyncPriorClient(AsyncBaseClient):
 
     def sample(
         self,
-        latents: Latents | None = None,
+        latents: LatentsLike | None = None,
         *,
         max_blocks: int,
         open_spans: Sequence[tuple[int, int]] = (),
@@ -105,7 +107,7 @@ class AsyncDecoderClient(AsyncBaseClient):
 
     def session(
         self,
-        prefix: Latents | None = None,
+        prefix: LatentsLike | None = None,
         *,
         sampling: Sampling | None = None,
         history_ids: Sequence[int] = (),
@@ -154,7 +156,7 @@ class AsyncDecodeSession:
         """The session's x-request-id."""
         return self._exchange.request_id
 
-    async def decode(self, block: Latents) -> DecodedBlock:
+    async def decode(self, block: LatentsLike) -> DecodedBlock:
         """Decode the next block, (B, d)."""
         return await self._exchange.ask(requests.decode_block(block))
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import click
 import numpy as np
 
+from colaserve_client.arrays import shortest_all
 from colaserve_client.latents import Latents
 from colaserve_client.results import GenerationResult
 
@@ -18,9 +19,9 @@ from colaserve_client.results import GenerationResult
 def plain(value: Any) -> Any:
     """A value as JSON knows it: dataclasses are objects, latents {space, shape, values}."""
     if isinstance(value, Latents):
-        return {"space": value.space, "shape": list(value.values.shape), "values": value.values.tolist()}
+        return {"space": value.space, "shape": list(value.values.shape), "values": shortest_all(value.values)}
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return shortest_all(value)
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

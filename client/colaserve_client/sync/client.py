@@ -7,7 +7,7 @@ from colaserve.v1 import generation_pb2, latent_service_pb2
 from colaserve_client import calls, requests, responses
 from colaserve_client.calls import CallOptions
 from colaserve_client.errors import ColaserveError
-from colaserve_client.latents import Latents
+from colaserve_client.latents import LatentsLike
 from colaserve_client.results import (
     DecodedLatents,
     GenerationChunk,
@@ -188,8 +188,8 @@ class Client(BaseClient):
         """Texts (1 to 256, none empty) to latents, with the log variance of the posterior on request.
 
         >>> encodings = client.encode_text(["fox", "a hen"])
-        >>> [encoding.latents for encoding in encodings]
-        [Latents(n=3, d=2, space='0123456789abcdef'), Latents(n=5, d=2, space='0123456789abcdef')]
+        >>> [encoding.latents.shape for encoding in encodings]
+        [(3, 2), (5, 2)]
         """
         request = requests.encode_text(texts, with_variance)
         return self._transport.unary(
@@ -198,7 +198,7 @@ class Client(BaseClient):
 
     def decode_latents(
         self,
-        latents: Latents,
+        latents: LatentsLike,
         *,
         sampling: Sampling | None = None,
         top_logprobs: int | None = None,
@@ -210,7 +210,7 @@ class Client(BaseClient):
         """Latents to text.
 
         Args:
-            latents: n >= 1 positions of the server's space; `ModelMismatch` otherwise.
+            latents: n >= 1 positions of the server's space, `ModelMismatch` otherwise; or an array (n, d).
             sampling: how tokens are drawn; the repetition penalty is 1 unless set.
             top_logprobs: as for `generate`.
             target_ids: ids whose log-probability is wanted at each position.
@@ -227,7 +227,7 @@ class Client(BaseClient):
 
     def sample_latents(
         self,
-        prefix: Latents | None = None,
+        prefix: LatentsLike | None = None,
         *,
         max_blocks: int,
         sampler: Sampler | None = None,
@@ -250,8 +250,8 @@ class Client(BaseClient):
 
     def interpolate(
         self,
-        start: str | Latents,
-        end: str | Latents,
+        start: str | LatentsLike,
+        end: str | LatentsLike,
         *,
         points: int = 5,
         interpolation: Interpolation | None = None,

@@ -9,6 +9,7 @@ import numpy as np
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
+from colaserve_client.arrays import lerp, slerp
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing, side_by_side
 from colaserve_services.coordinator.latent_space import (
@@ -23,7 +24,6 @@ from colaserve_services.rpc import arrays
 from colaserve_services.rpc.arrays import FloatArray
 
 MOST_POINTS: Final = 256
-_PARALLEL: Final = 1e-3  # sine of the angle below which the great circle is a straight line
 _LERP, _SLERP = pb.INTERPOLATION_LERP, pb.INTERPOLATION_SLERP
 
 
@@ -52,29 +52,6 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
         add_timing(response.timing, one.timing)
         await asyncio.sleep(0)
     return response
-
-
-def lerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
-    """The straight line: `start` at weight 0, `end` at 1, bit for bit."""
-    if weight in (0, 1):
-        return end if weight else start
-    return ((1 - weight) * start + weight * end).astype(np.float32)
-
-
-def slerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
-    """The great circle, row by row; the straight line for rows that are nearly parallel (or opposite, or zero)."""
-    straight = lerp(start, end, weight)
-    if weight in (0, 1):
-        return straight
-    a, b = start.astype(np.float64), end.astype(np.float64)
-    norms = np.linalg.norm(a, axis=-1, keepdims=True) * np.linalg.norm(b, axis=-1, keepdims=True)
-    cosine = np.divide((a * b).sum(-1, keepdims=True), norms, out=np.ones_like(norms), where=norms > 0)
-    angle = np.arccos(np.clip(cosine, -1, 1))
-    sine = np.sin(angle)
-    curved = sine > _PARALLEL
-    safe = np.where(curved, sine, 1)
-    arc = (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / safe
-    return np.where(curved, arc, straight).astype(np.float32)
 
 
 async def _ends(

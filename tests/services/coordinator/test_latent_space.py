@@ -9,8 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
+from colaserve_client.arrays import lerp, slerp
 from colaserve_services.coordinator import Call
-from colaserve_services.coordinator.interpolation import lerp, slerp
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
 from tests.services.coordinator.stage_fakes import SPACE, D, EchoDecoder
