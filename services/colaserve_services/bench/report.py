@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
 from colaserve_services.model import cpu_attention
 
@@ -68,7 +69,7 @@ class Report:
             "rounds": self.rounds,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(content, indent=1, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from colaserve_client.writing import write_file
+
 _SPACE = "Ġ"  # how byte-level BPE writes a space
 
 
@@ -19,7 +21,7 @@ def write_tokenizer(path: Path, size: int, special_ids: Mapping[str, int]) -> No
 
     Ids left over above the merges (between and around the release's special ids) become reserved special tokens.
     """
-    path.write_text(json.dumps(_tokenizer(size, special_ids), ensure_ascii=False), encoding="utf-8")
+    write_file(path, json.dumps(_tokenizer(size, special_ids), ensure_ascii=False))
 
 
 def _tokenizer(size: int, special_ids: Mapping[str, int]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from colaserve_client.writing import write_file
 from colaserve_services.bench.presets import PRESETS, Preset
 from colaserve_services.bench.tokens import write_tokenizer
 from colaserve_services.errors import UsageError
@@ -163,4 +164,4 @@ def _normal(count: int, deviation: float, seed: list[int]) -> Iterator[NDArray[n
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -10,13 +10,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
+from colaserve_client.writing import write_file
+from colaserve_services.errors import UsageError
 from colaserve_services.launch.settings import WatchSettings
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
@@ -80,7 +82,7 @@ class Host:
     def publish(self) -> None:
         """Write the ports file; all ports are known."""
         if self._watch.ports_file is not None:
-            write_whole(self._watch.ports_file, json.dumps(self.addresses))
+            write_ports(self._watch.ports_file, self.addresses)
 
     def follow(self, ready: bool) -> None:
         """Say SERVING or NOT_SERVING from now on, as what lies behind comes and goes."""
@@ -167,11 +169,12 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_exception(error)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def write_ports(path: Path, ports: Mapping[str, Any]) -> None:
+    """Write the file of ports; UsageError when that is not possible."""
+    try:
+        write_file(path, json.dumps(ports))
+    except OSError as error:
+        raise UsageError(f"--ports-file: cannot write {path}: {error.strerror or error}") from error
 
 
 def _end_with_stdin() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import DEMO
-from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.auth import Keys, checked
 from colaserve_services.rpc.settings import (
     AdmissionLimits,
     ChannelSettings,
@@ -114,10 +114,15 @@ def channel(params: Params) -> ChannelSettings:
     tls = None if ca is None else ClientTls(ca, cert, key, params["tls_server_name"])
     return ChannelSettings(
         tls=tls,
-        api_key=params["upstream_key"],
+        api_key=upstream_key(params),
         max_message_bytes=params["max_message_bytes"],
         keepalive_seconds=params["keepalive_seconds"],
     )
+
+
+def upstream_key(params: Params) -> str:
+    """The key that this process shows to the servers it calls; empty: none."""
+    return checked(params["upstream_key"], "--upstream-key:") if params["upstream_key"] else ""
 
 
 def http_tls(params: Params) -> ServerTls | None:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colaserve_services.errors import ColaserveError
 from colaserve_services.launch import threads
-from colaserve_services.launch.process import EXIT_WITH_PARENT, keep_grpc, write_whole
+from colaserve_services.launch.process import EXIT_WITH_PARENT, keep_grpc, write_ports
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.settings import ChannelSettings
@@ -169,7 +169,7 @@ async def _start_and_watch(children: Children, settings: SplitSettings) -> None:
     for role in (*STAGES, "coordinator"):
         await children.wait_for_health(role)
     if settings.ports_file is not None:
-        write_whole(settings.ports_file, json.dumps(children.addresses))
+        write_ports(settings.ports_file, children.addresses)
     print(f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:", flush=True)
     for role, addresses in children.addresses.items():
         print(f"  {role:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()), flush=True)

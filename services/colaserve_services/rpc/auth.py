@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from colaserve_client.reading import Unreadable, read_lines
 from colaserve_services.errors import NotAuthenticated, UsageError
 from colaserve_services.rpc.watched_files import WatchedFiles
 
@@ -21,7 +22,7 @@ class Keys:
     """The keys that clients may show. Only their SHA-256 is kept."""
 
     def __init__(self, keys: Iterable[str] = (), file: Path | None = None):
-        self._fixed, self._file = _parse(keys), file
+        self._fixed, self._file = _parse(enumerate(keys, 1), "--api-keys: key"), file
         self._watched, self._looked = WatchedFiles(file), time.monotonic()
         self._from_file = {} if file is None else _read(file)
         if not self._all():
@@ -29,9 +30,12 @@ class Keys:
 
     @staticmethod
     def load(file: Path | None, text: str = "") -> Keys | None:
-        """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and of a comma-separated text, or None."""
-        given = [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
-        return Keys(given, file) if given or file is not None else None
+        """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and of a comma-separated text, or None.
+
+        UsageError for a file, or a text, that is given and holds no key, and for a key that HTTP cannot carry."""
+        if file is None and not text:
+            return None
+        return Keys(re.split(r"[,\n]", text), file)
 
     def identify(self, authorization: str) -> str:
         """The name of the key in `authorization` ("Bearer KEY"): given, or from its hash. Else NotAuthenticated."""
@@ -64,29 +68,43 @@ def _read_some(file: Path) -> dict[bytes, str]:
 
 def _read(file: Path) -> dict[bytes, str]:
     try:
-        return _parse(file.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-keys-file: cannot read {file}: {error}") from error
+        return _parse(read_lines(file), f"--api-keys-file: {file}: line")
+    except Unreadable as error:
+        raise UsageError(f"--api-keys-file: cannot read {error}") from error
 
 
 def _no_key(file: Path | None) -> UsageError:
+    if file is None:
+        return UsageError("--api-keys: holds no key; leave it out for a server that everybody may call")
     return UsageError(f"--api-keys-file: {file} holds no key; write one a line")
 
 
 _COMMENT: Final = re.compile(r"(^|\s)#.*")  # a key may hold the sign
+_BLANKS: Final = " \t\r"
 
 
-def _parse(lines: Iterable[str]) -> dict[bytes, str]:
-    """Digest to name. A line of more than two words: UsageError, which shows no key."""
+def _parse(lines: Iterable[tuple[int, str]], source: str) -> dict[bytes, str]:
+    """Digest to name. A wrong line: UsageError, which gives its number and shows no key."""
     keys = {}
-    for number, line in enumerate(lines, start=1):
-        words = _COMMENT.sub("", line).split()
+    for number, line in lines:
+        words = re.split(f"[{_BLANKS}]+", _COMMENT.sub("", line).strip(_BLANKS))
+        if words == [""]:
+            continue
         if len(words) > 2:
-            raise UsageError(f"--api-keys-file: line {number} has {len(words)} words, expected KEY or NAME KEY")
-        if words:
-            digest = _digest(words[-1])
-            keys[digest] = words[0] if len(words) == 2 else f"key-{digest.hex()[:8]}"
+            raise UsageError(f"{source} {number} has {len(words)} words, expected KEY or NAME KEY")
+        key = checked(words[-1], f"{source} {number}")
+        keys[_digest(key)] = words[0] if len(words) == 2 else f"key-{_digest(key).hex()[:8]}"
     return keys
+
+
+def checked(key: str, source: str) -> str:
+    """A key, without the blanks around it; UsageError for none, and for one that HTTP cannot carry."""
+    key = key.strip()
+    if not key:
+        raise UsageError(f"{source} holds no key")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{source} has characters that HTTP cannot carry; a key is of printable ASCII")
+    return key
 
 
 def _digest(key: str) -> bytes:

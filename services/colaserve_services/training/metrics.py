@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from colaserve_client.reading import read_lines
+
 
 class Metrics:
     """Writes one line a step to `metrics.jsonl`; steps after `start` in an older file are dropped on a resume.
@@ -48,7 +50,7 @@ class Metrics:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [f"{line}\n" for _, line in read_lines(path, whole=True)] if path.exists() else []
 
 
 def plot_losses(metrics: Path, image: Path) -> None:

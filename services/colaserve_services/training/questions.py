@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from colaserve_client.writing import write_file
 from colaserve_services.training.corpus import ANSWER_FIELD, SUMS, UNSEEN_SUMS, fill_question, phrasings, unseen_facts
 from colaserve_services.training.facts import Country, countries
 from colaserve_services.training.sentences import FOLLOW, LEAD, fill
@@ -89,4 +90,4 @@ def write_question_sets(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, items in question_sets().items():
         lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_file(folder / f"{name}.jsonl", "".join(lines))

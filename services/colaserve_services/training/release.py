@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint, WeightFolder
 from colaserve_services.model.config import DiTConfig, TextVAEConfig, load_vae_config, read_json
@@ -75,7 +76,7 @@ def _write(model: nn.Module, config: dict[str, Any], folder: Path, dtype: str) -
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def write_generation_config(out: Path, **defaults: Any) -> None:

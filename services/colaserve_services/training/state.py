@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError
 
 KEPT = 2
@@ -57,7 +58,7 @@ def _write(path: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Non
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, draft / "tensors.safetensors"
     )
-    (draft / "state.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    write_file(draft / "state.json", json.dumps(plain, indent=1))
     shutil.rmtree(path, ignore_errors=True)
     os.replace(draft, path)
 

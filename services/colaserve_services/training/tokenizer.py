@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|pad|>")
@@ -44,5 +45,5 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Write tokenizer.json into `folder` (made if missing) and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
+    write_file(path, tokenizer.to_str(pretty=False))
     return path

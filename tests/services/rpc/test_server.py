@@ -121,10 +121,11 @@ def test_a_key_file_that_could_not_be_read_once_is_read_later_and_an_emptied_one
     file = tmp_path / "keys"
     file.write_text("old\n")
     keys = Keys.load(file, "fixed")
+    file.unlink()
+    file.mkdir()
+    assert keys.identify("Bearer old")
+    file.rmdir()
     file.write_text("newer\n")
-    with monkeypatch.context() as patch:
-        patch.setattr(type(file), "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not yours")))
-        assert keys.identify("Bearer old")
     assert keys.identify("Bearer newer")
     file.write_text("# none\n")
     assert keys.identify("Bearer newer")
@@ -151,6 +152,30 @@ def test_keys_in_the_variable_may_have_commas_or_lines_between_them():
     keys = Keys.load(None, "first,alice second\nthird\n")
     assert keys.identify("Bearer second") == "alice"
     assert keys.identify("Bearer first") != keys.identify("Bearer third")
+
+
+def test_keys_are_read_as_all_text_is(tmp_path):
+    (tmp_path / "keys").write_bytes("\ufeffalice  first \t\r\nbob\tsecond\r\n".encode())
+    keys = Keys.load(tmp_path / "keys", " third\r\n")
+    assert [keys.identify(f"Bearer {key}") for key in ("first", "second")] == ["alice", "bob"]
+    assert keys.identify("Bearer third")
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\u2028b", "a\rb", "a\x00b", "alice\u00a0secret", "a\x7f"])
+def test_a_key_that_http_cannot_carry_is_refused_by_line_and_not_shown(tmp_path, key):
+    (tmp_path / "keys").write_bytes(f"good\nalice {key}\n".encode())
+    with pytest.raises(UsageError, match=r"keys: line 2 has (characters that HTTP cannot carry|3 words)") as refused:
+        Keys.load(tmp_path / "keys")
+    assert key not in str(refused.value)
+    with pytest.raises(UsageError, match="--api-keys: key 2 has"):
+        Keys.load(None, f"good,alice {key}")
+
+
+@pytest.mark.parametrize("text", [" , ", " ", "\n", "# none", ",,"])
+def test_keys_that_are_given_and_none_do_not_open_a_server(text):
+    with pytest.raises(UsageError, match="--api-keys: holds no key"):
+        Keys.load(None, text)
+    assert Keys.load(None, "") is None
 
 
 def test_a_key_file_without_a_key_is_refused(tmp_path):
