@@ -6,12 +6,16 @@ server = await serve(app, "127.0.0.1", 8000)
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import grpc
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from colaserve_services import __version__
 from colaserve_services.errors import ColaserveError
@@ -26,6 +30,7 @@ from colaserve_services.gateway.validation import validation_error
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.requests import REQUEST_ID
 
+_LONGEST_SHOWN = 100  # characters of a path in an error
 _ABOUT = "OpenAI's API for a continuous latent diffusion language model, with its own fields beside."
 
 
@@ -42,15 +47,24 @@ def create_app(
     """
     metrics = metrics or Metrics()
     gateway = Gateway(stub, settings, reach)
-    app = FastAPI(title="colaserve", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
-    app.state.gateway = gateway
-    for router in (
+    app = FastAPI(
+        title="colaserve",
+        version=__version__,
+        description=_ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect leads to whatever host the request names
+    )
+    routers = (
         generation_routes(gateway),
         model_routes(gateway),
         tokenization_routes(gateway),
         system_routes(gateway, metrics),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
+    app.state.gateway = gateway
+    app.state.paths = [route.path for router in routers for route in router.routes if isinstance(route, Route)]
     _answer_errors(app)
     app.add_middleware(Edge, gateway=gateway, metrics=metrics)
     if settings.cors_origins:  # added last, so outermost: errors get its headers too
@@ -83,10 +97,21 @@ def _answer_errors(app: FastAPI) -> None:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: no such path, no such method, a body that it cannot read."""
     assert isinstance(error, HTTPException)
+    allowed = Headers(error.headers).get("allow", "another method")
     reasons = {
         400: ("the body must be a JSON object, in UTF-8 and not too deep", "invalid_json"),
-        404: (f"{request.url.path}: there is no such path", "not_found"),
-        405: (f"{request.method} is not for this path", "method_not_allowed"),
+        404: (f"{_shown(request)}: there is no such path{_hint(request)}", "not_found"),
+        405: (f"{request.method} is not for this path; it takes {allowed}", "method_not_allowed"),
     }
     message, code = reasons.get(error.status_code, (str(error.detail), None))
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+def _shown(request: Request) -> str:
+    return request.scope["path"][:_LONGEST_SHOWN]
+
+
+def _hint(request: Request) -> str:
+    """The nearest path that is there."""
+    nearest = get_close_matches(_shown(request), request.app.state.paths, 1)
+    return f"; did you mean {nearest[0]}?" if nearest else "; GET / has links to what is there"

@@ -14,6 +14,16 @@ tr { border-top: 1px solid #ddd } td:nth-child(2) { color: #555; white-space: no
 """
 
 
+def root_page(links: Mapping[str, str]) -> str:
+    """HTML with relative links, each with what is behind it."""
+    lines = "".join(
+        f'<li><a href="{escape(link)}">/{escape(link)}</a> {escape(told)}</li>' for link, told in links.items()
+    )
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>colaserve</title>
+<style>{_STYLE}</style></head><body><h1>colaserve</h1><p>OpenAI's API for a continuous latent diffusion language model.
+Its base URL ends in <code>/v1</code>.</p><ul>{lines}</ul></body></html>"""
+
+
 def docs_page(document: Mapping[str, Any]) -> str:
     """HTML with every endpoint, the fields of its body and its answers."""
     info = document["info"]

@@ -21,7 +21,9 @@ from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 
 SERVICE: Final = "gateway"
-OPEN: Final = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})  # no key, no bound, no log line
+OPEN: Final = frozenset(
+    {"/", "/health", "/ready", "/metrics", "/docs", "/openapi.json"}
+)  # no key, no bound, no log line
 
 
 class Edge:

@@ -15,8 +15,8 @@ from colaserve_services.gateway.errors import ApiError, invalid
 from colaserve_services.gateway.pieces import TokenTexts
 from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.record import RequestRecord
-from colaserve_services.gateway.refusals import UNSUPPORTED_IN_MESSAGES, refuse_extras
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message
+from colaserve_services.gateway.refusals import refuse_extras
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.gateway.translate import (
     Choices,
@@ -45,17 +45,13 @@ class Gateway:
             raise ApiError(404, message, param="model", code="model_not_found")
         return served
 
-    def check_extras(self, body: BaseModel, messages: Sequence[Message] = ()) -> None:
+    def check_extras(self, body: BaseModel) -> None:
         """Raise a 400 for the first field that cannot be honoured."""
-        allow = self.settings.allow_unknown_fields
-        refuse_extras(body.model_extra, allow_unknown=allow)
-        for place, message in enumerate(messages):
-            where = f"messages[{place}]."
-            refuse_extras(message.model_extra, allow_unknown=allow, table=UNSUPPORTED_IN_MESSAGES, where=where)
+        refuse_extras(body, allow_unknown=self.settings.allow_unknown_fields)
 
     async def chat(self, body: ChatRequest, record: RequestRecord, seconds: float | None) -> Answer:
         """The answer to a chat request."""
-        self.check_extras(body, body.messages)
+        self.check_extras(body)
         info = await self.backend.info()
         model = self.check_model(body.model, info)
         self._check_choices(body, 1)

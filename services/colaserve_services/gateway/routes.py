@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from colaserve_services.gateway import shapes
 from colaserve_services.gateway.answer import Answer
 from colaserve_services.gateway.backend import Info, most_tokens
-from colaserve_services.gateway.docs_page import docs_page
+from colaserve_services.gateway.docs_page import docs_page, root_page
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import record_of
@@ -29,6 +29,13 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     503: {"model": shapes.ErrorAnswer, "description": "Down or going down; a retry may succeed."},
     504: {"model": shapes.ErrorAnswer, "description": "The deadline passed."},
     "default": {"model": shapes.ErrorAnswer, "description": "Anything else that goes wrong."},
+}
+_LINKS: Final = {
+    "docs": "every endpoint and field",
+    "v1/models": "the served model and its defaults",
+    "health": "whether the process lives",
+    "ready": "whether requests should come here",
+    "metrics": "Prometheus metrics",
 }
 _EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -125,6 +132,11 @@ def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     async def prometheus() -> Response:
         """Prometheus metrics of this process."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @router.head("/", include_in_schema=False)
+    @router.get("/", include_in_schema=False)
+    async def root() -> HTMLResponse:
+        return HTMLResponse(root_page(_LINKS))
 
     @router.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:

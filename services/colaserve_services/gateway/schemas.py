@@ -30,17 +30,13 @@ StopString = Annotated[Text, StringConstraints(min_length=1)]
 
 # Extras are gathered, then refused by refusals.py with a better message than the schema could give.
 _GATHER = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False})
-_CLOSED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(BaseModel):
     """How a stream is sent."""
 
-    model_config = _CLOSED
+    model_config = _GATHER
     include_usage: bool | None = Field(None, description="Send the usage in a last chunk without choices.")
-    include_obfuscation: Literal[False] | None = Field(
-        None, description="Chunks are never padded; only false is taken."
-    )
 
 
 class GenerationFields(BaseModel):
@@ -95,7 +91,7 @@ class GenerationFields(BaseModel):
 class TextPart(BaseModel):
     """A part of a message."""
 
-    model_config = _CLOSED
+    model_config = _GATHER
     type: Literal["text"]
     text: Text
 

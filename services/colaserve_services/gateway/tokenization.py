@@ -20,7 +20,7 @@ def tokenization_routes(gateway: Gateway) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> shapes.Tokenized:
         """Token ids of a prompt, or of messages as a chat would frame them."""
-        gateway.check_extras(body, body.messages or ())
+        gateway.check_extras(body)
         info = await gateway.backend.info()
         gateway.check_model(body.model, info)
         got = await gateway.backend.tokenize(_text(body, info))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 
 import pytest
 
@@ -251,6 +252,36 @@ async def test_unknown_paths_and_methods_are_refused_in_the_same_shape(gateway: 
     wrong = await gateway.http.get(COMPLETIONS)
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["code"] == "method_not_allowed"
+    assert wrong.json()["error"]["message"] == "GET is not for this path; it takes POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/v1/completions/", "did you mean /v1/completions?"),
+        ("/completions", "did you mean /v1/completions?"),
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/v1/model", "did you mean /v1/models?"),
+        ("/healthz", "did you mean /health?"),
+        ("/" + "x" * 5000, "GET / has links to what is there"),
+    ],
+)
+async def test_a_path_that_is_not_there_is_told_the_nearest_and_leads_nowhere(gateway: Running, path: str, hint: str):
+    response = await gateway.http.post(path, json=BODY, headers={"host": "elsewhere.example"})
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == f"{path[:100]}: there is no such path; {hint}"
+    assert "location" not in response.headers
+
+
+async def test_the_root_page_links_what_is_there_and_needs_no_key(start):
+    gateway = await start(GatewaySettings(keys=Keys(["secret"])))
+    page = await gateway.http.get("/")
+    links = re.findall('href="([^"]+)"', page.text)
+    assert {"docs", "v1/models", "health"} <= set(links)
+    for link in links:
+        answer = await gateway.http.get(f"/{link}", headers={"authorization": "Bearer secret"})
+        assert answer.status_code == 200, link
+    assert (await gateway.http.head("/")).status_code == 200
 
 
 @pytest.mark.parametrize("declared", [True, False])

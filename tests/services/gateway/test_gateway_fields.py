@@ -11,8 +11,10 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.gateway.refusals import UNSUPPORTED
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, Message
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart
+from colaserve_services.gateway.settings import GatewaySettings
+from tests.services.gateway.fake_generation import FakeGeneration
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -71,8 +73,8 @@ async def test_the_walk_covers_every_field_of_the_schemas():
 async def test_every_field_that_openai_documents_is_known_by_name():
     chat = openai_chat.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
     completion = openai_completion.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
-    assert chat <= ChatRequest.model_fields.keys() | UNSUPPORTED.keys()
-    assert completion <= CompletionRequest.model_fields.keys() | UNSUPPORTED.keys()
+    assert chat <= ChatRequest.model_fields.keys() | UNSUPPORTED["request"].keys()
+    assert completion <= CompletionRequest.model_fields.keys() | UNSUPPORTED["request"].keys()
 
 
 @pytest.mark.parametrize(
@@ -167,13 +169,41 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
     assert not shared.fake.seen
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-async def test_an_unsupported_field_passes_where_it_asks_for_nothing_and_only_there(shared: Running, name: str):
-    for value in (None, *UNSUPPORTED[name][0]):
-        assert (await shared.complete(**{name: value})).status_code == 200
-    refused = await shared.complete(**{name: {"some": "thing"}})
-    assert refused.json()["error"]["param"] == name
-    assert refused.json()["error"]["code"] == "unsupported_parameter"
+def placed(place: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """A chat with something extra in a part of it."""
+    return {
+        "request": {**extra},
+        "StreamOptions": {"stream": True, "stream_options": extra},
+        "Message": {"messages": [{"role": "user", "content": "a", **extra}]},
+        "TextPart": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", **extra}]}]},
+    }[place]
+
+
+WHERE = {"request": "", "StreamOptions": "stream_options.", "Message": "messages[0].",
+         "TextPart": "messages[0].content[0]."}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "name"), [(place, name) for place in UNSUPPORTED for name in UNSUPPORTED[place]])
+async def test_an_unsupported_field_passes_where_it_asks_for_nothing_and_only_there(
+    shared: Running, place: str, name: str
+):
+    for value in (None, *UNSUPPORTED[place][name][0]):
+        assert (await shared.chat(**placed(place, {name: value}))).status_code == 200
+    refused = (await shared.chat(**placed(place, {name: {"some": "thing"}}))).json()["error"]
+    assert (refused["param"], refused["code"]) == (WHERE[place] + name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("place", WHERE)
+async def test_an_unknown_field_is_refused_by_its_place_or_passes_everywhere(shared: Running, place: str):
+    refused = (await shared.chat(**placed(place, {"nonsense": None}))).json()["error"]
+    assert (refused["param"], refused["code"]) == (f"{WHERE[place]}nonsense", "unknown_parameter")
+    async with running(FakeGeneration(), GatewaySettings(allow_unknown_fields=True)) as lenient:
+        assert (await lenient.chat(**placed(place, {"nonsense": 1}))).status_code == 200
+
+
+async def test_every_part_of_a_request_has_its_row_of_refusals():
+    parts = {kind.__name__ for kind in (StreamOptions, Message, TextPart)}
+    assert UNSUPPORTED.keys() == WHERE.keys() == parts | {"request"}
 
 
 async def test_an_answer_can_be_sent_back_as_a_message(shared: Running):
