@@ -1,10 +1,12 @@
 """The decoder's engine: latent blocks of many runs through one forward pass, then sampling."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from colaserve_services.model.text_vae import TextVAEDecoder
 from colaserve_services.model.transfer import sent
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
+from colaserve_services.runtime.failures import NotFinite, check_finite
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
@@ -52,6 +55,13 @@ class DecodedBlock:
     logits: Tensor | None  # (B * P, vocab_size) float32, on the CPU
     target_logprobs: list[float]
     timings: Timings
+
+    def check_finite(self) -> None:
+        """Raise `NotFinite` unless all numbers are; NaN among a position's logits makes its log-probabilities NaN."""
+        top = (value for _, values in self.top for value in values)
+        if not all(map(math.isfinite, chain(self.logprobs, self.target_logprobs, top))):
+            raise NotFinite(f"the log-probabilities of block {self.index}: not finite")
+        check_finite(f"the logits of block {self.index}", self.logits)
 
 
 class DecoderSession(Session[DecodedBlock]):
@@ -129,7 +139,16 @@ class _Turn:
         return len(self.prefix) + (0 if self.block is None else len(self.block))
 
 
-class DecoderEngine(Engine[DecoderSession]):
+@dataclass(frozen=True)
+class _Answer:
+    """What a pass gives for one block."""
+
+    logits: Tensor  # (B * P, V)
+    ids: list[int]
+    logprobs: list[float]
+
+
+class DecoderEngine(Engine[DecoderSession, _Turn]):
     """Continuous batching over decode streams."""
 
     def __init__(
@@ -152,27 +171,36 @@ class DecoderEngine(Engine[DecoderSession]):
         check_job(job, self.shape, self.limits)
         return self._admitted(DecoderSession(self, job, deadline))
 
-    def _forward(self, ready: list[DecoderSession]) -> tuple[int, int]:
+    def _compute(self, turns: list[_Turn]) -> list[_Answer | None]:
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
-        turns = self._turns(ready)
         hidden = self._hidden(turns)
         answered = [turn.session for turn in turns if turn.block is not None]
-        if answered:
-            B, P = self.shape.block_size, self.shape.patch_size
-            padded = F.pad(hidden, (0, 0, 0, self.model.padding(len(hidden))))
-            logits = self.model.logits(padded)[: len(hidden) * P]
-            logits = logits.view(len(answered), B * P, -1)
-            drawn = torch.stack([self._drawn(*pair) for pair in zip(answered, logits, strict=True)])
-            chosen = torch.stack(
-                [
-                    rows.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-                    for rows, ids in zip(logits, drawn, strict=True)
-                ]
-            )
-            waited_for = drawn.tolist(), chosen.tolist()  # for all at once
-            for session, rows, ids, logprobs in zip(answered, logits, *waited_for, strict=True):
-                self._answer(session, rows, ids, logprobs)
-        return sum(turn.rows for turn in turns), len(turns)
+        answers = iter(self._answers(answered, hidden) if answered else ())
+        return [None if turn.block is None else next(answers) for turn in turns]
+
+    def _answers(self, answered: list[DecoderSession], hidden: Tensor) -> list[_Answer]:
+        B, P = self.shape.block_size, self.shape.patch_size
+        padded = F.pad(hidden, (0, 0, 0, self.model.padding(len(hidden))))
+        logits = self.model.logits(padded)[: len(hidden) * P]
+        logits = logits.view(len(answered), B * P, -1)
+        drawn = torch.stack([self._drawn(*pair) for pair in zip(answered, logits, strict=True)])
+        chosen = torch.stack(
+            [rows.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0] for rows, ids in zip(logits, drawn, strict=True)]
+        )
+        waited_for = drawn.tolist(), chosen.tolist()  # for all at once
+        return [_Answer(*each) for each in zip(logits, *waited_for, strict=True)]
+
+    def _take(self, turn: _Turn, result: _Answer | None) -> None:
+        turn.session.advance(turn.rows)
+        if result is not None:
+            self._answer(turn.session, result)
+
+    def _warm_up_row(self) -> tuple[Tensor, ...]:
+        B, d, model = self.shape.block_size, self.shape.latent_dim, self.model
+        rows = B + model.padding(B)
+        attend = RaggedAttention([Segment(rows)], model.config.block_size, model.device)
+        latents = torch.zeros(rows, d, device=model.device)
+        return (model(latents, torch.arange(rows, device=model.device), attend),)
 
     def _turns(self, ready: list[DecoderSession]) -> list[_Turn]:
         room, turns = self.limits.prefill_chunk, []
@@ -198,8 +226,6 @@ class DecoderEngine(Engine[DecoderSession]):
         attend = RaggedAttention(segments, model.config.block_size, model.device)
         hidden = model.transform(model.in_layer(latents), positions, attend)[:rows]
         wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns]).nonzero()[:, 0]
-        for turn in turns:
-            turn.session.advance(turn.rows)
         return hidden.index_select(0, sent(wanted, model.device))
 
     def _drawn(self, session: DecoderSession, logits: Tensor) -> Tensor:
@@ -207,21 +233,22 @@ class DecoderEngine(Engine[DecoderSession]):
         seen = sent(torch.tensor(sorted(session.seen), dtype=torch.int64), logits.device)
         return sample_block(logits, session.job.sampling, seen, session.sampled // len(logits))
 
-    def _answer(self, session: DecoderSession, logits: Tensor, ids: list[int], logprobs: list[float]) -> None:
+    def _answer(self, session: DecoderSession, answer: _Answer) -> None:
         """Hand one block's ids over, with what was asked for beside them."""
-        job, count = session.job, len(logits)
+        job, logits, ids, count = session.job, answer.logits, answer.ids, len(answer.ids)
         _, arrived = session.pending.popleft()
         targets = session.take_targets(count)
         every = logits.log_softmax(dim=-1) if targets or job.top_logprobs else logits
         block = DecodedBlock(
             index=session.sampled // count,
             token_ids=ids,
-            logprobs=logprobs,
+            logprobs=answer.logprobs,
             top=top_logprobs(every, job.top_logprobs) if job.top_logprobs else [],
             logits=logits.to("cpu", copy=True) if job.with_logits else None,
             target_logprobs=chosen_logprobs(every, targets),
             timings=session.timings(arrived),
         )
+        block.check_finite()
         self.observer.block(time.monotonic() - arrived, first=session.sampled == len(job.history_ids))
         self.observer.tokens(0, self.shape.block_size)
         session.seen.update(ids)

@@ -16,6 +16,7 @@ from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.text_vae import TextVAEEncoder
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
+from colaserve_services.runtime.failures import check_finite
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
@@ -76,6 +77,7 @@ class EncoderSession(Session[Encoded]):
 
     def take(self, mean: Tensor, logvar: Tensor | None) -> None:
         """The posterior of the next rows."""
+        check_finite("the posterior", mean, logvar)
         self._parts.append((mean, logvar))
         self.position += len(mean)
         if self.position == self.rows:
@@ -93,7 +95,15 @@ class EncoderSession(Session[Encoded]):
         self.finished = True
 
 
-class EncoderEngine(Engine[EncoderSession]):
+@dataclass(frozen=True)
+class _Turn:
+    """The next rows of one sequence."""
+
+    session: EncoderSession
+    rows: int
+
+
+class EncoderEngine(Engine[EncoderSession, _Turn]):
     """Batches sequences; results do not depend on what they are batched with."""
 
     def __init__(
@@ -144,32 +154,42 @@ class EncoderEngine(Engine[EncoderSession]):
         if max(ids) >= vocabulary or min(ids) < 0:
             raise InvalidRequest(f"sequences[{number}].ids", f"got an id of {max(ids)}, expected 0 to {vocabulary - 1}")
 
-    def _forward(self, ready: list[EncoderSession]) -> tuple[int, int]:
-        """The heartbeat: the next rows of as many sequences as one pass takes."""
-        turns = self._turns(ready)
-        P, device = self.shape.patch_size, self.model.device
-        ids = torch.cat([s.ids[s.position * P : (s.position + rows) * P] for s, rows in turns])
-        positions = torch.cat([torch.arange(s.position, s.position + rows) for s, rows in turns])
-        segments = [Segment(rows, s.position, s.cache) for s, rows in turns]
-        if extra := self.model.padding(sum(rows for _, rows in turns)):
-            ids, positions = F.pad(ids, (0, extra * P)), F.pad(positions, (0, extra))
-            segments.append(Segment(extra))
-        ids, positions = ids.to(device), positions.to(device)
-        mean, logvar = self.model(ids, positions, RaggedAttention(segments, self.model.config.block_size, device))
-        row = 0
-        for session, rows in turns:
-            part = slice(row, row + rows)
-            session.take(mean[part], None if logvar is None else logvar[part])
-            row += rows
-        return row, len(turns)
-
-    def _turns(self, ready: list[EncoderSession]) -> list[tuple[EncoderSession, int]]:
-        """(session, rows): whole sequences that fit one chunk together, or the next chunk of a long one."""
+    def _turns(self, ready: list[EncoderSession]) -> list[_Turn]:
+        """Whole sequences that fit one chunk together, or the next chunk of a long one."""
         room, turns = self.limits.prefill_chunk, []
         for session in ready:
             rows = min(session.rows - session.position, self.limits.prefill_chunk)
             if rows > room:
                 break
-            turns.append((session, rows))
+            turns.append(_Turn(session, rows))
             room -= rows
         return turns
+
+    def _compute(self, turns: list[_Turn]) -> list[tuple[Tensor, Tensor | None]]:
+        """The heartbeat: the next rows of as many sequences as one pass takes; the posterior of each."""
+        P = self.shape.patch_size
+        pieces = [(turn.session, turn.session.position, turn.rows) for turn in turns]
+        ids = torch.cat([session.ids[start * P : (start + rows) * P] for session, start, rows in pieces])
+        positions = torch.cat([torch.arange(start, start + rows) for _, start, rows in pieces])
+        mean, logvar = self._posterior(
+            ids, positions, [Segment(rows, start, session.cache) for session, start, rows in pieces]
+        )
+        counts = [turn.rows for turn in turns]
+        logvars = [None] * len(turns) if logvar is None else logvar.split(counts)
+        return list(zip(mean.split(counts), logvars, strict=True))
+
+    def _posterior(self, ids: Tensor, positions: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor | None]:
+        rows, model = len(positions), self.model
+        if extra := model.padding(rows):
+            ids, positions = F.pad(ids, (0, extra * self.shape.patch_size)), F.pad(positions, (0, extra))
+            segments = [*segments, Segment(extra)]
+        attend = RaggedAttention(segments, model.config.block_size, model.device)
+        mean, logvar = model(ids.to(model.device), positions.to(model.device), attend)
+        return mean[:rows], None if logvar is None else logvar[:rows]
+
+    def _take(self, turn: _Turn, result: tuple[Tensor, Tensor | None]) -> None:
+        turn.session.take(*result)
+
+    def _warm_up_row(self) -> tuple[Tensor | None, ...]:
+        B, P = self.shape.block_size, self.shape.patch_size
+        return self._posterior(torch.zeros(B * P, dtype=torch.int64), torch.arange(B), [Segment(B)])

@@ -53,14 +53,15 @@ free ports, which the first lines and `--ports-file` name.
 SIGTERM drains: health turns to NOT_SERVING, `--drain-seconds` pass, new calls are refused, running ones have
 `--grace-seconds` to end; exit code 0. SIGINT (Ctrl-C) does the same without the wait. A second signal ends at once.
 Exit code 1: what was asked for cannot be served (a damaged checkpoint, a stage that ended). 2: the options do not fit
-this machine or each other (a taken port, no such device).
+this machine or each other (a taken port, no such device). 70: the device thread died, or one step on the device lasted
+longer than 60 s and 20 times the longest so far (the first step of a shape: 10 minutes); the last line says which.
 
 ## Health
 
 gRPC health (`grpc.health.v1`) on the gRPC port, and on `--health-port` without TLS and keys: the name "" and the name
 of each service are SERVING when the role is ready (the coordinator: while its stages are); the name `liveness` is
-SERVING as long as the process answers and can compute, whatever its load (engines whose steps failed three times in a
-row and then fail at their warm-up too are not alive, until they manage it). The gateway has `/ready` and `/health` on
+SERVING as long as the process answers and can compute, whatever its load (an engine that fails at a step and then at
+its own warm-up row too is neither ready nor alive, until it computes that row again). The gateway has `/ready` and `/health` on
 its HTTP port.
 
 ## Metrics

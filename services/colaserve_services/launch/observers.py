@@ -9,11 +9,13 @@ from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.runtime.observer import EngineObserver
 
+Failing = Callable[[str, bool], None]  # a stage, and whether its engine is at fault
+
 
 class EngineMetrics(EngineObserver):
     """Of one engine; `stage` is its label. Called on the device thread; prometheus_client's locks are short."""
 
-    def __init__(self, metrics: Metrics, stage: str, failing: Callable[[], None] = lambda: None):
+    def __init__(self, metrics: Metrics, stage: str, failing: Failing = lambda *_: None):
         self._refused, self._stage, self._failing = metrics.refused, stage, failing
         self._queue, self._running = metrics.queue_depth.labels(stage), metrics.running.labels(stage)
         self._rows, self._step = metrics.batch_rows.labels(stage), metrics.step_seconds.labels(stage)
@@ -23,6 +25,7 @@ class EngineMetrics(EngineObserver):
         self._in, self._out = metrics.engine_tokens.labels("in", stage), metrics.engine_tokens.labels("out", stage)
         self._hits, self._misses = metrics.prefix_hits.labels(stage), metrics.prefix_misses.labels(stage)
         self._held = metrics.prefix_bytes.labels(stage)
+        self._step_failures = metrics.step_failures.labels(stage)
 
     def stepped(self, seconds: float, rows: int, sessions: int) -> None:
         self._step.observe(seconds)
@@ -49,8 +52,11 @@ class EngineMetrics(EngineObserver):
         self._misses.inc(misses)
         self._held.set(bytes_held)
 
-    def failing(self) -> None:
-        self._failing()
+    def step_failed(self) -> None:
+        self._step_failures.inc()
+
+    def failing(self, failing: bool) -> None:
+        self._failing(self._stage, failing)
 
     def refused(self, reason: str) -> None:
         self._refused.labels(self._stage, reason).inc()

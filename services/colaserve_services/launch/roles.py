@@ -119,21 +119,23 @@ def _context_bytes(params: Params, checkpoint: Checkpoint) -> int:
 async def _stages(
     host: Host, names: tuple[str, ...], model: settings.ModelSettings, limits: Any, checkpoint: Checkpoint
 ) -> RunningStages:
-    loop, suspected = asyncio.get_running_loop(), asyncio.Event()
+    loop, at_fault = asyncio.get_running_loop(), set[str]()
 
-    def suspect() -> None:
+    async def tell(stage: str, failing: bool) -> None:
+        (at_fault.add if failing else at_fault.discard)(stage)
+        await host.failing(bool(at_fault))
+
+    def failing(stage: str, failing: bool) -> None:
         with suppress(RuntimeError):  # the loop is closed: the process ends
-            loop.call_soon_threadsafe(suspected.set)
+            loop.call_soon_threadsafe(lambda: asyncio.ensure_future(tell(stage, failing)))
 
     def load() -> RunningStages:
         from colaserve_services.launch.stages import load_stages
 
-        return load_stages(names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics, suspect)
+        return load_stages(names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics, failing)
 
     stages = await in_thread(load)
     host.stack.callback(stages.stop)
-    watch = asyncio.ensure_future(stages.watch(suspected, host.failing))
-    host.stack.callback(watch.cancel)
     return stages
 
 

@@ -5,10 +5,9 @@ The only part of the launcher that needs torch; imported when a stage is started
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,8 @@ from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
 from colaserve_services.decoder.service import DecoderService
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.encoder.service import EncoderService
-from colaserve_services.errors import ColaserveError, Overloaded, UsageError
-from colaserve_services.launch.observers import EngineMetrics
+from colaserve_services.errors import CheckpointError, StepFailed, Unavailable, UsageError
+from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
 from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.model import cpu_attention
@@ -32,13 +31,11 @@ from colaserve_services.prior.service import PriorService
 from colaserve_services.rpc.about import Identity
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.failures import has_to_fit
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.text import Tokenizer
 
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
-
-_TRY_AGAIN = 5.0  # seconds between looks at engines that fail
-_WARM_UP_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -52,35 +49,15 @@ class RunningStages:
     thread: DeviceThread
 
     async def warm_up(self) -> None:
-        """A small piece of work for every engine, so that the first request finds all in place."""
-        for stage, engine in self.engines.items():
-            await _WARM_UPS[stage](engine)
+        """A small piece of work for every engine, so that the first request finds all in place.
 
-    async def watch(self, suspected: asyncio.Event, failing: Callable[[bool], Awaitable[None]]) -> None:
-        """Whenever the engines are suspected, see whether they can still do their warm-up, and tell while they cannot.
-
-        So a request that breaks a step wherever it goes does not take a replica that serves all others.
+        Raises CheckpointError when an engine does not manage it, or its numbers are not finite.
         """
-        while True:
-            await suspected.wait()
-            suspected.clear()
-            while not await self._works():
-                _log.critical("engines fail at their warm-up too: neither ready nor alive until they do it")
-                await failing(True)
-                await asyncio.sleep(_TRY_AGAIN)
-            await failing(False)
-
-    async def _works(self) -> bool:
-        return all([await self._can_warm_up(stage) for stage in self.engines])
-
-    async def _can_warm_up(self, stage: str) -> bool:
-        try:
-            await asyncio.wait_for(_WARM_UPS[stage](self.engines[stage]), _WARM_UP_SECONDS)
-        except (Overloaded, TimeoutError):  # busy, which is no failure: liveness does not depend on load
-            return True
-        except ColaserveError:
-            return False
-        return True
+        for stage, engine in self.engines.items():
+            try:
+                await _WARM_UPS[stage](engine)
+            except (Unavailable, StepFailed) as error:
+                raise CheckpointError(f"the {stage} cannot serve with these weights: {error}") from error
 
     def stop(self) -> None:
         """End the device thread; whatever still runs is abandoned."""
@@ -94,11 +71,11 @@ def load_stages(
     limits: EngineLimits,
     max_message_bytes: int,
     metrics: Metrics,
-    failing: Callable[[], None] = lambda: None,
+    failing: Failing = lambda *_: None,
 ) -> RunningStages:
     """Read the weights of some stages and start their engines. Blocks; raises CheckpointError and UsageError.
 
-    `failing` is called on the device thread when several steps of an engine have failed in a row.
+    `failing` is called on the device thread when an engine is at fault, and when it computes again.
     """
     device, dtype = pick_device(settings.device), pick_dtype(settings.dtype, settings.device)
     if settings.threads is not None:
@@ -110,10 +87,8 @@ def load_stages(
     for stage in (stage for stage in STAGES if stage in stages):
         model = _load(stage, checkpoint, device, dtype, metrics)
         observer = EngineMetrics(metrics, stage, failing)
-        try:
+        with has_to_fit(f"the {stage}", device):
             engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise UsageError(f"the {stage} does not fit into the memory of {device}") from error
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
         identity = Identity(checkpoint.space, weights, str(device), kind, max_message_bytes)
         services[stage] = _SERVICES[stage](engines[stage], identity)
@@ -148,9 +123,8 @@ def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch
     progress, started = Progress(f"reading the {stage}"), time.monotonic()
     try:
         load: Callable[..., nn.Module] = getattr(checkpoint, f"load_{stage}")
-        model = load(device, dtype, progress)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UsageError(f"the {stage} does not fit into the memory of {device}") from error
+        with has_to_fit(f"the {stage}", device):
+            model = load(device, dtype, progress)
     finally:
         progress.close()
     seconds = time.monotonic() - started

@@ -176,7 +176,11 @@ class KVPool:
         if positions <= cache.slab.capacity:
             return cache
         larger = self.take(positions, positions)
-        larger.fill_from(cache, held)
+        try:
+            larger.fill_from(cache, held)
+        except Exception:
+            self.give_back(larger)
+            raise
         self.give_back(cache)
         return larger
 

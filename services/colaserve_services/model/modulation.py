@@ -35,15 +35,23 @@ class ModulationTable:
 
     def rows(self, times: Sequence[float]) -> list[int]:
         """The row of each time; missing ones are computed. At most `capacity` different times."""
-        missing = []
+        missing: list[float] = []
         for t in times:
             if t in self._rows:
                 self._rows.move_to_end(t)
             elif t not in missing:
                 missing.append(t)
         if missing:
-            self._compute(missing)
+            try:
+                self._compute(missing)
+            except Exception:
+                self.forget()  # some of them are not what they stand for
+                raise
         return [self._rows[t] for t in times]
+
+    def forget(self) -> None:
+        """Compute all rows anew when they are needed."""
+        self._rows.clear()
 
     def _compute(self, times: list[float]) -> None:
         slots = [self._slot(t) for t in times]

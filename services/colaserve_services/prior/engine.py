@@ -12,7 +12,7 @@ from colaserve_services.model import cpu_attention
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
-from colaserve_services.model.flow import schedule
+from colaserve_services.model.flow import TIME_SCALE, schedule
 from colaserve_services.model.kv_cache import KVCache, KVPool, KVShape
 from colaserve_services.model.layers import Attend
 from colaserve_services.model.modulation import ModulationTable
@@ -20,6 +20,7 @@ from colaserve_services.model.transfer import sent
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
+from colaserve_services.runtime.failures import check_finite
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
@@ -104,6 +105,7 @@ class PriorSession(Session[SampledBlock]):
         while run.finished is not None:
             index = self.job.first_block + run.block
             latents = run.take_finished().to("cpu", torch.float32, copy=True)
+            check_finite(f"the latents of block {index}", latents)
             now = time.monotonic()
             self._engine.observer.block(now - self._since, first=run.block == 1)
             self._engine.observer.tokens(0, len(latents))
@@ -128,6 +130,10 @@ class _Turn:
     point: Tensor | None  # (B, d): where the velocity is wanted
     evaluated: Segment  # behind all that is in the cache then
     guided: bool
+
+    @property
+    def rows(self) -> int:
+        return self.committing.rows + self.evaluated.rows * ((self.point is not None) + self.guided)
 
     @classmethod
     def of(cls, session: PriorSession, count: int) -> "_Turn":
@@ -155,7 +161,7 @@ class _Layout:
     attend: Attend
 
 
-class PriorEngine(Engine[PriorSession]):
+class PriorEngine(Engine[PriorSession, _Turn]):
     """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
 
     def __init__(
@@ -191,21 +197,33 @@ class PriorEngine(Engine[PriorSession]):
         check_job(job, self.shape, self.limits)
         return self._admitted(PriorSession(self, job, deadline))
 
-    def _forward(self, ready: list[PriorSession]) -> tuple[int, int]:
-        """The heartbeat: gather what every session needs next, one pass for all, hand the velocities back."""
-        turns = self._turns(ready)
+    def _compute(self, turns: list[_Turn]) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The heartbeat: one pass for what every session needs next; its velocities, conditional and not."""
         velocities = self._velocities(turns)
-        evaluated = [turn for turn in turns if turn.point is not None]
-        guided = [turn for turn in turns if turn.guided]
-        conditional, unconditional = velocities[: len(evaluated)], iter(velocities[len(evaluated) :])
-        for turn in turns:
-            turn.session.run.commit(len(turn.commits))
-            turn.session.remember_context()
-        for turn, velocity in zip(evaluated, conditional, strict=True):
-            turn.session.run.advance(velocity, next(unconditional) if turn.guided else None)
-            turn.session.deliver()
-        blocks = sum(len(turn.commits) for turn in turns) + len(evaluated) + len(guided)
-        return self.shape.block_size * blocks, len(turns)
+        evaluated = sum(turn.point is not None for turn in turns)
+        conditional, unconditional = iter(velocities[:evaluated]), iter(velocities[evaluated:])
+        return [
+            (None if turn.point is None else next(conditional), next(unconditional) if turn.guided else None)
+            for turn in turns
+        ]
+
+    def _take(self, turn: _Turn, result: tuple[Tensor | None, Tensor | None]) -> None:
+        session, (conditional, unconditional) = turn.session, result
+        session.run.commit(len(turn.commits))
+        session.remember_context()
+        if conditional is not None:
+            session.run.advance(conditional, unconditional)
+            session.deliver()
+
+    def _distrust_kept(self) -> None:
+        super()._distrust_kept()
+        self.table.forget()
+
+    def _warm_up_row(self) -> tuple[Tensor, ...]:
+        B, d, model = self.shape.block_size, self.shape.latent_dim, self.model
+        z, t = torch.zeros(B, d, device=model.device), torch.full((B,), TIME_SCALE, device=model.device)
+        attend = RaggedAttention([Segment(B)], B, model.device)
+        return (model(z, t, torch.arange(B, device=model.device), attend),)
 
     def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
         """Every sampling session; contexts share what room a pass has for them, first come, first served.
@@ -224,7 +242,8 @@ class PriorEngine(Engine[PriorSession]):
                 count = min(count, max(1, int(room / cost))) if room > 0 else 0
                 room -= count * cost
             if count or not session.run.uncommitted:
-                turns.append(_Turn.of(session, count))
+                with self._alone(session):  # it may need more memory
+                    turns.append(_Turn.of(session, count))
         return sorted(turns, key=_Turn.place)
 
     def _velocities(self, turns: list[_Turn]) -> Tensor:

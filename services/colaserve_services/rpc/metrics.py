@@ -75,6 +75,9 @@ class Metrics:
             "Calls refused, or ended, at a bound: queue, wait, kv, idle, deadline, calls, key, client, rate.",
             "stage", "reason",
         )  # fmt: skip
+        self.step_failures = counter(
+            "step_failures_total", "Steps that failed with one session alone: it ended as STEP_FAILED.", "stage"
+        )
         self.engine_tokens = counter(
             "engine_tokens_total", "Latents of sequences and contexts (in) and of written blocks (out).",
             "direction", "stage",

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from colaserve_services.runtime.watchdog import Watchdog
+
 log = logging.getLogger(__name__)
 
 
@@ -20,7 +22,7 @@ class Worker(Protocol):
         """When (time.monotonic) a look is due even if nobody wakes the thread."""
 
     def fail(self, error: Exception) -> None:
-        """End all that is held with this error: a step failed in a way that is not a caller's fault."""
+        """End all that is held: a step failed in a way that is no session's fault."""
 
 
 class DeviceThread:
@@ -30,14 +32,16 @@ class DeviceThread:
     process, one thread computes for all of them. A team once made counts against the cores until its thread ends, also
     while it does nothing (docs/decisions.md, "One OpenMP team"): other threads compute nothing, or end.
 
-    Register encoder and decoder before the prior: their steps are short.
+    Register encoder and decoder before the prior: their steps are short. The watchdog ends the process when the thread
+    dies or hangs in a step.
     """
 
-    def __init__(self, name: str = "device"):
+    def __init__(self, name: str = "device", watchdog: Watchdog | None = None):
         self._workers: list[Worker] = []
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._watchdog = watchdog or Watchdog()
 
     def register(self, worker: Worker) -> None:
         """Add a worker; before `start`."""
@@ -45,6 +49,7 @@ class DeviceThread:
 
     def start(self) -> None:
         self._thread.start()
+        self._watchdog.watch(self._thread)
 
     def stop(self) -> None:
         """End after the running step; what is in flight is abandoned. Idempotent."""
@@ -52,27 +57,36 @@ class DeviceThread:
         self._wake.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
+        self._watchdog.stop()
 
     def wake(self) -> None:
         """There may be work, or something to free. Any thread."""
         self._wake.set()
 
+    def expect(self, shape: object) -> None:
+        """What the running step computes now; see `Watchdog.expect`."""
+        self._watchdog.expect(shape)
+
     @torch.inference_mode()
     def _run(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            if not self._round():
-                self._wake.wait(self._patience())
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if not self._round():
+                    self._wake.wait(self._patience())
+        except BaseException:  # the watchdog sees that the thread is gone
+            log.exception("the device thread dies")
 
     def _round(self) -> bool:
         worked = False
         for worker in self._workers:
-            try:
-                worked |= worker.step()
-            except Exception as error:
-                log.exception("a step failed; its sessions end")
-                worker.fail(error)
-                worked = True
+            with self._watchdog.step():
+                try:
+                    worked |= worker.step()
+                except Exception as error:
+                    log.exception("a step failed; its sessions end")
+                    worker.fail(error)
+                    worked = True
         return worked
 
     def _patience(self) -> float | None:

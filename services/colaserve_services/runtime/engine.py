@@ -1,33 +1,51 @@
-"""Admission and turn-taking, common to the three engines."""
+"""Admission, steps and the isolation of failures, common to the three engines."""
 
 import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable
+from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
 from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.failures import NotFinite, check_finite, out_of_memory
 from colaserve_services.runtime.limits import EngineLimits, Load
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 
+
+class Turn(Protocol):
+    """What one session sends through a pass."""
+
+    @property
+    def session(self) -> Any: ...
+    @property
+    def rows(self) -> int: ...
+
+
 S = TypeVar("S", bound=Session[Any])
+T = TypeVar("T", bound=Turn)
 
 _log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # weight of a new step in the running estimate of the work rate
-_SUSPECT = 3  # failed steps in a row, after which it may be no session's fault
+_NO_MEMORY = "the device has no memory left for this session"
 
 
-class Engine(Generic[S]):
-    """Sessions wait in order of arrival, run together while slots and KV memory last, and leave between steps."""
+class Engine(Generic[S, T]):
+    """Sessions wait in order of arrival, run together while slots and KV memory last, and leave between steps.
+
+    A pass that raises is run again in halves until one session alone fails. Then the warm-up row decides: the engine
+    computes it, and that session ends as `StepFailed`; or it does not, and the engine is at fault: all its sessions end
+    as `Unavailable`, and it takes no others until it computes the row again.
+    """
 
     prefixes: Prefixes
 
@@ -35,13 +53,13 @@ class Engine(Generic[S]):
         self.limits = limits
         self.observer = observer
         self._device = device
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
         self._waiting: deque[S] = deque()
         self._running: list[S] = []
         self._kv_used = 0
         self._work_queued = 0.0
+        self._look_again: float | None = None  # when (time.monotonic) an engine at fault tries its warm-up row again
         self._work_rate = 0.0  # work units a second, running estimate
-        self._failed = 0  # steps in a row
         device.register(self)
 
     def wake(self) -> None:
@@ -73,6 +91,8 @@ class Engine(Generic[S]):
 
     def _admit(self, sessions: list[S]) -> None:
         with self._lock:
+            if self._look_again is not None:
+                raise Unavailable("the engine is at fault: it does not compute its warm-up row")
             waiting = [session for session in self._waiting if session.wanted]
             present = len(waiting) + sum(session.wanted for session in self._running)
             work = self._share(waiting)
@@ -104,6 +124,8 @@ class Engine(Generic[S]):
     def step(self) -> bool:
         """Let sessions leave and join, then bring those that are ready one forward pass on."""
         self._release_ended()
+        if self._look_again is not None and not self._works_again():
+            return False
         self._start_waiting()
         while self._waiting and self._give_up_idle():
             self._start_waiting()
@@ -111,52 +133,148 @@ class Engine(Generic[S]):
         if not ready:
             return False
         started = time.monotonic()
-        rows, sessions = self._forward(ready)
-        seconds = time.monotonic() - started
+        turns = self._turns(ready)
+        self._run(turns)
+        rows, seconds = sum(turn.rows for turn in turns), time.monotonic() - started
         self._record_rate(rows, seconds)
-        self._failed = 0
-        self.observer.stepped(seconds, rows, sessions)
+        self.observer.stepped(seconds, rows, len(turns))
         self._release_ended()
         return True
 
-    def _forward(self, ready: list[S]) -> tuple[int, int]:
-        """One pass for (a fair part of) the ready sessions; rows computed and sessions served."""
+    def _turns(self, ready: list[S]) -> list[T]:
+        """What one pass does for (a fair part of) the ready sessions."""
         raise NotImplementedError
+
+    def _compute(self, turns: list[T]) -> Sequence[Any]:
+        """One pass; a result for each turn. It changes no session, so it can run again, for some of the turns too."""
+        raise NotImplementedError
+
+    def _take(self, turn: T, result: Any) -> None:
+        """Hand its result to a session. Raises `NotFinite` instead of handing over what is no number."""
+        raise NotImplementedError
+
+    def _warm_up_row(self) -> Sequence[Tensor | None]:
+        """Compute one row, without a session; its numbers."""
+        raise NotImplementedError
+
+    def _run(self, turns: list[T]) -> None:
+        """One pass; when it raises, its halves again, until one session alone fails."""
+        turns = [turn for turn in turns if not turn.session.finished]
+        if not turns:
+            return
+        self._device.expect((type(self), len(turns), sum(turn.rows for turn in turns)))
+        try:
+            results = self._compute(turns)
+        except Exception as error:
+            if len(turns) == 1:
+                self._failed(turns[0].session, error)
+                return
+            if out_of_memory(error):
+                self._free_memory()
+            half = len(turns) // 2
+            self._run(turns[:half])
+            self._run(turns[half:])
+            return
+        for turn, result in zip(turns, results, strict=True):
+            if not turn.session.finished:  # as all are when the engine turned out to be at fault
+                with self._alone(turn.session):
+                    self._take(turn, result)
+
+    @contextmanager
+    def _alone(self, session: S) -> Iterator[None]:
+        """What is raised inside ends this session and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(session, error)
+
+    def _failed(self, session: S, error: Exception) -> None:
+        """End a session that failed alone, or all when the warm-up row fails too."""
+        if out_of_memory(error):
+            self._refuse(session)
+            return
+        if session.wanted:
+            _log.error("a step failed with one session alone", exc_info=error)
+        self.observer.step_failed()
+        if isinstance(error, NotFinite):
+            self._distrust_kept()
+        try:
+            self._check_warm_up_row()
+        except Exception as fault:
+            if out_of_memory(fault):
+                self._refuse(session)
+            else:
+                self._at_fault(fault)
+            return
+        told = str(error) if isinstance(error, NotFinite) else type(error).__name__
+        self._end(session, StepFailed(f"this request's step failed ({told}), and the engine computes others"))
+
+    def _refuse(self, session: S) -> None:
+        """There is no memory for a session; the others' state is whole."""
+        _log.warning("%s; it is refused", _NO_MEMORY)
+        self._free_memory()
+        self._end(session, Overloaded(_NO_MEMORY, 1.0))
+        self.observer.refused("kv")
+
+    def _check_warm_up_row(self) -> None:
+        self._device.expect((type(self), "warm-up"))
+        check_finite("the numbers of the warm-up row", *self._warm_up_row())
+
+    def _at_fault(self, error: Exception) -> None:
+        """End all sessions, and take no others until the warm-up row is computed again."""
+        _log.critical("the engine does not compute its warm-up row: neither ready nor alive", exc_info=error)
+        with self._lock:  # no session comes in afterwards
+            self._look_again = time.monotonic() + self.limits.look_again_seconds
+        self.observer.failing(True)
+        reason = str(error) if isinstance(error, NotFinite) else type(error).__name__
+        for session in self._sessions():
+            self._end(session, Unavailable(f"the engine is at fault: {reason}"))
+
+    def _works_again(self) -> bool:
+        """Whether an engine that was at fault computes its warm-up row; tried now and then."""
+        now = time.monotonic()
+        if self._look_again is None or now < self._look_again:
+            return False
+        try:
+            self._check_warm_up_row()
+        except Exception:
+            self._look_again = now + self.limits.look_again_seconds
+            return False
+        self._look_again = None
+        self.observer.failing(False)
+        _log.warning("the engine computes its warm-up row again")
+        return True
 
     def next_deadline(self) -> float | None:
         with self._lock:
             due = [s.deadline for s in (*self._waiting, *self._running) if s.deadline is not None]
             if self._waiting:
                 due += [s.idle_since + self.limits.idle_seconds for s in self._running if s.idle_since < math.inf]
+        if self._look_again is not None:
+            due.append(self._look_again)
         return min(due, default=None)
 
     def fail(self, error: Exception) -> None:
-        """End the running sessions: a step failed, so their state is unknown."""
-        self._failed += 1
-        if self._failed % _SUSPECT == 0:
-            self.observer.failing()
-        if isinstance(error, torch.OutOfMemoryError):
-            self._free_memory()
-        told = error if isinstance(error, ColaserveError) else Unavailable(f"the engine failed: {type(error).__name__}")
-        for session in self._running:
-            self._end(session, told)
+        """The engine itself failed, so the state of all its sessions is unknown."""
+        self._at_fault(error)
         self._release_ended()
 
     def _end(self, session: S, error: ColaserveError) -> None:
-        session.outbox.fail(error)
+        if not session.finished:
+            session.outbox.fail(error)
         session.finished = True
 
     def _ready(self) -> list[S]:
         """The running sessions that a pass would bring on."""
         ready, now = [], time.monotonic()
         for session in self._running:
-            if session.ready():
-                if session.idle_since < math.inf:
-                    session.idle_since = math.inf
-                    session.went_on()
-                ready.append(session)
-            else:
+            if not session.ready():
                 session.idle_since = min(session.idle_since, now)
+                continue
+            if session.idle_since < math.inf:
+                session.idle_since = math.inf
+                session.went_on()
+            ready.append(session)
         return ready
 
     def _give_up_idle(self) -> bool:
@@ -193,23 +311,26 @@ class Engine(Generic[S]):
             else:
                 self._waiting.remove(session)
         session.finished = True
-        session.free()
+        try:
+            session.free()
+        except Exception:  # what it held is forgotten either way
+            _log.exception("a session's memory could not be given back in good order")
         self._report()
 
     def _start_waiting(self) -> None:
         while (session := self._next_to_start()) is not None:
             session.started = time.monotonic()
-            try:
+            with self._alone(session):
                 session.start()
-            except torch.OutOfMemoryError:  # the others' state is whole
-                _log.exception("no memory for a session's KV; it is refused")
-                self._free_memory()
-                self._end(session, Overloaded("the device has no memory left for this session", 1.0))
-                self.observer.refused("kv")
-                self._release(session)
+            if session.finished:
+                self._release_ended()
             self._report()
         if self._waiting:  # they do not fit; whoever watches shall know, though nothing starts
             self._report()
+
+    def _distrust_kept(self) -> None:
+        """A result was no number, and so may be what earlier results left behind."""
+        self.prefixes.forget()
 
     def _free_memory(self) -> None:
         """Give up what is only kept because it may be of use."""

@@ -22,6 +22,7 @@ class EngineLimits:
     run_ahead: int = 2  # blocks that may wait unread before a session pauses
     prefix_cache_bytes: int = 256 << 20  # for KV of identical leading blocks, beside kv_bytes; 0 switches it off
     idle_seconds: float = 60.0  # that a running session may have nothing to compute while others wait
+    look_again_seconds: float = 5.0  # between two looks of an engine at fault whether it computes again
     prefill_chunk: int = 512  # latents of contexts in one pass; the prior takes fewer while a session samples
 
     def fitting(self, block_size: int, kv_bytes: Callable[[int], int]) -> "EngineLimits":

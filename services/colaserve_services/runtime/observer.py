@@ -22,8 +22,11 @@ class EngineObserver:
     def prefix_cache(self, hits: int, misses: int, bytes_held: int) -> None:
         """Leading blocks found and not found in the prefix cache by one session; bytes it holds now."""
 
-    def failing(self) -> None:
-        """Several steps in a row have failed: perhaps no session's fault."""
+    def step_failed(self) -> None:
+        """A step failed with one session alone, or its result was not finite."""
+
+    def failing(self, failing: bool) -> None:
+        """The engine is at fault: it does not compute its warm-up row; or it does again."""
 
     def refused(self, reason: str) -> None:
         """A session was turned away: "queue", "kv", "deadline" or "idle"."""

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-
+from colaserve_services.runtime.failures import out_of_memory
 from colaserve_services.runtime.observer import EngineObserver
 
 T = TypeVar("T")
@@ -127,7 +126,10 @@ class Prefixes:
         if self._cache.wants(keys, nbytes):
             try:
                 self._cache.add(keys, (cache.copy_of(positions), beside), nbytes)
-            except torch.OutOfMemoryError:  # sessions need it more
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                # Sessions need it more.
                 _log.warning("no memory left to keep prefixes in; all kept ones are given up")
                 self.forget()
             self._observer.prefix_cache(0, 0, self._cache.nbytes)

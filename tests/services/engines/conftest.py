@@ -1,10 +1,11 @@
 """The three engines on a golden checkpoint, on the CPU."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from colaserve_services.model.kv_cache import KVShape, KVSlab
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.observer import EngineObserver
 
 CPU = torch.device("cpu")
 
@@ -43,15 +45,22 @@ class Engines:
 
 @contextmanager
 def engines(
-    directory: Path, limits: EngineLimits | None = None, dtype: torch.dtype = torch.float32, pad_id: int = 2
+    directory: Path,
+    limits: EngineLimits | None = None,
+    dtype: torch.dtype = torch.float32,
+    pad_id: int = 2,
+    network: Callable[[Any], Any] = lambda network: network,
+    observer: Callable[[], EngineObserver] = EngineObserver,
 ) -> Iterator[Engines]:
+    """`network` wraps those that the engines compute with."""
     torch.set_num_threads(1)
     checkpoint, device = Checkpoint.open(directory), DeviceThread()
     limits = limits or EngineLimits(max_context=512)
-    shape = checkpoint.shape
-    encoder = EncoderEngine(checkpoint.load_encoder(CPU, dtype), shape, device, limits, pad_id)
-    decoder = DecoderEngine(checkpoint.load_decoder(CPU, dtype), shape, device, limits)
-    prior = PriorEngine(checkpoint.load_prior(CPU, dtype), shape, device, limits)
+    shape, networks = checkpoint.shape, (checkpoint.load_encoder, checkpoint.load_decoder, checkpoint.load_prior)
+    of_encoder, of_decoder, of_prior = (network(load(CPU, dtype)) for load in networks)
+    encoder = EncoderEngine(of_encoder, shape, device, limits, pad_id, observer())
+    decoder = DecoderEngine(of_decoder, shape, device, limits, observer())
+    prior = PriorEngine(of_prior, shape, device, limits, observer())
     device.start()
     try:
         yield Engines(encoder, decoder, prior, device)

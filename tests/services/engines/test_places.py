@@ -1,13 +1,11 @@
-"""Who runs, who waits, who gives a place up: readers that stay away, full engines, steps and memory that fail."""
+"""Who runs, who waits, who is evicted: readers that stay away and full engines."""
 
 import asyncio
 import math
 import time
 from contextlib import AsyncExitStack
-from typing import Any
 
 import pytest
-import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
@@ -103,54 +101,6 @@ async def test_work_that_waits_is_bounded_too(tiny: Golden) -> None:
         await freed(stages)
 
 
-async def test_a_failing_step_ends_its_sessions_and_the_engine_serves_on(tiny: Golden) -> None:
-    with engines(tiny.directory) as stages:
-        forward = stages.prior._velocities
-
-        def broken(turns: object) -> torch.Tensor:
-            stages.prior._velocities = forward  # type: ignore[method-assign]
-            raise RuntimeError("device lost")
-
-        stages.prior._velocities = broken  # type: ignore[method-assign, assignment]
-        with pytest.raises(Unavailable):
-            await sample(stages, job())
-        await freed(stages)
-        assert len(await sample(stages, job())) == 2
-
-
-async def test_a_failing_step_ends_those_who_run_and_nobody_who_waits(tiny: Golden) -> None:
-    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1)) as stages:
-        forward, failures = stages.prior._velocities, [RuntimeError("device lost")]
-
-        def broken(turns: Any) -> torch.Tensor:
-            if failures:
-                raise failures.pop()
-            return forward(turns)
-
-        stages.prior._velocities = broken  # type: ignore[method-assign]
-        first, *others = await asyncio.gather(*(sample(stages, job(k)) for k in range(3)), return_exceptions=True)
-        assert isinstance(first, Unavailable)
-        assert [len(other) for other in others if not isinstance(other, BaseException)] == [2, 2]
-
-
-async def test_a_pass_without_memory_gives_up_what_is_only_kept(tiny: Golden) -> None:
-    with engines(tiny.directory) as stages:
-        await sample(stages, job(context=16))
-        await freed(stages)
-        assert stages.prior.prefixes._cache.nbytes > 0
-        forward = stages.prior._velocities
-
-        def broken(turns: object) -> torch.Tensor:
-            stages.prior._velocities = forward  # type: ignore[method-assign]
-            raise torch.OutOfMemoryError
-
-        stages.prior._velocities = broken  # type: ignore[method-assign]
-        with pytest.raises(Unavailable):
-            await sample(stages, job(1))
-        await freed(stages)
-        assert stages.prior.prefixes._cache.nbytes == 0
-
-
 async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
     with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
         async with stages.prior.session(job(blocks=6)) as unread:
@@ -186,23 +136,3 @@ async def test_time_in_which_a_reader_is_away_is_not_counted_as_computing(tiny: 
             await anext(blocks)
             late = await anext(blocks)
         assert late.timings.compute_us < 900_000
-
-
-async def test_a_session_for_which_there_is_no_memory_is_refused_and_the_others_go_on(
-    tiny: Golden, monkeypatch: pytest.MonkeyPatch
-):
-    with engines(tiny.directory) as stages:
-        alone = await sample(stages, job(1))
-        start = PriorSession.start
-
-        def scarce(session: PriorSession) -> None:
-            if session.job.base_seed == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            start(session)
-
-        monkeypatch.setattr(PriorSession, "start", scarce)
-        fine, refused = await asyncio.gather(sample(stages, job(1)), sample(stages, job(2)), return_exceptions=True)
-        assert isinstance(refused, Overloaded)
-        assert isinstance(fine, list)
-        assert torch.equal(fine[-1].latents, alone[-1].latents)
-        await freed(stages)

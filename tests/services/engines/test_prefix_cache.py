@@ -71,7 +71,7 @@ async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
         cost = watch.take()
         warm = await sample(stages, LATENTS)
         await settled(stages)
-        assert torch.equal(cold, warm)
+        torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-4)
         assert watch.take() == cost - 64
         assert watch.held == stages.prior.prefixes._cache.nbytes > 0
         await sample(stages, torch.cat((LATENTS[:32], -LATENTS[32:])))

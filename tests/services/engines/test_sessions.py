@@ -66,7 +66,7 @@ async def test_what_an_open_position_holds_is_ignored(tiny: Golden) -> None:
             await sample(stages, SampleJob(latents=x, open=((4, 6),), max_blocks=1, base_seed=1))
             for x in (latents, other)
         ]
-    assert torch.equal(runs[0][0].latents, runs[1][0].latents)
+    torch.testing.assert_close(runs[0][0].latents, runs[1][0].latents, rtol=1e-4, atol=1e-4)
 
 
 async def test_leaving_a_run_frees_its_cache_before_the_second_step(tiny: Golden) -> None:

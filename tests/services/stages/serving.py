@@ -1,5 +1,6 @@
 """The three stages of a golden checkpoint behind one real gRPC server, and small helpers to call them."""
 
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,27 +50,45 @@ class Served:
         labels = {"stage": "prior", "direction": "out"}
         return self.metrics.registry.get_sample_value("colaserve_engine_tokens_total", labels) / self.shape.block_size
 
-    def latents(self, count: int, seed: int = 0):
-        """Random latents as a message."""
+    def latents(self, count: int, seed: int = 0, value: float | None = None):
+        """Latents as a message: random, or all of one value."""
         values = torch.randn(count, self.shape.latent_dim, generator=torch.Generator().manual_seed(seed))
+        if value is not None:
+            values.fill_(value)
         return tensors.latents_to_message(values, self.space)
 
-    def run(self, known: int = 0, blocks: int = 2, steps: int = 2, **more: Any) -> prior_pb2.SampleRequest:
+    def run(
+        self, known: int = 0, blocks: int = 2, steps: int = 2, value: float | None = None, **more: Any
+    ) -> prior_pb2.SampleRequest:
         """A valid request."""
         more.setdefault("seed", {"base_seed": 1})
         return prior_pb2.SampleRequest(
-            canvas={"latents": self.latents(known)}, max_blocks=blocks, sampler={"steps": steps}, **more
+            canvas={"latents": self.latents(known, value=value)}, max_blocks=blocks, sampler={"steps": steps}, **more
         )
 
 
+class Wrapped:
+    """A checkpoint whose networks stand behind something."""
+
+    def __init__(self, checkpoint: Checkpoint, network: Callable[[Any], Any]):
+        self._checkpoint, self._network = checkpoint, network
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._checkpoint, name)
+        return (lambda *given: self._network(found(*given))) if name.startswith("load_") else found
+
+
 @asynccontextmanager
-async def serving(golden, limits=None, max_message_bytes=4 << 20, dtype="float32"):
+async def serving(
+    golden, limits=None, max_message_bytes=4 << 20, dtype="float32", network=lambda x: x, failing=lambda *_: None
+):
     torch.set_num_threads(1)
     keep_grpc()
     limits = limits or EngineLimits(max_context=256, max_running=4, max_waiting=4)
-    metrics, checkpoint = Metrics(), Checkpoint.open(golden.directory)
+    metrics, checkpoint = Metrics(), Wrapped(Checkpoint.open(golden.directory), network)
     settings = ModelSettings(golden.directory, dtype=dtype, threads=1)
-    stages = load_stages(("encoder", "prior", "decoder"), checkpoint, settings, limits, max_message_bytes, metrics)
+    roles = ("encoder", "prior", "decoder")
+    stages = load_stages(roles, checkpoint, settings, limits, max_message_bytes, metrics, failing)
     server = RpcServer(ServerSettings(max_message_bytes=max_message_bytes), metrics)
     for service in stages.services.values():
         server.add(service)

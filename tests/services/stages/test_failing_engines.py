@@ -1,113 +1,83 @@
-"""Steps that fail: a session's fault harms its own pass; an engine that cannot compute says so, until it can again."""
+"""Failed steps through the services: the status tells whose fault it was, and health and metrics follow."""
 
 import asyncio
 
 import grpc
 import pytest
 
-from colaserve_services.errors import Overloaded
-from colaserve_services.launch import stages as launched
-from colaserve_services.runtime.observer import EngineObserver
+from colaserve.v1 import decoder_pb2, encoder_pb2
+from colaserve_services.errors import StepFailed, Unavailable
+from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.runtime.limits import EngineLimits
+from tests.services.engines import faults
+from tests.services.engines.faults import MARK_LATENT, MARK_TOKEN, Network
 from tests.services.stages.serving import serving
 from tests.waiting import eventually
 
-
-class Watch(EngineObserver):
-    def __init__(self) -> None:
-        self.told = 0
-
-    def failing(self) -> None:
-        self.told += 1
+STAGES = ("encoder", "prior", "decoder")
+LIMITS = EngineLimits(max_context=256, max_running=4, max_waiting=4, look_again_seconds=0.05)
 
 
-class Broken(Exception):
-    """What a lost device raises."""
+async def encode(served, marked):
+    await served.encoder.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [MARK_TOKEN if marked else 5] * 3}]))
 
 
-def broken(*_: object) -> None:
-    raise Broken
+async def sample(served, marked):
+    async for _ in served.prior.Sample(served.run(known=5, value=MARK_LATENT if marked else 1.0)):
+        pass
 
 
-async def ask(served) -> grpc.StatusCode:
-    """The code that a whole run ends with."""
-    call = served.prior.Sample(served.run())
-    try:
-        async for _ in call:
-            pass
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
+async def decode(served, marked):
+    call = served.decoder.Decode()
+    await call.write(decoder_pb2.DecodeRequest(open={"max_latents": 64}))
+    block = served.latents(served.shape.block_size, value=MARK_LATENT if marked else 1.0)
+    await call.write(decoder_pb2.DecodeRequest(block=block))
+    await call.done_writing()
+    async for _ in call:
+        pass
 
 
-async def test_three_failed_steps_in_a_row_are_told_and_three_more_and_a_good_one_starts_anew(tiny, monkeypatch):
-    async with serving(tiny) as served:
-        prior, watch = served.stages.engines["prior"], Watch()
-        monkeypatch.setattr(prior, "observer", watch)
-        forward = prior._forward
-        steps = [broken, forward, broken, broken, broken, broken, broken, broken]
-        for forwards, expected in zip(steps, [0, 0, 0, 0, 1, 1, 1, 2], strict=True):
-            monkeypatch.setattr(prior, "_forward", forwards)
-            code = grpc.StatusCode.OK if forwards is forward else grpc.StatusCode.UNAVAILABLE
-            assert await ask(served) == code
-            assert watch.told == expected
-        await eventually(lambda: prior.load().kv_bytes_used == 0)
+ASK = {"encoder": encode, "prior": sample, "decoder": decode}
 
 
-@pytest.fixture
-def told(monkeypatch):
-    """What health was told, in order."""
-    monkeypatch.setattr(launched, "_TRY_AGAIN", 0.02)
-    return []
+async def failure(asked):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asked
+    return error_from_rpc(caught.value)
 
 
-async def watched(served, told):
-    """The watch of a process over its engines, suspected at once."""
-    suspected = asyncio.Event()
-    suspected.set()
-
-    async def tell(failing: bool) -> None:
-        told.append(failing)
-
-    return asyncio.create_task(served.stages.watch(suspected, tell))
-
-
-async def test_engines_that_fail_at_their_warm_up_too_are_told_until_they_manage_it(tiny, told, monkeypatch):
-    async with serving(tiny) as served:
-        decoder = served.stages.engines["decoder"]
-        with monkeypatch.context() as while_broken:
-            while_broken.setattr(decoder, "_forward", broken)
-            task = await watched(served, told)
-            await eventually(lambda: len(told) >= 2)
-            assert all(told)
-        await eventually(lambda: told[-1] is False)
-        task.cancel()
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", [faults.raises, faults.not_finite])
+async def test_a_step_that_fails_with_one_session_is_told_counted_and_no_reason_to_be_unready(tiny, stage, fault):
+    told = []
+    marks = {MARK_LATENT: fault, MARK_TOKEN: fault}
+    async with serving(tiny, LIMITS, network=lambda x: Network(x, marks), failing=lambda *x: told.append(x)) as served:
+        error, _ = await asyncio.gather(failure(ASK[stage](served, True)), ASK[stage](served, False))
+        assert isinstance(error, StepFailed)
+        value = served.metrics.registry.get_sample_value
+        for each in STAGES:
+            assert value("colaserve_step_failures_total", {"stage": each}) == (each == stage)
+        assert told == []
 
 
-async def test_a_busy_engine_does_not_vouch_for_another(tiny, told, monkeypatch):
-    async def busy(engine: object) -> None:
-        raise Overloaded("full", 1.0)
-
-    monkeypatch.setitem(launched._WARM_UPS, "decoder", busy)
-    async with serving(tiny) as served:
-        monkeypatch.setattr(served.stages.engines["prior"], "_forward", broken)
-        task = await watched(served, told)
-        await eventually(lambda: told)
-        assert told[0] is True
-        task.cancel()
-
-
-async def test_engines_that_manage_their_warm_up_are_let_be(tiny, told):
-    async with serving(tiny) as served:
-        task = await watched(served, told)
-        await eventually(lambda: told)
-        assert told == [False]
-        task.cancel()
+async def test_an_engine_at_fault_is_told_and_so_is_that_it_computes_again(tiny):
+    told, everything = [], {}
+    async with serving(
+        tiny, LIMITS, network=lambda x: Network(x, everything), failing=lambda *x: told.append(x)
+    ) as served:
+        everything[None] = faults.raises
+        assert isinstance(await failure(sample(served, False)), Unavailable)
+        assert told == [("prior", True)]
+        everything.clear()
+        await eventually(lambda: told == [("prior", True), ("prior", False)])
+        await sample(served, False)
 
 
-async def test_engines_that_are_busy_beyond_their_time_are_not_failing(tiny, told, monkeypatch):
-    monkeypatch.setattr(launched, "_WARM_UP_SECONDS", 0.0)
-    async with serving(tiny) as served:
-        task = await watched(served, told)
-        await eventually(lambda: told)
-        assert told == [False]
-        task.cancel()
+async def test_an_engine_that_is_busy_is_not_at_fault(tiny):
+    told = []
+    limits = EngineLimits(max_context=256, max_running=1, max_waiting=0)
+    async with serving(tiny, limits, failing=lambda *x: told.append(x)) as served:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(4):
+                group.create_task(asyncio.wait([asyncio.ensure_future(sample(served, False))]))
+        assert told == []

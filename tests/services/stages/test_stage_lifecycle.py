@@ -68,18 +68,13 @@ async def test_a_broken_connection_frees_the_kv(tiny, stage):
 async def test_kv_is_free_before_the_second_step_that_starts_after_the_cancel_was_seen(tiny, monkeypatch):
     events = []
     async with serving(tiny) as served:
-        engine = served.stages.engines["prior"]
-        forward, cancel = engine._forward, Session.cancel
-
-        def watched_forward(ready):
-            events.append(("step", served.kv_bytes("prior")))
-            return forward(ready)
+        engine, cancel = served.stages.engines["prior"], Session.cancel
+        engine.observer.stepped = lambda *_: events.append(("step", served.kv_bytes("prior")))
 
         def watched_cancel(session):
             events.append(("cancel", served.kv_bytes("prior")))
             cancel(session)
 
-        monkeypatch.setattr(engine, "_forward", watched_forward)
         monkeypatch.setattr(Session, "cancel", watched_cancel)
         stays = served.prior.Sample(served.run(**LONG))
         await eventually(lambda: len(events) > 3)

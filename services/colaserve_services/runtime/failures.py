@@ -1,0 +1,42 @@
+"""What a step can fail with: memory that ran out, results that are no numbers."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from colaserve_services.errors import UsageError
+
+_CPU_SAYS = ("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory")
+
+
+class NotFinite(ArithmeticError):
+    """A result holds NaN or infinity though all that went in was finite."""
+
+
+def check_finite(what: str, *values: Tensor | None) -> None:
+    """Raise `NotFinite` unless all values are finite. Waits for the device."""
+    if not all(bool(value.isfinite().all()) for value in values if value is not None):
+        raise NotFinite(f"{what}: not finite")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA has a type for that, torch on a CPU raises a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_SAYS)
+
+
+@contextmanager
+def has_to_fit(what: str, device: torch.device) -> Iterator[None]:
+    """Raise UsageError, one line, when there is no memory for what is made inside."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UsageError(f"{what} does not fit into the memory of {device}") from error

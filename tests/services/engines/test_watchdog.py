@@ -1,0 +1,172 @@
+"""A device thread that dies or hangs ends its process; one that is slow, stopped for a while or at a loss does not."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.runtime.watchdog import EXIT_CODE, Watchdog
+from tests.waiting import wait_until
+
+
+class Clock:
+    """Stands still until it is moved on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def alive() -> Iterator[threading.Thread]:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    yield thread
+    over.set()
+    thread.join()
+
+
+def lasts(watchdog: Watchdog, clock: Clock, thread: threading.Thread, seconds: int, shape: object = None) -> str | None:
+    """A step of so many seconds, looked at every second; what the watchdog said first."""
+    with watchdog.step():
+        watchdog.expect(shape)
+        for _ in range(seconds):
+            clock.now += 1
+            reason = watchdog.look(thread)
+            if reason is not None:
+                return reason
+    return watchdog.look(thread)
+
+
+def known(clock: Clock, thread: threading.Thread, longest: int = 0) -> Watchdog:
+    """One that saw the shape None, and a step that took so long."""
+    watchdog = Watchdog(clock)
+    for seconds in (0, longest):
+        assert lasts(watchdog, clock, thread, seconds) is None
+    return watchdog
+
+
+def test_a_step_may_last_a_minute_and_no_longer(clock: Clock, alive: threading.Thread) -> None:
+    watchdog = known(clock, alive)
+    assert lasts(watchdog, clock, alive, 60) is None
+    reason = lasts(known(clock, alive), clock, alive, 70)
+    assert reason is not None
+    assert "has lasted 61 s, longer than the 60 s it may" in reason
+
+
+def test_where_steps_are_long_one_may_last_twenty_times_the_longest(clock: Clock, alive: threading.Thread) -> None:
+    assert lasts(known(clock, alive, longest=10), clock, alive, 199) is None
+    assert "200 s it may" in str(lasts(known(clock, alive, longest=10), clock, alive, 210))
+
+
+def test_the_first_step_of_a_shape_may_last_ten_minutes_and_says_nothing_about_others(
+    clock: Clock, alive: threading.Thread
+) -> None:
+    watchdog = known(clock, alive)
+    assert lasts(watchdog, clock, alive, 590, shape="new") is None
+    assert lasts(watchdog, clock, alive, 70, shape="new") is not None
+    assert "600 s it may" in str(lasts(known(clock, alive), clock, alive, 610, shape="new"))
+
+
+def test_many_short_steps_are_no_long_one(clock: Clock, alive: threading.Thread) -> None:
+    watchdog = known(clock, alive)
+    assert [lasts(watchdog, clock, alive, 1) for _ in range(500)] == [None] * 500
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(clock: Clock, alive: threading.Thread) -> None:
+    watchdog = known(clock, alive)
+    with watchdog.step():
+        assert watchdog.look(alive) is None
+        clock.now += 3600
+        assert watchdog.look(alive) is None
+
+
+class Dies:
+    """A worker that fails, and fails at failing."""
+
+    def step(self) -> bool:
+        raise RuntimeError("no step")
+
+    def next_deadline(self) -> float | None:
+        return None
+
+    def fail(self, error: Exception) -> None:
+        raise RuntimeError("no way to fail either") from error
+
+
+class Hangs(Dies):
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def step(self) -> bool:
+        return self.over.wait()
+
+
+@contextmanager
+def device(watchdog: Watchdog, worker: Dies) -> Iterator[DeviceThread]:
+    thread = DeviceThread(watchdog=watchdog)
+    thread.register(worker)
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+def test_a_device_thread_that_dies_is_noticed() -> None:
+    reasons: list[str] = []
+    with device(Watchdog(end=reasons.append, interval=0.01), Dies()):
+        wait_until(lambda: reasons)
+    assert reasons == ["the device thread is gone"]
+
+
+def test_a_device_thread_that_hangs_is_noticed(clock: Clock) -> None:
+    reasons: list[str] = []
+    worker = Hangs()
+
+    def hurry() -> float:
+        clock.now += 1
+        return clock.now
+
+    with device(Watchdog(hurry, reasons.append, interval=0.01), worker):
+        wait_until(lambda: reasons)
+        worker.over.set()
+    assert "a step on the device has lasted" in reasons[0]
+
+
+def test_a_device_thread_that_is_stopped_is_not_gone() -> None:
+    reasons: list[str] = []
+    worker = Hangs()
+    worker.over.set()
+    watchdog = Watchdog(end=reasons.append, interval=0.001)
+    with device(watchdog, worker):
+        pass
+    for _ in range(3):
+        assert watchdog.look(threading.Thread()) is None
+    assert reasons == []
+
+
+def test_the_process_ends_with_a_clear_last_line() -> None:
+    program = (
+        "import threading\n"
+        "from colaserve_services.runtime.device import DeviceThread\n"
+        "from colaserve_services.runtime.watchdog import Watchdog\n"
+        "from tests.services.engines.test_watchdog import Dies\n"
+        "thread = DeviceThread(watchdog=Watchdog(interval=0.01))\n"
+        "thread.register(Dies())\n"
+        "thread.start()\n"
+        "threading.Event().wait()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_CODE
+    assert done.stderr.splitlines()[-1].endswith("the device thread is gone; the process ends")
