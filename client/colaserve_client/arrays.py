@@ -11,6 +11,7 @@ from colaserve.v1 import types_pb2
 from colaserve_client.errors import invalid
 
 FloatArray = NDArray[np.float32]
+LARGEST = 10_000.0  # of latents and noise, either sign, that servers take
 _PARALLEL = 1e-3  # sine of the angle below which the great circle is a straight line
 
 
@@ -38,8 +39,12 @@ def array_from_tensor(tensor: types_pb2.Tensor, field: str = "tensor") -> FloatA
 
 
 def tensor_from_array(values: ArrayLike, field: str = "tensor") -> types_pb2.Tensor:
-    """A float32 message of an array; `InvalidRequest` names `field` when the values are no finite numbers."""
+    """A float32 message of latents or noise; `InvalidRequest` names `field` and the position of what is beyond LARGEST."""
     array = float_array(values, field)
+    beyond = np.abs(array) > LARGEST
+    if beyond.any():
+        where = np.argwhere(beyond)[0].tolist()
+        raise invalid(field, f"got {array[tuple(where)]:g} at {where}, expected {-LARGEST:g} to {LARGEST:g}")
     return types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=array.shape, data=array.astype("<f4").tobytes())
 
 

@@ -41,6 +41,7 @@ SAMPLING: Final = {
 MAX_NEW_TOKENS: Final = Range(1, 2**32 - 1)
 TOP_LOGPROBS: Final = Range(0, 20)
 SAMPLE_ID: Final = Range(0, 9_999)
+LATENT: Final = Range(-10_000, 10_000)  # of latents and noise: beyond, the networks' own numbers overflow
 SEED_END: Final = 2**63  # of the noise of each block; they stay below
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colaserve.v1 import types_pb2
+from colaserve_services.bounds import LATENT
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 
 FloatArray = NDArray[np.float32]
@@ -31,7 +32,7 @@ def from_message(message: types_pb2.Tensor, field: str, shape: Sequence[int | No
     """A writable float32 array of `shape` (None: any extent there).
 
     Raises InvalidRequest, naming `field`, for another rank or extent, an unnamed dtype, a byte count that does not fit
-    or a value that is not finite.
+    or a value beyond `bounds.LATENT`.
     """
     element = _ELEMENT.get(message.dtype)
     if element is None:
@@ -89,8 +90,9 @@ def _decode(message: types_pb2.Tensor, element: np.dtype[Any]) -> FloatArray:
 
 
 def _checked(array: FloatArray, field: str) -> FloatArray:
-    finite = np.isfinite(array)
-    if not finite.all():
-        where = [int(index) for index in np.argwhere(~finite)[0]]
-        raise InvalidRequest(f"{field}.data", f"got {array[tuple(where)]} at {where}, expected finite values")
+    within = np.abs(array) <= LATENT.most  # false for NaN too
+    if not within.all():
+        where = [int(index) for index in np.argwhere(~within)[0]]
+        got = f"got {array[tuple(where)]:g} at {where}"
+        raise InvalidRequest(f"{field}.data", f"{got}, expected finite values from {LATENT}")
     return array

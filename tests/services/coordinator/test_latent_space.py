@@ -149,6 +149,20 @@ async def test_latents_of_another_space_are_refused_everywhere(world):
     assert await coordinator.decode_latents(pb.DecodeLatentsRequest(latents=unnamed), Call())
 
 
+@pytest.mark.parametrize("value", [1e20, -10_001.0])
+async def test_latents_out_of_bounds_are_refused_everywhere_by_their_position(world, value: float):
+    wild, coordinator = message([[1, 2], [3, value]]), world.coordinator
+    walk = pb.InterpolateRequest(start=pb.Endpoint(text=TEXT), end=pb.Endpoint(latents=wild), points=2)
+    for field, call in {
+        "latents": lambda: coordinator.decode_latents(pb.DecodeLatentsRequest(latents=wild), Call()),
+        "prefix": lambda: anext(coordinator.sample_latents(pb.SampleLatentsRequest(prefix=wild, max_blocks=1), Call())),
+        "end.latents": lambda: coordinator.interpolate(walk, Call()),
+    }.items():
+        with pytest.raises(InvalidRequest, match=r"at \[1, 1\], expected finite values from -10000 to 10000") as caught:
+            await call()
+        assert caught.value.field == f"{field}.values.data"
+
+
 async def test_sampling_continues_latents_and_repeats_with_its_seed(world):
     prefix = message(np.arange(12))  # 6 latents: a block and a half
 

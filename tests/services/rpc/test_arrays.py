@@ -12,7 +12,7 @@ from colaserve_services.rpc import arrays, tensors
 FLOATS = arrays_of.arrays(
     np.float32,
     arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0),
-    elements={"allow_nan": False, "allow_infinity": False},
+    elements={"min_value": -10_000, "max_value": 10_000},
 )
 
 
@@ -72,6 +72,8 @@ NAN = np.array([[0, 1, 2], [3, float("nan"), 5]], np.float32).tobytes()
         (spoiled(dtype=2), "x.data", "needs 12"),
         (spoiled(data=NAN), "x.data", "got nan at [1, 1]"),
         (spoiled(data=b"\x00\x00\x80\x7f" * 6), "x.data", "got inf"),
+        (arrays.to_message(np.array([[0, 1, 2], [3, 4, 1e20]])), "x.data", "got 1e+20 at [1, 2], expected finite"),
+        (arrays.to_message(np.full((1, 3), -10_001)), "x.data", "got -10001 at [0, 0], expected"),
     ],
 )
 def test_a_tensor_that_does_not_hold_together_is_refused_by_field(message, field, said):
@@ -79,6 +81,11 @@ def test_a_tensor_that_does_not_hold_together_is_refused_by_field(message, field
         arrays.from_message(message, "x", (None, 3))
     assert caught.value.field == field
     assert said in str(caught.value)
+
+
+def test_values_at_the_bounds_are_taken():
+    at = np.array([[-10_000, 10_000, 0]], np.float32)
+    np.testing.assert_array_equal(arrays.from_message(arrays.to_message(at), "x", (None, 3)), at)
 
 
 def test_latents_that_were_not_set_are_empty_and_fixed_counts_are_kept():

@@ -34,6 +34,7 @@ SAMPLE = {  # field -> what to set in an otherwise valid SampleRequest of two bl
     "canvas.latents.values.data": {"canvas": canvas(tensor(4, D, data=b"123"))},
     "canvas.latents.values.data ": {"canvas": canvas(tensor(4, D, value=NAN))},
     "canvas.latents.values.data  ": {"canvas": canvas(tensor(4, D, value=float("inf")), (0, 4))},
+    "canvas.latents.values.data   ": {"canvas": canvas(tensor(4, D, value=1e20))},
     "canvas.open": {"canvas": canvas(EIGHT, (4, 4))},
     "canvas.open ": {"canvas": canvas(EIGHT, (5, 3))},
     "canvas.open  ": {"canvas": canvas(EIGHT, (4, 9))},
@@ -62,6 +63,7 @@ SAMPLE = {  # field -> what to set in an otherwise valid SampleRequest of two bl
     "seed.base_seed ": {"seed": {"base_seed": 2**63 - 1}},
     "noise.shape": {"noise": tensor(3, B, D)},
     "noise.data": {"noise": tensor(2, B, D, value=NAN)},
+    "noise.data ": {"noise": tensor(2, B, D, value=-10_001.0)},
     "noise_source": {"seed": None},
 }
 
@@ -123,6 +125,7 @@ DECODE = {
     "open.prefix": [{"open": {"prefix": {"values": tensor(3, D)}}}],
     "open.prefix.values.shape": [{"open": {"prefix": {"values": tensor(4, D + 1)}}}],
     "open.prefix.values.data": [{"open": {"prefix": {"values": tensor(4, D, value=NAN)}}}],
+    "open.prefix.values.data ": [{"open": {"prefix": {"values": tensor(4, D, value=1e20)}}}],
     "open.max_latents": [{"open": {"prefix": {"values": EIGHT}, "max_latents": 4}}],
     "open.max_latents ": [{"open": {"max_latents": 3}}],
     "open.max_latents  ": [{"open": {"max_latents": HUGE // 4 * 4}}],
@@ -138,6 +141,7 @@ DECODE = {
     "sampling.repetition_penalty": [{"open": {"sampling": {"repetition_penalty": 0}}}],
     "block.values.shape": [{"open": {}}, {"block": {"values": tensor(3, D)}}],
     "block.values.dtype": [{"open": {}}, {"block": {}}],
+    "block.values.data ": [{"open": {}}, {"block": {"values": tensor(B, D, value=10_001.0)}}],
     "block.values.data": [{"open": {}}, {"block": {"values": tensor(B, D, value=NAN)}}],
     "block": [{"open": {"max_latents": 4}}, BLOCK, BLOCK],
 }
