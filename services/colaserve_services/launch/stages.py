@@ -24,6 +24,7 @@ from colaserve_services.launch.progress import Progress
 from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.model import cpu_attention
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
@@ -82,6 +83,11 @@ def load_stages(
         torch.set_num_threads(settings.threads)
     if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cpu" and dtype == torch.bfloat16 and (reason := lacks_bfloat16()):
+        _log.warning(
+            "this CPU has no bfloat16 in hardware: weights take half the memory, and steps more time than in float32",
+            extra={"fields": {"reason": reason}},
+        )
     thread = DeviceThread()
     engines, services = {}, {}
     for stage in (stage for stage in STAGES if stage in stages):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colaserve_services.model import cpu_attention
+from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.kv_cache import KVCache, KVSlab, Views
 from colaserve_services.model.layers import block_causal_mask
 from colaserve_services.model.transfer import sent
@@ -133,7 +134,9 @@ class _Cached(_Part):
     @cached_property
     def _mask(self) -> Tensor | None:
         hidden = self._hidden(self._shape.dtype)
-        return _widened(hidden, min(self._seen.stop, _WIDE)) if hidden is not None and self._shape.pooled else hidden
+        if hidden is None or not _by_products(self._device, self._shape.dtype):
+            return hidden
+        return _widened(hidden, min(self._seen.stop, _WIDE))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, compiled: bool) -> None:
         """Writes keys and values, and the output into `out`."""
@@ -145,7 +148,7 @@ class _Cached(_Part):
             cpu_attention.attend(q, keys, values, self._seen.start, self._ends, out)
             return
         q, out = q.transpose(1, 2), out.transpose(1, 2)
-        if _by_products(v):
+        if _by_products(v.device, v.dtype):
             q = _scaled(q, v.dtype)
             for some in self._batches(q.shape[1] * q.shape[2] * keys.shape[2]):
                 hidden = None if self._mask is None else self._mask[some]
@@ -189,8 +192,8 @@ class _Alone(_Part):
             out.copy_(_fused_attention(q.to(v.dtype), k.to(v.dtype), v, hidden))
 
 
-def _by_products(v: Tensor) -> bool:
-    return v.device.type == "cpu" and v.dtype == torch.bfloat16
+def _by_products(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and lacks_bfloat16() is None
 
 
 def _scaled(q: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from colaserve_services.model.cpu_features import lacks_bfloat16
+
 LIBRARY = Path(__file__).with_name("_cpu_attention.so")
 HEAD_DIMS = (32, 64, 96, 128)
 
@@ -22,7 +24,9 @@ def missing() -> str | None:
         library = _library()
     except OSError as e:
         return f"cannot be loaded: {e}"
-    return None if library.colaserve_attention_supported() else "this CPU has no AVX512-BF16"
+    if not library.colaserve_attention_supported():
+        return "this CPU has no AVX512-BF16"
+    return lacks_bfloat16()
 
 
 @cache

@@ -85,17 +85,17 @@ class PatchEmbedder(Linear):
         self.weight = nn.Parameter(self.weight.detach().view(dim, patch_size, dim).transpose(1, 2).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:  # (..., P * D), token after token -> (..., D)
-        if self._packed is None:
-            weight = self.weight.transpose(1, 2).flatten(1)
-            return F.linear(x.to(weight.dtype), weight, self.bias)
+        if self.weight.ndim == 3:  # in training
+            return F.linear(x, self._flat(), self.bias)
         return super().forward(x)
 
     def pack(self) -> None:
-        self.weight = nn.Parameter(self.weight.detach().transpose(1, 2).flatten(1), requires_grad=False)
+        self.weight = nn.Parameter(self._flat().detach(), requires_grad=False)
         super().pack()
-        if self._packed is None:
-            dim = self.out_features
-            self.weight = nn.Parameter(self.weight.view(dim, -1, dim).transpose(1, 2), requires_grad=False)
+
+    def _flat(self) -> Tensor:
+        """The weight for tokens one after the other: (D, P * D)."""
+        return self.weight.transpose(1, 2).flatten(1)
 
 
 class _Transformer(nn.Module):

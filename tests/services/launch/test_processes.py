@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import urllib.error
 import urllib.request
@@ -59,6 +60,20 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         with grpc.insecure_channel(split.target) as channel:
             assert split.stop(signal.SIGINT) == 0
         assert not [child for child in children if child.is_running()]
+
+
+@pytest.mark.parametrize(("onednn", "aten"), [("AVX2", "avx2"), ("AVX512_CORE", "avx512")])
+def test_bfloat16_is_served_where_it_is_not_in_hardware_and_the_log_says_so(tmp_path, onednn, aten):
+    mode = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten}
+    with started(tmp_path, "up", "--dtype=bfloat16", "--log-format=json", *FREE_PORTS, env=mode) as running:
+        assert len(generate(running.target)) == 12
+        lines = [json.loads(line) for line in running.log.read_text().splitlines() if line.startswith("{")]
+    (warning,) = [line for line in lines if "no bfloat16 in hardware" in line["message"]]
+    reasons = {warning["reason"], *(line["attention"] for line in lines if line["message"] == "weights read")}
+    assert platform.machine() != "x86_64" or reasons <= {
+        f"ONEDNN_MAX_CPU_ISA={onednn} excludes bfloat16",
+        "this CPU has no AVX512-BF16",
+    }
 
 
 def role_of(process):

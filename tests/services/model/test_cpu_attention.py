@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model import cpu_attention
+from colaserve_services.model.cpu_features import lacks_bfloat16, packs_bfloat16
 
 CPU = torch.device("cpu")
 needs_it = pytest.mark.skipif(
     cpu_attention.missing() is not None, reason=f"compiled attention: {cpu_attention.missing()}"
 )
-FLAGS = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, begin: int, ends: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ def test_it_takes_what_it_can_compute_and_leaves_the_rest() -> None:
     assert not cpu_attention.takes(torch.device("cuda"), torch.bfloat16, 64)
 
 
-@pytest.mark.skipif("avx512_bf16" not in FLAGS or not shutil.which("cc"), reason="no AVX512-BF16, or no compiler")
+@pytest.mark.skipif(not packs_bfloat16(), reason=f"no AVX512-BF16: {lacks_bfloat16()}")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_an_installation_with_a_compiler_has_it() -> None:
     """Elsewhere in these tests it may be missing; here it may not."""
     assert cpu_attention.missing() is None
