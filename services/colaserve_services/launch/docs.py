@@ -61,8 +61,8 @@ longer than 60 s and 20 times the longest so far (the first step of a shape: 10 
 gRPC health (`grpc.health.v1`) on the gRPC port, and on `--health-port` without TLS and keys: the name "" and the name
 of each service are SERVING when the role is ready (the coordinator: while its stages are); the name `liveness` is
 SERVING as long as the process answers and can compute, whatever its load (an engine that fails at a step and then at
-its own warm-up row too is neither ready nor alive, until it computes that row again). The gateway has `/ready` and `/health` on
-its HTTP port.
+its own warm-up row too is neither ready nor alive, until it computes that row again). The gateway has `/ready` and
+`/health` on its HTTP port.
 
 ## Metrics
 

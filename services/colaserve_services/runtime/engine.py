@@ -14,7 +14,7 @@ from torch import Tensor
 
 from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
 from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.failures import NotFinite, check_finite, out_of_memory
+from colaserve_services.runtime.failures import NotFinite, brief, check_finite, out_of_memory, traceback_of
 from colaserve_services.runtime.limits import EngineLimits, Load
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
@@ -194,7 +194,7 @@ class Engine(Generic[S, T]):
             self._refuse(session)
             return
         if session.wanted:
-            _log.error("a step failed with one session alone", exc_info=error)
+            _log.error("a step failed with one session alone: %s", brief(error), exc_info=traceback_of(error))
         self.observer.step_failed()
         if isinstance(error, NotFinite):
             self._distrust_kept()
@@ -206,8 +206,7 @@ class Engine(Generic[S, T]):
             else:
                 self._at_fault(fault)
             return
-        told = str(error) if isinstance(error, NotFinite) else type(error).__name__
-        self._end(session, StepFailed(f"this request's step failed ({told}), and the engine computes others"))
+        self._end(session, StepFailed(f"this request's step failed ({brief(error)}), and the engine computes others"))
 
     def _refuse(self, session: S) -> None:
         """There is no memory for a session; the others' state is whole."""
@@ -222,13 +221,12 @@ class Engine(Generic[S, T]):
 
     def _at_fault(self, error: Exception) -> None:
         """End all sessions, and take no others until the warm-up row is computed again."""
-        _log.critical("the engine does not compute its warm-up row: neither ready nor alive", exc_info=error)
+        _log.critical("the engine is at fault: %s; neither ready nor alive", brief(error), exc_info=traceback_of(error))
         with self._lock:  # no session comes in afterwards
             self._look_again = time.monotonic() + self.limits.look_again_seconds
         self.observer.failing(True)
-        reason = str(error) if isinstance(error, NotFinite) else type(error).__name__
         for session in self._sessions():
-            self._end(session, Unavailable(f"the engine is at fault: {reason}"))
+            self._end(session, Unavailable(f"the engine is at fault: {brief(error)}"))
 
     def _works_again(self) -> bool:
         """Whether an engine that was at fault computes its warm-up row; tried now and then."""

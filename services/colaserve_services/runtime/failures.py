@@ -16,6 +16,16 @@ class NotFinite(ArithmeticError):
     """A result holds NaN or infinity though all that went in was finite."""
 
 
+def brief(error: Exception) -> str:
+    """What callers may hear of an error."""
+    return str(error) if isinstance(error, NotFinite) else type(error).__name__
+
+
+def traceback_of(error: Exception) -> Exception | None:
+    """What the log holds beside that: where the error came from, unless its text says it all."""
+    return None if isinstance(error, NotFinite) else error
+
+
 def check_finite(what: str, *values: Tensor | None) -> None:
     """Raise `NotFinite` unless all values are finite. Waits for the device."""
     if not all(bool(value.isfinite().all()) for value in values if value is not None):

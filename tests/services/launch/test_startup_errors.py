@@ -4,6 +4,8 @@ import json
 import logging
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -71,6 +73,20 @@ def reshape_a_tensor(folder):
     weights(folder, DIT, change)
 
 
+def one_value(part, name, value):
+    """A damage: the tensor's first value."""
+
+    def change(tensors):
+        tensors[name].view(-1)[0] = value
+
+    return lambda folder: weights(folder, part, change)
+
+
+def too_large(folder):
+    """Finite, but what comes out is not."""
+    weights(folder, VAE, lambda tensors: tensors["decoder.final_layer.weight"].fill_(1e38))
+
+
 def lose_a_shard(folder):
     names = list(load_file(folder / DIT / "model.safetensors"))
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
@@ -86,6 +102,9 @@ DAMAGES = [
     (truncate, "model.safetensors: damaged or truncated"),
     (lose_a_tensor, "tensor 'txt_in.proj.weight' is missing"),
     (reshape_a_tensor, "has shape"),
+    (one_value(DIT, "txt_in.proj.weight", float("nan")), "'txt_in.proj.weight' holds values that are not finite"),
+    (one_value(VAE, "encoder.wte.weight", float("inf")), "'encoder.wte.weight' holds values that are not finite"),
+    (too_large, "the decoder cannot serve with these weights"),
     (lose_a_shard, "model-00001-of-00002.safetensors: no such file"),
     (lambda folder: config(folder, VAE, model_type="llama"), "model_type is 'llama'"),
     (lambda folder: config(folder, VAE, act="relu"), "act is 'relu'"),
@@ -158,3 +177,26 @@ def test_settings_that_do_not_fit_are_one_line(checkpoint, arguments, said):
 def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
     assert "--encoder" in line(CliRunner().invoke(command("coordinator"), [f"--model={checkpoint}"]), 2)
     assert "--coordinator" in line(CliRunner().invoke(command("gateway")), 2)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line():
+    """With less memory than its weights take, once all else is loaded."""
+    program = (
+        "import resource\n"
+        "from colaserve_services.errors import UsageError\n"
+        "from colaserve_services.launch.settings import DEMO, ModelSettings\n"
+        "from colaserve_services.launch.stages import load_stages\n"
+        "from colaserve_services.model.checkpoint import Checkpoint\n"
+        "from colaserve_services.rpc.metrics import Metrics\n"
+        "from colaserve_services.runtime.limits import EngineLimits\n"
+        "checkpoint = Checkpoint.open(DEMO)\n"
+        "checkpoint.check()\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + (12 << 20),) * 2)\n"
+        "try:\n"
+        "    load_stages(('prior',), checkpoint, ModelSettings(DEMO, threads=1), EngineLimits(), 1, Metrics())\n"
+        "except UsageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "the prior does not fit into the memory of cpu\n", done.stderr
