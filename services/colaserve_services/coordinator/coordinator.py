@@ -45,11 +45,11 @@ class Coordinator:
         space: str = "",
     ):
         """`space`: the latent space of the checkpoint that the tokenizer and the defaults are of; empty: not known."""
-        self._stages, self._tokenizer = stages, tokenizer
+        self._tokenizer = tokenizer
         self._defaults, self._limits = defaults or Defaults(), limits or CoordinatorLimits()
         self._observer = observer or CoordinatorObserver()
         self._admission = Admission(self._limits, self._observer)
-        self._lookout = Lookout(stages)
+        self._lookout, self._changed = Lookout(stages, self._observer), stages.changed
         self._core: Core | None = None
         self._connected = asyncio.Event()
         self._connected_at = 0.0
@@ -59,7 +59,7 @@ class Coordinator:
     async def connect(self) -> None:
         """Wait for the stages, however long they take, and check that they serve one model. Raises Unavailable for what
         waiting does not change, ModelMismatch when they differ, CheckpointError when the tokenizer does not fit."""
-        infos = await self._lookout.wait()
+        infos = await self._lookout.wait(self._space)
         model = agree(infos, self._limits.max_context, self._limits.max_message_bytes)
         if self._space and model.space and self._space != model.space:
             raise ModelMismatch(
@@ -71,10 +71,10 @@ class Coordinator:
                 f"tokenizer.json has ids up to {self._tokenizer.vocab_size - 1}, "
                 f"the stages' model takes ids up to {model.vocab_size - 1}"
             )
-        self._lookout.space = model.space
+        self._lookout.settle(model)
         self._admission.begin_with(infos["prior"].limits.max_running)
         self._core = Core(
-            self._stages, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
+            self._lookout.pools, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
         )
         self._connected_at = time.monotonic()
         self._connected.set()
@@ -95,13 +95,20 @@ class Coordinator:
         task, cancel it to stop."""
         told = self.ready
         while True:
-            await asyncio.sleep(self._limits.watch_seconds)
+            await self._until_next_look()
             await self._lookout.look()
             self._follow_limits()
             if self.ready != told:
                 told = self.ready
                 _log.warning("ready: %s. %s", told, self._lookout.faults())
                 changed(told)
+
+    async def _until_next_look(self) -> None:
+        """A replica that began to serve is looked at at once: only then calls go to it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.watch_seconds):
+                await self._changed.wait()
+        self._changed.clear()
 
     def _follow_limits(self) -> None:
         """Stages may come back with other limits; calls that run keep those they began with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -16,8 +16,9 @@ from colaserve_services.coordinator.defaults import Defaults
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.prior_run import PriorRun, Span
-from colaserve_services.coordinator.stages import Model, Stages
+from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.text import Tokenizer
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 class Core:
     """Made when the stages are connected; every call works with one."""
 
-    stages: Stages
+    pools: Mapping[str, Pool]
     model: Model
     tokenizer: Tokenizer
     defaults: Defaults
@@ -86,7 +87,7 @@ class Core:
         while True:
             try:
                 timeout = attempts.call.left()
-                response: encoder_pb2.EncodeResponse = await self.stages.encoder.Encode(request, timeout=timeout)
+                response: encoder_pb2.EncodeResponse = await attempts.stub().Encode(request, timeout=timeout)
                 checks.encodings(response, sequences, with_variance, self.model, attempts.call)
                 attempts.progressed()
                 return response
@@ -106,7 +107,7 @@ class Core:
         """A run of the prior over a canvas. `on_wait` hears True when it must wait for another replica, False when
         that writes."""
         attempts = self.attempts("prior", call)
-        return PriorRun(self.stages.prior, self.model, latents, blocks, sampler, seed, attempts, open_spans, on_wait)
+        return PriorRun(self.model, latents, blocks, sampler, seed, attempts, open_spans, on_wait)
 
     def decoder(
         self,
@@ -121,11 +122,11 @@ class Core:
         """A run of the decoder. `patient`: it belongs to a call that has got on already, so it waits for an overloaded
         decoder where it would else be refused."""
         attempts = self.attempts("decoder", call, patient)
-        return DecoderRun(self.stages.decoder, self.model, prefix, blocks, sampling, attempts, top_logprobs, target_ids)
+        return DecoderRun(self.model, prefix, blocks, sampling, attempts, top_logprobs, target_ids)
 
     def attempts(self, stage: str, call: Call, patient: bool = False) -> Attempts:
         """The retry policy of one run."""
-        return Attempts(stage, call, self.limits.attempts, self.observer, resuming=patient)
+        return Attempts(self.pools[stage], call, self.limits.attempts, self.observer, resuming=patient)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""

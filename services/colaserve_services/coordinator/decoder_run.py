@@ -25,7 +25,6 @@ class DecoderRun:
 
     def __init__(
         self,
-        stub: Any,
         model: Model,
         prefix: types_pb2.Latents,
         blocks: int,
@@ -34,7 +33,7 @@ class DecoderRun:
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
     ):
-        self._stub, self._model, self._attempts = stub, model, attempts
+        self._model, self._attempts = model, attempts
         self._latents = [prefix]
         self._sampling, self._top, self._targets = sampling, top_logprobs, list(target_ids)
         self._max_latents = rows.count(prefix) + blocks * model.block_size
@@ -108,7 +107,7 @@ class DecoderRun:
         return response
 
     async def _open(self) -> None:
-        self._call = self._stub.Decode(timeout=self._attempts.call.left())
+        self._call = self._attempts.stub().Decode(timeout=self._attempts.call.left())
         await self._call.write(decoder_pb2.DecodeRequest(open=self.request()))
 
     async def _read_end(self, error: Exception) -> None:

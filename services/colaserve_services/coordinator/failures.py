@@ -6,8 +6,8 @@ import asyncio
 import logging
 import random
 import time
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import grpc
 from grpc import StatusCode
@@ -15,6 +15,7 @@ from grpc import StatusCode
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.checks import StageFault
 from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.pool import Brand, Choice, NoReplica, Pool
 from colaserve_services.errors import (
     ColaserveError,
     DeadlineExceeded,
@@ -33,20 +34,22 @@ _DOUBTFUL_ATTEMPTS: Final = 3
 # The coordinator has checked what it sends, so a stage that refuses it is at fault.
 _REFUSED: Final = {StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION}
 _LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
+_UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing")  # gRPC's texts
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
 _LONGEST_PATIENCE = 60.0  # seconds
 
 _log = logging.getLogger(__name__)
 
 
-STAGE_ERRORS: Final = (grpc.RpcError, StageFault)
+STAGE_ERRORS: Final = (grpc.RpcError, StageFault, NoReplica)
 
 
 @dataclass
 class Attempts:
-    """The failures in a row of one call to a stage. `failed` either waits for the next attempt or raises."""
+    """The replicas that one run of a stage goes to, and its failures in a row: `stub` gives the replica of the next
+    attempt, `progressed` and `failed` tell how it went. `failed` either waits for the next attempt or raises."""
 
-    stage: str
+    pool: Pool
     call: Call
     most: int
     observer: CoordinatorObserver
@@ -55,12 +58,31 @@ class Attempts:
     broken: int = 0  # of them: streams that broke, not refusals of a stage that is full
     doubtful: int = 0  # of those
     refused_since: float | None = None  # since when a full stage is waited for
+    brand: Brand | None = None  # of the replica that began the run
+    choice: Choice | None = None  # the replica of this attempt
+    avoided: set[str] = field(default_factory=set)  # addresses of those that failed
+    lost: list[Choice] = field(default_factory=list)  # those that the run was in flight in when it broke
+
+    @property
+    def stage(self) -> str:
+        """Its name."""
+        return self.pool.stage
+
+    def stub(self) -> Any:
+        """The stub of the next attempt's replica, of the weights and dtype that began the run. Raises NoReplica."""
+        self.choice = None
+        self.choice = self.pool.choose(self.brand, self.avoided)
+        return self.choice.replica.stub
 
     def progressed(self) -> None:
         """The stage answered."""
         if self.broken:
             self.observer.failover(self.stage, "resumed")
+        if self.choice is not None and self.brand is None:
+            self.brand = self.choice.brand
         self.failures, self.broken, self.doubtful, self.refused_since, self.resuming = 0, 0, 0, None, True
+        self.avoided.clear()
+        self.lost.clear()
 
     async def failed(self, error: Exception) -> None:
         """Return when another attempt should be made; raise our error for it when not."""
@@ -72,12 +94,32 @@ class Attempts:
         self.failures += 1
         self.broken += _code(error) in _BROKEN | _DOUBTFUL
         self.doubtful += _code(error) in _DOUBTFUL
+        self._left(error)
         pause = self._patience(ours) if isinstance(ours, Overloaded) and self.resuming else self._pause(error, ours)
         if pause is None or pause >= (self.call.left() or float("inf")):
             self._gave_up(ours)
             raise ours from error
         _log.warning("%s failed (%s), attempt %d follows", self.stage, _brief(error), self.failures + 1)
         await asyncio.sleep(pause)
+        if await self._took_two_replicas():
+            self._gave_up(ours)
+            raise StepFailed(f"two replicas of the {self.stage} failed or ended with this request in flight") from error
+
+    def _left(self, error: Exception) -> None:
+        """Remember the replica that failed."""
+        if self.choice is not None:
+            self.avoided.add(self.choice.replica.address)
+            if _was_in_flight(error):
+                self.lost.append(self.choice)
+
+    async def _took_two_replicas(self) -> bool:
+        """Whether two replicas in a row failed or ended when they were at this run, without any progress between: it is
+        likely the reason, and a third one is not risked. A connection that broke is not a replica that ended."""
+        if len(self.lost) < 2:
+            return False
+        well = await asyncio.gather(*map(self.pool.outlived, self.lost))
+        self.lost = [choice for choice, is_well in zip(self.lost, well, strict=True) if not is_well]
+        return len(self.lost) >= 2
 
     def fault(self, fault: StageFault) -> None:
         """Count an answer that is the stage's fault."""
@@ -124,6 +166,13 @@ def stage_error(stage: str, error: Exception) -> ColaserveError:
     if isinstance(ours, Unavailable) or _code(error) in _BROKEN:
         return Unavailable(f"the {stage} is not available: {ours}")
     return ours if isinstance(ours, ColaserveError) else ColaserveError(f"{stage}: {_brief(error)}")
+
+
+def _was_in_flight(error: Exception) -> bool:
+    """Whether a call broke after it had reached its replica."""
+    if not isinstance(error, grpc.RpcError) or _code(error) not in _BROKEN | _DOUBTFUL:
+        return False
+    return not (error.details() or "").startswith(_UNREACHED)
 
 
 def _code(error: Exception) -> StatusCode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from colaserve.v1 import prior_pb2, types_pb2
 from colaserve_services.coordinator import checks, rows
@@ -24,7 +23,6 @@ class PriorRun:
 
     def __init__(
         self,
-        stub: Any,
         model: Model,
         latents: types_pb2.Latents,
         blocks: int,
@@ -34,7 +32,7 @@ class PriorRun:
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
     ):
-        self._stub, self._model, self._attempts = stub, model, attempts
+        self._model, self._attempts = model, attempts
         self._latents, self._open, self._blocks = latents, tuple(open_spans), blocks
         self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
         self.context = context_blocks(rows.count(latents), open_spans, model.block_size)  # blocks
@@ -55,7 +53,7 @@ class PriorRun:
                 await self._attempts.failed(error)
 
     async def _stream(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
-        call = self._stub.Sample(self.request(), timeout=self._attempts.call.left())
+        call = self._attempts.stub().Sample(self.request(), timeout=self._attempts.call.left())
         try:
             async for response in call:
                 if len(self._written) == self._blocks:  # the run is whole: nothing needs to go on elsewhere

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_services.errors import ModelMismatch
 
 NAMES: Final = ("encoder", "prior", "decoder")
 IN_PROCESS: Final = "in-process"
-_INFO_REQUESTS: Final[dict[str, Callable[[], Any]]] = {
+SHAPE: Final = ("latent_dim", "block_size", "vae_block_size", "patch_size", "vocab_size")
+INFO_REQUESTS: Final[dict[str, Callable[[], Any]]] = {
     "encoder": encoder_pb2.EncoderServiceGetInfoRequest,
     "prior": prior_pb2.PriorServiceGetInfoRequest,
     "decoder": decoder_pb2.DecoderServiceGetInfoRequest,
 }
 
 
+class Replica(Protocol):
+    """One replica of a stage. rpc.connection.Connection is one."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def stub(self) -> Any: ...
+    @property
+    def serving(self) -> bool: ...
+    @property
+    def lives(self) -> int: ...
+
+
 @dataclass(frozen=True)
+class Local:
+    """The one replica that is reached by a stub alone, as a stage in this process is."""
+
+    stub: Any
+    address: str = IN_PROCESS
+    serving: bool = True
+    lives: int = 0
+
+
 class Stages:
-    """Stubs of grpc.aio, or look-alikes with their call surface, and the addresses they reach."""
+    """The replicas of each stage and the addresses they reach. A stage is an iterable of replicas that is asked anew
+    for every call, or one stub of grpc.aio, or something that can be called like one."""
 
-    encoder: Any
-    prior: Any
-    decoder: Any
-    encoder_target: str = IN_PROCESS
-    prior_target: str = IN_PROCESS
-    decoder_target: str = IN_PROCESS
-
-    def info(self, stage: str, timeout: float) -> Awaitable[Any]:
-        """The stage's answer to GetInfo."""
-        stub = getattr(self, stage)
-        answer: Awaitable[Any] = stub.GetInfo(_INFO_REQUESTS[stage](), timeout=timeout)
-        return answer
-
-    def target(self, stage: str) -> str:
-        """The address that a stage is reached at."""
-        return str(getattr(self, f"{stage}_target"))
+    def __init__(self, encoder: Any, prior: Any, decoder: Any, changed: asyncio.Event | None = None, **targets: str):
+        """`changed` is set whenever a replica begins to serve. `targets` are encoder_target, prior_target and so on."""
+        given = {"encoder": encoder, "prior": prior, "decoder": decoder}
+        self.replicas: dict[str, Iterable[Replica]] = {
+            name: stage if isinstance(stage, Iterable) else [Local(stage)] for name, stage in given.items()
+        }
+        self.changed = changed or asyncio.Event()
+        self.targets = {name: targets.get(f"{name}_target", IN_PROCESS) for name in NAMES}
 
 
 @dataclass(frozen=True)
@@ -68,8 +85,14 @@ class Model:
         """Blocks that so many latents need."""
         return -(-positions // self.block_size)
 
-    def within(self, infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Model:
+    def suits(self, info: Any) -> bool:
+        """Whether a stage that says so of itself serves this model; one that says nothing (0 or "") does."""
+        told = [(self.space, info.space), *((getattr(self, name), getattr(info.model, name)) for name in SHAPE)]
+        return all(ours == theirs or not ours or not theirs for ours, theirs in told)
+
+    def within(self, infos: Iterable[Any], max_context: int, max_message_bytes: int) -> Model:
         """The same with the least of these limits and those that the stages tell."""
+        infos = list(infos)
         context = _least(infos, "max_context", max_context)
         return replace(
             self,
@@ -86,7 +109,7 @@ class Model:
 def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Model:
     """The model of stages that answered GetInfo so. Raises ModelMismatch naming the two that differ."""
     _check_same(infos, "space", lambda info: info.space)
-    for name in ("latent_dim", "block_size", "vae_block_size", "patch_size", "vocab_size"):
+    for name in SHAPE:
         _check_same(infos, name, lambda info, name=name: getattr(info.model, name))  # type: ignore[misc]
     shape = infos["decoder"].model
     return Model(
@@ -100,12 +123,12 @@ def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Mo
         max_context=max_context,
         max_message_bytes=max_message_bytes,
         has_variance=infos["encoder"].has_variance,
-    ).within(infos, max_context, max_message_bytes)
+    ).within(infos.values(), max_context, max_message_bytes)
 
 
-def _least(infos: dict[str, Any], name: str, ours: int) -> int:
+def _least(infos: Iterable[Any], name: str, ours: int) -> int:
     """The least of our limit and those of the stages that tell one."""
-    theirs = (getattr(info.limits, name) for info in infos.values())
+    theirs = (getattr(info.limits, name) for info in infos)
     return min(ours, *(limit or ours for limit in theirs))
 
 

@@ -5,115 +5,93 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import Counter
 from typing import Any, Final
 
-import grpc
-from grpc import StatusCode
-
 from colaserve.v1 import generation_pb2
-from colaserve_services.coordinator.stages import NAMES, Stages
+from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.pool import Pool
+from colaserve_services.coordinator.stages import NAMES, Model, Stages
 from colaserve_services.errors import Unavailable
 
-_PATIENCE: Final = (0.5, 0.5, 1.0, 1.0, 2.0)  # seconds, try by try; the next one goes to another replica
 _SILENT_SECONDS: Final = 15.0  # between two lines of the log about stages that are waited for
-_MISSES: Final = 2  # looks in a row without an answer until a stage counts as down
-_STARTING: Final = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class View:
-    """What the looks at one stage found."""
-
-    info: Any = None  # its latest answer
-    missed: int = _MISSES  # looks since then
-    fault: str = "was not asked yet"
-
-    @property
-    def serving(self) -> bool:
-        """Whether it answered lately."""
-        return self.info is not None and self.missed < _MISSES
-
-
-@dataclass
 class Lookout:
-    """The latest views of all stages."""
+    """The pools of all stages."""
 
-    stages: Stages
-    space: str = ""  # that a stage must have to count as serving; empty: any
-    views: dict[str, View] = field(default_factory=lambda: {name: View() for name in NAMES})
+    def __init__(self, stages: Stages, observer: CoordinatorObserver):
+        self.pools = {name: Pool(name, stages.replicas[name], stages.targets[name], observer) for name in NAMES}
 
     @property
     def all_serving(self) -> bool:
-        """Whether every stage answered lately."""
-        return all(view.serving for view in self.views.values())
+        """Whether of every stage a replica answered lately that serves the model."""
+        return all(pool.infos for pool in self.pools.values())
 
     @property
-    def infos(self) -> dict[str, Any]:
-        """The latest answer of each stage."""
-        return {name: view.info for name, view in self.views.items()}
+    def infos(self) -> list[Any]:
+        """The latest answers of all stages' replicas that serve the model; of a stage that is down, its last one."""
+        return [info for pool in self.pools.values() for info in pool.infos or filter(None, [pool.last])]
 
     async def look(self) -> None:
-        """Ask all stages at once.
+        """Ask all replicas of all stages at once."""
+        await asyncio.gather(*(pool.look() for pool in self.pools.values()))
 
-        Before the stages have agreed, raises Unavailable for an answer that waiting does not change; never later."""
-        await asyncio.gather(*(self._ask(name) for name in NAMES))
+    async def wait(self, space: str) -> dict[str, Any]:
+        """An answer of each stage, of a replica of that latent space where there is one (empty: of the space that most
+        replicas tell), once all have answered.
 
-    async def wait(self) -> dict[str, Any]:
-        """The answers of all stages, once each has given one. The log says now and again who is waited for."""
+        The log says now and again who is waited for. Raises Unavailable for an answer that waiting does not change."""
         tell_at, pause = time.monotonic() + _SILENT_SECONDS, 0.05
         while True:
             await self.look()
-            if self.all_serving:
-                return self.infos
+            if self._settled(space):
+                return self._chosen(space or self._commonest_space())
+            for pool in self.pools.values():
+                if refusal := pool.refusal():
+                    raise Unavailable(f"{pool.stage} at {pool.target} answers {refusal}")
             if time.monotonic() >= tell_at:
                 _log.warning("waiting for the stages: %s", self.faults())
                 tell_at = time.monotonic() + _SILENT_SECONDS
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
 
+    def settle(self, model: Model) -> None:
+        """From now on only replicas that serve this model count."""
+        for pool in self.pools.values():
+            pool.model = model
+
     def faults(self) -> str:
         """Which stages do not serve, where and why."""
-        return "; ".join(
-            f"{name} at {self.stages.target(name)}: {view.fault}"
-            for name, view in self.views.items()
-            if not view.serving
-        )
+        return "; ".join(pool.faults() for pool in self.pools.values() if not pool.infos)
 
     def messages(self) -> list[generation_pb2.StageInfo]:
-        """All views as messages."""
-        return [self._message(name, view) for name, view in self.views.items()]
+        """All stages as messages, each by one of its replicas."""
+        return [self._message(pool) for pool in self.pools.values()]
 
-    def _message(self, name: str, view: View) -> generation_pb2.StageInfo:
-        message = generation_pb2.StageInfo(stage=name, target=self.stages.target(name), serving=view.serving)
-        if view.info is not None:
-            message.server.CopyFrom(view.info.server)
-            message.limits.CopyFrom(view.info.limits)
-            message.space = view.info.space
+    def _message(self, pool: Pool) -> generation_pb2.StageInfo:
+        message = generation_pb2.StageInfo(stage=pool.stage, target=pool.target, serving=bool(pool.infos))
+        if (info := pool.last) is not None:
+            message.server.CopyFrom(info.server)
+            message.limits.CopyFrom(info.limits)
+            message.space = info.space
         return message
 
-    async def _ask(self, name: str) -> None:
-        view = self.views[name]
-        try:
-            info = await self._answer(name)
-        except grpc.RpcError as error:
-            code = error.code()
-            view.missed, view.fault = view.missed + 1, code.name
-            if not self.space and code not in _STARTING:
-                where = f"{name} at {self.stages.target(name)}"
-                raise Unavailable(f"{where} answers {code.name}: {error.details()}") from error
-            return
-        if self.space and info.space != self.space:
-            view.missed, view.fault = _MISSES, f"serves space {info.space}, not {self.space}"
-            return
-        view.info, view.missed, view.fault = info, 0, ""
+    def _settled(self, space: str) -> bool:
+        """Whether of each stage a replica of the space has answered, or all replicas have."""
+        return all(
+            pool.all_answered or any(info.space == (space or info.space) for info in pool.infos)
+            for pool in self.pools.values()
+        )
 
-    async def _answer(self, name: str) -> Any:
-        """The first answer of several tries, so that one silent replica is no miss while another one answers."""
-        for seconds in _PATIENCE[:-1]:
-            with suppress(grpc.RpcError):
-                return await self.stages.info(name, seconds)
-        return await self.stages.info(name, _PATIENCE[-1])
+    def _commonest_space(self) -> str:
+        found = Counter(info.space for info in self.infos if info.space)
+        return found.most_common(1)[0][0] if found else ""
+
+    def _chosen(self, space: str) -> dict[str, Any]:
+        return {
+            name: next((info for info in pool.infos if info.space == space), pool.infos[0])
+            for name, pool in self.pools.items()
+        }

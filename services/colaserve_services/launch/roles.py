@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from colaserve_services.launch.process import Host, in_thread, run
 from colaserve_services.launch.settings import Params
 from colaserve_services.rpc.connection import Connection
 from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.replicas import Replicas
 
 if TYPE_CHECKING:
     from colaserve_services.coordinator import Coordinator, Stages
@@ -51,10 +53,18 @@ def run_coordinator(params: Params) -> None:
         await host.open_ports(grpc=True)
         host.publish()
         checkpoint = await _checkpoint(directory)
-        stubs: dict[str, Any] = {
-            name: _connection(host, f"{name.title()}Service", target, channel).stub for name, target in targets.items()
+        changed = asyncio.Event()
+        replicas = {
+            name: await _replicas(host, f"{name.title()}Service", target, channel, changed.set)
+            for name, target in targets.items()
         }
-        stages = Stages(**stubs, **{f"{stage}_target": target for stage, target in targets.items()})
+        stages = Stages(
+            replicas["encoder"],
+            replicas["prior"],
+            replicas["decoder"],
+            changed,
+            **{f"{stage}_target": target for stage, target in targets.items()},
+        )
         coordinator = _coordinator(host, params, checkpoint, stages)
         await host.serve_grpc(*_coordinator_services(coordinator), context_bytes=_context_bytes(params, checkpoint))
         await _connect(host, coordinator)
@@ -179,6 +189,17 @@ def _connection(host: Host, service: str, target: str, channel: Any) -> Connecti
     host.stack.push_async_callback(connection.close)
     connection.follow()
     return connection
+
+
+async def _replicas(
+    host: Host, service: str, target: str, channel: Any, began_to_serve: Callable[[], None]
+) -> Replicas:
+    """The replicas of a service elsewhere; closed at the end."""
+    replicas = Replicas(_stub_class(service), target, channel, f"{PACKAGE}.{service}", began_to_serve)
+    host.stack.push_async_callback(replicas.close)
+    await replicas.find()
+    replicas.follow()
+    return replicas
 
 
 def _stub_class(service: str) -> Any:

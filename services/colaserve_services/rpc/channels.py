@@ -21,18 +21,19 @@ PRIOR = "colaserve.v1.PriorService"
 UNHURRIED = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
 
 
-def open_channel(target: str, settings: ChannelSettings, service: str) -> grpc.aio.Channel:
+def open_channel(target: str, settings: ChannelSettings, service: str, host: str = "") -> grpc.aio.Channel:
     """A channel to the replicas of `service` (full name): "host:port", "dns:///host:port" or "a:1,b:2".
 
     Calls go round over the replicas whose health service says SERVING for `service`. A name is looked up again when a
-    connection is lost or reaches its maximum age; names in a list are looked up once, now.
+    connection is lost or reaches its maximum age; names in a list are looked up once, now. `host` is the name that a
+    target which is an address was looked up by: certificates are for names.
     """
     options = [*_options(settings, service), *(UNHURRIED if service == PRIOR else ())]
     address = resolve(target)
     if settings.tls is None:
         return grpc.aio.insecure_channel(address, options)
-    if settings.tls.server_name:
-        options.append(("grpc.ssl_target_name_override", settings.tls.server_name))
+    if name := settings.tls.server_name or host:
+        options.append(("grpc.ssl_target_name_override", name))
     return grpc.aio.secure_channel(address, channel_credentials(settings.tls), options)
 
 
@@ -65,12 +66,13 @@ class Stub:
 
 def resolve(target: str) -> str:
     """The gRPC name of a target; raise UsageError for one that is none."""
-    parts = [part.strip() for part in target.split(",")]
-    if not all(parts):
-        raise UsageError(f"no address in {target!r}; expected host:port, dns:///host:port or a list with commas")
+    if "://" in target or target.startswith(("ipv4:", "ipv6:", "unix:")):
+        return target
+    parts = split_target(target)
     if len(parts) == 1:
-        return parts[0] if "://" in parts[0] or parts[0].startswith(("ipv4:", "ipv6:", "unix:")) else _dns(parts[0])
-    addresses = [_address(*_split(part)) for part in parts]
+        split_address(parts[0])
+        return f"dns:///{parts[0]}"
+    addresses = [_address(*split_address(part)) for part in parts]
     version = {ip.version for ip, _ in addresses}
     if len(version) > 1:
         raise UsageError(f"{target!r} mixes IPv4 and IPv6 addresses; give addresses of one kind")
@@ -78,12 +80,17 @@ def resolve(target: str) -> str:
     return f"{scheme}:" + ",".join(network.address(str(ip), port) for ip, port in addresses)
 
 
-def _dns(part: str) -> str:
-    _split(part)
-    return f"dns:///{part}"
+def split_target(target: str) -> list[str]:
+    """The addresses of a target that lists them with commas; raise UsageError for one that is none."""
+    listed = target.removeprefix("ipv4:").removeprefix("ipv6:")
+    parts = [part.strip() for part in listed.split(",")]
+    if not all(parts):
+        raise UsageError(f"no address in {target!r}; expected host:port, dns:///host:port or a list with commas")
+    return parts
 
 
-def _split(part: str) -> tuple[str, int]:
+def split_address(part: str) -> tuple[str, int]:
+    """(host, port) of "host:port"; raise UsageError for what is none."""
     host, _, port = part.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"{part!r} is no address; expected host:port")

@@ -43,7 +43,7 @@ class Fake:
         self.spoils: dict[int, Callable[[Any], Any]] = {}  # call -> what is done to each of its answers
         self.gate = asyncio.Event()
         self.gate.set()
-        self.space = SPACE
+        self.space, self.weights, self.dtype = SPACE, "", ""
         for name, value in changes.items():
             setattr(self, name, value)
 
@@ -69,7 +69,8 @@ class Fake:
             vocab_size=VOCAB, parameters=10,
         )  # fmt: skip
         limits = types_pb2.Limits(max_context=self.max_context)
-        return kind(model=shape, space=self.space, limits=limits, **more)
+        server = types_pb2.ServerInfo(dtype=self.dtype)
+        return kind(model=shape, space=self.space, weights=self.weights, limits=limits, server=server, **more)
 
 
 class FakeEncoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):

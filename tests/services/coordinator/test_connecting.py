@@ -9,6 +9,7 @@ from grpc.aio import AioRpcError, Metadata
 from colaserve.v1 import generation_pb2, latent_service_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages, service, watch
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.coordinator.stages import Local
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.text import SpecialIds, Tokenizer
@@ -38,21 +39,23 @@ class Starting:
         return await self._answer(request, context)
 
 
-class Replicas:
-    """A stub whose looks go round over a stage's replicas; None is one that never answers."""
+class Silent:
+    """A stub that never answers."""
 
-    def __init__(self, *fakes: Any):
-        self._replicas, self.looks = [fake and InProcessStub(fake) for fake in fakes], 0
+    async def GetInfo(self, request: Any, **options: Any) -> Any:
+        raise AioRpcError(StatusCode.DEADLINE_EXCEEDED, Metadata(), Metadata())
 
-    def GetInfo(self, request: Any, timeout: float) -> Any:
-        replica = self._replicas[self.looks % len(self._replicas)]
+
+class Looked:
+    """Counts the looks at a fake."""
+
+    def __init__(self, fake: Any):
+        self.looks, self._answer = 0, fake.GetInfo
+        fake.GetInfo = self.answer
+
+    async def answer(self, request: Any, context: Any) -> Any:
         self.looks += 1
-        return silence(timeout) if replica is None else replica.GetInfo(request, timeout=timeout)
-
-
-async def silence(seconds: float) -> None:
-    await asyncio.sleep(seconds)
-    raise AioRpcError(StatusCode.DEADLINE_EXCEEDED, Metadata(), Metadata())
+        return await self._answer(request, context)
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior"])
@@ -165,10 +168,13 @@ async def test_readiness_follows_the_stages(tokenizer):
     watching.cancel()
 
 
-async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer, monkeypatch):
-    monkeypatch.setattr(watch, "_PATIENCE", (0.001, 0.001, 20.0))
-    prior, others = Replicas(None, None, FakePrior()), {name: InProcessStub(fake) for name, fake in fakes().items()}
-    coordinator = Coordinator(Stages(**others | {"prior": prior}), tokenizer, limits=CoordinatorLimits(watch_seconds=0))
+async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer):
+    stages = fakes()
+    prior, stubs = Looked(stages["prior"]), {name: InProcessStub(fake) for name, fake in stages.items()}
+    replicas = [Local(Silent(), "a:1"), Local(stubs["prior"], "b:1"), Local(Silent(), "c:1")]
+    coordinator = Coordinator(
+        Stages(**stubs | {"prior": replicas}), tokenizer, limits=CoordinatorLimits(watch_seconds=0)
+    )
     await coordinator.connect()
     told: list[bool] = []
     watching = asyncio.create_task(coordinator.watch(told.append))
@@ -179,8 +185,8 @@ async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer,
 
 
 async def test_what_the_stages_are_is_told_from_the_last_look_and_not_asked_anew(tokenizer):
-    prior, others = Replicas(FakePrior()), {name: InProcessStub(fake) for name, fake in fakes().items()}
-    coordinator = Coordinator(Stages(**others | {"prior": prior}), tokenizer)
+    stages = fakes()
+    prior, coordinator = Looked(stages["prior"]), over(stages, tokenizer)
     await coordinator.connect()
     looks = prior.looks
     assert all(stage.serving for stage in (await coordinator.generation_info()).stages)

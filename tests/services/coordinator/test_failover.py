@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colaserve.v1 import latent_service_pb2, types_pb2
-from colaserve_services.coordinator import Call
+from colaserve_services.coordinator import Call, CoordinatorObserver
 from colaserve_services.coordinator.failures import Attempts
+from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.prior_run import PriorRun
 from colaserve_services.errors import (
     ColaserveError,
@@ -238,11 +239,11 @@ def test_a_resumed_request_always_fits_the_contract(data: st.DataObject):
     length = data.draw(st.integers(1, 40))
     flags = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     spans = [(i, i + 1) for i, is_open in enumerate(flags) if is_open]
-    run = PriorRun(None, MODEL, latents(length), 1, SAMPLER, SEED, ATTEMPTS, spans)
+    run = PriorRun(MODEL, latents(length), 1, SAMPLER, SEED, ATTEMPTS, spans)
     blocks = -(-length // 4) - run.context
     if blocks < 1:
         return
-    run = PriorRun(None, MODEL, latents(length), blocks, SAMPLER, SEED, ATTEMPTS, spans)
+    run = PriorRun(MODEL, latents(length), blocks, SAMPLER, SEED, ATTEMPTS, spans)
     for done in range(1, blocks):
         run._written = [latents(4)] * done
         request = run.request()
@@ -268,7 +269,7 @@ def _model() -> Any:
 async def test_a_stream_whose_status_was_lost_counts_as_one_that_broke(world):
     nothing = grpc.aio.Metadata()
     lost = grpc.aio.AioRpcError(StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
-    attempts = Attempts("decoder", Call(), 5, world.heard)
+    attempts = Attempts(world.coordinator.core.pools["decoder"], Call(), 5, world.heard)
     for _ in range(4):  # a fault of the stage's own gets fewer
         await attempts.failed(lost)
     with pytest.raises(Unavailable, match="the decoder is not available"):
@@ -276,4 +277,4 @@ async def test_a_stream_whose_status_was_lost_counts_as_one_that_broke(world):
 
 
 MODEL, SAMPLER = _model(), types_pb2.Sampler()
-ATTEMPTS = Attempts("prior", Call(), 1, None)
+ATTEMPTS = Attempts(Pool("prior", [], "", CoordinatorObserver()), Call(), 1, CoordinatorObserver())

@@ -1,0 +1,230 @@
+"""Calls go to replicas that serve the model; a run stays with the weights and dtype that began it."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from grpc import StatusCode
+
+from colaserve.v1 import generation_pb2
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
+from colaserve_services.errors import StepFailed, Unavailable
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.text import Tokenizer
+from tests.services.coordinator.conftest import Heard
+from tests.services.coordinator.stage_fakes import SPACE, Fake, FakeDecoder, FakeEncoder, FakePrior
+from tests.services.coordinator.test_failover import REQUEST, told
+from tests.waiting import eventually
+
+KINDS = {"encoder": FakeEncoder, "prior": FakePrior, "decoder": FakeDecoder}
+
+
+@dataclass
+class FakeReplica:
+    """A replica that can end, come back and be cut off."""
+
+    fake: Fake
+    address: str
+    serving: bool = True
+    lives: int = 0
+
+    @property
+    def stub(self) -> Any:
+        return InProcessStub(self.fake)
+
+    def begin_anew(self, fake: Fake) -> None:
+        self.fake, self.lives, self.serving = fake, self.lives + 1, True
+
+
+class Fleet:
+    """Two replicas of each stage, and a coordinator over them."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int = 2, **limits: Any):
+        self.replicas = {
+            stage: [FakeReplica(kind(), f"{stage}-{index}") for index in range(count)] for stage, kind in KINDS.items()
+        }
+        self.heard = Heard()
+        self.coordinator = Coordinator(
+            Stages(**self.replicas), tokenizer, limits=CoordinatorLimits(**limits), observer=self.heard, space=SPACE
+        )
+
+    async def generate(self) -> list[generation_pb2.GenerateResponse]:
+        request = generation_pb2.GenerateRequest(**REQUEST)
+        return [response async for response in self.coordinator.generate(request, Call())]
+
+    def calls(self, stage: str) -> list[int]:
+        return [len(replica.fake.calls) for replica in self.replicas[stage]]
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.002)
+
+
+@pytest.fixture
+async def fleet(tokenizer: Tokenizer) -> Fleet:
+    fleet = Fleet(tokenizer, watch_seconds=0.01)
+    await fleet.coordinator.connect()
+    return fleet
+
+
+async def test_calls_go_round_over_the_replicas_that_serve(fleet: Fleet):
+    for _ in range(4):
+        await fleet.generate()
+    assert [fleet.calls(stage) for stage in KINDS] == [[2, 2]] * 3
+    fleet.replicas["prior"][0].serving = False
+    for _ in range(4):
+        await fleet.generate()
+    assert fleet.calls("prior") == [2, 6]
+
+
+@pytest.mark.parametrize("stage", KINDS)
+async def test_another_attempt_goes_to_another_replica(fleet: Fleet, stage: str):
+    undisturbed = told(await fleet.generate())
+    fleet.replicas[stage][0].fake.spoils = dict.fromkeys(
+        range(100), lambda response: setattr(response.timing, "queue_us", 2**60)
+    )
+    for _ in range(4):
+        assert told(await fleet.generate()) == undisturbed
+    assert len(fleet.heard.of("stage_fault")) == 2  # of the four, those that began there
+
+
+async def test_a_replica_of_another_checkpoint_is_left_out_and_the_fleet_stays_ready(fleet: Fleet):
+    undisturbed, told_ready = told(await fleet.generate()), list[bool]()
+    watching = asyncio.create_task(fleet.coordinator.watch(told_ready.append))
+    for replicas in fleet.replicas.values():
+        replicas[0].begin_anew(type(replicas[0].fake)(space="f" * 16))
+    await eventually(lambda: {stage for stage, kind in fleet.heard.of("stage_fault") if kind == "model"} == set(KINDS))
+    for _ in range(4):
+        assert told(await fleet.generate()) == undisturbed
+    assert fleet.coordinator.ready
+    assert told_ready == []
+    assert [fleet.calls(stage)[0] for stage in KINDS] == [0] * 3
+    assert all(stage.space == SPACE for stage in (await fleet.coordinator.generation_info()).stages)
+    watching.cancel()
+
+
+async def test_a_replica_of_another_checkpoint_is_left_out_from_the_beginning(tokenizer: Tokenizer):
+    fleet = Fleet(tokenizer)
+    for replicas in fleet.replicas.values():
+        replicas[0].fake.space = "f" * 16
+    await fleet.coordinator.connect()
+    assert fleet.coordinator.ready
+    await fleet.generate()
+    assert [fleet.calls(stage)[0] for stage in KINDS] == [0] * 3
+
+
+async def test_a_stage_without_a_replica_of_the_model_makes_the_coordinator_unready(fleet: Fleet):
+    watching = asyncio.create_task(fleet.coordinator.watch(lambda ready: None))
+    for replica in fleet.replicas["decoder"]:
+        replica.begin_anew(FakeDecoder(space="f" * 16))
+    await eventually(lambda: not fleet.coordinator.ready)
+    with pytest.raises(Unavailable, match="no replica of the decoder is ready"):
+        await fleet.generate()
+    watching.cancel()
+
+
+@pytest.mark.parametrize("told_apart", [{"weights": "b" * 16}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+async def test_a_run_stays_with_the_weights_and_dtype_that_began_it(tokenizer, stage: str, told_apart: dict[str, str]):
+    fleet = Fleet(tokenizer, count=4, watch_seconds=0.01)
+    for index, replica in enumerate(fleet.replicas[stage]):
+        brand = {"weights": "a" * 16, "dtype": "float32"} | (told_apart if index % 2 else {})
+        for name, value in brand.items():
+            setattr(replica.fake, name, value)
+        replica.fake.faults = {0: (1, StatusCode.UNAVAILABLE)}  # each breaks its first run after a block
+    await fleet.coordinator.connect()
+    await fleet.generate()
+    calls = fleet.calls(stage)
+    assert sum(calls) == 3  # both of the brand broke it, and one of them went on
+    assert {sum(calls[::2]), sum(calls[1::2])} == {0, 3}
+
+
+async def test_a_run_whose_brand_is_gone_ends_and_new_ones_run_on_the_others(fleet: Fleet):
+    for replica in fleet.replicas["prior"]:
+        replica.fake.weights = "a" * 16
+    await fleet.coordinator._lookout.look()
+    old = [replica.fake for replica in fleet.replicas["prior"]]
+    for fake in old:
+        fake.faults = {0: (1, StatusCode.UNAVAILABLE)}
+        fake.gate.clear()
+    running = asyncio.create_task(fleet.generate())
+    await eventually(lambda: sum(fleet.calls("prior")) == 1)
+    for replica in fleet.replicas["prior"]:
+        replica.begin_anew(FakePrior(weights="b" * 16))
+    await fleet.coordinator._lookout.look()
+    for fake in old:
+        fake.gate.set()
+    with pytest.raises(Unavailable, match="of the weights and dtype that began this run is ready"):
+        await running
+    assert await fleet.generate()
+
+
+async def test_replicas_that_tell_no_weights_are_trusted(fleet: Fleet):
+    undisturbed = told(await fleet.generate())
+    first, second = fleet.replicas["prior"]
+    first.begin_anew(FakePrior(weights="a" * 16, dtype="float32"))
+    await fleet.coordinator._lookout.look()
+    for replica in (first, second):
+        replica.fake.faults = {len(replica.fake.calls): (1, StatusCode.UNAVAILABLE)}
+    assert told(await fleet.generate()) == undisturbed
+
+
+async def test_what_a_replica_said_counts_until_its_connection_changes(fleet: Fleet):
+    """Behind the same address there may be another checkpoint by then."""
+    await fleet.generate()
+    before = fleet.calls("prior")
+    fleet.replicas["prior"][0].begin_anew(FakePrior(space="f" * 16))
+    await fleet.generate()
+    await fleet.generate()
+    assert fleet.calls("prior") == [0, before[1] + 2]
+
+
+@pytest.mark.parametrize("stage", KINDS)
+async def test_a_run_that_took_two_replicas_with_it_is_not_carried_to_a_third(tokenizer, stage: str):
+    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
+    await fleet.coordinator.connect()
+    for replica in fleet.replicas[stage]:
+        ends_with_the_run(replica)
+    with pytest.raises(StepFailed, match=f"two replicas of the {stage} failed or ended"):
+        await fleet.generate()
+    assert sorted(fleet.calls(stage)) == [0, 1, 1]
+    assert [replica.serving for replica in fleet.replicas[stage]].count(True) == 1
+    assert fleet.coordinator._admission.running == 0
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+async def test_a_run_whose_two_replicas_ended_at_different_blocks_goes_on(tokenizer, stage: str):
+    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
+    await fleet.coordinator.connect()
+    undisturbed = told(await fleet.generate())
+    for replica in fleet.replicas[stage]:
+        replica.begin_anew(type(replica.fake)())
+    await fleet.coordinator._lookout.look()
+    for replica, after in zip(fleet.replicas[stage], (1, 1, 99), strict=True):
+        ends_with_the_run(replica, after)
+    assert told(await fleet.generate()) == undisturbed
+
+
+async def test_connections_that_break_do_not_make_a_run_guilty(fleet: Fleet):
+    undisturbed = told(await fleet.generate())
+    for replica in fleet.replicas["prior"]:
+        replica.fake.faults = dict.fromkeys(range(1, 4), (0, StatusCode.UNAVAILABLE))
+    assert told(await fleet.generate()) == undisturbed
+
+
+def ends_with_the_run(replica: FakeReplica, after: int = 0) -> None:
+    """It ends as a process does that a request kills: its connection is lost, then nobody answers."""
+    fake, fail = replica.fake, replica.fake.fail
+    fake.faults = {0: (after, StatusCode.UNAVAILABLE)}
+
+    async def end(fault: Any, context: Any) -> None:
+        async def nobody(request: Any, context: Any) -> None:
+            await context.abort(StatusCode.UNAVAILABLE, "failed to connect to all addresses")
+
+        fake.GetInfo, replica.serving = nobody, False
+        await fail(fault, context)
+
+    fake.fail = end
