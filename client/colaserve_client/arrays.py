@@ -39,7 +39,7 @@ def array_from_tensor(tensor: types_pb2.Tensor, field: str = "tensor") -> FloatA
 
 
 def tensor_from_array(values: ArrayLike, field: str = "tensor") -> types_pb2.Tensor:
-    """A float32 message of latents or noise; `InvalidRequest` names `field` and the position of what is beyond LARGEST."""
+    """A float32 message of latents or noise; `InvalidRequest` names the position of what is beyond LARGEST."""
     array = float_array(values, field)
     beyond = np.abs(array) > LARGEST
     if beyond.any():

@@ -144,6 +144,14 @@ def check_same_process(process: int, what: str) -> None:
         raise Cancelled(f"the {what} was opened before this process was forked and belongs to its parent; open another")
 
 
+def checked_key(key: str) -> str:
+    """The key without the blanks around it; `InvalidRequest` for none, and for one that HTTP cannot carry."""
+    key = key.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise invalid("key", "expected printable ASCII characters")
+    return key
+
+
 @dataclass(frozen=True)
 class ClientConfig:
     """How a client reaches its server."""
@@ -156,10 +164,10 @@ class ClientConfig:
     connection: Connection = field(default_factory=Connection)
 
     def __post_init__(self) -> None:
-        check_target(self.target)
+        object.__setattr__(self, "target", check_target(self.target.strip()))
         check_timeout(self.timeout)
-        if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key):
-            raise invalid("key", "expected printable ASCII characters")
+        if self.key is not None:  # of a file or a variable, which often ends with a newline
+            object.__setattr__(self, "key", checked_key(self.key))
 
 
 @dataclass(frozen=True)

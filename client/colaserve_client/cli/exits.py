@@ -64,6 +64,8 @@ def line_of(error: BaseException) -> str:
     """What to say about an error, in one line; empty for Ctrl-C."""
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return ""
+    if isinstance(error, click.NoSuchOption):
+        return f"{error.format_message()} (a text that begins with - goes behind --)"
     if isinstance(error, click.UsageError):
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return f"{error.format_message()}{where}"

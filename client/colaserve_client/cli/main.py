@@ -1,5 +1,6 @@
 """The `colaserve` command: finds the verb, runs it, and turns whatever goes wrong into one line and an exit code."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import click
 
 from colaserve_client.channel import client_version
 from colaserve_client.cli import exits
+from colaserve_client.cli.output import printable
 from colaserve_client.cli.verbs import VERBS, Verb, missing_extra
 
 _NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # of click 8.2 and later
@@ -78,11 +80,24 @@ click.option(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    _prepare_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _exit_code(cli.main(arguments, prog_name="colaserve", standalone_mode=False))
     except Exception as error:
         return _explain(error, arguments)
+
+
+def _prepare_streams() -> None:
+    """No connection gets the number of a closed stream, and what an encoding lacks is written as an escape."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(result: Any) -> int:
@@ -99,9 +114,12 @@ def _explain(error: Exception, arguments: Sequence[str]) -> int:
     if isinstance(error, _NO_ARGUMENTS):
         click.echo(error.format_message(), err=True)
     elif line := exits.line_of(error):
-        click.echo(f"colaserve: {' '.join(line.split())}", err=True)
+        click.echo(f"colaserve: {printable(' '.join(line.split()))}", err=True)
     return exits.code_of(error)
 
 
 def _debug(arguments: Sequence[str]) -> bool:
-    return "--debug" in arguments or os.environ.get("COLASERVE_DEBUG", "0").lower() not in ("", "0", "false", "no")
+    try:
+        return "--debug" in arguments or bool(click.BOOL.convert(os.environ.get("COLASERVE_DEBUG") or "0", None, None))
+    except click.BadParameter:  # which was the error
+        return False

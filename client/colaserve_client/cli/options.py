@@ -1,6 +1,7 @@
-"""Options that several verbs share. Each group reaches its verb as one value; each option is also a variable
-COLASERVE_<NAME>, and the command line wins."""
+"""Options that several verbs share. Each group reaches its verb as one value. How to reach the server can be said by
+variables too, and the command line wins; everything else is an option alone."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -8,25 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from colaserve_client.cli.types import Number, TrimmedPath
 from colaserve_client.settings import DEFAULT_TARGET, NoiseSeed, Retry, Sampler, Sampling, Tls
 from colaserve_client.sync.base import BaseClient
 from colaserve_client.sync.client import Client
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 C = TypeVar("C", bound=BaseClient)
-FILE = click.Path(path_type=Path, dir_okay=False)
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
+VARIABLES = ("target", "key", "timeout", "tls_ca", "tls_client_cert", "tls_client_key")  # COLASERVE_TARGET and so on
 
-
-class EnvOption(click.Option):
-    """An option that is also a variable, COLASERVE_ and its longest name."""
-
-    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.section = section
-        self.envvar = self.envvar or "COLASERVE_" + max(self.opts, key=len).lstrip("-").upper().replace("-", "_")
-        self.show_envvar = True
+FILE = click.Path(path_type=Path, dir_okay=False)
+PEM_FILE = TrimmedPath(path_type=Path, dir_okay=False)
 
 
 class SectionedCommand(click.Command):
@@ -42,10 +38,42 @@ class SectionedCommand(click.Command):
             with formatter.section(section):
                 formatter.write_dl(records)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; variables that it read once, and that nothing was given for, are named first."""
+        for parameter in self.params:
+            if isinstance(parameter, SectionedOption) and parameter.is_missed(ctx):
+                old = _variable(parameter)
+                click.echo(f"colaserve: {old} is not read any more: give {longest(parameter)}", err=True)
+        return super().invoke(ctx)
+
+
+class SectionedOption(click.Option):
+    """An option of one section of the help; one of VARIABLES is a variable too."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+        if self.name in VARIABLES:
+            self.envvar, self.show_envvar = _variable(self), True
+
+    def is_missed(self, ctx: click.Context) -> bool:
+        """Whether only a variable that is not read any more says something about this option."""
+        given = ctx.get_parameter_source(self.name or "") == ParameterSource.COMMANDLINE
+        return self.envvar is None and not given and bool(os.environ.get(_variable(self)))
+
+
+def longest(option: click.Option) -> str:
+    """The option's longest name."""
+    return max(option.opts, key=len)
+
+
+def _variable(option: click.Option) -> str:
+    return "COLASERVE_" + longest(option).lstrip("-").upper().replace("-", "_")
+
 
 def option(*names: str, section: str = "Options", **settings: Any) -> Callable[[Verb], Verb]:
-    """`click.option` with its variable, and its place in the help."""
-    return click.option(*names, cls=EnvOption, section=section, **settings)
+    """`click.option` with its place in the help."""
+    return click.option(*names, cls=SectionedOption, section=section, **settings)
 
 
 def _sampler(name: str, text: str, **settings: Any) -> Callable[[Verb], Verb]:
@@ -65,13 +93,13 @@ json_option = option("--json", "as_json", is_flag=True, help="Print JSON for mac
 _CONNECTION = (
     _connection("--target", default=DEFAULT_TARGET, show_default=True, help="Where the server is."),
     _connection("--key", help="Bearer key. Better the variable: a command line is seen by all."),
-    _connection("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds a call may take.  [default: none]"),
+    _connection("--timeout", type=Number(0, min_open=True), help="Seconds a call may take.  [default: none]"),
     _connection("--tries", type=click.IntRange(1), default=4, show_default=True,
                 help="Tries of a call that finds the server busy or away."),
     _connection("--tls", is_flag=True, help="Encrypt, and trust the authorities that gRPC ships with."),
-    _connection("--tls-ca", type=FILE, help="Encrypt, and trust this authority (PEM)."),
-    _connection("--tls-client-cert", type=FILE, help="This side's certificate, for mutual TLS (PEM)."),
-    _connection("--tls-client-key", type=FILE, help="The key of --tls-client-cert (PEM)."),
+    _connection("--tls-ca", type=PEM_FILE, help="Encrypt, and trust this authority (PEM)."),
+    _connection("--tls-client-cert", type=PEM_FILE, help="This side's certificate, for mutual TLS (PEM)."),
+    _connection("--tls-client-key", type=PEM_FILE, help="The key of --tls-client-cert (PEM)."),
     _connection("--tls-server-name", help="The name in the server's certificate, when it is not the target's."),
 )  # fmt: skip
 _SAMPLER = (

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from colaserve_client.cli import exits, options, output
+from colaserve_client.cli.types import Number
 from colaserve_client.errors import NotSupported
 from colaserve_client.results import Limits, ModelInfo, ServerInfo
 from colaserve_client.sync.client import Client
@@ -77,7 +78,7 @@ class Row:
 
 
 @click.command(cls=options.SectionedCommand)
-@options.option("--wait", type=click.FloatRange(0), help="Wait so many seconds at most until the server is ready.")
+@options.option("--wait", type=Number(0), help="Wait so many seconds at most until the server is ready.")
 @options.json_option
 @options.server_options
 def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:

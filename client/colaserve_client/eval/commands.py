@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from colaserve_client.cli.options import Server, json_option, sampler_options, server_options
+from colaserve_client.cli.options import SectionedCommand, Server, json_option, sampler_options, server_options
 from colaserve_client.cli.output import echo, print_json
 from colaserve_client.eval import options, sweep
 from colaserve_client.eval.connect import Connector, identity
@@ -36,7 +36,11 @@ def resumable() -> Iterator[None]:
         raise
 
 
-@click.group("eval")
+class _Verbs(click.Group):
+    command_class = SectionedCommand
+
+
+@click.group("eval", cls=_Verbs)
 def evaluate() -> None:
     """Ask a served model questions and judge the answers."""
 

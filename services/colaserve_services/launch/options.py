@@ -5,39 +5,19 @@ An option is also the environment variable COLASERVE_<NAME>; the command line wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from colaserve_client.cli.types import Number, Text, TrimmedPath
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Number(click.FloatRange):
-    """A finite number within its range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not math.isfinite(number := click.FLOAT.convert(value, param, ctx)):
-            self.fail(f"{value} is no finite number.", param, ctx)
-        return super().convert(number, param, ctx)
-
-
-class Text(click.types.StringParamType):
-    """A text that can be sent: bytes of the command line or of a variable that are no UTF-8 are refused."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        text = super().convert(value, param, ctx)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            self.fail(f"{text!r} is not UTF-8.", param, ctx)
-        return text
-
-
 PORT = click.IntRange(0, 65535)
-FILE = click.Path(path_type=Path, dir_okay=False)
+FILE = TrimmedPath(path_type=Path, dir_okay=False)
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
 BYTES = click.IntRange(1, 2**63 - 1)

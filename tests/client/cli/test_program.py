@@ -74,8 +74,18 @@ def test_every_verb_teaches_by_example_and_names_its_variables(name: str) -> Non
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             flag = max(parameter.opts, key=len)
-            assert parameter.envvar == "COLASERVE_" + flag.lstrip("-").upper().replace("-", "_"), flag
+            assert parameter.envvar in (None, "COLASERVE_" + flag.lstrip("-").upper().replace("-", "_")), flag
             assert parameter.help, flag
+
+
+@pytest.mark.parametrize("name", [*CLIENT_VERBS, "eval"])
+def test_the_client_reads_where_the_server_is_from_variables_and_nothing_else(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    commands = command.commands.values() if isinstance(command, click.Group) else [command]
+    found = {each.envvar for verb in commands for each in (*verb.params, *cli.params) if each.envvar}
+    server = ("TARGET", "KEY", "TIMEOUT", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
+    assert found - {"COLASERVE_DEBUG"} in (set(), {f"COLASERVE_{each}" for each in server})
+    assert "COLASERVE_DEBUG" in found
 
 
 def test_every_verb_can_be_loaded() -> None:

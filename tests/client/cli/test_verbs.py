@@ -22,6 +22,11 @@ def test_generate_prints_the_text(run: Run) -> None:
     assert run("generate", "Once", "--echo").out == f"Once{STORY_TEXT}\n"
 
 
+def test_a_text_may_begin_with_a_dash_behind_two(run: Run, behaviour: Behaviour) -> None:
+    assert run("generate", "--", "--echo").out == STORY_TEXT + "\n"
+    assert behaviour.requests[0].prompt == "--echo"
+
+
 def test_generate_tells_machines_everything(run: Run) -> None:
     told = run("generate", "Once", "--json", "--seed", "7", "--sample-id", "2", "--latents", "--top-logprobs", "1").json
     assert (told["prompt"], told["text"], told["finish_reason"]) == ("Once", STORY_TEXT, "stop")
@@ -67,11 +72,29 @@ def test_every_option_reaches_the_server(run: Run, behaviour: Behaviour) -> None
     assert (second.seed.base_seed, second.sampling.seed) == (1, 9)
 
 
-def test_every_option_is_a_variable_and_the_command_line_wins(run: Run, behaviour: Behaviour) -> None:
-    env = {"COLASERVE_MAX_NEW_TOKENS": "5", "COLASERVE_STEPS": "3", "COLASERVE_KEY": "secret", "COLASERVE_JSON": "1"}
-    assert run("generate", "a", "--steps", "4", env=env).json["text"] == STORY_TEXT[:5]
-    assert behaviour.requests[0].sampler.steps == 4
-    assert behaviour.metadata[0]["authorization"] == "Bearer secret"
+def test_variables_say_where_the_server_is_and_old_ones_are_named(run: Run, behaviour: Behaviour) -> None:
+    env = {"COLASERVE_STEPS": "3", "COLASERVE_STOP": "a b", "COLASERVE_KEY": " secret\n", "COLASERVE_JSON": ""}
+    done = run("generate", "a", "--stop", "zz", env=env)
+    assert done.out == STORY_TEXT + "\n"
+    assert done.err == "colaserve: COLASERVE_STEPS is not read any more: give --steps\n"
+    [request], [metadata] = behaviour.requests, behaviour.metadata
+    assert (request.sampler.HasField("steps"), list(request.stop)) == (False, ["zz"])
+    assert metadata["authorization"] == "Bearer secret"
+
+
+def test_addresses_keys_and_paths_are_trimmed_and_checked_where_they_are_read(run: Run, server: FakeServer) -> None:
+    assert run("info", env={"COLASERVE_TARGET": f" {server.target}\n"}).code == 0
+    assert run("info", "--key", "k ").code == 0
+    for env, complaint in (
+        ({"COLASERVE_KEY": " \n "}, "key: expected printable ASCII"),
+        ({"COLASERVE_KEY": "schlüssel"}, "key: expected printable ASCII"),
+        ({"COLASERVE_TARGET": " "}, "target: expected"),
+        ({"COLASERVE_TLS_CA": " /nowhere.pem\n"}, "tls.ca: cannot read /nowhere.pem:"),
+        ({"COLASERVE_TIMEOUT": "nan"}, "nan is no finite number"),
+        ({"COLASERVE_DEBUG": "perhaps"}, "perhaps"),
+    ):
+        done = run("info", env=env)
+        assert (done.code, complaint in done.err, done.err.count("\n")) == (2, True, 1), done.err
 
 
 @pytest.mark.parametrize(
@@ -86,6 +109,9 @@ def test_every_option_is_a_variable_and_the_command_line_wins(run: Run, behaviou
         (["generate", "a", "--target", "nowhere"], "host:port"),
         (["generate", "a", "--tls-ca", "/nowhere.pem"], "tls.ca: cannot read"),
         (["generate", "a", "--nonsense"], "--nonsense"),
+        (["generate", "a", "--max-new", "5"], "No such option"),
+        (["generate", "-5 degrees"], "a text that begins with - goes behind --"),
+        (["generate", "a", "--timeout", "inf"], "inf is no finite number"),
         (["nonsense"], "nonsense"),
         (["infill", "no hole"], "[[8]]"),
         (["infill", f"a [[{'1' * 5000}]]"], "a hole's size has 5000 digits"),
