@@ -84,22 +84,21 @@ def _answer_errors(app: FastAPI) -> None:
     async def known(_: Request, error: Exception) -> Response:
         return api_error(error).response()
 
-    async def invalid_body(_: Request, error: Exception) -> Response:
+    async def invalid_header(_: Request, error: Exception) -> Response:  # bodies are checked in body.py
         assert isinstance(error, RequestValidationError)
-        return validation_error(error).response()
+        return validation_error([{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]).response()
 
     for kind in (ApiError, ColaserveError, grpc.RpcError, TimeoutError):
         app.add_exception_handler(kind, known)
-    app.add_exception_handler(RequestValidationError, invalid_body)
+    app.add_exception_handler(RequestValidationError, invalid_header)
     app.add_exception_handler(HTTPException, _http_error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the framework refuses: no such path, no such method, a body that it cannot read."""
+    """What the framework refuses: no such path, no such method."""
     assert isinstance(error, HTTPException)
     allowed = Headers(error.headers).get("allow", "another method")
     reasons = {
-        400: ("the body must be a JSON object, in UTF-8 and not too deep", "invalid_json"),
         404: (f"{_shown(request)}: there is no such path{_hint(request)}", "not_found"),
         405: (f"{request.method} is not for this path; it takes {allowed}", "method_not_allowed"),
     }

@@ -1,51 +1,151 @@
-"""A request's body, read whole and bounded before anything looks at it."""
+"""A request's body: read only where a path takes one, bounded, and checked away from the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+from collections.abc import Callable, Coroutine
+from email.message import Message as Headers
+from itertools import islice
+from typing import Any, Final
 
+from fastapi import Request
+from fastapi.routing import APIRoute
+from prometheus_client import Counter
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from colaserve_services.errors import Cancelled
 from colaserve_services.gateway.errors import ApiError
+from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.settings import Bounds
+from colaserve_services.gateway.validation import validation_error
 
-_DISCARDED = 16  # times the bound: so much more is read and dropped, since who still writes reads no answer
+MOST_PARTS: Final = 32_768  # arrays, objects and keys in one body; each costs a hundred times its bytes in memory
+
+_DISCARDED: Final = 16  # times the bound: so much more is read and dropped, since who still writes reads no answer
+_SMALL: Final = 64 * 1024  # bytes; a longer body is parsed in a thread
+# Everything up to and with the next "[", "{" or ":" that is in no string.
+_PART: Final = re.compile(r'[^\[{:"]*+(?:"(?:[^"\\]++|\\.)*+"[^\[{:"]*+)*+[\[{:]', re.DOTALL)
 
 
-class Replay:
-    """Gives a body that was read already, then what comes after it."""
+class Body:
+    """What a request receives: its body whole, read when it is asked for; then what comes after it.
 
-    def __init__(self, body: bytes, receive: Receive):
-        self._message: Message | None = {"type": "http.request", "body": body, "more_body": False}
-        self._receive = receive
+    413 when the body is too long, 408 when it takes too long, Cancelled when the client goes away meanwhile.
+    """
+
+    def __init__(self, receive: Receive, bounds: Bounds, record: RequestRecord, received: Counter):
+        self._receive, self._bounds, self._record, self._received = receive, bounds, record, received
+        self._read = False
 
     async def __call__(self) -> Message:
-        message, self._message = self._message, None
-        return message if message is not None else await self._receive()
+        if self._read:
+            return await self._receive()
+        self._read = True
+        body = await self._whole()
+        self._received.inc(len(body))
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def _whole(self) -> bytes:
+        seconds = self._bounds.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._bounded(self._bounds.body_bytes)
+        except TimeoutError as error:
+            message = f"the body did not come within {seconds:g} s"
+            raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from error
+
+    async def _bounded(self, bound: int) -> bytes:
+        body, length, more = bytearray(), 0, True
+        while more and length <= bound * _DISCARDED:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._record.client_gone = True
+                raise Cancelled("the client went away while it sent the body")
+            length += len(message["body"])
+            if length <= bound:
+                body += message["body"]
+            more = message["more_body"]
+        if length > bound:
+            too_long = f"the body is longer than {bound} bytes, the most this server takes"
+            raise ApiError(413, too_long, code="body_too_large", headers={"connection": "close"})
+        return bytes(body)
 
 
-async def read_body(receive: Receive, bounds: Bounds) -> bytes:
-    """The whole body; 413 when it is too long, 408 when it takes too long, Cancelled when the client goes away."""
+class CheckedRoute(APIRoute):
+    """A route whose body is parsed and checked here: the framework would do it on the event loop, without bounds."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The framework's handler, which finds the body checked."""
+        answer, field = super().get_route_handler(), self.body_field
+        if field is None:
+            return answer
+        model: type[BaseModel] = field.field_info.annotation  # type: ignore[assignment]
+
+        async def handle(request: Request) -> Response:
+            body = await request.body()
+            return await answer(_Checked(request, body, await _checked(body, request, model)))
+
+        return handle
+
+
+class _Checked(Request):
+    """A request whose body was checked."""
+
+    def __init__(self, request: Request, body: bytes, model: BaseModel):
+        super().__init__(request.scope, request.receive)
+        self._whole, self._model = body, model
+
+    async def body(self) -> bytes:
+        return self._whole
+
+    async def json(self) -> BaseModel:
+        return self._model
+
+
+async def _checked(body: bytes, request: Request, model: type[BaseModel]) -> BaseModel:
+    if not _is_json(request.headers.get("content-type", "")):
+        raise _no_object()
+    if len(body) <= _SMALL:
+        return parse(body, model)
+    async with request.app.state.gateway.parsing:  # one at a time: parsing holds the interpreter
+        return await asyncio.to_thread(parse, body, model)
+
+
+def parse(body: bytes, model: type[BaseModel]) -> BaseModel:
+    """The body as a model; ApiError 400 names what is wrong."""
     try:
-        async with asyncio.timeout(bounds.body_seconds):
-            return await _read(receive, bounds.body_bytes)
-    except TimeoutError as error:
-        message = f"the body did not come within {bounds.body_seconds:g} s"
-        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from error
+        text = body.decode("utf-8-sig")
+        _check_parts(text)
+        return model.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        message = f"the body is not valid JSON: {error.msg} at position {error.pos}"
+        raise ApiError(400, message, code="invalid_json") from None
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False)) from None
+    except (ValueError, RecursionError):
+        raise _no_object() from None
 
 
-async def _read(receive: Receive, bound: int) -> bytes:
-    body, length, more = bytearray(), 0, True
-    while more and length <= bound * _DISCARDED:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Cancelled("the client went away while it sent the body")
-        length += len(message["body"])
-        if length <= bound:
-            body += message["body"]
-        more = message["more_body"]
-    if length > bound:
-        too_long = f"the body is longer than {bound} bytes, the most this server takes"
-        raise ApiError(413, too_long, code="body_too_large", headers={"connection": "close"})
-    return bytes(body)
+def _check_parts(text: str) -> None:
+    """Refuse a body of very many small parts: a few bytes each, they take gigabytes and minutes once parsed."""
+    if text.count("[") + text.count("{") + text.count(":") <= MOST_PARTS:
+        return
+    if sum(1 for _ in islice(_PART.finditer(text), MOST_PARTS + 1)) > MOST_PARTS:
+        message = f"the body has more than {MOST_PARTS} arrays, objects and keys, the most this server takes"
+        raise ApiError(400, message, code="invalid_json")
+
+
+def _is_json(content_type: str) -> bool:
+    headers = Headers()
+    headers["content-type"] = content_type
+    subtype = headers.get_content_subtype()
+    return headers.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+def _no_object() -> ApiError:
+    message = "the body must be a JSON object, in UTF-8 and not too deep, sent with content-type application/json"
+    return ApiError(400, message, code="invalid_json")

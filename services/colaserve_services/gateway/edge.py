@@ -10,8 +10,7 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from colaserve_services.errors import Cancelled
-from colaserve_services.gateway.body import Replay, read_body
+from colaserve_services.gateway.body import Body
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import RequestRecord, put_record
@@ -54,11 +53,8 @@ class Edge:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
             with self._admit(scope, record):
-                body = await read_body(receive, self._settings.bounds)
-                self._metrics.transfer_bytes.labels("in", SERVICE).inc(len(body))
-                await self._app(scope, Replay(body, receive), send)
-        except Cancelled:
-            record.client_gone = True
+                received = self._metrics.transfer_bytes.labels("in", SERVICE)
+                await self._app(scope, Body(receive, self._settings.bounds, record, received), send)
         except Exception as error:
             told = api_error(error)
             if record.status:

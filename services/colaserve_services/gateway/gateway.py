@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -36,6 +37,7 @@ class Gateway:
         self.texts = TokenTexts(self.backend)
         self.started = int(time.time())
         self.draining = False
+        self.parsing = asyncio.Lock()  # of a large body
 
     def check_model(self, asked: str | None, info: Info) -> str:
         """The served model's name; 404 when another one was asked for."""

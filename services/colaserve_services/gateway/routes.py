@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from colaserve_services.gateway import shapes
 from colaserve_services.gateway.answer import Answer
 from colaserve_services.gateway.backend import Info, most_tokens
+from colaserve_services.gateway.body import CheckedRoute
 from colaserve_services.gateway.docs_page import docs_page, root_page
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
@@ -47,7 +48,7 @@ Seconds = Annotated[
 
 def generation_routes(gateway: Gateway) -> APIRouter:
     """POST /v1/chat/completions and /v1/completions."""
-    router = APIRouter(tags=["generation"])
+    router = APIRouter(tags=["generation"], route_class=CheckedRoute)
 
     @router.post(
         "/v1/chat/completions",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from colaserve_services.bounds import SAMPLER, SAMPLING, SEED_END, TOP_LOGPROBS
 
 DEADLINE_HEADER: Final = "x-request-timeout"
+# The most items of each list. Where a list is checked, its first wrong item ends the check (fail_fast).
 MOST_STOPS: Final = 4
+MOST_MESSAGES: Final = 2_048  # also parts of one message
+MOST_PROMPTS: Final = 1_024
+MOST_IDS: Final = 131_072  # of one prompt
 UINT32: Final = 2**32 - 1
 
+
+def _at_most(items: int) -> Any:
+    return Field(max_length=items, fail_fast=True)
+
+
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
+TokenIds = Annotated[list[TokenId], _at_most(MOST_IDS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,7 +58,7 @@ class GenerationFields(BaseModel):
         None, ge=1, le=UINT32, description="Tokens to write at most; 32 unless the server says otherwise."
     )
     n: int | None = Field(None, ge=1, description="Texts to write for each prompt, side by side; 1.")
-    stop: StopString | list[StopString] | None = Field(
+    stop: StopString | Annotated[list[StopString], _at_most(MOST_STOPS)] | None = Field(
         None, description="Up to 4 strings that end the text, which ends before them."
     )
     stream: bool | None = Field(None, description="Send server-sent events, one for each block.")
@@ -101,7 +111,9 @@ class Message(BaseModel):
 
     model_config = _GATHER
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] = Field(description="Text, or parts of type text, which are joined as they are.")
+    content: Text | Annotated[list[TextPart], _at_most(MOST_MESSAGES)] = Field(
+        description="Text, or parts of type text, which are joined as they are."
+    )
     name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$", description="Tells speakers of one role apart.")
     type: Literal["text"] | None = Field(None, description="Sent by some clients; says nothing.")
 
@@ -109,7 +121,7 @@ class Message(BaseModel):
 class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, le=UINT32, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Return each token's log-probability.")
     top_logprobs: int | None = Field(
@@ -120,9 +132,12 @@ class ChatRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
-        description="One prompt or several, as text or as token ids. An empty text is unconditional."
-    )
+    prompt: (
+        Text
+        | Annotated[list[Text], _at_most(MOST_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], _at_most(MOST_PROMPTS)]
+    ) = Field(description="One prompt or several, as text or as token ids. An empty text is unconditional.")
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
     echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
     logprobs: int | None = Field(
@@ -136,7 +151,7 @@ class TokenizeRequest(BaseModel):
     model_config = _GATHER
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], _at_most(MOST_MESSAGES)] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="The model has no start token: both values say the same.")
     add_generation_prompt: Literal[True] | None = Field(None, description="Chats always end where the answer begins.")
     return_token_strs: bool | None = Field(None, description="Return each token's text too.")
@@ -147,7 +162,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = _GATHER
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 def field_names(*models: type[BaseModel]) -> frozenset[str]:
@@ -159,7 +174,7 @@ REQUESTS: Final[tuple[type[BaseModel], ...]] = (ChatRequest, CompletionRequest, 
 ALL_NAMES: Final = field_names(*REQUESTS, Message, TextPart, StreamOptions) | {DEADLINE_HEADER}
 UNIONS: Final[dict[str, str]] = {
     "prompt": "expected a string, a list of strings, a list of token ids or a list of lists of token ids",
-    "stop": "expected a string or a list of strings, none empty",
+    "stop": f"expected a string or a list of up to {MOST_STOPS} strings, none empty",
 }
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from colaserve_services.gateway import shapes
 from colaserve_services.gateway.backend import Info, most_tokens
+from colaserve_services.gateway.body import CheckedRoute
 from colaserve_services.gateway.errors import invalid
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.prompting import chat_prompt
@@ -15,7 +16,7 @@ from colaserve_services.gateway.schemas import DetokenizeRequest, TokenizeReques
 
 def tokenization_routes(gateway: Gateway) -> APIRouter:
     """Both."""
-    router = APIRouter(tags=["tokenizer"], responses=ERRORS)
+    router = APIRouter(tags=["tokenizer"], responses=ERRORS, route_class=CheckedRoute)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> shapes.Tokenized:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.gateway.errors import invalid
-from colaserve_services.gateway.schemas import MOST_STOPS, ChatRequest, CompletionRequest, GenerationFields
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields
 
 SOLVERS: Final = {
     "euler": types_pb2.SOLVER_EULER,
@@ -92,10 +92,7 @@ def token_budget(fields: GenerationFields) -> int | None:
 
 
 def stop_strings(fields: GenerationFields) -> list[str]:
-    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-    if len(stops) > MOST_STOPS:
-        raise invalid("stop", f"got {len(stops)} strings, expected at most {MOST_STOPS}")
-    return stops
+    return [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
 
 
 def most_likely(fields: ChatRequest | CompletionRequest) -> int | None:

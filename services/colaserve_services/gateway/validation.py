@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from reprlib import Repr
 from typing import Any, Final
-
-from fastapi.exceptions import RequestValidationError
 
 from colaserve_services.gateway.errors import ApiError, invalid
 from colaserve_services.gateway.schemas import ALL_NAMES, UNIONS
 
 _SHOWN: Final = 80  # characters of what was got
+_BRIEF: Final = Repr()  # never writes all of a large value
+_BRIEF.maxstring = _BRIEF.maxother = _SHOWN
 
 
-def validation_error(error: RequestValidationError) -> ApiError:
-    """The first fault of a body; of a union's several faults the one deepest inside."""
-    faults = error.errors()
-    if faults[0]["type"] == "json_invalid":
-        place, reason = faults[0]["loc"][-1], faults[0]["ctx"]["error"]
-        return ApiError(400, f"the body is not valid JSON: {reason} at position {place}", code="invalid_json")
-    same_field = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
-    field = _param(faults[0]["loc"][:2])
+def validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first fault, its place as pydantic tells it; of a union's several faults the one deepest inside."""
+    first = faults[0]["loc"][:1]
+    same_field = [fault for fault in faults if fault["loc"][:1] == first]
+    field = _param(first)
     if len(same_field) > 1 and field in UNIONS:
         return invalid(field, UNIONS[field])
     worst = max(same_field, key=lambda fault: len(fault["loc"]))
@@ -31,7 +29,7 @@ def validation_error(error: RequestValidationError) -> ApiError:
 
 
 def _param(place: Sequence[int | str]) -> str:
-    """A place such as ("body", "messages", 0, "content", "list[TextPart]", 1, "type"), its union tags left out."""
+    """A place such as ("messages", 0, "content", "list[TextPart]", 1, "type"), its union tags left out."""
     steps = [step for step in place if isinstance(step, int) or step in ALL_NAMES]
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
@@ -39,10 +37,12 @@ def _param(place: Sequence[int | str]) -> str:
 def _sentence(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "missing":
         return "this field is required"
+    if fault["type"] == "too_long" and "max_length" in fault.get("ctx", {}):
+        return f"expected at most {fault['ctx']['max_length']} items"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     return f"should {message}, got {_shown(fault['input'])}" if "Input should " in fault["msg"] else message
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
