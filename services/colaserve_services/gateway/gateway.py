@@ -12,7 +12,7 @@ from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services.gateway.answer import Answer, Plan
 from colaserve_services.gateway.backend import Backend, GenerationStub, Info, Reach
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
-from colaserve_services.gateway.errors import ApiError, invalid
+from colaserve_services.gateway.errors import ApiError, api_error, invalid
 from colaserve_services.gateway.pieces import TokenTexts
 from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.record import RequestRecord
@@ -26,6 +26,7 @@ from colaserve_services.gateway.translate import (
     names_of,
     text_prompt,
 )
+from colaserve_services.rpc.kept import Kept
 
 
 class Gateway:
@@ -37,7 +38,19 @@ class Gateway:
         self.texts = TokenTexts(self.backend)
         self.started = int(time.time())
         self.draining = False
+        self._readiness = Kept(self._look, settings.ready_seconds)
         self.parsing = asyncio.Lock()  # of a large body
+
+    async def not_ready(self) -> str:
+        """Why requests should not come here; empty: they should."""
+        return "going down" if self.draining else await self._readiness.get()
+
+    async def _look(self) -> str:
+        try:
+            await self.backend.check_ready()
+        except Exception as error:
+            return api_error(error).message
+        return ""
 
     def check_model(self, asked: str | None, info: Info) -> str:
         """The served model's name; 404 when another one was asked for."""

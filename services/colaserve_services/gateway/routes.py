@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import HTMLResponse, Response
 from google.protobuf.json_format import MessageToDict
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import to_json
 
 from colaserve_services.gateway import shapes
@@ -15,11 +17,11 @@ from colaserve_services.gateway.answer import Answer
 from colaserve_services.gateway.backend import Info, most_tokens
 from colaserve_services.gateway.body import CheckedRoute
 from colaserve_services.gateway.docs_page import docs_page, root_page
-from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import record_of
 from colaserve_services.gateway.schemas import DEADLINE_HEADER, ChatRequest, CompletionRequest
-from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.kept import Kept
+from colaserve_services.rpc.metrics import KEPT_SECONDS, Metrics, exposition
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     400: {"model": shapes.ErrorAnswer, "description": "A field is wrong or cannot be honoured; `param` names it."},
@@ -114,6 +116,7 @@ def _defaults(info: Info) -> dict[str, Any]:
 def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     """What operators and curious people ask for."""
     router = APIRouter(tags=["system"])
+    text = Kept(lambda: asyncio.to_thread(_written, metrics), KEPT_SECONDS)
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")
@@ -125,14 +128,14 @@ def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     @router.get("/ready", response_model=None, responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
     async def ready() -> Response:
         """Whether requests should come here: 200, or 503 while the gateway goes down or a stage is away."""
-        reason = await _not_ready(gateway)
+        reason = await gateway.not_ready()
         body: shapes.Health = {"status": "not ready", "reason": reason} if reason else {"status": "ok"}
         return _json(body, 503 if reason else 200)
 
     @router.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
         """Prometheus metrics of this process."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await text.get(), media_type=CONTENT_TYPE_LATEST)
 
     @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
@@ -146,14 +149,13 @@ def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     return router
 
 
-async def _not_ready(gateway: Gateway) -> str:
-    if gateway.draining:
-        return "going down"
-    try:
-        await gateway.backend.check_ready()
-    except Exception as error:
-        return api_error(error).message
-    return ""
+def _written(metrics: Metrics) -> bytes:
+    """All metrics as text. In a thread; the event loop has the interpreter between two families."""
+    families = []
+    for family in exposition(metrics.registry):
+        families.append(family)
+        time.sleep(0.0001)
+    return b"".join(families)
 
 
 def _json(body: Any, status: int) -> Response:

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.gateway import Gateway
+from colaserve_services.rpc import network
 from colaserve_services.rpc.settings import ServerTls
 from colaserve_services.rpc.tls import server_context
 from colaserve_services.rpc.watched_files import WatchedFiles
@@ -74,28 +75,12 @@ class HttpServer:
 async def serve(app: FastAPI, host: str, port: int, tls: ServerTls | None = None) -> HttpServer:
     """Serve `app` in this event loop; port 0 takes a free one, see `.port`. UsageError when it cannot listen."""
     try:
-        listener = _listen(host, port)
+        listener = network.listen(host, port)
         server = HttpServer(app, listener, tls)
     except OSError as error:
         raise UsageError(f"--http-port: cannot serve on {host}:{port}: {error.strerror or error}") from error
     await server.start()
     return server
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol or socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
-        listener.bind(address)
-        listener.listen(2048)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _config(app: FastAPI, tls: ServerTls | None) -> uvicorn.Config:

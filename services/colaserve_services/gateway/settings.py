@@ -35,3 +35,4 @@ class GatewaySettings:
     allow_unknown_fields: bool = False  # ignore fields no one knows instead of refusing them
     bounds: Bounds = field(default_factory=Bounds)
     info_seconds: float = 5.0  # how long the coordinator's description of itself is kept
+    ready_seconds: float = 1.0  # how long an answer of /ready is kept

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import threading
 from collections.abc import Iterator
-from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -14,12 +15,17 @@ from prometheus_client.registry import Collector
 from colaserve_services import __version__
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import network
+from colaserve_services.rpc.kept import Kept
 from colaserve_services.rpc.settings import MetricsSettings
 
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 BLOCK_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30)
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+KEPT_SECONDS = 1.0  # that the text of all metrics is kept
+LONGEST_HEAD = 8192  # bytes of a request for them
+ANSWER_SECONDS = 10.0  # that a request and the reading of its answer may take
 
 
 class Metrics:
@@ -139,12 +145,33 @@ class Aliases(Collector):
         yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Alias: share of KV in use.", max(usage, default=0.0))
 
 
-class MetricsEndpoint:
-    """`GET /metrics` on its own port and thread, so that it answers under any load."""
+def exposition(registry: CollectorRegistry) -> Iterator[bytes]:
+    """The text that Prometheus reads, family by family: whoever joins it can let others run in between."""
+    for family in registry.collect():
+        yield prometheus_client.generate_latest(_Alone(family))
 
-    def __init__(self, server: WSGIServer, thread: threading.Thread):
-        self._server, self._thread = server, thread
-        self.port: int = server.server_port
+
+class _Alone:
+    """A registry of one family."""
+
+    def __init__(self, family: Metric):
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        """The family."""
+        yield self._family
+
+
+class MetricsEndpoint:
+    """`GET /metrics` on its own port and thread, so that it answers under any load. All connections share the thread,
+    the text is written once a second at most, and a connection ends with its answer."""
+
+    def __init__(self, metrics: Metrics, listener: socket.socket):
+        self.port: int = listener.getsockname()[1]
+        self._registry, self._listener = metrics.registry, listener
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     @staticmethod
     def start(metrics: Metrics, settings: MetricsSettings) -> MetricsEndpoint:
@@ -153,16 +180,48 @@ class MetricsEndpoint:
         if settings.aliases:
             metrics.registry.register(Aliases(metrics))
         try:
-            server, thread = prometheus_client.start_http_server(
-                settings.port, settings.host, registry=metrics.registry
-            )
+            endpoint = MetricsEndpoint(metrics, network.listen(settings.host, settings.port))
         except OSError as error:
             where = network.address(settings.host, settings.port)
             raise UsageError(f"--metrics-port: cannot listen on {where}: {error.strerror or error}") from error
-        return MetricsEndpoint(server, thread)
+        endpoint._thread.start()
+        return endpoint
 
     def close(self) -> None:
         """Stop answering and free the port."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._text = Kept(self._written, KEPT_SECONDS)
+        server = await asyncio.start_server(self._answer, sock=self._listener, limit=LONGEST_HEAD)
+        await self._stop.wait()
+        server.close()
+
+    async def _written(self) -> bytes:
+        return b"".join(exposition(self._registry))
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                request = await reader.readuntil(b"\r\n\r\n")
+                status, body = await self._answer_to(request.split(b"\r\n")[0].split(b" "))
+                head = f"HTTP/1.1 {status}\r\ncontent-type: {prometheus_client.CONTENT_TYPE_LATEST}\r\n"
+                end = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+                writer.write((head + end).encode() + (b"" if request.startswith(b"HEAD ") else body))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()  # all is sent
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
+
+    async def _answer_to(self, line: list[bytes]) -> tuple[str, bytes]:
+        if len(line) != 3 or line[0] not in (b"GET", b"HEAD"):
+            return "405 Method Not Allowed", b"GET /metrics\n"
+        if line[1].partition(b"?")[0] not in (b"/metrics", b"/"):
+            return "404 Not Found", b"the metrics are at /metrics\n"
+        return "200 OK", await self._text.get()

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import socket
+
 UNCOMPRESSED = ("grpc.compression_enabled_algorithms_bitset", 1)  # others: UNIMPLEMENTED, and nothing is inflated
 
 
 def address(host: str, port: int) -> str:
     """host:port, an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket without Nagle's delay; port 0 takes a free one. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, where = found[0]
+    listener = socket.socket(family, kind, protocol or socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
+        listener.bind(where)
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def options(most_received: int, most_sent: int, keepalive_seconds: float) -> list[tuple[str, int]]:

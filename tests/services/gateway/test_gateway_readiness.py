@@ -81,12 +81,19 @@ async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Runnin
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
 
 
-async def test_a_stage_that_is_away_makes_the_gateway_not_ready(gateway: Running):
+async def test_a_stage_that_is_away_makes_the_gateway_not_ready(start):
+    gateway = await start(GatewaySettings(ready_seconds=0))
     assert (await gateway.http.get("/ready")).json() == {"status": "ok"}
     gateway.fake.serving = False
     ready = await gateway.http.get("/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "prior is not serving")
     assert isinstance(ready, httpx.Response)
+
+
+async def test_probes_of_one_second_share_a_look(gateway: Running):
+    for _ in range(20):
+        assert (await gateway.http.get("/ready")).status_code == 200
+    assert gateway.fake.infos <= 3  # on a machine that needs seconds for them; 20 without
 
 
 async def test_readiness_is_asked_again_where_one_coordinator_is_silent(gateway: Running):

@@ -1,12 +1,17 @@
 import shutil
+import socket
 import subprocess
+import threading
+import time
 import urllib.request
+from contextlib import ExitStack, contextmanager
 
 import prometheus_client
 import pytest
+from prometheus_client.registry import Collector
 
 from colaserve_services.errors import UsageError
-from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint
+from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint, exposition
 from colaserve_services.rpc.settings import MetricsSettings
 
 
@@ -65,3 +70,67 @@ def test_aliases_sum_queues_and_tell_the_fullest_cache():
     assert value("vllm:num_requests_waiting") == 4
     assert value("vllm:num_requests_running") == 0
     assert value("vllm:kv_cache_usage_perc") == 0.75
+
+
+@contextmanager
+def endpoint(metrics=None):
+    started = MetricsEndpoint.start(metrics or Metrics(), MetricsSettings(port=0))
+    try:
+        yield started.port
+    finally:
+        started.close()
+
+
+def answer_to(port, request):
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_many_silent_connections_cost_no_threads_and_keep_nobody_out():
+    with endpoint() as port, ExitStack() as silent:
+        before = threading.active_count()
+        for _ in range(50):
+            silent.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert b"colaserve_build_info" in answer_to(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert threading.active_count() == before
+
+
+def test_a_request_for_metrics_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("colaserve_services.rpc.metrics.ANSWER_SECONDS", 0.1)
+    with endpoint() as port:
+        assert answer_to(port, b"GET /metrics") == b""
+        assert answer_to(port, b"x" * 100_000) == b""
+
+
+def test_only_the_metrics_are_served():
+    with endpoint() as port:
+        assert answer_to(port, b"GET /other HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 404 ")
+        assert answer_to(port, b"POST /metrics HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 405 ")
+        head = answer_to(port, b"HEAD /metrics HTTP/1.1\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert head.endswith(b"\r\n\r\n")
+
+
+class Counted(Collector):
+    def __init__(self):
+        self.collected = 0
+
+    def collect(self):
+        self.collected += 1
+        return iter(())
+
+
+def test_the_text_is_written_once_a_second_however_often_it_is_asked_for():
+    metrics, counted = Metrics(), Counted()
+    metrics.registry.register(counted)
+    with endpoint(metrics) as port:
+        begun, before = time.monotonic(), counted.collected
+        for _ in range(20):
+            answer_to(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert counted.collected - before <= 2 + (time.monotonic() - begun)
+
+
+def test_the_text_written_family_by_family_is_the_whole_text():
+    metrics = filled()
+    assert b"".join(exposition(metrics.registry)) == prometheus_client.generate_latest(metrics.registry)

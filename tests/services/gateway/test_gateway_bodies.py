@@ -1,0 +1,167 @@
+"""What a body may cost: it is read where one is taken, after the key, bounded, and checked to its first error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+
+from colaserve_services.gateway import body as bodies
+from colaserve_services.gateway.app import create_app
+from colaserve_services.gateway.body import MOST_PARTS, CheckedRoute
+from colaserve_services.gateway.schemas import MOST_IDS, MOST_MESSAGES, MOST_PROMPTS
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.in_process import InProcessStub
+from tests.services.gateway.fake_generation import SAYS, FakeGeneration
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
+from tests.waiting import PATIENCE
+
+JSON = {"content-type": "application/json"}
+MANY = 400_000
+
+
+def body_of(before: str, item: str, count: int, after: str) -> str:
+    return before + ",".join([item] * count) + after
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "item", "after", "param"),
+    [
+        (COMPLETIONS, '{"prompt": "x", "stop": [', "0", "]}", "stop"),
+        (COMPLETIONS, '{"prompt": [', "null", "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": [1, "a", ', "-1", "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": "x", "guidance_interval": [', "2", "]}", "guidance_interval"),
+        (CHAT, '{"messages": [', "0", "]}", "messages[0]"),
+        (CHAT, '{"messages": [{"role": "user", "content": [', "0", "]}]}", "messages[0].content[0]"),
+        (CHAT, '{"messages": [{"role": "user", "content": "x"}], "tools": [', "0", "]}", "tools"),
+        ("/tokenize", '{"messages": [', "0", "]}", "messages[0]"),
+        ("/detokenize", '{"tokens": [', '"a"', "]}", "tokens[0]"),
+    ],
+)
+async def test_the_first_wrong_item_of_many_ends_the_check(
+    gateway: Running, path: str, before: str, item: str, after: str, param: str
+):
+    answer = await gateway.http.post(path, content=body_of(before, item, MANY, after), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "item", "most", "after", "param"),
+    [
+        (COMPLETIONS, '{"prompt": "x", "stop": [', '"s"', 4, "]}", "stop"),
+        (COMPLETIONS, '{"prompt": [', '"p"', MOST_PROMPTS, "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": [', "[1]", MOST_PROMPTS, "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": [', "1", MOST_IDS, "]}", "prompt"),
+        (CHAT, '{"messages": [', '{"role":"user","content":"x"}', MOST_MESSAGES, "]}", "messages"),
+        (CHAT, '{"messages": [{"role": "user", "content": [', '{"type":"text","text":"x"}', MOST_MESSAGES, "]}]}",
+         "messages[0].content"),
+        ("/detokenize", '{"tokens": [', "1", MOST_IDS, "]}", "tokens"),
+    ],
+)  # fmt: skip
+async def test_every_list_has_a_maximal_length(
+    gateway: Running, path: str, before: str, item: str, most: int, after: str, param: str
+):
+    answer = await gateway.http.post(path, content=body_of(before, item, most + 1, after), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize("item", ["[]", "{}", '{"a":0}', '"]",[]', '"\\\\",{}'])
+async def test_a_body_of_very_many_parts_is_refused_before_it_is_parsed(gateway: Running, item: str):
+    content = body_of('{"prompt": "x", "tools": [', item, MOST_PARTS, "]}")
+    answer = await gateway.http.post(COMPLETIONS, content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert f"more than {MOST_PARTS} arrays, objects and keys" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": [1]}\\"' * 20_000, "\\" * 100_000, '"' * 99_999, "é日𝄞:" * 30_000]
+)
+async def test_what_looks_like_parts_in_a_text_is_text(gateway: Running, text: str):
+    for ascii_only in (True, False):
+        content = json.dumps({"prompt": text, "max_tokens": 200}, ensure_ascii=ascii_only).encode()
+        answer = await gateway.http.post(COMPLETIONS, content=content, headers=JSON)
+        assert answer.json()["choices"][0]["text"] == SAYS
+        assert gateway.fake.seen[-1].request.prompt == text
+
+
+async def test_a_byte_order_mark_is_read_past_and_other_encodings_are_refused(gateway: Running):
+    content = json.dumps({"prompt": "x"})
+    marked = await gateway.http.post(COMPLETIONS, content=content.encode("utf-8-sig"), headers=JSON)
+    assert marked.status_code == 200
+    for other in ("utf-16", "utf-32"):
+        refused = await gateway.http.post(COMPLETIONS, content=content.encode(other), headers=JSON)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+):
+    parsed_in: list[threading.Thread] = []
+    parse = bodies.parse
+
+    def noted(*arguments: Any) -> Any:
+        parsed_in.append(threading.current_thread())
+        return parse(*arguments)
+
+    monkeypatch.setattr(bodies, "parse", noted)
+    for size in (10, 1_000_000):
+        assert (await gateway.complete("x" * size)).status_code == 200
+    small, large = parsed_in
+    assert small is threading.current_thread()
+    assert large is not small
+
+
+def test_every_path_that_takes_a_body_checks_it_so():
+    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
+    taking = [route for route in all_routes(app) if isinstance(route, APIRoute) and route.body_field is not None]
+    assert len(taking) >= 4
+    assert all(isinstance(route, CheckedRoute) for route in taking)
+
+
+def all_routes(holder: Any) -> list[Any]:
+    """Also those of routers that were included."""
+    found = []
+    for route in holder.routes:
+        inner = getattr(route, "original_router", None) or getattr(route, "router", None)
+        found += all_routes(inner) if inner is not None else [route]
+    return found
+
+
+async def first_line(gateway: Running, request: str) -> str:
+    """Of the answer to a head whose body never comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    writer.write(f"{request}\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 4000000\r\n\r\n".encode())
+    line = await asyncio.wait_for(reader.readline(), PATIENCE)
+    writer.close()
+    return line.decode()
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /health HTTP/1.1", 200),
+        ("POST /health HTTP/1.1", 405),
+        ("POST /metrics HTTP/1.1", 405),
+        ("GET /ready HTTP/1.1", 200),
+        ("GET /docs HTTP/1.1", 200),
+        ("GET /openapi.json HTTP/1.1", 200),
+        ("GET /v1/models HTTP/1.1", 200),
+        ("DELETE /v1/completions HTTP/1.1", 405),
+        ("POST /nowhere HTTP/1.1", 404),
+    ],
+)
+async def test_paths_without_a_body_read_none(gateway: Running, request_line: str, status: int):
+    assert f" {status} " in await first_line(gateway, request_line)
+
+
+async def test_the_key_is_looked_at_before_the_body(start):
+    gateway = await start(GatewaySettings(keys=Keys(["right"])))
+    for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models", "/nowhere"):
+        assert " 401 " in await first_line(gateway, f"POST {path} HTTP/1.1")
