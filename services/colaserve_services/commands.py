@@ -36,16 +36,9 @@ def run_or_explain(work: Callable[[], None]) -> None:
 
 
 @click.command(cls=GroupedCommand)
-@click.option(
-    "--split",
-    is_flag=True,
-    envvar="COLASERVE_SPLIT",
-    show_envvar=True,
-    help="One process a role instead of one for all.",
-)
 @options(*UP)
 @click.pass_context
-def up(context: click.Context, split: bool, **params: Any) -> None:
+def up(context: click.Context, **params: Any) -> None:
     """Serve a checkpoint: text, latents and OpenAI's API on one machine.
 
     \b
@@ -63,7 +56,7 @@ def up(context: click.Context, split: bool, **params: Any) -> None:
     """
 
     def work() -> None:
-        if split:
+        if params["split"]:
             from colaserve_services.launch.split import run_split
             from colaserve_services.launch.split_settings import split_settings
 

@@ -51,10 +51,20 @@ free ports, which the first lines and `--ports-file` name.
 ## Signals and exit codes
 
 SIGTERM drains: health turns to NOT_SERVING, `--drain-seconds` pass, new calls are refused, running ones have
-`--grace-seconds` to end; exit code 0. SIGINT (Ctrl-C) does the same without the wait. A second signal ends at once.
-Exit code 1: what was asked for cannot be served (a damaged checkpoint, a stage that ended). 2: the options do not fit
-this machine or each other (a taken port, no such device). 70: the device thread died, or one step on the device lasted
-longer than 60 s and 20 times the longest so far (the first step of a shape: 10 minutes); the last line says which.
+`--grace-seconds` to end; exit code 0. SIGHUP does the same, unless it was ignored at the start, as by nohup. SIGINT
+(Ctrl-C) does the same without the wait. A second signal ends at once. Exit code 1: what was asked for cannot be served
+(a damaged checkpoint, a stage that cannot be reached). 2: the options do not fit this machine or each other (taken
+ports, all of which are named; no such device). Both are the same in one process and under `--split`. 70: the device
+thread died, or one step on the device lasted longer than 60 s and 20 times the longest so far (the first step of a
+shape: 10 minutes); the last line says which.
+
+Under `up --split` a process that ends while it starts ends all others. Later one that dies, or whose health says for
+a minute that it is not alive, is started again on the same ports, at once and then after pauses that double from 1 to
+60 s. Its streams go on with another replica (`--replicas prior=2`), or with the new process when it serves in time.
+
+With `--log-format json` everything is one JSON object a line: the log, the progress of reading weights, the line that
+says ready (with `addresses`), and the error that ends the process. gRPC's own lines are then left out, unless
+`GRPC_VERBOSITY` is set. Standard output or error that takes no more, a full disk say, stops nothing.
 
 ## Health
 

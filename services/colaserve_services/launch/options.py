@@ -5,7 +5,10 @@ An option is also the environment variable COLASERVE_<NAME>; the command line wi
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +39,16 @@ def _option(name: str, default: Any, text: str, kind: Any = None, **more: Any) -
 
 
 GROUPS: dict[str, list[click.Option]] = {
+    "Processes": [
+        _option(
+            "--split", False, "One process a role instead of one for all; one that dies is started again.",
+            is_flag=True,
+        ),
+        _option(
+            "--replicas", "", "With --split: processes of a stage, as in prior=2,decoder=2 [1 each].",
+            show_default=False,
+        ),
+    ],
     "Model": [
         _option(
             "--model", DEMO, "Folder with cola_dlm/ and tokenizer.json.", click.Path(path_type=Path),
@@ -216,9 +229,16 @@ COORDINATOR = (
 )  # fmt: skip
 GATEWAY = ("Upstream", "Gateway", "Server", "Keys", "Calling other services", "Watching")
 UP = (
-    "Model", "Compute", "Engine", "Coordinator", "Defaults of requests", "Gateway", "Server", "gRPC server", "Keys",
-    "Calling other services", "Watching",
+    "Processes", "Model", "Compute", "Engine", "Coordinator", "Defaults of requests", "Gateway", "Server",
+    "gRPC server", "Keys", "Calling other services", "Watching",
 )  # fmt: skip
+
+
+def _given(args: list[str], option: str) -> str | None:
+    """The value of an option on a command line that was not parsed yet."""
+    values = [value for name, value in itertools.pairwise([*args, ""]) if name == option]
+    values += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
+    return values[-1] if values else None
 
 
 def options(*names: str) -> Callable[[F], F]:
@@ -233,7 +253,25 @@ def options(*names: str) -> Callable[[F], F]:
 
 
 class GroupedCommand(click.Command):
-    """A command whose help shows its options group by group, examples as they are written."""
+    """A command whose help shows its options group by group, examples as they are written. With --log-format json the
+    error that ends it is JSON too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse what is no option, or none of its values."""
+        with self._errors(_given(args, "--log-format") or os.environ.get("COLASERVE_LOG_FORMAT")):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        with self._errors(ctx.params.get("log_format")):
+            return super().invoke(ctx)
+
+    def _errors(self, log_format: str | None) -> AbstractContextManager[None]:
+        if log_format != "json":
+            return nullcontext()
+        from colaserve_services.launch.announcements import errors_as_json
+
+        return errors_as_json("colaserve" if self.name == "up" else self.name or "")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section a group, in the order of the options; what belongs to none comes first."""

@@ -19,6 +19,7 @@ import grpc
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
+from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.settings import WatchSettings
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
@@ -80,7 +81,7 @@ class Host:
         self.addresses["http"] = f"{scheme}://{address(server.host, server.port)}"
 
     def publish(self) -> None:
-        """Write the ports file; all ports are known."""
+        """Write the ports file; `ready` does it too, so this is for those who need the ports earlier."""
         if self._watch.ports_file is not None:
             write_ports(self._watch.ports_file, self.addresses)
 
@@ -100,7 +101,9 @@ class Host:
         if self._grpc is not None:
             await self._grpc.serving()
         where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())
-        print(f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}", flush=True)
+        text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}"
+        self.publish()
+        announce(self.role, self._watch.log.format == "json", text, addresses=self.addresses)
 
     async def drain(self, drain_seconds: float) -> None:
         """Not ready; wait; let what runs end within the grace."""
@@ -117,14 +120,17 @@ Assemble = Callable[[Host], Awaitable[None]]
 
 
 def run(role: str, watch: WatchSettings, settings: ServerSettings, keys: Keys | None, assemble: Assemble) -> None:
-    """Assemble a role, serve until SIGTERM or SIGINT, drain. A second signal ends at once.
+    """Assemble a role, serve until SIGTERM, SIGHUP or SIGINT, drain. A second signal ends at once.
 
     Raises what `assemble` raises: CheckpointError and UsageError are for the operator.
     """
     logs.configure(watch.log, role)
     if os.environ.pop(EXIT_WITH_PARENT, ""):
         threading.Thread(target=_end_with_stdin, daemon=True, name="parent-watch").start()
-    asyncio.run(_run(Host(role, watch, settings, keys), assemble))
+    try:
+        asyncio.run(_run(Host(role, watch, settings, keys), assemble))
+    finally:
+        flush_or_drop()
 
 
 def keep_grpc() -> None:
@@ -140,7 +146,7 @@ async def _run(host: Host, assemble: Assemble) -> None:
         if await signals.ended(assemble(host)) or await signals.ended(host.ready()):
             return
         number = await signals.next()
-        await signals.ended(host.drain(host.settings.drain_seconds if number == signal.SIGTERM else 0.0))
+        await signals.ended(host.drain(host.settings.drain_seconds if number != signal.SIGINT else 0.0))
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colaserve_services.launch import settings, threads
+from colaserve_services.errors import UsageError
+from colaserve_services.launch import ports, settings, threads
 from colaserve_services.launch.observers import CoordinatorMetrics
 from colaserve_services.launch.process import Host, in_thread, run
 from colaserve_services.launch.settings import Params
@@ -27,6 +28,7 @@ PACKAGE = "colaserve.v1"
 
 def run_stage(stage: str, params: Params) -> None:
     """One stage: "encoder", "prior" or "decoder"."""
+    ports.check(params)
     model, limits = settings.model(params), settings.engine(params)
     server = settings.server(params)
     threads.limit(model.threads)
@@ -44,6 +46,7 @@ def run_stage(stage: str, params: Params) -> None:
 
 def run_coordinator(params: Params) -> None:
     """GenerationService and LatentService over stages elsewhere."""
+    ports.check(params)
     directory, channel = settings.checkpoint(params), settings.channel(params)
     targets = {stage: settings.target(params, stage) for stage in ("encoder", "prior", "decoder")}
 
@@ -74,6 +77,7 @@ def run_coordinator(params: Params) -> None:
 
 def run_gateway(params: Params) -> None:
     """OpenAI's HTTP in front of coordinators elsewhere."""
+    ports.check(params)
     channel, target = settings.channel(params), settings.target(params, "coordinator")
     server = settings.gateway_server(params)
 
@@ -81,13 +85,15 @@ def run_gateway(params: Params) -> None:
         await host.open_ports(grpc=False)
         coordinator = _connection(host, "GenerationService", target, channel)
         await _gateway(host, params, coordinator.stub, coordinator.reached)
-        host.publish()
 
     run("gateway", settings.watch(params), server, None, assemble)
 
 
 def run_all(params: Params) -> None:
     """Everything in this process: the stages are called without sockets, one gRPC port serves all five services."""
+    ports.check(params)
+    if settings.replicas(params):
+        raise UsageError("--replicas: needs --split; without it all stages share one process")
     model, limits = settings.model(params), settings.engine(params)
     settings.channel(params)  # nothing is called elsewhere, yet what is wrong with it is said
     threads.limit(model.threads)
@@ -107,7 +113,6 @@ def run_all(params: Params) -> None:
         await running.warm_up()
         await _connect(host, coordinator)
         await _gateway(host, params, InProcessStub(generation))
-        host.publish()
 
     run("colaserve", settings.watch(params), settings.server(params), settings.keys(params), assemble)
 

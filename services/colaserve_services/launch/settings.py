@@ -23,6 +23,8 @@ from colaserve_services.rpc.settings import (
 from colaserve_services.runtime.limits import EngineLimits
 
 Params = Mapping[str, Any]
+STAGES = ("encoder", "prior", "decoder")
+MOST_REPLICAS = 64
 DEFAULTS = (
     "max_new_tokens", "steps", "guidance_scale", "solver", "guidance_start", "guidance_end", "resamples", "temperature",
     "top_k", "top_p", "repetition_penalty", "chat_frame",
@@ -60,6 +62,19 @@ def checkpoint(params: Params) -> Path:
     if directory == DEMO and not (directory / "tokenizer.json").is_file():
         raise UsageError(f"--model: this installation has no bundled checkpoint ({directory}); name a folder")
     return directory
+
+
+def replicas(params: Params) -> dict[str, int]:
+    """How many processes of a stage --replicas asks for."""
+    found = {}
+    for part in filter(None, (part.strip() for part in params["replicas"].split(","))):
+        stage, _, count = part.partition("=")
+        if stage not in STAGES or not count.isascii() or not count.isdecimal() or not 1 <= int(count) <= MOST_REPLICAS:
+            raise UsageError(
+                f"--replicas: got {part!r}, expected encoder, prior or decoder = 1 to {MOST_REPLICAS}, as in prior=2"
+            )
+        found[stage] = int(count)
+    return found
 
 
 def engine(params: Params) -> EngineLimits:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, for work that they end."""
+"""SIGTERM, SIGHUP and SIGINT, for work that they end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from collections.abc import Awaitable
 
 
 class Signals:
-    """SIGTERM and SIGINT as they come, none lost. Made inside of an event loop, which it is for."""
+    """SIGTERM, SIGHUP and SIGINT as they come, none lost. Made inside of an event loop, which it is for.
+
+    SIGHUP, which a closing terminal sends, stays ignored where the process was started so, as by nohup.
+    """
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[int] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number in (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))):
             loop.add_signal_handler(number, self._queue.put_nowait, number)
 
     async def next(self) -> int:

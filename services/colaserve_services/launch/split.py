@@ -1,33 +1,27 @@
-"""`up --split`: every role a process of its own on this machine, started, watched and stopped together."""
+"""`up --split`: every role a process of its own on this machine, started, watched and stopped together.
+
+What dies is started again on the same ports, as in Kubernetes: streams go on with another replica where there is one.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
 import signal
-import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from colaserve_services.errors import ColaserveError
 from colaserve_services.launch import threads
-from colaserve_services.launch.process import EXIT_WITH_PARENT, keep_grpc, write_ports
+from colaserve_services.launch.announcements import announce, flush_or_drop
+from colaserve_services.launch.children import Child, ChildSettings, reachable
+from colaserve_services.launch.process import keep_grpc, write_ports
+from colaserve_services.launch.settings import STAGES, WatchSettings
 from colaserve_services.launch.signals import Signals
-from colaserve_services.rpc.channels import open_channel
+from colaserve_services.rpc import logs
 from colaserve_services.rpc.settings import ChannelSettings
 
-STAGES = ("encoder", "prior", "decoder")
-LOOK_SECONDS = 0.1  # between two looks at a child that starts
-PRIVATE = ("--host=127.0.0.1", "--grpc-port=0")  # only the coordinator and the gateway are for others
-KILL_SECONDS = 10.0  # beyond the drain and the grace, then SIGKILL
+PRIVATE = ("--host=127.0.0.1", "--grpc-port=0", "--metrics-port=0", "--drain-seconds=0")  # not for others
 
 KEY_VARIABLES = {"COLASERVE_API_KEYS", "COLASERVE_API_KEYS_FILE"}  # clients do not reach the stages
 
@@ -42,136 +36,107 @@ class SplitSettings:
     environment: Mapping[str, Mapping[str, str]]  # role -> its keys
     threads: int | None
     stop_seconds: float  # a child's drain and grace
-    ports_file: Path | None
+    watch: WatchSettings
     channel: ChannelSettings  # how the roles reach each other, and this process their health
+    replicas: Mapping[str, int] = field(default_factory=dict)  # of stages that have more than one
 
 
 class Children:
     """The processes, in the order of their start."""
 
-    def __init__(self, settings: SplitSettings, folder: Path):
-        self._settings, self._folder = settings, folder
-        self._running: dict[str, asyncio.subprocess.Process] = {}
-        self.addresses: dict[str, dict[str, str]] = {}
+    def __init__(self, settings: SplitSettings):
+        self._settings = settings
+        self.stages = {stage: self._replicas(stage) for stage in STAGES}
+        self.coordinator, self.gateway = self._child("coordinator"), self._child("gateway", "--metrics-port=0")
 
-    async def start(self, role: str, *more: str) -> None:
-        """Start a role; its ports are known later, see `wait_for_ports`."""
-        arguments = [*self._settings.arguments[role], *more, "--ports-file", str(self._file(role))]
-        self._running[role] = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "colaserve_services.launch",
-            role,
-            *arguments,
-            stdin=asyncio.subprocess.PIPE,  # closed by the system if this process dies: the child then ends too
-            env=self._environment(role),
-            start_new_session=True,  # Ctrl-C reaches this process, which stops the others in order
-        )
+    def _replicas(self, stage: str) -> list[Child]:
+        count = self._settings.replicas.get(stage, 1)
+        names = [stage] if count == 1 else [f"{stage}-{index}" for index in range(count)]
+        return [self._child(stage, *PRIVATE, name=name) for name in names]
 
-    def _environment(self, role: str) -> dict[str, str]:
-        shared = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
-        own = self._settings.environment.get(role, {})
-        return {**shared, **threads.share(self._settings.threads), **own, EXIT_WITH_PARENT: "1"}
+    def _child(self, role: str, *more: str, name: str = "") -> Child:
+        settings = self._settings
+        shared = {key: value for key, value in os.environ.items() if key not in KEY_VARIABLES}
+        environment = {**shared, **threads.share(settings.threads), **settings.environment.get(role, {})}
+        arguments = [*settings.arguments[role], *more]
+        return Child(ChildSettings(name or role, role, arguments, environment, settings.channel, settings.stop_seconds))
 
-    async def wait_for_ports(self, role: str) -> dict[str, str]:
-        """The addresses that a role took. Raises ColaserveError when a child ends instead."""
-        while not self._file(role).exists():
-            self.check()
-            await asyncio.sleep(LOOK_SECONDS)
-        self.addresses[role] = json.loads(self._file(role).read_text(encoding="utf-8"))
-        return self.addresses[role]
+    @property
+    def all(self) -> list[Child]:
+        """All of them."""
+        return [*(child for stage in self.stages.values() for child in stage), self.coordinator, self.gateway]
 
-    async def wait_for_health(self, role: str) -> None:
-        """Until a role says SERVING."""
-        target = _reachable(self.addresses[role]["grpc"])
-        async with open_channel(target, self._settings.channel, service="") as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while True:
-                self.check()
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-                await asyncio.sleep(LOOK_SECONDS)
+    @property
+    def addresses(self) -> dict[str, dict[str, str]]:
+        """Of each one, by its kind."""
+        return {child.settings.name: child.addresses for child in self.all}
 
-    def check(self) -> None:
-        """Raise ColaserveError when a child has ended."""
-        for role, process in self._running.items():
-            if process.returncode is not None:
-                raise ColaserveError(f"{role} ended with exit code {process.returncode}; stopping the others")
+    async def start(self) -> None:
+        """Start all and return when they serve. Raises what the first one that fails says."""
+        await asyncio.gather(*(child.start() for stage in self.stages.values() for child in stage))
+        for stage, replicas in self.stages.items():
+            self.coordinator.told(f"--{stage}={','.join(child.addresses['grpc'] for child in replicas)}")
+        await self.coordinator.start()
+        self.gateway.told(f"--coordinator={reachable(self.coordinator.addresses['grpc'])}")
+        await self.gateway.start()
+        await asyncio.gather(*(child.serving() for child in self.all if "grpc" in child.addresses))
 
-    async def wait_for_any_end(self) -> None:
-        """Return when a child has ended."""
-        waits = [asyncio.ensure_future(process.wait()) for process in self._running.values()]
+    async def unless_one_ends(self, work: Awaitable[None]) -> None:
+        """Do the work; raise ColaserveError when a process ends meanwhile."""
+        task, ends = asyncio.ensure_future(work), {asyncio.ensure_future(child.ended()): child for child in self.all}
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
+            if fallen := next((child for end, child in ends.items() if end.done()), None):
+                raise fallen.fault()
+            await task
         finally:
-            for wait in waits:
-                wait.cancel()
+            for pending in (task, *ends):
+                pending.cancel()
+            await asyncio.gather(task, *ends, return_exceptions=True)
 
-    async def stop(self, number: int = signal.SIGTERM) -> None:
+    async def keep_running(self) -> None:
+        """Start again what ends. Never returns."""
+        await asyncio.gather(*(child.keep_running() for child in self.all))
+
+    async def stop(self, number: int) -> None:
         """Callers before the called, so that what runs can end: gateway, coordinator, stages."""
-        for roles in (("gateway",), ("coordinator",), STAGES):
-            await asyncio.gather(*(self._stop(self._running[role], number) for role in roles if role in self._running))
-
-    async def _stop(self, process: asyncio.subprocess.Process, number: int) -> None:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-        try:
-            await asyncio.wait_for(process.wait(), self._settings.stop_seconds + KILL_SECONDS)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        stages = [child for stage in self.stages.values() for child in stage]
+        for children in ([self.gateway], [self.coordinator], stages):
+            await asyncio.gather(*(child.stop(number) for child in children))
 
     async def kill(self) -> None:
         """End all at once."""
-        for process in self._running.values():
-            if process.returncode is None:
-                process.kill()
-        await asyncio.gather(*(process.wait() for process in self._running.values()))
-
-    def _file(self, role: str) -> Path:
-        return self._folder / f"{role}.json"
-
-
-def _reachable(address: str) -> str:
-    """Where a server that listens on all addresses is found from here."""
-    return address.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")
+        await asyncio.gather(*(child.stop(signal.SIGKILL) for child in self.all))
 
 
 def run_split(settings: SplitSettings) -> None:
-    """Run all roles until a signal. Raises ColaserveError when one of them ends by itself."""
-    with tempfile.TemporaryDirectory(prefix="colaserve-") as folder:
-        asyncio.run(_run(settings, Path(folder)))
+    """Run all roles until a signal. Raises ColaserveError when one of them cannot start."""
+    logs.configure(settings.watch.log, "colaserve")
+    try:
+        asyncio.run(_run(settings))
+    finally:
+        flush_or_drop()
 
 
-async def _run(settings: SplitSettings, folder: Path) -> None:
+async def _run(settings: SplitSettings) -> None:
     keep_grpc()
-    children, signals = Children(settings, folder), Signals()
+    children, signals = Children(settings), Signals()
     number: int | None = None
     try:
         number = await signals.ended(_start_and_watch(children, settings))
     finally:
-        if await signals.ended(children.stop(number or signal.SIGTERM)):
+        gentle = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        if await signals.ended(children.stop(gentle)):
             await children.kill()
 
 
 async def _start_and_watch(children: Children, settings: SplitSettings) -> None:
     started = time.monotonic()
-    for stage in STAGES:
-        await children.start(stage, *PRIVATE, "--metrics-port=0", "--drain-seconds=0")
-    targets = [f"--{stage}={(await children.wait_for_ports(stage))['grpc']}" for stage in STAGES]
-    await children.start("coordinator", *targets)
-    coordinator = (await children.wait_for_ports("coordinator"))["grpc"]
-    await children.start("gateway", "--metrics-port=0", f"--coordinator={_reachable(coordinator)}")
-    await children.wait_for_ports("gateway")
-    for role in (*STAGES, "coordinator"):
-        await children.wait_for_health(role)
-    if settings.ports_file is not None:
-        write_ports(settings.ports_file, children.addresses)
-    print(f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:", flush=True)
-    for role, addresses in children.addresses.items():
-        print(f"  {role:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()), flush=True)
-    await children.wait_for_any_end()
-    children.check()
+    await children.unless_one_ends(children.start())
+    if settings.watch.ports_file is not None:
+        write_ports(settings.watch.ports_file, children.addresses)
+    lines = [f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:"]
+    for name, addresses in children.addresses.items():
+        lines.append(f"  {name:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()))
+    announce("colaserve", settings.watch.log.format == "json", "\n".join(lines), addresses=children.addresses)
+    await children.keep_running()

@@ -9,10 +9,10 @@ import click
 from click.core import ParameterSource
 
 from colaserve_services.errors import UsageError
-from colaserve_services.launch import settings
+from colaserve_services.launch import ports, settings
 from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE
-from colaserve_services.launch.settings import Params
-from colaserve_services.launch.split import STAGES, SplitSettings
+from colaserve_services.launch.settings import STAGES, Params
+from colaserve_services.launch.split import SplitSettings
 
 NOT_PASSED = {"ports_file"}
 COORDINATORS = {"grpc_port", "metrics_port"}  # the others take free ones; the gateway tells metrics over HTTP too
@@ -25,6 +25,8 @@ EDGE_ONLY = {"api_keys", "api_keys_file"}  # clients do not reach the stages; ke
 
 def split_settings(context: click.Context, params: Params) -> SplitSettings:
     """Raise UsageError for what cannot be split."""
+    ports.check(params)
+    replicas = settings.replicas(params)
     settings.checkpoint(params)  # a missing bundled checkpoint is told once, here
     if params["tls_cert"] is not None and params["tls_ca"] is None:
         raise UsageError("--tls-ca: needed with --tls-cert and --split, for the roles to trust each other")
@@ -43,8 +45,9 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
         environment=_environment(params),
         threads=params["threads"],
         stop_seconds=params["drain_seconds"] + params["grace_seconds"],
-        ports_file=params["ports_file"],
+        watch=settings.watch(params),
         channel=channel,
+        replicas=replicas,
     )
 
 

@@ -32,7 +32,7 @@ def open_channel(target: str, settings: ChannelSettings, service: str, host: str
     address = resolve(target)
     if settings.tls is None:
         return grpc.aio.insecure_channel(address, options)
-    if name := settings.tls.server_name or host:
+    if name := settings.tls.server_name or host or _common_host(target):
         options.append(("grpc.ssl_target_name_override", name))
     return grpc.aio.secure_channel(address, channel_credentials(settings.tls), options)
 
@@ -87,6 +87,14 @@ def split_target(target: str) -> list[str]:
     if not all(parts):
         raise UsageError(f"no address in {target!r}; expected host:port, dns:///host:port or a list with commas")
     return parts
+
+
+def _common_host(target: str) -> str:
+    """The host of all addresses in a list, which their certificates must name; empty where there is no list."""
+    hosts = {split_address(part)[0] for part in split_target(target)} if "," in target else {""}
+    if len(hosts) > 1:
+        raise UsageError(f"--tls-server-name: needed for {target!r}; one name must be in the certificates of all hosts")
+    return hosts.pop()
 
 
 def split_address(part: str) -> tuple[str, int]:

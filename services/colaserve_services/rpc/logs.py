@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
@@ -26,7 +28,23 @@ def configure(settings: LogSettings, role: str = "", stream: TextIO | None = Non
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries
+    logging.captureWarnings(True)
+    threading.excepthook = _log_death
+    if settings.format == "json":  # gRPC's core writes lines of its own to stderr; what they tell, calls tell too
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.getLogger("colaserve_services").setLevel(settings.level.upper())
+
+
+def are_json() -> bool:
+    """Whether log lines are JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def _log_death(death: threading.ExceptHookArgs) -> None:
+    """A thread that an exception ended is a log line, like everything else."""
+    if death.exc_value is not None:
+        error = (death.exc_type, death.exc_value, death.exc_traceback)
+        logging.getLogger(__name__).critical("a thread ended by an exception", exc_info=error)
 
 
 class _Formatter(logging.Formatter):

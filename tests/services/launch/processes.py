@@ -43,21 +43,23 @@ class Running:
 
 
 @contextmanager
-def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None):
-    """`colaserve ...` once it is ready; killed with all its children at the end, whatever happened."""
-    ports_file, log = folder / "ports.json", folder / "log.txt"
+def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None, log=None, **settings):
+    """`colaserve ...` once it is ready; killed with all its children at the end, whatever happened. `settings` are
+    those of Popen."""
+    ports_file, log = folder / "ports.json", log or folder / "log.txt"
     ports_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "colaserve_services.launch", *arguments, f"--ports-file={ports_file}", *QUICK]
     if model is not None:
         command.append(f"--model={model}")
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **QUIET, **(env or {})})
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, **QUIET, **(env or {})}, **settings
+        )
     family = []
     try:
-        wait_until(lambda: process.poll() is not None or "ready after" in log.read_text(), 150)
+        single = not {"up", "gateway"} & set(arguments)  # which write the file early
+        wait_until(lambda: process.poll() is not None or (ports_file.exists() and (not single or ready(log))), 150)
         assert process.poll() is None, log.read_text()
-        # with --split the log names each role
-        wait_until(lambda: process.poll() is not None or ports_file.exists(), 150)
         running = Running(process, json.loads(ports_file.read_text()), log)
         family = running.children()
         yield running
@@ -66,6 +68,10 @@ def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None):
             if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
                 left.kill()
         process.wait(10)
+
+
+def ready(log):
+    return "ready after" in log.read_text()
 
 
 def generate(target, prompt="The capital", tokens=12, metadata=(), **fields):

@@ -92,7 +92,7 @@ def split_arguments(*arguments):
     up, found = command("up"), []
 
     @click.pass_context
-    def callback(context, split, **params):
+    def callback(context, **params):
         found.append(split_settings(context, params))
 
     probe = click.Command("up", params=list(up.params), callback=callback)

@@ -4,10 +4,13 @@ import json
 import os
 import platform
 import signal
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import grpc
 import psutil
@@ -15,7 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc
-from tests.services.launch.processes import FREE_PORTS, generate, started
+from tests.conftest import GOLDEN
+from tests.services.launch.processes import FREE_PORTS, QUIET, generate, started
+from tests.services.rpc.conftest import make_authority
 from tests.waiting import wait_until
 
 KEY = "a-key-for-tests"
@@ -51,7 +56,8 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         rest = list(stream)
         assert sum(len(response.token_ids) for response in (first, *rest)) == 200
         assert fused.process.wait(120) == 0
-    with started(tmp_path, "up", "--split", *FREE_PORTS, env={"COLASERVE_API_KEYS": KEY}) as split:
+    away = {"http_proxy": "http://127.0.0.1:9"}  # a proxy of the environment, which services do not use
+    with started(tmp_path, "up", "--split", *FREE_PORTS, env={"COLASERVE_API_KEYS": KEY, **away}) as split:
         children = split.children()
         assert set(split.ports) == {"encoder", "prior", "decoder", "coordinator", "gateway"}
         assert len(children) == 5
@@ -100,20 +106,65 @@ def check_keys(split, tokens, text):
         assert KEY not in " ".join(child.cmdline())
 
 
-def test_roles_trust_each_other_by_tls_and_all_end_when_one_dies(tmp_path, authority):
-    cert, key = authority.issue("service")
-    both = (f"--tls-cert={cert}", f"--tls-key={key}", f"--tls-client-ca={authority.ca}", f"--tls-ca={authority.ca}",
-            f"--tls-client-cert={cert}", f"--tls-client-key={key}")  # fmt: skip
-    with started(tmp_path, "up", "--split", *FREE_PORTS, *both) as split:
-        children = split.children()
+def test_roles_and_replicas_trust_each_other_by_tls(tmp_path, authority):
+    with started(tmp_path, "up", "--split", "--replicas=prior=2", *FREE_PORTS, *mutual_tls(authority)) as split:
+        assert set(split.ports) == {"encoder", "prior-0", "prior-1", "decoder", "coordinator", "gateway"}
         assert post(split.http)
         with pytest.raises(grpc.RpcError) as refused:
             generate(split.target)
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-        next(child for child in children if "prior" in child.cmdline()).kill()
-        assert split.process.wait(30) == 1
-        assert "prior ended with exit code -9" in split.log.read_text()
+
+
+def mutual_tls(authority):
+    cert, key = authority.issue("service")
+    return (f"--tls-cert={cert}", f"--tls-key={key}", f"--tls-client-ca={authority.ca}", f"--tls-ca={authority.ca}",
+            f"--tls-client-cert={cert}", f"--tls-client-key={key}")  # fmt: skip
+
+
+def test_stages_that_can_never_be_reached_are_told_and_end_it(tmp_path, authority):
+    cert, key = make_authority(tmp_path / "other").issue("other")  # the stages will not take it
+    mine = (f"--tls-client-cert={cert}", f"--tls-client-key={key}")
+    code, said = ended(tmp_path, "up", "--split", *FREE_PORTS, *mutual_tls(authority), *mine)
+    assert code == 1
+    assert "cannot be reached" in said
+
+
+def ended(folder, *arguments, model=GOLDEN / "tiny_b4"):
+    """Exit code and output of a command that ends by itself."""
+    command = [sys.executable, "-m", "colaserve_services.launch", *arguments, f"--model={model}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+                          env={**os.environ, **QUIET}, timeout=120)  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_what_dies_is_started_again_and_streams_lose_nothing(tmp_path):
+    with (
+        started(tmp_path, "up", "--split", "--replicas=prior=2", *FREE_PORTS) as split,
+        grpc.insecure_channel(split.target) as channel,
+    ):
+        family, tokens = [(role_of(child), child) for child in split.children()], generate(split.target)
+        whole = [id_ for response in long_stream(channel) for id_ in response.token_ids]
+        stream = long_stream(channel)
+        found = list(next(stream).token_ids)
+        next(child for role, child in family if role == "prior").kill()
+        found += [id_ for response in stream for id_ in response.token_ids]
+        assert found == whole
+        for role, child in family:
+            if role in ("decoder", "coordinator", "gateway"):
+                child.kill()
+        wait_until(lambda: len(split.children()) == 6 and works(split, tokens), 100)
+        assert split.log.read_text().count("ended with exit code -9: it starts again") == 4
+        children = split.children()
+        assert split.stop(signal.SIGHUP) == 0
         assert not [child for child in children if child.is_running()]
+
+
+def works(split, tokens):
+    """Whether all is reached where it was, with the same answers."""
+    try:
+        return generate(split.target) == tokens and post(split.http)
+    except (grpc.RpcError, urllib.error.URLError, ConnectionError):
+        return False
 
 
 def test_the_roles_end_when_what_started_them_is_killed(tmp_path):
@@ -125,20 +176,48 @@ def test_the_roles_end_when_what_started_them_is_killed(tmp_path):
         assert (len(gone), alive) == (5, [])
 
 
-def test_a_second_signal_ends_all_roles_at_once(tmp_path):
+@pytest.mark.parametrize("mode", [[], ["--split"]], ids=["one process", "split"])
+def test_a_second_signal_ends_all_at_once_and_leaves_no_file(tmp_path, mode):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     with (
-        started(tmp_path, "up", "--split", *FREE_PORTS, "--grace-seconds=300") as split,
+        started(tmp_path, "up", *mode, *FREE_PORTS, "--grace-seconds=300", env={"TMPDIR": str(temporary)}) as split,
         grpc.insecure_channel(split.target) as channel,
     ):
         children, stream = split.children(), long_stream(channel, steps=1000)
         next(stream)
-        split.process.send_signal(signal.SIGTERM)
+        split.process.send_signal(signal.SIGINT)
         wait_until(lambda: "draining" in split.log.read_text())
         split.process.send_signal(signal.SIGINT)
         assert split.process.wait(20) == 0
+        assert not list(temporary.iterdir())
         assert not [child for child in children if child.is_running()]
         with pytest.raises(grpc.RpcError):
             list(stream)
+
+
+def test_with_json_logs_every_line_is_json(tmp_path):
+    with started(tmp_path, "up", "--split", *FREE_PORTS, "--log-format=json") as split:
+        generate(split.target)
+        assert split.stop() == 0
+        lines = [json.loads(line) for line in split.log.read_text().splitlines()]
+    (ready,) = [line for line in lines if line["role"] == "colaserve"]
+    assert ready["addresses"] == split.ports
+    for role, wrong in (("up", "--device=tpu"), ("prior", "--max-running=0")):
+        code, said = ended(tmp_path, role, *FREE_PORTS[::2], "--log-format", "json", wrong)
+        assert code == 2
+        assert [json.loads(line)["level"] for line in said.splitlines()] == ["error"]
+
+
+def test_a_full_disk_behind_its_output_and_an_ignored_hangup_stop_no_server(tmp_path):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with started(tmp_path, "up", *FREE_PORTS, log=Path("/dev/full"), preexec_fn=ignore) as full:
+        tokens = generate(full.target)
+        full.process.send_signal(signal.SIGHUP)
+        assert generate(full.target) == tokens
+        assert full.stop() == 0
 
 
 def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):

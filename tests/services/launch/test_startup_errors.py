@@ -6,6 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 
 import pytest
 from click.testing import CliRunner
@@ -20,9 +22,9 @@ DIT, VAE = "cola_dlm/cola_dit", "cola_dlm/cola_vae"
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, hook = root.handlers[:], root.level, threading.excepthook
     yield
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:], root.level, threading.excepthook = handlers, level, hook
 
 
 @pytest.fixture
@@ -134,13 +136,26 @@ def test_a_missing_bundled_checkpoint_says_so(monkeypatch, tmp_path):
     assert "no bundled checkpoint" in line(start(f"--model={tmp_path}"), 2)
 
 
-@pytest.mark.parametrize("option", ["grpc", "http", "metrics"])
-def test_a_taken_port_is_one_line(option, checkpoint):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = line(start(f"--model={checkpoint}", f"--{option}-port={port}"), 2)
-    assert f"--{option}-port" in said
-    assert f"127.0.0.1:{port}" in said
+@pytest.mark.parametrize("role", ["up", "up --split", "prior", "coordinator", "gateway"])
+def test_taken_ports_are_one_line_that_names_all_before_weights_are_read(role, checkpoint):
+    truncate(checkpoint)  # which reading would find
+    has = {option.name for option in command(role.split()[0]).params}
+    kinds = [kind for kind in ("grpc", "http", "metrics") if f"{kind}_port" in has]
+    arguments = [*role.split()[1:], *([f"--model={checkpoint}"] if "model" in has else [])]
+    with ExitStack() as stack:
+        ports = {kind: stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for kind in kinds}
+        arguments += [f"--{kind}-port={port}" for kind, port in ports.items()]
+        said = line(CliRunner().invoke(command(role.split()[0]), arguments), 2)
+    for kind, port in ports.items():
+        assert f"--{kind}-port: cannot listen on 127.0.0.1:{port}: Address already in use" in said
+
+
+def test_a_port_given_twice_is_found():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    said = line(start(f"--grpc-port={port}", f"--http-port={port}"), 2)
+    assert f"--http-port: cannot listen on 127.0.0.1:{port}" in said
+    assert "--grpc-port" not in said
 
 
 IMPOSSIBLE = [
@@ -164,6 +179,9 @@ IMPOSSIBLE = [
     (["--max-new-tokens=1099511627776"], "--max-new-tokens"),
     (["--chat-frame=hello"], "chat_frame"),
     (["--split", "--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "--tls-ca"),
+    (["--replicas=prior=2"], "--replicas: needs --split"),
+    (["--split", "--replicas=gateway=2"], "expected encoder, prior or decoder"),
+    (["--split", "--replicas=prior=0"], "--replicas: got 'prior=0'"),
     (["--split", "--health-port=0"], "--health-port: not with --split"),
     (["--split", "--upstream-key=k"], "--upstream-key: not with --split"),
 ]

@@ -95,11 +95,16 @@ def _openssl(*arguments):
     subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
 
 
-@pytest.fixture
-def authority(tmp_path):
-    made = Authority(tmp_path)
+def make_authority(folder):
+    folder.mkdir(exist_ok=True)
+    made = Authority(folder)
     _openssl(
         "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout",
-        tmp_path / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority",
+        folder / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority",
     )  # fmt: skip
     return made
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return make_authority(tmp_path)
