@@ -1,5 +1,6 @@
 """The program as a whole: help, exit codes, lazy verbs, missing extras, true processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -237,3 +238,53 @@ def test_a_reader_that_goes_away_is_no_traceback(server: FakeServer) -> None:
     assert started.stderr is not None
     assert "Traceback" not in started.stderr.read()
     started.wait(20)
+
+
+# Streams and files
+
+
+def redirected(redirection: str, *arguments: str, **settings) -> tuple[int, str, str]:  # type: ignore[no-untyped-def]
+    """`colaserve ARGUMENTS REDIRECTION` in a shell."""
+    paths = [str(ROOT / folder) for folder in ("client", "services", "protos/gen")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **settings.pop("env", {})}
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "colaserve_client", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=60, **settings)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_streams_that_are_closed_or_full_are_one_line(server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' * 3)
+    batch = ["--input", str(tmp_path / "in.jsonl"), "--output", "/dev/full"]
+    for redirection, arguments, code, said in (
+        ("<&-", [], 2, "standard input is closed"),
+        (">&-", ["Once"], 1, "standard output is closed"),
+        (">&-", ["Once", "--json"], 1, "standard output is closed"),
+        (">/dev/full", ["Once"], 1, "No space left on device"),
+        ("", batch, 1, "/dev/full: No space left on device"),
+    ):
+        done = redirected(redirection, "generate", *arguments, "--target", server.target)
+        assert (done[0], done[2].splitlines()[-1].startswith("colaserve: ")) == (code, True), done
+        assert said in done[2]
+        assert "Traceback" not in done[2]
+        assert "Exception ignored" not in done[2]
+    assert redirected("2>&-", "generate", "Once", "--target", server.target)[:2] == (0, STORY.decode() + "\n")
+    assert redirected("<&- 2>&-", "generate", "Once", "--target", server.target)[:2] == (0, STORY.decode() + "\n")
+
+
+def test_a_character_that_the_outputs_encoding_lacks_is_an_escape(server: FakeServer) -> None:
+    for encoding in ("latin-1", "ascii"):
+        env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        code, out, _ = redirected("", "reconstruct", "日", "--json", "--target", server.target, env=env)
+        assert (code, json.loads(out)[0]["original"]) == (0, "日")
+        code, out, err = redirected("", "generate", "日", "--echo", "--target", server.target, env=env)
+        assert (code, out, err) == (0, "\\u65e5" + STORY.decode() + "\n", "")
+
+
+def test_a_reader_that_has_enough_is_exit_code_1_without_a_word(server: FakeServer) -> None:
+    command = f'{sys.executable} -m colaserve_client generate "$0" --target {server.target} --echo; echo $? >&2'
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("client", "services", "protos/gen"))
+    script = f"({command}) | true"
+    done = subprocess.run(
+        ["sh", "-c", script, "x" * 100_000], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=60
+    )
+    assert done.stderr.decode().strip() == "1"
