@@ -53,12 +53,23 @@ def build(kind: type[M], path: str = "", **fields: object) -> M:
     for name, value in fields.items():
         if value is None:
             continue
+        if isinstance(value, bool | int | float) and isinstance(value, bool) != isinstance(
+            getattr(message, name), bool
+        ):
+            _refuse_kind(kind, path, name, value)
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
             told = f"got {_shown(value)}, expected {expected}" if (expected := _number(kind, name)) else ""
             raise invalid(f"{path}{name}", told or f"cannot be {_shown(value)}: {error}") from error
     return message
+
+
+def _refuse_kind(kind: type[Message], path: str, name: str, value: object) -> None:
+    """Protobuf takes true for 1, and 1 for true: neither was meant."""
+    expected = "true or false" if isinstance(getattr(kind(), name), bool) else _number(kind, name)
+    if expected:
+        raise invalid(f"{path}{name}", f"got {_shown(value)}, expected {expected}")
 
 
 def _shown(value: object) -> str:

@@ -144,11 +144,30 @@ def _checked(keys: dict[str, Any]) -> Template:
     for name in ("prompt", "answer", "separator", "header", "option", "truth"):
         if not isinstance(keys.get(name, ""), str):
             raise ValueError(f"{name}: expected a string, got {keys[name]!r}")
+    _check_tables(keys.get("fields", {}), keys.get("examples", []))
     template = Template(**keys)
     if template.truth not in TRUTHS:
         raise ValueError(f"truth: expected one of {', '.join(TRUTHS)}, got {template.truth!r}")
     _check_examples(template)
     return template
+
+
+def _check_tables(places: Any, examples: Any) -> None:
+    if not isinstance(places, dict):
+        raise ValueError(f"fields: expected a table, got {places!r}")
+    for name, keys in places.items():
+        if not isinstance(keys, str) and not _are_texts(keys):
+            raise ValueError(f"fields.{name}: expected a key or a list of keys, got {keys!r}")
+    if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
+        raise ValueError(f"examples: expected tables, [[examples]], got {examples!r}")
+    for number, example in enumerate(examples, start=1):
+        for name, value in example.items():
+            if not (_are_texts(value) if name == "choices" else isinstance(value, str | int | float)):
+                raise ValueError(f"example {number}: {name}: expected text (choices: a list of texts), got {value!r}")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _check_examples(template: Template) -> None:

@@ -132,7 +132,18 @@ def test_nothing_is_overwritten_and_nothing_is_mixed_up(run: Run, files: tuple[P
     assert run("generate", "--input", files[0], "--resume").code == 2
 
 
-@pytest.mark.parametrize("wrong", [{"stop": "end"}, {"stop": 5}, {"solver": ["euler"]}, {"seed": "x"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop": "end"},
+        {"stop": 5},
+        {"max_new_tokens": True},
+        {"ignore_end": 1},
+        {"temperature": False},
+        {"solver": ["euler"]},
+        {"seed": "x"},
+    ],
+)
 def test_a_wrong_value_fails_its_own_line_only(run: Run, files: tuple[Path, Path], wrong: dict[str, Any]) -> None:
     write(files[0], [{"prompt": "a"}, {"prompt": "b", **wrong}, {"prompt": "c"}])
     assert batch(run, files).code == 1

@@ -116,6 +116,12 @@ ground_truth = "d"
         ("prompt = '{a}'\noption = '{0}'", "{0} is no plain name"),
         ("prompt = '{a}'\n[[examples]]\nb = 'b'\nground_truth = 'g'", "example 1: 'a' is missing"),
         ("prompt = '{a}'\n[[examples]]\na = 'b'", "example 1: 'ground_truth' is missing"),
+        ("prompt = '{a}'\nfields = 'a'", "fields: expected a table, got 'a'"),
+        ("prompt = '{a}'\nfields = {a = [1]}", "fields.a: expected a key or a list of keys, got [1]"),
+        ("prompt = '{a}'\nexamples = ['a']", "examples: expected tables"),
+        ("prompt = '{a}'\n[[examples]]\na = [1]\nground_truth = 'g'", "example 1: a: expected text"),
+        ("prompt = '{a}'\n[[examples]]\na = 'a'\nchoices = 'ab'\nground_truth = 'g'", "example 1: choices: expected"),
+        ("a = " + "[" * 5000, "is nested too deep"),
     ],
 )
 def test_a_bad_template_is_refused_naming_the_key(tmp_path, text, message):
