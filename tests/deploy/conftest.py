@@ -54,9 +54,9 @@ class Rendered:
         return {**self.settings(), **own}
 
 
-@pytest.fixture(scope="session", params=[*OVERLAYS, "keda"])
+@pytest.fixture(scope="session", params=[*OVERLAYS, "keda", "production"])
 def rendered(request, tmp_path_factory):
-    """Each overlay, and the base with what none of them has: KEDA in place of the autoscalers, and tracing."""
+    """Each overlay, the one of docs/kubernetes.md, and the base with KEDA in place of the autoscalers, and tracing."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl renders the overlays")
     folder = KUBERNETES / "overlays" / request.param
@@ -68,9 +68,20 @@ def rendered(request, tmp_path_factory):
         (folder / "kustomization.yaml").write_text(
             f"namespace: colaserve\nresources: [{base}]\ncomponents: [{', '.join(components)}]\n"
         )
+    if request.param == "production":
+        folder = tmp_path_factory.mktemp("production")
+        shutil.copytree(DEPLOY, folder / "colaserve" / "deploy")
+        (folder / "kustomization.yaml").write_text(production_overlay())
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return Rendered(done.stdout)
+
+
+def production_overlay():
+    """The kustomization.yaml that docs/kubernetes.md shows."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^```yaml\n# kustomization.yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return found
 
 
 def _component(name):

@@ -134,3 +134,30 @@ def test_the_gpu_overlay_asks_for_one_gpu_where_the_device_is_cuda(rendered):
         asked = container_of(deployment)["resources"]["limits"].get("nvidia.com/gpu")
         on_cuda = rendered.environment(role).get("COLASERVE_DEVICE", "cpu").startswith("cuda")
         assert (asked == "1") == on_cuda
+
+
+def test_routes_wait_longer_than_a_request_may_take_and_check_the_name_in_our_certificate(rendered):
+    services = {found["metadata"]["name"]: found["spec"] for found in rendered.kind("Service")}
+    for route in rendered.kind("HTTPRoute"):
+        (rule,) = route["spec"]["rules"]
+        (backend,) = rule["backendRefs"]
+        assert backend["port"] in [port["port"] for port in services[backend["name"]]["ports"]]
+        for seconds in rule["timeouts"].values():
+            assert int(seconds.removesuffix("s")) > int(rendered.settings()["COLASERVE_REQUEST_SECONDS"])
+    certified = {name for found in rendered.kind("Certificate") for name in found["spec"].get("dnsNames", ())}
+    for policy in rendered.kind("BackendTLSPolicy"):
+        assert policy["spec"]["validation"]["hostname"] in certified
+
+
+def test_a_checkpoint_that_is_claimed_is_mounted_by_all_who_read_it_and_pulled_once(rendered):
+    for claim in rendered.kind("PersistentVolumeClaim"):
+        (job,) = rendered.kind("Job")
+        (puller,) = pods(job)["containers"]
+        for role in (*STAGES, "coordinator"):
+            spec = pods(rendered.deployments()[role])
+            (volume,) = (it for it in spec["volumes"] if it["name"] == "model")
+            assert volume == {"name": "model", "persistentVolumeClaim": {
+                "claimName": claim["metadata"]["name"], "readOnly": True}}  # fmt: skip
+            assert not spec.get("initContainers")
+            assert puller["args"][2] == rendered.environment(role)["COLASERVE_MODEL"]
+        assert puller["image"] == container_of(rendered.deployments()["prior"])["image"]

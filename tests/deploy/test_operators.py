@@ -1,6 +1,7 @@
 """Objects of operators, for which the schema checker has no schema: their fields, as the references name them.
 
-cert-manager.io/v1, monitoring.coreos.com/v1 and keda.sh/v1alpha1, as far as they are used here.
+cert-manager.io/v1, gateway.networking.k8s.io/v1, monitoring.coreos.com/v1 and keda.sh/v1alpha1, as far as they are used
+here.
 """
 
 import pytest
@@ -39,6 +40,21 @@ SPECS = {
         ],
     },
     "PrometheusRule": {"groups": [{"name": TEXT, "rules": [RULE]}]},
+    "HTTPRoute": {
+        "parentRefs": [{"name": TEXT, "namespace": TEXT}],
+        "hostnames": NAMES,
+        "rules": [
+            {
+                "matches": [{"path": {"type": TEXT, "value": TEXT}}],
+                "timeouts": {"request": TEXT, "backendRequest": TEXT},
+                "backendRefs": [{"name": TEXT, "port": NUMBER}],
+            }
+        ],
+    },
+    "BackendTLSPolicy": {
+        "targetRefs": [REFERENCE],
+        "validation": {"hostname": TEXT, "caCertificateRefs": [REFERENCE]},
+    },
     "ScaledObject": {
         "scaleTargetRef": {"name": TEXT},
         "minReplicaCount": NUMBER,
@@ -79,7 +95,8 @@ def test_their_fields_exist_and_hold_the_right_kind_of_value(rendered):
 def test_every_kind_is_either_kubernetes_own_or_listed_here(rendered):
     for found in rendered.objects:
         group = found["apiVersion"].partition("/")[0]
-        assert ("." in group and not group.endswith(".k8s.io")) == (found["kind"] in SPECS), found["kind"]
+        own = "." not in group or (group.endswith(".k8s.io") and group != "gateway.networking.k8s.io")
+        assert own == (found["kind"] not in SPECS), found["kind"]
 
 
 def test_certificates_are_for_what_their_role_does(rendered):
