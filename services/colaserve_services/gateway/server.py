@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.gateway import Gateway
+from colaserve_services.gateway.protocol import LONGEST_HEAD, HttpProtocol
 from colaserve_services.rpc import network
 from colaserve_services.rpc.settings import ServerTls
 from colaserve_services.rpc.tls import server_context
@@ -86,9 +87,13 @@ async def serve(app: FastAPI, host: str, port: int, tls: ServerTls | None = None
 def _config(app: FastAPI, tls: ServerTls | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
+        http=HttpProtocol,  # not whichever parser is installed
+        ws="none",
+        h11_max_incomplete_event_size=LONGEST_HEAD,
         log_config=None,
         access_log=False,
         lifespan="off",
+        proxy_headers=False,  # a client's address is its connection's, whatever it says
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
     )

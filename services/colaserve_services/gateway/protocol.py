@@ -1,0 +1,109 @@
+"""One HTTP connection: uvicorn's, with a limited time for the head of a request and errors in the documented shape.
+
+A client that shuts down its sending side after a request, as `nc -N` does, still gets its answer. On the wire this
+looks like a client that left, so an interim response, which clients skip, asks: who has left answers it with a reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import uuid
+from typing import Any, Final
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from colaserve_services.gateway.errors import ApiError
+from colaserve_services.rpc.requests import REQUEST_ID
+
+HEAD_SECONDS: Final = 30.0  # from a connection's start, or a request's first byte, to the end of the request's head
+LONGEST_HEAD: Final = 16 * 1024  # bytes; a longer one is a 431
+_LOOKS: Final = (0.02, 0.1, 0.5, 2.0)  # seconds after the end of a client's sending, to see whether it has left
+
+_CODES: Final = {408: "head_timeout", 431: "head_too_large", 501: "not_implemented"}
+
+
+class HttpProtocol(H11Protocol):
+    """Made by uvicorn for each connection."""
+
+    head_seconds = HEAD_SECONDS
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._answering():
+            self._end_head()
+        elif not self.transport.is_closing():
+            self._begin_head()  # the first bytes of a head, or what is left of a body that was not asked for
+
+    def on_response_complete(self) -> None:
+        """What has come already of the next request, or of a body that was not asked for, has a limited time."""
+        super().on_response_complete()
+        coming = self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]
+        if coming and not self._answering() and not self.transport.is_closing():
+            self._begin_head()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """True keeps the connection for an answer."""
+        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        if not self._answering() or not whole or self.scheme == "https":  # TLS cannot be closed by half
+            return False
+        self.cycle.keep_alive = False
+        if not self.cycle.response_started:
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
+        for seconds in _LOOKS:
+            self.loop.call_later(seconds, self._look_for_reset)
+        return True
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, in the documented shape. Called where h11 raised, whose error has the status that fits."""
+        error = sys.exception()
+        if isinstance(error, h11.RemoteProtocolError):
+            self._refuse(error.error_status_hint, f"the request is not valid HTTP: {error}")
+        else:
+            self._refuse(400, msg)
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _begin_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
+
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        begun = self.conn.trailing_data[0] != b""
+        if begun and not self._answering():
+            self._refuse(408, f"the head of the request did not come within {self.head_seconds:g} s")
+        elif not self._answering():
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer, unless an answer has begun, and end the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = ApiError(status, message, code=_CODES.get(status, "invalid_http")).body()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))),
+                       (REQUEST_ID, uuid.uuid4().hex), ("connection", "close")]  # fmt: skip
+            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _look_for_reset(self) -> None:
+        connection: Any = self.transport.get_extra_info("socket")
+        if not self.transport.is_closing() and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()

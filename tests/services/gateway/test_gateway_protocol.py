@@ -1,0 +1,155 @@
+"""HTTP itself: what is malformed, what does not come, what a client that left by half gets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from colaserve_services.gateway.protocol import LONGEST_HEAD, HttpProtocol
+from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.rpc.settings import AdmissionLimits
+from tests.services.gateway.fake_generation import SAYS
+from tests.services.gateway.running_gateway import Running
+from tests.waiting import PATIENCE, eventually
+
+BODY = b'{"prompt": "x", "max_tokens": 200}'
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+ASKING = POST % (len(BODY), BODY)
+
+
+async def said(gateway: Running, *pieces: bytes, end: bool = False) -> bytes:
+    """All that is answered until the connection ends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    for piece in pieces:
+        writer.write(piece)
+    if end:
+        writer.write_eof()
+    try:
+        return await asyncio.wait_for(reader.read(), PATIENCE)
+    finally:
+        writer.close()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HttpProtocol, "head_seconds", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "code"),
+    [
+        (b"nonsense\r\n\r\n", 400, "invalid_http"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "invalid_http"),  # TLS, to a port without it
+        (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 400, "invalid_http"),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "invalid_http"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n", 400, "invalid_http"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", 400, "invalid_http"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400, "invalid_http"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "not_implemented"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * LONGEST_HEAD, 431, "head_too_large"),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400, "invalid_http"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_malformed_http_is_answered_in_the_documented_shape(
+    gateway: Running, request_bytes: bytes, status: int, code: str
+):
+    head, _, body = (await said(gateway, request_bytes)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id: " in head.lower()
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, None)
+    assert (await gateway.http.get("/health")).status_code == 200
+
+
+async def test_a_body_that_turns_malformed_after_the_answer_began_ends_the_connection_quietly(gateway: Running, caplog):
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    writer.write(head)
+    assert b" 200 " in await asyncio.wait_for(reader.readline(), PATIENCE)
+    writer.write(b"zz\r\n")
+    assert b'"ok"' in await asyncio.wait_for(reader.read(), PATIENCE)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_head_that_does_not_come_is_not_waited_for(gateway: Running):
+    assert await said(gateway) == b""
+    for pieces in ((b"GET /health HTT",), (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /hea")):
+        *_, answer = (await said(gateway, *pieces)).split(b"HTTP/1.1 ")
+        assert answer.startswith(b"408 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_timeout"
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_body_that_nobody_asked_for_holds_its_connection_no_longer(gateway: Running):
+    answer = await said(gateway, b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nx")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_answers_and_idle_connections_may_take_longer_than_a_head(gateway: Running):
+    gateway.fake.gate = asyncio.Event()
+    asking = asyncio.create_task(gateway.complete(max_tokens=200))
+    await eventually(lambda: gateway.fake.running == 1)
+    await asyncio.sleep(0.5)
+    gateway.fake.gate.set()
+    assert (await asking).json()["choices"][0]["text"] == SAYS
+    [connection] = gateway.server._server.server_state.connections
+    await asyncio.sleep(0.5)
+    assert (await gateway.http.get("/health")).status_code == 200
+    assert list(gateway.server._server.server_state.connections) == [connection]
+
+
+async def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(gateway: Running):
+    gateway.fake.gate = asyncio.Event()
+    asking = asyncio.create_task(said(gateway, ASKING, end=True))
+    await eventually(lambda: gateway.fake.running == 1)
+    await asyncio.sleep(0.2)
+    gateway.fake.gate.set()
+    answer = await asking
+    assert b"HTTP/1.1 200 " in answer
+    assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["choices"][0]["text"] == SAYS
+
+
+async def test_a_client_that_has_left_is_told_from_one_that_listens(gateway: Running):
+    gateway.fake.gate = asyncio.Event()
+    _, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    writer.write(ASKING)
+    await eventually(lambda: gateway.fake.running == 1)
+    writer.close()
+    await eventually(lambda: gateway.fake.running == 0)
+    assert gateway.fake.seen[0].cancelled
+
+
+async def test_a_request_cut_off_in_its_body_gets_nothing(gateway: Running):
+    assert await said(gateway, POST % (1000, b"{"), end=True) == b""
+    assert not gateway.fake.seen
+
+
+async def test_who_a_client_says_it_is_does_not_matter(start):
+    gateway = await start(GatewaySettings(admission=AdmissionLimits(max_calls_per_client=1)))
+    gateway.fake.gate = asyncio.Event()
+    first = asyncio.create_task(gateway.complete())
+    await eventually(lambda: gateway.fake.running == 1)
+    pretending = {"x-forwarded-for": "192.0.2.1", "x-forwarded-proto": "https", "forwarded": "for=192.0.2.1"}
+    refused = await gateway.http.post("/v1/completions", json={"prompt": "x"}, headers=pretending)
+    assert refused.status_code == 429
+    gateway.fake.gate.set()
+    assert (await first).status_code == 200
+
+
+async def test_answers_name_no_software_and_upgrades_are_not_taken(gateway: Running):
+    upgrade = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "eA==",
+    }
+    for headers in ({}, upgrade, {"host": "made.up"}):
+        answer = await gateway.http.get("/health", headers=headers)
+        assert answer.status_code == 200
+        assert "server" not in answer.headers
+        assert "made.up" not in f"{answer.headers}"
