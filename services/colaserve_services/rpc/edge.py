@@ -18,6 +18,7 @@ from colaserve_services.rpc import checksums, requests, tracing
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
+from colaserve_services.rpc.floods import Resets
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.request_bounds import RequestBounds
@@ -45,7 +46,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self, metrics: Metrics, admission: Admission, keys: Keys | None = None, first_seconds: float = FIRST_SECONDS
     ):
         self._metrics, self._admission, self._keys, self._first_seconds = metrics, admission, keys, first_seconds
-        self.bounds = RequestBounds()
+        self.bounds, self._resets = RequestBounds(), Resets()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -88,11 +89,14 @@ class Edge(grpc.aio.ServerInterceptor):
 
         return serve
 
-    async def _first(self, received: AsyncIterator[bytes], method: Method) -> bytes | None:
+    async def _first(self, received: AsyncIterator[bytes], method: Method, context: Any) -> bytes | None:
         """The first message, None where the stream ends without one."""
         try:
             async with asyncio.timeout(self._first_seconds):
                 return await anext(received, None)
+        except asyncio.CancelledError:
+            self._resets.count(str(context.peer()))
+            raise
         except TimeoutError as error:
             waited = f"no message of {method.name} came within {self._first_seconds:g} s"
             raise DeadlineExceeded(waited) from error
@@ -140,7 +144,7 @@ class Edge(grpc.aio.ServerInterceptor):
         sealed = checksums.asked(metadata)
         with tracing.serving(tracing.span_name(method), metadata) as span:
             async with self._counted(method, context, span) as client:
-                first = await self._first(received, method)  # a caller that sends nothing takes no slot
+                first = await self._first(received, method, context)  # a caller that sends nothing takes no slot
                 with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
                     yield Call(self._request(first, received, method, handler, sealed), span, sealed)
 

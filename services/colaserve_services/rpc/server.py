@@ -143,8 +143,8 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         network.UNCOMPRESSED,
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),  # a client may probe each second,
+        ("grpc.http2.max_ping_strikes", 20),  # not flood: so many pings that come sooner end its connection
     ]
     if settings.max_connection_age:
         options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age * 1000)))

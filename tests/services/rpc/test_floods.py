@@ -1,0 +1,85 @@
+"""One connection that floods is ended; the others are served."""
+
+import asyncio
+from contextlib import suppress
+
+import grpc
+import psutil
+import pytest
+
+from colaserve_services.rpc import floods
+from colaserve_services.rpc.floods import MOST_RESETS, RESET_SECONDS, Resets, end_connection
+from tests.services.rpc import frames
+from tests.services.rpc.conftest import ONE, running
+from tests.waiting import PATIENCE
+
+PATH = "/colaserve.v1.EncoderService/Encode"
+
+
+async def ended(port: int, made, most: int) -> bool:
+    """Whether the server ends a connection that sends these frames."""
+    reader, writer = await frames.connect(port)
+    gone = asyncio.create_task(reader.read())
+    with suppress(ConnectionError):
+        for number in range(most):
+            writer.write(made(number))
+            await writer.drain()
+            if gone.done():
+                break
+            await asyncio.sleep(0)
+    with suppress(ConnectionError):
+        await asyncio.wait_for(gone, PATIENCE)
+    writer.close()
+    return gone.done()
+
+
+@pytest.mark.parametrize("made", [lambda number: frames.rapid_reset(PATH, number), frames.ping], ids=["reset", "ping"])
+async def test_a_flood_ends_its_connection_and_no_other(made):
+    async with running() as it:
+        assert await it.stub.Encode(ONE)
+        honest = it.channel.get_state()
+        assert await ended(it.port, made, 20_000)
+        assert await it.stub.Encode(ONE)
+        assert it.channel.get_state() is honest is grpc.ChannelConnectivity.READY
+
+
+async def test_a_client_that_probes_each_second_is_no_flood():
+    async with running() as it:
+        reader, writer = await frames.connect(it.port)
+        for _ in range(3):
+            writer.write(frames.ping(0))
+            await asyncio.sleep(1)
+        assert not reader.at_eof()
+        writer.close()
+        assert await it.stub.Encode(ONE)
+
+
+def test_calls_given_up_now_and_then_are_no_flood(monkeypatch):
+    now, cut = [0.0], []
+    monkeypatch.setattr(floods, "end_connection", cut.append)
+    resets = Resets(lambda: now[0])
+    for _ in range(3):
+        for _ in range(MOST_RESETS):
+            resets.count("ipv4:192.0.2.1:1")
+        now[0] += RESET_SECONDS
+    assert not cut
+    for _ in range(MOST_RESETS + 1):
+        resets.count("ipv4:192.0.2.1:1")
+        resets.count("ipv4:192.0.2.1:2")
+    assert cut == ["ipv4:192.0.2.1:1", "ipv4:192.0.2.1:2"]
+
+
+@pytest.mark.parametrize("peer", ["ipv4:192.0.2.1:1", "ipv6:%5B2001:db8::1%5D:1", "unix:", "", "unknown"])
+def test_a_connection_that_is_not_there_is_none_of_ours(peer: str):
+    before = psutil.Process().num_fds()
+    assert not end_connection(peer)
+    assert psutil.Process().num_fds() == before
+
+
+async def test_a_connection_over_ipv6_is_found():
+    server = await asyncio.start_server(lambda *_: None, "::1", 0)
+    reader, writer = await asyncio.open_connection("::1", server.sockets[0].getsockname()[1])
+    assert end_connection(f"ipv6:%5B::1%5D:{writer.get_extra_info('sockname')[1]}")
+    assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+    writer.close()
+    server.close()
