@@ -1,6 +1,7 @@
 """Shared by all tests: the golden checkpoints and their recorded numbers."""
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+
+# As every role does: threads that spin long on a machine with other work make tests several times slower. Torch, which
+# reads it when it is imported, comes later.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # A machine that stands still for a moment is no failure, and a run is to fail again when it is repeated.
 settings.register_profile("colaserve", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

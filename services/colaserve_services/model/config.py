@@ -37,7 +37,7 @@ class TextVAEConfig:
     clip_qkv: float | None = None
     rope_theta: float = 500000.0
     rope_full_precision: bool = True  # rotary in float32, else in the compute dtype
-    bias: bool = True  # of every Linear but qkv_proj and unpatch_layer
+    bias: bool = True  # of every Linear but qkv_proj; patch_embedder and unpatch_layer always have one
     act: Activation = "swiglu"
     block_size: int = 4  # latents a block of the attention mask; 1 is strictly causal
     use_variation: bool = True  # the encoder gives a mean and a log variance

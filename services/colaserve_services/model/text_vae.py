@@ -80,8 +80,8 @@ def _rotate_halves(x: Tensor, rotary: Rotary, full_precision: bool, dtype: torch
 class PatchEmbedder(Linear):
     """P token embeddings to one latent row; the weight is that of a Conv1d with kernel = stride = P: (D, D, P)."""
 
-    def __init__(self, dim: int, patch_size: int, bias: bool):
-        super().__init__(dim * patch_size, dim, bias=bias)
+    def __init__(self, dim: int, patch_size: int):
+        super().__init__(dim * patch_size, dim)
         self.weight = nn.Parameter(self.weight.detach().view(dim, patch_size, dim).transpose(1, 2).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:  # (..., P * D), token after token -> (..., D)
@@ -141,7 +141,7 @@ class TextVAEEncoder(_Transformer):
     def __init__(self, config: TextVAEConfig):
         super().__init__(config, config.encoder_num_blocks)
         self.wte = nn.Embedding(config.vocab_size + 1, config.dim)
-        self.patch_embedder = PatchEmbedder(config.dim, config.patch_size, config.bias)
+        self.patch_embedder = PatchEmbedder(config.dim, config.patch_size)
         outputs = 2 * config.latent_dim if config.use_variation else config.latent_dim
         self.final_layer = Linear(config.dim, outputs, bias=config.bias)
 

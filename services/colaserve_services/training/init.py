@@ -37,5 +37,5 @@ def _init_linears(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, Linear) and not isinstance(child, PatchEmbedder):
             init_linear(child)
-        elif isinstance(child, PatchEmbedder) and child.bias is not None:
+        elif isinstance(child, PatchEmbedder):
             nn.init.zeros_(child.bias)

@@ -1,7 +1,9 @@
 """Small random checkpoints in the released layout, of any configuration."""
 
 import json
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,20 @@ TINY_DIT: dict[str, Any] = {
 
 
 def randomise(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Random tensors of a module's names and shapes: nothing is left at a value that would hide a mistake."""
+    """Random tensors of a module's names and shapes."""
+    state = module.state_dict()
+    drawn = draw({name: tuple(stored.shape) for name, stored in state.items()}, seed)
+    return drawn | {name: stored.clone() for name, stored in state.items() if name.endswith("freqs")}
+
+
+def draw(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """Random tensors: nothing is left at a value that would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, stored in module.state_dict().items():
-        if name.endswith("freqs"):
-            tensors[name] = stored.clone()
-            continue
-        noise = torch.randn(stored.shape, generator=generator)
-        is_norm = stored.ndim == 1 and name.endswith("weight")
-        fan_in = stored[0].numel() if stored.ndim > 1 else 16
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        is_norm = len(shape) == 1 and name.endswith("weight")
+        fan_in = math.prod(shape[1:]) if len(shape) > 1 else 16
         tensors[name] = 1 + 0.2 * noise if is_norm else noise / fan_in**0.5
     return tensors
 

@@ -38,6 +38,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, block: int) ->
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
 
 
+def vae_tensors(c: TextVAEConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of cola_vae, as MODEL.md lists them."""
+    D, d, hidden = c.dim, c.latent_dim, c.ffn_dim // 2 if c.act == "swiglu" else c.ffn_dim
+    linears = {  # name: (outputs, inputs, bias)
+        "encoder.final_layer": (2 * d if c.use_variation else d, D, c.bias),
+        "decoder.in_layer": (D, d, c.bias),
+        "decoder.unpatch_layer": (c.patch_size * D, D, True),
+        "decoder.final_layer": (c.vocab_size, D, c.bias),
+    }
+    norms = {"decoder.final_norm": True}  # name: affine
+    for half, blocks in (("encoder", c.encoder_num_blocks), ("decoder", c.decoder_num_blocks)):
+        for p in (f"{half}.blocks.{i}" for i in range(blocks)):
+            linears |= {f"{p}.qkv_proj": (3 * D, D, c.qk_bias), f"{p}.attn_out_proj": (D, D, c.bias)}
+            linears |= {f"{p}.ffn_proj": (c.ffn_dim, D, c.bias), f"{p}.ffn_out": (D, hidden, c.bias)}
+            norms |= {f"{p}.norm_attn": c.layer_norm_affine, f"{p}.norm_ffn": True}
+            norms |= {f"{p}.{name}": c.qk_norm and c.qk_norm_affine for name in ("q_norm", "k_norm")}
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.wte.weight": (c.vocab_size + 1, D),
+        "encoder.patch_embedder.weight": (D, D, c.patch_size),
+        "encoder.patch_embedder.bias": (D,),
+    }
+    shapes |= {f"{name}.weight": (outputs, inputs) for name, (outputs, inputs, _) in linears.items()}
+    shapes |= {f"{name}.bias": (outputs,) for name, (outputs, _, bias) in linears.items() if bias}
+    shapes |= {f"{name}.{part}": (D,) for name, affine in norms.items() if affine for part in ("weight", "bias")}
+    return shapes
+
+
 def vae_blocks(w: Weights, c: TextVAEConfig, prefix: str, blocks: int, x: Tensor) -> Tensor:
     L, heads, hd = len(x), c.num_heads, c.dim // c.num_heads
     positions = torch.arange(L)
@@ -82,7 +109,7 @@ def encode(w: Weights, c: TextVAEConfig, ids: Tensor) -> tuple[Tensor, Tensor | 
     """Normalised mean and log variance of one padded sequence."""
     tokens, P = w["encoder.wte.weight"][ids], c.patch_size
     kernel = w["encoder.patch_embedder.weight"]  # (out, in, P)
-    x = sum(tokens[p::P] @ kernel[:, :, p].T for p in range(P)) + w.get("encoder.patch_embedder.bias", 0)
+    x = sum(tokens[p::P] @ kernel[:, :, p].T for p in range(P)) + w["encoder.patch_embedder.bias"]
     x = linear(w, "encoder.final_layer", vae_blocks(w, c, "encoder", c.encoder_num_blocks, x))
     mean, logvar = x[:, : c.latent_dim], x[:, c.latent_dim :].clamp(-30, 20) if c.use_variation else None
     if c.encoder_last_ln or not c.use_variation:

@@ -1,5 +1,6 @@
 """Every configuration of MODEL.md gives what the plain float64 implementation gives."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,41 @@ from safetensors.torch import load_file
 
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.config import TextVAEConfig
+from colaserve_services.model.text_vae import TextVAE, TextVAEDecoder, TextVAEEncoder
 from tests.services.model import reference
-from tests.services.model.checkpoints import write_checkpoint
+from tests.services.model.checkpoints import TINY_VAE, draw, write_checkpoint
 
 CPU, TOLERANCE = torch.device("cpu"), 3e-6
 
 VAE_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "patches_of_2": {"patch_size": 2},
-    "patches_of_3_strictly_causal": {"patch_size": 3, "block_size": 1},
-    "pre_norm": {"post_norm": False},
-    "pre_norm_without_affine": {"post_norm": False, "layer_norm_affine": False},
-    "no_qk_norm": {"qk_norm": False},
-    "qk_norm_without_affine": {"qk_norm_affine": False},
-    "qk_bias": {"qk_bias": True},
-    "clipped": {"clip_qkv": 0.3},
-    "gelu": {"act": "gelu"},
-    "silu": {"act": "silu"},
-    "no_variation": {"use_variation": False, "encoder_last_ln": False},
-    "no_last_norm": {"encoder_last_ln": False},
     "no_bias": {"bias": False},
+    "everything_off": {
+        "bias": False,
+        "qk_norm": False,
+        "post_norm": False,
+        "act": "silu",
+        "use_variation": False,
+        "encoder_last_ln": False,
+        "clip_qkv": 0.3,
+        "patch_size": 2,
+    },
+    "patches_of_3_strictly_causal": {"patch_size": 3, "block_size": 1},
+    "pre_norm_without_affine": {"post_norm": False, "layer_norm_affine": False},
+    "qk_norm_without_affine": {"qk_norm_affine": False},
     "scaled": {"scaling_factor": 1.7, "shifting_factor": 0.25},
     "large_eps": {"layer_norm_eps": 0.1},
     "other_theta": {"rope_theta": 100.0},
     "low_precision_rotary": {"rope_full_precision": False},
 }
+SMALL: dict[str, Any] = {
+    "vocab_size": 24, "encoder_num_blocks": 1, "decoder_num_blocks": 1, "dim": 16, "ffn_dim": 24, "num_heads": 2,
+}  # fmt: skip
+CORNERS: dict[str, tuple[Any, ...]] = {
+    "bias": (True, False), "qk_bias": (True, False), "qk_norm": (True, False), "post_norm": (True, False),
+    "use_variation": (True, False), "encoder_last_ln": (True, False), "clip_qkv": (None, 0.3),
+}  # fmt: skip
 DIT_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "qk_bias": {"qk_bias": True},
@@ -55,26 +66,50 @@ def weights(directory: Path, part: str) -> reference.Weights:
 
 
 @pytest.mark.parametrize("variant", VAE_VARIANTS)
-@torch.inference_mode()
 def test_vae_of_any_configuration_agrees_with_the_reference(variant: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", vae=VAE_VARIANTS[variant])
     checkpoint, w = Checkpoint.open(directory), weights(directory, "cola_vae")
-    config, n = checkpoint.vae_config, 12
+    check_encoder(checkpoint.vae_config, checkpoint.load_encoder(CPU, torch.float32), w)
+    check_decoder(checkpoint.vae_config, checkpoint.load_decoder(CPU, torch.float32), w)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+@pytest.mark.parametrize("act", ["swiglu", "gelu", "silu"])
+def test_every_combination_of_what_a_vae_may_leave_out_agrees_with_the_reference(act: str, patch_size: int) -> None:
+    """It takes the tensors that MODEL.md lists, no other; from files they are read by the same names."""
+    for values in product(*CORNERS.values()):
+        chosen = dict(zip(CORNERS, values, strict=True))
+        config = TextVAEConfig(**TINY_VAE | SMALL | chosen, act=act, patch_size=patch_size)  # type: ignore[arg-type]
+        vae, tensors = TextVAE(config), draw(reference.vae_tensors(config), 1)
+        vae.load_state_dict(tensors)
+        w = {name: tensor.double() for name, tensor in tensors.items()}
+        check_encoder(config, vae.encoder, w)
+        if config.use_variation and config.encoder_last_ln:  # which are nothing to the decoder
+            check_decoder(config, vae.decoder, w)
+
+
+@torch.inference_mode()
+def check_encoder(config: TextVAEConfig, encoder: TextVAEEncoder, w: reference.Weights) -> None:
+    """It gives what the reference gives with the same weights."""
+    n = 2 * config.block_size + 1
     attend = RaggedAttention([Segment(n)], config.block_size, CPU)
-    positions = torch.arange(n)
-
-    encoder = checkpoint.load_encoder(CPU, torch.float32)
-    ids = torch.randint(0, 512, (n * config.patch_size,), generator=torch.Generator().manual_seed(3))
-    mean, logvar = encoder(ids, positions, attend)
+    ids = torch.randint(0, config.vocab_size, (n * config.patch_size,), generator=torch.Generator().manual_seed(3))
+    mean, logvar = encoder(ids, torch.arange(n), attend)
     expected_mean, expected_logvar = reference.encode(w, config, ids)
-    assert relative(encoder.normalise(mean), expected_mean) < TOLERANCE
-    assert (logvar is None) == (expected_logvar is None)
+    assert relative(encoder.normalise(mean), expected_mean) < TOLERANCE, config
+    assert (logvar is None) == (expected_logvar is None), config
     if logvar is not None and expected_logvar is not None:
-        assert relative(logvar, expected_logvar) < TOLERANCE
+        assert relative(logvar, expected_logvar) < TOLERANCE, config
 
-    decoder = checkpoint.load_decoder(CPU, torch.float32)
+
+@torch.inference_mode()
+def check_decoder(config: TextVAEConfig, decoder: TextVAEDecoder, w: reference.Weights) -> None:
+    """It gives what the reference gives with the same weights."""
+    n = 2 * config.block_size + 1
+    attend = RaggedAttention([Segment(n)], config.block_size, CPU)
     latents = torch.randn(n, 8, generator=torch.Generator().manual_seed(4))
-    assert relative(decoder(latents, positions, attend), reference.decode(w, config, latents.double())) < TOLERANCE
+    logits = decoder(latents, torch.arange(n), attend)
+    assert relative(logits, reference.decode(w, config, latents.double())) < TOLERANCE, config
 
 
 @pytest.mark.parametrize("variant", DIT_VARIANTS)
