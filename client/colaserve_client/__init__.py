@@ -50,6 +50,7 @@ from colaserve_client.results import (
     Timing,
     TokenLogprobs,
     Tokens,
+    TopToken,
     Usage,
 )
 from colaserve_client.settings import (
@@ -126,6 +127,7 @@ __all__ = [
     "Tls",
     "TokenLogprobs",
     "Tokens",
+    "TopToken",
     "Unavailable",
     "Usage",
     "__version__",

@@ -162,6 +162,7 @@ def generate(request: GenerationRequest) -> generation_pb2.GenerateRequest:
         ignore_end=request.ignore_end,
         with_latents=request.with_latents,
         top_logprobs=request.top_logprobs,
+        print_special=request.print_special,
     )
 
 

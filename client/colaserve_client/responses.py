@@ -48,14 +48,20 @@ def noise_seed(message: types_pb2.NoiseSeed) -> NoiseSeed:
     return NoiseSeed(message.base_seed, message.sample_id)
 
 
-def token_logprobs(message: _Logprobs) -> tuple[results.TokenLogprobs, ...]:
-    """One a token; none when the server sent none."""
-    tops = [tuple(zip(top.token_ids, map(shortest, top.logprobs), strict=True)) for top in message.top_logprobs]
-    tops = tops or [()] * len(message.logprobs)
+def token_logprobs(message: _Logprobs, texts: Sequence[str] = ()) -> tuple[results.TokenLogprobs, ...]:
+    """One a token; none when the server sent none. A decoder sends no texts."""
     if not message.logprobs:
         return ()
-    rows = zip(message.token_ids, map(shortest, message.logprobs), tops, strict=True)
+    tops = [_top_tokens(top) for top in message.top_logprobs] or [()] * len(message.logprobs)
+    texts = texts or [""] * len(message.logprobs)
+    rows = zip(message.token_ids, map(shortest, message.logprobs), texts, tops, strict=True)
     return tuple(results.TokenLogprobs(*row) for row in rows)
+
+
+def _top_tokens(message: types_pb2.TopLogprobs) -> tuple[results.TopToken, ...]:
+    texts = message.tokens or [""] * len(message.token_ids)
+    rows = zip(message.token_ids, map(shortest, message.logprobs), texts, strict=True)
+    return tuple(results.TopToken(*row) for row in rows)
 
 
 def generation_chunk(message: generation_pb2.GenerateResponse) -> results.GenerationChunk:
@@ -63,7 +69,8 @@ def generation_chunk(message: generation_pb2.GenerateResponse) -> results.Genera
     return results.GenerationChunk(
         text=message.text,
         token_ids=tuple(message.token_ids),
-        logprobs=token_logprobs(message),
+        tokens=tuple(message.tokens),
+        logprobs=token_logprobs(message, message.tokens),
         latents=Latents.from_proto(message.latents) if message.HasField("latents") else None,
         finish_reason=_FINISH_REASONS.get(message.finish_reason),
         usage=usage(message.usage) if message.HasField("usage") else None,
@@ -82,6 +89,7 @@ def generation_result(chunks: Iterable[results.GenerationChunk], request_id: str
     return results.GenerationResult(
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
         latents=converted(Latents.concat, latents, request_id) if latents else None,
         finish_reason=last.finish_reason,
@@ -119,7 +127,8 @@ def decoded_latents(message: latent_service_pb2.DecodeLatentsResponse) -> result
     return results.DecodedLatents(
         text=message.text,
         token_ids=tuple(message.token_ids),
-        logprobs=token_logprobs(message),
+        tokens=tuple(message.tokens),
+        logprobs=token_logprobs(message, message.tokens),
         target_logprobs=tuple(map(shortest, message.target_logprobs)),
         timing=timing(message.timing),
     )
@@ -151,6 +160,7 @@ def infill(message: latent_service_pb2.InfillResponse) -> results.InfillResult:
         text=message.text,
         segments=tuple(message.segments),
         token_ids=tuple(message.token_ids),
+        finish_reasons=tuple(_FINISH_REASONS[reason] for reason in message.finish_reasons),
         usage=usage(message.usage),
         seed=noise_seed(message.seed),
         timing=timing(message.timing),

@@ -58,18 +58,32 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one position, of the raw logits.
+class TopToken:
+    """A likely token at a position.
 
     Attributes:
         token_id: the token.
-        logprob: its log-probability.
-        top: (token id, logprob) of the most likely tokens, best first.
+        logprob: its log-probability, of the raw logits.
+        text: how it would read there; empty from a decoder that is called directly, which knows no texts.
     """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs(TopToken):
+    """A token with its log-probability, and what else was likely at its position.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log-probability, of the raw logits.
+        text: how it reads there; empty from a decoder that is called directly, which knows no texts.
+        top: the most likely tokens, best first.
+    """
+
+    top: tuple[TopToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class GenerationChunk(_Text):
     Attributes:
         text: all chunks' texts joined are the whole text.
         token_ids: the new tokens.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
         logprobs: one a token when top_logprobs was given.
         latents: (B, d), when asked for.
         finish_reason: in the last chunk, as are usage and seed.
@@ -89,6 +104,7 @@ class GenerationChunk(_Text):
 
     text: str
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
     logprobs: tuple[TokenLogprobs, ...]
     latents: Latents | None
     finish_reason: FinishReason | None
@@ -104,6 +120,7 @@ class GenerationResult(_Text):
     Attributes:
         text: the text that was written, without the prompt.
         token_ids: its tokens.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
         logprobs: one a token when top_logprobs was given.
         latents: all blocks in a row, when asked for.
         finish_reason: "stop": an end token or a stop string; "length": max_new_tokens were written.
@@ -115,6 +132,7 @@ class GenerationResult(_Text):
 
     text: str
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
     logprobs: tuple[TokenLogprobs, ...]
     latents: Latents | None
     finish_reason: FinishReason
@@ -181,6 +199,7 @@ class DecodedLatents(_Text):
     Attributes:
         text: the text.
         token_ids: its tokens.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
         logprobs: one a token when top_logprobs was given.
         target_logprobs: one for each of target_ids.
         timing: where the time of the call went.
@@ -188,6 +207,7 @@ class DecodedLatents(_Text):
 
     text: str
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
     logprobs: tuple[TokenLogprobs, ...]
     target_logprobs: tuple[float, ...]
     timing: Timing
@@ -235,6 +255,7 @@ class InfillResult(_Text):
         text: all segments joined.
         segments: one for each segment of the request; kept ones as given.
         token_ids: of all segments.
+        finish_reasons: one for each hole; "stop": an end or pad token ended its text, "length": it is full.
         usage: what it used; completion_tokens counts those of the holes.
         seed: repeats this run.
         timing: where the time of the call went.
@@ -243,6 +264,7 @@ class InfillResult(_Text):
     text: str
     segments: tuple[str, ...]
     token_ids: tuple[int, ...]
+    finish_reasons: tuple[FinishReason, ...]
     usage: Usage
     seed: NoiseSeed
     timing: Timing

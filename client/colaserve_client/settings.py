@@ -150,6 +150,7 @@ class GenerationRequest:
         ignore_end: write on past end tokens.
         with_latents: also return the latents of the written blocks.
         top_logprobs: 0 to 20: also return log-probabilities, of so many likely tokens too.
+        print_special: print end and pad tokens in the text.
     """
 
     prompt: Prompt
@@ -161,3 +162,4 @@ class GenerationRequest:
     ignore_end: bool = False
     with_latents: bool = False
     top_logprobs: int | None = None
+    print_special: bool = False

@@ -54,8 +54,16 @@ def text_of(ids: Any) -> str:
     return bytes(ids).decode("utf-8", "replace")
 
 
+def texts_of(ids: Any) -> list[str]:
+    return [text_of([token]) for token in ids]
+
+
 def tops(ids: Any, count: int, logprob: float = -0.5) -> list[types_pb2.TopLogprobs]:
-    return [types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[logprob] * count) for token in ids if count]
+    return [
+        types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[logprob] * count, tokens=texts_of([token] * count))
+        for token in ids
+        if count
+    ]
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
@@ -92,6 +100,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.GenerateResponse(
             text=text_of(piece),
             token_ids=piece,
+            tokens=texts_of(piece),
             logprobs=[self.behaviour.logprob] * len(piece) if wanted else [],
             top_logprobs=tops(piece, request.top_logprobs, self.behaviour.logprob - 0.25),
             latents=latents_of(piece) if request.with_latents else None,
@@ -101,7 +110,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     def Tokenize(self, request, context):
         self.behaviour.enter(request, context)
         ids = request.text.encode()
-        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=[text_of([token]) for token in ids])
+        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=texts_of(ids))
 
     def Detokenize(self, request, context):
         self.behaviour.enter(request, context)
@@ -152,6 +161,7 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
         return latent_service_pb2.DecodeLatentsResponse(
             text=text_of(ids),
             token_ids=ids,
+            tokens=texts_of(ids),
             logprobs=[-0.25] * len(ids) if wanted else [],
             top_logprobs=tops(ids, request.top_logprobs),
             target_logprobs=[-0.75] * len(request.target_ids),
@@ -192,6 +202,7 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
             text="".join(segments),
             segments=segments,
             token_ids="".join(segments).encode(),
+            finish_reasons=[types_pb2.FINISH_REASON_LENGTH for segment in request.segments if segment.token_count],
             usage=types_pb2.Usage(completion_tokens=sum(segment.token_count for segment in request.segments)),
             seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
             timing=TIMING,

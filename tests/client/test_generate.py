@@ -26,6 +26,7 @@ from colaserve_client import (
     Sampling,
     ServerError,
     TokenLogprobs,
+    TopToken,
 )
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import STORY, FakeServer
@@ -41,7 +42,8 @@ def test_chunks_joined_are_the_whole(client: Client) -> None:
     assert whole.token_ids == tuple(STORY)
     assert whole.latents is not None
     np.testing.assert_array_equal(whole.latents.values[:, 0], list(STORY))
-    assert whole.logprobs[0] == TokenLogprobs(STORY[0], -0.25, ((STORY[0], -0.5), (STORY[0], -0.5)))
+    assert whole.logprobs[0] == TokenLogprobs(STORY[0], -0.25, " ", (TopToken(STORY[0], -0.5, " "),) * 2)
+    assert "".join(whole.tokens) == whole.text
     assert [chunk.finish_reason for chunk in chunks] == [None] * 6 + ["stop"]
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.blocks) == (4, 28, 7)
 
@@ -58,7 +60,7 @@ def test_a_result_reads_as_its_text(client: Client) -> None:
 def test_what_came_as_float32_prints_as_it_was_meant(client: Client, behaviour: Behaviour) -> None:
     behaviour.logprob = -0.1
     result = client.generate("Once", top_logprobs=1)
-    assert [result.logprobs[0].logprob, result.logprobs[0].top[0][1]] == [-0.1, -0.35]
+    assert [result.logprobs[0].logprob, result.logprobs[0].top[0].logprob] == [-0.1, -0.35]
     assert client.info().default_sampling.top_p == 0.9
 
 
@@ -73,6 +75,7 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour) 
         ignore_end=True,
         with_latents=True,
         top_logprobs=0,
+        print_special=True,
     )
     request = behaviour.requests[-1]
     assert list(request.prompt_ids.ids) == [1, 2, 3]
@@ -90,6 +93,7 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour) 
     assert request.seed == types_pb2.NoiseSeed(base_seed=5, sample_id=6)
     assert (list(request.stop), request.ignore_end, request.with_latents) == (["a", "b"], True, True)
     assert request.HasField("top_logprobs")
+    assert request.print_special
     assert request.max_new_tokens == 5
 
 

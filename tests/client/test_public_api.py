@@ -32,6 +32,7 @@ PUBLIC = {
     *("ModelMismatch", "ModelShape", "NoiseSeed", "NotAuthenticated", "NotSupported", "Overloaded", "PriorClient"),
     *("Prompt", "Reconstruction", "Retry", "Sampler", "Sampling", "SequenceEncoding", "ServerError", "ServerInfo"),
     *("ServiceInfo", "Solver", "StageInfo", "Stream", "TextEncoding", "Timing", "Tls", "TokenLogprobs", "Tokens"),
+    "TopToken",
     *("Unavailable", "Usage", "__version__", "load_latents", "save_latents"),
 }
 METHODS = {

@@ -53,6 +53,7 @@ class AsyncClient(AsyncBaseClient):
         ignore_end: bool = False,
         with_latents: bool = False,
         top_logprobs: int | None = None,
+        print_special: bool = False,
         timeout: float | None = None,
         request_id: str = "",
     ) -> GenerationResult:
@@ -68,13 +69,23 @@ class AsyncClient(AsyncBaseClient):
             ignore_end: write on past end tokens.
             with_latents: also return the latents of the written blocks.
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
+            print_special: print end and pad tokens in the text; otherwise they have none.
 
         >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"])
         >>> result.text, result.finish_reason, result.seed
         (' there was a ', 'stop', NoiseSeed(base_seed=7, sample_id=0))
         """
         request = GenerationRequest(
-            prompt, max_new_tokens, sampler, sampling, seed, stop, ignore_end, with_latents, top_logprobs
+            prompt,
+            max_new_tokens,
+            sampler,
+            sampling,
+            seed,
+            stop,
+            ignore_end,
+            with_latents,
+            top_logprobs,
+            print_special,
         )
         return await self._generate(request, CallOptions(timeout, request_id))
 
@@ -98,6 +109,7 @@ class AsyncClient(AsyncBaseClient):
         ignore_end: bool = False,
         with_latents: bool = False,
         top_logprobs: int | None = None,
+        print_special: bool = False,
         timeout: float | None = None,
         request_id: str = "",
     ) -> AsyncStream[GenerationChunk]:
@@ -114,7 +126,16 @@ class AsyncClient(AsyncBaseClient):
         'as a' length
         """
         request = GenerationRequest(
-            prompt, max_new_tokens, sampler, sampling, seed, stop, ignore_end, with_latents, top_logprobs
+            prompt,
+            max_new_tokens,
+            sampler,
+            sampling,
+            seed,
+            stop,
+            ignore_end,
+            with_latents,
+            top_logprobs,
+            print_special,
         )
         return self._stream(request, CallOptions(timeout, request_id))
 

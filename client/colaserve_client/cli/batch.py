@@ -20,7 +20,7 @@ from colaserve_client.writing import named, write_file
 ItemId = str | int
 _SAMPLER = {field.name for field in fields(Sampler)}
 _SAMPLING = {field.name for field in fields(Sampling)} - {"seed"}
-_DIRECT = {"max_new_tokens", "stop", "ignore_end", "with_latents", "top_logprobs"}
+_DIRECT = {"max_new_tokens", "stop", "ignore_end", "with_latents", "top_logprobs", "print_special"}
 KNOWN = {"id", "prompt", "seed", "sample_id", "sampling_seed", *_DIRECT, *_SAMPLER, *_SAMPLING}
 
 

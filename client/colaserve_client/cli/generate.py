@@ -26,6 +26,7 @@ def request_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     @option("--max-new-tokens", type=int, help="Tokens to write at most.  [default: the server's]")
     @option("--stop", multiple=True, help="End the text before this string; up to 16.")
     @option("--ignore-end", is_flag=True, help="Write on past end tokens.")
+    @option("--print-special", is_flag=True, help="Print end and pad tokens in the text.")
     @option("--top-logprobs", type=int, help="With --json: log-probabilities, and those of so many likely tokens.")
     @option("--latents", "with_latents", is_flag=True, help="With --json: the latents of the written blocks.")
     @options.sampler_options

@@ -132,13 +132,13 @@ class Coordinator:
     async def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """GenerationService.Tokenize."""
         ids = await self.core.tokenize(request.text, "text")
-        tokens = await asyncio.to_thread(lambda: list(map(self._tokenizer.token_text, ids)))
+        tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
         return generation_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
 
     async def detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
         """GenerationService.Detokenize."""
         ids = self.core.checked(request.token_ids, "token_ids")
-        tokens = await asyncio.to_thread(lambda: list(map(self._tokenizer.token_text, ids)))
+        tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
         return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids), tokens=tokens)
 
     async def encode_text(

@@ -13,6 +13,7 @@ from colaserve_services.coordinator.core import Core, add_timing
 from colaserve_services.coordinator.plan import Plan, plan_generation
 from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.writer import Piece
+from colaserve_services.text import Tokenizer
 
 Response = generation_pb2.GenerateResponse
 
@@ -38,7 +39,7 @@ async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Ca
                     watch.written(block.timing)
                     decoded = await decoder.decode(block.latents)
                     piece = writer.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
-                    response = _response(plan, block, decoded, piece)
+                    response = _response(plan, core.tokenizer, block, decoded, piece)
                     watch.block(response.timing)
                     if writer.finish_reason:
                         break
@@ -57,13 +58,24 @@ async def _encode(core: Core, plan: Plan, call: Call, watch: _Watch) -> types_pb
 
 
 def _response(
-    plan: Plan, block: prior_pb2.SampleResponse, decoded: decoder_pb2.DecodeResponse, piece: Piece
+    plan: Plan,
+    tokenizer: Tokenizer,
+    block: prior_pb2.SampleResponse,
+    decoded: decoder_pb2.DecodeResponse,
+    piece: Piece,
 ) -> Response:
-    response = Response(text=piece.text, token_ids=[token.id for token in piece.tokens])
+    response = Response(
+        text=piece.text,
+        token_ids=[token.id for token in piece.tokens],
+        tokens=[tokenizer.token_text(token.id, token.before) for token in piece.tokens],
+        text_offsets=[token.text_start for token in piece.tokens],
+    )
     if plan.logprobs:
         response.logprobs.extend(token.logprob for token in piece.tokens)
     if plan.top_logprobs:
         response.top_logprobs.extend(token.top for token in piece.tokens)
+        for top, token in zip(response.top_logprobs, piece.tokens, strict=True):
+            top.tokens.extend(tokenizer.token_text(id_, token.before) for id_ in top.token_ids)
     if plan.with_latents:
         response.latents.CopyFrom(block.latents)
     add_timing(response.timing, block.timing, decoded.timing)

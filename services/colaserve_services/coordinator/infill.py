@@ -15,6 +15,7 @@ from colaserve_services.coordinator.latent_space import check_room
 from colaserve_services.coordinator.prior_run import Span, context_blocks
 from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.text import join
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ async def _write(
 def _response(
     core: Core, layout: Layout, written: list[int], seed: types_pb2.NoiseSeed, timing: types_pb2.Timing
 ) -> pb.InfillResponse:
-    ids, texts = list(layout.ids), []
+    ids, texts, reasons = list(layout.ids), [], []
     offset = layout.context * core.model.block_tokens  # token position of written[0]
     for segment in layout.segments:
         if segment.kept is not None:
@@ -139,9 +140,24 @@ def _response(
             continue
         hole = written[segment.start - offset : segment.end - offset]
         ids[segment.start : segment.end] = hole
-        texts.append(core.tokenizer.decode(core.tokenizer.before_end(hole)))
+        kept = core.tokenizer.before_end(hole)
+        texts.append(_text_after(core, ids[: segment.start], kept))
+        reasons.append(types_pb2.FINISH_REASON_LENGTH if kept == hole else types_pb2.FINISH_REASON_STOP)
     filled = sum(segment.end - segment.start for segment in layout.holes)
     usage = types_pb2.Usage(
         prompt_tokens=len(ids) - filled, completion_tokens=filled, blocks=layout.end - layout.context
     )
-    return pb.InfillResponse(text="".join(texts), segments=texts, token_ids=ids, usage=usage, seed=seed, timing=timing)
+    return pb.InfillResponse(
+        text="".join(texts),
+        segments=texts,
+        token_ids=ids,
+        usage=usage,
+        seed=seed,
+        timing=timing,
+        finish_reasons=reasons,
+    )
+
+
+def _text_after(core: Core, before: list[int], ids: list[int]) -> str:
+    """What ids add to the text of those before them."""
+    return join(core.tokenizer.detokenizer(before), ids)

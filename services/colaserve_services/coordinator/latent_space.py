@@ -64,14 +64,18 @@ async def decode_latents(core: Core, request: pb.DecodeLatentsRequest, call: Cal
     async with core.admission.slot(call):
         decoded = await decode_all(core, latents, sampling, call, top, targets)
     ids = decoded.ids[: request.token_count] if request.token_count else core.tokenizer.before_end(decoded.ids)
-    return pb.DecodeLatentsResponse(
+    response = pb.DecodeLatentsResponse(
         text=core.tokenizer.decode(ids),
         token_ids=ids,
+        tokens=core.tokenizer.token_texts(ids),
         logprobs=decoded.logprobs[: len(ids)] if request.HasField("top_logprobs") else (),
         top_logprobs=decoded.top[: len(ids)],
         target_logprobs=decoded.target_logprobs,
         timing=decoded.timing,
     )
+    for before, likely in zip([None, *ids], response.top_logprobs, strict=False):
+        likely.tokens.extend(core.tokenizer.token_text(id_, before) for id_ in likely.token_ids)
+    return response
 
 
 async def sample_latents(

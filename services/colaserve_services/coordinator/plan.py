@@ -37,6 +37,7 @@ class Plan:
     seed: types_pb2.NoiseSeed
     stop: Sequence[str]
     ignore_end: bool
+    print_special: bool
     with_latents: bool
     logprobs: bool
     top_logprobs: int
@@ -44,7 +45,10 @@ class Plan:
     def writer(self, tokenizer: Tokenizer) -> Writer:
         """What turns this generation's ids into text."""
         end_ids = frozenset() if self.ignore_end else tokenizer.special.end
-        return Writer(tokenizer.detokenizer(), self.stop, end_ids, self.max_new_tokens, self.redecoded)
+        unprinted = frozenset() if self.print_special else tokenizer.special.end | {tokenizer.special.pad}
+        before = self.prompt_ids[-1] if self.prompt_ids else None
+        detokenizer = tokenizer.detokenizer(self.prompt_ids)
+        return Writer(detokenizer, self.stop, end_ids, self.max_new_tokens, self.redecoded, unprinted, before)
 
 
 async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -> Plan:
@@ -72,6 +76,7 @@ async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -
         seed=seed,
         stop=tuple(request.stop),
         ignore_end=request.ignore_end,
+        print_special=request.print_special,
         with_latents=request.with_latents,
         logprobs=request.HasField("top_logprobs"),
         top_logprobs=checked_top_logprobs(request.top_logprobs),

@@ -15,11 +15,14 @@ STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 
 @dataclass(frozen=True)
 class Token:
-    """An id, its log-probability, the most likely ids beside it, and the length of the text up to and with it."""
+    """An id, its log-probability, the most likely ids beside it, the id before it (None: it is the first), and the
+    length of the text before it and up to and with it."""
 
     id: int
     logprob: float
     top: Any
+    before: int | None
+    text_start: int
     text_end: int
 
 
@@ -32,7 +35,7 @@ class Piece:
 
 
 class Writer:
-    """Takes blocks of ids until `finish_reason` says why the text has ended."""
+    """Takes blocks of ids until `finish_reason` says why the text has ended. `unprinted` ids have no text."""
 
     def __init__(
         self,
@@ -41,9 +44,12 @@ class Writer:
         end_ids: frozenset[int],
         budget: int,
         redecoded: int,
+        unprinted: frozenset[int] = frozenset(),
+        before: int | None = None,
     ):
         self._detokenizer, self._stops = detokenizer, StopStrings(stops)
         self._end_ids, self._budget, self._skip = end_ids, budget, redecoded
+        self._unprinted, self._before = unprinted, before
         self._held: deque[Token] = deque()  # not sent: a stop string may still end the text before them
         self._seen = 0  # new ids taken in
         self._text_length, self._sent_end = 0, 0  # characters taken in; those up to the last token sent
@@ -66,10 +72,12 @@ class Writer:
         return piece
 
     def _take(self, id_: int, logprob: float, top: Any) -> str:
-        text = self._detokenizer.push(id_)
+        text = "" if id_ in self._unprinted else self._detokenizer.push(id_)
+        start = self._text_length
         self._seen += 1
         self._text_length += len(text)
-        self._held.append(Token(id_, logprob, top, self._text_length))
+        self._held.append(Token(id_, logprob, top, self._before, start, self._text_length))
+        self._before = id_
         return self._stops.push(text)
 
     def _finish(self, piece: Piece, reason: Any) -> None:

@@ -19,7 +19,7 @@ from colaserve_services.gateway.dialects import Dialect
 from colaserve_services.gateway.disconnect import until_disconnect
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.events import EventStream
-from colaserve_services.gateway.pieces import Offsets, Piece, TokenTexts, joined, piece_of
+from colaserve_services.gateway.pieces import Piece, joined, piece_of
 from colaserve_services.gateway.record import RequestRecord, record_of
 from colaserve_services.gateway.shapes import Usage
 from colaserve_services.gateway.side_by_side import SideBySide
@@ -41,9 +41,9 @@ class Plan:
 class Answer(Response):
     """The answer to a plan. Leaving early, on a client that goes away too, cancels all that still runs."""
 
-    def __init__(self, plan: Plan, backend: Backend, texts: TokenTexts, parallel: int):
+    def __init__(self, plan: Plan, backend: Backend, parallel: int):
         super().__init__()
-        self._plan, self._backend, self._texts, self._parallel = plan, backend, texts, parallel
+        self._plan, self._backend, self._parallel = plan, backend, parallel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -98,10 +98,9 @@ class Answer(Response):
             yield self._translated(messages, record)
 
     async def _translated(self, messages: SideBySide, record: RequestRecord) -> AsyncIterator[tuple[int, Piece]]:
-        offsets = [Offsets() for _ in self._plan.requests]
         async for index, message in messages:
             record.saw_block()
-            yield index, await piece_of(message, self._texts, offsets[index])
+            yield index, piece_of(message)
 
     def _usage(self, last: Sequence[Piece], record: RequestRecord) -> Usage:
         """Of all choices, from the last piece of each; a prompt counts once, however often it was continued."""

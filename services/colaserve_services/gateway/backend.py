@@ -71,22 +71,11 @@ class Backend:
         return response
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        return str((await self._detokenize(ids)).text)
-
-    async def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id alone."""
-        most = most_tokens(await self.info())  # that one call takes
-        texts: list[str] = []
-        for start in range(0, len(ids), most):
-            texts += (await self._detokenize(ids[start : start + most])).tokens
-        return texts
-
-    async def _detokenize(self, ids: Sequence[int]) -> pb.DetokenizeResponse:
         await self._reach()
         request = pb.DetokenizeRequest(token_ids=ids)
         response: pb.DetokenizeResponse
         response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
-        return response
+        return response.text
 
     async def info(self) -> Info:
         """The coordinator's description of itself. One older than `info_seconds` is given while a new one is asked for,

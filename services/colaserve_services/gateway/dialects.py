@@ -58,12 +58,17 @@ class Dialect(ABC):
 
 
 class ChatDialect(Dialect):
-    """`chat.completion` and `chat.completion.chunk`."""
+    """`chat.completion` and `chat.completion.chunk`. An answer's text comes without its first space."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, request_id: str, model: str, fingerprint: str, logprobs: bool):
+        super().__init__(request_id, model, fingerprint, logprobs)
+        self._begun: set[int] = set()  # choices whose first text has come
+
     def choice(self, index: int, piece: Piece) -> Mapping[str, Any]:
-        message: AnswerMessage = {"role": "assistant", "content": piece.text, "refusal": None}
+        content = piece.text.removeprefix(" ")
+        message: AnswerMessage = {"role": "assistant", "content": content, "refusal": None}
         logprobs = self._said(piece.positions)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
@@ -72,8 +77,11 @@ class ChatDialect(Dialect):
 
     def deltas(self, index: int, piece: Piece) -> list[Mapping[str, Any]]:
         said: list[Mapping[str, Any]] = []
-        if piece.text or piece.positions:
-            said.append(self._delta(index, {"content": piece.text}, piece.positions))
+        text = piece.text if index in self._begun else piece.text.removeprefix(" ")
+        if piece.text:
+            self._begun.add(index)
+        if text or piece.positions:
+            said.append(self._delta(index, {"content": text}, piece.positions))
         if piece.finish_reason:
             said.append(self._delta(index, {}, ended=piece.finish_reason))
         return said

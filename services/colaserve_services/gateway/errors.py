@@ -48,6 +48,7 @@ FIELD_NAMES: Final[Mapping[str, str]] = {
     "text": "prompt",
     "token_ids": "tokens",
     "ignore_end": "ignore_eos",
+    "print_special": "skip_special_tokens",
 }
 
 

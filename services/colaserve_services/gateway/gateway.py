@@ -13,7 +13,6 @@ from colaserve_services.gateway.answer import Answer, Plan
 from colaserve_services.gateway.backend import Backend, GenerationStub, Info, Reach
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
-from colaserve_services.gateway.pieces import TokenTexts
 from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.refusals import refuse_extras
@@ -35,7 +34,6 @@ class Gateway:
     def __init__(self, stub: GenerationStub, settings: GatewaySettings, reach: Reach | None = None):
         self.settings = settings
         self.backend = Backend(stub, settings.info_seconds, reach)
-        self.texts = TokenTexts(self.backend)
         self.started = int(time.time())
         self.draining = False
         self._readiness = Kept(self._look, settings.ready_seconds)
@@ -107,7 +105,7 @@ class Gateway:
             usage_chunk=_usage_chunk(body),
             names=names_of(body),
         )
-        return Answer(plan, self.backend, self.texts, bounds.parallel_choices)
+        return Answer(plan, self.backend, bounds.parallel_choices)
 
     def _check_choices(self, body: GenerationFields, prompts: int) -> None:
         per_prompt, bound = body.n or 1, self.settings.bounds.choices

@@ -8,7 +8,6 @@ from typing import Final
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
-from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.shapes import Reason
 
 INCOMPLETE: Final = "\ufffd"
@@ -57,71 +56,31 @@ def joined(pieces: Iterable[Piece]) -> Piece:
     return Piece(text, positions, last.finish_reason, last.prompt_tokens, last.completion_tokens)
 
 
-class TokenTexts:
-    """Text of token ids, asked for once each: at most a vocabulary's worth is kept.
-
-    A token that holds a part of a character reads "token_id:N", since its bytes are no text and others would read
-    the same.
-    """
-
-    def __init__(self, backend: Backend):
-        self._backend = backend
-        self._texts: dict[int, str] = {}
-
-    async def learn(self, ids: Iterable[int]) -> None:
-        missing = sorted({token for token in ids if token not in self._texts})
-        for token, text in zip(missing, await self._backend.token_texts(missing), strict=True):
-            self._texts[token] = f"{PART}{token}" if INCOMPLETE in text else text
-
-    async def length(self, ids: Sequence[int]) -> int:
-        """Characters of tokens that hold parts of them."""
-        return len(await self._backend.detokenize(ids))
-
-    def __getitem__(self, token: int) -> str:
-        return self._texts[token]
-
-
-class Offsets:
-    """Where the tokens of one generation begin in its text. A part of a character begins where the character does."""
-
-    def __init__(self) -> None:
-        self._at = 0
-        self._parts: list[int] = []  # read since the last whole token
-
-    async def next(self, token: int, texts: TokenTexts) -> int:
-        """The place of the next token."""
-        text = texts[token]
-        if text.startswith(PART):
-            self._parts.append(token)
-            return self._at
-        if self._parts:
-            self._at += await texts.length(self._parts)
-            self._parts.clear()
-        start, self._at = self._at, self._at + len(text)
-        return start
-
-
-async def piece_of(message: GenerateResponse, texts: TokenTexts, offsets: Offsets) -> Piece:
-    """A message in this API's terms; token texts are looked up only where there are log-probabilities."""
+def piece_of(message: GenerateResponse) -> Piece:
+    """A message in this API's terms."""
     usage = message.usage
     return Piece(
         message.text,
-        await _positions(message, texts, offsets) if message.logprobs else (),
+        _positions(message) if message.logprobs else (),
         _REASONS.get(message.finish_reason),
         usage.prompt_tokens,
         usage.completion_tokens,
     )
 
 
-async def _positions(message: GenerateResponse, texts: TokenTexts, offsets: Offsets) -> tuple[Position, ...]:
-    likely_ids = [token for top in message.top_logprobs for token in top.token_ids]
-    await texts.learn([*message.token_ids, *likely_ids])
+def _positions(message: GenerateResponse) -> tuple[Position, ...]:
     tops: Sequence[types_pb2.TopLogprobs] = message.top_logprobs
-    beside = [_scored(top.token_ids, top.logprobs, texts) for top in tops] or [()] * len(message.token_ids)
-    chosen = _scored(message.token_ids, message.logprobs, texts)
-    starts = [await offsets.next(token, texts) for token in message.token_ids]
-    return tuple(Position(*columns) for columns in zip(chosen, starts, beside, strict=True))
+    beside = [_scored(top.token_ids, top.tokens, top.logprobs) for top in tops] or [()] * len(message.token_ids)
+    chosen = _scored(message.token_ids, message.tokens, message.logprobs)
+    return tuple(Position(*columns) for columns in zip(chosen, message.text_offsets, beside, strict=True))
 
 
-def _scored(ids: Iterable[int], logprobs: Iterable[float], texts: TokenTexts) -> tuple[Scored, ...]:
-    return tuple(Scored(texts[token], max(value, LOWEST)) for token, value in zip(ids, logprobs, strict=True))
+def _scored(ids: Iterable[int], texts: Iterable[str], logprobs: Iterable[float]) -> tuple[Scored, ...]:
+    rows = zip(ids, texts, logprobs, strict=True)
+    return tuple(Scored(_name(token, text), max(value, LOWEST)) for token, text, value in rows)
+
+
+def _name(token: int, text: str) -> str:
+    """The text of a token. One that holds a part of a character reads "token_id:N", since its bytes are no text and
+    others would read the same."""
+    return f"{PART}{token}" if INCOMPLETE in text else text

@@ -96,6 +96,7 @@ class GenerationFields(BaseModel):
         description="Guidance is on between these two times; time runs from 1 (noise) to 0; [1, 0].",
     )
     ignore_eos: bool | None = Field(None, description="Write on after an end token.")
+    skip_special_tokens: bool | None = Field(None, description="False prints end and pad tokens, too; true.")
 
 
 class TextPart(BaseModel):

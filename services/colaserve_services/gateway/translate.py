@@ -78,6 +78,7 @@ def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRe
         request.top_logprobs = alternatives
     request.stop.extend(stop_strings(fields))
     request.ignore_end = bool(fields.ignore_eos)
+    request.print_special = fields.skip_special_tokens is False
     _set_sampler(request, fields)
     _set_sampling(request, fields)
     return request

@@ -1,6 +1,7 @@
 """Text out of token ids as they come, never half a character.
 
-For any ids the pieces joined are what the `tokenizers` library decodes from all ids at once, special tokens included.
+For any ids the pieces joined are what the `tokenizers` library decodes from all ids at once, special tokens included;
+those of ids after others are what these add to the others' text.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class WholeDetokenizer:
     """For any decoder of the library: decodes all ids again for each token, so its work grows with the square.
 
     Held back until later ids settle it: a trailing run of byte-fallback tokens, trailing U+FFFD, and whatever the next
-    decoding no longer begins with.
+    decoding no longer begins with. `after`: the ids before the text, on which its first space may depend.
     """
 
-    def __init__(self, id_to_token: IdToToken, decode: Decode):
+    def __init__(self, id_to_token: IdToToken, decode: Decode, after: Sequence[int] = ()):
         self._id_to_token, self._decode = id_to_token, decode
-        self._ids: list[int] = []
-        self._sent = ""
+        self._ids = list(after)
+        self._sent = decode(self._ids).rstrip(_REPLACEMENT)
 
     def push(self, token_id: int) -> str:
         """See Detokenizer."""

@@ -13,6 +13,8 @@ from colaserve_services.errors import CheckpointError, InvalidRequest
 from colaserve_services.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WholeDetokenizer, token_bytes
 from colaserve_services.text.special_ids import SpecialIds
 
+_SEEN = 16  # ids before a text that may change how it begins
+
 
 class Tokenizer:
     """Encodes a text as it is: no template, no start id; the text of a special token becomes its id. Thread-safe."""
@@ -69,17 +71,25 @@ class Tokenizer:
         text: str = self._library.decode(list(ids), skip_special_tokens=False)
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder."""
+    def detokenizer(self, after: Sequence[int] = ()) -> Detokenizer:
+        """A fresh incremental decoder of what follows the ids `after`."""
         if self._byte_level:
             return ByteLevelDetokenizer(self._library.id_to_token)
-        return WholeDetokenizer(self._library.id_to_token, self.decode)
+        return WholeDetokenizer(self._library.id_to_token, self.decode, after[-_SEEN:])
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one id alone; bytes that are no complete character read as U+FFFD."""
+    def token_text(self, token_id: int, before: int | None = None) -> str:
+        """The text of one id after another one (None: at the beginning), as a space may depend on that; bytes that are
+        no complete character read as U+FFFD."""
         if self._byte_level:
             return token_bytes(self._library.id_to_token(token_id) or "").decode("utf-8", "replace")
-        return self.decode([token_id])
+        if before is None:
+            return self.decode([token_id])
+        start, both = self.decode([before]), self.decode([before, token_id])
+        return both[len(start) :] if both.startswith(start) else self.decode([token_id])
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each of a text's ids."""
+        return [self.token_text(id_, before) for before, id_ in zip([None, *ids], ids, strict=False)]
 
     def before_end(self, ids: Sequence[int]) -> list[int]:
         """The ids before the first end or pad id."""

@@ -33,7 +33,8 @@ def test_generate_tells_machines_everything(run: Run) -> None:
     assert told["seed"] == {"base_seed": 7, "sample_id": 2}
     assert told["latents"]["space"] == SPACE
     assert told["latents"]["shape"] == [len(STORY), 2]
-    assert told["logprobs"][0]["top"] == [[STORY[0], -0.5]]
+    assert told["logprobs"][0]["top"] == [{"token_id": STORY[0], "logprob": -0.5, "text": " "}]
+    assert "".join(told["tokens"]) == STORY_TEXT
 
 
 def test_stats_go_to_standard_error(run: Run) -> None:

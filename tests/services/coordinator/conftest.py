@@ -53,13 +53,19 @@ async def make_world(tokenizer: Tokenizer) -> Callable[..., Any]:
         patch_size: int = 1,
         block_size: int = 4,
         defaults: Defaults | None = None,
+        text: Tokenizer | None = None,
         **limits: Any,
     ) -> World:
         fakes = FakeEncoder(), FakePrior(), decoder or FakeDecoder()
         for fake in fakes:
             fake.patch_size, fake.block_size = patch_size, block_size
         coordinator = Coordinator(
-            Stages(*map(InProcessStub, fakes)), tokenizer, defaults, CoordinatorLimits(**limits), Heard(), "fake"
+            Stages(*map(InProcessStub, fakes)),
+            text or tokenizer,
+            defaults,
+            CoordinatorLimits(**limits),
+            Heard(),
+            "fake",
         )
         await coordinator.connect()
         return World(coordinator, *fakes)

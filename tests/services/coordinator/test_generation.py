@@ -10,7 +10,9 @@ from colaserve.v1 import types_pb2
 from colaserve_services.coordinator import Call, Defaults
 from colaserve_services.coordinator.defaults import sampling_seed
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
+from colaserve_services.text import SpecialIds, Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder
+from tests.services.text.small_tokenizers import byte_fallback, metaspace
 from tests.waiting import eventually
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
@@ -19,6 +21,10 @@ PROMPT = "He looked at the river and then he said nothing"
 
 def ids_of(responses: list[Any]) -> list[int]:
     return [id_ for response in responses for id_ in response.token_ids]
+
+
+def tokens_of(responses) -> list[str]:
+    return [token for response in responses for token in response.tokens]
 
 
 def text_of(responses: list[Any]) -> str:
@@ -132,11 +138,44 @@ async def test_an_end_id_among_the_redecoded_ids_ends_nothing(make_world, tokeni
     assert (text_of(responses), responses[-1].finish_reason) == ("fine", LENGTH)
 
 
-async def test_ignore_end_writes_end_tokens_as_text(make_world, tokenizer):
-    text = "one<|im_end|>two"
+async def test_end_and_pad_tokens_are_not_printed_unless_asked(make_world, tokenizer):
+    text = "one<|im_end|>t<|pad|>wo<|endoftext|>"
     world = await make_world(scripted(tokenizer, text))
-    responses = await world.generate(max_new_tokens=len(tokenizer.encode(text)), ignore_end=True)
-    assert text_of(responses) == text
+    asked = {"max_new_tokens": len(tokenizer.encode(text)), "ignore_end": True, "top_logprobs": 0}
+    plain = await world.generate(**asked)
+    assert text_of(plain) == "onetwo"
+    assert ids_of(plain) == tokenizer.encode(text)
+    assert tokens_of(plain) == tokenizer.token_texts(tokenizer.encode(text))
+    assert "<|im_end|>" in tokens_of(plain)
+    assert text_of(await world.generate(**asked, print_special=True)) == text
+    assert text_of(await world.generate(**asked, stop=["tw"])) == "one", "what is not printed parts no stop string"
+
+
+async def test_each_token_has_its_text_and_its_place_in_the_whole(make_world, tokenizer):
+    text = "he 😀 looked"
+    world = await make_world(scripted(tokenizer, text, PROMPT))
+    responses = await world.generate(prompt=PROMPT, max_new_tokens=len(tokenizer.encode(text)), top_logprobs=1)
+    offsets = [offset for response in responses for offset in response.text_offsets]
+    named = zip(tokens_of(responses), offsets, strict=True)
+    assert all(text[offset:].startswith(token) for token, offset in named if "\ufffd" not in token)
+    assert {offset for token, offset in zip(tokens_of(responses), offsets, strict=True) if "\ufffd" in token} == {3}
+    assert [top.tokens[0] for response in responses for top in response.top_logprobs] == tokens_of(responses)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+async def test_texts_tokens_and_offsets_hold_where_tokens_are_no_bytes(make_world, fallback: bool):
+    library = byte_fallback() if fallback else metaspace()
+    words = ["▁sea", "s", "▁the", "▁sea"]
+    tokenizer = Tokenizer(library, 512, SpecialIds(library.token_to_id("<|pad|>")))
+    prompt = [library.token_to_id("▁the")]
+    world = await make_world(FakeDecoder(script=prompt + list(map(library.token_to_id, words))), text=tokenizer)
+    prompted = await world.generate(prompt_ids=types_pb2.TokenIds(ids=prompt), max_new_tokens=4, top_logprobs=1)
+    assert text_of(prompted) == " seas the sea"
+    assert tokens_of(prompted) == [" sea", "s", " the", " sea"]
+    assert [offset for response in prompted for offset in response.text_offsets] == [0, 4, 5, 9]
+    assert [top.tokens[0] for response in prompted for top in response.top_logprobs] == tokens_of(prompted)
+    free = await world.generate(max_new_tokens=3)
+    assert (text_of(free), tokens_of(free)) == ("the seas", ["the", " sea", "s"])
 
 
 async def test_the_token_after_the_budget_does_not_make_it_a_stop(make_world, tokenizer):

@@ -57,7 +57,6 @@ class FakeGeneration(GenerationServiceServicer):
     logprob: float = -0.5
     infos: int = 0
     asking: int = 0
-    detokenized: int = 0
     running: int = 0
     most_running: int = 0
 
@@ -84,12 +83,13 @@ class FakeGeneration(GenerationServiceServicer):
         budget = request.max_new_tokens or 32
         if len(ids) > budget:
             ids, reason = ids[:budget], types_pb2.FINISH_REASON_LENGTH
-        decoder = _Utf8()
+        decoder, offsets = _Utf8(), _offsets(ids)
         starts = range(0, max(len(ids), 1), BLOCK)
         for number, start in enumerate(starts):
             await self._wait(number)
             block = ids[start : start + BLOCK]
             response = self._response(request, block, decoder)
+            response.text_offsets.extend(offsets[start : start + BLOCK])
             if start == starts[-1] and not self.ends_without_reason:
                 response.finish_reason = reason
                 response.usage.CopyFrom(self._usage(request, len(ids)))
@@ -110,7 +110,8 @@ class FakeGeneration(GenerationServiceServicer):
         return text[: min(ends, default=len(text))], types_pb2.FINISH_REASON_STOP
 
     def _response(self, request: pb.GenerateRequest, block: list[int], decoder: _Utf8) -> pb.GenerateResponse:
-        response = pb.GenerateResponse(text=decoder.feed(bytes(block)), token_ids=block)
+        tokens = [_text([one]) for one in block]
+        response = pb.GenerateResponse(text=decoder.feed(bytes(block)), token_ids=block, tokens=tokens)
         if request.HasField("top_logprobs"):
             response.logprobs.extend(self.logprob for _ in block)
             if request.top_logprobs:
@@ -127,7 +128,6 @@ class FakeGeneration(GenerationServiceServicer):
         return pb.TokenizeResponse(token_ids=ids, tokens=[_text([one]) for one in ids])
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
-        self.detokenized += 1
         ids = list(request.token_ids)
         if len(ids) > self.max_context:
             raise InvalidRequest("token_ids", f"got {len(ids)} ids")
@@ -173,6 +173,12 @@ def _text(ids: list[int]) -> str:
     return bytes(one for one in ids if one < END_ID).decode(errors="replace")
 
 
+def _offsets(ids: list[int]) -> list[int]:
+    """Where each byte's character begins, in characters."""
+    return [len(bytes(ids[:end]).decode(errors="ignore")) for end in range(len(ids))]
+
+
 def _likely(token: int, count: int) -> types_pb2.TopLogprobs:
     ids = [(token + step) % 256 for step in range(count)]
-    return types_pb2.TopLogprobs(token_ids=ids, logprobs=[-0.5 - step for step in range(count)])
+    logprobs = [-0.5 - step for step in range(count)]
+    return types_pb2.TopLogprobs(token_ids=ids, logprobs=logprobs, tokens=[_text([one]) for one in ids])

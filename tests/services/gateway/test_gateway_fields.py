@@ -34,6 +34,7 @@ ASKED: dict[str, tuple[Any, GenerateRequest]] = {
     "solver": ("heun", GenerateRequest(sampler=SAMPLER(solver=types_pb2.SOLVER_HEUN))),
     "guidance_interval": ([0.75, 0.25], GenerateRequest(sampler=SAMPLER(guidance_start=0.75, guidance_end=0.25))),
     "ignore_eos": (True, GenerateRequest(ignore_end=True)),
+    "skip_special_tokens": (False, GenerateRequest(print_special=True)),
 }
 ASKED_OF_CHAT = {
     "max_completion_tokens": (5, GenerateRequest(max_new_tokens=5)),

@@ -80,6 +80,20 @@ def test_a_tokenizer_that_is_not_byte_level_decodes_the_same_in_pieces(decoder: 
     check()
 
 
+@pytest.mark.parametrize("decoder", OTHER_DECODERS, ids=lambda decoder: type(decoder).__name__)
+def test_a_text_goes_on_where_the_ids_before_it_end(decoder: decoders.Decoder):
+    library = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="."))
+    library.decoder = decoder
+    tokenizer = Tokenizer(library, len(WORDS), PLAIN.special)
+    whole_ids = st.integers(0, len(WORDS) - 1).filter(lambda id_: not WORDS[id_].startswith("<0x"))
+
+    @given(st.lists(whole_ids, min_size=1, max_size=6), st.lists(st.integers(0, len(WORDS) - 1), max_size=8))
+    def check(before: list[int], ids: list[int]):
+        assert tokenizer.decode(before) + join(tokenizer.detokenizer(before), ids) == tokenizer.decode(before + ids)
+
+    check()
+
+
 def test_the_slower_path_streams_too():
     library = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="."))
     library.decoder = decoders.Metaspace()

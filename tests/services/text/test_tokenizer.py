@@ -9,6 +9,7 @@ from tokenizers import decoders, models
 
 from colaserve_services.errors import CheckpointError, InvalidRequest
 from colaserve_services.text import SpecialIds, Tokenizer
+from tests.services.text.small_tokenizers import byte_fallback, metaspace
 
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
@@ -107,6 +108,22 @@ def test_a_text_ends_before_the_first_end_or_pad_id(tokenizer: Tokenizer):
 def test_the_text_of_half_a_character_is_a_replacement_character(tokenizer: Tokenizer):
     assert [tokenizer.token_text(id_) for id_ in tokenizer.encode("a")] == ["a"]
     assert "\N{REPLACEMENT CHARACTER}" in "".join(map(tokenizer.token_text, tokenizer.encode("😀")))
+
+
+@pytest.mark.parametrize(
+    ("library", "words", "texts"),
+    [
+        (metaspace(), ["▁the", "▁sea", "s", "▁the"], ["the", " sea", "s", " the"]),
+        (byte_fallback(), ["▁the", "▁sea", "s", "<0x21>", "▁the"], ["the", " sea", "s", "!", " the"]),
+        (byte_fallback(), ["▁sea", "<0xC3>", "<0xA9>", "s"], ["sea", "\ufffd", "\ufffd", "s"]),
+    ],
+)
+def test_a_token_reads_as_it_does_in_its_text(library: tokenizers.Tokenizer, words: list[str], texts: list[str]):
+    tokenizer = Tokenizer(library, library.get_vocab_size(), SpecialIds(library.token_to_id("<|pad|>")))
+    ids = [library.token_to_id(word) for word in words]
+    assert tokenizer.token_texts(ids) == texts
+    if "\ufffd" not in texts:
+        assert "".join(texts) == tokenizer.decode(ids)
 
 
 def test_the_text_of_an_id_alone_is_what_it_decodes_to(tokenizer: Tokenizer):

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "max_new_tokens", "sampler", "sampling", "seed", "stop", "ignore_end", "with_latents", "top_logprobs", "prompt_ids")
+    __slots__ = ("prompt", "max_new_tokens", "sampler", "sampling", "seed", "stop", "ignore_end", "with_latents", "top_logprobs", "prompt_ids", "print_special")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class GenerateRequest(_message.Message):
     WITH_LATENTS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    PRINT_SPECIAL_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     max_new_tokens: int
     sampler: _types_pb2.Sampler
@@ -28,10 +29,11 @@ class GenerateRequest(_message.Message):
     with_latents: bool
     top_logprobs: int
     prompt_ids: _types_pb2.TokenIds
-    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+    print_special: bool
+    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., print_special: bool = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed")
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed", "tokens", "text_offsets")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +43,8 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -50,7 +54,9 @@ class GenerateResponse(_message.Message):
     usage: _types_pb2.Usage
     timing: _types_pb2.Timing
     seed: _types_pb2.NoiseSeed
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    text_offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text",)

@@ -57,20 +57,22 @@ class DecodeLatentsRequest(_message.Message):
     def __init__(self, latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., token_count: _Optional[int] = ...) -> None: ...
 
 class DecodeLatentsResponse(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "target_logprobs", "timing")
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "target_logprobs", "timing", "tokens")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     top_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TopLogprobs]
     target_logprobs: _containers.RepeatedScalarFieldContainer[float]
     timing: _types_pb2.Timing
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SampleLatentsRequest(_message.Message):
     __slots__ = ("prefix", "max_blocks", "sampler", "seed")
@@ -159,20 +161,22 @@ class InfillRequest(_message.Message):
     def __init__(self, segments: _Optional[_Iterable[_Union[InfillSegment, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
 
 class InfillResponse(_message.Message):
-    __slots__ = ("text", "segments", "token_ids", "usage", "seed", "timing")
+    __slots__ = ("text", "segments", "token_ids", "usage", "seed", "timing", "finish_reasons")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
     text: str
     segments: _containers.RepeatedScalarFieldContainer[str]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     usage: _types_pb2.Usage
     seed: _types_pb2.NoiseSeed
     timing: _types_pb2.Timing
-    def __init__(self, text: _Optional[str] = ..., segments: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+    finish_reasons: _containers.RepeatedScalarFieldContainer[_types_pb2.FinishReason]
+    def __init__(self, text: _Optional[str] = ..., segments: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., finish_reasons: _Optional[_Iterable[_Union[_types_pb2.FinishReason, str]]] = ...) -> None: ...
 
 class ReconstructRequest(_message.Message):
     __slots__ = ("texts",)
