@@ -53,10 +53,7 @@ def build(kind: type[M], path: str = "", **fields: object) -> M:
     for name, value in fields.items():
         if value is None:
             continue
-        if isinstance(value, bool | int | float) and isinstance(value, bool) != isinstance(
-            getattr(message, name), bool
-        ):
-            _refuse_kind(kind, path, name, value)
+        _check_kind(kind, path, name, value)
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
@@ -65,10 +62,11 @@ def build(kind: type[M], path: str = "", **fields: object) -> M:
     return message
 
 
-def _refuse_kind(kind: type[Message], path: str, name: str, value: object) -> None:
+def _check_kind(kind: type[Message], path: str, name: str, value: object) -> None:
     """Protobuf takes true for 1, and 1 for true: neither was meant."""
-    expected = "true or false" if isinstance(getattr(kind(), name), bool) else _number(kind, name)
-    if expected:
+    truth = isinstance(getattr(kind(), name), bool)
+    expected = "true or false" if truth else _number(kind, name)
+    if expected and isinstance(value, bool | int | float) and isinstance(value, bool) != truth:
         raise invalid(f"{path}{name}", f"got {_shown(value)}, expected {expected}")
 
 
