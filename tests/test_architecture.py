@@ -63,6 +63,30 @@ def test_imports_only_what_it_may(place: Path) -> None:
     assert not found
 
 
+OWN_READING = {  # what reads or writes text without the client's reading.py and writing.py, and why
+    CLIENT / "reading.py": "is it",
+    CLIENT / "writing.py": "is it",
+    CLIENT / "eval" / "templates.py": "package data",
+    SERVICES / "training" / "facts.py": "package data",
+    SERVICES / "training" / "build_facts.py": "package data, a maintainer's download",
+    SERVICES / "training" / "corpus.py": "package data",
+    SERVICES / "training" / "state.py": "a state of its own writing",
+    SERVICES / "bench": "/proc, and files that a benchmark just wrote",
+}
+
+
+def test_text_is_read_and_written_in_one_place() -> None:
+    ways = (".read_text(", ".write_text(", ".write_bytes(", "sys.stdin.buffer")
+    found = [
+        f"{path.relative_to(ROOT)} has {way}"
+        for path in (*files(SERVICES), *files(CLIENT))
+        if not any(path == own or own in path.parents for own in OWN_READING)
+        for way in ways
+        if way in path.read_text(encoding="utf-8")
+    ]
+    assert not found, "use colaserve_client.reading and colaserve_client.writing"
+
+
 def test_no_pickle_anywhere() -> None:
     banned = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal")
     found = [

@@ -29,6 +29,14 @@ class Text(click.types.StringParamType):
         return text
 
 
+class Trimmed(Text):
+    """A text without the blanks around it: an address, a name or a key."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text."""
+        return super().convert(value, param, ctx).strip()
+
+
 class TrimmedPath(click.Path):
     """A path without the blanks around it, which a variable or a mounted secret may bring along."""
 

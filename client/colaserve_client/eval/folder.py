@@ -138,7 +138,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_speed(path: Path) -> Speed:
     """How fast a run was; all zero when nothing is recorded."""
     file = path / SPEED_FILE
-    return Speed(**read_object(file)) if file.exists() else Speed()
+    try:
+        return Speed(**read_object(file)) if file.exists() else Speed()
+    except TypeError as error:
+        raise EvalError(f"{file}: is no record of a run's speed: {error}") from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

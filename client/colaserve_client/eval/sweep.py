@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from colaserve_client.eval.folder import Speed, read_speed
-from colaserve_client.eval.records import Output, json_text, read_object, read_outputs
+from colaserve_client.eval.records import EvalError, Output, json_text, read_object, read_outputs
 from colaserve_client.eval.runner import GenerationSettings
 from colaserve_client.eval.tables import Table
 from colaserve_client.eval.tasks import Score, score_folder
@@ -99,7 +99,10 @@ def write_sweep(points: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 def read_sweep(folder: Path) -> list[dict[str, Any]]:
     """The points' JSON. Raises EvalError when the folder holds none."""
-    return list(read_object(folder / SWEEP_FILE)["points"])
+    points = read_object(folder / SWEEP_FILE).get("points")
+    if not isinstance(points, list):
+        raise EvalError(f"{folder / SWEEP_FILE}: points: expected a list, got {type(points).__name__}")
+    return points
 
 
 def sweep_table(points: Sequence[Mapping[str, Any]]) -> Table:

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import click
 
-from colaserve_client.cli.types import Number, Text, TrimmedPath
+from colaserve_client.cli.types import Number, Text, Trimmed, TrimmedPath
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 PORT = click.IntRange(0, 65535)
+TRIMMED = Trimmed()
 FILE = TrimmedPath(path_type=Path, dir_okay=False)
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
@@ -98,7 +99,7 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
     ],
     "Server": [
-        _option("--host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4."),
+        _option("--host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4.", TRIMMED),
         _option("--max-message-bytes", 64 << 20, "Longest gRPC message; requests have 16 MiB at most.", CHANNEL),
         _option("--max-calls", 1024, "Calls that one process serves at once; 0: no limit.", COUNT),
         _option(
@@ -147,13 +148,15 @@ GROUPS: dict[str, list[click.Option]] = {
         _option("--tls-client-cert", None, "PEM certificate shown to servers.", FILE),
         _option("--tls-client-key", None, "PEM key of --tls-client-cert.", FILE),
         _option(
-            "--tls-server-name", "", "Name in the servers' certificates, when it is not their address.",
+            "--tls-server-name", "", "Name in the servers' certificates, when it is not their address.", TRIMMED,
             show_default=False,
         ),
         _option("--upstream-key", "", "Bearer key for the servers. Better the variable.", show_default=False),
     ],
     "Stages": [
-        _option(f"--{stage}", None, f"Address of the {stage}: host:port, dns:///host:port or a list with commas.")
+        _option(
+            f"--{stage}", None, f"Address of the {stage}: host:port, dns:///host:port or a list with commas.", TRIMMED
+        )
         for stage in ("encoder", "prior", "decoder")
     ],
     "Coordinator": [
@@ -182,7 +185,8 @@ GROUPS: dict[str, list[click.Option]] = {
     ],
     "Upstream": [
         _option(
-            "--coordinator", None, "Address of the coordinators: host:port, dns:///host:port or a list with commas."
+            "--coordinator", None, "Address of the coordinators: host:port, dns:///host:port or a list with commas.",
+            TRIMMED,
         ),
     ],
     "Gateway": [
@@ -193,7 +197,7 @@ GROUPS: dict[str, list[click.Option]] = {
             "--http-tls-client-ca", None, "PEM authority; HTTP clients, probes too, must show a certificate of it.",
             FILE,
         ),
-        _option("--cors-origins", "", "Browsers' origins that may call; * for all.", show_default=False),
+        _option("--cors-origins", "", "Browsers' origins that may call; * for all.", TRIMMED, show_default=False),
         _option(
             "--allow-unknown-fields", False, "Ignore JSON fields that nobody knows instead of refusing them.",
             is_flag=True,
@@ -216,7 +220,7 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
         _option(
             "--otlp-endpoint", None,
-            "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs colaserve[trace].",
+            "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs colaserve[trace].", TRIMMED,
         ),
     ],
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from colaserve_services.rpc import checksums, network, requests
 from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.rpc.tls import channel_credentials
 
+_HOST = re.compile(r"[\w.:%-]+|\[[\w.:%]+\]")  # a name or an address
 PRIOR = "colaserve.v1.PriorService"
 # Messages are taken from the network as they are read. By default it would hold hundreds of blocks that nobody has
 # read, and the prior, which pauses when its blocks wait, would run on and on.
@@ -100,7 +102,7 @@ def _common_host(target: str) -> str:
 def split_address(part: str) -> tuple[str, int]:
     """(host, port) of "host:port"; raise UsageError for what is none."""
     host, _, port = part.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not _HOST.fullmatch(host) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"{part!r} is no address; expected host:port")
     return host.strip("[]"), int(port)
 

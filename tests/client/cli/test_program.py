@@ -280,6 +280,17 @@ def test_a_character_that_the_outputs_encoding_lacks_is_an_escape(server: FakeSe
         assert (code, out, err) == (0, "\\u65e5" + STORY.decode() + "\n", "")
 
 
+def test_a_terminal_is_shown_control_characters_as_escapes(server: FakeServer) -> None:
+    arguments = ("generate", "\x1b[31m\x9b2J\tred", "--echo", "--target", server.target)
+    ours, its = os.openpty()
+    started = process(*arguments, stdout=its)
+    os.close(its)
+    assert started.communicate(timeout=60)[1] == ""
+    with open(ours, "rb") as terminal:
+        assert terminal.read1().decode().startswith(f"\\x1b[31m\\x9b2J\tred{STORY.decode()}")
+    assert finished(*arguments)[1] == f"\x1b[31m\x9b2J\tred{STORY.decode()}\n"
+
+
 def test_a_reader_that_has_enough_is_exit_code_1_without_a_word(server: FakeServer) -> None:
     command = f'{sys.executable} -m colaserve_client generate "$0" --target {server.target} --echo; echo $? >&2'
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("client", "services", "protos/gen"))

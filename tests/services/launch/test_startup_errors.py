@@ -165,6 +165,7 @@ IMPOSSIBLE = [
     (["--kv-bytes=1"], "one block of latents needs"),
     (["--tls-cert=/nowhere/a.pem"], "go together"),
     (["--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "cannot read /nowhere"),
+    (["--tls-cert= /nowhere/a.pem\n", "--tls-key=/nowhere/b.pem "], "cannot read /nowhere/b.pem: "),
     (["--tls-client-ca=/nowhere/ca.pem"], "needs --tls-cert"),
     (["--tls-server-name=x"], "--tls-ca"),
     (["--api-keys-file=/nowhere/keys"], "cannot read /nowhere/keys"),

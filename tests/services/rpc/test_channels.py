@@ -201,7 +201,8 @@ def test_targets_become_names_that_grpc_resolves(target, name):
 
 
 @pytest.mark.parametrize(
-    "target", ["", "prior", "prior:", "prior:0", "prior:99999", "a:1,,b:2", "a:1,b", "127.0.0.1:1,[::1]:2"]
+    "target",
+    ["", "prior", "a b:1", "x\n:1", "prior:", "prior:0", "prior:99999", "a:1,,b:2", "a:1,b", "127.0.0.1:1,[::1]:2"],
 )
 def test_what_is_no_target_is_refused(target):
     with pytest.raises(UsageError):
