@@ -40,11 +40,10 @@ TAIL = """
 | `HF_ENDPOINT`, `HF_TOKEN` | Hub and token of `colaserve pull`. |
 | `http_proxy` and its like | Services ignore them; `pull` and the client use them, but not on this machine. |
 
-Under `up --split` each stage may use all cores when neither `--threads` nor `OMP_NUM_THREADS` says otherwise, and its
-threads spin only briefly while they wait (`GOMP_SPINCOUNT=3000`, `KMP_BLOCKTIME=1`), unless one of the variables
-above is set: threads that spin long take the cores from the other processes, threads that sleep at once wake up late.
-A role that has its cores alone is left at OpenMP's own choice; the image has the brief spinning for all roles. The
-stages listen on 127.0.0.1 and on free ports, and clients' keys are asked for at the coordinator and the gateway only.
+Threads spin only briefly while they wait (`GOMP_SPINCOUNT=3000`, `KMP_BLOCKTIME=1`), unless one of the variables above
+is set: threads that spin long take the cores from other processes, threads that sleep at once wake up late. Under
+`up --split` each stage may use all cores when neither `--threads` nor `OMP_NUM_THREADS` says otherwise. The stages
+listen on 127.0.0.1 and on free ports, and clients' keys are asked for at the coordinator and the gateway only.
 `--grpc-port` and `--metrics-port` are the coordinator's; the gateway's metrics are at its HTTP port, the stages' on
 free ports, which the first lines and `--ports-file` name.
 

@@ -31,7 +31,7 @@ def run_stage(stage: str, params: Params) -> None:
     ports.check(params)
     model, limits = settings.model(params), settings.engine(params)
     server = settings.server(params)
-    threads.limit(model.threads)
+    threads.settle(model.threads)
 
     async def assemble(host: Host) -> None:
         await host.open_ports(grpc=True)
@@ -96,7 +96,7 @@ def run_all(params: Params) -> None:
         raise UsageError("--replicas: needs --split; without it all stages share one process")
     model, limits = settings.model(params), settings.engine(params)
     settings.channel(params)  # nothing is called elsewhere, yet what is wrong with it is said
-    threads.limit(model.threads)
+    threads.settle(model.threads)
 
     async def assemble(host: Host) -> None:
         from colaserve_services.coordinator import Stages

@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from colaserve_services.launch import threads
 from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.children import Child, ChildSettings, reachable
 from colaserve_services.launch.process import keep_grpc, write_ports
@@ -34,7 +33,6 @@ class SplitSettings:
 
     arguments: Arguments
     environment: Mapping[str, Mapping[str, str]]  # role -> its keys
-    threads: int | None
     stop_seconds: float  # a child's drain and grace
     watch: WatchSettings
     channel: ChannelSettings  # how the roles reach each other, and this process their health
@@ -57,7 +55,7 @@ class Children:
     def _child(self, role: str, *more: str, name: str = "") -> Child:
         settings = self._settings
         shared = {key: value for key, value in os.environ.items() if key not in KEY_VARIABLES}
-        environment = {**shared, **threads.share(settings.threads), **settings.environment.get(role, {})}
+        environment = {**shared, **settings.environment.get(role, {})}
         arguments = [*settings.arguments[role], *more]
         return Child(ChildSettings(name or role, role, arguments, environment, settings.channel, settings.stop_seconds))
 

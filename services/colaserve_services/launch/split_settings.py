@@ -43,7 +43,6 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
     return SplitSettings(
         arguments=arguments,
         environment=_environment(params),
-        threads=params["threads"],
         stop_seconds=params["drain_seconds"] + params["grace_seconds"],
         watch=settings.watch(params),
         channel=channel,

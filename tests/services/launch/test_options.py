@@ -1,5 +1,6 @@
 """Options, their variables, their help and their page belong together."""
 
+import os
 import subprocess
 import sys
 
@@ -129,13 +130,13 @@ def test_split_bounds_single_clients_at_the_gateway_which_is_one_client_to_the_o
     )
 
 
-def test_processes_that_share_cores_spin_only_briefly_unless_told_otherwise(monkeypatch):
-    for name in (*threads.WAITING, "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    assert threads.share(None) == threads.BRIEF
-    assert threads.share(4) == {**threads.BRIEF, "OMP_NUM_THREADS": "4"}
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    assert threads.share(4) == {"OMP_NUM_THREADS": "4"}
+def test_threads_spin_only_briefly_in_every_mode_unless_told_otherwise(monkeypatch):
+    for variable, value in ((None, None), ("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "7")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {variable: value} if variable else {})
+            threads.settle(4)
+            waiting = {variable: value} if variable else {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+            assert os.environ == {**waiting, "OMP_NUM_THREADS": "4"}
 
 
 class Screen:
