@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# How long OpenMP threads spin before they sleep, on machines that do other work too: long enough for the gaps between the
-# operations of a step, short enough to leave the cores to others (docs/decisions.md, "Spin briefly").
+# How long OpenMP threads spin before they sleep, on machines that do other work too: long enough for the gaps between
+# the operations of a step, short enough to leave the cores to others (docs/decisions.md, "Spin briefly").
 BRIEF = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 WAITING = (*BRIEF, "OMP_WAIT_POLICY")
 

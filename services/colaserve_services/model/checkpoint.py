@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.config import (
+    DELETE,
     DiTConfig,
     ModelShape,
     TextVAEConfig,
@@ -29,6 +30,7 @@ from colaserve_services.model.config import (
     load_vae_config,
     read_json,
 )
+from colaserve_services.stand_ins import stand_in
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,8 @@ class WeightFolder:
             entries = _read_header(path)
             for name in sorted(expected - entries.keys()):
                 raise CheckpointError(f"{path}: tensor {name!r} is missing, though the index puts it there")
+            for name in sorted(entries.keys() - expected) if expected else ():
+                raise CheckpointError(f"{path}: has a tensor {name!r} that the index does not put there; delete it")
             self.entries |= entries
 
     def read(self, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
@@ -113,7 +117,7 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
     chat_frame: str | None = None  # with the place "{prompt}"
     pad_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # each ends a text
     im_end_token_id: int | None = None
 
 
@@ -236,11 +240,17 @@ def _opened(path: Path, framework: str) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
+        if found := stand_in(path):
+            raise CheckpointError(f"{path}: is {found}") from error
         raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
 
 
 # Names that Hugging Face's own generation_config.json uses, beside ours, and that carry no default of ours.
-_IGNORED_DEFAULTS = {"transformers_version", "_from_model_config", "bos_token_id", "do_sample"}
+_IGNORED_DEFAULTS = {
+    "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "max_length", "min_length",
+    "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "transformers_version",
+    "use_cache",
+}  # fmt: skip
 
 
 def _load_defaults(path: Path) -> GenerationDefaults:
@@ -253,13 +263,20 @@ def _load_defaults(path: Path) -> GenerationDefaults:
             continue
         kind = _DEFAULT_TYPES.get(key)
         if kind is None:
-            raise CheckpointError(f"{path}: unknown key {key!r}")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind[-1].__name__}")
-        defaults[key] = value
+            raise CheckpointError(f"{path}: unknown key {key!r} (value {value!r}). {DELETE}")
+        if key == "eos_token_id" and isinstance(value, list):
+            defaults[key] = tuple(_checked_default(path, key, one, kind) for one in value) or None
+            continue
+        defaults[key] = None if value is None else _checked_default(path, key, value, kind)
     if "{prompt}" not in (defaults.get("chat_frame") or "{prompt}"):
         raise CheckpointError(f"{path}: chat_frame has no place '{{prompt}}'")
     return GenerationDefaults(**defaults)
+
+
+def _checked_default(path: Path, key: str, value: Any, kind: tuple[type, ...]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind[-1].__name__}")
+    return value
 
 
 _INTEGERS = ("max_new_tokens", "steps", "resamples", "top_k", "pad_token_id", "eos_token_id", "im_end_token_id")

@@ -7,12 +7,28 @@ from typing import Any, Literal, TypeVar, cast
 
 from colaserve_client import reading
 from colaserve_services.errors import CheckpointError
+from colaserve_services.stand_ins import stand_in
 
 Activation = Literal["swiglu", "gelu", "silu"]
 
 # Keys that describe the file or the training run and cannot change what inference computes.
 _IGNORED = {"architectures", "attn_dropout", "auto_map", "causal", "dropout", "dtype", "torch_dtype", "use_emb"}
 _IGNORED_PREFIXES = ("init_", "_", "transformers_")
+# What PretrainedConfig of transformers writes into every config.json, about its own classes and its own generation.
+_TRANSFORMERS = {
+    "add_cross_attention", "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder",
+    "label2id", "length_penalty", "max_length", "min_length", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty",
+    "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript",
+    "typical_p", "use_bfloat16", "use_cache", "use_return_dict",
+}  # fmt: skip
+DELETE = "A key that inference does not need can be deleted"
+_EMPTY = {"pruned_heads", "quantization_config"}  # pass when their value asks for nothing
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,8 @@ def check_pair(vae: TextVAEConfig, dit: DiTConfig) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or a `CheckpointError` of one line."""
+    if found := stand_in(path):
+        raise CheckpointError(f"{path}: is {found}")
     try:
         return reading.read_json(path)
     except reading.Unreadable as error:
@@ -165,9 +183,16 @@ def _load(path: Path, kind: type[_Config], fixed: Mapping[str, tuple[Any, str]])
     for key, value in content.items():
         if key in known:
             values[key] = _checked(path, key, value, known[key].default)
-        elif key not in fixed and key not in _IGNORED and not key.startswith(_IGNORED_PREFIXES):
-            raise CheckpointError(f"{path}: unknown key {key!r} (value {value!r}); it may change the numbers")
+        elif key not in fixed and not _passes(key, value):
+            raise CheckpointError(f"{path}: unknown key {key!r} (value {value!r}); it may change the numbers. {DELETE}")
     return kind(**values)
+
+
+def _passes(key: str, value: Any) -> bool:
+    """Whether a key that is not ours can be read past."""
+    if key in _EMPTY:
+        return not value
+    return key in _IGNORED or key in _TRANSFORMERS or key.startswith(_IGNORED_PREFIXES)
 
 
 _NON_NEGATIVE = {"encoder_num_blocks", "decoder_num_blocks", "num_layers", "rope_dim"}

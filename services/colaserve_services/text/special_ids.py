@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,16 +15,17 @@ RELEASE_IDS: Final = {PAD: 100_277, END_OF_TEXT: 100_257, IM_END: 100_265}
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """`pad` fills, `end_of_text` and `im_end` end the text; an end id that is None does not exist here."""
+    """`pad` fills, the others end the text; an end id that is None does not exist here."""
 
     pad: int
     end_of_text: int | None = None
     im_end: int | None = None
+    more_ends: tuple[int, ...] = ()
 
     @property
     def end(self) -> frozenset[int]:
         """The ids that end a text."""
-        return frozenset(id_ for id_ in (self.end_of_text, self.im_end) if id_ is not None)
+        return frozenset(id_ for id_ in (self.end_of_text, self.im_end, *self.more_ends) if id_ is not None)
 
     @classmethod
     def find(
@@ -33,7 +34,7 @@ class SpecialIds:
         vocab_size: int,
         *,
         pad: int | None = None,
-        end_of_text: int | None = None,
+        end_of_text: int | Sequence[int] | None = None,
         im_end: int | None = None,
     ) -> SpecialIds:
         """Given ids first (generation_config.json's), then the release's when the vocabulary has its size, then a
@@ -52,7 +53,9 @@ class SpecialIds:
             raise CheckpointError(
                 f"tokenizer.json: has no {PAD!r} token; name the id as pad_token_id in generation_config.json"
             )
-        return cls(pad_id, choose(end_of_text, END_OF_TEXT), choose(im_end, IM_END))
+        ends = [end_of_text] if isinstance(end_of_text, int) else list(end_of_text or ())
+        more = tuple(_inside(id_, END_OF_TEXT, vocab_size) for id_ in ends[1:])
+        return cls(pad_id, choose(ends[0] if ends else None, END_OF_TEXT), choose(im_end, IM_END), more)
 
 
 def _inside(id_: int, token: str, vocab_size: int) -> int:

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers.decoders import ByteLevel
 
 from colaserve_services.errors import CheckpointError, InvalidRequest
+from colaserve_services.stand_ins import stand_in
 from colaserve_services.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WholeDetokenizer, token_bytes
 from colaserve_services.text.special_ids import SpecialIds
 
@@ -28,7 +29,8 @@ class Tokenizer:
     @classmethod
     def open(cls, path: Path, vocab_size: int | None = None, defaults: Any = None) -> Tokenizer:
         """Read tokenizer.json. `vocab_size` is the model's (None: one more than the largest id of the tokenizer);
-        `defaults` may have pad_token_id, eos_token_id and im_end_token_id, each None where not given.
+        `defaults` may have pad_token_id, eos_token_id and im_end_token_id, each None where not given,
+        and eos_token_id several.
 
         Raises CheckpointError, one line, when the file is missing, is none, or no pad id is to be found."""
         library = _read(path)
@@ -109,6 +111,8 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
+        if found := stand_in(path):
+            raise CheckpointError(f"{path}: is {found}") from error
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: is no tokenizer that the tokenizers library can read: {reason}") from error
     library.no_truncation()  # a training script's settings, saved with the tokenizer, would cut and pad prompts

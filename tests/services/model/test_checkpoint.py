@@ -120,6 +120,26 @@ def lose_a_shard(model: Path) -> None:
     (dit(model) / "model-00002-of-00002.safetensors").unlink()
 
 
+def leave_a_stale_copy(model: Path) -> None:
+    """The first shard gets a tensor too that the index puts into the second."""
+    shard(dit(model))
+    first, second = (dit(model) / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    name, tensor = next(iter(load_file(second).items()))
+    save_file(load_file(first) | {name: tensor + 1}, first, {"format": "pt"})
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def damage(model: Path) -> None:
+        (model / name).write_text(content)
+
+    return damage
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 7340032\n"
+PAGE = "\n<!DOCTYPE html>\n<html><body>Sign in</body></html>"
+WEIGHTS = "cola_dlm/cola_vae/model.safetensors"
+
+
 def config(folder: Callable[[Path], Path], **changes: Any) -> Callable[[Path], None]:
     return lambda model: edit(folder(model) / "config.json", **changes)
 
@@ -132,12 +152,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown tensor": (replace(dit, "blocks.0.extra", torch.zeros(1)), "'blocks.0.extra' has no place"),
     "integer tensor": (replace(dit, "txt_out_norm.bias", torch.zeros(32, dtype=torch.int8)), "floating-point"),
     "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors: no such file"),
+    "stale shard": (leave_a_stale_copy, r"00001-of-00002.safetensors: has a tensor '.*' that the index does not put"),
+    "pointer": (write(WEIGHTS, POINTER), "model.safetensors: is a git-lfs pointer in place of the file"),
+    "page": (write(WEIGHTS, PAGE), "model.safetensors: is an HTML page in place of the file"),
+    "page for a config": (write("cola_dlm/cola_vae/config.json", PAGE), "config.json: is an HTML page"),
+    "quantised": (config(dit, quantization_config={"bits": 4}), "unknown key 'quantization_config'"),
     "no weights": (lambda m: (vae(m) / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "no config": (lambda m: (vae(m) / "config.json").unlink(), "config.json"),
     "broken config": (lambda m: (vae(m) / "config.json").write_text("{"), "not JSON"),
     "another model": (config(dit, model_type="llama"), "model_type is 'llama'"),
     "another VAE": (config(vae, model_type="llama"), "model_type is 'llama'"),
-    "unknown key": (config(dit, num_experts=8), "unknown key 'num_experts'"),
+    "unknown key": (config(dit, num_experts=8), r"config.json: unknown key 'num_experts' \(value 8\).*can be deleted"),
     "shared heads": (config(vae, shared_heads_kv=2), "shared_heads_kv is 2"),
     "not block-causal": (config(vae, block_causal=False), "block_causal is False"),
     "prior patches": (config(dit, patch_size=2), "patch_size is 2"),
@@ -154,6 +179,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
     "unknown default": (lambda m: (m / "generation_config.json").write_text('{"x": 1}'), "unknown key 'x'"),
     "default of another type": (lambda m: (m / "generation_config.json").write_text('{"steps": "a"}'), "steps is 'a'"),
+    "end ids of another type": (write("generation_config.json", '{"eos_token_id": [1, "a"]}'), "eos_token_id is 'a'"),
     "frame without a place": (lambda m: (m / "generation_config.json").write_text('{"chat_frame": "a"}'), "no place"),
     "index into another folder": (
         lambda m: (dit(m) / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
@@ -169,6 +195,22 @@ def test_a_damaged_checkpoint_is_one_clear_line(damage: str, model: Path) -> Non
     with pytest.raises(CheckpointError, match=message) as caught:
         load_all(model)
     assert "\n" not in str(caught.value)
+
+
+def test_configs_that_transformers_wrote_load(model: Path) -> None:
+    """What PretrainedConfig and GenerationConfig add does not concern inference; several ids may end a text."""
+    written = {
+        "_name_or_path": "x", "return_dict": True, "tie_word_embeddings": True, "use_cache": True, "max_length": 20,
+        "id2label": {"0": "LABEL_0"}, "pruned_heads": {}, "eos_token_id": [0, 1], "pad_token_id": None,
+        "temperature": 1.0, "top_k": 50, "torch_dtype": "float32", "quantization_config": None,
+    }  # fmt: skip
+    for folder in (vae(model), dit(model)):
+        edit(folder / "config.json", **written)
+    generation = {"eos_token_id": [0, 3], "max_length": 20, "use_cache": True, "do_sample": False, "pad_token_id": 2}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    checkpoint = Checkpoint.open(model)
+    assert checkpoint.defaults.eos_token_id == (0, 3)
+    load_all(model)
 
 
 def test_each_half_of_the_vae_loads_without_the_other_ones_weights(model: Path) -> None:

@@ -54,6 +54,24 @@ def test_generation_config_overrides_special_ids():
     assert Tokenizer.open(GOLDEN, 512, defaults).special == SpecialIds(7, 8, 1)
 
 
+def test_several_ids_may_end_a_text():
+    defaults = SimpleNamespace(pad_token_id=7, eos_token_id=(8, 9), im_end_token_id=None)
+    assert Tokenizer.open(GOLDEN, 512, defaults).special.end == {8, 9, 1}
+    with pytest.raises(CheckpointError, match=r"id 512 .* outside"):
+        Tokenizer.open(GOLDEN, 512, SimpleNamespace(eos_token_id=(8, 512)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"), ("<!DOCTYPE html><html>", "HTML page")],
+)
+def test_what_came_in_place_of_a_tokenizer_is_named(content: str, message: str, tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.open(path)
+
+
 def test_a_missing_pad_token_is_one_clear_line(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"has no '<\|pad\|>' token.*generation_config") as caught:
         Tokenizer.open(saved(tmp_path, "<|endoftext|>"))
