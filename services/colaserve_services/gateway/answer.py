@@ -13,12 +13,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve.v1.latent_service_pb2 import InfillRequest
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, GenerateCall
 from colaserve_services.gateway.dialects import Dialect
 from colaserve_services.gateway.disconnect import until_disconnect
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.events import EventStream
+from colaserve_services.gateway.infill import InfillCall
 from colaserve_services.gateway.pieces import Piece, joined, piece_of
 from colaserve_services.gateway.record import RequestRecord, record_of
 from colaserve_services.gateway.shapes import Usage
@@ -29,7 +31,7 @@ from colaserve_services.gateway.side_by_side import SideBySide
 class Plan:
     """What a request comes to: its generations, choice by choice, and how to speak of them."""
 
-    requests: Sequence[GenerateRequest]  # choice i of prompt p is number p * per_prompt + i
+    requests: Sequence[GenerateRequest] | Sequence[InfillRequest]  # choice i of prompt p is number p * per_prompt + i
     per_prompt: int
     dialect: Dialect
     deadline: float  # time.monotonic() seconds
@@ -91,7 +93,9 @@ class Answer(Response):
         """The pieces of all choices as they come, until the deadline."""
         end = asyncio.get_running_loop().time() + self._plan.deadline - time.monotonic()
 
-        async def start(request: GenerateRequest) -> GenerateCall:
+        async def start(request: GenerateRequest | InfillRequest) -> GenerateCall:
+            if isinstance(request, InfillRequest):
+                return InfillCall(request, await self._backend.infill(request, self._plan.deadline))
             return await self._backend.generate(request, self._plan.deadline)
 
         async with asyncio.timeout_at(end), SideBySide(self._plan.requests, start, self._parallel) as messages:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Final, Protocol
 
 import grpc
 
 from colaserve.v1 import generation_pb2 as pb
+from colaserve.v1 import latent_service_pb2
 from colaserve_services.errors import ColaserveError, Unavailable
 from colaserve_services.rpc.requests import outgoing_metadata
 
@@ -28,12 +30,18 @@ class GenerateCall(Protocol):
 
 
 class GenerationStub(Protocol):
-    """A GenerationServiceStub of grpc.aio, or one that calls a servicer in this process."""
+    """What the gateway calls of a coordinator, see `coordinator_stub`."""
 
     Generate: Any
     Tokenize: Any
     Detokenize: Any
     GetInfo: Any
+    Infill: Any
+
+
+def coordinator_stub(generation: Any, latent: Any) -> Any:
+    """One stub out of those of GenerationService and LatentService, of grpc.aio or in this process."""
+    return SimpleNamespace(**vars(generation), Infill=latent.Infill)
 
 
 def most_tokens(info: Info) -> int:
@@ -58,10 +66,16 @@ class Backend:
 
     async def generate(self, request: pb.GenerateRequest, deadline: float) -> GenerateCall:
         """Start a generation. `deadline` in time.monotonic() seconds."""
-        await self._reach()
-        timeout = max(deadline - time.monotonic(), 0.001)
-        call: GenerateCall = self._stub.Generate(request, timeout=timeout, metadata=outgoing_metadata())
+        call: GenerateCall = await self._start(self._stub.Generate, request, deadline)
         return call
+
+    async def infill(self, request: latent_service_pb2.InfillRequest, deadline: float) -> Any:
+        """Start an infill."""
+        return await self._start(self._stub.Infill, request, deadline)
+
+    async def _start(self, method: Any, request: Any, deadline: float) -> Any:
+        await self._reach()
+        return method(request, timeout=max(deadline - time.monotonic(), 0.001), metadata=outgoing_metadata())
 
     async def tokenize(self, text: str) -> pb.TokenizeResponse:
         await self._reach()

@@ -103,7 +103,7 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
 
 def _invalid_upstream(error: InvalidRequest, names: Mapping[str, str]) -> ApiError:
     field = error.field.partition("[")[0]
-    param = names.get(field) or field.rpartition(".")[2]
+    param = names.get(error.field) or names.get(field) or field.rpartition(".")[2]
     return invalid(param, str(error).removeprefix(f"{error.field}: "))
 
 

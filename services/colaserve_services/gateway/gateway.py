@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve.v1.latent_service_pb2 import InfillRequest
 from colaserve_services.gateway.answer import Answer, Plan
 from colaserve_services.gateway.backend import Backend, GenerationStub, Info, Reach
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
+from colaserve_services.gateway.infill import infill_names, infill_request
 from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.refusals import refuse_extras
@@ -70,7 +72,8 @@ class Gateway:
         self._check_choices(body, 1)
         prompt = text_prompt(chat_prompt(body.messages, info.chat_frame))
         dialect = ChatDialect(record.request_id, model, info.space, most_likely(body) is not None)
-        return self._answer(body, [prompt], dialect, record, seconds)
+        choices = Choices([prompt], body)
+        return self._answer(body, choices, choices.per_prompt, dialect, record, seconds, names_of(body))
 
     async def complete(self, body: CompletionRequest, record: RequestRecord, seconds: float | None) -> Answer:
         """The answer to a completion request."""
@@ -78,32 +81,38 @@ class Gateway:
         _check_completion(body)
         info = await self.backend.info()
         model = self.check_model(body.model, info)
+        if body.suffix:
+            dialect = CompletionDialect(record.request_id, model, info.space, logprobs=False, echoes=[""])
+            names = infill_names(body, info)
+            return self._answer(body, [infill_request(body, info)], 1, dialect, record, seconds, names)
         prompts = completion_prompts(body.prompt, info.model.vocab_size)
         self._check_choices(body, len(prompts))
         echoes = await self._echoes(prompts) if body.echo else [""] * len(prompts)
         each = [echo for echo in echoes for _ in range(body.n or 1)]
         dialect = CompletionDialect(record.request_id, model, info.space, most_likely(body) is not None, each)
-        return self._answer(body, prompts, dialect, record, seconds)
+        choices = Choices(prompts, body)
+        return self._answer(body, choices, choices.per_prompt, dialect, record, seconds, names_of(body))
 
     def _answer(
         self,
         body: ChatRequest | CompletionRequest,
-        prompts: Sequence[GenerateRequest],
+        requests: Sequence[GenerateRequest] | Sequence[InfillRequest],
+        per_prompt: int,
         dialect: Dialect,
         record: RequestRecord,
         seconds: float | None,
+        names: Mapping[str, str],
     ) -> Answer:
-        choices = Choices(prompts, body)
         bounds = self.settings.bounds
         record.user = body.user or ""
         plan = Plan(
-            requests=choices,
-            per_prompt=choices.per_prompt,
+            requests=requests,
+            per_prompt=per_prompt,
             dialect=dialect,
             deadline=record.started + min(seconds or bounds.request_seconds, bounds.request_seconds),
             stream=bool(body.stream),
             usage_chunk=_usage_chunk(body),
-            names=names_of(body),
+            names=names,
         )
         return Answer(plan, self.backend, bounds.parallel_choices)
 

@@ -36,7 +36,7 @@ UNSUPPORTED: Final[Mapping[str, Refusals]] = {
         "safety_identifier": ((), "set user instead"),
         "service_tier": (("auto", "default"), "there is one tier"),
         "store": ((False,), "nothing is stored"),
-        "suffix": (("",), "text between two texts is written by LatentService.Infill"),
+        "suffix": (("",), "only /v1/completions writes between two texts"),
         "tool_choice": (("none",), _NO_TOOLS),
         "tools": (([],), _NO_TOOLS),
         "verbosity": ((), "say in the prompt how long the answer is to be"),

@@ -139,6 +139,10 @@ class CompletionRequest(GenerationFields):
         | TokenIds
         | Annotated[list[TokenIds], _at_most(MOST_PROMPTS)]
     ) = Field(description="One prompt or several, as text or as token ids. An empty text is unconditional.")
+    suffix: Text | None = Field(
+        None,
+        description="The text is a hole of max_tokens between the prompt and this; without n, logprobs, echo, stop.",
+    )
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
     echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
     logprobs: int | None = Field(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Cancelled
 from colaserve_services.gateway.backend import GenerateCall
 from colaserve_services.rpc import cancellation
 
 _UNREAD: Final = 8  # messages that wait for a slow reader before the calls are no longer read
 
-Open = Callable[[GenerateRequest], Awaitable[GenerateCall]]
+Open = Callable[[Any], Awaitable[GenerateCall]]
 Message = tuple[int, GenerateResponse]
 
 
@@ -24,7 +24,7 @@ class SideBySide:
     that happens, cancels those that run.
     """
 
-    def __init__(self, requests: Sequence[GenerateRequest], open_call: Open, parallel: int):
+    def __init__(self, requests: Sequence[Any], open_call: Open, parallel: int):
         self._requests = requests
         self._open = open_call
         self._places = asyncio.Semaphore(parallel)
@@ -64,7 +64,7 @@ class SideBySide:
             else:
                 await self._queue.put(None)
 
-    async def _forward(self, index: int, request: GenerateRequest) -> None:
+    async def _forward(self, index: int, request: Any) -> None:
         call = await self._open(request)
         try:
             async for message in call:

@@ -79,8 +79,8 @@ def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRe
     request.stop.extend(stop_strings(fields))
     request.ignore_end = bool(fields.ignore_eos)
     request.print_special = fields.skip_special_tokens is False
-    _set_sampler(request, fields)
-    _set_sampling(request, fields)
+    set_sampler(request.sampler, fields)
+    set_sampling(request.sampling, fields)
     return request
 
 
@@ -105,27 +105,29 @@ def most_likely(fields: ChatRequest | CompletionRequest) -> int | None:
     return (fields.top_logprobs or 0) if fields.logprobs else None
 
 
-def _set_sampler(request: GenerateRequest, fields: GenerationFields) -> None:
+def set_sampler(sampler: types_pb2.Sampler, fields: GenerationFields) -> None:
+    """What the client set of how latents are sampled."""
     if fields.steps is not None:
-        request.sampler.steps = fields.steps
+        sampler.steps = fields.steps
     if fields.guidance_scale is not None:
-        request.sampler.guidance_scale = fields.guidance_scale
+        sampler.guidance_scale = fields.guidance_scale
     if fields.solver is not None:
-        request.sampler.solver = SOLVERS[fields.solver]
+        sampler.solver = SOLVERS[fields.solver]
     if fields.guidance_interval is not None:  # the order says nothing: time runs from the greater one
-        request.sampler.guidance_start = max(fields.guidance_interval)
-        request.sampler.guidance_end = min(fields.guidance_interval)
+        sampler.guidance_start = max(fields.guidance_interval)
+        sampler.guidance_end = min(fields.guidance_interval)
 
 
-def _set_sampling(request: GenerateRequest, fields: GenerationFields) -> None:
+def set_sampling(sampling: types_pb2.Sampling, fields: GenerationFields) -> None:
+    """What the client set of how tokens are drawn."""
     if fields.temperature is not None:
-        request.sampling.temperature = fields.temperature
+        sampling.temperature = fields.temperature
     if fields.top_k is not None:
-        request.sampling.top_k = max(fields.top_k, 0)
+        sampling.top_k = max(fields.top_k, 0)
     if fields.top_p is not None:
-        request.sampling.top_p = fields.top_p
+        sampling.top_p = fields.top_p
     if fields.repetition_penalty is not None:
-        request.sampling.repetition_penalty = fields.repetition_penalty
+        sampling.repetition_penalty = fields.repetition_penalty
 
 
 def names_of(fields: ChatRequest | CompletionRequest) -> Mapping[str, str]:

@@ -83,7 +83,7 @@ def run_gateway(params: Params) -> None:
 
     async def assemble(host: Host) -> None:
         await host.open_ports(grpc=False)
-        coordinator = _connection(host, "GenerationService", target, channel)
+        coordinator = _connection(host, "GenerationService", target, channel)  # and LatentService, on the same channel
         await _gateway(host, params, coordinator.stub, coordinator.reached)
 
     run("gateway", settings.watch(params), server, None, assemble)
@@ -100,6 +100,7 @@ def run_all(params: Params) -> None:
 
     async def assemble(host: Host) -> None:
         from colaserve_services.coordinator import Stages
+        from colaserve_services.gateway.backend import coordinator_stub
 
         await host.open_ports(grpc=True)
         checkpoint = await _checkpoint(model.directory)
@@ -112,7 +113,7 @@ def run_all(params: Params) -> None:
         await host.serve_grpc(*services, context_bytes=_context_bytes(params, checkpoint))
         await running.warm_up()
         await _connect(host, coordinator)
-        await _gateway(host, params, InProcessStub(generation))
+        await _gateway(host, params, coordinator_stub(InProcessStub(generation), InProcessStub(latent)))
 
     run("colaserve", settings.watch(params), settings.server(params), settings.keys(params), assemble)
 
@@ -208,13 +209,25 @@ async def _replicas(
 
 
 def _stub_class(service: str) -> Any:
-    from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, generation_pb2_grpc, prior_pb2_grpc
+    from colaserve.v1 import (
+        decoder_pb2_grpc,
+        encoder_pb2_grpc,
+        generation_pb2_grpc,
+        latent_service_pb2_grpc,
+        prior_pb2_grpc,
+    )
+    from colaserve_services.gateway.backend import coordinator_stub
+
+    def coordinator(channel: Any) -> Any:
+        return coordinator_stub(
+            generation_pb2_grpc.GenerationServiceStub(channel), latent_service_pb2_grpc.LatentServiceStub(channel)
+        )
 
     return {
         "EncoderService": encoder_pb2_grpc.EncoderServiceStub,
         "PriorService": prior_pb2_grpc.PriorServiceStub,
         "DecoderService": decoder_pb2_grpc.DecoderServiceStub,
-        "GenerationService": generation_pb2_grpc.GenerationServiceStub,
+        "GenerationService": coordinator,
     }[service]
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colaserve.v1 import generation_pb2 as pb
+from colaserve.v1 import latent_service_pb2 as latent_pb
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2_grpc import GenerationServiceServicer
+from colaserve.v1.latent_service_pb2_grpc import LatentServiceServicer
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc.requests import value
 
@@ -57,6 +59,7 @@ class FakeGeneration(GenerationServiceServicer):
     logprob: float = -0.5
     infos: int = 0
     asking: int = 0
+    infill: FakeInfill = field(default_factory=lambda: FakeInfill())
     running: int = 0
     most_running: int = 0
 
@@ -154,6 +157,27 @@ class FakeGeneration(GenerationServiceServicer):
             chat_frame=self.chat_frame,
             stages=[pb.StageInfo(stage="prior", target="here", serving=self.serving)],
         )  # fmt: skip
+
+
+@dataclass
+class FakeInfill(LatentServiceServicer):
+    """Writes every hole full of underscores."""
+
+    seen: list[latent_pb.InfillRequest] = field(default_factory=list)
+    failure: Exception | None = None
+
+    async def Infill(self, request: latent_pb.InfillRequest, context: Any) -> latent_pb.InfillResponse:
+        self.seen.append(request)
+        if self.failure is not None:
+            raise self.failure
+        segments = [one.text or "_" * one.token_count for one in request.segments]
+        holes = [one.token_count for one in request.segments if one.token_count]
+        return latent_pb.InfillResponse(
+            text="".join(segments),
+            segments=segments,
+            finish_reasons=[types_pb2.FINISH_REASON_LENGTH] * len(holes),
+            usage=types_pb2.Usage(prompt_tokens=len("".join(segments)) - sum(holes), completion_tokens=sum(holes)),
+        )
 
 
 class _Utf8:

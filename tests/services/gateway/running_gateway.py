@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import httpx
 
 from colaserve_services.gateway.app import create_app
+from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.gateway.server import HttpServer, serve
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.in_process import InProcessStub
@@ -46,7 +47,8 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve on a free port; stop at the end. `stub`: another one than that of `fake`."""
     metrics = Metrics()
-    app = create_app(stub or InProcessStub(fake), settings or GatewaySettings(), metrics)
+    stub = stub or coordinator_stub(InProcessStub(fake), InProcessStub(fake.infill))
+    app = create_app(stub, settings or GatewaySettings(), metrics)
     server = await serve(app, "127.0.0.1", 0, tls)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as http:

@@ -88,6 +88,14 @@ def test_a_streamed_chat_says_what_a_whole_one_does(served: Served):
     assert whole == served.generate("He looked at", 20, 0).removeprefix(" ")
 
 
+def test_a_hole_is_written_between_two_texts(served: Served):
+    body = {"prompt": "He looked at", "suffix": " and went home.", "max_tokens": 6, "seed": 3}
+    answer = served.http.post("/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 6
+    again = served.http.post("/v1/completions", json=body).json()
+    assert again["choices"] == answer["choices"]
+
+
 def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served):
     body = {"prompt": "x", "max_tokens": 8000, "stream": True, "ignore_eos": True}
     with served.http.stream("POST", "/v1/completions", json=body) as response:

@@ -53,6 +53,7 @@ SEEN_ELSEWHERE = {
     "prompt",
     "best_of",
     "echo",
+    "suffix",
 }
 
 
@@ -140,7 +141,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"best_of": 2}, "best_of"),
     (COMPLETIONS, {"echo": True, "logprobs": 0}, "echo"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
-    (COMPLETIONS, {"suffix": "end"}, "suffix"),
+    (CHAT, {"suffix": "end"}, "suffix"),
     *[(path, fields, next(iter(fields))) for path in (CHAT, COMPLETIONS) for fields in [
         {"max_tokens": 0}, {"max_tokens": 2**32}, {"max_tokens": "5"}, {"max_tokens": 5.5}, {"n": 0}, {"n": 4},
         {"stop": ["a", "b", "c", "d", "e"]}, {"stop": ""}, {"stop": [""]}, {"stop": 3}, {"stream": "yes"},
