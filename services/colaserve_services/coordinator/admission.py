@@ -17,13 +17,16 @@ from contextlib import asynccontextmanager
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
-from colaserve_services.errors import Overloaded
+from colaserve_services.errors import Overloaded, Unavailable
+from colaserve_services.rpc import unread
 
 _SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0
 _WEIGHT = 0.1  # of the latest call in the running mean of the pace
 _SHORT_WAIT, _LONG_WAIT = 0.1, 1.0  # seconds in the prior's queue: below, there is room for more; above, for fewer
 _SHRINK = 0.9
 _FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
+
+_UNREAD_LOOK = 0.2  # seconds between two looks whether anybody waits, at a stream that nobody reads
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +73,10 @@ class Admission:
             _log.debug("places: %.0f, a call waited %.1f s at the prior", self._places, waited)
 
     @asynccontextmanager
-    async def slot(self, call: Call) -> AsyncIterator[None]:
+    async def slot(self, call: Call, brief: bool = False) -> AsyncIterator[None]:
         """Work inside. Raises Overloaded at once when queue or key are full, or after waiting too long, and
-        DeadlineExceeded when the call's deadline comes first."""
+        DeadlineExceeded when the call's deadline comes first. `brief`: the call tells nothing of how long others take.
+        """
         self.check(call)
         self._by_key[call.key] += 1
         try:
@@ -80,7 +84,8 @@ class Admission:
             started, beside = time.monotonic(), self._running
             try:
                 yield
-                self._learn_pace((time.monotonic() - started) / ((beside + self._running) / 2))
+                if not brief:
+                    self._learn_pace((time.monotonic() - started) / ((beside + self._running) / 2))
             finally:
                 self._pass_on()
                 self._tell()
@@ -88,6 +93,19 @@ class Admission:
             self._by_key[call.key] -= 1
             if not self._by_key[call.key]:
                 del self._by_key[call.key]
+
+    async def read_in_time(self, reading: asyncio.Future[None]) -> None:
+        """Wait until a response is read. Raises Unavailable, and ends the call, once it was not read for so long that
+        its slot is better given to one of those that wait."""
+        seconds = self._limits.idle_seconds
+        await asyncio.wait([reading], timeout=seconds)
+        while not reading.done():
+            if self._waiting:
+                error = Unavailable(f"not read for {seconds:g} s while others waited")
+                self._observer.refused("idle")
+                unread.end_call(error)
+                raise error
+            await asyncio.wait([reading], timeout=_UNREAD_LOOK)
 
     def retry_after(self) -> float:
         """Seconds after which a place is likely free for one more."""

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_services.bounds import LATENT
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import Unavailable
@@ -88,8 +89,9 @@ def _tensor(values: types_pb2.Tensor, count: int, model: Model) -> None:
     whole = len(values.data) == 4 * count * model.latent_dim
     if values.dtype != _FLOAT32 or list(values.shape) != shape or not whole:
         raise StageFault("shape", f"it sent values of shape {list(values.shape)[:8]}, expected float32 {shape}")
-    if not np.isfinite(np.frombuffer(values.data, "<f4")).all():
-        raise StageFault("not_finite", "it sent values that are not finite")
+    # NaN is in no range; what is beyond the range of latents the next stage would refuse.
+    if not (np.abs(np.frombuffer(values.data, "<f4")) <= LATENT.most).all():
+        raise StageFault("not_finite", f"it sent values that are not finite, or beyond {LATENT.most}")
 
 
 def _count(name: str, found: Sequence[object], expected: int) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services import __version__
@@ -23,10 +24,13 @@ from colaserve_services.coordinator.core import Core
 from colaserve_services.coordinator.defaults import Defaults, resolve_sampler, resolve_sampling
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.stages import Stages, agree
 from colaserve_services.coordinator.watch import Lookout
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable
 from colaserve_services.text import Tokenizer
+
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +97,7 @@ class Coordinator:
     async def watch(self, changed: Callable[[bool], None]) -> None:
         """After connect(): look at the stages for ever, follow their limits, tell whenever `ready` changes. Run it as a
         task, cancel it to stop."""
-        told = self.ready
+        told = True  # as connect() left it
         while True:
             await self._until_next_look()
             await self._lookout.look()
@@ -127,19 +131,30 @@ class Coordinator:
         self, request: generation_pb2.GenerateRequest, call: Call
     ) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
         """GenerationService.Generate. Close it (aclosing) when leaving early."""
-        return generation.generate(self.core, request, call)
+        return self._read_in_time(generation.generate(self.core, request, call))
 
-    async def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
+    async def _read_in_time(self, responses: AsyncGenerator[R, None]) -> AsyncGenerator[R, None]:
+        """The responses; their slot is given up when nobody reads them while others wait for it."""
+        async with ReadAhead(responses, self._admission.read_in_time) as ahead:
+            async for response in ahead:
+                yield response
+
+    async def tokenize(self, request: generation_pb2.TokenizeRequest, call: Call) -> generation_pb2.TokenizeResponse:
         """GenerationService.Tokenize."""
-        ids = await self.core.tokenize(request.text, "text")
-        tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
+        async with self._admission.slot(call, brief=True):
+            ids = await self.core.tokenize(request.text, "text")
+            tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
         return generation_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
 
-    async def detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
+    async def detokenize(
+        self, request: generation_pb2.DetokenizeRequest, call: Call
+    ) -> generation_pb2.DetokenizeResponse:
         """GenerationService.Detokenize."""
-        ids = self.core.checked(request.token_ids, "token_ids")
-        tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
-        return generation_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids), tokens=tokens)
+        async with self._admission.slot(call, brief=True):
+            ids = self.core.checked(request.token_ids, "token_ids")
+            tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
+            text = await asyncio.to_thread(self._tokenizer.decode, ids)
+        return generation_pb2.DetokenizeResponse(text=text, tokens=tokens)
 
     async def encode_text(
         self, request: latent_service_pb2.EncodeTextRequest, call: Call
@@ -157,7 +172,7 @@ class Coordinator:
         self, request: latent_service_pb2.SampleLatentsRequest, call: Call
     ) -> AsyncGenerator[latent_service_pb2.SampleLatentsResponse, None]:
         """LatentService.SampleLatents. Close it (aclosing) when leaving early."""
-        return latent_space.sample_latents(self.core, request, call)
+        return self._read_in_time(latent_space.sample_latents(self.core, request, call))
 
     async def interpolate(
         self, request: latent_service_pb2.InterpolateRequest, call: Call

@@ -12,7 +12,7 @@ from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing
 from colaserve_services.coordinator.plan import Plan, plan_generation
 from colaserve_services.coordinator.read_ahead import ReadAhead
-from colaserve_services.coordinator.writer import Piece
+from colaserve_services.coordinator.writer import Piece, Writer
 from colaserve_services.text import Tokenizer
 
 Response = generation_pb2.GenerateResponse
@@ -45,7 +45,7 @@ async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Ca
                         break
                     yield response
         finally:
-            usage = watch.ended(len(plan.prompt_ids), writer.sent, prior.received)
+            usage = watch.ended(len(plan.prompt_ids), writer, prior.received)
     yield _last(response, writer.finish_reason, usage, watch.total, plan.seed)
 
 
@@ -122,10 +122,13 @@ class _Watch:
             self._observer.first_block(age)
         self._last, self._blocks = age, self._blocks + 1
 
-    def ended(self, prompt: int, written: int, received: int) -> types_pb2.Usage:
-        """The generation is over, well or not; `received` blocks came from the prior."""
-        wasted = received - self._blocks
-        self._observer.tokens(prompt, written)
+    def ended(self, prompt: int, writer: Writer, received: int) -> types_pb2.Usage:
+        """The generation is over, well or not; `received` blocks came from the prior. Those of a text that was left or
+        failed before its end are not wasted by running ahead."""
+        wasted = received - self._blocks if writer.finish_reason else 0
+        self._observer.tokens(prompt, writer.sent)
         if wasted:
             self._observer.wasted(wasted)
-        return types_pb2.Usage(prompt_tokens=prompt, completion_tokens=written, blocks=received, wasted_blocks=wasted)
+        return types_pb2.Usage(
+            prompt_tokens=prompt, completion_tokens=writer.sent, blocks=received, wasted_blocks=wasted
+        )

@@ -17,6 +17,7 @@ class CoordinatorLimits:
     max_waiting: int = 512  # calls that wait for one of these; one more is refused at once
     queue_seconds: float = 30.0  # a call that waited so long is refused
     max_per_key: int = 0  # calls of one key, else address, at once, waiting ones included; 0: no bound
+    idle_seconds: float = 60.0  # that a response may stay unread while other calls wait
     attempts: int = 8  # failures in a row of one stage until a call is given up
     watch_seconds: float = 1.0  # between two looks at the stages
 

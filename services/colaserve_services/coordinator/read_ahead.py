@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -12,14 +12,17 @@ from colaserve_services.errors import Cancelled
 from colaserve_services.rpc import cancellation
 
 T = TypeVar("T")
+Patience = Callable[[asyncio.Future[None]], Awaitable[None]]
 
 
 class ReadAhead(Generic[T]):
     """`async with ReadAhead(stream) as ahead: item = await ahead.next()`. Leaving closes the stream and waits for
-    that. At most two items wait unread; `received` counts all that came."""
+    that. At most two items wait unread; `received` counts all that came.
 
-    def __init__(self, stream: AsyncGenerator[T, None]):
-        self._stream = stream
+    `patience` is awaited with the handing over of an item, and may raise: the stream is then closed."""
+
+    def __init__(self, stream: AsyncGenerator[T, None], patience: Patience | None = None):
+        self._stream, self._patience = stream, patience
         self._queue: asyncio.Queue[tuple[T] | Exception] = asyncio.Queue(maxsize=1)
         self.received = 0
 
@@ -44,13 +47,28 @@ class ReadAhead(Generic[T]):
             raise item
         return item[0]
 
+    async def __aiter__(self) -> AsyncIterator[T]:
+        with suppress(EOFError):
+            while True:
+                yield await self.next()
+
+    async def _hand_over(self, item: tuple[T]) -> None:
+        if self._patience is None or not self._queue.full():
+            await self._queue.put(item)
+            return
+        putting = asyncio.ensure_future(self._queue.put(item))
+        try:
+            await self._patience(putting)
+        finally:
+            putting.cancel()
+
     async def _read(self) -> None:
         end: Exception = EOFError("the stream has ended")
         try:
             async with aclosing(self._stream) as stream:
                 async for item in stream:
                     self.received += 1
-                    await self._queue.put((item,))
+                    await self._hand_over((item,))
         except Exception as error:
             end = error
         except asyncio.CancelledError:

@@ -38,13 +38,13 @@ class GenerationServicer(_OfCoordinator, generation_pb2_grpc.GenerationServiceSe
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
         """Text to ids."""
-        return await (await self._connected()).tokenize(request)
+        return await (await self._connected()).tokenize(request, call_of(context))
 
     async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: Any
     ) -> generation_pb2.DetokenizeResponse:
         """Ids to text."""
-        return await (await self._connected()).detokenize(request)
+        return await (await self._connected()).detokenize(request, call_of(context))
 
     async def GetInfo(
         self, request: generation_pb2.GenerationServiceGetInfoRequest, context: Any

@@ -91,10 +91,12 @@ GROUPS: dict[str, list[click.Option]] = {
             "sessions sample, the prior takes fewer.",
             POSITIVE,
         ),
+    ],
+    "Idle sessions": [
         _option(
             "--idle-seconds", 60.0,
-            "A session that has had nothing to compute for so long (its reader is away, its caller silent) gives its "
-            "place to who waits.",
+            "A session that has had nothing to compute for so long (its reader is away, its caller silent), and a "
+            "stream of the coordinator's that was not read for so long, ends while others wait.",
             Number(0, MOST_SECONDS, min_open=True),
         ),
     ],
@@ -226,15 +228,15 @@ GROUPS: dict[str, list[click.Option]] = {
 }  # fmt: skip
 
 
-STAGE = ("Model", "Compute", "Engine", "Server", "gRPC server", "Keys", "Watching")
+STAGE = ("Model", "Compute", "Engine", "Idle sessions", "Server", "gRPC server", "Keys", "Watching")
 COORDINATOR = (
-    "Stages", "Model", "Coordinator", "Defaults of requests", "Server", "gRPC server", "Keys",
+    "Stages", "Model", "Coordinator", "Idle sessions", "Defaults of requests", "Server", "gRPC server", "Keys",
     "Calling other services", "Watching",
 )  # fmt: skip
 GATEWAY = ("Upstream", "Gateway", "Server", "Keys", "Calling other services", "Watching")
 UP = (
-    "Processes", "Model", "Compute", "Engine", "Coordinator", "Defaults of requests", "Gateway", "Server",
-    "gRPC server", "Keys", "Calling other services", "Watching",
+    "Processes", "Model", "Compute", "Engine", "Idle sessions", "Coordinator", "Defaults of requests", "Gateway",
+    "Server", "gRPC server", "Keys", "Calling other services", "Watching",
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Host:
         self._watch, self._keys = watch, keys
         self._grpc: RpcServer | None = None
         self._http: Any = None
-        self._said_ready = False
+        self._said_ready, self._behind_ready = False, True
         self._following: asyncio.Future[None] | None = None
 
     async def open_ports(self, grpc: bool) -> None:
@@ -87,6 +87,7 @@ class Host:
 
     def follow(self, ready: bool) -> None:
         """Say SERVING or NOT_SERVING from now on, as what lies behind comes and goes."""
+        self._behind_ready = ready
         if self._grpc is not None and self._said_ready:
             self._following = asyncio.ensure_future(self._grpc.serving(ready))
 
@@ -99,7 +100,7 @@ class Host:
         """Say SERVING, and where."""
         self._said_ready = True
         if self._grpc is not None:
-            await self._grpc.serving()
+            await self._grpc.serving(self._behind_ready)
         where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())
         text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}"
         self.publish()

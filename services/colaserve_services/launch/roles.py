@@ -167,6 +167,7 @@ def _coordinator(host: Host, params: Params, checkpoint: Checkpoint, stages: Sta
         queue_seconds=params["queue_seconds"],
         max_per_key=params["max_per_key"],
         attempts=params["attempts"],
+        idle_seconds=params["idle_seconds"],
     )
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
     defaults = Defaults.resolve(settings.request_defaults(params), checkpoint.defaults)

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
-from colaserve_services.rpc import checksums, requests, tracing
+from colaserve_services.rpc import checksums, requests, tracing, unread
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
@@ -79,15 +79,23 @@ class Edge(grpc.aio.ServerInterceptor):
         behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def serve(received: AsyncIterator[bytes], context: Any) -> None:
-            async with (
-                self._call(received, method, handler, context) as call,
-                aclosing(behavior(call.request, context)) as responses,
-            ):  # the handler is closed here and now, however its call ends
-                async for response in responses:
-                    call.span.block(**tracing.timing(response))  # before its reader may leave
-                    await _write(context, self._written(response, method, handler, call.sealed))
+            async with self._call(received, method, handler, context) as call:
+                with unread.endable():
+                    async with aclosing(behavior(call.request, context)) as responses:  # however the call ends
+                        await self._send(responses, method, handler, context, call)
 
         return serve
+
+    async def _send(
+        self, responses: AsyncIterator[Any], method: Method, handler: Any, context: Any, call: Call
+    ) -> None:
+        begun = False
+        async for response in responses:
+            if not begun:  # by itself: when a first write is broken off, grpc.aio would send it again with the status
+                await context.send_initial_metadata(())
+                begun = True
+            call.span.block(**tracing.timing(response))  # before its reader may leave
+            await _write(context, self._written(response, method, handler, call.sealed))
 
     async def _first(self, received: AsyncIterator[bytes], method: Method, context: Any) -> bytes | None:
         """The first message, None where the stream ends without one."""
@@ -158,7 +166,7 @@ class Edge(grpc.aio.ServerInterceptor):
                 client = self._client(context)
                 yield client
         except asyncio.CancelledError:
-            code = _why_cancelled(context)
+            code = _why_cancelled(context) if not _number(context.code()) else NAMES[_number(context.code())]
             raise
         except BaseException:
             code = NAMES.get(_number(context.code()), "UNKNOWN")

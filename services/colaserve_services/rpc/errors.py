@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -41,6 +42,7 @@ TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
 INTERNAL: Final = (StatusCode.INTERNAL, 500)
 STEP_FAILED: Final = "STEP_FAILED"  # reason of the google.rpc.ErrorInfo that a StepFailed carries
 DETAILS_KEY: Final = "grpc-status-details-bin"
+LAST_WORD: Final = 2.0  # seconds that the sending of a status is waited for
 LONGEST_MESSAGE: Final = 1000  # characters; a status travels in a header, whose size is bounded
 
 _log = logging.getLogger(__name__)
@@ -104,7 +106,11 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     if _known(error) not in TABLE:
         _log.error("call failed: %s", type(error).__name__, exc_info=error)
     status = status_proto(error)
-    await context.abort(grpc_code(error), status.message, trailing_metadata(status))
+    try:
+        async with asyncio.timeout(LAST_WORD):
+            await context.abort(grpc_code(error), status.message, trailing_metadata(status))
+    except TimeoutError:  # nobody reads what was sent before; the status waits behind it, its handler does not
+        raise asyncio.CancelledError from error
     raise AssertionError("abort returned")
 
 

@@ -21,7 +21,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from grpc.aio import AioRpcError, Metadata
 
-from colaserve_services.rpc import requests, tracing
+from colaserve_services.rpc import requests, tracing, unread
 from colaserve_services.rpc.errors import status_from_errors
 
 PACKAGE = "colaserve.v1"
@@ -211,10 +211,11 @@ async def _run(behavior: Any, argument: Any, context: InProcessContext, span: tr
     async with status_from_errors(context):
         if not inspect.isasyncgenfunction(behavior):
             return await behavior(argument, context)
-        async with aclosing(behavior(argument, context)) as responses:
-            async for response in responses:
-                span.block(**tracing.timing(response))  # before its reader may leave
-                await context.write(response)
+        with unread.endable():
+            async with aclosing(behavior(argument, context)) as responses:
+                async for response in responses:
+                    span.block(**tracing.timing(response))  # before its reader may leave
+                    await context.write(response)
         return None
 
 

@@ -11,10 +11,12 @@ from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits,
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.coordinator.stages import Local
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.in_process import InProcessContext, InProcessStub
 from colaserve_services.text import SpecialIds, Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 from tests.waiting import eventually
+
+CONTEXT: Any = InProcessContext((), None, None)
 
 
 def fakes() -> dict[str, Any]:
@@ -125,7 +127,7 @@ async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
     early = [
         asyncio.create_task(call)
         for call in (
-            generation.Tokenize(generation_pb2.TokenizeRequest(text="he"), None),
+            generation.Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT),
             generation.GetInfo(generation_pb2.GenerationServiceGetInfoRequest(), None),
             latents.GetInfo(latent_service_pb2.LatentServiceGetInfoRequest(), None),
         )
@@ -140,7 +142,7 @@ async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
 async def test_served_calls_do_not_wait_for_ever_for_connecting(tokenizer, monkeypatch):
     monkeypatch.setattr(service, "CONNECTED_SECONDS", 0.01)
     with pytest.raises(Unavailable, match="not connected"):
-        await GenerationServicer(over(fakes(), tokenizer)).Tokenize(generation_pb2.TokenizeRequest(text="he"), None)
+        await GenerationServicer(over(fakes(), tokenizer)).Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT)
 
 
 async def test_the_least_context_and_message_size_hold(tokenizer):

@@ -192,3 +192,24 @@ async def test_leaving_sampled_latents_early_frees_the_prior(served):
     call.cancel()
     await eventually(lambda: served.prior.running == 0)
     assert len(served.prior.calls) == 1
+
+
+async def test_tokenizing_shares_the_queue_of_generations(served):
+    await generate(served)
+    pace = served.coordinator._admission._pace
+    served.prior.gate.clear()
+    running = [asyncio.create_task(generate(served)) for _ in range(3)]
+    await eventually(lambda: served.coordinator._admission.waiting == 1)
+    for call in (
+        lambda: served.generation.Tokenize(generation_pb2.TokenizeRequest(text="he")),
+        lambda: served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[5])),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call()
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    for task in running:
+        task.cancel()
+    served.prior.gate.set()
+    await eventually(lambda: served.coordinator._admission.running == 0)
+    assert (await served.generation.Tokenize(generation_pb2.TokenizeRequest(text="he"))).token_ids
+    assert served.coordinator._admission._pace == pace  # it tells nothing of how long generations take

@@ -1,15 +1,16 @@
 import asyncio
 import time
+from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colaserve.v1 import types_pb2
+from colaserve.v1 import generation_pb2, types_pb2
 from colaserve_services.coordinator import Call, Defaults
 from colaserve_services.coordinator.defaults import sampling_seed
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, StepFailed
 from colaserve_services.text import SpecialIds, Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder
 from tests.services.text.small_tokenizers import byte_fallback, metaspace
@@ -308,6 +309,21 @@ async def test_the_prior_runs_ahead_while_the_decoder_works_and_is_cancelled_at_
     assert last.usage.blocks == last.usage.wasted_blocks + 1 < 6
     assert world.heard.of("wasted") == [(last.usage.wasted_blocks,)]
     assert (world.prior.running, world.decoder.running) == (0, 0)
+
+
+@pytest.mark.parametrize("ending", ["left", "failed"])
+async def test_blocks_of_a_text_that_did_not_come_to_its_end_are_not_wasted(world, ending: str):
+    request = generation_pb2.GenerateRequest(prompt="he", max_new_tokens=100, ignore_end=True)
+    if ending == "failed":
+        world.decoder.faults = {0: (4, StepFailed("it cannot be computed"))}
+    with suppress(StepFailed):
+        async with aclosing(world.coordinator.generate(request, Call())) as responses:
+            await anext(responses)
+            await asyncio.sleep(0.05)  # the prior runs ahead meanwhile
+            while ending == "failed":
+                await anext(responses)
+    assert world.heard.of("tokens")
+    assert world.heard.of("wasted") == []
 
 
 async def test_leaving_early_frees_the_stages(world):

@@ -1,0 +1,103 @@
+"""A stream that nobody reads gives its slot to those that wait; one that nobody waits for keeps it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
+from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.edge import Edge
+from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.settings import AdmissionLimits
+from tests.waiting import eventually
+
+SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+LONG = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=200, ignore_end=True)
+SHORT = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=4, ignore_end=True)
+BLOCKS = latent_service_pb2.SampleLatentsRequest(max_blocks=40)
+
+
+def streams(world: Any) -> dict[str, Callable[[], Any]]:
+    generation = InProcessStub(GenerationServicer(world.coordinator))
+    latents = InProcessStub(LatentServicer(world.coordinator))
+    return {"Generate": lambda: generation.Generate(LONG), "SampleLatents": lambda: latents.SampleLatents(BLOCKS)}
+
+
+async def drained(call: Any) -> int:
+    count = 0
+    while await call.read() is not grpc.aio.EOF:
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("method", ["Generate", "SampleLatents"])
+async def test_a_stream_that_nobody_reads_ends_while_others_wait(make_world, method: str):
+    world = await make_world(max_running=1, idle_seconds=0.1)
+    call = streams(world)[method]()
+    await eventually(lambda: world.coordinator._admission.running == 1)
+    answer = await asyncio.wait_for(world.generate(prompt="he", max_new_tokens=4), 10)
+    assert answer[-1].finish_reason
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drained(call)
+    assert caught.value.code() == StatusCode.UNAVAILABLE
+    assert caught.value.details() == "not read for 0.1 s while others waited"
+    assert ("idle",) in world.heard.of("refused")
+    await eventually(lambda: world.prior.running == world.decoder.running == 0)
+
+
+async def test_a_stream_that_nobody_waits_for_keeps_its_slot(make_world):
+    world = await make_world(max_running=1, idle_seconds=0.05)
+    call = streams(world)["Generate"]()
+    await eventually(lambda: world.coordinator._admission.running == 1)
+    await asyncio.sleep(0.3)
+    assert await drained(call) == 51
+    assert world.heard.of("refused") == []
+
+
+async def test_a_stream_that_is_read_now_and_then_goes_on_while_others_wait(make_world):
+    world = await make_world(max_running=1, idle_seconds=0.2)
+    call = InProcessStub(GenerationServicer(world.coordinator)).Generate(LONG)
+    assert await call.read() is not grpc.aio.EOF
+    waiting = asyncio.create_task(world.generate(prompt="he", max_new_tokens=4))
+    for _ in range(8):
+        await asyncio.sleep(0.05)
+        assert await call.read() is not grpc.aio.EOF
+    assert not waiting.done()
+    await drained(call)
+    assert await waiting
+
+
+async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world):
+    world = await make_world(max_running=1, idle_seconds=0.1, max_context=65_536)
+    metrics = Metrics()
+    for fake in (world.encoder, world.prior, world.decoder):
+        fake.max_context = 65_536
+    await world.coordinator._lookout.look()
+    world.coordinator._follow_limits()
+    server = grpc.aio.server(interceptors=[Edge(metrics, Admission(AdmissionLimits()))])
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(world.coordinator), server)
+    latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(world.coordinator), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", SMALL_WINDOW) as channel:
+            request = latent_service_pb2.SampleLatentsRequest(max_blocks=16_000)
+            call = latent_service_pb2_grpc.LatentServiceStub(channel).SampleLatents(request)
+            await eventually(lambda: world.coordinator._admission.running == 1)
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            assert [response async for response in stub.Generate(SHORT, timeout=20)]
+            held = metrics.requests_in_progress.labels("LatentService", "SampleLatents")
+            await eventually(lambda: held._value.get() == 0)
+            with pytest.raises(grpc.aio.AioRpcError, match="not read for") as caught:
+                await drained(call)
+            assert caught.value.code() == StatusCode.UNAVAILABLE
+            seconds = metrics.request_seconds.labels("LatentService", "SampleLatents", "UNAVAILABLE")
+            assert seconds._sum.get() > 0
+    finally:
+        await server.stop(None)
