@@ -30,6 +30,8 @@ from colaserve_services.runtime.prefix_cache import Prefixes
 from colaserve_services.runtime.session import Session
 from colaserve_services.runtime.timings import Timings
 
+_BESIDE_BLOCKS = 64  # rows of prefixes in a pass that answers blocks
+
 
 @dataclass(frozen=True)
 class DecodeJob:
@@ -80,6 +82,8 @@ class DecoderSession(Session[DecodedBlock]):
         self.seen = set(job.history_ids)
         self.sampled = len(job.history_ids)
         self.accepted = len(job.prefix)  # latent positions taken in so far
+        self.prefix: Tensor | None = None  # latents that are to be in the cache before the next block
+        self._taken: list[Tensor] = []  # blocks behind them that are in it
         self.position = 0  # latent positions in the cache
 
     async def decode(self, latents: Tensor) -> DecodedBlock:
@@ -98,27 +102,48 @@ class DecoderSession(Session[DecodedBlock]):
 
     def start(self) -> None:
         self.cache: KVCache | None = KVCache(self._engine.kv_shape, self.capacity)
-        self.prefix = self.job.prefix.to(self._engine.kv_shape.device)
-        self._engine.observer.tokens(len(self.prefix), 0)
         B, prefixes = self._engine.shape.block_size, self._engine.prefixes
-        self._keys = prefixes.keys(block.numpy().tobytes() for block in self.job.prefix.split(B) if len(block))
+        if self.prefix is None:
+            self.prefix = self.job.prefix.to(self._engine.kv_shape.device)
+            self._keys = prefixes.keys(block.numpy().tobytes() for block in self.job.prefix.split(B) if len(block))
+            self._engine.observer.tokens(len(self.prefix), 0)
+        self._remembered = not self._keys
         self.position = B * prefixes.restore(self._keys, self.cache)[0]
+
+    def pausable(self) -> bool:
+        return len(self._taken) > 0 or not self.ready()
+
+    def pause(self) -> None:
+        assert self.prefix is not None, "a session that runs has started"
+        self.prefix, self._taken = torch.cat((self.prefix, *self._taken)), []
+        self.free()
 
     def free(self) -> None:
         self.cache = None
 
     def ready(self) -> bool:
-        return not self.finished and (self.position < len(self.job.prefix) or len(self.pending) > 0)
+        return not self.finished and (not self.prefix_complete or len(self.pending) > 0)
+
+    @property
+    def prefix_complete(self) -> bool:
+        """Whether all that comes before the next block is in the cache."""
+        return self.prefix is not None and self.position >= len(self.prefix)
+
+    def remaining(self) -> int:
+        return 0 if self.prefix is None else len(self.prefix) - self.position
 
     def remaining_prefix(self) -> Tensor:
+        assert self.prefix is not None, "a session with a turn has started"
         return self.prefix[self.position :]
 
-    def advance(self, rows: int) -> None:
-        """`rows` more positions are in the cache; keep a copy once the prefix is complete."""
-        self.position += rows
-        if self._keys and self.position >= len(self.prefix) and self.cache is not None:
+    def advance(self, turn: "_Turn") -> None:
+        """What a turn sent is in the cache; keep a copy once the prefix is complete."""
+        self.position += turn.rows
+        if turn.block is not None:
+            self._taken.append(turn.block)
+        if not self._remembered and self.prefix_complete and self.cache is not None:
             self._engine.prefixes.remember(self._keys, self.cache)
-            self._keys = []
+            self._remembered = True
 
     def take_targets(self, count: int) -> Sequence[int]:
         """Target ids of the block about to be answered."""
@@ -191,7 +216,7 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
         return [_Answer(*each) for each in zip(logits, *waited_for, strict=True)]
 
     def _take(self, turn: _Turn, result: _Answer | None) -> None:
-        turn.session.advance(turn.rows)
+        turn.session.advance(turn)
         if result is not None:
             self._answer(turn.session, result)
 
@@ -203,10 +228,12 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
         return (model(latents, torch.arange(rows, device=model.device), attend),)
 
     def _turns(self, ready: list[DecoderSession]) -> list[_Turn]:
-        room, turns = self.limits.prefill_chunk, []
+        turns, room = [], self.limits.prefill_chunk
+        if any(session.prefix_complete for session in ready):  # their blocks are waited for
+            room = min(room, -(-_BESIDE_BLOCKS // self.shape.block_size) * self.shape.block_size)
         for session in ready:
             prefix = session.remaining_prefix()[: max(0, room)]
-            complete = session.position + len(prefix) >= len(session.prefix)
+            complete = len(prefix) == len(session.remaining_prefix())
             room -= len(prefix)
             block = session.pending[0][0] if complete and session.pending else None
             if len(prefix) or block is not None:

@@ -75,6 +75,9 @@ class EncoderSession(Session[Encoded]):
     def ready(self) -> bool:
         return not self.finished
 
+    def remaining(self) -> int:
+        return self.rows - self.position
+
     def take(self, mean: Tensor, logvar: Tensor | None) -> None:
         """The posterior of the next rows."""
         check_finite("the posterior", mean, logvar)
@@ -158,11 +161,10 @@ class EncoderEngine(Engine[EncoderSession, _Turn]):
         """Whole sequences that fit one chunk together, or the next chunk of a long one."""
         room, turns = self.limits.prefill_chunk, []
         for session in ready:
-            rows = min(session.rows - session.position, self.limits.prefill_chunk)
-            if rows > room:
-                break
-            turns.append(_Turn(session, rows))
-            room -= rows
+            rows = min(session.remaining(), self.limits.prefill_chunk)
+            if rows <= room:
+                turns.append(_Turn(session, rows))
+                room -= rows
         return turns
 
     def _compute(self, turns: list[_Turn]) -> list[tuple[Tensor, Tensor | None]]:

@@ -30,6 +30,7 @@ from colaserve_services.runtime.timings import Timings
 # Rows of contexts in a pass that cost next to nothing. CUDA: by arithmetic alone, not run on a GPU; reading the weights
 # takes an H100 as long as computing about 300 rows.
 _LEAST_ROWS = {"cpu": 32, "cuda": 128}
+_ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
 _ATTENTION_COST = 2.5  # of an operation of attention, in those of a product, which run at more of the peak
 _COMPILED_COST = 1.3  # likewise, where attention is compiled
@@ -59,18 +60,32 @@ class PriorSession(Session[SampledBlock]):
             on_read=engine.wake,
         )
         self.cache: KVCache | None = None
+        self._begun = self._wrote = False  # whether it has ever started; whether it wrote a block since it did last
         self._since = self.arrived  # when work on the current block became possible
 
     def start(self) -> None:
-        engine = self._engine
-        canvas = Canvas.of(self.job, engine.shape.block_size)
-        self.cache = engine.kv_pool.take(engine.shape.block_size * len(canvas.context), self._positions)
-        self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
-        engine.table.prepare(schedule(self.job.sampler.steps))  # ends with the time of commits, 0
-        engine.observer.tokens(canvas.context.shape[0] * engine.shape.block_size, 0)
-        self._keys = engine.prefixes.keys(block.numpy().tobytes() for block in canvas.context)
+        engine, B = self._engine, self._engine.shape.block_size
+        if not self._begun:
+            canvas = Canvas.of(self.job, B)
+            self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
+            self._keys = engine.prefixes.keys(block.numpy().tobytes() for block in canvas.context)
+            engine.table.prepare(schedule(self.job.sampler.steps))  # ends with the time of commits, 0
+            engine.observer.tokens(canvas.context.shape[0] * B, 0)
+            self._begun = True
+        self._wrote, self._remembered = False, not self._keys
+        self.cache = engine.kv_pool.take(B * len(self.run.uncommitted), self._positions)
         self.run.commit(engine.prefixes.restore(self._keys, self.cache)[0])
         self.deliver()
+
+    def remaining(self) -> int:
+        return len(self.run.uncommitted)
+
+    def pausable(self) -> bool:
+        return self._wrote or not self.ready()
+
+    def pause(self) -> None:
+        self.free()
+        self.run.rewind()
 
     def grow(self, count: int) -> None:
         """Make room for so many more blocks."""
@@ -95,9 +110,9 @@ class PriorSession(Session[SampledBlock]):
 
     def remember_context(self) -> None:
         """Once the context is in the cache, keep a copy of it for the next run that begins with the same blocks."""
-        if self._keys and self.run.committed >= len(self._keys) and self.cache is not None:
+        if not self._remembered and self.run.committed >= len(self._keys) and self.cache is not None:
             self._engine.prefixes.remember(self._keys, self.cache)
-            self._keys = []
+            self._remembered = True
 
     def deliver(self) -> None:
         """Hand over completed blocks; given ones follow each other without a pass."""
@@ -110,7 +125,7 @@ class PriorSession(Session[SampledBlock]):
             self._engine.observer.block(now - self._since, first=run.block == 1)
             self._engine.observer.tokens(0, len(latents))
             self.outbox.put(SampledBlock(index, latents, self.timings(self._since)))
-            self._since = now
+            self._since, self._wrote = now, True
         if run.done:
             self.finished = True
             self.outbox.close()
@@ -226,7 +241,7 @@ class PriorEngine(Engine[PriorSession, _Turn]):
         return (model(z, t, torch.arange(B, device=model.device), attend),)
 
     def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
-        """Every sampling session; contexts share what room a pass has for them, first come, first served.
+        """Every sampling session; contexts share what room a pass has for them, in the order of `ready`.
 
         While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
         time. The unit is a block of rows over no keys; each context gets a block at least while there is room.
@@ -234,12 +249,13 @@ class PriorEngine(Engine[PriorSession, _Turn]):
         sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
         least = _LEAST_ROWS[self.model.device.type] / B
         room = max(_CONTEXT_SHARE * 2 * sampling, least) if sampling else self.limits.prefill_chunk / B
+        fewest = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B)
         turns = []
         for session in ready:
             count = len(session.run.uncommitted)
             if count > 1:
-                cost = 1 + session.run.committed * self._key_cost if sampling else 1
-                count = min(count, max(1, int(room / cost))) if room > 0 else 0
+                cost = 1 + session.run.committed * self._key_cost
+                count = min(count, max(fewest, int(room / cost))) if room > 0 else 0
                 room -= count * cost
             if count or not session.run.uncommitted:
                 with self._alone(session):  # it may need more memory

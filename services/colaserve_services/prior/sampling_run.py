@@ -142,6 +142,7 @@ class SamplingRun:
         self._given_blocks = canvas.known.all(dim=1).tolist()
         self.uncommitted: list[Tensor] = list(canvas.context.to(device))
         self.committed = 0  # blocks in the KV cache
+        self._kept: list[Tensor] = []  # their latents
         self.block = -1  # row of `values` that is being written
         self.finished: Tensor | None = None  # latents of the block just completed, (B, d), until taken
         self.point: Evaluation | None = None
@@ -180,8 +181,14 @@ class SamplingRun:
 
     def commit(self, count: int) -> None:
         """The first `count` uncommitted blocks are in the cache now."""
+        self._kept += self.uncommitted[:count]
         del self.uncommitted[:count]
         self.committed += count
+
+    def rewind(self) -> None:
+        """Nothing is in the cache any more: all blocks are to be committed again."""
+        self.uncommitted[:0] = self._kept
+        self._kept, self.committed = [], 0
 
     def advance(self, conditional: Tensor, unconditional: Tensor | None) -> None:
         """Take the velocities, (B, d), at the current point and move on to the next."""

@@ -26,18 +26,22 @@ class Worker(Protocol):
 
 
 class DeviceThread:
-    """Takes turns among workers: each gets one step, in the order of registration, then the next round begins.
+    """Shares its time among workers: a step for the one that had least of it, of equals for the one registered first.
 
     Several threads that each compute with torch on a CPU fight through their OpenMP teams, so whatever roles live in a
     process, one thread computes for all of them. A team once made counts against the cores until its thread ends, also
     while it does nothing (docs/decisions.md, "One OpenMP team"): other threads compute nothing, or end.
 
-    Register encoder and decoder before the prior: their steps are short. The watchdog ends the process when the thread
-    dies or hangs in a step.
+    So long prefills of one stage leave the others their part, and the short steps of encoder and decoder come before
+    the prior's next one. Time in which a worker has nothing to do is not owed to it later.
+
+    The watchdog ends the process when the thread dies or hangs in a step.
     """
 
     def __init__(self, name: str = "device", watchdog: Watchdog | None = None):
         self._workers: list[Worker] = []
+        self._had: dict[Worker, float] = {}  # seconds of the device
+        self._least = 0.0  # that a worker counts as having had: what the one served last had before
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -46,6 +50,7 @@ class DeviceThread:
     def register(self, worker: Worker) -> None:
         """Add a worker; before `start`."""
         self._workers.append(worker)
+        self._had[worker] = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -72,22 +77,29 @@ class DeviceThread:
         try:
             while not self._stopping:
                 self._wake.clear()
-                if not self._round():
+                if not self._one_step():
                     self._wake.wait(self._patience())
         except BaseException:  # the watchdog sees that the thread is gone
             log.exception("the device thread dies")
 
-    def _round(self) -> bool:
-        worked = False
-        for worker in self._workers:
-            with self._watchdog.step():
-                try:
-                    worked |= worker.step()
-                except Exception as error:
-                    log.exception("a step failed; its sessions end")
-                    worker.fail(error)
-                    worked = True
-        return worked
+    def _one_step(self) -> bool:
+        """One step of one worker; False if none had work."""
+        for worker in sorted(self._workers, key=self._had.__getitem__):
+            began = time.monotonic()
+            if self._works(worker):
+                self._least = max(self._least, self._had[worker])
+                self._had[worker] = self._least + time.monotonic() - began
+                return True
+        return False
+
+    def _works(self, worker: Worker) -> bool:
+        with self._watchdog.step():
+            try:
+                return worker.step()
+            except Exception as error:
+                log.exception("a step failed; its sessions end")
+                worker.fail(error)
+                return True
 
     def _patience(self) -> float | None:
         due = [deadline for worker in self._workers if (deadline := worker.next_deadline()) is not None]

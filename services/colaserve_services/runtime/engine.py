@@ -1,5 +1,6 @@
 """Admission, steps and the isolation of failures, common to the three engines."""
 
+import itertools
 import logging
 import math
 import threading
@@ -36,6 +37,9 @@ T = TypeVar("T", bound=Turn)
 _log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # weight of a new step in the running estimate of the work rate
+_PASSES = 16  # sessions that may start before an earlier one for which KV is lacking
+_HOLDS_AT_LEAST = 1.0  # seconds that a session keeps its KV though others wait for it
+_MUCH_MORE = 4  # times the KV of one that waits: it is paused for that one
 _NO_MEMORY = "the device has no memory left for this session"
 
 
@@ -59,6 +63,7 @@ class Engine(Generic[S, T]):
         self._kv_used = 0
         self._work_queued = 0.0
         self._look_again: float | None = None  # when (time.monotonic) an engine at fault tries its warm-up row again
+        self._passes = 0
         self._work_rate = 0.0  # work units a second, running estimate
         device.register(self)
 
@@ -127,13 +132,16 @@ class Engine(Generic[S, T]):
         if self._look_again is not None and not self._works_again():
             return False
         self._start_waiting()
-        while self._waiting and self._give_up_idle():
+        while self._waiting and (self._give_up_idle() or self._pause_large()):
             self._start_waiting()
         ready = self._ready()
         if not ready:
             return False
         started = time.monotonic()
-        turns = self._turns(ready)
+        turns = self._turns(sorted(ready, key=lambda session: (session.served, session.remaining())))
+        self._passes += 1
+        for turn in turns:
+            turn.session.served = self._passes
         self._run(turns)
         rows, seconds = sum(turn.rows for turn in turns), time.monotonic() - started
         self._record_rate(rows, seconds)
@@ -142,7 +150,11 @@ class Engine(Generic[S, T]):
         return True
 
     def _turns(self, ready: list[S]) -> list[T]:
-        """What one pass does for (a fair part of) the ready sessions."""
+        """What one pass does for the ready sessions; a long context takes several.
+
+        `ready` begins with those that were served longest ago, of newcomers those with the shortest contexts: when a
+        pass takes in as much as it can in this order, no context waits for the whole of another.
+        """
         raise NotImplementedError
 
     def _compute(self, turns: list[T]) -> Sequence[Any]:
@@ -248,6 +260,8 @@ class Engine(Generic[S, T]):
             due = [s.deadline for s in (*self._waiting, *self._running) if s.deadline is not None]
             if self._waiting:
                 due += [s.idle_since + self.limits.idle_seconds for s in self._running if s.idle_since < math.inf]
+                now = time.monotonic()
+                due += [at for s in self._running if (at := s.holds_since + _HOLDS_AT_LEAST) > now]
         if self._look_again is not None:
             due.append(self._look_again)
         return min(due, default=None)
@@ -317,7 +331,8 @@ class Engine(Generic[S, T]):
 
     def _start_waiting(self) -> None:
         while (session := self._next_to_start()) is not None:
-            session.started = time.monotonic()
+            session.holds_since = time.monotonic()
+            session.started = session.started or session.holds_since
             with self._alone(session):
                 session.start()
             if session.finished:
@@ -337,17 +352,54 @@ class Engine(Generic[S, T]):
             torch.cuda.empty_cache()
 
     def _next_to_start(self) -> S | None:
-        """First come, first served: a large session at the head waits for room rather than being overtaken for ever."""
+        """First come, first served; but smaller ones pass a session that does not fit yet, at most 16 times."""
         with self._lock:
-            if not self._waiting or len(self._running) >= self.limits.max_running:
+            if len(self._running) >= self.limits.max_running:
                 return None
-            session = self._waiting[0]
-            if self._kv_used + session.kv_bytes > self.limits.kv_bytes:
+            session = next(self._first_to_fit(self.limits.kv_bytes - self._kv_used), None)
+            if session is None:
                 return None
-            self._waiting.popleft()
+            for earlier in itertools.takewhile(lambda other: other is not session, self._waiting):
+                earlier.passed += 1
+            session.passed = 0
+            self._waiting.remove(session)
             self._running.append(session)
             self._kv_used += session.kv_bytes
             return session
+
+    def _first_to_fit(self, kv_bytes: int) -> Iterator[S]:
+        """Those that wait and need no more KV, in order, up to one that may not be passed any more."""
+        for session in self._waiting:
+            if session.kv_bytes <= kv_bytes:
+                yield session
+            elif session.passed >= _PASSES:
+                return
+
+    def _pause_large(self) -> bool:
+        """Take the KV of a session that holds more than half of all, or much more than one that waits for KV needs.
+
+        Its stream only pauses: it waits behind the others, and is written again from its latents.
+        """
+        now, limits = time.monotonic(), self.limits
+        with self._lock:
+            if len(self._running) >= limits.max_running:
+                return False
+            for session in sorted(self._running, key=lambda each: each.kv_bytes, reverse=True):
+                if now < session.holds_since + _HOLDS_AT_LEAST or not session.pausable():
+                    continue
+                half = session.kv_bytes > limits.kv_bytes / 2
+                most = session.kv_bytes - 1 if half else session.kv_bytes // _MUCH_MORE
+                free = limits.kv_bytes - self._kv_used + session.kv_bytes
+                if next(self._first_to_fit(min(free, most)), None) is not None:
+                    self._running.remove(session)
+                    self._kv_used -= session.kv_bytes
+                    self._waiting.append(session)
+                    break
+            else:
+                return False
+        session.idle_since = math.inf
+        session.pause()
+        return True
 
     def _report(self) -> None:
         load = self.load()

@@ -64,6 +64,9 @@ class Session(Generic[T]):
         self.outbox: Outbox[T] = Outbox(on_read)
         self.arrived = time.monotonic()
         self.started: float | None = None
+        self.holds_since = 0.0  # when its KV was reserved last
+        self.served = 0  # number of the last pass that took part of its context or prefix in; 0: none yet
+        self.passed = 0  # sessions that came later and started before it, since KV for it was lacking
         self.cancelled = False
         self.finished = False
         self.idle_since = math.inf  # when a pass could last have brought it on (time.monotonic); inf: it can
@@ -78,7 +81,14 @@ class Session(Generic[T]):
         self.cancelled = True
 
     def start(self) -> None:
-        """Take memory; called once, when the session is admitted to the running set."""
+        """Take memory; called when the session is admitted to the running set, at first and after each `pause`."""
+
+    def pausable(self) -> bool:
+        """Whether it has come far enough since `start` that `pause` costs little of what it did."""
+        return False
+
+    def pause(self) -> None:
+        """Give memory back, and keep what is needed to write it again. The session then waits."""
 
     def free(self) -> None:
         """Give memory back; called once, also for a session that never started."""
@@ -86,6 +96,10 @@ class Session(Generic[T]):
     def ready(self) -> bool:
         """Whether a forward pass would bring this session on."""
         return True
+
+    def remaining(self) -> int:
+        """How much of its context is still to be computed, in the engine's own unit."""
+        return 0
 
     def went_on(self) -> None:
         """It had nothing to compute, and has again."""

@@ -3,15 +3,20 @@
 import asyncio
 import math
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import pytest
+import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
+from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import PriorSession
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.runtime.observer import EngineObserver
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.runs import freed, job, noise, sample
@@ -136,3 +141,117 @@ async def test_time_in_which_a_reader_is_away_is_not_counted_as_computing(tiny: 
             await anext(blocks)
             late = await anext(blocks)
         assert late.timings.compute_us < 900_000
+
+
+class Counts(EngineObserver):
+    """Rows of each pass."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        self.rows.append(rows)
+
+
+async def test_a_run_that_holds_most_of_the_kv_is_paused_for_others_and_ends_undisturbed(tiny: Golden) -> None:
+    long, short = job(1, context=40, blocks=60, steps=8), job(2, context=8, blocks=2)
+    with engines(tiny.directory) as stages:
+        alone, of_short = await sample(stages, long), await sample(stages, short)
+        need = stages.prior.kv_bytes(40 + 4 * 60)
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=need + need // 50)) as stages:
+        async with stages.prior.session(long) as session:
+            blocks = aiter(session)
+            got = [await anext(blocks)]
+            for _ in range(2):
+                other = await asyncio.wait_for(sample(stages, short), 20)
+                assert [(a.latents - b.latents).abs().max() < 1e-4 for a, b in zip(other, of_short, strict=True)] == [
+                    True
+                ] * 2
+                assert not session.finished
+            got += [block async for block in blocks]
+        assert [block.index for block in got] == list(range(60))
+        for ours, theirs in zip(got, alone, strict=True):
+            torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-4, atol=1e-4)
+        await freed(stages)
+
+
+async def test_a_decode_stream_that_holds_most_of_the_kv_is_paused_too(tiny: Golden) -> None:
+    sampling = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3)
+    latents, wanted = noise(40), DecodeJob(noise(16), sampling=sampling, max_latents=256)
+
+    async def decode(stages: Engines, interruption: Callable[[], Awaitable[None]]) -> list[int]:
+        ids: list[int] = []
+        async with stages.decoder.session(wanted) as session:
+            for start in range(0, 40, 4):
+                ids += (await session.decode(latents[start : start + 4])).token_ids
+                if start in (8, 24):
+                    await interruption()
+        return ids
+
+    async def nothing() -> None: ...
+
+    with engines(tiny.directory) as stages:
+        alone = await decode(stages, nothing)
+        need = stages.decoder.kv_shape.nbytes(256)
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=need)) as stages:
+
+        async def other() -> None:
+            async with stages.decoder.session(DecodeJob(noise(4), max_latents=16)) as session:
+                await asyncio.wait_for(session.decode(noise(4)), 20)
+
+        assert await decode(stages, other) == alone
+        await freed(stages)
+
+
+async def test_small_runs_pass_a_large_one_that_does_not_fit_and_only_so_often(tiny: Golden) -> None:
+    with engines(tiny.directory) as probe:
+        small, large = probe.prior.kv_bytes(4 + 4), probe.prior.kv_bytes(8 + 4 * 60)
+    limits = EngineLimits(max_context=512, kv_bytes=large + small, max_running=4)
+    order: list[str] = []
+
+    async def run(name: str, wanted: SampleJob) -> None:
+        async with stages.prior.session(wanted) as session:
+            await anext(aiter(session))
+            order.append(name)
+
+    with engines(tiny.directory, limits) as stages:
+        async with stages.prior.session(job(0, context=4, blocks=3)) as unread, asyncio.TaskGroup() as group:
+            await eventually(lambda: unread.outbox.unread == 2)  # it keeps what the large one lacks
+            group.create_task(run("large", job(1, context=8, blocks=60)))
+            await eventually(lambda: stages.prior.load().waiting == 1)
+            tasks = [group.create_task(run("small", job(n, context=4, blocks=1))) for n in range(20)]
+            await asyncio.wait(tasks[:16], return_when=asyncio.FIRST_EXCEPTION, timeout=20)
+            await eventually(lambda: len(order) == 16)
+            assert order == ["small"] * 16
+            async for _ in unread:
+                pass
+        assert order[16] == "large"
+        await freed(stages)
+
+
+@pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
+async def test_a_short_context_does_not_wait_for_long_ones(tiny: Golden, stage: str) -> None:
+    """However long eight others are, it is taken in with the second pass after its arrival."""
+    long, short = noise(400, 1), noise(8, 2)
+    limits = EngineLimits(max_context=512, prefill_chunk=32, prefix_cache_bytes=0)
+
+    async def ask(latents: torch.Tensor) -> None:
+        if stage == "encoder":
+            await stages.encoder.encode([[3] * len(latents)])
+        elif stage == "prior":
+            await sample(stages, SampleJob(latents, 1, sampler=SamplerSettings(steps=4), base_seed=1))
+        else:
+            async with stages.decoder.session(DecodeJob(latents)) as session:
+                await session.decode(latents[:4])
+
+    with engines(tiny.directory, limits, observer=Counts) as stages:
+        passes = getattr(stages, stage).observer.rows
+        others = [asyncio.ensure_future(ask(long)) for _ in range(8)]
+        await eventually(lambda: len(passes) >= 2)
+        before = len(passes)
+        await ask(short)
+        steps = 4 if stage == "prior" else 1
+        assert len(passes) <= before + 2 + steps
+        assert not any(other.done() for other in others)
+        await asyncio.gather(*others)
+        await freed(stages)
