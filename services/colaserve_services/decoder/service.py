@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +18,9 @@ from colaserve_services.rpc import about, tensors
 class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
     """Serves one engine."""
 
-    def __init__(self, engine: DecoderEngine, identity: about.Identity):
-        self._engine, self._identity = engine, identity
+    def __init__(self, engine: DecoderEngine, identity: about.Identity, defaults: SamplingSettings | None = None):
+        """`defaults` stand for what a request leaves unset; None: those of the contract's brackets."""
+        self._engine, self._identity, self._defaults = engine, identity, defaults or SamplingSettings()
 
     async def Decode(
         self, requests: AsyncIterator[decoder_pb2.DecodeRequest], context: Any
@@ -43,7 +45,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             prefix=tensors.latents_from_message(
                 message.prefix, "open.prefix", self._engine.shape.latent_dim, self._identity.space
             ),
-            sampling=sampling_settings(message.sampling),
+            sampling=sampling_settings(message.sampling, self._defaults),
             history_ids=message.history_ids,
             with_logits=message.with_logits,
             top_logprobs=message.top_logprobs,
@@ -72,7 +74,7 @@ def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
     )
 
 
-def sampling_settings(message: types_pb2.Sampling) -> SamplingSettings:
-    """The settings of a request, unset fields by the contract's brackets; InvalidRequest names the field."""
+def sampling_settings(message: types_pb2.Sampling, defaults: SamplingSettings) -> SamplingSettings:
+    """The settings of a request, unset fields by the defaults; InvalidRequest names the field."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    return SamplingSettings(**about.set_fields(message, names))
+    return replace(defaults, **about.set_fields(message, names))

@@ -23,8 +23,8 @@ HEAD = """# Configuration
 Every option of `colaserve up` and of the roles is also an environment variable. The command line wins over the
 variable, the variable over the default. `colaserve <role> --help` shows the same.
 
-What a request leaves unset is the coordinator's option, else the checkpoint's `generation_config.json`, else the
-value in brackets.
+What a request leaves unset is the coordinator's option, else (at a stage that is called directly too) the checkpoint's
+`generation_config.json`, else the value in brackets.
 
 ## Which role takes what
 

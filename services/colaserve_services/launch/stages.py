@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
 from colaserve_services.decoder.service import DecoderService
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.encoder.service import EncoderService
-from colaserve_services.errors import CheckpointError, StepFailed, Unavailable, UsageError
+from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
 from colaserve_services.launch.settings import ModelSettings
@@ -26,6 +26,7 @@ from colaserve_services.model import cpu_attention
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.prior.service import PriorService
@@ -37,6 +38,8 @@ from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.text import Tokenizer
 
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
+
+_Settings = TypeVar("_Settings", SamplerSettings, SamplingSettings)
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ def load_stages(
             engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
         identity = Identity(checkpoint.space, weights, str(device), kind, max_message_bytes)
-        services[stage] = _SERVICES[stage](engines[stage], identity)
+        services[stage] = _service(stage, engines[stage], identity, checkpoint)
     thread.start()
     return RunningStages(engines, services, thread)
 
@@ -154,6 +157,23 @@ def _engine(
     return kind(model, shape, thread, limits, observer)
 
 
+def _service(stage: str, engine: Any, identity: Identity, checkpoint: Checkpoint) -> Any:
+    if stage == "encoder":
+        return EncoderService(engine, identity)
+    if stage == "prior":
+        return PriorService(engine, identity, _defaults(SamplerSettings, checkpoint))
+    return DecoderService(engine, identity, _defaults(SamplingSettings, checkpoint))
+
+
+def _defaults(kind: type[_Settings], checkpoint: Checkpoint) -> _Settings:
+    """What unset fields of a request mean: the checkpoint's own defaults before those of the contract."""
+    own = {spec.name: getattr(checkpoint.defaults, spec.name, None) for spec in fields(kind)}
+    try:
+        return kind(**{name: value for name, value in own.items() if value is not None})
+    except InvalidRequest as error:
+        raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from error
+
+
 async def _warm_encoder(engine: EncoderEngine) -> None:
     await engine.encode([[0]])
 
@@ -174,7 +194,6 @@ async def _warm_decoder(engine: DecoderEngine) -> None:
         await session.decode(torch.zeros(B, d))
 
 
-_SERVICES: dict[str, Callable[..., Any]] = {"encoder": EncoderService, "prior": PriorService, "decoder": DecoderService}
 _WARM_UPS: dict[str, Callable[[Any], Any]] = {
     "encoder": _warm_encoder,
     "prior": _warm_prior,

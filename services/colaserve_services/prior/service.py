@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,6 @@ from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.rpc import about, tensors
 
 SOLVERS: dict[int, SolverName] = {
-    types_pb2.SOLVER_UNSPECIFIED: "euler",
     types_pb2.SOLVER_EULER: "euler",
     types_pb2.SOLVER_AB2: "ab2",
     types_pb2.SOLVER_HEUN: "heun",
@@ -25,8 +25,9 @@ SOLVERS: dict[int, SolverName] = {
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
     """Serves one engine."""
 
-    def __init__(self, engine: PriorEngine, identity: about.Identity):
-        self._engine, self._identity = engine, identity
+    def __init__(self, engine: PriorEngine, identity: about.Identity, defaults: SamplerSettings | None = None):
+        """`defaults` stand for what a request leaves unset; None: those of the contract's brackets."""
+        self._engine, self._identity, self._defaults = engine, identity, defaults or SamplerSettings()
 
     async def Sample(self, request: prior_pb2.SampleRequest, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
         """Write the blocks of a canvas; leaving the session, however that happens, frees its KV."""
@@ -59,7 +60,7 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             open=[(span.start, span.end) for span in canvas.open],
             max_blocks=request.max_blocks,
             first_block=request.first_block,
-            sampler=sampler_settings(request.sampler),
+            sampler=sampler_settings(request.sampler, self._defaults),
             base_seed=request.seed.base_seed if seeded else None,
             sample_id=request.seed.sample_id,
             noise=self._noise(request),
@@ -72,11 +73,11 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
         return tensors.from_message(request.noise, "noise", (request.max_blocks, shape.block_size, shape.latent_dim))
 
 
-def sampler_settings(message: types_pb2.Sampler) -> SamplerSettings:
-    """The settings of a request, unset fields by the contract's brackets; InvalidRequest names the field."""
-    solver = SOLVERS.get(message.solver)
+def sampler_settings(message: types_pb2.Sampler, defaults: SamplerSettings) -> SamplerSettings:
+    """The settings of a request, unset fields by the defaults; InvalidRequest names the field."""
+    solver = SOLVERS.get(message.solver) if message.solver else defaults.solver
     if solver is None:
         known = ", ".join(types_pb2.Solver.Name(value) for value in SOLVERS)
         raise InvalidRequest("sampler.solver", f"got {message.solver}, expected one of {known}")
     names = ("steps", "guidance_scale", "guidance_start", "guidance_end", "resamples")
-    return SamplerSettings(solver=solver, **about.set_fields(message, names))
+    return replace(defaults, solver=solver, **about.set_fields(message, names))
