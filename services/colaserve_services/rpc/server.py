@@ -143,6 +143,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         network.UNCOMPRESSED,
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        ("grpc.server_handshake_timeout_ms", round(settings.first_message_seconds * 1000)),  # by default two minutes
         ("grpc.http2.min_ping_interval_without_data_ms", 500),  # a client may probe each second,
         ("grpc.http2.max_ping_strikes", 20),  # not flood: so many pings that come sooner end its connection
     ]

@@ -47,7 +47,7 @@ class ServerSettings:
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     max_message_bytes: int = 64 * MIB  # of one message, either way
     max_concurrent_streams: int = 1000  # of one connection
-    first_message_seconds: float = 30.0  # that the first message of a call may take to come
+    first_message_seconds: float = 30.0  # that a connection's handshake, or a call's first message, may take to come
     max_connection_age: float = 300.0  # seconds, then clients connect anew and find new replicas; 0: for ever
     keepalive_seconds: float = 30.0  # a silent connection is pinged this often and dropped if no answer comes
     drain_seconds: float = 2.0  # between NOT_SERVING and refusing calls, so that balancers see it

@@ -14,7 +14,7 @@ from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.request_bounds import KIB, MIB, MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import AdmissionLimits, ServerSettings
 from tests.services.rpc.conftest import ONE, running
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 ENCODE = "/colaserve.v1.EncoderService/Encode"
 CONTEXT = 8192 * 16 * 4  # bytes of latents
@@ -140,6 +140,21 @@ async def test_a_first_message_that_does_not_come_is_not_waited_for():
         error = await refused(opened(it.channel))
         assert isinstance(error, DeadlineExceeded)
         assert "no message of Encode came within 0.1 s" in str(error)
+        assert await it.stub.Encode(ONE)
+
+
+async def test_a_connection_that_says_nothing_is_not_waited_for():
+    async with running(ServerSettings(first_message_seconds=0.2)) as it:
+        reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
+        await asyncio.wait_for(reader.read(), PATIENCE)  # returns at the connection's end
+        writer.close()
+
+
+async def test_metadata_beyond_16_kib_are_refused_and_the_server_lives_on():
+    async with running() as it:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.Encode(ONE, metadata=(("long", "x" * 20_000),))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await it.stub.Encode(ONE)
 
 
