@@ -88,7 +88,7 @@ def test_the_vae_is_fine_tuned_alone(base, tmp_path):
         (["prior", "--out", "x", "--init", "none"], "none"),
         (["prior", "--out", "x", "--init", "none", "--steps", "0"], "steps: got 0, expected at least 1"),
         (["tokenizer", "--out", "x", "--vocab-size", "10"], "vocab_size: got 10, expected at least 259"),
-        (["tokenizer", "--out", "x", "--data", "none.txt"], "none.txt: cannot be read"),
+        (["tokenizer", "--out", "x", "--data", "none.txt"], "none.txt: No such file"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(arguments, line, tmp_path, monkeypatch):
