@@ -274,8 +274,8 @@ def test_streams_that_are_closed_or_full_are_one_line(server: FakeServer, tmp_pa
 def test_a_character_that_the_outputs_encoding_lacks_is_an_escape(server: FakeServer) -> None:
     for encoding in ("latin-1", "ascii"):
         env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-        code, out, _ = redirected("", "reconstruct", "日", "--json", "--target", server.target, env=env)
-        assert (code, json.loads(out)[0]["original"]) == (0, "日")
+        code, out, _ = redirected("", "reconstruct", "é😀", "--json", "--target", server.target, env=env)
+        assert (code, json.loads(out)[0]["original"]) == (0, "é😀")
         code, out, err = redirected("", "generate", "日", "--echo", "--target", server.target, env=env)
         assert (code, out, err) == (0, "\\u65e5" + STORY.decode() + "\n", "")
 
