@@ -117,6 +117,7 @@ def text_encodings(message: latent_service_pb2.EncodeTextResponse) -> list[resul
             Latents.from_proto(each.latents),
             array_from_tensor(each.log_variance, "log_variance") if each.HasField("log_variance") else None,
             tuple(each.token_ids),
+            tuple(each.tokens),
         )
         for each in message.encodings
     ]
@@ -148,7 +149,11 @@ def interpolation(message: latent_service_pb2.InterpolateResponse) -> list[resul
     """The points of a walk, in order."""
     return [
         results.InterpolationPoint(
-            shortest(point.weight), Latents.from_proto(point.latents), point.text, tuple(point.token_ids)
+            weight=shortest(point.weight),
+            latents=Latents.from_proto(point.latents),
+            text=point.text,
+            token_ids=tuple(point.token_ids),
+            tokens=tuple(point.tokens),
         )
         for point in message.points
     ]
@@ -160,6 +165,7 @@ def infill(message: latent_service_pb2.InfillResponse) -> results.InfillResult:
         text=message.text,
         segments=tuple(message.segments),
         token_ids=tuple(message.token_ids),
+        tokens=tuple(message.tokens),
         finish_reasons=tuple(_FINISH_REASONS[reason] for reason in message.finish_reasons),
         usage=usage(message.usage),
         seed=noise_seed(message.seed),
@@ -173,6 +179,7 @@ def reconstructions(message: latent_service_pb2.ReconstructResponse) -> list[res
         results.Reconstruction(
             text=each.text,
             token_ids=tuple(each.token_ids),
+            tokens=tuple(each.tokens),
             original_ids=tuple(each.original_ids),
             token_accuracy=shortest(each.token_accuracy),
             bits_per_token=shortest(each.bits_per_token),

@@ -185,11 +185,13 @@ class TextEncoding:
         latents: the mean of the posterior, normalised.
         log_variance: same shape as the latents, when asked for.
         token_ids: the tokens of the text.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
     """
 
     latents: Latents
     log_variance: FloatArray | None = field(compare=False)
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -239,12 +241,14 @@ class InterpolationPoint(_Text):
         latents: the point itself.
         text: what it decodes to.
         token_ids: the tokens of the text.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
     """
 
     weight: float
     latents: Latents
     text: str
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,7 @@ class InfillResult(_Text):
         text: all segments joined.
         segments: one for each segment of the request; kept ones as given.
         token_ids: of all segments.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
         finish_reasons: one for each hole; "stop": an end or pad token ended its text, "length": it is full.
         usage: what it used; completion_tokens counts those of the holes.
         seed: repeats this run.
@@ -264,6 +269,7 @@ class InfillResult(_Text):
     text: str
     segments: tuple[str, ...]
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
     finish_reasons: tuple[FinishReason, ...]
     usage: Usage
     seed: NoiseSeed
@@ -277,6 +283,7 @@ class Reconstruction(_Text):
     Attributes:
         text: what came back.
         token_ids: its tokens.
+        tokens: the text of each of them; a part of a character reads as U+FFFD.
         original_ids: as many as token_ids.
         token_accuracy: share of positions where both agree, 0 to 1.
         bits_per_token: -log2 of the decoder's probability of the original ids, mean.
@@ -284,6 +291,7 @@ class Reconstruction(_Text):
 
     text: str
     token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
     original_ids: tuple[int, ...]
     token_accuracy: float
     bits_per_token: float

@@ -148,6 +148,7 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
             latent_service_pb2.TextEncoding(
                 latents=latents_of(each),
                 token_ids=each,
+                tokens=texts_of(each),
                 log_variance=latents_of(each).values if request.with_variance else None,
             )
             for each in ids
@@ -190,7 +191,7 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
             ids = [round(token) for token in (1 - weight) * start + weight * end]
             points.append(
                 latent_service_pb2.InterpolationPoint(
-                    weight=weight, latents=latents_of(ids), text=text_of(ids), token_ids=ids
+                    weight=weight, latents=latents_of(ids), text=text_of(ids), token_ids=ids, tokens=texts_of(ids)
                 )
             )
         return latent_service_pb2.InterpolateResponse(points=points, timing=TIMING)
@@ -202,6 +203,7 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
             text="".join(segments),
             segments=segments,
             token_ids="".join(segments).encode(),
+            tokens=texts_of("".join(segments).encode()),
             finish_reasons=[types_pb2.FINISH_REASON_LENGTH for segment in request.segments if segment.token_count],
             usage=types_pb2.Usage(completion_tokens=sum(segment.token_count for segment in request.segments)),
             seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
@@ -213,7 +215,12 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
         return latent_service_pb2.ReconstructResponse(
             reconstructions=[
                 latent_service_pb2.Reconstruction(
-                    text=text, token_ids=text.encode(), original_ids=text.encode(), token_accuracy=1, bits_per_token=0.5
+                    text=text,
+                    token_ids=text.encode(),
+                    tokens=texts_of(text.encode()),
+                    original_ids=text.encode(),
+                    token_accuracy=1,
+                    bits_per_token=0.5,
                 )
                 for text in request.texts
             ],

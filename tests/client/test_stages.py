@@ -53,6 +53,14 @@ def test_a_text_goes_to_latents_and_back(client: Client) -> None:
     assert (decoded.text, len(decoded.logprobs), decoded.target_logprobs) == ("hé", 3, (-0.75, -0.75))
 
 
+def test_wherever_token_ids_come_their_texts_come(client: Client) -> None:
+    [encoding], points = client.encode_text(["fox"]), client.interpolate("fox", "fox", points=2)
+    found = [encoding, *points, *client.reconstruct(["fox"]), client.decode_latents(encoding.latents)]
+    assert all(one.tokens == ("f", "o", "x") for one in found)
+    filled = client.infill(["fo", 1])
+    assert (filled.tokens, filled.finish_reasons) == (("f", "o", "_"), ("length",))
+
+
 @pytest.mark.parametrize("kind", [list, np.array, Latents])
 def test_an_array_is_taken_wherever_latents_are(
     server: FakeServer, client: Client, kind: Callable[[list[list[float]]], LatentsLike]

@@ -151,6 +151,7 @@ def _response(
         text="".join(texts),
         segments=texts,
         token_ids=ids,
+        tokens=core.tokenizer.token_texts(ids),
         usage=usage,
         seed=seed,
         timing=timing,

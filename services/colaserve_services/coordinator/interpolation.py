@@ -48,7 +48,8 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
         decoded = await side_by_side([decode_all(core, message, sampling, call, patient=True) for message in messages])
     for weight, latents, one in zip(weights, messages, decoded, strict=True):
         ids = core.tokenizer.before_end(one.ids)
-        response.points.add(weight=weight, latents=latents, text=core.tokenizer.decode(ids), token_ids=ids)
+        text, tokens = core.tokenizer.decode(ids), core.tokenizer.token_texts(ids)
+        response.points.add(weight=weight, latents=latents, text=text, token_ids=ids, tokens=tokens)
         add_timing(response.timing, one.timing)
         await asyncio.sleep(0)
     return response

@@ -46,7 +46,8 @@ async def encode_text(core: Core, request: pb.EncodeTextRequest, call: Call) -> 
     response = pb.EncodeTextResponse(timing=answer.timing)
     for encoding, tokens in zip(answer.encodings, ids, strict=True):
         variance = encoding.log_variance if request.with_variance else None
-        response.encodings.add(latents=encoding.latents, log_variance=variance, token_ids=tokens)
+        texts = core.tokenizer.token_texts(tokens)
+        response.encodings.add(latents=encoding.latents, log_variance=variance, token_ids=tokens, tokens=texts)
     return response
 
 
@@ -127,6 +128,7 @@ def _reconstruction(core: Core, decoded: Decoded, original: Sequence[int]) -> pb
     return pb.Reconstruction(
         text=core.tokenizer.decode(ids),
         token_ids=ids,
+        tokens=core.tokenizer.token_texts(ids),
         original_ids=original,
         token_accuracy=agreeing / len(original),
         bits_per_token=-sum(decoded.target_logprobs) / len(original) / math.log(2),

@@ -110,6 +110,7 @@ async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_told_in
     response = await infill(world, 4)
     assert list(response.token_ids) == [20, 1, 21, 22]
     assert response.text == world.tokenizer.decode([20])
+    assert list(response.tokens) == world.tokenizer.token_texts([20, 1, 21, 22])
     assert response.finish_reasons == [types_pb2.FINISH_REASON_STOP]
     assert (await infill(world, 1)).finish_reasons == [types_pb2.FINISH_REASON_LENGTH]
 

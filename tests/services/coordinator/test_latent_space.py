@@ -41,6 +41,7 @@ async def test_texts_become_latents_with_their_ids(world):
     response = await world.coordinator.encode_text(pb.EncodeTextRequest(texts=texts), Call())
     for text, encoding in zip(texts, response.encodings, strict=True):
         assert list(encoding.token_ids) == world.tokenizer.encode(text)
+        assert list(encoding.tokens) == world.tokenizer.token_texts(encoding.token_ids)
         assert encoding.latents == latents_of(world, text)
         assert not encoding.HasField("log_variance")
 
@@ -106,12 +107,13 @@ async def test_decoding_is_by_the_defaults_but_without_a_penalty_unless_set(worl
     assert second == types_pb2.Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=9)
 
 
-async def test_decoded_text_ends_before_an_end_or_pad_id_unless_a_count_is_given(echo):
+async def test_decoded_text_ends_before_an_end_or_pad_id_unless_a_count_is_given(echo, tokenizer):
     ids = [20, 21, 2, 22, 1]
     latents = message(echo.encoder.encode(ids))
     open_ended = await echo.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents), Call())
     counted = await echo.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, token_count=4), Call())
     assert list(open_ended.token_ids) == [20, 21]
+    assert list(open_ended.tokens) == tokenizer.token_texts([20, 21])
     assert list(counted.token_ids) == ids[:4]
     assert "<|pad|>" in counted.text
 
@@ -194,6 +196,7 @@ async def test_a_faithful_round_trip_has_full_accuracy(echo):
     for text, one in zip([TEXT, "b"], response.reconstructions, strict=True):
         assert (one.text, one.token_accuracy) == (text, 1.0)
         assert list(one.token_ids) == list(one.original_ids) == echo.tokenizer.encode(text)
+        assert "".join(one.tokens) == text
         assert one.bits_per_token == pytest.approx(1 / math.log(2))
 
 

@@ -33,14 +33,16 @@ class EncodeTextResponse(_message.Message):
     def __init__(self, encodings: _Optional[_Iterable[_Union[TextEncoding, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
 
 class TextEncoding(_message.Message):
-    __slots__ = ("latents", "log_variance", "token_ids")
+    __slots__ = ("latents", "log_variance", "token_ids", "tokens")
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     LOG_VARIANCE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     latents: _types_pb2.Latents
     log_variance: _types_pb2.Tensor
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., log_variance: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., log_variance: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DecodeLatentsRequest(_message.Message):
     __slots__ = ("latents", "sampling", "top_logprobs", "target_ids", "token_count")
@@ -129,16 +131,18 @@ class InterpolateResponse(_message.Message):
     def __init__(self, points: _Optional[_Iterable[_Union[InterpolationPoint, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
 
 class InterpolationPoint(_message.Message):
-    __slots__ = ("weight", "latents", "text", "token_ids")
+    __slots__ = ("weight", "latents", "text", "token_ids", "tokens")
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     weight: float
     latents: _types_pb2.Latents
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, weight: _Optional[float] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, weight: _Optional[float] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class InfillSegment(_message.Message):
     __slots__ = ("text", "token_count")
@@ -161,7 +165,7 @@ class InfillRequest(_message.Message):
     def __init__(self, segments: _Optional[_Iterable[_Union[InfillSegment, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
 
 class InfillResponse(_message.Message):
-    __slots__ = ("text", "segments", "token_ids", "usage", "seed", "timing", "finish_reasons")
+    __slots__ = ("text", "segments", "token_ids", "usage", "seed", "timing", "finish_reasons", "tokens")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +173,7 @@ class InfillResponse(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     text: str
     segments: _containers.RepeatedScalarFieldContainer[str]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -176,7 +181,8 @@ class InfillResponse(_message.Message):
     seed: _types_pb2.NoiseSeed
     timing: _types_pb2.Timing
     finish_reasons: _containers.RepeatedScalarFieldContainer[_types_pb2.FinishReason]
-    def __init__(self, text: _Optional[str] = ..., segments: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., finish_reasons: _Optional[_Iterable[_Union[_types_pb2.FinishReason, str]]] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, text: _Optional[str] = ..., segments: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., finish_reasons: _Optional[_Iterable[_Union[_types_pb2.FinishReason, str]]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ReconstructRequest(_message.Message):
     __slots__ = ("texts",)
@@ -193,18 +199,20 @@ class ReconstructResponse(_message.Message):
     def __init__(self, reconstructions: _Optional[_Iterable[_Union[Reconstruction, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
 
 class Reconstruction(_message.Message):
-    __slots__ = ("text", "token_ids", "original_ids", "token_accuracy", "bits_per_token")
+    __slots__ = ("text", "token_ids", "original_ids", "token_accuracy", "bits_per_token", "tokens")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ORIGINAL_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ACCURACY_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     original_ids: _containers.RepeatedScalarFieldContainer[int]
     token_accuracy: float
     bits_per_token: float
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., original_ids: _Optional[_Iterable[int]] = ..., token_accuracy: _Optional[float] = ..., bits_per_token: _Optional[float] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., original_ids: _Optional[_Iterable[int]] = ..., token_accuracy: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LatentServiceGetInfoRequest(_message.Message):
     __slots__ = ()
