@@ -11,25 +11,25 @@ from colaserve_services.training.init import new_dit, new_vae
 from colaserve_services.training.parallel import started
 from colaserve_services.training.prior_stage import PriorStage
 from colaserve_services.training.rows import ListSource, Row
-from colaserve_services.training.trainer import Trainer
+from colaserve_services.training.trainer import Job, Trainer
 from tests.training.conftest import dit_config, vae_config
 
 ROWS = [Row(tuple(range(3 + k, 12 + 2 * k)), prompt=k) for k in range(6)]
-RUN = RunConfig(steps=6, rows=4, micro_batches=2, save_every=3, optimizer=OptimizerConfig(adamw_lr=1e-2))
+RUN = RunConfig(steps=6, rows=4, micro_batches=2, optimizer=OptimizerConfig(adamw_lr=1e-2))
 
 
-def main(folder: Path, mode: str, until: int, resume: bool) -> None:
+def main(folder: Path, mode: str) -> None:
     torch.set_num_threads(1)
     with started("cpu", mode) as parallel:
         torch.manual_seed(0)
         vae, dit = new_vae(vae_config()), new_dit(dit_config(layers=2))
         stage = PriorStage(dit, vae, ListSource(ROWS, 0), RUN, FlowConfig(), 2)
-        trainer = Trainer(stage, RUN, folder, parallel, quiet=True)
-        trainer.run(until=until, resume=resume)
+        trainer = Trainer(stage, Job(RUN, folder, parallel, quiet=True))
+        trainer.run()
         weights = trainer.ema_weights()
         if parallel.rank == 0:
             save_file(weights, folder / "weights.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "resume")
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,6 +1,12 @@
 """`colaserve train`, from tokenizer to fine-tuned checkpoint, at tiny size."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import sys
+from importlib.resources import files
 
 import pytest
 import torch
@@ -11,7 +17,9 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.training.commands import train
 from colaserve_services.training.demo import load_generator
 from colaserve_services.training.generate import Sampling
+from tests.waiting import when
 
+TOKENIZER = str(files("colaserve_services").joinpath("demo", "tokenizer.json"))
 TINY = ["--rows", "8", "--threads", "1", "--save-every", "0", "--context", "64"]
 
 
@@ -44,7 +52,8 @@ def same(one, two, part):
 
 
 def test_a_checkpoint_made_by_the_commands_is_served_and_writes(base):
-    Checkpoint.open(base)
+    defaults = Checkpoint.open(base).defaults
+    assert (defaults.eos_token_id, defaults.pad_token_id, defaults.steps, defaults.guidance_scale) == (0, 2, 16, 2)
     (text,) = load_generator(base, Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])
     assert isinstance(text, str)
     assert (base / "run" / "loss.png").exists()
@@ -68,6 +77,96 @@ def test_joint_training_changes_both(base, tmp_path):
     assert not same(base, tmp_path / "tuned", "cola_dit")
 
 
+def test_the_bundled_checkpoint_is_fine_tuned_by_its_name(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Question: Who are you? Answer:", "response": " A small model."}) + "\n")
+    data = ["--data", f"{pairs}=1", "--data", "demo=3"]
+    output = run("prior", "--init", "bundled", *data, *TINY, "--steps", 1, "--check-every", 1, "--prompt", "Question:",
+                 "--out", tmp_path / "tuned")  # fmt: skip
+    assert "learning rate 0.0002, for fine-tuning" in output
+    assert "  step 1: 'Question:" in output
+    assert Checkpoint.open(tmp_path / "tuned").defaults.chat_frame == "User: {prompt}\nAssistant:"
+
+
+def test_new_networks_take_the_full_rate_and_fine_tuned_ones_a_tenth(base, tmp_path):
+    text = tmp_path / "more.txt"
+    text.write_text("another river\n")
+    options = ["--data", text, *TINY, "--steps", 1]
+    assert "learning rate 0.002\n" in run("prior", "--vae", base, "--dim", 32, *options, "--out", tmp_path / "new")
+    assert "learning rate 0.0002, for" in run("vae", "--init", base, *options, "--out", tmp_path / "vae")
+    assert "learning rate 0.01, for" in run("prior", "--init", base, *options, "--lr", 0.01, "--out", tmp_path / "own")
+
+
+def test_a_vae_of_several_tokens_a_latent_gets_its_prior(base, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": "the river"[:k], "response": " runs"} for k in range(2, 9)] + [{"text": "a river runs through"}]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--data", pairs, *TINY, "--steps", 2, "--check-every", 1, "--held-out", 0.3]
+    run("vae", "--tokenizer", base / "tokenizer.json", "--dim", 32, "--patch-size", 3, *options,
+        "--out", tmp_path / "vae")  # fmt: skip
+    for joint in ([], ["--joint"]):
+        run("prior", "--vae", tmp_path / "vae", "--dim", 32, "--layers", 1, *joint, *options,
+            "--out", tmp_path / "model", "--overwrite")  # fmt: skip
+        (text,) = load_generator(tmp_path / "model", Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])
+        assert isinstance(text, str)
+
+
+def test_a_run_without_matplotlib_says_so_first_and_writes_its_checkpoint(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    output = run("vae", "--init", base, *TINY, "--steps", 2, "--out", tmp_path / "out")
+    assert output.index("matplotlib is not installed") < output.index("vae 1/2")
+    assert not same(base, tmp_path / "out", "cola_vae")
+
+
+def test_a_finished_checkpoint_is_replaced_only_when_that_is_asked_for(base, tmp_path):
+    shutil.copytree(base, tmp_path / "out")
+    again = ["prior", "--init", base, *TINY, "--steps", 1, "--out", tmp_path / "out"]
+    for more in ([], ["--resume"]):
+        assert "holds a checkpoint; name another --out, or replace it with --overwrite" in run(*again, *more, code=1)
+    assert same(base, tmp_path / "out", "cola_dit")
+    run(*again, "--overwrite")
+    assert not same(base, tmp_path / "out", "cola_dit")
+    assert "holds a tokenizer" in run("tokenizer", "--out", tmp_path / "out", code=1)
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_saves_a_state_that_is_neither_overwritten_nor_forgotten(base, tmp_path):
+    out = tmp_path / "out"
+    long = ["prior", "--init", base, *TINY, "--steps", 60, "--out", out]
+    metrics = out / "run" / "metrics.jsonl"
+    with when(lambda: metrics.exists() and metrics.stat().st_size, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        output = run(*long, code=130)
+    step, path = re.search(r"Error: stopped after step (\d+) of 60; saved as (\S+);", output).groups()
+    assert "the same command with --resume goes on from there" in output
+    assert not (out / "cola_dlm").exists()
+    assert "a state of an earlier run; go on with --resume" in run(*long, code=1)
+    assert f"prior: resuming from {path} (step {step} of 60)" in run(*long, "--resume")
+    Checkpoint.open(out)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(60))
+
+
+def test_a_checkpoint_that_could_not_be_written_is_written_by_resuming(base, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".checkpoint.part").touch()  # in the way
+    train_it = ["prior", "--init", base, *TINY, "--steps", 2, "--out", out]
+    assert "with --resume writes it" in run(*train_it, code=1)
+    (out / ".checkpoint.part").unlink()
+    assert "(step 2 of 2)" in run(*train_it, "--resume")
+    Checkpoint.open(out)
+
+
+def test_a_share_of_the_rows_is_held_out_and_validates(base, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"river {k}" for k in range(100)))
+    output = run("prior", "--init", base, "--data", text, *TINY, "--steps", 2, "--check-every", 2, "--held-out", 0.1,
+                 "--out", tmp_path / "out")  # fmt: skip
+    assert "data: 100 rows" in output
+    assert "10 rows held out" in output
+    assert re.search(r"prior 2/2 .*validation \d", output)
+    assert output.count("  step 2: 'r") == 3
+
+
 def test_the_vae_is_fine_tuned_alone(base, tmp_path):
     text = tmp_path / "more.txt"
     text.write_text("another river\n")
@@ -87,6 +186,13 @@ def test_the_vae_is_fine_tuned_alone(base, tmp_path):
         ),
         (["prior", "--out", "x", "--init", "none"], "none"),
         (["prior", "--out", "x", "--init", "none", "--steps", "0"], "steps: got 0, expected at least 1"),
+        (["prior", "--out", "x", "--init", "none", "--lr", "-1"], "lr: got -1.0, expected a number above 0"),
+        (["vae", "--out", "x", "--tokenizer", TOKENIZER, "--dim", "48"], "--dim: got 48, expected a multiple of 32"),
+        (["prior", "--out", "x", "--init", "bundled", "--data", "a=0"], "a=0: got weight 0, expected a number above 0"),
+        (
+            ["prior", "--out", "x", "--init", "bundled", "--data", "demo", "--data", "a=1"],
+            "--data demo: no weight; give each data set one",
+        ),
         (["tokenizer", "--out", "x", "--vocab-size", "10"], "vocab_size: got 10, expected at least 259"),
         (["tokenizer", "--out", "x", "--data", "none.txt"], "none.txt: No such file"),
     ],

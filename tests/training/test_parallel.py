@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +10,43 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from colaserve_services.errors import UsageError
+from colaserve_services.training.init import new_vae
 from colaserve_services.training.parallel import started
+from colaserve_services.training.release import OWN_IDS, write_companions, write_vae
+from tests.services.launch.processes import FREE_PORTS, generate
+from tests.services.launch.processes import started as served
+from tests.training.conftest import vae_config
 from tests.training.parallel_job import main
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
+DIT = "cola_dlm/cola_dit/model.safetensors"
 
 
-def torchrun(folder: Path, mode: str, until: int = 6, resume: str = "fresh") -> None:
+def command(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), *(str(ROOT / part) for part in ("client", "services", "protos/gen"))])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.training.parallel_job", str(folder), mode, str(until), resume]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     # torchrun leaves a folder for logs behind
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[:4000]  # the processes' own words come before torchrun's
+    words += map(str, arguments)
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def output_of(process: subprocess.Popen[str], code: int = 0) -> str:
+    with process:
+        try:
+            output, _ = process.communicate(timeout=280)
+        finally:
+            process.kill()
+    assert process.returncode == code, output[:4000]  # the processes' own words come before torchrun's
+    return output
+
+
+def torchrun(folder: Path, mode: str) -> None:
+    output_of(command(folder, "tests.training.parallel_job", folder, mode))
 
 
 def losses(folder: Path) -> list[float]:
@@ -34,7 +56,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    main(folder, "ddp", 6, False)
+    main(folder, "ddp")
     return folder
 
 
@@ -52,11 +74,44 @@ def test_two_processes_equal_one(alone, tmp_path):
     assert_equal(alone, tmp_path)
 
 
-@pytest.mark.timeout(600)
-def test_two_processes_with_shards_killed_and_resumed_equal_one(alone, tmp_path):
-    torchrun(tmp_path, "fsdp", until=3)
-    torchrun(tmp_path, "fsdp", resume="resume")
+@pytest.mark.timeout(300)
+def test_two_processes_with_shards_equal_one(alone, tmp_path):
+    torchrun(tmp_path, "fsdp")
     assert_equal(alone, tmp_path)
+
+
+@pytest.fixture
+def vae(tmp_path: Path, words: Tokenizer) -> Path:
+    """The output of `train vae`, tiny."""
+    folder = tmp_path / "vae"
+    write_vae(new_vae(vae_config(words.get_vocab_size())), folder)
+    write_companions(folder, folder, words, OWN_IDS)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_are_stopped_go_on_and_are_served(vae, tmp_path):
+    """With shards, through the command line."""
+    text, out, steps = tmp_path / "text.txt", tmp_path / "out", 24
+    text.write_text("\n\n".join(f"the river runs {k}" for k in range(40)))
+    options = ["colaserve_client", "train", "prior", "--vae", vae, "--data", text, "--dim", 32, "--layers", 2]
+    options += ["--parallel", "fsdp", "--prompt", "the", "--out", out]
+    options += ["--rows", 4, "--steps", steps, "--save-every", 4, "--check-every", steps, "--held-out", 0.2]
+    state, first = out / "run" / "state", command(tmp_path, *options)
+    wait_until(lambda: first.poll() is not None or list(state.glob("step-*")), 120)
+    first.send_signal(signal.SIGTERM)
+    assert "the same command with --resume goes on from there" in output_of(first, 1)
+    assert not (out / "cola_dlm").exists()
+    second = output_of(command(tmp_path, *options, "--resume"))
+    assert f"prior: resuming from {state}" in second
+    assert f"  step {steps}: 'the" in second
+    assert "validation" in second
+    assert len(losses(out / "run")) == steps
+    averaged = load_file(state / f"step-{steps:08d}" / "tensors.safetensors")
+    for name, value in load_file(out / DIT).items():
+        assert name.endswith(".freqs") or torch.equal(value, averaged[f"ema/dit.{name}"])
+    with served(tmp_path, "up", *FREE_PORTS, model=out) as running:
+        assert len(generate(running.target, "the river", tokens=4)) <= 4
 
 
 def test_an_unknown_mode_and_an_absent_device_are_named():

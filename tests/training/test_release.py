@@ -12,10 +12,11 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.training.generate import Generator, Sampling
 from colaserve_services.training.init import new_dit, new_vae
 from colaserve_services.training.release import (
-    copy_companions,
+    OWN_IDS,
     load_dit,
     load_vae,
     special_ids,
+    write_companions,
     write_dit,
     write_generation_config,
     write_vae,
@@ -26,13 +27,13 @@ PARTS = ("cola_vae", "cola_dit")
 
 
 @pytest.fixture
-def written(golden, tmp_path):
+def written(golden, tmp_path, words):
     """A fresh model of the golden checkpoint's shape, as the trainer writes it."""
     checkpoint = Checkpoint.open(golden.directory)
     torch.manual_seed(0)
     write_vae(new_vae(checkpoint.vae_config), tmp_path)
     write_dit(new_dit(checkpoint.dit_config), tmp_path)
-    copy_companions(golden.directory, tmp_path)
+    write_companions(golden.directory, tmp_path, words, OWN_IDS)
     return tmp_path
 
 
@@ -73,10 +74,10 @@ def test_a_loaded_model_trains_everything_but_the_table_of_frequencies(golden):
     assert all(value.requires_grad for value in load_vae(golden.directory).parameters())
 
 
-def test_bfloat16_weights_are_half_the_size_and_are_served(tmp_path, golden):
+def test_bfloat16_weights_are_half_the_size_and_are_served(tmp_path, golden, words):
     write_vae(load_vae(golden.directory), tmp_path, "bfloat16")
     write_dit(load_dit(Checkpoint.open(golden.directory)), tmp_path, "bfloat16")
-    copy_companions(golden.directory, tmp_path)
+    write_companions(golden.directory, tmp_path, words, OWN_IDS)
     checkpoint = Checkpoint.open(tmp_path)
     assert {entry.dtype for entry in checkpoint.vae.entries.values()} == {"BF16"}
     checkpoint.load_prior(torch.device("cpu"), torch.float32)

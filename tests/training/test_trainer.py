@@ -1,18 +1,23 @@
 """The loop: what it computes does not depend on interruptions, micro-batches or where a state came from."""
 
 import json
-from dataclasses import replace
+import re
+import signal
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from colaserve_services.errors import CheckpointError, UsageError
+from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.training.config import FlowConfig, JointConfig, OptimizerConfig, RunConfig
 from colaserve_services.training.init import new_dit, new_vae
-from colaserve_services.training.optim import Ema, build_optimizers, rate_at
+from colaserve_services.training.interrupts import Stop, Stopped
+from colaserve_services.training.metrics import plot_losses
+from colaserve_services.training.optim import Ema, Muon, build_optimizers, rate_at
 from colaserve_services.training.prior_stage import PriorStage
 from colaserve_services.training.rows import ListSource, Row
-from colaserve_services.training.trainer import Trainer
+from colaserve_services.training.trainer import Job, Trainer
 from tests.training.conftest import dit_config, vae_config
 
 ROWS = [Row(tuple(range(3 + k, 12 + 2 * k)), prompt=k) for k in range(7)]
@@ -21,11 +26,32 @@ RUN = RunConfig(
 )
 
 
-def trainer(folder, run=RUN, joint=None):
+@dataclass(frozen=True)
+class Interrupting(ListSource):
+    """Rows whose step `at` brings a signal along, or the end of the process."""
+
+    at: int = -1
+    stop: Stop | None = None
+
+    def rows(self, step, count, first=None):
+        if step == self.at:
+            if self.stop is None:
+                raise KeyboardInterrupt
+            self.stop.signal = signal.SIGTERM
+        return super().rows(step, count, first)
+
+
+def trainer(folder, run=RUN, joint=None, resume=False, at=-1, stop=None, **surroundings):
     torch.manual_seed(0)
     vae, dit = new_vae(vae_config()), new_dit(dit_config())
-    stage = PriorStage(dit, vae, ListSource(ROWS, run.seed), run, FlowConfig(), 2, joint)
-    return Trainer(stage, run, folder, quiet=True)
+    stage = PriorStage(dit, vae, Interrupting(ROWS, run.seed, at, stop), run, FlowConfig(), 2, joint)
+    job = Job(run, folder, resume=resume, stop=stop or Stop(), **{"quiet": True, **surroundings})
+    return Trainer(stage, job)
+
+
+def killed(folder, at, **options):
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder, at=at, **options).run()
 
 
 def losses(folder):
@@ -36,21 +62,110 @@ def losses(folder):
 def test_a_killed_and_resumed_run_equals_an_undisturbed_one_loss_by_loss(tmp_path, joint):
     whole = trainer(tmp_path / "whole", joint=joint)
     whole.run()
-    trainer(tmp_path / "parts", joint=joint).run(until=7)  # killed three steps after its last state
+    killed(tmp_path / "parts", 7, joint=joint)  # three steps after its last state
     torch.manual_seed(99)
-    resumed = trainer(tmp_path / "parts", joint=joint)
-    resumed.run(resume=True)
+    resumed = trainer(tmp_path / "parts", joint=joint, resume=True)
+    resumed.run()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     weights = resumed.ema_weights()
     assert all(torch.equal(value, weights[name]) for name, value in whole.ema_weights().items())
 
 
-def test_training_lowers_the_loss_and_leaves_curves(tmp_path):
-    run = trainer(tmp_path, replace(RUN, steps=60))
+def test_a_signal_ends_the_run_after_its_step_with_a_state_that_goes_on_exactly(tmp_path):
+    trainer(tmp_path / "whole").run()
+    with pytest.raises(Stopped, match=r"stopped after step 6 of 12; saved as .*step-00000006") as stopped:
+        trainer(tmp_path / "parts", at=5, stop=Stop()).run()
+    assert stopped.value.exit_code == 143
+    trainer(tmp_path / "parts", resume=True).run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
+    run = trainer(tmp_path, at=11, stop=Stop())
     run.run()
+    assert run.step == 12
+
+
+def test_what_is_resumed_is_said_and_a_run_without_a_state_says_that_it_starts_anew(tmp_path, capsys):
+    trainer(tmp_path, resume=True, quiet=False).run()
+    assert f"prior: no state in {tmp_path}; starting anew" in capsys.readouterr().out
+    trainer(tmp_path, resume=True, quiet=False).run()
+    assert f"prior: resuming from {tmp_path}/state/step-00000012 (step 12 of 12)" in capsys.readouterr().out
+
+
+def test_a_run_that_starts_anew_leaves_no_state_of_another_one(tmp_path):
+    killed(tmp_path, 9)
+    killed(tmp_path, 1)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys):
+    trainer(tmp_path / "whole").run()
+    killed(tmp_path / "parts", 9)
+    (tmp_path / "parts" / "state" / "step-00000008" / "tensors.safetensors").write_bytes(b"broken")
+    trainer(tmp_path / "parts", resume=True, quiet=False).run()
+    output = capsys.readouterr().out
+    assert "step-00000008: not a readable training state" in output
+    assert "trying the state before it" in output
+    assert "step-00000004 (step 4 of 12)" in output
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_half_line_of_metrics_is_passed_over_when_a_run_goes_on(tmp_path):
+    killed(tmp_path, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    trainer(tmp_path, resume=True).run()
+    assert len(losses(tmp_path)) == 12
+
+
+def test_a_state_that_cannot_be_written_is_said_and_ends_no_run(tmp_path, capsys):
+    (tmp_path / "state").write_text("a file where the folder of states should be")
+    run = trainer(tmp_path, quiet=False)
+    run.run()
+    assert run.step == 12
+    assert "warning: step 4: its state could not be saved" in capsys.readouterr().out
+
+
+def test_training_lowers_the_loss_and_leaves_curves(tmp_path):
+    trainer(tmp_path, replace(RUN, steps=60)).run()
     values = losses(tmp_path)
     assert sum(values[-10:]) < 0.9 * sum(values[:10])
+    plot_losses(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_curves_that_cannot_be_drawn_are_said_and_raise_nothing(tmp_path, capsys):
+    trainer(tmp_path).run()
+    (tmp_path / "loss.png").mkdir()
+    plot_losses(tmp_path)
+    assert "loss.png: not drawn (IsADirectoryError" in capsys.readouterr().out
+
+
+def test_held_out_rows_give_a_validation_loss_of_the_averaged_weights(tmp_path):
+    checked = trainer(tmp_path / "checked", replace(RUN, check_every=6), held_out=ROWS[:6])
+    checked.run()
+    trainer(tmp_path / "plain").run()
+    rows = [json.loads(line) for line in (tmp_path / "checked" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [5, 11]
+    assert losses(tmp_path / "checked") == losses(tmp_path / "plain")  # a check changes nothing
+    stage = checked.stage
+    stage.module.load_state_dict(checked.ema_weights(), strict=False)
+    parts = [stage.module(stage.draw([rows], "validation", 0, 1)[0])["loss"].item() for rows in (ROWS[:4], ROWS[4:6])]
+    assert rows[-1]["validation"] == pytest.approx(sum(parts) / 2, rel=1e-5)
+
+
+def test_sample_texts_are_written_every_so_many_steps(tmp_path, capsys):
+    run = replace(RUN, check_every=6)
+    trainer(tmp_path, run, quiet=False, samples=lambda: ["a text", "another"]).run()
+    output = capsys.readouterr().out
+    assert "  step 6: 'a text'\n  step 6: 'another'" in output
+    assert output.count("a text") == 2
+
+
+def test_progress_says_how_long_it_will_take(tmp_path, capsys):
+    trainer(tmp_path, replace(RUN, log_every=5), quiet=False).run()
+    assert re.search(r"prior 6/12 .* step/s  ETA 0:00:\d\d", capsys.readouterr().out)
 
 
 def test_states_are_safetensors_and_json_and_only_the_newest_are_kept(tmp_path):
@@ -61,16 +176,19 @@ def test_states_are_safetensors_and_json_and_only_the_newest_are_kept(tmp_path):
 
 
 def test_a_run_is_not_resumed_under_other_settings(tmp_path):
-    trainer(tmp_path).run(until=4)
+    killed(tmp_path, 5)
     with pytest.raises(UsageError, match=r"rows was 4 and is now 6; resume with the same settings"):
-        trainer(tmp_path, replace(RUN, rows=6)).run(resume=True)
+        trainer(tmp_path, replace(RUN, rows=6), resume=True).run()
+    with pytest.raises(UsageError, match=r"data was  and is now other; resume with the same settings"):
+        trainer(tmp_path, resume=True, data="other").run()
+    trainer(tmp_path, replace(RUN, save_every=3, log_every=7, check_every=5), resume=True).run()
 
 
-def test_a_damaged_state_is_one_clear_line(tmp_path):
-    trainer(tmp_path).run(until=4)
+def test_states_that_are_all_damaged_are_one_clear_line(tmp_path):
+    killed(tmp_path, 5)
     (tmp_path / "state" / "step-00000004" / "tensors.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="not a readable training state"):
-        trainer(tmp_path).run(resume=True)
+        trainer(tmp_path, resume=True).run()
 
 
 def test_rows_must_split_into_passes_and_processes(tmp_path):
@@ -82,8 +200,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = trainer(tmp_path)
     with torch.no_grad():
         run.stage.dit.txt_in.proj.weight.fill_(float("nan"))
-    with pytest.raises(UsageError, match="the loss is not finite"):
+    with pytest.raises(UsageError, match="the loss or its gradient is not finite"):
         run.run()
+    assert not (tmp_path / "state").exists()
 
 
 def test_gradients_are_clipped_to_the_bound(tmp_path):
@@ -103,6 +222,24 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_all_else():
         if value.requires_grad:
             expected = "muon" if name.startswith("blocks.") and value.ndim == 2 else "adamw"
             assert [key for key, ids in owned.items() if id(value) in ids] == [expected], name
+
+
+def test_muon_is_torchs_to_the_bit_where_the_cpu_has_bfloat16_and_close_elsewhere():
+    shapes = [(12, 40), (40, 12), (16, 16)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = (
+        Muon(ours, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1),
+    )
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for one, two in zip(ours, theirs, strict=True):
+            one.grad = two.grad = torch.randn(one.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    bound = 2e-2 if lacks_bfloat16() else 0
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=bound, atol=bound)
 
 
 def test_the_rate_warms_up_stays_and_falls_to_its_end():

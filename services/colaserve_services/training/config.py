@@ -20,6 +20,13 @@ class OptimizerConfig:
     cooldown: float = 0.7  # last share of the run over which the rate falls to `final`, as a half cosine
     final: float = 0.02  # the rate at the last step, as a share of the full rate
 
+    def __post_init__(self) -> None:
+        if not 0 < self.adamw_lr < float("inf"):
+            raise UsageError(f"lr: got {self.adamw_lr}, expected a number above 0")
+        for name in ("muon_lr", "weight_decay", "clip", "warmup"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -31,7 +38,8 @@ class RunConfig:
     seed: int = 0
     ema: float = 0.999  # decay of the averaged weights, which are what is written; 0 writes the last weights
     log_every: int = 10
-    save_every: int = 500  # steps between resumable states; 0 writes none
+    save_every: int = 500  # steps between resumable states; 0 writes one at the end or when a signal ends the run
+    check_every: int = 0  # steps between checks (validation loss and sample texts); 0 makes none
     autocast: bool = False  # bfloat16 matrix products (weights and optimizer stay float32)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -39,6 +47,7 @@ class RunConfig:
         _at_least("steps", self.steps, 1)
         _at_least("rows", self.rows, 1)
         _at_least("save_every", self.save_every, 0)
+        _at_least("check_every", self.check_every, 0)
         _at_least("log_every", self.log_every, 1)
         if not 1 <= self.micro_batches <= self.rows:
             raise UsageError(f"micro_batches: got {self.micro_batches}, expected 1 to rows ({self.rows})")

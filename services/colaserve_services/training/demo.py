@@ -15,12 +15,16 @@ from colaserve_services.training.corpus import Corpus, Mix, tokenizer_text
 from colaserve_services.training.evaluate import Score
 from colaserve_services.training.generate import Generator, Sampling
 from colaserve_services.training.init import new_dit, new_vae
+from colaserve_services.training.interrupts import Stop
+from colaserve_services.training.metrics import plot_losses
+from colaserve_services.training.parallel import repeatable
+from colaserve_services.training.presets import PRESETS
 from colaserve_services.training.questions import write_question_sets
 from colaserve_services.training.release import (
+    GENERATION,
     load_dit,
     load_vae,
-    tiny_dit_config,
-    tiny_vae_config,
+    new_checkpoint,
     write_dit,
     write_generation_config,
     write_vae,
@@ -28,8 +32,10 @@ from colaserve_services.training.release import (
 from colaserve_services.training.rows import CorpusSource, VaeSource
 from colaserve_services.training.stages import train_prior, train_vae
 from colaserve_services.training.tokenizer import save_tokenizer, train_tokenizer
+from colaserve_services.training.trainer import Job
 
-GENERATION = {"steps": 16, "guidance_scale": 2.0, "max_new_tokens": 64, "chat_frame": "User: {prompt}\nAssistant:"}
+CHAT_FRAME = "User: {prompt}\nAssistant:"
+RUNS = ("vae", "prior", "polish")
 
 
 @dataclass(frozen=True)
@@ -67,37 +73,43 @@ class DemoRecipe:
         return replace(self, vae=vae, prior=prior, polish=polish)
 
 
-def make_demo(out: Path, work: Path, recipe: DemoRecipe, resume: bool = False, quiet: bool = False) -> None:
+def make_demo(
+    out: Path, work: Path, recipe: DemoRecipe, resume: bool = False, quiet: bool = False, stop: Stop | None = None
+) -> None:
     """Tokenizer, VAE, prior: the checkpoint into `out` (bfloat16), metrics and resumable states into `work`.
 
     The prior is trained twice: to know the facts, then more briefly with noisier questions, to know what they ask for.
     """
-    seed_everything(recipe.seed)
-    tokenizer = train_tokenizer(tokenizer_text(recipe.seed), recipe.vocab_size)
-    save_tokenizer(tokenizer, out)
-    write_generation_config(out, **GENERATION)
-    write_question_sets(out / "questions")
-    vae_run, prior_run = replace(recipe.vae, seed=recipe.seed), replace(recipe.prior, seed=recipe.seed)
-    polish_run = replace(recipe.polish, seed=recipe.seed + 1)
-    vae = new_vae(tiny_vae_config(tokenizer.get_vocab_size()))
-    source = VaeSource(Corpus(), tokenizer, recipe.seed)
-    train_vae(vae, source, vae_run, work / "vae", recipe.vae_loss, resume=resume, quiet=quiet)
-    write_vae(vae, out, "bfloat16")
+    seed, stop = recipe.seed, stop or Stop()
+
+    def job(name: str, config: RunConfig) -> Job:
+        return Job(config, work / name, resume=resume, quiet=quiet, stop=stop)
+
+    seed_everything(seed)
+    tokenizer = train_tokenizer(tokenizer_text(seed), recipe.vocab_size)
+    vae = new_vae(PRESETS["demo"].vae_config(tokenizer.get_vocab_size()))
+    train_vae(vae, VaeSource(Corpus(), tokenizer, seed), job("vae", replace(recipe.vae, seed=seed)), recipe.vae_loss)
     vae.to(torch.bfloat16).float()  # the prior learns the space of the weights as they are served
-    seed_everything(recipe.seed + 1)
-    dit = new_dit(tiny_dit_config())
-    rows = CorpusSource(Corpus(), tokenizer, recipe.seed)
-    train_prior(dit, vae, rows, prior_run, work / "prior", recipe.flow, resume=resume, quiet=quiet)
-    noisy = CorpusSource(Corpus(recipe.polish_mix), tokenizer, recipe.seed + 1)
-    train_prior(dit, vae, noisy, polish_run, work / "polish", recipe.flow, resume=resume, quiet=quiet)
-    write_dit(dit, out, "bfloat16")
+    seed_everything(seed + 1)
+    dit = new_dit(PRESETS["demo"].dit_config())
+    rows, noisy = CorpusSource(Corpus(), tokenizer, seed), CorpusSource(Corpus(recipe.polish_mix), tokenizer, seed + 1)
+    train_prior(dit, vae, rows, job("prior", replace(recipe.prior, seed=seed)), recipe.flow)
+    train_prior(dit, vae, noisy, job("polish", replace(recipe.polish, seed=seed + 1)), recipe.flow)
+    with new_checkpoint(out) as draft:
+        save_tokenizer(tokenizer, draft)
+        write_generation_config(draft, **GENERATION, chat_frame=CHAT_FRAME)
+        write_question_sets(draft / "questions")
+        write_vae(vae, draft, "bfloat16")
+        write_dit(dit, draft, "bfloat16")
+    for name in RUNS:
+        plot_losses(work / name)
 
 
 def seed_everything(seed: int) -> None:
     """Every random generator there is; and only deterministic kernels from here on."""
     random.seed(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    repeatable()
 
 
 def load_generator(folder: Path, sampling: Sampling | None = None) -> Generator:

@@ -25,7 +25,7 @@ TIME_SCALE = 1000.0  # the network's timesteps run from 0 to T = 1000
 class FlowBatch(Batch):
     """R rows of n latents, K noisy blocks of B latents each; all random draws of the pass are in it."""
 
-    ids: Tensor  # (R, n) int64, padded to whole blocks
+    ids: Tensor  # (R, n * P) int64, padded to whole blocks
     block: Tensor  # (R, K) int64: which block a copy is of
     pinned: Tensor  # (R, K) int64: its first positions that are known, 0 .. B-1
     history: Tensor  # (R, K) bool: False trains the branch without history
@@ -49,13 +49,18 @@ class FlowInputs:
     weight: Tensor  # (R, K * B): 1 where the loss counts, 0 at pinned and unused positions
 
 
-def draw_batch(rows: Sequence[Row], block_size: int, dim: int, pad_id: int, flow: FlowConfig, seed: str) -> FlowBatch:
-    """Choose blocks, pins, times and noise for `rows`; a function of its arguments."""
+def draw_batch(
+    rows: Sequence[Row], block_size: int, dim: int, pad_id: int, flow: FlowConfig, seed: str, patch: int = 1
+) -> FlowBatch:
+    """Choose blocks, pins, times and noise for `rows`; a function of its arguments.
+
+    A latent is `patch` tokens, and prompts are whole latents.
+    """
     rng = random.Random(seed)
-    plans = [_plan(row, block_size, flow, rng) for row in rows]
+    plans = [_plan(-(-len(row.ids) // patch), row.prompt // patch, block_size, flow, rng) for row in rows]
     width = max(len(plan) for plan in plans)
     table = [[*plan, *[_Copy(plan[0].block, 0, True, 1.0, False)] * (width - len(plan))] for plan in plans]
-    ids = pad_rows(rows, block_size, pad_id)
+    ids = pad_rows(rows, block_size * patch, pad_id)
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     sigma = flow.history_noise * torch.rand(len(rows), 1, 1, generator=generator)
     return FlowBatch(
@@ -66,7 +71,7 @@ def draw_batch(rows: Sequence[Row], block_size: int, dim: int, pad_id: int, flow
         time=torch.tensor([[copy.time for copy in plan] for plan in table]),
         used=torch.tensor([[copy.used for copy in plan] for plan in table]),
         noise=torch.randn(len(rows), width, block_size, dim, generator=generator),
-        history_noise=sigma * torch.randn(*ids.shape, dim, generator=generator),
+        history_noise=sigma * torch.randn(len(rows), ids.shape[1] // patch, dim, generator=generator),
         count=float(sum(block_size - copy.pinned for plan in plans for copy in plan)),
     )
 
@@ -80,17 +85,17 @@ class _Copy:
     used: bool = True
 
 
-def _plan(row: Row, block_size: int, flow: FlowConfig, rng: random.Random) -> list[_Copy]:
+def _plan(latents: int, prompt: int, block_size: int, flow: FlowConfig, rng: random.Random) -> list[_Copy]:
     """The copies of one row: its blocks from the one that holds the prompt's end, in turn, from a random one on."""
-    first, last = row.prompt // block_size, (len(row.ids) - 1) // block_size
+    first, last = prompt // block_size, (latents - 1) // block_size
     blocks = list(range(first, last + 1))
     count = min(max(flow.copies, len(blocks)), flow.max_copies)
     start = rng.randrange(len(blocks))
-    return [_copy(blocks[(start + k) % len(blocks)], row, block_size, flow, rng) for k in range(count)]
+    return [_copy(blocks[(start + k) % len(blocks)], prompt, block_size, flow, rng) for k in range(count)]
 
 
-def _copy(block: int, row: Row, block_size: int, flow: FlowConfig, rng: random.Random) -> _Copy:
-    pinned = max(0, row.prompt - block * block_size)
+def _copy(block: int, prompt: int, block_size: int, flow: FlowConfig, rng: random.Random) -> _Copy:
+    pinned = max(0, prompt - block * block_size)
     if pinned == 0 and rng.random() < flow.pin:
         pinned = rng.randrange(1, block_size) if block_size > 1 else 0
     return _Copy(block, pinned, rng.random() >= flow.empty_history, draw_time(flow, rng))

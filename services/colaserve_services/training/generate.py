@@ -18,6 +18,7 @@ from colaserve_services.model.dit import DiT
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.training.flow_batch import TIME_SCALE, FlowInputs
 from colaserve_services.training.prior_stage import velocity
+from colaserve_services.training.rows import Row, pad_rows
 from colaserve_services.training.tokenizer import END_ID, IM_END_ID, PAD_ID
 
 
@@ -31,15 +32,20 @@ class Sampling:
     max_new_tokens: int = 64
     base_seed: int = 0  # noise of sample s and new block b; s is the prompt's place in the call
     end_ids: frozenset[int] = frozenset({END_ID, IM_END_ID})
+    pad_id: int = PAD_ID
 
 
 class Generator:
     """Prompts to texts, with one model."""
 
     def __init__(self, vae: TextVAE, dit: DiT, tokenizer: Tokenizer, sampling: Sampling | None = None):
-        self.vae, self.dit, self.tokenizer = vae.eval(), dit.eval(), tokenizer
+        self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
         self.sampling = sampling or Sampling()
-        self.size = dit.config.block_size
+        self.size, self.patch = dit.config.block_size, vae.config.patch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.txt_out.proj.weight.device
 
     def texts(self, prompts: Sequence[str], batch: int = 256) -> list[str]:
         """What each prompt goes on with, up to its end token."""
@@ -59,18 +65,18 @@ class Generator:
         return out
 
     def _run(self, ids: list[list[int]], samples: list[int]) -> list[list[int]]:
-        known = len(ids[0])
         latents = self._encode(ids)
-        blocks = -(-(known % self.size + self.sampling.max_new_tokens) // self.size)
-        first = known // self.size
+        known, first = latents.shape[1], latents.shape[1] // self.size
+        again = len(ids[0]) - first * self.size * self.patch if known % self.size else 0  # ids that are decoded again
+        blocks = -(-(again + self.sampling.max_new_tokens) // (self.size * self.patch))
         done = torch.zeros(len(ids), dtype=torch.bool)
         tokens: list[list[int]] = [[] for _ in ids]
-        seen = torch.zeros(len(ids), self.vae.config.vocab_size, dtype=torch.bool)
+        seen = torch.zeros(len(ids), self.vae.config.vocab_size, dtype=torch.bool, device=self.device)
         for block in range(first, first + blocks):
-            noise = torch.stack([self._noise(sample, block - first) for sample in samples])
+            noise = torch.stack([self._noise(sample, block - first) for sample in samples]).to(self.device)
             latents = self._write(latents, block, max(0, known - block * self.size), noise)
             written = self._tokens(latents, block, seen)
-            for row, found in enumerate(written[:, max(0, known - block * self.size) :].tolist()):
+            for row, found in enumerate(written[:, again if block == first else 0 :].tolist()):
                 tokens[row] += [] if done[row] else _until(self.sampling.end_ids, found)
                 done[row] |= not self.sampling.end_ids.isdisjoint(found)
             if done.all():
@@ -78,20 +84,19 @@ class Generator:
         return [row[: self.sampling.max_new_tokens] for row in tokens]
 
     def _tokens(self, latents: Tensor, block: int, seen: Tensor) -> Tensor:
-        """Most likely ids of a block, (N, B); ids of earlier blocks (`seen`, which is added to) are penalised."""
-        logits = self.vae.decode(latents)[:, block * self.size :]
+        """Most likely ids of a block, (N, B * P); ids of earlier blocks (`seen`, which is added to) are penalised."""
+        logits = self.vae.decode(latents)[:, block * self.size * self.patch :]
         penalty = torch.where(logits < 0, self.sampling.repetition_penalty, 1 / self.sampling.repetition_penalty)
         ids = torch.where(seen[:, None], logits * penalty, logits).argmax(-1)
         seen.scatter_(1, ids, True)
         return ids
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
-        """Latents of the prompt, (N, L, d)."""
+        """Latents of the prompt, (N, m, d)."""
         if not ids[0]:
-            return torch.zeros(len(ids), 0, self.dit.config.txt_in_channels)
-        width = -(-len(ids[0]) // self.size) * self.size
-        padded = torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in ids])
-        return self.vae.encode(padded)[0][:, : len(ids[0])]
+            return torch.zeros(len(ids), 0, self.dit.config.txt_in_channels, device=self.device)
+        padded = pad_rows([Row(tuple(row)) for row in ids], self.size * self.patch, self.sampling.pad_id)
+        return self.vae.encode(padded.to(self.device))[0][:, : -(-len(ids[0]) // self.patch)]
 
     def _write(self, latents: Tensor, block: int, pinned: int, z: Tensor) -> Tensor:
         """Transport one block from noise, its first `pinned` positions held; gives (N, (block + 1) * B, d)."""
@@ -113,10 +118,10 @@ class Generator:
     def _velocity(self, history: Tensor, z: Tensor, pinned: int, t: float, start: int | None = None) -> Tensor:
         rows, past = history.shape[:2]
         length = past + self.size
-        timestep = torch.zeros(rows, length)
+        timestep = torch.zeros(rows, length, device=z.device)
         timestep[:, past + pinned :] = t
-        position = torch.arange(length) + (past if start is None else start) - past
-        blocks = torch.arange(length) // self.size
+        place = torch.arange(length, device=z.device)
+        position, blocks = place + (past if start is None else start) - past, place // self.size
         mask = (blocks <= blocks[:, None]).expand(rows, -1, -1)
         values = torch.cat([history, z], dim=1)
         inputs = FlowInputs(values, timestep, position.expand(rows, -1), mask, values, values)
@@ -126,6 +131,15 @@ class Generator:
         seed = self.sampling.base_seed + sample * 1_000 + block * 10_000_000
         shape = (self.size, self.dit.config.txt_in_channels)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def reconstructed(vae: TextVAE, ids: Sequence[list[int]], pad_id: int) -> list[list[int]]:
+    """Each row of ids through the latents and back: the most likely ids."""
+    device, multiple = vae.decoder.device, vae.config.block_size * vae.config.patch_size
+    padded = [pad_rows([Row(tuple(row))], multiple, pad_id).to(device) for row in ids]
+    found = [vae.decode(vae.encode(row)[0]).argmax(-1)[0].tolist() for row in padded]
+    return [new[: len(row)] for row, new in zip(ids, found, strict=True)]
 
 
 def _until(ends: frozenset[int], ids: list[int]) -> list[int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from colaserve_services.errors import UsageError
 
+T = TypeVar("T")
 MODES = ("ddp", "fsdp")
 # A thread of gloo's may still be letting the tensors of the last operation go. If that takes the interpreter's lock
 # when the interpreter has ended, the process aborts, with its work done; nothing tells when the thread is through.
@@ -51,23 +52,43 @@ class Parallel:
             dist.all_reduce(value)
         return float(value)
 
+    def largest(self, value: int) -> int:
+        """The largest over processes, the same answer for all."""
+        largest = torch.tensor(value, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def gather(self, values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copies on the CPU, shards put together, for the first process; the others get nothing. Collective."""
+        whole = ((name, self.whole(value.detach())) for name, value in values)
+        return {name: value.to("cpu", copy=True) for name, value in whole if self.rank == 0}
+
     def whole(self, value: Tensor) -> Tensor:
         """A sharded tensor put together; any other as it is. Collective."""
         full = getattr(value, "full_tensor", None)
         return full() if full else value
+
+    def shard_again(self, module: nn.Module) -> None:
+        """Let go of whole weights that a forward without a backward left in place."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
 
     def fill(self, target: Tensor, value: Tensor) -> None:
         """Set `target`, sharded or not, to the whole tensor `value`."""
         target.copy_(_like(value, target))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's state_dict with whole tensors. Collective."""
+        """The optimizer's state_dict with whole tensors on the CPU, for the first process. Collective."""
         state = optimizer.state_dict()
-        state["state"] = {index: {k: self._whole_entry(v) for k, v in e.items()} for index, e in state["state"].items()}
+        state["state"] = {
+            index: self.gather((key, torch.as_tensor(value)) for key, value in entry.items())
+            for index, entry in state["state"].items()
+        }
         return state
-
-    def _whole_entry(self, value: Any) -> Any:
-        return self.whole(value) if isinstance(value, Tensor) else value
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Load a state made of whole tensors."""
@@ -84,6 +105,23 @@ class Parallel:
 
 
 SINGLE = Parallel(0, 1, torch.device("cpu"))
+
+
+class Objective(nn.Module):
+    """A network with its loss: forward(batch) -> {"loss": ..., further parts}, normalised over the whole step."""
+
+    def apply_whole(self, work: Callable[[], T]) -> T:
+        """Do work that uses the networks in another way than by forward; FSDP gathers their weights for it."""
+        return work()
+
+
+def repeatable() -> None:
+    """Let this process compute the same bits whenever it computes the same, with the same number of threads.
+
+    torch is to add up in a fixed order; so is MKL, which promises it only when asked before its first product.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO")
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
@@ -104,6 +142,7 @@ def _shard(module: nn.Module) -> nn.Module:
             if hasattr(block, "modulation"):  # of a DiT block: called beside forward, and needs whole weights too
                 register_fsdp_forward_method(block, "modulation")
     fully_shard(module)
+    register_fsdp_forward_method(module, "apply_whole")
     return module
 
 
@@ -112,6 +151,7 @@ def started(device: str = "cpu", mode: str = "ddp") -> Iterator[Parallel]:
     """Join the group that torchrun announces (RANK, WORLD_SIZE, ...), or be alone without it."""
     if mode not in MODES:
         raise UsageError(f"parallel: got {mode!r}, expected one of {', '.join(MODES)}")
+    repeatable()
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if place.type == "cuda" and not torch.cuda.is_available():

@@ -9,20 +9,21 @@ KL to the encoder it started from, against drift; the clean history then carries
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colaserve_services.model.dit import DiT, DiTBlock, Modulation
 from colaserve_services.model.layers import Attend
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.training.config import FlowConfig, JointConfig, RunConfig
 from colaserve_services.training.flow_batch import FlowBatch, FlowInputs, draw_batch, lay_out
-from colaserve_services.training.rows import Source, micro_batches
-from colaserve_services.training.vae_stage import VaeBatch, VaeObjective, draw_vae_batch
+from colaserve_services.training.parallel import Objective
+from colaserve_services.training.rows import Row, Source, micro_batches, with_whole_patches
+from colaserve_services.training.vae_stage import VaeBatch, VaeObjective, draw_vae_step
 
 
 def velocity(dit: DiT, inputs: FlowInputs) -> Tensor:
@@ -61,7 +62,7 @@ def flow_loss(dit: DiT, latents: Tensor, history: Tensor, batch: FlowBatch) -> T
     return (errors * inputs.weight).sum() / batch.count
 
 
-class PriorObjective(nn.Module):
+class PriorObjective(Objective):
     """The DiT's loss on the latents of a frozen VAE."""
 
     def __init__(self, dit: DiT, vae: TextVAE):
@@ -75,7 +76,7 @@ class PriorObjective(nn.Module):
         return {"loss": flow_loss(self.dit, latents, latents, batch)}
 
 
-class JointObjective(nn.Module):
+class JointObjective(Objective):
     """DiT and VAE together."""
 
     def __init__(self, dit: DiT, vae: TextVAE, joint: JointConfig):
@@ -129,19 +130,25 @@ class PriorStage:
     ):
         self.dit, self.vae, self.source, self.run, self.flow = dit, vae, source, run, flow
         self.pad_id, self.joint = pad_id, joint
-        self.module: nn.Module = JointObjective(dit, vae, joint) if joint else PriorObjective(dit, vae)
+        self.module: Objective = JointObjective(dit, vae, joint) if joint else PriorObjective(dit, vae)
 
     def batches(self, step: int, rank: int, world: int) -> list[FlowBatch] | list[JointBatch]:
         groups = micro_batches(self.source.rows(step, self.run.rows), self.run.micro_batches)
-        size, dim = self.dit.config.block_size, self.dit.config.txt_in_channels
-        seeds = [f"prior:{self.run.seed}:{step}:{part}" for part in range(len(groups))]
-        parts = list(zip(groups, seeds, strict=True))
-        drawn = [draw_batch(rows, size, dim, self.pad_id, self.flow, seed) for rows, seed in parts]
+        return self.draw(groups, f"prior:{self.run.seed}:{step}", rank, world)
+
+    def draw(
+        self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int
+    ) -> list[FlowBatch] | list[JointBatch]:
+        """A batch for each of a step's groups of rows."""
+        size, patch = self.dit.config.block_size, self.vae.config.patch_size
+        groups = [with_whole_patches(rows, patch, self.pad_id) for rows in groups]
+        drawn = [
+            draw_batch(rows, size, self.dit.config.txt_in_channels, self.pad_id, self.flow, f"{seed}:{part}", patch)
+            for part, rows in enumerate(groups)
+        ]
         count = sum(batch.count for batch in drawn)
         flow = [replace(batch, count=count, share=1 / (world * len(drawn))).part(rank, world) for batch in drawn]
         if self.joint is None:
             return flow
-        texts = [draw_vae_batch(rows, self.vae, self.pad_id, size, self.joint.loss, seed) for rows, seed in parts]
-        tokens, hidden = sum(text.tokens for text in texts), sum(text.hidden for text in texts)
-        texts = [replace(text, tokens=tokens, hidden=hidden).part(rank, world) for text in texts]
+        texts = draw_vae_step(groups, self.vae, self.pad_id, size * patch, self.joint.loss, seed, rank, world)
         return [JointBatch(pair) for pair in zip(flow, texts, strict=True)]

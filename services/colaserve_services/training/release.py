@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,15 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from colaserve_client.writing import write_file
-from colaserve_services.errors import CheckpointError
+from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.model.checkpoint import Checkpoint, WeightFolder
-from colaserve_services.model.config import DiTConfig, TextVAEConfig, load_vae_config, read_json
+from colaserve_services.model.config import load_vae_config, read_json
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.text.special_ids import SpecialIds
-from colaserve_services.training.tokenizer import END_ID, IM_END_ID, PAD_ID
+from colaserve_services.training.files import publish
+from colaserve_services.training.state import stored_states
+from colaserve_services.training.tokenizer import END_ID, IM_END_ID, PAD_ID, save_tokenizer
 
 # Keys that the released files have beside those that change the numbers.
 VAE_FIXED: dict[str, Any] = {
@@ -29,7 +34,29 @@ VAE_FIXED: dict[str, Any] = {
     "model_type": "cola_text_vae", "shared_heads_kv": 1, "use_emb": True,
 }  # fmt: skip
 DIT_FIXED: dict[str, Any] = {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "patch_size": 1}
+OWN_IDS = SpecialIds(PAD_ID, END_ID, IM_END_ID)
+GENERATION: dict[str, Any] = {
+    "steps": 16,
+    "guidance_scale": 2.0,
+    "max_new_tokens": 64,
+}  # what small networks are good with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def checkpoint_folder(name: Path) -> Path:
+    """The folder that `--init` names: `bundled` is the checkpoint that ships with this package."""
+    return Path(str(files("colaserve_services"))) / "demo" if str(name) == "bundled" else name
+
+
+def claim(out: Path, runs: Sequence[Path], resume: bool, overwrite: bool) -> None:
+    """Refuse to lose work: a finished checkpoint in `out`, or states in the folders of its runs."""
+    if overwrite:
+        return
+    if (out / "cola_dlm").exists():
+        raise UsageError(f"{out}: holds a checkpoint; name another --out, or replace it with --overwrite")
+    states = [state for run in runs for state in stored_states(run / "state")]
+    if states and not resume:
+        raise UsageError(f"{states[0]}: a state of an earlier run; go on with --resume, or forget it with --overwrite")
 
 
 def load_vae(directory: Path) -> TextVAE:
@@ -68,10 +95,9 @@ def _write(model: nn.Module, config: dict[str, Any], folder: Path, dtype: str) -
         name: value.detach().cpu().to(torch.float32 if name.endswith(".freqs") else DTYPES[dtype]).contiguous()
         for name, value in model.state_dict().items()
     }
-    draft = folder / "model.safetensors.part"
-    save_file(tensors, draft, metadata={"format": "pt"})
-    draft.chmod(0o644)  # the library's own files are the writer's alone, and servers run as somebody else
-    draft.replace(folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library's own files are the writer's alone, and servers run as somebody else
     write_json(folder / "config.json", {**config, "dtype": dtype})
 
 
@@ -79,45 +105,46 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def write_generation_config(out: Path, **defaults: Any) -> None:
-    """Write `out`/generation_config.json with the special ids of our tokenizers and a checkpoint's own defaults."""
-    special = {"eos_token_id": END_ID, "im_end_token_id": IM_END_ID, "pad_token_id": PAD_ID}
-    write_json(out / "generation_config.json", {**special, **defaults})
+def write_generation_config(out: Path, special: SpecialIds = OWN_IDS, **defaults: Any) -> None:
+    """Write `out`/generation_config.json with the special ids and a checkpoint's own defaults."""
+    ids = {"eos_token_id": special.end_of_text, "im_end_token_id": special.im_end, "pad_token_id": special.pad}
+    write_json(out / "generation_config.json", {**{k: v for k, v in ids.items() if v is not None}, **defaults})
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer.json and generation_config.json, so that `out` can be served; a file that is not there is not."""
+def write_companions(source: Path, out: Path, words: Tokenizer, special: SpecialIds) -> None:
+    """tokenizer.json and generation_config.json: those of `source`, or new ones where it has none."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "generation_config.json"):
-        if (source / name).is_file() and source.resolve() != out.resolve():
+        if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    if not (out / "tokenizer.json").exists():
+        save_tokenizer(words, out)
+    if not (out / "generation_config.json").exists():
+        write_generation_config(out, special, **GENERATION)
+
+
+@contextmanager
+def new_checkpoint(out: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into; at the end what is in it takes its place in `out`, the weights last."""
+    draft = out / ".checkpoint.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == "cola_dlm"):
+            publish(path, out / path.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def special_ids(folder: Path, words: Tokenizer) -> SpecialIds:
     """Of a checkpoint folder: its generation_config.json first, then the release's, then the tokenizer's."""
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
-    pad, end = given.get("pad_token_id"), given.get("eos_token_id")
-    return SpecialIds.find(words.token_to_id, words.get_vocab_size(), pad=pad, end_of_text=end)
+    pad, end, im_end = (given.get(f"{name}_token_id") for name in ("pad", "eos", "im_end"))
+    return SpecialIds.find(words.token_to_id, words.get_vocab_size(), pad=pad, end_of_text=end, im_end=im_end)
 
 
 def copy_prior(source: Path, out: Path) -> None:
     """Copy the prior of a checkpoint as it is, shards and all."""
-    if source.resolve() != out.resolve():
-        shutil.copytree(source / "cola_dlm" / "cola_dit", out / "cola_dlm" / "cola_dit", dirs_exist_ok=True)
-
-
-def tiny_vae_config(vocab_size: int, dim: int = 128, blocks: int = 2, block_size: int = 1) -> TextVAEConfig:
-    """A small Text VAE of 16 latent channels; heads of 32 channels."""
-    return TextVAEConfig(
-        vocab_size=vocab_size, encoder_num_blocks=blocks, decoder_num_blocks=blocks, dim=dim, ffn_dim=4 * dim,
-        num_heads=max(1, dim // 32), block_size=block_size,
-    )  # fmt: skip
-
-
-def tiny_dit_config(dim: int = 192, layers: int = 4, latent_dim: int = 16, block_size: int = 4) -> DiTConfig:
-    """A small prior; heads of 32 channels, all of them rotated."""
-    return DiTConfig(
-        txt_in_channels=latent_dim, txt_out_channels=latent_dim, txt_dim=dim, emb_dim=dim, heads=max(1, dim // 32),
-        head_dim=32, num_layers=layers, rope_dim=32, block_size=block_size,
-    )  # fmt: skip
+    shutil.copytree(source / "cola_dlm" / "cola_dit", out / "cola_dlm" / "cola_dit")

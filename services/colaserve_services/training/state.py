@@ -1,14 +1,15 @@
 """Resumable states: weights, averaged weights, optimizers, random generator and position, without pickle.
 
 A state is a folder `state/step-00000500/` with `tensors.safetensors` and `state.json`; it is written under another
-name first and renamed, so that a killed run leaves no half state. The two newest are kept.
+name, synced to the disk and renamed, so that a killed run leaves no half state. The two newest are kept: when the
+newest cannot be read, a run goes on from the one before.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError
+from colaserve_services.training.files import drafted
 
 KEPT = 2
 
@@ -45,22 +47,20 @@ def save_state(folder: Path, state: TrainingState) -> Path:
         tensors |= parts
     tensors["rng/torch"] = torch.get_rng_state()
     path = folder / f"step-{state.step:08d}"
-    _write(path, tensors, plain)
-    for old in sorted(folder.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+    with drafted(path) as draft:
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(whole, draft / "tensors.safetensors")
+        write_file(draft / "state.json", json.dumps(plain, indent=1))
+    _tidy(folder, path.name)
     return path
 
 
-def _write(path: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, draft / "tensors.safetensors"
-    )
-    write_file(draft / "state.json", json.dumps(plain, indent=1))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(draft, path)
+def _tidy(folder: Path, newest: str) -> None:
+    """Remove half-written states, damaged ones that this run did not go on from, and all but the two newest."""
+    found = [path.name for path in stored_states(folder)]
+    good = [name for name in found if name <= newest][:KEPT]
+    for name in {*found, *(path.name for path in folder.glob(".step-*"))}.difference(good):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _split(name: str, optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -72,27 +72,47 @@ def _split(name: str, optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     return {"param_groups": optimizer["param_groups"]}, tensors
 
 
-def newest_state(folder: Path) -> Path | None:
-    """The newest complete state below `folder`, or None."""
-    found = sorted(folder.glob("step-*"))
-    return found[-1] if found else None
+def stored_states(folder: Path) -> list[Path]:
+    """The states below `folder`, the newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def load_newest(folder: Path, warn: Callable[[str], object]) -> tuple[Path, TrainingState] | None:
+    """The newest state that can be read, and torch's random generator set to it; None when there is no state.
+
+    Raises CheckpointError when there are states and all of them are damaged.
+    """
+    found = stored_states(folder)
+    for path in found:
+        try:
+            return path, load_state(path)
+        except CheckpointError as error:
+            if path == found[-1]:
+                raise
+            warn(f"warning: {error}; trying the state before it")
+    return None
 
 
 def load_state(path: Path) -> TrainingState:
     """Read a state and set torch's random generator to it. Raises CheckpointError on a damaged one."""
     try:
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "tensors.safetensors")
+        return _load(path)
     except Exception as error:  # safetensors has its own exception types
-        raise CheckpointError(f"{path}: not a readable training state ({error})") from error
-    torch.set_rng_state(tensors.pop("rng/torch"))
+        raise CheckpointError(f"{path}: not a readable training state ({error!r})") from error
+
+
+def _load(path: Path) -> TrainingState:
+    plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(path / "tensors.safetensors")
+    generator = tensors.pop("rng/torch")
     optimizers = {name: {"state": {}, **groups} for name, groups in plain["optimizers"].items()}
     for name in [name for name in tensors if name.startswith("optimizer/")]:
         _, optimizer, index, key = name.split("/")
         optimizers[optimizer]["state"].setdefault(int(index), {})[key] = tensors.pop(name)
-    return TrainingState(
-        plain["step"], _below(tensors, "weights/"), _below(tensors, "ema/"), optimizers, plain["settings"]
-    )
+    weights, ema = _below(tensors, "weights/"), _below(tensors, "ema/")
+    state = TrainingState(plain["step"], weights, ema, optimizers, plain["settings"])
+    torch.set_rng_state(generator)
+    return state
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,88 +3,169 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from colaserve_services.errors import UsageError
+from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.training.config import RunConfig
-from colaserve_services.training.metrics import Metrics, plot_losses
+from colaserve_services.training.interrupts import Stop, Stopped
+from colaserve_services.training.metrics import Metrics, say
 from colaserve_services.training.optim import Ema, build_optimizers, rate_at, set_rate
-from colaserve_services.training.parallel import SINGLE, Parallel
-from colaserve_services.training.state import TrainingState, load_state, newest_state, save_state
+from colaserve_services.training.parallel import SINGLE, Objective, Parallel
+from colaserve_services.training.rows import Row
+from colaserve_services.training.state import TrainingState, load_newest, save_state
+
+Tell = Callable[[str], object]
 
 
 class Stage(Protocol):
     """What a stage adds to the loop."""
 
     name: str
-    module: nn.Module  # forward(batch) -> {"loss": ..., further parts}, normalised over the whole step
+    module: Objective
 
     def batches(self, step: int, rank: int, world: int) -> Sequence[Any]:
         """This process's micro-batches of a step; a function of its arguments and the stage's settings."""
+
+    def draw(self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int) -> Sequence[Any]:
+        """This process's batches of given rows, normalised over all of them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its settings, its folder, and what surrounds it."""
+
+    config: RunConfig
+    folder: Path  # metrics and resumable states
+    parallel: Parallel = SINGLE
+    resume: bool = False
+    quiet: bool = False
+    stop: Stop = field(default_factory=Stop)
+    data: str = ""  # which; a run is resumed with the same
+    held_out: Sequence[Row] = ()  # rows that are not trained on
+    samples: Callable[[], Sequence[str]] | None = None  # texts of the network as it is
 
 
 class Trainer:
     """Runs a stage from its first or a resumed step to the last; `ema_weights` are the result."""
 
-    def __init__(self, stage: Stage, config: RunConfig, folder: Path, parallel: Parallel = SINGLE, quiet: bool = False):
-        self.stage, self.config, self.folder, self.parallel, self.quiet = stage, config, folder, parallel, quiet
-        if config.rows % (config.micro_batches * parallel.world):
-            parts = config.micro_batches * parallel.world
-            raise UsageError(f"rows: got {config.rows}, expected a multiple of micro_batches x processes = {parts}")
-        self.module = parallel.wrap(stage.module)
-        self.optimizers = build_optimizers(stage.module, config.optimizer)
-        self.ema = Ema(self._parameters(), config.ema)
+    def __init__(self, stage: Stage, job: Job):
+        self.stage, self.job, self.config, self.parallel = stage, job, job.config, job.parallel
+        parts = self.config.micro_batches * self.parallel.world
+        if self.config.rows % parts:
+            raise UsageError(
+                f"rows: got {self.config.rows}, expected a multiple of micro_batches x processes = {parts}"
+            )
+        self.module = self.parallel.wrap(stage.module)
+        self.optimizers = build_optimizers(stage.module, self.config.optimizer)
+        self.ema = Ema(self._parameters(), self.config.ema)
         self.step = 0
 
-    def run(self, until: int | None = None, resume: bool = False) -> None:
-        """Train up to `until` (default: all steps). With `resume`, go on from the newest state if there is one."""
-        if resume:
-            self._resume()
-        steps, rank = self.config.steps, self.parallel.rank
-        metrics = Metrics(self.folder, self.step, steps, self.stage.name, self.quiet, rank)
-        last = min(until or self.config.steps, self.config.steps)
-        while self.step < last:
-            values = self.train_step()
-            metrics.step(self.step - 1, values, self.config.log_every)
-            if self.config.save_every and self.step % self.config.save_every == 0:
-                self.save()
-        metrics.close()
-        if self.parallel.rank == 0 and self.step == self.config.steps:
-            plot_losses(metrics.path, self.folder / "loss.png")
+    def run(self) -> None:
+        """Train to the last step. A signal ends the run earlier: its state is saved, and `Stopped` is raised."""
+        tell: Tell = say if self.parallel.rank == 0 and not self.job.quiet else str
+        if self.config.autocast and self.parallel.device.type == "cpu" and (lack := lacks_bfloat16()):
+            tell(f"{self.stage.name}: {lack}: products are computed in float32, which is faster then")
+        if self.job.resume:
+            self._resume(tell)
+        elif self.parallel.rank == 0:
+            shutil.rmtree(self.job.folder / "state", ignore_errors=True)  # of a run that this one replaces
+        quiet = self.job.quiet or self.parallel.rank > 0
+        with Metrics(self.job.folder, self.step, self.config, self.stage.name, quiet, self.parallel.rank) as metrics:
+            while self.step < self.config.steps:
+                values = self.train_step()
+                if _due(self.config.check_every, self.step):
+                    values |= self._check(metrics)
+                metrics.step(self.step - 1, values)
+                self._save_if_due(metrics)
+
+    def _save_if_due(self, metrics: Metrics) -> None:
+        signal = self.parallel.largest(self.job.stop.signal)
+        finished = self.step == self.config.steps
+        if signal or finished or _due(self.config.save_every, self.step):
+            saved = self.save(metrics)
+        if signal and not finished:
+            raise Stopped(signal, f"stopped after step {self.step} of {self.config.steps}; {saved}")
+
+    def _check(self, metrics: Metrics) -> dict[str, float]:
+        """Validation loss and sample texts with the averaged weights, which are what a run is for."""
+        with torch.no_grad(), self._averaged():
+            if self.job.samples is not None:
+                texts = self.stage.module.apply_whole(self.job.samples)
+                metrics.say("\n".join(f"  step {self.step}: {text!r}" for text in texts))
+            losses = [self._validation(part) for part in self._held_out()]
+        return {"validation": sum(losses) / len(losses)} if losses else {}
+
+    def _held_out(self) -> list[list[Row]]:
+        """The held-out rows in parts of a micro-batch, each with rows for every process."""
+        size, world = self.config.rows // self.config.micro_batches, self.parallel.world
+        parts = [list(self.job.held_out[start : start + size]) for start in range(0, len(self.job.held_out), size)]
+        return [part[: len(part) // world * world] for part in parts if len(part) >= world]
+
+    def _validation(self, rows: list[Row]) -> float:
+        (batch,) = self.stage.draw([rows], "validation", self.parallel.rank, self.parallel.world)
+        with self._precision():
+            return self.parallel.total(self.module(batch.to(self.parallel.device))["loss"])
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the network's place."""
+        own = {name: value.detach().clone() for name, value in self._parameters()}
+        if self.config.ema:
+            self._set(self.ema.values)
+        try:
+            yield
+        finally:
+            self.parallel.shard_again(self.module)
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in self._parameters():
+            value.copy_(values[name])
 
     def train_step(self) -> dict[str, float]:
         """One update: gradients of all micro-batches, clipped, applied; the losses of the whole step."""
         rate = rate_at(self.step, self.config.steps, self.config.optimizer)
         set_rate(self.optimizers, rate, self.config.optimizer)
         parts = [self._backward(batch) for batch in self._batches()]
+        sums = {name: self.parallel.total(torch.stack([part[name] for part in parts]).sum()) for name in parts[0]}
         norm = self._clip()
+        if not all(map(math.isfinite, (*sums.values(), norm))):
+            raise UsageError(
+                f"step {self.step + 1}: the loss or its gradient is not finite ({sums}, norm {norm}); "
+                f"lower the learning rate"
+            )
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.ema.update(self._parameters(), self.step)
         self.step += 1
-        sums = {name: self.parallel.total(torch.stack([part[name] for part in parts]).sum()) for name in parts[0]}
-        if not all(map(_finite, sums.values())):
-            raise UsageError(f"step {self.step}: the loss is not finite ({sums}); lower the learning rate")
         return {**sums, "rate": rate, "norm": norm}
 
     def _batches(self) -> Sequence[Any]:
         return self.stage.batches(self.step, self.parallel.rank, self.parallel.world)
 
     def _backward(self, batch: Any) -> dict[str, Tensor]:
-        device = self.parallel.device
-        precision = torch.autocast(device.type, torch.bfloat16) if self.config.autocast else nullcontext()
-        with precision:
-            parts = self.module(batch.to(device))
+        with self._precision():
+            parts = self.module(batch.to(self.parallel.device))
         (parts["loss"] * self.parallel.world).backward()  # processes average gradients; losses are shares of a sum
         return {name: value.detach() for name, value in parts.items()}
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        device = self.parallel.device.type
+        narrow = self.config.autocast and not (device == "cpu" and lacks_bfloat16())
+        return torch.autocast(device, torch.bfloat16) if narrow else nullcontext()
 
     def _clip(self) -> float:
         bound = self.config.optimizer.clip or float("inf")
@@ -95,39 +176,59 @@ class Trainer:
         return [(name, value) for name, value in self.stage.module.named_parameters() if value.requires_grad]
 
     def settings(self) -> dict[str, Any]:
-        return {"stage": self.stage.name, **asdict(self.config)}
+        """What a resumed run must have in common with the one before."""
+        config = {name: value for name, value in asdict(self.config).items() if not name.endswith("_every")}
+        parameters = sum(value.numel() for _, value in self._parameters())
+        return {"stage": self.stage.name, "data": self.job.data, "parameters": parameters, **config}
 
-    def save(self) -> None:
-        """Write a resumable state; every process takes part, the first one writes."""
+    def save(self, metrics: Metrics) -> str:
+        """Write a resumable state and tell where; every process takes part, the first one writes.
+
+        A state that cannot be written (a full disk) does not end the run: earlier ones are still there.
+        """
         optimizers = {name: self.parallel.optimizer_state(opt) for name, opt in self.optimizers.items()}
-        weights = {name: self.parallel.whole(value) for name, value in self._parameters()}
-        ema = {name: self.parallel.whole(value) for name, value in self.ema.values.items()}
+        weights = self.parallel.gather(self._parameters())
+        ema = self.parallel.gather(self.ema.values.items())
+        told = ""
         if self.parallel.rank == 0:
-            save_state(self.folder / "state", TrainingState(self.step, weights, ema, optimizers, self.settings()))
+            state = TrainingState(self.step, weights, ema, optimizers, self.settings())
+            try:
+                told = f"saved as {save_state(self.job.folder / 'state', state)}"
+            except (OSError, SafetensorError) as error:
+                told = f"its state could not be saved ({error})"
+                metrics.say(f"warning: step {self.step}: {told}")
         self.parallel.barrier()
+        return told
 
-    def _resume(self) -> None:
-        path = newest_state(self.folder / "state")
-        if path is None:
+    def _resume(self, tell: Tell) -> None:
+        found = load_newest(self.job.folder / "state", tell)
+        step = found[1].step if found else 0
+        if self.parallel.largest(step) != step or self.parallel.largest(-step) != -step:
+            raise UsageError(f"{self.job.folder}: the processes found different states; give them one shared folder")
+        if found is None:
+            tell(f"{self.stage.name}: no state in {self.job.folder}; starting anew")
             return
-        state = load_state(path)
+        path, state = found
         _refuse_other_settings(state.settings, self.settings(), path)
-        with torch.no_grad():
-            for name, value in self._parameters():
-                self.parallel.fill(value, state.weights[name])
-                self.parallel.fill(self.ema.values[name], state.ema[name])
+        self._adopt(state)
+        tell(f"{self.stage.name}: resuming from {path} (step {step} of {self.config.steps})")
+
+    @torch.no_grad()
+    def _adopt(self, state: TrainingState) -> None:
+        for name, value in self._parameters():
+            self.parallel.fill(value, state.weights[name])
+            self.parallel.fill(self.ema.values[name], state.ema[name])
         for name, optimizer in self.optimizers.items():
             self.parallel.load_optimizer(optimizer, state.optimizers[name])
         self.step = state.step
 
     def ema_weights(self) -> dict[str, Tensor]:
-        """The averaged (or, without averaging, the last) value of every trained parameter, whole, on the CPU."""
-        source = self.ema.values.items() if self.config.ema else self._parameters()
-        return {name: self.parallel.whole(value.detach()).cpu().clone() for name, value in source}
+        """The averaged (or, without averaging, the last) value of every trained parameter, for the first process."""
+        return self.parallel.gather(self.ema.values.items() if self.config.ema else self._parameters())
 
 
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.training.batch import Batch
 from colaserve_services.training.config import RunConfig, VaeLossConfig
+from colaserve_services.training.parallel import Objective
 from colaserve_services.training.rows import Row, Source, micro_batches, pad_rows
 
 
@@ -34,7 +35,7 @@ class VaeBatch(Batch):
     hidden: float  # valid and masked
 
 
-class VaeObjective(nn.Module):
+class VaeObjective(Objective):
     """The losses of a batch, as shares of the whole step's means."""
 
     def __init__(self, vae: TextVAE, loss: VaeLossConfig):
@@ -99,6 +100,16 @@ def draw_vae_batch(
     return VaeBatch(ids, valid, masked, noise, sigma * extra, float(tokens), float(hidden))
 
 
+def draw_vae_step(
+    groups: Sequence[Sequence[Row]], vae: TextVAE, pad_id: int, multiple: int, loss: VaeLossConfig, seed: str,
+    rank: int, world: int,
+) -> list[VaeBatch]:  # fmt: skip
+    """One process's part of each of a step's batches, normalised over the whole step."""
+    drawn = [draw_vae_batch(rows, vae, pad_id, multiple, loss, f"{seed}:{part}") for part, rows in enumerate(groups)]
+    tokens, hidden = sum(batch.tokens for batch in drawn), sum(batch.hidden for batch in drawn)
+    return [replace(batch, tokens=tokens, hidden=hidden).part(rank, world) for batch in drawn]
+
+
 class VaeStage:
     """Stage 1 for the training loop."""
 
@@ -107,14 +118,12 @@ class VaeStage:
     def __init__(self, vae: TextVAE, source: Source, run: RunConfig, loss: VaeLossConfig, pad_id: int, block_size: int):
         self.vae, self.source, self.run, self.loss, self.pad_id = vae, source, run, loss, pad_id
         self.multiple = block_size * vae.config.patch_size
-        self.module: nn.Module = VaeObjective(vae, loss)
+        self.module: Objective = VaeObjective(vae, loss)
 
     def batches(self, step: int, rank: int, world: int) -> list[VaeBatch]:
         groups = micro_batches(self.source.rows(step, self.run.rows), self.run.micro_batches)
-        seeds = (f"vae:{self.run.seed}:{step}:{part}" for part in range(len(groups)))
-        drawn = [
-            draw_vae_batch(rows, self.vae, self.pad_id, self.multiple, self.loss, seed)
-            for rows, seed in zip(groups, seeds, strict=True)
-        ]
-        tokens, hidden = sum(batch.tokens for batch in drawn), sum(batch.hidden for batch in drawn)
-        return [replace(batch, tokens=tokens, hidden=hidden).part(rank, world) for batch in drawn]
+        return self.draw(groups, f"vae:{self.run.seed}:{step}", rank, world)
+
+    def draw(self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int) -> list[VaeBatch]:
+        """A batch for each of a step's groups of rows."""
+        return draw_vae_step(groups, self.vae, self.pad_id, self.multiple, self.loss, seed, rank, world)
