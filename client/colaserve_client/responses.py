@@ -281,6 +281,7 @@ def model_info(message: generation_pb2.GenerationServiceGetInfoResponse) -> resu
         end_ids=tuple(message.end_ids),
         pad_id=message.pad_id,
         stages=tuple(_stage_info(stage) for stage in message.stages),
+        description=message.description,
     )
 
 

@@ -451,6 +451,7 @@ class ModelInfo:
         end_ids: tokens that end a text.
         pad_id: the token that fills up.
         stages: the stages behind the coordinator.
+        description: what the model can and cannot do, by its own card; empty where it has none.
     """
 
     name: str
@@ -465,3 +466,4 @@ class ModelInfo:
     end_ids: tuple[int, ...]
     pad_id: int
     stages: tuple[StageInfo, ...]
+    description: str = ""

@@ -42,9 +42,9 @@ def up(context: click.Context, **params: Any) -> None:
     """Serve a checkpoint: text, latents and OpenAI's API on one machine.
 
     \b
-    colaserve up                                 the bundled checkpoint, all in one process
-    colaserve up --model ~/models/Cola-DLM       another one, fetched with `colaserve pull`
-    colaserve up --split                         a process for every role, as in production
+    colaserve up                                 # the bundled checkpoint, all in one process
+    colaserve up --model ~/models/Cola-DLM       # another one, fetched with `colaserve pull`
+    colaserve up --split --replicas prior=2      # a process for every role, as in production
     colaserve up --device cuda --dtype bfloat16
 
     \b

@@ -60,9 +60,12 @@ def chat(
     """
     with suppress(ImportError):  # where Python was built with it: editing and history of the lines
         import readline  # noqa: F401
-    frame = client.info().chat_frame
+    model = client.info()
+    frame = model.chat_frame
     before = [Turn("System", system)] if system else []
     turns = list(before)
+    if model.description:
+        click.echo(f"{model.name}: {model.description}", err=True)
     click.echo(_HELP, err=True)
     for text in _messages():
         if text == "/reset":

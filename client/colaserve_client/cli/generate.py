@@ -74,7 +74,7 @@ def generate(
 
     \b
       colaserve generate "The capital of France is"
-      colaserve generate "Once upon a time" --max-new-tokens 100 --temperature 0.8 --seed 7
+      colaserve generate "Germany is a country in" --max-new-tokens 100 --temperature 0.8 --seed 7
       echo "The capital of France is" | colaserve generate --json
 
     A batch has a JSON object on each line: a prompt (text, or a list of token ids) and, where it differs from the

@@ -50,7 +50,7 @@ def encode(
     """Turn TEXTS into latents.
 
     \b
-      colaserve encode "The cat sat on the mat." --output cat.safetensors
+      colaserve encode "The capital of France is Paris." --output france.safetensors
       colaserve encode "one text" "another" --json
     """
     if variance and not as_json:
@@ -93,7 +93,7 @@ def decode(
     """Turn the latents in FILE (safetensors, as `colaserve encode --output` writes it) into text.
 
     \b
-      colaserve decode cat.safetensors
+      colaserve decode france.safetensors
     """
     latents = _load(file, name)
     decoded = {
@@ -144,7 +144,7 @@ def interpolate(
     """Walk from START to END through the latent space and decode the points of the way.
 
     \b
-      colaserve interpolate "The cat sat on the mat." "The dog lay in the sun." --points 7
+      colaserve interpolate "The capital of France is Paris." "The capital of Japan is Tokyo." --points 7
     """
     ends = [Latents.load(end_) if as_latents else end_ for end_ in (start, end)]
     walk = client.interpolate(ends[0], ends[1], points=points, interpolation=path, sampling=sampling)
@@ -177,7 +177,7 @@ def infill(
     A hole sees what is left of it and what is in its own block; --resamples lets it agree better with that.
 
     \b
-      colaserve infill "My name is [[4]] and I live in [[6]]."
+      colaserve infill "France is a country in Europe. Its capital is[[1]]. Its currency is the Euro."
       colaserve infill --file letter.txt --resamples 4 --seed 7
     """
     if (text is None) == (file is None):
@@ -214,7 +214,7 @@ def reconstruct(*, client: Client, texts: Sequence[str], files: Sequence[Path], 
     """Send TEXTS through the latent space and back: how faithful it is.
 
     \b
-      colaserve reconstruct "The cat sat on the mat."
+      colaserve reconstruct "The capital of France is Paris."
     """
     found = _texts(texts, files)
     trips = client.reconstruct(found)

@@ -55,10 +55,10 @@ def _unavailable(name: str, verb: Verb, message: str) -> click.Command:
 _EXAMPLES = """Continuous latent diffusion language models, served and used.
 
 \b
-  colaserve up &                              serve the bundled checkpoint
-  colaserve status --wait 60                  until it is ready
+  colaserve up &                              # serve the bundled checkpoint
+  colaserve status --wait 60                  # until it is ready
   colaserve generate "The capital of France is"
-  colaserve infill "My name is [[8]]."
+  colaserve infill "France is a country in Europe. Its capital is[[1]]."
   colaserve generate --input prompts.jsonl --output texts.jsonl --resume
 
 Verbs that use a server find it by --target or COLASERVE_TARGET (127.0.0.1:50051).

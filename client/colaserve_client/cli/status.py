@@ -43,6 +43,7 @@ def _description(found: ModelInfo) -> list[tuple[str, object]]:
     per_latent = output.counted(model.patch_size, "token")
     return [
         ("model", found.name),
+        *([("about", found.description)] if found.description else []),
         ("parameters", output.number(model.parameters)),
         ("latent space", found.space),
         ("latents", f"{model.latent_dim} channels, blocks of {model.block_size}, {per_latent} each"),
@@ -88,7 +89,7 @@ def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
 
     \b
       colaserve status
-      colaserve status --wait 60 && colaserve generate "Once upon a time"
+      colaserve status --wait 60 && colaserve generate "The capital of France is"
       colaserve status --target prior-0:50051
 
     The exit code is 3 when one of them is not serving.

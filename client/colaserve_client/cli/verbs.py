@@ -1,8 +1,12 @@
 """The verbs, where each is written and what it needs. Only this table is read until one is called."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import click
 
@@ -69,4 +73,19 @@ def missing_extra(name: str, error: ModuleNotFoundError) -> str | None:
         return None
     extra = VERBS[name].extra
     what = f"the extras {extra.replace(',', ' and ')}" if "," in extra else f"the {extra} extra"
-    return f"{name} needs {what}: pip install 'colaserve[{extra}]' ({module} is missing)"
+    return f"{name} needs {what}: {pip_line(extra)} ({module} is missing)"
+
+
+def pip_line(extra: str) -> str:
+    """What installs an extra from where colaserve itself was installed from: a folder, a file, or an index."""
+    try:
+        origin = json.loads(distribution("colaserve").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    url = origin.get("url", "")
+    if "dir_info" in origin:
+        editable = "--editable " if origin["dir_info"].get("editable") else ""
+        return f"pip install {editable}'{url2pathname(urlsplit(url).path)}[{extra}]'"
+    if "vcs_info" in origin:
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    return f"pip install 'colaserve[{extra}]{f' @ {url}' if url else ''}'"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from colaserve_client.cli.verbs import pip_line
 from colaserve_client.eval.records import EvalError
 from colaserve_client.eval.tasks import Score
 
@@ -63,7 +64,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvalError("plots need matplotlib: pip install 'colaserve[plot]', or ask for no plots") from error
+        raise EvalError(f"plots need matplotlib: {pip_line('plot')}, or ask for no plots") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -47,8 +47,10 @@ class Coordinator:
         observer: CoordinatorObserver | None = None,
         model_name: str = "",
         space: str = "",
+        description: str = "",
     ):
-        """`space`: the latent space of the checkpoint that the tokenizer and the defaults are of; empty: not known."""
+        """`space`: the latent space of the checkpoint that the tokenizer and the defaults are of; empty: not known.
+        `description`: what its model can and cannot do."""
         self._tokenizer = tokenizer
         self._defaults, self._limits = defaults or Defaults(), limits or CoordinatorLimits()
         self._observer = observer or CoordinatorObserver()
@@ -57,7 +59,7 @@ class Coordinator:
         self._core: Core | None = None
         self._connected = asyncio.Event()
         self._connected_at = 0.0
-        self.model_name = model_name
+        self.model_name, self._description = model_name, description
         self._space = space
 
     async def connect(self) -> None:
@@ -124,7 +126,7 @@ class Coordinator:
     def core(self) -> Core:
         """What calls work with; Unavailable before connect()."""
         if self._core is None:
-            raise Unavailable("the coordinator is not connected to its stages yet")
+            raise Unavailable(f"the coordinator waits for its stages: {self._lookout.faults()}")
         return self._core
 
     def generate(
@@ -206,6 +208,7 @@ class Coordinator:
             end_ids=sorted(self._tokenizer.special.end),
             pad_id=self._tokenizer.special.pad,
             stages=self._lookout.messages(),
+            description=self._description,
         )
 
     async def latent_info(self) -> latent_service_pb2.LatentServiceGetInfoResponse:

@@ -14,9 +14,13 @@ import click
 from colaserve_services.rpc.logs import JsonFormatter
 
 
-def announce(role: str, as_json: bool, text: str, **fields: Any) -> None:
-    """Print to standard output: the text, or one JSON object of its first line and the fields."""
-    _print(sys.stdout, _json(role, logging.INFO, text.splitlines()[0], fields=fields) if as_json else text)
+def announce(role: str, as_json: bool, text: str, description: str, **fields: Any) -> None:
+    """Print to standard output: the text and what the model can do, or one JSON object with the text's first line."""
+    if as_json:
+        said = {"description": description} if description else {}
+        _print(sys.stdout, _json(role, logging.INFO, text.splitlines()[0], fields={**fields, **said}))
+    else:
+        _print(sys.stdout, "\n".join(filter(None, (text, description))))
 
 
 @contextmanager

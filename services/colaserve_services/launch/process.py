@@ -43,6 +43,7 @@ class Host:
         self.role, self.metrics, self.settings = role, Metrics(), settings
         self.stack = contextlib.AsyncExitStack()
         self.addresses: dict[str, str] = {}
+        self.description = ""  # of the model; told beside the addresses
         self.started = time.monotonic()
         self._watch, self._keys = watch, keys
         self._grpc: RpcServer | None = None
@@ -104,7 +105,7 @@ class Host:
         where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())
         text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}"
         self.publish()
-        announce(self.role, self._watch.log.format == "json", text, addresses=self.addresses)
+        announce(self.role, self._watch.log.format == "json", text, self.description, addresses=self.addresses)
 
     async def drain(self, drain_seconds: float) -> None:
         """Not ready; wait; let what runs end within the grace."""

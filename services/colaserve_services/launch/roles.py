@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colaserve_services.errors import UsageError
-from colaserve_services.launch import ports, settings, threads
+from colaserve_services.launch import card, ports, settings, threads
 from colaserve_services.launch.observers import CoordinatorMetrics
 from colaserve_services.launch.process import Host, in_thread, run
 from colaserve_services.launch.settings import Params
@@ -104,6 +104,7 @@ def run_all(params: Params) -> None:
 
         await host.open_ports(grpc=True)
         checkpoint = await _checkpoint(model.directory)
+        host.description = card.description(model.directory)
         running = await _stages(host, ("encoder", "prior", "decoder"), model, limits, checkpoint)
         encoder, prior, decoder = (InProcessStub(running.services[name]) for name in ("encoder", "prior", "decoder"))
         stages = Stages(encoder, prior, decoder)
@@ -172,9 +173,9 @@ def _coordinator(host: Host, params: Params, checkpoint: Checkpoint, stages: Sta
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
     defaults = Defaults.resolve(settings.request_defaults(params), checkpoint.defaults)
     name = params["served_model_name"] or checkpoint.name
-    return Coordinator(
-        stages, tokenizer, defaults, limits, CoordinatorMetrics(host.metrics), name, space=checkpoint.space
-    )
+    observer = CoordinatorMetrics(host.metrics)
+    about = card.description(checkpoint.directory)
+    return Coordinator(stages, tokenizer, defaults, limits, observer, name, checkpoint.space, about)
 
 
 def _coordinator_services(coordinator: Coordinator) -> tuple[object, object]:

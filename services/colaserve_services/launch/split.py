@@ -36,6 +36,7 @@ class SplitSettings:
     stop_seconds: float  # a child's drain and grace
     watch: WatchSettings
     channel: ChannelSettings  # how the roles reach each other, and this process their health
+    description: str  # of the model
     replicas: Mapping[str, int] = field(default_factory=dict)  # of stages that have more than one
 
 
@@ -136,5 +137,6 @@ async def _start_and_watch(children: Children, settings: SplitSettings) -> None:
     lines = [f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:"]
     for name, addresses in children.addresses.items():
         lines.append(f"  {name:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()))
-    announce("colaserve", settings.watch.log.format == "json", "\n".join(lines), addresses=children.addresses)
+    as_json, text = settings.watch.log.format == "json", "\n".join(lines)
+    announce("colaserve", as_json, text, settings.description, addresses=children.addresses)
     await children.keep_running()

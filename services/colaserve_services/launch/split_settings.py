@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from colaserve_services.errors import UsageError
-from colaserve_services.launch import ports, settings
+from colaserve_services.launch import card, ports, settings
 from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE
 from colaserve_services.launch.settings import STAGES, Params
 from colaserve_services.launch.split import SplitSettings
@@ -27,7 +27,7 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
     """Raise UsageError for what cannot be split."""
     ports.check(params)
     replicas = settings.replicas(params)
-    settings.checkpoint(params)  # a missing bundled checkpoint is told once, here
+    directory = settings.checkpoint(params)  # a missing bundled one is told once, here
     if params["tls_cert"] is not None and params["tls_ca"] is None:
         raise UsageError("--tls-ca: needed with --tls-cert and --split, for the roles to trust each other")
     if params["health_port"] is not None:
@@ -46,6 +46,7 @@ def split_settings(context: click.Context, params: Params) -> SplitSettings:
         stop_seconds=params["drain_seconds"] + params["grace_seconds"],
         watch=settings.watch(params),
         channel=channel,
+        description=card.description(directory),
         replicas=replicas,
     )
 

@@ -127,6 +127,13 @@ def test_every_kind_of_failure_has_its_exit_code(
     assert done.err.count("\n") == 1
 
 
+def test_the_hint_names_the_stage_that_is_away(run: Run, behaviour: Behaviour) -> None:
+    behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE, "the prior is not available: connection refused"))
+    assert "the server answers, its prior does not: `colaserve status` shows" in run("info", "--tries", "1").err
+    behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE, "connection refused"))
+    assert "is a server running?" in run("info", "--tries", "1").err
+
+
 def test_the_timeout_has_its_exit_code(run: Run, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     assert run("generate", "a", "--timeout", "0.3").code == 4
@@ -156,9 +163,32 @@ def test_a_verb_without_its_extra_says_what_to_install(
     monkeypatch.setattr(verbs, "import_module", missing)
     extra = verbs.VERBS[name].extra
     assert main([name, "--whatever", "5"]) == 1
-    assert f"pip install 'colaserve[{extra}]'" in capsys.readouterr().err
+    assert verbs.pip_line(extra) in capsys.readouterr().err
     assert main([name, "--help"]) == 0
-    assert f"pip install 'colaserve[{extra}]'" in " ".join(capsys.readouterr().out.split())
+    assert verbs.pip_line(extra) in " ".join(capsys.readouterr().out.split())
+
+
+ORIGINS = {
+    "": "pip install 'colaserve[serve]'",
+    '{"url": "file:///a%20b", "dir_info": {}}': "pip install '/a b[serve]'",
+    '{"url": "file:///a", "dir_info": {"editable": true}}': "pip install --editable '/a[serve]'",
+    '{"url": "file:///a.whl", "archive_info": {}}': "pip install 'colaserve[serve] @ file:///a.whl'",
+    '{"url": "https://host/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}}':
+        "pip install 'colaserve[serve] @ git+https://host/a@c0'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_the_line_for_pip_names_where_it_was_installed_from(
+    origin: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "colaserve-9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: colaserve\nVersion: 9\n")
+    if origin:
+        (folder / "direct_url.json").write_text(origin)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert verbs.pip_line("serve") == ORIGINS[origin]
 
 
 def test_a_module_of_our_own_that_is_missing_is_not_blamed_on_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +208,7 @@ def test_a_client_only_installation_says_so_in_a_true_process() -> None:
     )
     code, _, err = finished("up", prelude=prelude)
     assert code == 1
-    assert "up needs the serve extra: pip install 'colaserve[serve]'" in err
+    assert f"up needs the serve extra: {verbs.pip_line('serve')}" in err
     assert "Traceback" not in err
 
 

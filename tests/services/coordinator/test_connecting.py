@@ -117,7 +117,7 @@ async def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
 
 
 async def test_before_connecting_calls_are_refused(tokenizer):
-    with pytest.raises(Unavailable, match="not connected"):
+    with pytest.raises(Unavailable, match="waits for its stages"):
         over(fakes(), tokenizer).generate(None, Call())
 
 

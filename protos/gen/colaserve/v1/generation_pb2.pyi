@@ -91,7 +91,7 @@ class GenerationServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerationServiceGetInfoResponse(_message.Message):
-    __slots__ = ("model_name", "model", "space", "limits", "server", "default_sampler", "default_sampling", "default_max_new_tokens", "chat_frame", "end_ids", "pad_id", "stages")
+    __slots__ = ("model_name", "model", "space", "limits", "server", "default_sampler", "default_sampling", "default_max_new_tokens", "chat_frame", "end_ids", "pad_id", "stages", "description")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class GenerationServiceGetInfoResponse(_message.Message):
     END_IDS_FIELD_NUMBER: _ClassVar[int]
     PAD_ID_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     model: _types_pb2.ModelShape
     space: str
@@ -116,7 +117,8 @@ class GenerationServiceGetInfoResponse(_message.Message):
     end_ids: _containers.RepeatedScalarFieldContainer[int]
     pad_id: int
     stages: _containers.RepeatedCompositeFieldContainer[StageInfo]
-    def __init__(self, model_name: _Optional[str] = ..., model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ..., default_sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., default_max_new_tokens: _Optional[int] = ..., chat_frame: _Optional[str] = ..., end_ids: _Optional[_Iterable[int]] = ..., pad_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageInfo, _Mapping]]] = ...) -> None: ...
+    description: str
+    def __init__(self, model_name: _Optional[str] = ..., model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ..., default_sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., default_max_new_tokens: _Optional[int] = ..., chat_frame: _Optional[str] = ..., end_ids: _Optional[_Iterable[int]] = ..., pad_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageInfo, _Mapping]]] = ..., description: _Optional[str] = ...) -> None: ...
 
 class StageInfo(_message.Message):
     __slots__ = ("stage", "target", "serving", "server", "limits", "space")
