@@ -89,11 +89,12 @@ class Network:
         return self._last(self._failing(results[0], marks)), results[1]
 
     def _failing(self, rows: Tensor, values: Tensor) -> Tensor:
+        self._breaks = False
         for mark, fault in list(self.faults.items()):
             marked = torch.ones_like(values, dtype=torch.bool) if mark is None else values == mark
             if marked.any():
                 rows = fault(rows, marked)
-        self._breaks = hasattr(rows, "breaks")
+                self._breaks |= hasattr(rows, "breaks")
         return rows
 
     def _last(self, results: Tensor) -> Tensor:
