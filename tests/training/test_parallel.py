@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from colaserve_services.errors import UsageError
+from colaserve_services.training.demo import load_generator
+from colaserve_services.training.generate import Sampling
 from colaserve_services.training.init import new_vae
 from colaserve_services.training.parallel import started
 from colaserve_services.training.release import OWN_IDS, write_companions, write_vae
@@ -82,9 +85,10 @@ def test_two_processes_with_shards_equal_one(alone, tmp_path):
 
 @pytest.fixture
 def vae(tmp_path: Path, words: Tokenizer) -> Path:
-    """The output of `train vae`, tiny."""
+    """The output of `train vae`, tiny, two tokens a latent."""
     folder = tmp_path / "vae"
-    write_vae(new_vae(vae_config(words.get_vocab_size())), folder)
+    torch.manual_seed(0)
+    write_vae(new_vae(replace(vae_config(words.get_vocab_size()), patch_size=2)), folder)
     write_companions(folder, folder, words, OWN_IDS)
     return folder
 
@@ -110,8 +114,12 @@ def test_two_processes_train_are_stopped_go_on_and_are_served(vae, tmp_path):
     averaged = load_file(state / f"step-{steps:08d}" / "tensors.safetensors")
     for name, value in load_file(out / DIT).items():
         assert name.endswith(".freqs") or torch.equal(value, averaged[f"ema/dit.{name}"])
+    generator = load_generator(out, Sampling(max_new_tokens=9, base_seed=7, end_ids=frozenset()))
     with served(tmp_path, "up", *FREE_PORTS, model=out) as running:
-        assert len(generate(running.target, "the river", tokens=4)) <= 4
+        for prompt in ("a", "the river", "the river runs"):
+            (expected,) = generator.texts([prompt])
+            found = generate(running.target, prompt, tokens=9, ignore_end=True)
+            assert generator.tokenizer.decode(found) == expected
 
 
 def test_an_unknown_mode_and_an_absent_device_are_named():
