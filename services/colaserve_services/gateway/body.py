@@ -24,11 +24,21 @@ from colaserve_services.gateway.settings import Bounds
 from colaserve_services.gateway.validation import validation_error
 
 MOST_PARTS: Final = 32_768  # arrays, objects and keys in one body; each costs a hundred times its bytes in memory
+MOST_ITEMS: Final = 262_144  # commas; parsing so many values holds the interpreter for some 20 ms
 
 _DISCARDED: Final = 16  # times the bound: so much more is read and dropped, since who still writes reads no answer
 _SMALL: Final = 64 * 1024  # bytes; a longer body is parsed in a thread
-# Everything up to and with the next "[", "{" or ":" that is in no string.
-_PART: Final = re.compile(r'[^\[{:"]*+(?:"(?:[^"\\]++|\\.)*+"[^\[{:"]*+)*+[\[{:]', re.DOTALL)
+
+
+def _next_of(signs: str) -> re.Pattern[str]:
+    """Everything up to and with the next of these signs that is in no string. It never goes back."""
+    return re.compile(rf'[^{signs}"]*+(?:"(?:[^"\\]++|\\.)*+"[^{signs}"]*+)*+[{signs}]', re.DOTALL)
+
+
+_BOUNDS: Final = (
+    (MOST_PARTS, "[{:", _next_of(r"\[{:"), "arrays, objects and keys"),
+    (MOST_ITEMS, ",", _next_of(","), "items"),
+)
 
 
 class Body:
@@ -132,11 +142,12 @@ def parse(body: bytes, model: type[BaseModel]) -> BaseModel:
 
 def _check_parts(text: str) -> None:
     """Refuse a body of very many small parts: a few bytes each, they take gigabytes and minutes once parsed."""
-    if text.count("[") + text.count("{") + text.count(":") <= MOST_PARTS:
-        return
-    if sum(1 for _ in islice(_PART.finditer(text), MOST_PARTS + 1)) > MOST_PARTS:
-        message = f"the body has more than {MOST_PARTS} arrays, objects and keys, the most this server takes"
-        raise ApiError(400, message, code="invalid_json")
+    for most, signs, next_of, what in _BOUNDS:
+        if sum(text.count(sign) for sign in signs) <= most:
+            continue
+        if sum(1 for _ in islice(next_of.finditer(text), most + 1)) > most:
+            message = f"the body has more than {most} {what}, the most this server takes"
+            raise ApiError(400, message, code="invalid_json")
 
 
 def _is_json(content_type: str) -> bool:

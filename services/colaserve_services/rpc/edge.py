@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import grpc
@@ -101,13 +101,21 @@ class Edge(grpc.aio.ServerInterceptor):
         """The first message, None where the stream ends without one."""
         try:
             async with asyncio.timeout(self._first_seconds):
-                return await anext(received, None)
-        except asyncio.CancelledError:
-            self._resets.count(str(context.peer()))
-            raise
+                with self._reset_counted(context):
+                    return await anext(received, None)
         except TimeoutError as error:
             waited = f"no message of {method.name} came within {self._first_seconds:g} s"
             raise DeadlineExceeded(waited) from error
+
+    @contextmanager
+    def _reset_counted(self, context: Any) -> Iterator[None]:
+        """Counts a call that is given up meanwhile."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if context.cancelled():  # by its client, and not by the time it took
+                self._resets.count(str(context.peer()))
+            raise
 
     def _request(
         self, first: bytes | None, rest: AsyncIterator[bytes], method: Method, handler: Any, sealed: bool
@@ -146,6 +154,8 @@ class Edge(grpc.aio.ServerInterceptor):
     async def _call(
         self, received: AsyncIterator[bytes], method: Method, handler: Any, context: Any
     ) -> AsyncIterator[Call]:
+        with self._reset_counted(context):
+            await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
         metadata = context.invocation_metadata()
         request_id = requests.adopt(metadata)
         context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))

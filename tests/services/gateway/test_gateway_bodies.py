@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 
 from colaserve_services.gateway import body as bodies
 from colaserve_services.gateway.app import create_app
-from colaserve_services.gateway.body import MOST_PARTS, CheckedRoute
+from colaserve_services.gateway.body import MOST_ITEMS, MOST_PARTS, CheckedRoute
 from colaserve_services.gateway.schemas import MOST_IDS, MOST_MESSAGES, MOST_PROMPTS
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.auth import Keys
@@ -22,7 +22,7 @@ from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
 from tests.waiting import PATIENCE
 
 JSON = {"content-type": "application/json"}
-MANY = 400_000
+MANY = MOST_ITEMS - 100
 
 
 def body_of(before: str, item: str, count: int, after: str) -> str:

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from colaserve_services.rpc import floods
+from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.floods import MOST_RESETS, RESET_SECONDS, Resets, end_connection
 from tests.services.rpc import frames
 from tests.services.rpc.conftest import ONE, running
@@ -41,6 +42,12 @@ async def test_a_flood_ends_its_connection_and_no_other(made):
         assert await ended(it.port, made, 20_000)
         assert await it.stub.Encode(ONE)
         assert it.channel.get_state() is honest is grpc.ChannelConnectivity.READY
+
+
+async def test_resets_without_a_key_are_counted_too():
+    async with running(keys=Keys(["secret"])) as it:
+        assert await ended(it.port, lambda number: frames.rapid_reset(PATH, number), 20_000)
+        assert await it.stub.Encode(ONE, metadata=(("authorization", "Bearer secret"),))
 
 
 async def test_a_client_that_probes_each_second_is_no_flood():
