@@ -352,7 +352,7 @@ async def _flood(target: Target, made: Callable[[int], bytes], count: int) -> No
                 with contextlib.suppress(ConnectionError):
                     await writer.drain()
                 await asyncio.sleep(0)
-        await asyncio.wait([ended], timeout=1)
+        await asyncio.wait([ended], timeout=5)
         target.answers["connection ended" if ended.done() else "connection kept"] += 1
     finally:
         ended.cancel()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import grpc
@@ -97,25 +97,14 @@ class Edge(grpc.aio.ServerInterceptor):
             call.span.block(**tracing.timing(response))  # before its reader may leave
             await _write(context, self._written(response, method, handler, call.sealed))
 
-    async def _first(self, received: AsyncIterator[bytes], method: Method, context: Any) -> bytes | None:
+    async def _first(self, received: AsyncIterator[bytes], method: Method) -> bytes | None:
         """The first message, None where the stream ends without one."""
         try:
             async with asyncio.timeout(self._first_seconds):
-                with self._reset_counted(context):
-                    return await anext(received, None)
+                return await anext(received, None)
         except TimeoutError as error:
             waited = f"no message of {method.name} came within {self._first_seconds:g} s"
             raise DeadlineExceeded(waited) from error
-
-    @contextmanager
-    def _reset_counted(self, context: Any) -> Iterator[None]:
-        """Counts a call that is given up meanwhile."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            if context.cancelled():  # by its client, and not by the time it took
-                self._resets.count(str(context.peer()))
-            raise
 
     def _request(
         self, first: bytes | None, rest: AsyncIterator[bytes], method: Method, handler: Any, sealed: bool
@@ -154,17 +143,21 @@ class Edge(grpc.aio.ServerInterceptor):
     async def _call(
         self, received: AsyncIterator[bytes], method: Method, handler: Any, context: Any
     ) -> AsyncIterator[Call]:
-        with self._reset_counted(context):
+        begun = False
+        try:
             await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
-        metadata = context.invocation_metadata()
-        request_id = requests.adopt(metadata)
-        context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
-        sealed = checksums.asked(metadata)
-        with tracing.serving(tracing.span_name(method), metadata) as span:
-            async with self._counted(method, context, span) as client:
-                first = await self._first(received, method, context)  # a caller that sends nothing takes no slot
-                with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
-                    yield Call(self._request(first, received, method, handler, sealed), span, sealed)
+            metadata = context.invocation_metadata()
+            request_id = requests.adopt(metadata)
+            context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
+            sealed = checksums.asked(metadata)
+            with tracing.serving(tracing.span_name(method), metadata) as span:
+                async with self._counted(method, context, span) as client:
+                    first, begun = await self._first(received, method), True  # who sends nothing takes no slot
+                    with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
+                        yield Call(self._request(first, received, method, handler, sealed), span, sealed)
+        finally:
+            if not begun and context.cancelled():  # by its client
+                self._resets.count(str(context.peer()))
 
     @asynccontextmanager
     async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
