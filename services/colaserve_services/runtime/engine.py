@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
+from colaserve_services.runtime import kv_budget
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.failures import NotFinite, brief, check_finite, out_of_memory, traceback_of
 from colaserve_services.runtime.limits import EngineLimits, Load
@@ -37,9 +38,6 @@ T = TypeVar("T", bound=Turn)
 _log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # weight of a new step in the running estimate of the work rate
-_PASSES = 16  # sessions that may start before an earlier one for which KV is lacking
-_HOLDS_AT_LEAST = 1.0  # seconds that a session keeps its KV though others wait for it
-_MUCH_MORE = 4  # times the KV of one that waits: it is paused for that one
 _NO_MEMORY = "the device has no memory left for this session"
 
 
@@ -261,7 +259,7 @@ class Engine(Generic[S, T]):
             if self._waiting:
                 due += [s.idle_since + self.limits.idle_seconds for s in self._running if s.idle_since < math.inf]
                 now = time.monotonic()
-                due += [at for s in self._running if (at := s.holds_since + _HOLDS_AT_LEAST) > now]
+                due += [at for s in self._running if (at := s.holds_since + kv_budget.HOLDS_AT_LEAST) > now]
         if self._look_again is not None:
             due.append(self._look_again)
         return min(due, default=None)
@@ -356,7 +354,7 @@ class Engine(Generic[S, T]):
         with self._lock:
             if len(self._running) >= self.limits.max_running:
                 return None
-            session = next(self._first_to_fit(self.limits.kv_bytes - self._kv_used), None)
+            session = kv_budget.first_to_fit(self._waiting, self.limits.kv_bytes - self._kv_used)
             if session is None:
                 return None
             for earlier in itertools.takewhile(lambda other: other is not session, self._waiting):
@@ -367,36 +365,17 @@ class Engine(Generic[S, T]):
             self._kv_used += session.kv_bytes
             return session
 
-    def _first_to_fit(self, kv_bytes: int) -> Iterator[S]:
-        """Those that wait and need no more KV, in order, up to one that may not be passed any more."""
-        for session in self._waiting:
-            if session.kv_bytes <= kv_bytes:
-                yield session
-            elif session.passed >= _PASSES:
-                return
-
     def _pause_large(self) -> bool:
-        """Take the KV of a session that holds more than half of all, or much more than one that waits for KV needs.
-
-        Its stream only pauses: it waits behind the others, and is written again from its latents.
-        """
-        now, limits = time.monotonic(), self.limits
+        """Pause a session whose KV others need: it waits behind them, and is written again from its latents."""
         with self._lock:
-            if len(self._running) >= limits.max_running:
+            if len(self._running) >= self.limits.max_running:
                 return False
-            for session in sorted(self._running, key=lambda each: each.kv_bytes, reverse=True):
-                if now < session.holds_since + _HOLDS_AT_LEAST or not session.pausable():
-                    continue
-                half = session.kv_bytes > limits.kv_bytes / 2
-                most = session.kv_bytes - 1 if half else session.kv_bytes // _MUCH_MORE
-                free = limits.kv_bytes - self._kv_used + session.kv_bytes
-                if next(self._first_to_fit(min(free, most)), None) is not None:
-                    self._running.remove(session)
-                    self._kv_used -= session.kv_bytes
-                    self._waiting.append(session)
-                    break
-            else:
+            session = kv_budget.to_pause(self._running, self._waiting, self._kv_used, self.limits.kv_bytes)
+            if session is None:
                 return False
+            self._running.remove(session)
+            self._kv_used -= session.kv_bytes
+            self._waiting.append(session)
         session.idle_since = math.inf
         session.pause()
         return True
