@@ -8,6 +8,7 @@ from typing import Final
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
+from colaserve_client.arrays import shortest
 from colaserve_services.gateway.shapes import Reason
 
 INCOMPLETE: Final = "\ufffd"
@@ -77,7 +78,7 @@ def _positions(message: GenerateResponse) -> tuple[Position, ...]:
 
 def _scored(ids: Iterable[int], texts: Iterable[str], logprobs: Iterable[float]) -> tuple[Scored, ...]:
     rows = zip(ids, texts, logprobs, strict=True)
-    return tuple(Scored(_name(token, text), max(value, LOWEST)) for token, text, value in rows)
+    return tuple(Scored(_name(token, text), max(shortest(value), LOWEST)) for token, text, value in rows)
 
 
 def _name(token: int, text: str) -> str:

@@ -117,6 +117,12 @@ async def test_an_impossible_token_has_a_logprob_that_json_can_say(gateway: Runn
     assert choice["logprobs"]["top_logprobs"] == [{" ": -9999.0}]
 
 
+async def test_a_logprob_prints_as_the_float32_that_it_is(gateway: Running):
+    gateway.fake.logprob = -0.1
+    [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-0.1]
+
+
 async def test_text_offsets_count_characters_where_tokens_are_parts_of_them(gateway: Running):
     gateway.fake.says = "a日éx"
     [choice] = (await gateway.complete(logprobs=0)).json()["choices"]
