@@ -204,7 +204,8 @@ class Engine(Generic[S, T]):
             self._refuse(session)
             return
         if session.wanted:
-            _log.error("a step failed with one session alone: %s", brief(error), exc_info=traceback_of(error))
+            line = "a step failed with one session alone: %s"
+            session.log(_log, logging.ERROR, line, brief(error), of=traceback_of(error))
         self.observer.step_failed()
         if isinstance(error, NotFinite):
             self._distrust_kept()

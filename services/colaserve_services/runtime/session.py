@@ -1,6 +1,8 @@
 """A session: what one caller holds in an engine, and the way its results go back to the caller's event loop."""
 
 import asyncio
+import contextvars
+import logging
 import math
 import threading
 import time
@@ -62,6 +64,7 @@ class Session(Generic[T]):
     def __init__(self, *, kv_bytes: int, work: float, deadline: float | None, on_read: Callable[[], None]):
         self.kv_bytes, self.work, self.deadline = kv_bytes, work, deadline
         self.outbox: Outbox[T] = Outbox(on_read)
+        self._call = contextvars.copy_context()  # of the call that it serves
         self.arrived = time.monotonic()
         self.started: float | None = None
         self.holds_since = 0.0  # when its KV was reserved last
@@ -75,6 +78,10 @@ class Session(Generic[T]):
     def wanted(self) -> bool:
         """Whether it still has something to do for someone."""
         return not (self.finished or self.cancelled)
+
+    def log(self, logger: logging.Logger, level: int, message: str, *values: object, of: Exception | None) -> None:
+        """A line of the log that bears the request id of the session's call; `of`: whose traceback goes with it."""
+        self._call.run(logger.log, level, message, *values, exc_info=of)
 
     def cancel(self) -> None:
         """The caller is gone. Any thread; the device thread frees the session before its next step."""

@@ -1,6 +1,7 @@
 """Failed steps through the services: the status tells whose fault it was, and health and metrics follow."""
 
 import asyncio
+import logging
 
 import grpc
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from colaserve.v1 import decoder_pb2, encoder_pb2
 from colaserve_services.errors import StepFailed, Unavailable
 from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
 from colaserve_services.runtime.limits import EngineLimits
 from tests.services.engines import faults
 from tests.services.engines.faults import MARK_LATENT, MARK_TOKEN, Network
@@ -58,6 +60,24 @@ async def test_a_step_that_fails_with_one_session_is_told_counted_and_no_reason_
         for each in STAGES:
             assert value("colaserve_step_failures_total", {"stage": each}) == (each == stage)
         assert told == []
+
+
+async def test_a_failed_step_is_logged_under_the_request_id_of_its_call(tiny):
+    seen = []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            seen.append((record.getMessage(), current_request_id()))
+
+    handler = Lines(logging.ERROR)
+    logging.getLogger("colaserve_services.runtime").addHandler(handler)
+    try:
+        async with serving(tiny, LIMITS, network=lambda x: Network(x, {MARK_LATENT: faults.raises})) as served:
+            call = served.prior.Sample(served.run(known=5, value=MARK_LATENT), metadata=((REQUEST_ID, "call-7"),))
+            assert isinstance(await failure(call.read()), StepFailed)
+    finally:
+        logging.getLogger("colaserve_services.runtime").removeHandler(handler)
+    assert seen == [("a step failed with one session alone: Broken", "call-7")]
 
 
 async def test_an_engine_at_fault_is_told_and_so_is_that_it_computes_again(tiny):
