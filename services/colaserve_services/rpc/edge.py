@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthenticated
 from colaserve_services.rpc import checksums, requests, tracing, unread
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
@@ -25,6 +25,7 @@ from colaserve_services.rpc.request_bounds import RequestBounds
 
 UNGUARDED = "/grpc.health.v1."  # probes show no key, are not counted and not logged
 FIRST_SECONDS = 30.0  # that a call's first message may take to come
+REFUSED_SECONDS = 0.05  # that a wrong key waits for its answer
 NAMES = {code.value[0]: code.name for code in StatusCode}
 
 
@@ -155,9 +156,10 @@ class Edge(grpc.aio.ServerInterceptor):
                     first, begun = await self._first(received, method), True  # who sends nothing takes no slot
                     with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
                         yield Call(self._request(first, received, method, handler, sealed), span, sealed)
-        finally:
-            if not begun and context.cancelled():  # by its client
+        except asyncio.CancelledError:
+            if not begun:
                 self._resets.count(str(context.peer()))
+            raise
 
     @asynccontextmanager
     async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
@@ -166,7 +168,7 @@ class Edge(grpc.aio.ServerInterceptor):
         started, code, client = time.perf_counter(), "OK", ""
         try:
             async with status_from_errors(context):
-                client = self._client(context)
+                client = await self._client(context)
                 yield client
         except asyncio.CancelledError:
             code = _why_cancelled(context) if not _number(context.code()) else NAMES[_number(context.code())]
@@ -179,10 +181,14 @@ class Edge(grpc.aio.ServerInterceptor):
             span.ended(code, failed=code not in ("OK", "CANCELLED"))
             self._record(method, code, time.perf_counter() - started, client)
 
-    def _client(self, context: Any) -> str:
+    async def _client(self, context: Any) -> str:
         if self._keys is not None:
             shown = requests.value(context.invocation_metadata(), requests.AUTHORIZATION)
-            return self._keys.identify(shown)
+            try:
+                return self._keys.identify(shown)
+            except NotAuthenticated:
+                await asyncio.sleep(REFUSED_SECONDS)  # so that a call which was reset is seen to be
+                raise
         return str(context.peer()).rpartition(":")[0]
 
     def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
