@@ -144,7 +144,7 @@ def first(latents: types_pb2.Latents, rows: int) -> types_pb2.Latents:
 async def test_every_field_has_its_effect(latents: Any) -> None:
     served, one, other = latents
     for method, (request, base, changes) in walks(one, other).items():
-        await answer(served, method, request(**base))  # its prefix is cached from here on: equal bytes from equal passes
+        await answer(served, method, request(**base))  # its prefix is cached from here on: equal passes, equal bytes
         as_it_is = await answer(served, method, request(**base))
         assert await answer(served, method, request(**base)) == as_it_is, f"{method} repeats itself"
         for field, change in changes.items():
