@@ -3,6 +3,7 @@
 import pytest
 import pytest_asyncio
 
+from tests.chaos.checkpoints import ALL, PRIOR, change_under_load, of_the_checkpoint, of_the_prior, torn, varied
 from tests.chaos.faults import hangs, harmed_fleet, under_harm
 from tests.chaos.fleet import SMALL, STAGES, FleetSettings
 from tests.chaos.kill import kill_under_load
@@ -63,3 +64,19 @@ async def test_requests_that_are_left_or_run_late_leave_nothing_behind(harmed):
     for name, files in watch.files.items():
         assert files[-1] <= files[0] + 12, name  # connections come and go; what leaks grows with the requests
     assert set(STAGES) <= {name.partition("-")[0] for name in watch.files}
+
+
+async def test_a_fleet_changes_its_prior_and_then_its_checkpoint_and_no_text_is_of_both(harmed, tmp_path):
+    """The last test: the fleet serves another checkpoint afterwards."""
+    fleet, _ = harmed
+    fine_tuned = varied(fleet.settings.model, tmp_path / "prior", PRIOR)
+    tally, before, after = await change_under_load(fleet, SOME, 4, of_the_prior(fleet), fine_tuned, kill=True)
+    assert (tally.failed, torn(tally, before, after)) == ([], [])
+    assert before != after
+    first, *rest = of_the_checkpoint(fleet)
+    steps = [first, *rest[:2], [replica for step in rest[2:] for replica in step]]
+    tally, before, after = await change_under_load(fleet, SOME, 4, steps, varied(fine_tuned, tmp_path / "all", ALL))
+    assert (tally.failed, torn(tally, before, after)) == ([], [])
+    assert before != after
+    left_out = await fleet.metric("colaserve_stage_faults_total", ("coordinator",), 'kind="model"')
+    assert sum(left_out.values()) > 0

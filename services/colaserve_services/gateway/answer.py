@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 from pydantic_core import to_json
 from starlette.responses import Response
@@ -23,8 +24,11 @@ from colaserve_services.gateway.events import EventStream
 from colaserve_services.gateway.infill import InfillCall
 from colaserve_services.gateway.pieces import Piece, joined, piece_of
 from colaserve_services.gateway.record import RequestRecord, record_of
+from colaserve_services.gateway.settings import Bounds
 from colaserve_services.gateway.shapes import Usage
 from colaserve_services.gateway.side_by_side import SideBySide
+
+_UNREAD_LOOK: Final = 1.0  # seconds between two looks whether anybody waits, at a stream that nobody reads
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class Plan:
 class Answer(Response):
     """The answer to a plan. Leaving early, on a client that goes away too, cancels all that still runs."""
 
-    def __init__(self, plan: Plan, backend: Backend, parallel: int):
+    def __init__(self, plan: Plan, backend: Backend, bounds: Bounds):
         super().__init__()
-        self._plan, self._backend, self._parallel = plan, backend, parallel
+        self._plan, self._backend, self._bounds = plan, backend, bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -76,11 +80,24 @@ class Answer(Response):
         try:
             async with self._pieces(record) as coming:
                 async for index, piece in coming:
-                    await events.piece(index, piece)
+                    await self._read_in_time(events.piece(index, piece))
                     last[index] = piece
             await events.end(self._usage(last, record))
         except Exception as error:
             await self._give_up(events, record, api_error(error, self._plan.names))
+
+    async def _read_in_time(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Send. Raises Unavailable when the client has not read for so long that its slot is better given to others."""
+        seconds, task = self._bounds.unread_seconds, asyncio.create_task(sending)
+        try:
+            await asyncio.wait([task], timeout=seconds)
+            while not task.done():
+                if await self._backend.others_wait():
+                    raise Unavailable(f"not read for {seconds:g} s while others waited")
+                await asyncio.wait([task], timeout=_UNREAD_LOOK)
+            await task
+        finally:
+            task.cancel()
 
     async def _give_up(self, events: EventStream, record: RequestRecord, told: ApiError) -> None:
         if not events.begun:
@@ -98,7 +115,10 @@ class Answer(Response):
                 return InfillCall(request, await self._backend.infill(request, self._plan.deadline))
             return await self._backend.generate(request, self._plan.deadline)
 
-        async with asyncio.timeout_at(end), SideBySide(self._plan.requests, start, self._parallel) as messages:
+        async with (
+            asyncio.timeout_at(end),
+            SideBySide(self._plan.requests, start, self._bounds.parallel_choices) as messages,
+        ):
             yield self._translated(messages, record)
 
     async def _translated(self, messages: SideBySide, record: RequestRecord) -> AsyncIterator[tuple[int, Piece]]:

@@ -121,6 +121,13 @@ class Backend:
         self._info, self._info_at = info, time.monotonic()
         return info
 
+    async def others_wait(self) -> bool:
+        """Whether calls wait for the coordinator now; one that does not answer does not say so."""
+        try:
+            return (await self.fresh_info()).server.waiting > 0
+        except (grpc.RpcError, ColaserveError, TimeoutError):
+            return False
+
     async def check_ready(self) -> None:
         """Raise unless the coordinator answers, within 2 s, and finds all its stages serving."""
         try:

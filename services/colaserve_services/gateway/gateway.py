@@ -114,7 +114,7 @@ class Gateway:
             usage_chunk=_usage_chunk(body),
             names=names,
         )
-        return Answer(plan, self.backend, bounds.parallel_choices)
+        return Answer(plan, self.backend, bounds)
 
     def _check_choices(self, body: GenerationFields, prompts: int) -> None:
         per_prompt, bound = body.n or 1, self.settings.bounds.choices

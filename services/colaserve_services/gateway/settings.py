@@ -16,6 +16,7 @@ class Bounds:
     body_bytes: int = 4 * 1024 * 1024  # a longer body is a 413
     body_seconds: float = 30.0  # time to send a body in, then 408
     request_seconds: float = 600.0  # the longest deadline, and that of a request that names none
+    unread_seconds: float = 60.0  # that a client may leave a stream unread while others wait for the coordinator
     choices: int = 128  # prompts times n of one request
     parallel_choices: int = 16  # of these, how many run side by side; the others wait in the gateway
 

@@ -96,7 +96,7 @@ GROUPS: dict[str, list[click.Option]] = {
         _option(
             "--idle-seconds", 60.0,
             "A session that has had nothing to compute for so long (its reader is away, its caller silent), and a "
-            "stream of the coordinator's that was not read for so long, ends while others wait.",
+            "stream of text or latents that was not read for so long, ends while others wait.",
             Number(0, MOST_SECONDS, min_open=True),
         ),
     ],
@@ -233,7 +233,7 @@ COORDINATOR = (
     "Stages", "Model", "Coordinator", "Idle sessions", "Defaults of requests", "Server", "gRPC server", "Keys",
     "Calling other services", "Watching",
 )  # fmt: skip
-GATEWAY = ("Upstream", "Gateway", "Server", "Keys", "Calling other services", "Watching")
+GATEWAY = ("Upstream", "Gateway", "Idle sessions", "Server", "Keys", "Calling other services", "Watching")
 UP = (
     "Processes", "Model", "Compute", "Engine", "Idle sessions", "Coordinator", "Defaults of requests", "Gateway",
     "Server", "gRPC server", "Keys", "Calling other services", "Watching",

@@ -242,6 +242,7 @@ async def _gateway(host: Host, params: Params, stub: Any, reach: Any = None) -> 
         Bounds(),
         body_bytes=params["max_body_bytes"],
         request_seconds=params["request_seconds"],
+        unread_seconds=params["idle_seconds"],
         choices=params["max_choices"],
     )
     gateway = GatewaySettings(

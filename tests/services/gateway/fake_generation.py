@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ class FakeGeneration(GenerationServiceServicer):
     gate: asyncio.Event | None = None
     chat_frame: str = ""
     serving: bool = True
+    waiting: int = 0  # calls
     ends_without_reason: bool = False
     info_failure: Exception | None = None
     info_gate: asyncio.Event = field(default_factory=_opened)
@@ -150,6 +152,7 @@ class FakeGeneration(GenerationServiceServicer):
             model=types_pb2.ModelShape(latent_dim=16, block_size=BLOCK, vae_block_size=1, patch_size=1, vocab_size=300),
             space="0123456789abcdef",
             limits=types_pb2.Limits(max_context=self.max_context),
+            server=types_pb2.ServerInfo(waiting=self.waiting),
             default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER,
                                               guidance_start=1, guidance_end=0),
             default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.5, repetition_penalty=1.5),
@@ -199,7 +202,11 @@ def _text(ids: list[int]) -> str:
 
 def _offsets(ids: list[int]) -> list[int]:
     """Where each byte's character begins, in characters."""
-    return [len(bytes(ids[:end]).decode(errors="ignore")) for end in range(len(ids))]
+    decoder, offsets, characters = codecs.getincrementaldecoder("utf-8")("ignore"), [], 0
+    for one in ids:
+        offsets.append(characters)
+        characters += len(decoder.decode(bytes([one])))
+    return offsets
 
 
 def _likely(token: int, count: int) -> types_pb2.TopLogprobs:

@@ -125,6 +125,24 @@ async def test_a_reader_that_does_not_read_stops_its_generation_from_running_ahe
         assert gateway.fake.running == 1
 
 
+async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_event(fake: FakeGeneration):
+    fake.says = "ever and " * 100_000
+    settings = GatewaySettings(bounds=Bounds(unread_seconds=0.2))
+    async with running(fake, settings) as gateway:
+        async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 900_000}) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            await asyncio.sleep(0.6)
+            assert fake.running == 1  # nobody waits
+            fake.waiting = 1
+            await eventually(lambda: fake.running == 0)
+            said = [line async for line in lines if line]
+        assert json.loads(said[-1].removeprefix("data: "))["error"] == {
+            "message": "not read for 0.2 s while others waited", "type": "server_error", "param": None,
+            "code": "unavailable",
+        }  # fmt: skip
+
+
 async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news(monkeypatch: pytest.MonkeyPatch):
     async def send(_: object) -> None:
         await asyncio.Event().wait()
