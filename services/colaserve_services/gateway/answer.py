@@ -22,6 +22,7 @@ from colaserve_services.gateway.disconnect import until_disconnect
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.events import EventStream
 from colaserve_services.gateway.infill import InfillCall
+from colaserve_services.gateway.older import Texts
 from colaserve_services.gateway.pieces import Piece, joined, piece_of
 from colaserve_services.gateway.record import RequestRecord, record_of
 from colaserve_services.gateway.settings import Bounds
@@ -122,8 +123,10 @@ class Answer(Response):
             yield self._translated(messages, record)
 
     async def _translated(self, messages: SideBySide, record: RequestRecord) -> AsyncIterator[tuple[int, Piece]]:
+        texts = [Texts(self._backend) for _ in self._plan.requests]
         async for index, message in messages:
             record.saw_block()
+            await texts[index].fill_in(message)
             yield index, piece_of(message)
 
     def _usage(self, last: Sequence[Piece], record: RequestRecord) -> Usage:

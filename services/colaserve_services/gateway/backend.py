@@ -85,11 +85,22 @@ class Backend:
         return response
 
     async def detokenize(self, ids: Sequence[int]) -> str:
+        return str((await self._detokenize(ids)).text)
+
+    async def token_texts(self, ids: Sequence[int]) -> dict[int, str]:
+        """The text of each id, of a coordinator that sends none with what it writes."""
+        most = most_tokens(await self.info())  # that one call takes
+        texts: dict[int, str] = {}
+        for some in (ids[start : start + most] for start in range(0, len(ids), most)):
+            texts |= zip(some, (await self._detokenize(some)).tokens, strict=True)
+        return texts
+
+    async def _detokenize(self, ids: Sequence[int]) -> pb.DetokenizeResponse:
         await self._reach()
         request = pb.DetokenizeRequest(token_ids=ids)
         response: pb.DetokenizeResponse
         response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
-        return response.text
+        return response
 
     async def info(self) -> Info:
         """The coordinator's description of itself. One older than `info_seconds` is given while a new one is asked for,

@@ -61,7 +61,7 @@ class InfillCall:
 
     async def __aiter__(self) -> AsyncIterator[GenerateResponse]:
         response: InfillResponse = await self._call
-        [reason] = response.finish_reasons
+        [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # an earlier version tells none
         yield GenerateResponse(
             text=response.segments[self._hole], finish_reason=reason, usage=response.usage, seed=response.seed
         )

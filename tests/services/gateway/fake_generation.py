@@ -61,6 +61,7 @@ class FakeGeneration(GenerationServiceServicer):
     logprob: float = -0.5
     infos: int = 0
     asking: int = 0
+    older: bool = False  # leaves unset what versions before the texts of tokens did not know
     infill: FakeInfill = field(default_factory=lambda: FakeInfill())
     running: int = 0
     most_running: int = 0
@@ -98,6 +99,8 @@ class FakeGeneration(GenerationServiceServicer):
             if start == starts[-1] and not self.ends_without_reason:
                 response.finish_reason = reason
                 response.usage.CopyFrom(self._usage(request, len(ids)))
+            if self.older:
+                _forget_texts(response)
             yield response
 
     async def _wait(self, number: int) -> None:
@@ -168,6 +171,7 @@ class FakeInfill(LatentServiceServicer):
 
     seen: list[latent_pb.InfillRequest] = field(default_factory=list)
     failure: Exception | None = None
+    older: bool = False
 
     async def Infill(self, request: latent_pb.InfillRequest, context: Any) -> latent_pb.InfillResponse:
         self.seen.append(request)
@@ -178,9 +182,16 @@ class FakeInfill(LatentServiceServicer):
         return latent_pb.InfillResponse(
             text="".join(segments),
             segments=segments,
-            finish_reasons=[types_pb2.FINISH_REASON_LENGTH] * len(holes),
+            finish_reasons=[] if self.older else [types_pb2.FINISH_REASON_LENGTH] * len(holes),
             usage=types_pb2.Usage(prompt_tokens=len("".join(segments)) - sum(holes), completion_tokens=sum(holes)),
         )
+
+
+def _forget_texts(response: pb.GenerateResponse) -> None:
+    for name in ("tokens", "text_offsets"):
+        response.ClearField(name)
+    for top in response.top_logprobs:
+        top.ClearField("tokens")
 
 
 class _Utf8:

@@ -205,3 +205,23 @@ async def test_bytes_are_counted_both_ways(gateway: Running):
         way: read("colaserve_transfer_bytes_total", {"direction": way, "service": "gateway"}) for way in ("in", "out")
     }
     assert counted == {"in": len(answer.request.content), "out": len(answer.content)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_coordinator_of_an_earlier_version_gives_the_same_log_probabilities(gateway: Running, stream: bool):
+    gateway.fake.says = "a日 éx, and more than a block of it"
+    asks = [gateway.complete, gateway.chat]
+    fields = [{"logprobs": 3}, {"logprobs": True, "top_logprobs": 3}]
+    told = []
+    for gateway.fake.older in (False, True):
+        for ask, wanted in zip(asks, fields, strict=True):
+            response = await ask(n=2, seed=1, max_tokens=200, stream=stream, **wanted)
+            assert response.status_code == 200
+            told.append(events(response) if stream else [response.json()])
+    assert [_choices(answers) for answers in told[:2]] == [_choices(answers) for answers in told[2:]]
+
+
+def _choices(answers: list[dict]) -> list[list[dict]]:
+    """Of each choice what was told of it, in order."""
+    every = [choice for answer in answers for choice in answer["choices"]]
+    return [[choice for choice in every if choice["index"] == index] for index in range(2)]

@@ -29,6 +29,12 @@ async def test_a_suffix_makes_a_hole_of_max_tokens_whose_text_is_the_answer(gate
     assert not gateway.fake.seen
 
 
+async def test_a_coordinator_of_an_earlier_version_tells_no_reason_and_the_hole_counts_as_full(gateway: Running):
+    gateway.fake.infill.older = True
+    [choice] = (await gateway.complete("a", suffix="b", max_tokens=3)).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("___", "length")
+
+
 async def test_a_streamed_hole_comes_in_one_chunk(gateway: Running):
     response = await gateway.complete(["a"], suffix="b", stream=True, stream_options={"include_usage": True})
     first, usage, done = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
