@@ -52,7 +52,7 @@ class PriorServiceServicer(object):
     """
 
     def Sample(self, request, context):
-        """Writes the blocks of a canvas. The stream owns the session: its KV cache is reserved once, when the session starts,
+        """Writes the blocks of a canvas. The stream owns the session: its KV cache is reserved when the session starts,
         and freed when the stream ends, however it ends (done, cancelled, deadline, broken connection). Blocks come in order.
         When --run-ahead blocks wait unread the session pauses and keeps its cache; after --idle-seconds of that, while others
         wait for its place, it ends with UNAVAILABLE. INVALID_ARGUMENT names the field; FAILED_PRECONDITION means another
