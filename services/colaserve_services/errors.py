@@ -1,5 +1,9 @@
 """What can go wrong, for every layer. `rpc/errors.py` alone turns these into gRPC and HTTP statuses."""
 
+from typing import Final
+
+AT_FAULT: Final = "the engine is at fault: it does not compute its warm-up row"  # whoever comes hears it
+
 
 class ColaserveError(Exception):
     """Base of all errors that a caller or an operator is told about; the message says what to do."""

@@ -17,6 +17,7 @@ from colaserve_services.coordinator.checks import StageFault
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.pool import Brand, Choice, NoReplica, Pool
 from colaserve_services.errors import (
+    AT_FAULT,
     ColaserveError,
     DeadlineExceeded,
     NotAuthenticated,
@@ -34,7 +35,8 @@ _DOUBTFUL_ATTEMPTS: Final = 3
 # The coordinator has checked what it sends, so a stage that refuses it is at fault.
 _REFUSED: Final = {StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION}
 _LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
-_UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing")  # gRPC's texts
+# Texts of gRPC, and of an engine that takes no runs.
+_UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing", AT_FAULT)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
 _LONGEST_PATIENCE = 60.0  # seconds
 
@@ -169,7 +171,7 @@ def stage_error(stage: str, error: Exception) -> ColaserveError:
 
 
 def _was_in_flight(error: Exception) -> bool:
-    """Whether a call broke after it had reached its replica."""
+    """Whether a call broke after a replica had begun with it."""
     if not isinstance(error, grpc.RpcError) or _code(error) not in _BROKEN | _DOUBTFUL:
         return False
     return not (error.details() or "").startswith(_UNREACHED)

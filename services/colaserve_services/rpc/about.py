@@ -50,7 +50,11 @@ class Timed(Protocol):
 
 
 def info(engine: Any, identity: Identity) -> dict[str, Any]:
-    """The fields that every stage's GetInfo response has: model, space, weights, limits, server."""
+    """The fields that every stage's GetInfo response has: model, space, weights, limits, server.
+
+    Raises Unavailable while the engine is at fault: a coordinator then knows that the runs that broke may be why.
+    """
+    engine.check_computes()
     limits, load = engine.limits, engine.load()
     return {
         "model": shape_message(engine.shape),

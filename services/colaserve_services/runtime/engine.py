@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
+from colaserve_services.errors import AT_FAULT, ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
 from colaserve_services.runtime import kv_budget
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.failures import NotFinite, brief, check_finite, out_of_memory, traceback_of
@@ -73,6 +73,11 @@ class Engine(Generic[S, T]):
         with self._lock:
             return Load(len(self._running), len(self._waiting), self._kv_used)
 
+    def check_computes(self) -> None:
+        """Raise Unavailable while the engine is at fault."""
+        if self._look_again is not None:
+            raise Unavailable(AT_FAULT)
+
     # The caller's side: any event loop.
 
     @asynccontextmanager
@@ -94,8 +99,7 @@ class Engine(Generic[S, T]):
 
     def _admit(self, sessions: list[S]) -> None:
         with self._lock:
-            if self._look_again is not None:
-                raise Unavailable("the engine is at fault: it does not compute its warm-up row")
+            self.check_computes()
             waiting = [session for session in self._waiting if session.wanted]
             present = len(waiting) + sum(session.wanted for session in self._running)
             work = self._share(waiting)

@@ -19,6 +19,7 @@ from colaserve.v1 import (
     prior_pb2_grpc,
     types_pb2,
 )
+from colaserve_services.errors import AT_FAULT, Unavailable
 from colaserve_services.rpc import arrays
 
 Fault = grpc.StatusCode | Exception
@@ -41,6 +42,7 @@ class Fake:
         self.running = 0
         self.faults: dict[int, tuple[int, Fault]] = {}  # call -> (answers before it, what then ends it)
         self.spoils: dict[int, Callable[[Any], Any]] = {}  # call -> what is done to each of its answers
+        self.at_fault_after: int | None = None  # calls; GetInfo then says so
         self.gate = asyncio.Event()
         self.gate.set()
         self.space, self.weights, self.dtype = SPACE, "", ""
@@ -64,6 +66,8 @@ class Fake:
         return response
 
     def info(self, kind: Any, **more: Any) -> Any:
+        if self.at_fault_after is not None and len(self.calls) >= self.at_fault_after:
+            raise Unavailable(AT_FAULT)
         shape = types_pb2.ModelShape(
             latent_dim=D, block_size=self.block_size, vae_block_size=1, patch_size=self.patch_size,
             vocab_size=VOCAB, parameters=10,

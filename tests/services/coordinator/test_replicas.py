@@ -9,7 +9,7 @@ from grpc import StatusCode
 
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
-from colaserve_services.errors import StepFailed, Unavailable
+from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.text import Tokenizer
 from tests.services.coordinator.conftest import Heard
@@ -193,6 +193,34 @@ async def test_a_run_that_took_two_replicas_with_it_is_not_carried_to_a_third(to
     assert sorted(fleet.calls(stage)) == [0, 1, 1]
     assert [replica.serving for replica in fleet.replicas[stage]].count(True) == 1
     assert fleet.coordinator._admission.running == 0
+
+
+@pytest.mark.parametrize("stage", KINDS)
+async def test_a_run_that_two_engines_were_at_fault_with_is_not_carried_to_a_third(tokenizer, stage: str):
+    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
+    await fleet.coordinator.connect()
+    for replica in fleet.replicas[stage]:
+        replica.fake.faults = {0: (0, Unavailable("the engine is at fault: Broken"))}
+        replica.fake.at_fault_after = 1
+    with pytest.raises(StepFailed, match=f"two replicas of the {stage} failed or ended"):
+        await fleet.generate()
+    assert sorted(fleet.calls(stage)) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("stage", KINDS)
+async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_guilty(tokenizer, stage: str):
+    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
+    await fleet.coordinator.connect()
+    undisturbed, answers = told(await fleet.generate()), ["the engine is at fault: Broken", AT_FAULT]
+
+    async def fail(fault: Any, context: Any) -> None:
+        if answers:
+            raise Unavailable(answers.pop(0))
+
+    for fake in (replica.fake for replica in fleet.replicas[stage]):
+        fake.faults, fake.fail, fake.at_fault_after = {len(fake.calls): (0, True)}, fail, len(fake.calls) + 1
+    assert told(await fleet.generate()) == undisturbed
+    assert sum(fleet.calls(stage)) == 4
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])

@@ -6,8 +6,8 @@ import logging
 import grpc
 import pytest
 
-from colaserve.v1 import decoder_pb2, encoder_pb2
-from colaserve_services.errors import StepFailed, Unavailable
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
+from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
 from colaserve_services.runtime.limits import EngineLimits
@@ -88,6 +88,8 @@ async def test_an_engine_at_fault_is_told_and_so_is_that_it_computes_again(tiny)
         everything[None] = faults.raises
         assert isinstance(await failure(sample(served, False)), Unavailable)
         assert told == [("prior", True)]
+        assert isinstance(await failure(served.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest())), Unavailable)
+        assert str(await failure(sample(served, False))) == AT_FAULT
         everything.clear()
         await eventually(lambda: told == [("prior", True), ("prior", False)])
         await sample(served, False)
