@@ -10,6 +10,7 @@ import numpy as np
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import lerp, slerp
+from colaserve_services.bounds import LATENT
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing, side_by_side
 from colaserve_services.coordinator.latent_space import (
@@ -43,13 +44,15 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
         check_size(core, "points", request.points * len(start))
         messages = []
         for weight in weights:
-            messages.append(arrays.latents_to_message(between(start, end, float(weight)), core.model.space))
+            latents = between(start, end, float(weight))
+            LATENT.check("interpolation", float(np.abs(latents).max()))  # an arc may lead beyond its ends
+            messages.append(arrays.latents_to_message(latents, core.model.space))
             await asyncio.sleep(0)  # 256 long points take their time; others have a turn between them
         decoded = await side_by_side([decode_all(core, message, sampling, call, patient=True) for message in messages])
-    for weight, latents, one in zip(weights, messages, decoded, strict=True):
+    for weight, message, one in zip(weights, messages, decoded, strict=True):
         ids = core.tokenizer.before_end(one.ids)
         text, tokens = core.tokenizer.decode(ids), core.tokenizer.token_texts(ids)
-        response.points.add(weight=weight, latents=latents, text=text, token_ids=ids, tokens=tokens)
+        response.points.add(weight=weight, latents=message, text=text, token_ids=ids, tokens=tokens)
         add_timing(response.timing, one.timing)
         await asyncio.sleep(0)
     return response

@@ -165,6 +165,16 @@ async def test_latents_out_of_bounds_are_refused_everywhere_by_their_position(wo
         assert caught.value.field == f"{field}.values.data"
 
 
+async def test_an_arc_that_leads_out_of_bounds_is_the_callers_and_no_stage_hears_of_it(world):
+    start, end = (pb.Endpoint(latents=message([[9_000, y]])) for y in (9_000, -9_000))
+    request = pb.InterpolateRequest(start=start, end=end, points=3, interpolation=pb.INTERPOLATION_SLERP)
+    with pytest.raises(InvalidRequest, match=r"interpolation: got 12727\.9, expected -10000 to 10000"):
+        await world.coordinator.interpolate(request, Call())
+    assert world.decoder.calls == []
+    request.interpolation = pb.INTERPOLATION_LERP
+    assert len((await world.coordinator.interpolate(request, Call())).points) == 3
+
+
 async def test_sampling_continues_latents_and_repeats_with_its_seed(world):
     prefix = message(np.arange(12))  # 6 latents: a block and a half
 
