@@ -237,7 +237,8 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
             room -= len(prefix)
             block = session.pending[0][0] if complete and session.pending else None
             if len(prefix) or block is not None:
-                turns.append(_Turn(session, prefix, None if block is None else sent(block, self.model.device)))
+                with self._alone(session):  # the device may lack the memory
+                    turns.append(_Turn(session, prefix, None if block is None else sent(block, self.model.device)))
         return turns
 
     def _hidden(self, turns: list[_Turn]) -> Tensor:
