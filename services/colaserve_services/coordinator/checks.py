@@ -43,7 +43,7 @@ def encodings(
         if encoding.HasField("log_variance") != with_variance:
             raise StageFault("shape", f"log_variance: expected {'one' if with_variance else 'none'}")
         if with_variance:
-            _tensor(encoding.log_variance, count, model)
+            _tensor(encoding.log_variance, count, model, np.inf)
     _timing(response.timing, call)
 
 
@@ -83,14 +83,14 @@ def _latents(latents: types_pb2.Latents, count: int, model: Model) -> None:
     _tensor(latents.values, count, model)
 
 
-def _tensor(values: types_pb2.Tensor, count: int, model: Model) -> None:
-    """float32 of shape (count, d)."""
+def _tensor(values: types_pb2.Tensor, count: int, model: Model, most: float = LATENT.most) -> None:
+    """float32 of shape (count, d). A stage that cannot keep latents within bounds ends their run itself."""
     shape = [count, model.latent_dim]
     whole = len(values.data) == 4 * count * model.latent_dim
     if values.dtype != _FLOAT32 or list(values.shape) != shape or not whole:
         raise StageFault("shape", f"it sent values of shape {list(values.shape)[:8]}, expected float32 {shape}")
-    # NaN is in no range; what is beyond the range of latents the next stage would refuse.
-    if not (np.abs(np.frombuffer(values.data, "<f4")) <= LATENT.most).all():
+    sizes = np.abs(np.frombuffer(values.data, "<f4"))
+    if not (np.isfinite(sizes) & (sizes <= most)).all():
         raise StageFault("not_finite", f"it sent values that are not finite, or beyond {LATENT.most}")
 
 

@@ -16,7 +16,7 @@ from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.text_vae import TextVAEEncoder
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
-from colaserve_services.runtime.failures import check_finite
+from colaserve_services.runtime.failures import check_finite, check_latents
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
@@ -92,6 +92,7 @@ class EncoderSession(Session[Encoded]):
         if self.cache is not None:
             self._engine.prefixes.remember(self._keys, self.cache, (mean, logvar))
         latents = self._engine.model.normalise(mean)[: self.length].to("cpu", torch.float32, copy=True)
+        check_latents("the latents", latents)
         variance = logvar[: self.length].to("cpu", copy=True) if logvar is not None and self._with_variance else None
         self.outbox.put(Encoded(latents, variance))
         self.outbox.close()

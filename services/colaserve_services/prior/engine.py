@@ -20,7 +20,7 @@ from colaserve_services.model.transfer import sent
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.runtime.device import DeviceThread
 from colaserve_services.runtime.engine import Engine
-from colaserve_services.runtime.failures import check_finite
+from colaserve_services.runtime.failures import check_latents
 from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.runtime.observer import EngineObserver
 from colaserve_services.runtime.prefix_cache import Prefixes
@@ -120,7 +120,7 @@ class PriorSession(Session[SampledBlock]):
         while run.finished is not None:
             index = self.job.first_block + run.block
             latents = run.take_finished().to("cpu", torch.float32, copy=True)
-            check_finite(f"the latents of block {index}", latents)
+            check_latents(f"the latents of block {index}", latents)
             now = time.monotonic()
             self._engine.observer.block(now - self._since, first=run.block == 1)
             self._engine.observer.tokens(0, len(latents))

@@ -164,7 +164,7 @@ class Engine(Generic[S, T]):
         raise NotImplementedError
 
     def _take(self, turn: T, result: Any) -> None:
-        """Hand its result to a session. Raises `NotFinite` instead of handing over what is no number."""
+        """Hand its result to a session. Raises instead of handing over what is no number, or no latents."""
         raise NotImplementedError
 
     def _warm_up_row(self) -> Sequence[Tensor | None]:
@@ -382,7 +382,8 @@ class Engine(Generic[S, T]):
             self._kv_used -= session.kv_bytes
             self._waiting.append(session)
         session.idle_since = math.inf
-        session.pause()
+        with self._alone(session):
+            session.pause()
         return True
 
     def _report(self) -> None:

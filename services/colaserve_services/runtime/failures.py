@@ -1,4 +1,4 @@
-"""What a step can fail with: memory that ran out, results that are no numbers."""
+"""What a step can fail with: memory that ran out, results that are no numbers or that no stage takes."""
 
 import errno
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from colaserve_services.bounds import LATENT
 from colaserve_services.errors import UsageError
 
 _CPU_SAYS = ("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory")
@@ -16,20 +17,31 @@ class NotFinite(ArithmeticError):
     """A result holds NaN or infinity though all that went in was finite."""
 
 
+class OutOfBounds(ArithmeticError):
+    """Latents that no stage would take though all that went in was within bounds: guidance may carry them there."""
+
+
 def brief(error: Exception) -> str:
     """What callers may hear of an error."""
-    return str(error) if isinstance(error, NotFinite) else type(error).__name__
+    return str(error) if isinstance(error, NotFinite | OutOfBounds) else type(error).__name__
 
 
 def traceback_of(error: Exception) -> Exception | None:
     """What the log holds beside that: where the error came from, unless its text says it all."""
-    return None if isinstance(error, NotFinite) else error
+    return None if isinstance(error, NotFinite | OutOfBounds) else error
 
 
 def check_finite(what: str, *values: Tensor | None) -> None:
     """Raise `NotFinite` unless all values are finite. Waits for the device."""
     if not all(bool(value.isfinite().all()) for value in values if value is not None):
         raise NotFinite(f"{what}: not finite")
+
+
+def check_latents(what: str, latents: Tensor) -> None:
+    """Raise `NotFinite` or `OutOfBounds` unless other stages take these latents."""
+    check_finite(what, latents)
+    if bool((latents.abs() > LATENT.most).any()):
+        raise OutOfBounds(f"{what}: beyond {LATENT}")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -25,6 +25,11 @@ def not_finite(response: Any) -> None:
     values.data = values.data[:-4] + NAN
 
 
+def too_large(response: Any) -> None:
+    values = latents_of(response).values
+    values.data = values.data[:-4] + struct.pack("<f", 10_001)
+
+
 def another_shape(response: Any) -> None:
     del latents_of(response).values.shape[:]
 
@@ -51,8 +56,8 @@ def skips_a_block(response: Any) -> None:
 
 
 LATENTS = {
-    not_finite: "not_finite", another_shape: "shape", too_short: "shape", another_space: "space",
-    half_precision: "shape", absurd_timing: "timing",
+    not_finite: "not_finite", too_large: "not_finite", another_shape: "shape", too_short: "shape",
+    half_precision: "shape", another_space: "space", absurd_timing: "timing",
 }  # fmt: skip
 WRONG = {
     "encoder": {
@@ -120,6 +125,18 @@ async def test_a_variance_that_is_not_finite_is_the_encoders_fault(world):
     world.encoder.spoils[1] = spoil
     assert await world.coordinator.encode_text(request, Call()) == undisturbed
     assert world.heard.of("stage_fault") == [("encoder", "not_finite")]
+
+
+async def test_a_variance_has_no_bounds(world):
+    def spoil(response: Any) -> None:
+        variance = response.encodings[0].log_variance
+        variance.data = struct.pack("<f", -20_000) * (len(variance.data) // 4)
+
+    world.encoder.spoils[0] = spoil
+    await world.coordinator.encode_text(
+        latent_service_pb2.EncodeTextRequest(texts=["he looked"], with_variance=True), Call()
+    )
+    assert world.heard.of("stage_fault") == []
 
 
 async def test_a_block_too_many_does_not_reach_the_caller(world):
