@@ -12,7 +12,7 @@ from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, types_pb2
 from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEngine
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.rpc import about, tensors
+from colaserve_services.rpc import about, tensors, unread
 
 
 class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
@@ -31,6 +31,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             raise InvalidRequest("request", "the first request of a Decode stream must set `open`")
         job = self._job(first.open)
         async with self._engine.session(job, deadline=about.deadline(context)) as session:
+            session.end_call = unread.end_call
             async for request in requests:
                 yield _message(await session.decode(self._block(request)))
 

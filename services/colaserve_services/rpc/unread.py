@@ -16,6 +16,7 @@ class _Serving:
 
     task: asyncio.Task[Any]
     error: Exception | None = None
+    over: bool = False
 
 
 _serving: ContextVar[_Serving | None] = ContextVar("colaserve_serving", default=None)
@@ -36,12 +37,13 @@ def endable() -> Iterator[None]:
         task.uncancel()
         raise serving.error from None
     finally:
+        serving.over = True  # its task may do other things now
         _serving.reset(token)
 
 
 def end_call(error: Exception) -> None:
     """End the call that is being served with this error, wherever its handler waits."""
     serving = _serving.get()
-    if serving is not None and serving.error is None:
+    if serving is not None and serving.error is None and not serving.over:
         serving.error = error
         serving.task.cancel()

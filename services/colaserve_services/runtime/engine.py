@@ -299,7 +299,7 @@ class Engine(Generic[S, T]):
         session = min(idle, key=lambda session: session.idle_since, default=None)
         if session is None or time.monotonic() - session.idle_since < self.limits.idle_seconds:
             return False
-        self._end(session, Unavailable(f"nothing to compute for {self.limits.idle_seconds:g} s while others wait"))
+        session.give_up(Unavailable(f"nothing to compute for {self.limits.idle_seconds:g} s while others wait"))
         self.observer.refused("idle")
         self._release(session)
         return True

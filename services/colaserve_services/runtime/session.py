@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from colaserve_services.runtime.timings import Timings
@@ -36,10 +37,12 @@ class Outbox(Generic[T]):
         self._post(error)
 
     def _post(self, item: T | BaseException | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:  # the reader's loop is closed: nobody waits any more
-            return
+        self.soon(self._queue.put_nowait, item)
+
+    def soon(self, call: Callable[..., object], *values: object) -> None:
+        """Call on the reader's event loop."""
+        with suppress(RuntimeError):  # it is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(call, *values)
 
     async def get(self) -> T | None:
         """The next result; None when there are no more. Raises what the session failed with."""
@@ -65,6 +68,7 @@ class Session(Generic[T]):
         self.kv_bytes, self.work, self.deadline = kv_bytes, work, deadline
         self.outbox: Outbox[T] = Outbox(on_read)
         self._call = contextvars.copy_context()  # of the call that it serves
+        self.end_call: Callable[[Exception], None] = lambda error: None  # wherever that call waits; in its context
         self.arrived = time.monotonic()
         self.started: float | None = None
         self.holds_since = 0.0  # when its KV was reserved last
@@ -82,6 +86,11 @@ class Session(Generic[T]):
     def log(self, logger: logging.Logger, level: int, message: str, *values: object, of: Exception | None) -> None:
         """A line of the log that bears the request id of the session's call; `of`: whose traceback goes with it."""
         self._call.run(logger.log, level, message, *values, exc_info=of)
+
+    def give_up(self, error: Exception) -> None:
+        """Fail, and end its call too: that may wait for a caller who neither sends nor reads."""
+        self.outbox.fail(error)
+        self.outbox.soon(self._call.run, self.end_call, error)
 
     def cancel(self) -> None:
         """The caller is gone. Any thread; the device thread frees the session before its next step."""

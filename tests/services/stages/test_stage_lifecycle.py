@@ -208,3 +208,32 @@ async def test_encoding_many_at_once_gives_what_one_by_one_gives(tiny):
         with suppress(grpc.aio.AioRpcError):
             await served.encoder.Encode(requests[0], timeout=0.0001)
         await eventually(lambda: served.stages.engines["encoder"].load().running == 0)
+
+
+async def unread(served, channel):
+    call = prior_pb2_grpc.PriorServiceStub(channel).Sample(served.run(blocks=2000, steps=1))
+    await call.initial_metadata()
+    return call
+
+
+async def ended(call):
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize(("stage", "method"), [("prior", "Sample"), ("decoder", "Decode")])
+async def test_a_stream_that_loses_its_place_ends_though_it_neither_sends_nor_reads(tiny, stage, method):
+    limits = EngineLimits(max_running=1, max_waiting=4, idle_seconds=0.2)
+    window = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+    async with serving(tiny, limits) as served, grpc.aio.insecure_channel(served.target, window) as channel:
+        silent = await (decoding(served) if stage == "decoder" else unread(served, channel))
+        await eventually(lambda: served.stages.engines[stage].load().running == 1)
+        if stage == "decoder":
+            (await decoding(served)).cancel()
+        else:
+            await ended(served.prior.Sample(served.run(blocks=1)))
+        held = served.metrics.requests_in_progress.labels(f"{stage.title()}Service", method)
+        await eventually(lambda: held._value.get() == 0)
+        with pytest.raises(grpc.aio.AioRpcError, match="nothing to compute for") as caught:
+            await ended(silent)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
