@@ -20,6 +20,7 @@ from colaserve_services.errors import (
     ModelMismatch,
     NotAuthenticated,
     Overloaded,
+    StepFailed,
     Unavailable,
 )
 from colaserve_services.rpc.errors import error_from_rpc, http_status
@@ -35,6 +36,7 @@ _KINDS: Final[dict[type[ColaserveError], tuple[str, str]]] = {
     Unavailable: ("server_error", "unavailable"),
     Corrupted: ("server_error", "unavailable"),
     DeadlineExceeded: ("server_error", "deadline_exceeded"),
+    StepFailed: ("server_error", "step_failed"),
 }
 _INTERNAL: Final = ("server_error", "internal_error")
 
@@ -122,6 +124,8 @@ def _headers(error: Exception) -> dict[str, str]:
         return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, Unavailable | Corrupted):
         return {"retry-after": "1"}
+    if isinstance(error, StepFailed):  # it would fail again; OpenAI's clients try other 500s again
+        return {"x-should-retry": "false"}
     if isinstance(error, NotAuthenticated):
         return {"www-authenticate": "Bearer"}
     return {}

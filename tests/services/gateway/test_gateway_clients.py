@@ -10,7 +10,7 @@ import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
-from colaserve_services.errors import Overloaded
+from colaserve_services.errors import Overloaded, StepFailed
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from tests.services.gateway.fake_generation import SAYS
@@ -46,6 +46,15 @@ async def test_openai_chats_and_reads_the_usage(client: openai.AsyncOpenAI):
     assert answer.choices[0].logprobs is not None
     assert answer.choices[0].logprobs.content is not None
     assert answer.choices[0].logprobs.content[0].top_logprobs[1].token == "!"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_openai_does_not_try_a_failed_step_again(keyed: Running, client: openai.AsyncOpenAI, stream: bool):
+    keyed.fake.failure = StepFailed("this request's step failed")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.with_options(max_retries=3).completions.create(model=MODEL, prompt="Hi", stream=stream)
+    assert caught.value.code == "step_failed"
+    assert len(keyed.fake.seen) == 1
 
 
 async def test_openai_streams_a_chat_with_its_usage(client: openai.AsyncOpenAI):

@@ -9,7 +9,14 @@ import re
 
 import pytest
 
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest, ModelMismatch, Overloaded, Unavailable
+from colaserve_services.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelMismatch,
+    Overloaded,
+    StepFailed,
+    Unavailable,
+)
 from colaserve_services.gateway import events
 from colaserve_services.gateway.dialects import ChatDialect
 from colaserve_services.gateway.errors import ApiError
@@ -33,6 +40,7 @@ BODY = {"model": "fake/cola", "prompt": "x", "stream": True, "max_tokens": 200}
         (Overloaded("full", 2.5), 429, "rate_limit_error", "rate_limit_exceeded"),
         (Unavailable("prior is down"), 503, "server_error", "unavailable"),
         (DeadlineExceeded("late"), 504, "server_error", "deadline_exceeded"),
+        (StepFailed("this request's step failed"), 500, "server_error", "step_failed"),
         (RuntimeError("secret"), 500, "server_error", "internal_error"),
     ],
 )
