@@ -59,7 +59,7 @@ class HttpProtocol(H11Protocol):
         if not self._answering() or not whole or self.scheme == "https":  # TLS cannot be closed by half
             return False
         self.cycle.keep_alive = False
-        if not self.cycle.response_started:
+        if not self.cycle.response_started and self.cycle.scope["http_version"] != "1.0":  # which knows no interim ones
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
         for seconds in _LOOKS:
             self.loop.call_later(seconds, self._look_for_reset)
@@ -69,7 +69,8 @@ class HttpProtocol(H11Protocol):
         """What is no HTTP, in the documented shape. Called where h11 raised, whose error has the status that fits."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError):
-            self._refuse(error.error_status_hint, f"the request is not valid HTTP: {error}")
+            what = str(error).partition(": bytearray(")[0]  # what follows is h11's copy of the client's bytes
+            self._refuse(error.error_status_hint, f"the request is not valid HTTP: {what}")
         else:
             self._refuse(400, msg)
 
