@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from colaserve_client.cli.verbs import pip_line
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
 from colaserve_services.model import cpu_attention
@@ -154,7 +155,7 @@ def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[
         mpl.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise UsageError("--plot: needs matplotlib; install colaserve[plot]") from error
+        raise UsageError(f"--plot: needs matplotlib: {pip_line('plot')}") from error
     draw = _bars if len({row[x] for row in rows}) == 1 and len({row[series] for row in rows}) == len(rows) else _lines
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.5 * len(panels) + 2, 3.5), squeeze=False, sharey=draw is _bars, layout="constrained"

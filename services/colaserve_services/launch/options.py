@@ -222,7 +222,7 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
         _option(
             "--otlp-endpoint", None,
-            "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs colaserve[trace].", TRIMMED,
+            "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs the trace extra.", TRIMMED,
         ),
     ],
 }  # fmt: skip

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from colaserve_client.cli.verbs import pip_line
 from colaserve_services import __version__
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import requests
@@ -113,7 +114,7 @@ def start(endpoint: str, role: str) -> Tracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise UsageError("--otlp-endpoint: needs OpenTelemetry; install colaserve[trace]") from error
+        raise UsageError(f"--otlp-endpoint: needs OpenTelemetry: {pip_line('trace')}") from error
     resource = Resource.create({"service.name": f"colaserve-{role}", "service.version": __version__})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint, insecure=not endpoint.startswith("https://"), timeout=_EXPORT_SECONDS)

@@ -1,6 +1,7 @@
 """One request is one trace, with a span a call and a span a block; spans hold no text."""
 
 import json
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
+from colaserve_services.errors import UsageError
 from colaserve_services.rpc import requests, tracing
 from tests.services.launch.processes import FREE_PORTS, started
 from tests.waiting import wait_until
@@ -99,3 +101,9 @@ def test_a_collector_that_is_not_there_disturbs_nobody(tmp_path):
     with started(tmp_path, "up", *FREE_PORTS, "--otlp-endpoint=http://127.0.0.1:9") as system:
         post(system.http, {})
         assert system.stop() == 0
+
+
+def test_without_opentelemetry_it_says_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(UsageError, match=r"^--otlp-endpoint: needs OpenTelemetry: pip install .*\[trace\]'$"):
+        tracing.start("http://127.0.0.1:1", "prior")
