@@ -79,5 +79,6 @@ def line_of(error: BaseException) -> str:
         searchable = error.request_id and not isinstance(error, InvalidRequest)
         return f"{error} (request id {error.request_id})" if searchable else str(error)
     if isinstance(error, OSError) and error.errno != errno.EPIPE:
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        where = "standard output" if error.errno == errno.ENOSPC else ""
+        return f"{error.filename or where}: {error.strerror}" if error.filename or where else str(error)
     return f"{type(error).__name__}: {error} (COLASERVE_DEBUG=1 shows where)"

@@ -289,7 +289,7 @@ def test_streams_that_are_closed_or_full_are_one_line(server: FakeServer, tmp_pa
         ("<&-", [], 2, "standard input is closed"),
         (">&-", ["Once"], 1, "standard output is closed"),
         (">&-", ["Once", "--json"], 1, "standard output is closed"),
-        (">/dev/full", ["Once"], 1, "No space left on device"),
+        (">/dev/full", ["Once"], 1, "colaserve: standard output: No space left on device"),
         ("", batch, 1, "/dev/full: No space left on device"),
     ):
         done = redirected(redirection, "generate", *arguments, "--target", server.target)
