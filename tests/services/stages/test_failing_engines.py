@@ -1,16 +1,20 @@
 """Failed steps through the services: the status tells whose fault it was, and health and metrics follow."""
 
 import asyncio
+import contextlib
 import logging
 
 import grpc
 import pytest
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
+from colaserve.v1 import decoder_pb2, encoder_pb2, latent_service_pb2, prior_pb2
+from colaserve_services.coordinator import Call, Coordinator, Stages
+from colaserve_services.coordinator.stages import Local
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
 from colaserve_services.runtime.limits import EngineLimits
+from colaserve_services.text import Tokenizer
 from tests.services.engines import faults
 from tests.services.engines.faults import MARK_LATENT, MARK_TOKEN, Network
 from tests.services.stages.serving import serving
@@ -103,3 +107,36 @@ async def test_an_engine_that_is_busy_is_not_at_fault(tiny):
             for _ in range(4):
                 group.create_task(asyncio.wait([asyncio.ensure_future(sample(served, False))]))
         assert told == []
+
+
+async def test_a_run_that_breaks_one_device_after_another_ends_with_the_second(tiny):
+    """Each device is lost for good once it has computed what breaks it, as a GPU's context is."""
+
+    class Lost(Network):
+        def _failing(self, rows, values):
+            if (values == MARK_LATENT).any():
+                self.faults[None] = faults.raises
+            return super()._failing(rows, values)
+
+    async with contextlib.AsyncExitStack() as stack:
+        made = [serving(tiny, EngineLimits(max_context=256), network=lambda x: Lost(x, {})) for _ in range(3)]
+        fleet = [await stack.enter_async_context(each) for each in made]
+        first, tokenizer = fleet[0], Tokenizer.open(tiny.directory / "tokenizer.json", fleet[0].shape.vocab_size)
+        priors = [Local(each.prior, each.target) for each in fleet]
+        coordinator = Coordinator(Stages(first.encoder, priors, first.decoder), tokenizer)
+        await coordinator.connect()
+        request = latent_service_pb2.SampleLatentsRequest(prefix=first.latents(5, value=MARK_LATENT), max_blocks=1)
+        with pytest.raises(StepFailed, match="two replicas of the prior failed or ended"):
+            await anext(coordinator.sample_latents(request, Call()))
+        at_fault = [await _at_fault(each) for each in fleet]
+        assert sorted(at_fault) == [False, True, True]
+        request.prefix.CopyFrom(first.latents(5))
+        assert (await anext(coordinator.sample_latents(request, Call()))).block_index == 0
+
+
+async def _at_fault(served):
+    try:
+        await served.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest())
+    except grpc.aio.AioRpcError:
+        return True
+    return False
