@@ -1,6 +1,7 @@
 """`bench engine` and `bench solvers`: what is counted, what is left out, and that a paired run gives every number."""
 
 import json
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,3 +186,10 @@ def test_gaps_count_by_when_they_were() -> None:
     assert row["before_seconds"] == 1.0
     assert row["during_seconds"] == 3.0  # of 3, 4, 2, 5, 1
     assert row["longest_ratio"] == 5.0
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(bench, ["engine", "--model", "nowhere", "--plot", "picture.png"])
+    assert result.exit_code == 2
+    assert "Error: --plot: needs matplotlib: pip install " in result.output

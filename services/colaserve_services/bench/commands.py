@@ -49,7 +49,7 @@ def bench() -> None:
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--preset", type=click.Choice(list(PRESETS)), required=True, help="Size of the model.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="As stored.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def make_checkpoint_command(directory: Path, preset: str, dtype: str, seed: int) -> None:
     """Write random weights in the released layout, with a tokenizer of the right size, into DIRECTORY."""
 

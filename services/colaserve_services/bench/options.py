@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from colaserve_client.cli.verbs import pip_line
 from colaserve_services.bench.report import Column, Report, plot
 from colaserve_services.bench.stages import DTYPES, ComputeSettings
 from colaserve_services.model.flow import SamplerSettings
@@ -49,6 +51,13 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
+def _drawable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Before anything is measured."""
+    if path is not None and find_spec("matplotlib") is None:
+        raise click.UsageError(f"--plot: needs matplotlib: {pip_line('plot')}")
+    return path
+
+
 compute_options = together(
     click.option("--model", type=click.Path(file_okay=False, path_type=Path), required=True, help="Checkpoint."),
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True),
@@ -62,7 +71,7 @@ sampler_options = together(
 )
 output_options = together(
     click.option("--json", "json_file", type=_FILE, help="Write everything as JSON."),
-    click.option("--plot", "plot_file", type=_FILE, help="Draw a PNG; needs matplotlib."),
+    click.option("--plot", "plot_file", type=_FILE, callback=_drawable, help="Draw a PNG; needs matplotlib."),
     click.option("--quick", is_flag=True, help="Only see that it works: few rounds, short measurements."),
 )
 

@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from colaserve_client.cli.verbs import pip_line
 from colaserve_client.writing import write_file
-from colaserve_services.errors import UsageError
 from colaserve_services.model import cpu_attention
 
 Row = dict[str, Any]
@@ -147,15 +145,13 @@ def _median(values: list[Any]) -> Any:
 def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[Column]) -> None:
     """A panel for each of `panels`: a line for each value of `series` over `x`, or bars where each has one row.
 
-    Bars are drawn when all those rows are at one `x`. Raises UsageError.
+    Bars are drawn when all those rows are at one `x`.
     """
-    try:
-        import matplotlib as mpl
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UsageError(f"--plot: needs matplotlib: {pip_line('plot')}") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
     draw = _bars if len({row[x] for row in rows}) == 1 and len({row[series] for row in rows}) == len(rows) else _lines
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.5 * len(panels) + 2, 3.5), squeeze=False, sharey=draw is _bars, layout="constrained"
