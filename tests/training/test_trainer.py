@@ -263,6 +263,9 @@ def test_averaged_weights_follow_the_formula():
     [
         ({"steps": 0}, "steps: got 0, expected at least 1"),
         ({"rows": -1}, "rows: got -1, expected at least 1"),
+        ({"steps": 10**20}, "steps: got 100000000000000000000, expected at most 2147483647"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616, expected 0 to 18446744073709551615"),
+        ({"seed": -1}, "seed: got -1, expected 0"),
         ({"micro_batches": 9}, r"micro_batches: got 9, expected 1 to rows \(4\)"),
         ({"ema": 1.0}, "ema: got 1.0, expected 0"),
     ],

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from colaserve_services.errors import UsageError
 
+MOST = 2**31 - 1  # of what is counted
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -49,6 +51,8 @@ class RunConfig:
         _at_least("save_every", self.save_every, 0)
         _at_least("check_every", self.check_every, 0)
         _at_least("log_every", self.log_every, 1)
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed: got {self.seed}, expected 0 to {2**64 - 1}")
         if not 1 <= self.micro_batches <= self.rows:
             raise UsageError(f"micro_batches: got {self.micro_batches}, expected 1 to rows ({self.rows})")
         if not 0 <= self.ema < 1:
@@ -100,3 +104,5 @@ class JointConfig:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UsageError(f"{name}: got {value}, expected at least {least}")
+    if value > MOST:
+        raise UsageError(f"{name}: got {value}, expected at most {MOST}")
