@@ -20,7 +20,6 @@ from colaserve_services.errors import (
     AT_FAULT,
     ColaserveError,
     DeadlineExceeded,
-    NotAuthenticated,
     Overloaded,
     StepFailed,
     Unavailable,
@@ -32,8 +31,16 @@ from colaserve_services.rpc.errors import error_from_rpc, grpc_code
 _BROKEN: Final = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.ABORTED, StatusCode.DATA_LOSS}
 _DOUBTFUL: Final = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 _DOUBTFUL_ATTEMPTS: Final = 3
-# The coordinator has checked what it sends, so a stage that refuses it is at fault.
-_REFUSED: Final = {StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION}
+# The coordinator has checked what it sends, and GetInfo took its key, so a stage that refuses a call is at fault.
+_REFUSED: Final = {
+    StatusCode.INVALID_ARGUMENT,
+    StatusCode.FAILED_PRECONDITION,
+    StatusCode.OUT_OF_RANGE,
+    StatusCode.NOT_FOUND,
+    StatusCode.UNIMPLEMENTED,
+    StatusCode.UNAUTHENTICATED,
+    StatusCode.PERMISSION_DENIED,
+}
 _LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
 # Texts of gRPC, and of an engine that takes no runs.
 _UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing", AT_FAULT)
@@ -163,8 +170,6 @@ def stage_error(stage: str, error: Exception) -> ColaserveError:
         return DeadlineExceeded(f"the deadline passed while the {stage} was at work")
     if isinstance(ours, Overloaded):
         return Overloaded(f"{stage}: {ours}", ours.retry_after)
-    if isinstance(ours, NotAuthenticated):
-        return Unavailable(f"the {stage} does not take this coordinator's key")
     if isinstance(ours, Unavailable) or _code(error) in _BROKEN:
         return Unavailable(f"the {stage} is not available: {ours}")
     return ours if isinstance(ours, ColaserveError) else ColaserveError(f"{stage}: {_brief(error)}")

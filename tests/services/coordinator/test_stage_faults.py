@@ -97,7 +97,13 @@ async def test_a_wrong_answer_is_not_used_and_the_call_goes_on_elsewhere(world, 
     assert kind in KINDS
 
 
-@pytest.mark.parametrize("code", [StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION])
+@pytest.mark.parametrize(
+    "code",
+    [
+        StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION, StatusCode.UNAUTHENTICATED,
+        StatusCode.PERMISSION_DENIED, StatusCode.UNIMPLEMENTED,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
 async def test_a_refusal_of_what_was_checked_is_the_stages_fault(world, stage: str, code: StatusCode):
     undisturbed = told(await world.generate(**REQUEST))
