@@ -104,7 +104,7 @@ class Answer(Response):
         if not events.begun:
             raise told
         record.failed(told)
-        await events.fail(told)
+        await events.fail(told, self._bounds.last_word_seconds)
 
     @asynccontextmanager
     async def _pieces(self, record: RequestRecord) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:

@@ -15,7 +15,6 @@ from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.pieces import Piece
 from colaserve_services.gateway.shapes import Usage
 
-LAST_WORD: Final = 2.0  # seconds that a client has to read why its stream ended
 _HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -45,13 +44,13 @@ class EventStream:
         await self._event(b"[DONE]")
         await self._body(b"", more=False)
 
-    async def fail(self, error: ApiError) -> None:
+    async def fail(self, error: ApiError, seconds: float) -> None:
         """End a begun stream with an error event; no [DONE] follows, so that no reader takes it for complete.
 
-        A client that does not read is not waited for: the connection is then closed.
+        A client that does not read within `seconds` is not waited for: the connection is then closed.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORD):
+            async with asyncio.timeout(seconds):
                 await self._event(error.body())
                 await self._body(b"", more=False)
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import sys
 import uuid
+from collections.abc import Callable
 from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from colaserve_services.gateway.errors import ApiError
+from colaserve_services.gateway.settings import Bounds
 from colaserve_services.rpc.requests import REQUEST_ID
 
-HEAD_SECONDS: Final = 30.0  # from a connection's start, or a request's first byte, to the end of the request's head
 LONGEST_HEAD: Final = 16 * 1024  # bytes; a longer one is a 431
 _LOOKS: Final = (0.02, 0.1, 0.5, 2.0)  # seconds after the end of a client's sending, to see whether it has left
+
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what the kernel still has to send
 
 _CODES: Final = {408: "head_timeout", 431: "head_too_large", 501: "not_implemented"}
 
@@ -28,16 +32,21 @@ _CODES: Final = {408: "head_timeout", 431: "head_too_large", 501: "not_implement
 class HttpProtocol(H11Protocol):
     """Made by uvicorn for each connection."""
 
-    head_seconds = HEAD_SECONDS
+    def __init__(self, bounds: Bounds, *args: Any, **of_uvicorn: Any):
+        super().__init__(*args, **of_uvicorn)
+        self._bounds = bounds
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._head_timer: asyncio.TimerHandle | None = None
+        telling: Any = _Transport(transport, self._watch_reader)
+        super().connection_made(telling)
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
+        self._end_watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -49,6 +58,8 @@ class HttpProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """What has come already of the next request, or of a body that was not asked for, has a limited time."""
         super().on_response_complete()
+        if not self.transport.is_closing():
+            self._watch_reader()
         coming = self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]
         if coming and not self._answering() and not self.transport.is_closing():
             self._begin_head()
@@ -57,6 +68,7 @@ class HttpProtocol(H11Protocol):
         """True keeps the connection for an answer."""
         whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
         if not self._answering() or not whole or self.scheme == "https":  # TLS cannot be closed by half
+            self.transport.close()
             return False
         self.cycle.keep_alive = False
         if not self.cycle.response_started and self.cycle.scope["http_version"] != "1.0":  # which knows no interim ones
@@ -79,7 +91,7 @@ class HttpProtocol(H11Protocol):
 
     def _begin_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
+            self._head_timer = self.loop.call_later(self._bounds.head_seconds, self._head_is_late)
 
     def _end_head(self) -> None:
         if self._head_timer is not None:
@@ -90,7 +102,7 @@ class HttpProtocol(H11Protocol):
         self._head_timer = None
         begun = self.conn.trailing_data[0] != b""
         if begun and not self._answering():
-            self._refuse(408, f"the head of the request did not come within {self.head_seconds:g} s")
+            self._refuse(408, f"the head of the request did not come within {self._bounds.head_seconds:g} s")
         elif not self._answering():
             self.transport.close()
 
@@ -108,3 +120,41 @@ class HttpProtocol(H11Protocol):
         connection: Any = self.transport.get_extra_info("socket")
         if not self.transport.is_closing() and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
+
+    def _watch_reader(self) -> None:
+        """Cut off a client that reads nothing of what is left of its answers."""
+        self._end_watch()
+        if left := self.transport.get_write_buffer_size():
+            self._reader_timer = self.loop.call_later(self._bounds.answer_seconds, self._look_at_reader, left)
+
+    def _end_watch(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
+
+    def _look_at_reader(self, before: int) -> None:
+        streaming = self._answering() and self.cycle.response_started and not self.transport.is_closing()
+        if streaming:  # which has a time of its own
+            return
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_reader()
+            return
+        connection: Any = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.transport.abort()
+
+
+class _Transport:
+    """A connection's transport that tells when it is being closed: it then still sends what is left."""
+
+    def __init__(self, transport: asyncio.Transport, closing: Callable[[], None]):
+        self._transport, self._closing = transport, closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        """End the connection once all is sent."""
+        if not self._transport.is_closing():
+            self._transport.close()
+            self._closing()

@@ -23,8 +23,6 @@ from colaserve_services.rpc.watched_files import WatchedFiles
 _KEEP_ALIVE = 75  # seconds that an idle connection is kept: above what clients and balancers keep theirs
 _LOOK_SECONDS = 1.0  # between two looks at the certificate's files
 
-_LAST_WORDS = 2.0  # seconds that cancelled requests have to say so to their clients
-
 
 class HttpServer:
     """A running server. `stop` ends it; leaving that to the garbage collector does not."""
@@ -37,6 +35,11 @@ class HttpServer:
         self._tasks: list[asyncio.Task[None]] = []
         self.host: str = listener.getsockname()[0]
         self.port: int = listener.getsockname()[1]
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._server.server_state.connections)
 
     async def start(self) -> None:
         """Return when requests are taken."""
@@ -62,7 +65,7 @@ class HttpServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if late := set(self._server.server_state.tasks):  # cancelled; they still have their last word
-            await asyncio.wait(late, timeout=_LAST_WORDS)
+            await asyncio.wait(late, timeout=self._gateway.settings.bounds.last_word_seconds)
 
     async def _follow_certificate(self, tls: ServerTls) -> None:
         context = self._server.config.ssl
@@ -87,7 +90,7 @@ async def serve(app: FastAPI, host: str, port: int, tls: ServerTls | None = None
 def _config(app: FastAPI, tls: ServerTls | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=HttpProtocol,  # not whichever parser is installed
+        http=partial(HttpProtocol, app.state.gateway.settings.bounds),  # type: ignore[arg-type]  # a factory does
         ws="none",
         h11_max_incomplete_event_size=LONGEST_HEAD,
         log_config=None,

@@ -14,9 +14,12 @@ class Bounds:
     """What one request may take. Impossible values raise UsageError."""
 
     body_bytes: int = 4 * 1024 * 1024  # a longer body is a 413
+    head_seconds: float = 30.0  # from a connection's start, or a request's first byte, to the end of the request's head
     body_seconds: float = 30.0  # time to send a body in, then 408
     request_seconds: float = 600.0  # the longest deadline, and that of a request that names none
     unread_seconds: float = 60.0  # that a client may leave a stream unread while others wait for the coordinator
+    last_word_seconds: float = 2.0  # that a client has to read why its stream ended
+    answer_seconds: float = 30.0  # without reading any of what is left of a whole answer, then a client is cut off
     choices: int = 128  # prompts times n of one request
     parallel_choices: int = 16  # of these, how many run side by side; the others wait in the gateway
 

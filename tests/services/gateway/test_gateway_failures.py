@@ -17,9 +17,9 @@ from colaserve_services.errors import (
     StepFailed,
     Unavailable,
 )
-from colaserve_services.gateway import events
 from colaserve_services.gateway.dialects import ChatDialect
 from colaserve_services.gateway.errors import ApiError
+from colaserve_services.gateway.events import EventStream
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.in_process import InProcessStub
@@ -151,13 +151,13 @@ async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_ev
         }  # fmt: skip
 
 
-async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news(monkeypatch: pytest.MonkeyPatch):
+async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news():
     async def send(_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(events, "LAST_WORD", 0.05)
     dialect = ChatDialect("id", "model", "space", logprobs=False)
-    telling = asyncio.ensure_future(events.EventStream(send, dialect, usage_chunk=False).fail(ApiError(504, "late")))
+    stream = EventStream(send, dialect, usage_chunk=False)
+    telling = asyncio.ensure_future(stream.fail(ApiError(504, "late"), seconds=0.05))
     done, _ = await asyncio.wait([telling], timeout=20)
     assert telling in done
     assert telling.exception() is None

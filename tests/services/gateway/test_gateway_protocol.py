@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from colaserve_services.gateway.protocol import LONGEST_HEAD, HttpProtocol
-from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.gateway.protocol import LONGEST_HEAD
+from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.settings import AdmissionLimits
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import Running
@@ -33,8 +36,8 @@ async def said(gateway: Running, *pieces: bytes, end: bool = False) -> bytes:
 
 
 @pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HttpProtocol, "head_seconds", 0.2)
+async def hurried(start) -> Running:
+    return await start(GatewaySettings(bounds=Bounds(head_seconds=0.2)))
 
 
 @pytest.mark.parametrize(
@@ -75,33 +78,30 @@ async def test_a_body_that_turns_malformed_after_the_answer_began_ends_the_conne
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_a_head_that_does_not_come_is_not_waited_for(gateway: Running):
-    assert await said(gateway) == b""
+async def test_a_head_that_does_not_come_is_not_waited_for(hurried: Running):
+    assert await said(hurried) == b""
     for pieces in ((b"GET /health HTT",), (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /hea")):
-        *_, answer = (await said(gateway, *pieces)).split(b"HTTP/1.1 ")
+        *_, answer = (await said(hurried, *pieces)).split(b"HTTP/1.1 ")
         assert answer.startswith(b"408 ")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_timeout"
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_a_body_that_nobody_asked_for_holds_its_connection_no_longer(gateway: Running):
-    answer = await said(gateway, b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nx")
+async def test_a_body_that_nobody_asked_for_holds_its_connection_no_longer(hurried: Running):
+    answer = await said(hurried, b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nx")
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_answers_and_idle_connections_may_take_longer_than_a_head(gateway: Running):
-    gateway.fake.gate = asyncio.Event()
-    asking = asyncio.create_task(gateway.complete(max_tokens=200))
-    await eventually(lambda: gateway.fake.running == 1)
-    await asyncio.sleep(0.5)
-    gateway.fake.gate.set()
+async def test_answers_and_idle_connections_may_take_longer_than_a_head(hurried: Running):
+    hurried.fake.gate = asyncio.Event()
+    asking = asyncio.create_task(hurried.complete(max_tokens=200))
+    await eventually(lambda: hurried.fake.running == 1)
+    assert await said(hurried) == b""  # a silent connection, which a head's time ends
+    hurried.fake.gate.set()
     assert (await asking).json()["choices"][0]["text"] == SAYS
-    [connection] = gateway.server._server.server_state.connections
-    await asyncio.sleep(0.5)
-    assert (await gateway.http.get("/health")).status_code == 200
-    assert list(gateway.server._server.server_state.connections) == [connection]
+    [connection] = hurried.server._server.server_state.connections
+    assert await said(hurried) == b""  # a silent connection, which a head's time ends
+    assert (await hurried.http.get("/health")).status_code == 200
+    assert list(hurried.server._server.server_state.connections) == [connection]
 
 
 @pytest.mark.parametrize(("version", "first"), [(b"1.1", b"100"), (b"1.0", b"200")])  # 1.0 knows no interim answers
@@ -156,3 +156,50 @@ async def test_answers_name_no_software_and_upgrades_are_not_taken(gateway: Runn
         assert answer.status_code == 200
         assert "server" not in answer.headers
         assert "made.up" not in f"{answer.headers}"
+
+
+@contextmanager
+def unread(gateway: Running, request: bytes) -> Iterator[socket.socket]:
+    """A client that has asked and reads nothing."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.connect(("127.0.0.1", gateway.server.port))
+        client.sendall(request)
+        yield client
+
+
+LONG = b'{"prompt": "x", "max_tokens": 900000, "stream": true}'
+HASTY = GatewaySettings(bounds=Bounds(unread_seconds=0.1, last_word_seconds=0.1, answer_seconds=0.3))
+
+
+def all_of(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+async def test_a_client_that_reads_nothing_loses_its_connection_with_its_stream(start):
+    gateway = await start(HASTY)
+    gateway.fake.says, gateway.fake.waiting = "ever and " * 100_000, 1
+    gateway.fake.model_name = "long" * 2500  # so are the events, which bear it
+    with unread(gateway, POST % (len(LONG), LONG)) as client:
+        await eventually(lambda: gateway.fake.running == 1)
+        await eventually(lambda: gateway.fake.running == 0 and gateway.server.connections == 0)
+        with pytest.raises(ConnectionResetError):
+            all_of(client)
+
+
+async def test_a_client_that_reads_no_whole_answer_loses_its_connection(start):
+    gateway = await start(HASTY)
+    for last in (b"", b"connection: close\r\n"):
+        request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n"
+        with unread(gateway, (request + b"\r\n") * 200 + request + last + b"\r\n"):
+            await eventually(lambda: gateway.server.connections == 1)
+            await eventually(lambda: gateway.server.connections == 0)
+
+
+async def test_a_closed_connection_that_is_read_on_gets_all_of_its_answers(start):
+    gateway = await start(HASTY)
+    request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n"
+    with unread(gateway, (request + b"\r\n") * 20 + request + b"connection: close\r\n\r\n") as client:
+        said = await asyncio.to_thread(all_of, client)
+    assert said.count(b"HTTP/1.1 200 ") == 21
+    assert said.endswith(b"}")
