@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 class Resets:
     """Counts the calls that were given up before their first message, by connection."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, end: Callable[[str], bool] | None = None):
+        self._clock, self._end = clock, end or end_connection
         self._counted: dict[str, tuple[float, int]] = {}  # connection -> (since when, how many)
 
     def count(self, peer: str) -> None:
@@ -32,7 +32,7 @@ class Resets:
         since, count = self._counted.pop(peer, (now, 0))
         since, count = (since, count + 1) if now - since < RESET_SECONDS else (now, 1)
         if count > MOST_RESETS:
-            if end_connection(peer):
+            if self._end(peer):
                 _log.warning("connection ended: it resets its calls", extra={"fields": {"peer": peer, "resets": count}})
             return
         if len(self._counted) >= _MOST_CONNECTIONS:

@@ -25,7 +25,6 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 KEPT_SECONDS = 1.0  # that the text of all metrics is kept
 LONGEST_HEAD = 8192  # bytes of a request for them
-ANSWER_SECONDS = 10.0  # that a request and the reading of its answer may take
 
 
 class Metrics:
@@ -166,9 +165,10 @@ class MetricsEndpoint:
     """`GET /metrics` on its own port and thread, so that it answers under any load. All connections share the thread,
     the text is written once a second at most, and a connection ends with its answer."""
 
-    def __init__(self, metrics: Metrics, listener: socket.socket):
+    def __init__(self, metrics: Metrics, listener: socket.socket, answer_seconds: float):
         self.port: int = listener.getsockname()[1]
         self._registry, self._listener = metrics.registry, listener
+        self._answer_seconds = answer_seconds
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -180,7 +180,7 @@ class MetricsEndpoint:
         if settings.aliases:
             metrics.registry.register(Aliases(metrics))
         try:
-            endpoint = MetricsEndpoint(metrics, network.listen(settings.host, settings.port))
+            endpoint = MetricsEndpoint(metrics, network.listen(settings.host, settings.port), settings.answer_seconds)
         except OSError as error:
             where = network.address(settings.host, settings.port)
             raise UsageError(f"--metrics-port: cannot listen on {where}: {error.strerror or error}") from error
@@ -207,7 +207,7 @@ class MetricsEndpoint:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self._answer_seconds):
                 request = await reader.readuntil(b"\r\n\r\n")
                 status, body = await self._answer_to(request.split(b"\r\n")[0].split(b" "))
                 head = f"HTTP/1.1 {status}\r\ncontent-type: {prometheus_client.CONTENT_TYPE_LATEST}\r\n"

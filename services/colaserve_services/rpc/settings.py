@@ -71,6 +71,7 @@ class MetricsSettings:
     host: str = "127.0.0.1"
     port: int = 9090  # 0: a free one
     aliases: bool = False  # also the vllm: names that inference gateways read
+    answer_seconds: float = 10.0  # that a request and the reading of its answer may take
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import json
 import threading
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import APIRouter
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, field_validator
 
-from colaserve_services.gateway import body as bodies
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.body import MOST_ITEMS, MOST_PARTS, CheckedRoute
 from colaserve_services.gateway.schemas import MOST_IDS, MOST_MESSAGES, MOST_PROMPTS
@@ -100,20 +102,33 @@ async def test_a_byte_order_mark_is_read_past_and_other_encodings_are_refused(ga
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_json")
 
 
-async def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it(
-    gateway: Running, monkeypatch: pytest.MonkeyPatch
-):
-    parsed_in: list[threading.Thread] = []
-    parse = bodies.parse
+PARSED_IN: list[threading.Thread] = []
 
-    def noted(*arguments: Any) -> Any:
-        parsed_in.append(threading.current_thread())
-        return parse(*arguments)
 
-    monkeypatch.setattr(bodies, "parse", noted)
-    for size in (10, 1_000_000):
-        assert (await gateway.complete("x" * size)).status_code == 200
-    small, large = parsed_in
+class Noted(BaseModel):
+    """Notes the thread that it is checked in."""
+
+    text: str
+
+    @field_validator("text")
+    @classmethod
+    def note(cls, text: str) -> str:
+        PARSED_IN.append(threading.current_thread())
+        return text
+
+
+async def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it():
+    app, router = create_app(InProcessStub(FakeGeneration()), GatewaySettings()), APIRouter(route_class=CheckedRoute)
+
+    @router.post("/noted")
+    async def noted(body: Noted) -> int:
+        return len(body.text)
+
+    app.include_router(router)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+        for size in (10, 1_000_000):
+            assert (await http.post("/noted", json={"text": "x" * size})).json() == size
+    small, large = PARSED_IN
     assert small is threading.current_thread()
     assert large is not small
 

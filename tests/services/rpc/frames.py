@@ -5,7 +5,7 @@ import struct
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RESET, SETTINGS, PING = 0, 1, 3, 4, 6
-END_HEADERS = 4
+END_HEADERS, ACK = 4, 1
 
 
 def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> bytes:
@@ -27,8 +27,12 @@ def rapid_reset(path: str, number: int) -> bytes:
     return headers(path, stream) + frame(RESET, struct.pack(">I", 8), stream=stream)
 
 
-def ping(_: int) -> bytes:
-    return frame(PING, bytes(8))
+def ping(number: int) -> bytes:
+    return frame(PING, struct.pack(">Q", number))
+
+
+def answer_to_ping(number: int) -> bytes:
+    return frame(PING, struct.pack(">Q", number), ACK)
 
 
 async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
