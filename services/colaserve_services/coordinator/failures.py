@@ -41,6 +41,7 @@ _REFUSED: Final = {
     StatusCode.UNAUTHENTICATED,
     StatusCode.PERMISSION_DENIED,
 }
+_EARLY: Final = 1.0  # seconds before the deadline, which stages see a little sooner or later
 _LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
 # Texts of gRPC, and of an engine that takes no runs.
 _UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing", AT_FAULT)
@@ -95,7 +96,7 @@ class Attempts:
 
     async def failed(self, error: Exception) -> None:
         """Return when another attempt should be made; raise our error for it when not."""
-        if isinstance(error, grpc.RpcError) and error.code() in _REFUSED:
+        if isinstance(error, grpc.RpcError) and self._refused(error.code()):
             error = StageFault("refused", f"it answered {_brief(error)} to what the coordinator had checked")
         if isinstance(error, StageFault):
             self.fault(error)
@@ -113,6 +114,12 @@ class Attempts:
         if await self._took_two_replicas():
             self._gave_up(ours)
             raise StepFailed(f"two replicas of the {self.stage} failed or ended with this request in flight") from error
+
+    def _refused(self, code: StatusCode) -> bool:
+        """Whether a stage did not take what it has to take, or gave up well before the deadline."""
+        if code == StatusCode.DEADLINE_EXCEEDED:
+            return self.call.deadline is None or self.call.deadline - time.monotonic() > _EARLY
+        return code in _REFUSED
 
     def _left(self, error: Exception) -> None:
         """Remember the replica that failed."""

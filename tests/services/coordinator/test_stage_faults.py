@@ -1,6 +1,7 @@
 """A stage that answers wrongly is left for another and counted; the caller gets what was asked for."""
 
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from grpc import StatusCode
 from colaserve.v1 import latent_service_pb2, types_pb2
 from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.checks import KINDS
-from colaserve_services.errors import StepFailed, Unavailable
+from colaserve_services.errors import DeadlineExceeded, StepFailed, Unavailable
 from colaserve_services.rpc.errors import http_status
 from tests.services.coordinator.test_failover import REQUEST, told
 
@@ -101,7 +102,7 @@ async def test_a_wrong_answer_is_not_used_and_the_call_goes_on_elsewhere(world, 
     "code",
     [
         StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION, StatusCode.UNAUTHENTICATED,
-        StatusCode.PERMISSION_DENIED, StatusCode.UNIMPLEMENTED,
+        StatusCode.PERMISSION_DENIED, StatusCode.UNIMPLEMENTED, StatusCode.DEADLINE_EXCEEDED,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
@@ -110,6 +111,14 @@ async def test_a_refusal_of_what_was_checked_is_the_stages_fault(world, stage: s
     getattr(world, stage).faults[1] = (1, code)
     assert told(await world.generate(**REQUEST)) == undisturbed
     assert world.heard.of("stage_fault") == [(stage, "refused")]
+
+
+@pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
+async def test_a_stage_that_gives_up_close_to_the_deadline_is_not_at_fault(world, stage: str):
+    getattr(world, stage).faults[0] = (0, StatusCode.DEADLINE_EXCEEDED)
+    with pytest.raises(DeadlineExceeded):
+        await world.generate(**REQUEST, call=Call(deadline=time.monotonic() + 0.9))
+    assert world.heard.of("stage_fault") == []
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
