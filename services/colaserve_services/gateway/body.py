@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Callable, Coroutine
 from email.message import Message as Headers
 from typing import Any, Final
@@ -119,7 +120,7 @@ class _Checked(Request):
 
 async def _checked(body: bytes, request: Request, model: type[BaseModel]) -> BaseModel:
     if not _is_json(request.headers.get("content-type", "")):
-        raise _no_object()
+        raise _no_json("must be a JSON object, sent with content-type application/json")
     if len(body) <= _SMALL:
         return parse(body, model)
     async with request.app.state.gateway.parsing:  # one at a time: parsing holds the interpreter
@@ -133,20 +134,22 @@ def parse(body: bytes, model: type[BaseModel]) -> BaseModel:
         _check_parts(text)
         return model.model_validate(json.loads(text))
     except json.JSONDecodeError as error:
-        message = f"the body is not valid JSON: {error.msg} at position {error.pos}"
-        raise ApiError(400, message, code="invalid_json") from None
+        raise _no_json(f"is not valid JSON: {error.msg} at position {error.pos}") from None
     except ValidationError as error:
         raise validation_error(error.errors(include_url=False)) from None
-    except (ValueError, RecursionError):
-        raise _no_object() from None
+    except UnicodeDecodeError as error:
+        raise _no_json(f"is not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise _no_json("is nested too deep") from None
+    except ValueError:  # Python's bound
+        raise _no_json(f"has a whole number of more than {sys.get_int_max_str_digits()} digits") from None
 
 
 def _check_parts(text: str) -> None:
     """Refuse a body of very many small parts: a few bytes each, they take gigabytes and minutes once parsed."""
     for most, signs, more, what in _BOUNDS:
         if sum(text.count(sign) for sign in signs) > most and more.match(text):
-            message = f"the body has more than {most} {what}, the most this server takes"
-            raise ApiError(400, message, code="invalid_json")
+            raise _no_json(f"has more than {most} {what}, the most this server takes")
 
 
 def _is_json(content_type: str) -> bool:
@@ -156,6 +159,5 @@ def _is_json(content_type: str) -> bool:
     return headers.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
-def _no_object() -> ApiError:
-    message = "the body must be a JSON object, in UTF-8 and not too deep, sent with content-type application/json"
-    return ApiError(400, message, code="invalid_json")
+def _no_json(what: str) -> ApiError:
+    return ApiError(400, f"the body {what}", code="invalid_json")

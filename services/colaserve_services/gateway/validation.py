@@ -20,6 +20,8 @@ def validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     same_field = [fault for fault in faults if fault["loc"][:1] == first]
     field = _param(first)
     if len(same_field) > 1 and field in UNIONS:
+        if found := next((fault for fault in same_field if fault["type"] == "value_error"), None):  # not of its kind
+            return invalid(_param(found["loc"]), _sentence(found))
         return invalid(field, UNIONS[field])
     worst = max(same_field, key=lambda fault: len(fault["loc"]))
     if not _param(worst["loc"]):

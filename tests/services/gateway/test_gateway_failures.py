@@ -359,6 +359,22 @@ async def test_a_body_that_is_no_request_is_a_400(gateway: Running, content: byt
     assert error["code"] == ("invalid_value" if error["param"] else "invalid_json")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "\xff"}', "the body is not UTF-8 at byte 12"),
+        (b"[" * 20_000, "the body is nested too deep"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "the body has a whole number of more than 4300 digits"),
+        (b'{"prompt": ["a", "b\\ud800"]}', "prompt[1]: half of a surrogate pair at character 1"),
+        (b'{"prompt": "x", "stop": "\\ud800"}', "stop: half of a surrogate pair at character 0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_is_wrong_in_a_body_is_told(gateway: Running, content: bytes, message: str):
+    response = await gateway.http.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
+    assert response.json()["error"]["message"] == message
+
+
 async def test_unknown_fields_pass_with_the_flag_and_unsupported_ones_do_not(start):
     gateway = await start(GatewaySettings(allow_unknown_fields=True))
     message = {"role": "user", "content": "x", "mood": "good"}
