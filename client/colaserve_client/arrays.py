@@ -53,7 +53,8 @@ def float_array(values: ArrayLike, field: str) -> FloatArray:
     try:
         if values is None:  # which numpy takes for NaN
             raise TypeError("nothing was given")
-        array = np.array(values, dtype=np.float32, order="C")
+        with np.errstate(over="ignore"):  # what is infinite as float32 is refused below
+            array = np.array(values, dtype=np.float32, order="C")
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of torch that has a gradient
         raise invalid(field, f"expected numbers, got {type(values).__name__} ({error})") from error
     if not np.isfinite(array).all():

@@ -112,10 +112,12 @@ def test_an_operand_broadcasts_as_in_numpy() -> None:
     assert (1 / (latents * 4)).values.tolist() == [[0.25, 0.25]] * 3
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("calculate", "complaint"),
     [
         (lambda latents: latents / 0, "finite"),
+        (lambda latents: latents * 1e300, "finite"),
         (lambda latents: latents + np.ones((2, 2)), r"\(3, 2\) and \(2, 2\)"),
         (lambda latents: latents * np.ones((4, 3, 2)), r"shape \(4, 3, 2\)"),
         (lambda latents: latents * "two", "expected numbers"),
