@@ -2,6 +2,7 @@
 
 A client that shuts down its sending side after a request, as `nc -N` does, still gets its answer. On the wire this
 looks like a client that left, so an interim response, which clients skip, asks: who has left answers it with a reset.
+HTTP/1.0 gets it too, although its clients need not skip it: proxies speak 1.0, and what they left must not run on.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
             return False
         self.cycle.keep_alive = False
-        if not self.cycle.response_started and self.cycle.scope["http_version"] != "1.0":  # which knows no interim ones
+        if not self.cycle.response_started:
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
         for seconds in _LOOKS:
             self.loop.call_later(seconds, self._look_for_reset)

@@ -104,23 +104,22 @@ async def test_answers_and_idle_connections_may_take_longer_than_a_head(hurried:
     assert list(hurried.server._server.server_state.connections) == [connection]
 
 
-@pytest.mark.parametrize(("version", "first"), [(b"1.1", b"100"), (b"1.0", b"200")])  # 1.0 knows no interim answers
-async def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(gateway: Running, version, first):
+async def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(gateway: Running):
     gateway.fake.gate = asyncio.Event()
-    asking = asyncio.create_task(said(gateway, ASKING.replace(b"1.1", version), end=True))
+    asking = asyncio.create_task(said(gateway, ASKING, end=True))
     await eventually(lambda: gateway.fake.running == 1)
     await asyncio.sleep(0.2)
     gateway.fake.gate.set()
     answer = await asking
-    assert answer.startswith(b"HTTP/1.1 %s " % first)
     assert b"HTTP/1.1 200 " in answer
     assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["choices"][0]["text"] == SAYS
 
 
-async def test_a_client_that_has_left_is_told_from_one_that_listens(gateway: Running):
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])  # nginx speaks 1.0 to what is behind it
+async def test_a_client_that_has_left_is_told_from_one_that_listens(gateway: Running, version: bytes):
     gateway.fake.gate = asyncio.Event()
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
-    writer.write(ASKING)
+    writer.write(ASKING.replace(b"1.1", version))
     await eventually(lambda: gateway.fake.running == 1)
     writer.close()
     await eventually(lambda: gateway.fake.running == 0)
