@@ -71,6 +71,7 @@ def recorded(case: dict[str, Any], sample_id: int, budget: int) -> dict[str, Any
         "sampling": {"repetition_penalty": params.get("repetition_penalty", 1.1), "temperature": 0},
         "seed": {"base_seed": case["noise_base_seed"], "sample_id": sample_id},
         "ignore_end": True,
+        "print_special": True,
     }
 
 

@@ -160,7 +160,10 @@ async def test_sampled_latents_are_those_of_a_generation(tiny):
             prefix=encoded.encodings[0].latents, max_blocks=4, sampler=request["sampler"], seed=request["seed"]
         )
         sampled = [block.latents async for block in served.latents.SampleLatents(sampling)]
-    assert sampled == [response.latents for response in generated]
+    assert len(sampled) == len(generated)
+    for block, response in zip(sampled, generated, strict=True):  # its context was cached: other passes, other rounding
+        one, other = (np.frombuffer(latents.values.data, "<f4") for latents in (block, response.latents))
+        assert np.linalg.norm(one - other) < 1e-4 * np.linalg.norm(other)
 
 
 @pytest.mark.parametrize("resamples", [1, 3])
