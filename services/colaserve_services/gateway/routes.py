@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Request
@@ -116,7 +115,7 @@ def _defaults(info: Info) -> dict[str, Any]:
 def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     """What operators and curious people ask for."""
     router = APIRouter(tags=["system"])
-    text = Kept(lambda: asyncio.to_thread(_written, metrics), KEPT_SECONDS)
+    text = Kept(lambda: asyncio.to_thread(exposition, metrics.registry), KEPT_SECONDS)
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")
@@ -147,15 +146,6 @@ def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
         return HTMLResponse(docs_page(request.app.openapi()))
 
     return router
-
-
-def _written(metrics: Metrics) -> bytes:
-    """All metrics as text. In a thread; the event loop has the interpreter between two families."""
-    families = []
-    for family in exposition(metrics.registry):
-        families.append(family)
-        time.sleep(0.0001)
-    return b"".join(families)
 
 
 def _json(body: Any, status: int) -> Response:

@@ -1,6 +1,7 @@
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -130,6 +131,21 @@ def test_the_text_is_written_once_a_second_however_often_it_is_asked_for():
         assert counted.collected - before <= 2 + (time.monotonic() - begun)
 
 
-def test_the_text_written_family_by_family_is_the_whole_text():
-    metrics = filled()
-    assert b"".join(exposition(metrics.registry)) == prometheus_client.generate_latest(metrics.registry)
+class Noting(Collector):
+    """Notes how long a thread may keep the interpreter from the others while metrics are written."""
+
+    def __init__(self):
+        self.intervals = set()
+
+    def collect(self):
+        self.intervals.add(sys.getswitchinterval())
+        return iter(())
+
+
+def test_threads_wait_little_for_the_interpreter_while_the_text_is_written():
+    metrics, noting, usual = filled(), Noting(), sys.getswitchinterval()
+    metrics.registry.register(noting)
+    noting.intervals.clear()
+    assert exposition(metrics.registry) == prometheus_client.generate_latest(metrics.registry)
+    assert min(noting.intervals) < usual / 10
+    assert sys.getswitchinterval() == usual
