@@ -42,6 +42,9 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         telling: Any = _Transport(transport, self._watch_reader)
         super().connection_made(telling)
+        if len(self.connections) > self._bounds.connections:
+            transport.abort()
+            return
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass, field
 
 from colaserve_services.errors import UsageError
@@ -9,9 +10,14 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.settings import AdmissionLimits
 
 
+def _half_of_the_descriptors() -> int:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if descriptors == resource.RLIM_INFINITY else max(descriptors // 2, 1)
+
+
 @dataclass(frozen=True)
 class Bounds:
-    """What one request may take. Impossible values raise UsageError."""
+    """What one request, and all connections together, may take. Impossible values raise UsageError."""
 
     body_bytes: int = 4 * 1024 * 1024  # a longer body is a 413
     head_seconds: float = 30.0  # from a connection's start, or a request's first byte, to the end of the request's head
@@ -20,6 +26,7 @@ class Bounds:
     unread_seconds: float = 60.0  # that a client may leave a stream unread while others wait for the coordinator
     last_word_seconds: float = 2.0  # that a client has to read why its stream ended
     answer_seconds: float = 30.0  # without reading any of what is left of a whole answer, then a client is cut off
+    connections: int = field(default_factory=_half_of_the_descriptors)  # open ones; more are cut off at once
     choices: int = 128  # prompts times n of one request
     parallel_choices: int = 16  # of these, how many run side by side; the others wait in the gateway
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -155,6 +155,19 @@ async def test_answers_name_no_software_and_upgrades_are_not_taken(gateway: Runn
         assert answer.status_code == 200
         assert "server" not in answer.headers
         assert "made.up" not in f"{answer.headers}"
+
+
+async def test_a_connection_too_many_is_cut_off_and_the_others_are_served(start):
+    gateway = await start(GatewaySettings(bounds=Bounds(connections=2)))
+    assert (await gateway.http.get("/health")).status_code == 200
+    _, silent = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    await eventually(lambda: gateway.server.connections == 2)
+    with suppress(ConnectionResetError):
+        assert await said(gateway, ASKING) == b""
+    assert (await gateway.http.get("/health")).status_code == 200
+    silent.close()
+    await eventually(lambda: gateway.server.connections == 1)
+    assert b" 200 " in await said(gateway, ASKING, end=True)
 
 
 @contextmanager
