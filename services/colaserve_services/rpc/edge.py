@@ -153,9 +153,10 @@ class Edge(grpc.aio.ServerInterceptor):
             sealed = checksums.asked(metadata)
             with tracing.serving(tracing.span_name(method), metadata) as span:
                 async with self._counted(method, context, span) as client:
-                    first, begun = await self._first(received, method), True  # who sends nothing takes no slot
+                    first, begun = [await self._first(received, method)], True  # who sends nothing takes no slot
                     with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
-                        yield Call(self._request(first, received, method, handler, sealed), span, sealed)
+                        request = self._request(first.pop(), received, method, handler, sealed)  # its bytes go here
+                        yield Call(request, span, sealed)
         except asyncio.CancelledError:
             if not begun:
                 self._resets.count(str(context.peer()))

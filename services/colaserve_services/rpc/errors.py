@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn
@@ -106,12 +107,21 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     if _known(error) not in TABLE:
         _log.error("call failed: %s", type(error).__name__, exc_info=error)
     status = status_proto(error)
+    _forget_frames(error)
     try:
         async with asyncio.timeout(LAST_WORD):
             await context.abort(grpc_code(error), status.message, trailing_metadata(status))
     except TimeoutError:  # nobody reads what was sent before; the status waits behind it, its handler does not
         raise asyncio.CancelledError from error
     raise AssertionError("abort returned")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, such as whole messages: grpc.aio keeps the exception of an aborted
+    call in a reference cycle, and all of that with it, until the garbage collector finds it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, str | bytes], ...]:
