@@ -16,6 +16,7 @@ from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import RequestRecord, put_record
 from colaserve_services.rpc import requests, tracing
 from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 
@@ -31,6 +32,7 @@ class Edge:
     def __init__(self, app: ASGIApp, gateway: Gateway, metrics: Metrics):
         self._app, self._gateway, self._metrics = app, gateway, metrics
         self._settings = gateway.settings
+        self._garbage = Garbage()
         refused = metrics.refused
         self._admission = Admission(self._settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
 
@@ -50,11 +52,14 @@ class Edge:
                 self._end(scope, record)
                 span.ended(str(record.outcome), failed=record.outcome >= 500)
 
+    def _received(self, size: int) -> None:
+        self._metrics.transfer_bytes.labels("in", SERVICE).inc(size)
+        self._garbage.received(size)
+
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
             with self._admit(scope, record):
-                received = self._metrics.transfer_bytes.labels("in", SERVICE)
-                await self._app(scope, Body(receive, self._settings.bounds, record, received), send)
+                await self._app(scope, Body(receive, self._settings.bounds, record, self._received), send)
         except Exception as error:
             told = api_error(error)
             if record.status:

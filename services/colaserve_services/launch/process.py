@@ -24,6 +24,7 @@ from colaserve_services.launch.settings import WatchSettings
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
 from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.garbage import keep_what_is_there
 from colaserve_services.rpc.metrics import Metrics, MetricsEndpoint
 from colaserve_services.rpc.network import address
 from colaserve_services.rpc.server import RpcServer
@@ -100,6 +101,7 @@ class Host:
     async def ready(self) -> None:
         """Say SERVING, and where."""
         self._said_ready = True
+        keep_what_is_there()
         if self._grpc is not None:
             await self._grpc.serving(self._behind_ready)
         where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())

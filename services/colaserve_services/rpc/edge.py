@@ -19,6 +19,7 @@ from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
 from colaserve_services.rpc.floods import Resets
+from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.request_bounds import RequestBounds
@@ -47,7 +48,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self, metrics: Metrics, admission: Admission, keys: Keys | None = None, first_seconds: float = FIRST_SECONDS
     ):
         self._metrics, self._admission, self._keys, self._first_seconds = metrics, admission, keys, first_seconds
-        self.bounds, self._resets = RequestBounds(), Resets()
+        self.bounds, self._resets, self._garbage = RequestBounds(), Resets(), Garbage()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -126,6 +127,7 @@ class Edge(grpc.aio.ServerInterceptor):
 
     def _message(self, received: bytes, method: Method, handler: Any, sealed: bool) -> Any:
         self._metrics.transfer_bytes.labels("in", method.service).inc(len(received))
+        self._garbage.received(len(received))
         self.bounds.check(method.name, received)
         received = checksums.opened(received, required=sealed)
         try:
