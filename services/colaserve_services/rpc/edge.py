@@ -13,12 +13,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthenticated
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from colaserve_services.rpc import checksums, requests, tracing, unread
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
-from colaserve_services.rpc.floods import Resets
 from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
@@ -26,7 +25,6 @@ from colaserve_services.rpc.request_bounds import RequestBounds
 
 UNGUARDED = "/grpc.health.v1."  # probes show no key, are not counted and not logged
 FIRST_SECONDS = 30.0  # that a call's first message may take to come
-REFUSED_SECONDS = 0.05  # that a wrong key waits for its answer
 NAMES = {code.value[0]: code.name for code in StatusCode}
 
 
@@ -48,7 +46,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self, metrics: Metrics, admission: Admission, keys: Keys | None = None, first_seconds: float = FIRST_SECONDS
     ):
         self._metrics, self._admission, self._keys, self._first_seconds = metrics, admission, keys, first_seconds
-        self.bounds, self._resets, self._garbage = RequestBounds(), Resets(), Garbage()
+        self.bounds, self._garbage = RequestBounds(), Garbage()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -146,23 +144,17 @@ class Edge(grpc.aio.ServerInterceptor):
     async def _call(
         self, received: AsyncIterator[bytes], method: Method, handler: Any, context: Any
     ) -> AsyncIterator[Call]:
-        begun = False
-        try:
-            await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
-            metadata = context.invocation_metadata()
-            request_id = requests.adopt(metadata)
-            context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
-            sealed = checksums.asked(metadata)
-            with tracing.serving(tracing.span_name(method), metadata) as span:
-                async with self._counted(method, context, span) as client:
-                    first, begun = [await self._first(received, method)], True  # who sends nothing takes no slot
-                    with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
-                        request = self._request(first.pop(), received, method, handler, sealed)  # its bytes go here
-                        yield Call(request, span, sealed)
-        except asyncio.CancelledError:
-            if not begun:
-                self._resets.count(str(context.peer()))
-            raise
+        await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
+        metadata = context.invocation_metadata()
+        request_id = requests.adopt(metadata)
+        context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
+        sealed = checksums.asked(metadata)
+        with tracing.serving(tracing.span_name(method), metadata) as span:
+            async with self._counted(method, context, span) as client:
+                first = [await self._first(received, method)]  # who sends nothing takes no slot
+                with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
+                    request = self._request(first.pop(), received, method, handler, sealed)  # its bytes go here
+                    yield Call(request, span, sealed)
 
     @asynccontextmanager
     async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
@@ -171,7 +163,7 @@ class Edge(grpc.aio.ServerInterceptor):
         started, code, client = time.perf_counter(), "OK", ""
         try:
             async with status_from_errors(context):
-                client = await self._client(context)
+                client = self._client(context)
                 yield client
         except asyncio.CancelledError:
             code = _why_cancelled(context) if not _number(context.code()) else NAMES[_number(context.code())]
@@ -184,14 +176,9 @@ class Edge(grpc.aio.ServerInterceptor):
             span.ended(code, failed=code not in ("OK", "CANCELLED"))
             self._record(method, code, time.perf_counter() - started, client)
 
-    async def _client(self, context: Any) -> str:
+    def _client(self, context: Any) -> str:
         if self._keys is not None:
-            shown = requests.value(context.invocation_metadata(), requests.AUTHORIZATION)
-            try:
-                return self._keys.identify(shown)
-            except NotAuthenticated:
-                await asyncio.sleep(REFUSED_SECONDS)  # so that a call which was reset is seen to be
-                raise
+            return self._keys.identify(requests.value(context.invocation_metadata(), requests.AUTHORIZATION))
         return str(context.peer()).rpartition(":")[0]
 
     def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
