@@ -16,11 +16,11 @@ import click
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, StepFailed
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.runtime.limits import EngineLimits
 from tests.conftest import GOLDEN
 from tests.services.engines import faults
 from tests.services.engines.conftest import Engines, engines

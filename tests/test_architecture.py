@@ -1,6 +1,7 @@
 """Dependencies point one way (README.md, "The tree"): each package imports only what it may."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = ROOT / "services" / "colaserve_services"
 CLIENT = ROOT / "client" / "colaserve_client"
+EVAL = ROOT / "client" / "colaserve_eval"
+TRAINING = ROOT / "services" / "colaserve_training"
+BENCH = ROOT / "services" / "colaserve_bench"
 
 WIRE = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf", "google.rpc", "colaserve.v1")
 OWN = "colaserve_services"
+MEASURING = ("colaserve_training", "colaserve_bench", "colaserve_eval")  # what neither serves nor calls
 
 
 def own(packages: str) -> tuple[str, ...]:
@@ -20,12 +25,14 @@ def own(packages: str) -> tuple[str, ...]:
 
 # Folder or file -> what may not be imported there, with the reason to show.
 FORBIDDEN: dict[Path, tuple[str, ...]] = {
-    CLIENT: ("torch", "tokenizers", "fastapi", OWN),
+    CLIENT: ("torch", "tokenizers", "fastapi", OWN, *MEASURING),
+    EVAL: ("torch", "tokenizers", "fastapi", OWN, "colaserve_training", "colaserve_bench"),
+    SERVICES: MEASURING,
     SERVICES / "model": (*WIRE, *own("rpc encoder prior decoder coordinator gateway launch")),
-    SERVICES / "runtime": (*WIRE, *own("rpc model encoder prior decoder coordinator gateway")),
+    SERVICES / "engine": (*WIRE, *own("rpc model encoder prior decoder coordinator gateway")),
     SERVICES / "text": (*WIRE, "torch"),
-    SERVICES / "coordinator": ("torch", *own("gateway model encoder prior decoder runtime")),
-    SERVICES / "gateway": ("torch", *own("model encoder prior decoder runtime coordinator text")),
+    SERVICES / "coordinator": ("torch", *own("gateway model encoder prior decoder engine")),
+    SERVICES / "gateway": ("torch", *own("model encoder prior decoder engine coordinator text")),
     SERVICES / "encoder" / "engine.py": WIRE,
     SERVICES / "decoder" / "engine.py": WIRE,
     SERVICES / "prior" / "engine.py": WIRE,
@@ -33,7 +40,7 @@ FORBIDDEN: dict[Path, tuple[str, ...]] = {
     SERVICES / "encoder": own("prior decoder coordinator gateway launch"),
     SERVICES / "decoder": own("prior encoder coordinator gateway launch"),
     SERVICES / "prior": own("encoder decoder coordinator gateway launch"),
-    SERVICES / "training": (*WIRE, *own("coordinator gateway rpc launch")),
+    TRAINING: (*WIRE, *own("coordinator gateway rpc launch"), "colaserve_bench"),
 }  # fmt: skip
 
 
@@ -49,6 +56,9 @@ def imports(path: Path) -> Iterator[str]:
 
 def files(place: Path) -> list[Path]:
     return [place] if place.is_file() else sorted(place.rglob("*.py"))
+
+
+CODE = [path for place in (SERVICES, TRAINING, BENCH, CLIENT, EVAL) for path in files(place)]
 
 
 @pytest.mark.parametrize("place", FORBIDDEN, ids=lambda p: str(p.relative_to(ROOT)))
@@ -67,12 +77,12 @@ OWN_READING = {  # what reads or writes text without the client's reading.py and
     CLIENT / "reading.py": "is it",
     CLIENT / "writing.py": "is it",
     CLIENT / "cli" / "verbs.py": "a package's metadata, through importlib",
-    CLIENT / "eval" / "templates.py": "package data",
-    SERVICES / "training" / "facts.py": "package data",
-    SERVICES / "training" / "build_facts.py": "package data, a maintainer's download",
-    SERVICES / "training" / "corpus.py": "package data",
-    SERVICES / "training" / "state.py": "a state of its own writing",
-    SERVICES / "bench": "/proc, and files that a benchmark just wrote",
+    EVAL / "templates.py": "package data",
+    TRAINING / "facts.py": "package data",
+    TRAINING / "build_facts.py": "package data, a maintainer's download",
+    TRAINING / "corpus.py": "package data",
+    TRAINING / "state.py": "a state of its own writing",
+    BENCH: "/proc, and files that a benchmark just wrote",
 }
 
 
@@ -80,7 +90,7 @@ def test_text_is_read_and_written_in_one_place() -> None:
     ways = (".read_text(", ".write_text(", ".write_bytes(", "sys.stdin.buffer")
     found = [
         f"{path.relative_to(ROOT)} has {way}"
-        for path in (*files(SERVICES), *files(CLIENT))
+        for path in CODE
         if not any(path == own or own in path.parents for own in OWN_READING)
         for way in ways
         if way in path.read_text(encoding="utf-8")
@@ -88,16 +98,24 @@ def test_text_is_read_and_written_in_one_place() -> None:
     assert not found, "use colaserve_client.reading and colaserve_client.writing"
 
 
+def test_both_distributions_have_one_version() -> None:
+    services, client = (
+        tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"] for folder in (".", "client")
+    )
+    assert services["version"] == client["version"]
+    assert services["dependencies"] == [f"colaserve-client=={client['version']}"]
+
+
 def test_no_pickle_anywhere() -> None:
     banned = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal")
     found = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path in (*files(SERVICES), *files(CLIENT))
+        for path in CODE
         for name in imports(path)
         if name.split(".")[0] in banned
     ]
     assert not found
-    for path in files(SERVICES):
+    for path in CODE:
         text = path.read_text(encoding="utf-8")
         assert "torch.load(" not in text, f"{path}: torch.load reads pickles; use safetensors"
         assert "torch.save(" not in text, f"{path}: torch.save writes pickles; use safetensors"

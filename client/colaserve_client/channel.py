@@ -20,7 +20,7 @@ _RESOLVED_BY_GRPC = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:"
 def client_version() -> str:
     """Of the installed package; "unknown" when it runs from a source tree that was never installed."""
     try:
-        return version("colaserve")
+        return version("colaserve-client")
     except PackageNotFoundError:
         return "unknown"
 

@@ -1,26 +1,18 @@
-"""The commands that need the [serve] extra: roles, everything at once, and fetching a checkpoint.
+"""The commands that serve: `up` and the roles. `COMMANDS` names them for the client's command line.
 
-`COMMANDS` names them for the client's command line. Importing this module imports neither torch nor a server.
+Importing this module imports neither torch nor a server.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import click
 
 from colaserve_services.errors import ColaserveError, UsageError
 from colaserve_services.launch.options import COORDINATOR, GATEWAY, STAGE, UP, GroupedCommand, options
-
-# Written apart, imported only when asked for: name -> "module:attribute".
-LAZY = {
-    "bench": "colaserve_services.bench.commands:bench",
-    "pull": "colaserve_services.pull:pull",
-    "train": "colaserve_services.training.commands:train",
-}
 
 
 class _Misuse(click.ClickException):
@@ -144,30 +136,14 @@ def gateway(**params: Any) -> None:
     run_or_explain(work)
 
 
-def _lazy(name: str) -> Callable[[], click.Command]:
-    def load() -> click.Command:
-        module, _, attribute = LAZY[name].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
-
-    return load
-
-
-COMMANDS: dict[str, click.Command | Callable[[], click.Command]] = {
+COMMANDS: dict[str, click.Command] = {
     "up": up,
     "encoder": encoder,
     "prior": prior,
     "decoder": decoder,
     "coordinator": coordinator,
     "gateway": gateway,
-    **{name: _lazy(name) for name in LAZY},
 }
-
-
-def command(name: str) -> click.Command:
-    """The command of that name, loaded."""
-    found = COMMANDS[name]
-    return found if isinstance(found, click.Command) else found()
 
 
 def main() -> None:
@@ -175,4 +151,4 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         raise SystemExit(f"usage: python -m colaserve_services.launch {{{','.join(COMMANDS)}}} ...")
-    command(name).main(sys.argv[2:], prog_name=f"colaserve {name}")
+    COMMANDS[name].main(sys.argv[2:], prog_name=f"colaserve {name}")

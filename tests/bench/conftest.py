@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from colaserve_services.bench.stages import ComputeSettings, Stages, started
-from colaserve_services.bench.weights import make_checkpoint
+from colaserve_bench.stages import ComputeSettings, Stages, started
+from colaserve_bench.weights import make_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from colaserve_services.bench import solvers, stall
-from colaserve_services.bench.commands import bench
-from colaserve_services.bench.driver import Load, run
-from colaserve_services.bench.flops import LAYER_MATRICES, attention_of_block, product_flops
-from colaserve_services.bench.peak import CALLS, Peak
-from colaserve_services.bench.presets import PRESETS
-from colaserve_services.bench.recorder import StepRecorder
-from colaserve_services.bench.shares import time_shares
-from colaserve_services.bench.stages import Stages
+from colaserve_bench import solvers, stall
+from colaserve_bench.commands import bench
+from colaserve_bench.driver import Load, run
+from colaserve_bench.flops import LAYER_MATRICES, attention_of_block, product_flops
+from colaserve_bench.peak import CALLS, Peak
+from colaserve_bench.presets import PRESETS
+from colaserve_bench.recorder import StepRecorder
+from colaserve_bench.shares import time_shares
+from colaserve_bench.stages import Stages
 from colaserve_services.errors import UsageError
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings

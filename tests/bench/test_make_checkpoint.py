@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from colaserve_services.bench import presets, tokens, weights
-from colaserve_services.bench.commands import bench
+from colaserve_bench import presets, tokens, weights
+from colaserve_bench.commands import bench
 from colaserve_services.errors import UsageError
 from colaserve_services.model.checkpoint import Checkpoint
 

@@ -13,15 +13,15 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from colaserve_bench import compare, memory
+from colaserve_bench.commands import bench
+from colaserve_bench.prefix import PrefixSettings, prefix
+from colaserve_bench.report import Column, Report, medians, percentile
+from colaserve_bench.requests import Mix, Record, closed_loop, open_loop
+from colaserve_bench.serve import Objective, ServeSettings, serve, summarise
+from colaserve_bench.stages import ComputeSettings
+from colaserve_bench.system import SystemSettings, running
 from colaserve_client import GenerationRequest, ServerError
-from colaserve_services.bench import compare, memory
-from colaserve_services.bench.commands import bench
-from colaserve_services.bench.prefix import PrefixSettings, prefix
-from colaserve_services.bench.report import Column, Report, medians, percentile
-from colaserve_services.bench.requests import Mix, Record, closed_loop, open_loop
-from colaserve_services.bench.serve import Objective, ServeSettings, serve, summarise
-from colaserve_services.bench.stages import ComputeSettings
-from colaserve_services.bench.system import SystemSettings, running
 from colaserve_services.errors import Unavailable
 
 INFO: Any = SimpleNamespace(model=SimpleNamespace(vocab_size=8), end_ids=(0, 1), pad_id=2)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
+from colaserve_bench.report import percentile
+from colaserve_bench.requests import Mix, Record, closed_loop, connected, open_loop
 from colaserve_client import AsyncClient, GenerationRequest
-from colaserve_services.bench.report import percentile
-from colaserve_services.bench.requests import Mix, Record, closed_loop, connected, open_loop
 from tests.chaos.fleet import SMALL, STAGES, Fleet, FleetSettings
 from tests.chaos.watching import Watch, quantile
 

@@ -19,7 +19,7 @@ from colaserve_client import Client, Latents
 from tests.client.fakes import FakeServer
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = ("colaserve_client.eval", "colaserve_client.cli", "colaserve_client.__main__")
+SKIPPED = ("colaserve_eval", "colaserve_client.cli", "colaserve_client.__main__")
 
 
 def modules() -> list[Any]:

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
-from colaserve_services.training.tokenizer import train_tokenizer
+from colaserve_training.tokenizer import train_tokenizer
 
 WORDS = ["the capital of France is Paris", "a river runs through it", "Question: what? Answer: yes"] * 4
 

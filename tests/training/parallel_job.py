@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from colaserve_services.training.config import FlowConfig, OptimizerConfig, RunConfig
-from colaserve_services.training.init import new_dit, new_vae
-from colaserve_services.training.parallel import started
-from colaserve_services.training.prior_stage import PriorStage
-from colaserve_services.training.rows import ListSource, Row
-from colaserve_services.training.trainer import Job, Trainer
+from colaserve_training.config import FlowConfig, OptimizerConfig, RunConfig
+from colaserve_training.init import new_dit, new_vae
+from colaserve_training.parallel import started
+from colaserve_training.prior_stage import PriorStage
+from colaserve_training.rows import ListSource, Row
+from colaserve_training.trainer import Job, Trainer
 from tests.training.conftest import dit_config, vae_config
 
 ROWS = [Row(tuple(range(3 + k, 12 + 2 * k)), prompt=k) for k in range(6)]

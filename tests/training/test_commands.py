@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.training.commands import train
-from colaserve_services.training.demo import load_generator
-from colaserve_services.training.generate import Sampling
+from colaserve_training.commands import train
+from colaserve_training.demo import load_generator
+from colaserve_training.generate import Sampling
 from tests.waiting import when
 
 TOKENIZER = str(files("colaserve_services").joinpath("demo", "tokenizer.json"))

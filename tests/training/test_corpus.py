@@ -5,9 +5,9 @@ from importlib.resources import files
 
 import pytest
 
-from colaserve_services.training import build_facts, corpus
-from colaserve_services.training.facts import countries
-from colaserve_services.training.questions import question_sets
+from colaserve_training import build_facts, corpus
+from colaserve_training.facts import countries
+from colaserve_training.questions import question_sets
 
 DRAWN = 4000
 
@@ -21,7 +21,7 @@ def examples():
 def test_the_table_is_what_its_sources_and_the_corrections_give():
     pytest.importorskip("countryinfo")
     pytest.importorskip("babel")
-    path = files("colaserve_services.training").joinpath("data/facts.csv")
+    path = files("colaserve_training").joinpath("data/facts.csv")
     assert build_facts.build() == path.read_text(encoding="utf-8")
 
 

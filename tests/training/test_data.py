@@ -5,8 +5,8 @@ import json
 import pytest
 
 from colaserve_services.errors import UsageError
-from colaserve_services.training.data import read_dataset
-from colaserve_services.training.rows import ListSource, Row, micro_batches
+from colaserve_training.data import read_dataset
+from colaserve_training.rows import ListSource, Row, micro_batches
 
 
 def read(tmp_path, words, name, content, context=64):

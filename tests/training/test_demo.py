@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from colaserve_services.training import demo
-from colaserve_services.training.evaluate import score_sets
-from colaserve_services.training.questions import write_question_sets
+from colaserve_training import demo
+from colaserve_training.evaluate import score_sets
+from colaserve_training.questions import write_question_sets
 
 BUNDLED = Path(str(files("colaserve_services").joinpath("demo")))
 

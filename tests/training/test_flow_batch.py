@@ -4,9 +4,9 @@ import random
 
 import torch
 
-from colaserve_services.training.config import FlowConfig
-from colaserve_services.training.flow_batch import clean_and_noisy_mask, draw_batch, draw_time, lay_out
-from colaserve_services.training.rows import Row
+from colaserve_training.config import FlowConfig
+from colaserve_training.flow_batch import clean_and_noisy_mask, draw_batch, draw_time, lay_out
+from colaserve_training.rows import Row
 
 ROWS = [Row(tuple(range(3, 14)), prompt=6), Row(tuple(range(3, 24))), Row((5, 6, 0), prompt=2)]
 FLOW = FlowConfig()

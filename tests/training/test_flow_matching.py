@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model.dit import DiT
-from colaserve_services.training.config import FlowConfig, OptimizerConfig
-from colaserve_services.training.flow_batch import FlowBatch, FlowInputs, draw_batch
-from colaserve_services.training.init import new_dit
-from colaserve_services.training.optim import rate_at
-from colaserve_services.training.prior_stage import flow_loss, velocity
-from colaserve_services.training.rows import Row
+from colaserve_training.config import FlowConfig, OptimizerConfig
+from colaserve_training.flow_batch import FlowBatch, FlowInputs, draw_batch
+from colaserve_training.init import new_dit
+from colaserve_training.optim import rate_at
+from colaserve_training.prior_stage import flow_loss, velocity
+from colaserve_training.rows import Row
 from tests.training.conftest import dit_config
 
 SIZE, DIM, ROWS, STEPS = 2, 2, 128, 700

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from colaserve_services.training import corpus
-from colaserve_services.training.facts import countries
-from colaserve_services.training.paragraphs import Verdict, read_paragraph
-from colaserve_services.training.sentences import ALONE, FOLLOW, LEAD, fill
+from colaserve_training import corpus
+from colaserve_training.facts import countries
+from colaserve_training.paragraphs import Verdict, read_paragraph
+from colaserve_training.sentences import ALONE, FOLLOW, LEAD, fill
 
 TRUE, FALSE, UNREADABLE = Verdict.TRUE, Verdict.FALSE, Verdict.UNREADABLE
 
@@ -63,6 +63,6 @@ def test_the_corpus_writes_only_true_paragraphs():
 
 
 def test_the_checker_needs_no_torch():
-    code = "import sys; import colaserve_services.training.paragraphs; print('torch' in sys.modules)"
+    code = "import sys; import colaserve_training.paragraphs; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from colaserve_services.errors import UsageError
-from colaserve_services.training.demo import load_generator
-from colaserve_services.training.generate import Sampling
-from colaserve_services.training.init import new_vae
-from colaserve_services.training.parallel import started
-from colaserve_services.training.release import OWN_IDS, write_companions, write_vae
+from colaserve_training.demo import load_generator
+from colaserve_training.generate import Sampling
+from colaserve_training.init import new_vae
+from colaserve_training.parallel import started
+from colaserve_training.release import OWN_IDS, write_companions, write_vae
 from tests.services.launch.processes import FREE_PORTS, generate
 from tests.services.launch.processes import started as served
 from tests.training.conftest import vae_config

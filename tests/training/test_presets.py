@@ -4,8 +4,8 @@ import pytest
 
 from colaserve_services.errors import UsageError
 from colaserve_services.model.config import DiTConfig, TextVAEConfig, check_pair
-from colaserve_services.training.presets import PRESETS, full_rate
-from colaserve_services.training.release import checkpoint_folder, load_vae
+from colaserve_training.presets import PRESETS, full_rate
+from colaserve_training.release import checkpoint_folder, load_vae
 from tests.training.conftest import vae_config
 
 

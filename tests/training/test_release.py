@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.training.generate import Generator, Sampling
-from colaserve_services.training.init import new_dit, new_vae
-from colaserve_services.training.release import (
+from colaserve_training.generate import Generator, Sampling
+from colaserve_training.init import new_dit, new_vae
+from colaserve_training.release import (
     OWN_IDS,
     load_dit,
     load_vae,

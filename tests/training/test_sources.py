@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from colaserve_services.errors import UsageError
-from colaserve_services.training.rows import ListSource, MixedSource, Row
-from colaserve_services.training.sources import Reader
+from colaserve_training.rows import ListSource, MixedSource, Row
+from colaserve_training.sources import Reader
 
 
 def source(first, count):

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colaserve_services.errors import UsageError
-from colaserve_services.training.corpus import tokenizer_text
-from colaserve_services.training.demo import DemoRecipe
-from colaserve_services.training.facts import countries
-from colaserve_services.training.tokenizer import save_tokenizer, train_tokenizer
+from colaserve_training.corpus import tokenizer_text
+from colaserve_training.demo import DemoRecipe
+from colaserve_training.facts import countries
+from colaserve_training.tokenizer import save_tokenizer, train_tokenizer
 from tests.training.conftest import WORDS
 
 

@@ -10,14 +10,14 @@ import torch
 
 from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.model.cpu_features import lacks_bfloat16
-from colaserve_services.training.config import FlowConfig, JointConfig, OptimizerConfig, RunConfig
-from colaserve_services.training.init import new_dit, new_vae
-from colaserve_services.training.interrupts import Stop, Stopped
-from colaserve_services.training.metrics import plot_losses
-from colaserve_services.training.optim import Ema, Muon, build_optimizers, rate_at
-from colaserve_services.training.prior_stage import PriorStage
-from colaserve_services.training.rows import ListSource, Row
-from colaserve_services.training.trainer import Job, Trainer
+from colaserve_training.config import FlowConfig, JointConfig, OptimizerConfig, RunConfig
+from colaserve_training.init import new_dit, new_vae
+from colaserve_training.interrupts import Stop, Stopped
+from colaserve_training.metrics import plot_losses
+from colaserve_training.optim import Ema, Muon, build_optimizers, rate_at
+from colaserve_training.prior_stage import PriorStage
+from colaserve_training.rows import ListSource, Row
+from colaserve_training.trainer import Job, Trainer
 from tests.training.conftest import dit_config, vae_config
 
 ROWS = [Row(tuple(range(3 + k, 12 + 2 * k)), prompt=k) for k in range(7)]

@@ -7,10 +7,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from colaserve_services.training.config import RunConfig, VaeLossConfig
-from colaserve_services.training.init import new_vae
-from colaserve_services.training.rows import ListSource, Row
-from colaserve_services.training.vae_stage import VaeObjective, VaeStage, draw_vae_batch, kl_to_standard_normal
+from colaserve_training.config import RunConfig, VaeLossConfig
+from colaserve_training.init import new_vae
+from colaserve_training.rows import ListSource, Row
+from colaserve_training.vae_stage import VaeObjective, VaeStage, draw_vae_batch, kl_to_standard_normal
 from tests.training.conftest import vae_config
 
 ROWS = [Row((5, 6, 7, 8, 9)), Row((4, 3)), Row((11, 12, 13, 14))]

@@ -24,52 +24,48 @@ class Verb:
     def load(self, name: str) -> click.Command:
         """Import it, called `name`; ModuleNotFoundError when its extra is missing."""
         found = getattr(import_module(self.module), self.attribute)
-        if isinstance(found, Mapping):  # the services' verbs: name -> command, or a function that imports it
-            found = found[name]
-        command: click.Command = found if isinstance(found, click.Command) else found()
+        command: click.Command = found[name] if isinstance(found, Mapping) else found
         return command
 
 
 def _client(section: str, help_: str, module: str, attribute: str) -> Verb:
-    return Verb(section, help_, f"colaserve_client.{module}", attribute)
+    return Verb(section, help_, f"colaserve_client.cli.{module}", attribute)
 
 
-def _service(section: str, help_: str, extra: str = "serve") -> Verb:
-    return Verb(section, help_, "colaserve_services.commands", "COMMANDS", extra)
+def _role(help_: str) -> Verb:
+    return Verb(SERVE, help_, "colaserve_services.commands", "COMMANDS", "serve")
 
 
 WRITE, LATENT, LOOK, SERVE, MAKE = "Write", "Work with latents", "Look", "Serve", "Make and measure"
 
 VERBS: Mapping[str, Verb] = {
-    "generate": _client(WRITE, "Continue a prompt, or many from a file.", "cli.generate", "generate"),
-    "chat": _client(WRITE, "Talk with the model.", "cli.chat", "chat"),
-    "infill": _client(WRITE, "Write the holes of a text.", "cli.latent", "infill"),
-    "encode": _client(LATENT, "Turn texts into latents.", "cli.latent", "encode"),
-    "decode": _client(LATENT, "Turn latents into text.", "cli.latent", "decode"),
-    "interpolate": _client(LATENT, "Walk from one text to another.", "cli.latent", "interpolate"),
-    "reconstruct": _client(LATENT, "Send texts through the latent space and back.", "cli.latent", "reconstruct"),
-    "info": _client(LOOK, "Tell what a server serves.", "cli.status", "info"),
-    "status": _client(LOOK, "Tell how all services are: versions, spaces, load.", "cli.status", "status"),
-    "completion": _client(
-        LOOK, "Print a script that completes commands in your shell.", "cli.completion", "completion"
-    ),
-    "up": _service(SERVE, "Run everything on this machine."),
-    "coordinator": _service(SERVE, "Run the coordinator alone."),
-    "gateway": _service(SERVE, "Run the OpenAI gateway alone."),
-    "encoder": _service(SERVE, "Run the encoder alone."),
-    "prior": _service(SERVE, "Run the prior alone."),
-    "decoder": _service(SERVE, "Run the decoder alone."),
-    "pull": _service(SERVE, "Fetch a released checkpoint."),
-    "eval": _client(MAKE, "Ask a served model questions and judge the answers.", "eval.commands", "evaluate"),
-    "bench": _service(MAKE, "Measure a server under load."),
-    "train": _service(MAKE, "Train a checkpoint.", extra="serve,train"),
+    "generate": _client(WRITE, "Continue a prompt, or many from a file.", "generate", "generate"),
+    "chat": _client(WRITE, "Talk with the model.", "chat", "chat"),
+    "infill": _client(WRITE, "Write the holes of a text.", "latent", "infill"),
+    "encode": _client(LATENT, "Turn texts into latents.", "latent", "encode"),
+    "decode": _client(LATENT, "Turn latents into text.", "latent", "decode"),
+    "interpolate": _client(LATENT, "Walk from one text to another.", "latent", "interpolate"),
+    "reconstruct": _client(LATENT, "Send texts through the latent space and back.", "latent", "reconstruct"),
+    "info": _client(LOOK, "Tell what a server serves.", "status", "info"),
+    "status": _client(LOOK, "Tell how all services are: versions, spaces, load.", "status", "status"),
+    "completion": _client(LOOK, "Print a script that completes commands in your shell.", "completion", "completion"),
+    "up": _role("Run everything on this machine."),
+    "coordinator": _role("Run the coordinator alone."),
+    "gateway": _role("Run the OpenAI gateway alone."),
+    "encoder": _role("Run the encoder alone."),
+    "prior": _role("Run the prior alone."),
+    "decoder": _role("Run the decoder alone."),
+    "pull": Verb(SERVE, "Fetch a released checkpoint.", "colaserve_services.pull", "pull", "serve"),
+    "eval": Verb(MAKE, "Ask a served model questions and judge the answers.", "colaserve_eval.commands", "evaluate"),
+    "bench": Verb(MAKE, "Measure a server under load.", "colaserve_bench.commands", "bench", "serve"),
+    "train": Verb(MAKE, "Train a checkpoint.", "colaserve_training.commands", "train", "serve,train"),
 }
 
 
 def missing_extra(name: str, error: ModuleNotFoundError) -> str | None:
     """What to tell when a verb's import failed; None when it is not for the lack of an extra."""
     module = (error.name or "").partition(".")[0]
-    if name not in VERBS or not VERBS[name].extra or module in ("", "colaserve_client", "colaserve"):
+    if name not in VERBS or not VERBS[name].extra or module in ("", "colaserve_client", "colaserve_eval", "colaserve"):
         return None
     extra = VERBS[name].extra
     what = f"the extras {extra.replace(',', ' and ')}" if "," in extra else f"the {extra} extra"

@@ -14,6 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colaserve_services.bounds import TOP_LOGPROBS
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.engine import Engine
+from colaserve_services.engine.failures import NotFinite, check_finite
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.prefix_cache import Prefixes
+from colaserve_services.engine.session import Session
+from colaserve_services.engine.timings import Timings
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
@@ -21,14 +29,6 @@ from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
 from colaserve_services.model.transfer import sent
-from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.engine import Engine
-from colaserve_services.runtime.failures import NotFinite, check_finite
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
-from colaserve_services.runtime.prefix_cache import Prefixes
-from colaserve_services.runtime.session import Session
-from colaserve_services.runtime.timings import Timings
 
 _BESIDE_BLOCKS = 64  # rows of prefixes in a pass that answers blocks
 

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.engine import Engine
+from colaserve_services.engine.failures import check_finite, check_latents
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.prefix_cache import Prefixes
+from colaserve_services.engine.session import Session
+from colaserve_services.engine.timings import Timings
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.text_vae import TextVAEEncoder
-from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.engine import Engine
-from colaserve_services.runtime.failures import check_finite, check_latents
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
-from colaserve_services.runtime.prefix_cache import Prefixes
-from colaserve_services.runtime.session import Session
-from colaserve_services.runtime.timings import Timings
 
 MAX_SEQUENCES = 256
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from colaserve_services.coordinator import checks
 from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.runtime.observer import EngineObserver
 
 Failing = Callable[[str, bool], None]  # a stage, and whether its engine is at fault
 

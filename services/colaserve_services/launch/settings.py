@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import DEMO
 from colaserve_services.rpc.auth import Keys, checked
@@ -20,7 +21,6 @@ from colaserve_services.rpc.settings import (
     ServerSettings,
     ServerTls,
 )
-from colaserve_services.runtime.limits import EngineLimits
 
 Params = Mapping[str, Any]
 STAGES = ("encoder", "prior", "decoder")

@@ -18,6 +18,9 @@ from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
 from colaserve_services.decoder.service import DecoderService
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.encoder.service import EncoderService
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.failures import has_to_fit
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
@@ -32,9 +35,6 @@ from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.prior.service import PriorService
 from colaserve_services.rpc.about import Identity
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.failures import has_to_fit
-from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.text import Tokenizer
 
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.engine import Engine
+from colaserve_services.engine.failures import check_latents
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.prefix_cache import Prefixes
+from colaserve_services.engine.session import Session
+from colaserve_services.engine.timings import Timings
 from colaserve_services.model import cpu_attention
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
@@ -18,14 +26,6 @@ from colaserve_services.model.layers import Attend
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.transfer import sent
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
-from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.engine import Engine
-from colaserve_services.runtime.failures import check_latents
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
-from colaserve_services.runtime.prefix_cache import Prefixes
-from colaserve_services.runtime.session import Session
-from colaserve_services.runtime.timings import Timings
 
 # Rows of contexts in a pass that cost next to nothing. CUDA: by arithmetic alone, not run on a GPU; reading the weights
 # takes an H100 as long as computing about 300 rows.

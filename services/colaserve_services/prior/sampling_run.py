@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.flow import (
@@ -16,7 +17,6 @@ from colaserve_services.model.flow import (
     guide,
     solve,
 )
-from colaserve_services.runtime.limits import EngineLimits
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from colaserve_client.cli import exits
 from colaserve_client.cli.options import Server
 from colaserve_client.errors import ColaserveError, Details, Overloaded, Unavailable
-from colaserve_client.eval.commands import evaluate
-from colaserve_client.eval.connect import Connector
 from colaserve_client.settings import Sampler, Sampling
+from colaserve_eval.commands import evaluate
+from colaserve_eval.connect import Connector
 
 
 class FakeClient:

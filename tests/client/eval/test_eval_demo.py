@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from colaserve_client.eval.demo import demo_tasks, questions_folder, reads_as_true
-from colaserve_client.eval.records import EvalError, Output, Question
-from colaserve_client.eval.tasks import is_correct
+from colaserve_eval.demo import demo_tasks, questions_folder, reads_as_true
+from colaserve_eval.records import EvalError, Output, Question
+from colaserve_eval.tasks import is_correct
 
 
 def test_the_shipped_sets_hold_trained_and_held_out_phrasings_and_unseen_facts():
@@ -21,7 +21,7 @@ def test_the_shipped_sets_hold_trained_and_held_out_phrasings_and_unseen_facts()
 
 def test_asking_them_needs_neither_torch_nor_the_services_package():
     code = (
-        "import sys; from colaserve_client.eval.commands import evaluate; from colaserve_client.eval.demo import *; "
+        "import sys; from colaserve_eval.commands import evaluate; from colaserve_eval.demo import *; "
         "demo_tasks(); print([name for name in ('torch', 'tokenizers', 'colaserve_services', 'matplotlib') "
         "if name in sys.modules]); reads_as_true('x'); print('torch' in sys.modules)"
     )

@@ -8,11 +8,11 @@ import pytest
 
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
-from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.text import Tokenizer
 from tests.services.stages.serving import serving
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from colaserve_client.cli.main import main
-from colaserve_client.eval.records import read_outputs
-from colaserve_client.eval.templates import load_template
+from colaserve_eval.records import read_outputs
+from colaserve_eval.templates import load_template
 
 FOLDER = os.environ.get("COLASERVE_EVAL_DIR")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="COLASERVE_EVAL_DIR names no folder of recorded outputs")

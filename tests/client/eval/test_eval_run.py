@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from colaserve_client.eval.folder import RunFolder, Task
-from colaserve_client.eval.pool import work_through
-from colaserve_client.eval.records import Question
-from colaserve_client.eval.runner import GenerationSettings, Limits, run_tasks
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_eval.folder import RunFolder, Task
+from colaserve_eval.pool import work_through
+from colaserve_eval.records import Question
+from colaserve_eval.runner import GenerationSettings, Limits, run_tasks
 
 NAMES = [f"name {number}" for number in range(12)]
 
@@ -225,8 +225,8 @@ import asyncio, sys
 from contextlib import asynccontextmanager
 from conftest import FakeClient
 from colaserve_client.cli import exits
-from colaserve_client.eval.commands import evaluate
-from colaserve_client.eval.connect import Connector
+from colaserve_eval.commands import evaluate
+from colaserve_eval.connect import Connector
 
 class Slow(FakeClient):
     async def generate(self, prompt, **settings):

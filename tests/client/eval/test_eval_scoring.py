@@ -2,7 +2,7 @@
 
 import pytest
 
-from colaserve_client.eval import scoring
+from colaserve_eval import scoring
 
 COLOURS = ["red", "dark blue", "green", "light blue"]
 LONG = "x" * scoring.SHORT_TEXT

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from colaserve_client.eval.sweep import Setting, grid
+from colaserve_eval.sweep import Setting, grid
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

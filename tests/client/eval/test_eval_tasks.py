@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from colaserve_client.eval.records import EvalError, Output, Question, parse_output, read_outputs, read_questions
-from colaserve_client.eval.tasks import Score, TaskScore, is_correct
+from colaserve_eval.records import EvalError, Output, Question, parse_output, read_outputs, read_questions
+from colaserve_eval.tasks import Score, TaskScore, is_correct
 
 
 def output(text: str, truth: str, **fields: object) -> Output:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from colaserve_client.eval.records import EvalError
-from colaserve_client.eval.templates import load_template, read_raw_questions, shipped_templates
+from colaserve_eval.records import EvalError
+from colaserve_eval.templates import load_template, read_raw_questions, shipped_templates
 
 RAW = {
     "mmlu": {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1},

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from colaserve_client.errors import InvalidRequest
-from colaserve_client.eval.demo import held_out_texts
-from colaserve_client.eval.vae import BATCH_CHARACTERS, BATCH_TEXTS, batched
+from colaserve_eval.demo import held_out_texts
+from colaserve_eval.vae import BATCH_CHARACTERS, BATCH_TEXTS, batched
 
 
 def test_accuracy_and_bits_are_means_over_tokens_of_all_texts(colaserve_eval, tmp_path):

@@ -12,12 +12,12 @@ import torch
 
 from colaserve_services.decoder.engine import DecoderEngine
 from colaserve_services.encoder.engine import EncoderEngine
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.kv_cache import KVShape, KVSlab
 from colaserve_services.prior.engine import PriorEngine
-from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
 
 CPU = torch.device("cpu")
 

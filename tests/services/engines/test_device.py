@@ -2,7 +2,7 @@
 
 import time
 
-from colaserve_services.runtime.device import DeviceThread
+from colaserve_services.engine.device import DeviceThread
 from tests.waiting import wait_until
 
 

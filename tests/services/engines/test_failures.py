@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.failures import out_of_memory
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import ColaserveError, Overloaded, StepFailed, Unavailable
-from colaserve_services.runtime.failures import out_of_memory
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
 from tests.conftest import Golden
 from tests.services.engines import faults
 from tests.services.engines.conftest import Engines, engines

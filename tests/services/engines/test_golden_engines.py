@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.runtime.limits import EngineLimits
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import PriorSession
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.runs import freed, job, noise, sample

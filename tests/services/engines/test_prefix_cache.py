@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.prefix_cache import PrefixCache, Prefixes, chain_keys
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
-from colaserve_services.runtime.prefix_cache import PrefixCache, Prefixes, chain_keys
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 from tests.waiting import eventually

@@ -2,10 +2,10 @@
 
 import torch
 
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.observer import EngineObserver
 from tests.conftest import Golden
 from tests.services.engines.conftest import engines
 from tests.waiting import eventually

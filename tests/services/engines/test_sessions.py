@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.session import Session
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model import modulation
 from colaserve_services.model.attention import RaggedAttention, Segment
@@ -18,8 +20,6 @@ from colaserve_services.model.kv_cache import KVSlab
 from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.session import Session
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.runs import EMPTY, freed, job, noise, sample

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from colaserve_services.runtime.device import DeviceThread
-from colaserve_services.runtime.watchdog import EXIT_CODE, Watchdog
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.watchdog import EXIT_CODE, Watchdog
 from tests.waiting import wait_until
 
 
@@ -159,8 +159,8 @@ def test_a_device_thread_that_is_stopped_is_not_gone() -> None:
 def test_the_process_ends_with_a_clear_last_line() -> None:
     program = (
         "import threading\n"
-        "from colaserve_services.runtime.device import DeviceThread\n"
-        "from colaserve_services.runtime.watchdog import Watchdog\n"
+        "from colaserve_services.engine.device import DeviceThread\n"
+        "from colaserve_services.engine.watchdog import Watchdog\n"
         "from tests.services.engines.test_watchdog import Dies\n"
         "thread = DeviceThread(watchdog=Watchdog(interval=0.01))\n"
         "thread.register(Dies())\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from colaserve_services.commands import command
+from colaserve_services.commands import COMMANDS
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.server import serve
@@ -194,7 +194,7 @@ async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(
 
 def http_tls(*options: str) -> ServerTls | None:
     """What the role takes from its command line."""
-    return settings.http_tls(command("gateway").make_context("gateway", list(options)).params)
+    return settings.http_tls(COMMANDS["gateway"].make_context("gateway", list(options)).params)
 
 
 def test_clients_are_asked_for_certificates_only_where_the_server_has_one():

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from colaserve_services.commands import COMMANDS, command
+from colaserve_services.commands import COMMANDS
 from colaserve_services.launch import threads
 from colaserve_services.launch.docs import document
 from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE, UP
@@ -33,10 +33,10 @@ def test_every_group_is_taken_by_a_role():
 
 @pytest.mark.parametrize("role", ROLES)
 def test_help_teaches_with_examples_and_shows_every_option(role):
-    done = CliRunner().invoke(command(role), ["--help"])
+    done = CliRunner().invoke(COMMANDS[role], ["--help"])
     assert done.exit_code == 0
     assert f"colaserve {role} --" in done.output
-    for parameter in command(role).params:
+    for parameter in COMMANDS[role].params:
         assert parameter.opts[0] in done.output
 
 
@@ -53,13 +53,13 @@ def test_importing_the_commands_imports_no_torch_and_no_server():
 
 
 def test_all_commands_are_named():
-    assert set(COMMANDS) == {*ROLES, "pull", "train", "bench"}
+    assert set(COMMANDS) == set(ROLES)
 
 
 def test_the_command_line_wins_over_the_variable(monkeypatch):
     monkeypatch.setenv("COLASERVE_MAX_RUNNING", "5")
     seen = []
-    probe = click.Command("probe", params=list(command("prior").params), callback=lambda **p: seen.append(p))
+    probe = click.Command("probe", params=list(COMMANDS["prior"].params), callback=lambda **p: seen.append(p))
     CliRunner().invoke(probe, [])
     CliRunner().invoke(probe, ["--max-running=7"])
     assert [params["max_running"] for params in seen] == [5, 7]
@@ -83,14 +83,14 @@ def test_numbers_that_no_message_or_channel_can_hold_are_refused(option, by, mon
 
 def test_texts_that_are_no_utf_8_are_refused():
     for role, option in (("up", "--served-model-name"), ("gateway", "--cors-origins")):
-        done = CliRunner().invoke(command(role), [f"{option}=a\udcff"])
+        done = CliRunner().invoke(COMMANDS[role], [f"{option}=a\udcff"])
         assert done.exit_code == 2
         assert "not UTF-8" in done.stderr
 
 
 def split_arguments(*arguments):
     """What the processes of `up --split` would be told."""
-    up, found = command("up"), []
+    up, found = COMMANDS["up"], []
 
     @click.pass_context
     def callback(context, **params):

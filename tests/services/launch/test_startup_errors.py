@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from colaserve_services.commands import command
+from colaserve_services.commands import COMMANDS
 from tests.conftest import GOLDEN
 
 DIT, VAE = "cola_dlm/cola_dit", "cola_dlm/cola_vae"
@@ -34,7 +34,7 @@ def checkpoint(tmp_path):
 
 def start(*arguments):
     quiet = ("--grpc-port=0", "--metrics-port=0", "--http-port=0", "--threads=1")
-    return CliRunner().invoke(command("up"), [*quiet, *arguments])
+    return CliRunner().invoke(COMMANDS["up"], [*quiet, *arguments])
 
 
 def line(done, code):
@@ -139,13 +139,13 @@ def test_a_missing_bundled_checkpoint_says_so(monkeypatch, tmp_path):
 @pytest.mark.parametrize("role", ["up", "up --split", "prior", "coordinator", "gateway"])
 def test_taken_ports_are_one_line_that_names_all_before_weights_are_read(role, checkpoint):
     truncate(checkpoint)  # which reading would find
-    has = {option.name for option in command(role.split()[0]).params}
+    has = {option.name for option in COMMANDS[role.split()[0]].params}
     kinds = [kind for kind in ("grpc", "http", "metrics") if f"{kind}_port" in has]
     arguments = [*role.split()[1:], *([f"--model={checkpoint}"] if "model" in has else [])]
     with ExitStack() as stack:
         ports = {kind: stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for kind in kinds}
         arguments += [f"--{kind}-port={port}" for kind, port in ports.items()]
-        said = line(CliRunner().invoke(command(role.split()[0]), arguments), 2)
+        said = line(CliRunner().invoke(COMMANDS[role.split()[0]], arguments), 2)
     for kind, port in ports.items():
         assert f"--{kind}-port: cannot listen on 127.0.0.1:{port}: Address already in use" in said
 
@@ -194,8 +194,8 @@ def test_settings_that_do_not_fit_are_one_line(checkpoint, arguments, said):
 
 
 def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
-    assert "--encoder" in line(CliRunner().invoke(command("coordinator"), [f"--model={checkpoint}"]), 2)
-    assert "--coordinator" in line(CliRunner().invoke(command("gateway")), 2)
+    assert "--encoder" in line(CliRunner().invoke(COMMANDS["coordinator"], [f"--model={checkpoint}"]), 2)
+    assert "--coordinator" in line(CliRunner().invoke(COMMANDS["gateway"]), 2)
 
 
 def test_a_model_that_does_not_fit_into_memory_is_one_line():
@@ -207,7 +207,7 @@ def test_a_model_that_does_not_fit_into_memory_is_one_line():
         "from colaserve_services.launch.stages import load_stages\n"
         "from colaserve_services.model.checkpoint import Checkpoint\n"
         "from colaserve_services.rpc.metrics import Metrics\n"
-        "from colaserve_services.runtime.limits import EngineLimits\n"
+        "from colaserve_services.engine.limits import EngineLimits\n"
         "checkpoint = Checkpoint.open(DEMO)\n"
         "checkpoint.check()\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"

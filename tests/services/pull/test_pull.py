@@ -5,7 +5,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from colaserve_services.commands import command
+from colaserve_services.pull import pull as command
 from colaserve_services.pull import wanted
 from tests.conftest import GOLDEN
 from tests.services.pull.hub import REPOSITORY, Hub
@@ -36,7 +36,7 @@ def hub(source):
 
 def pull(hub, target, *arguments, repository=REPOSITORY):
     environment = {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": str(target.parent / "hf")}
-    return CliRunner().invoke(command("pull"), [repository, "--dir", str(target), *arguments], env=environment)
+    return CliRunner().invoke(command, [repository, "--dir", str(target), *arguments], env=environment)
 
 
 def failure(done, code=1):

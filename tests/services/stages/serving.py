@@ -9,6 +9,7 @@ import grpc
 import torch
 
 from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.launch.process import keep_grpc
 from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.launch.stages import RunningStages, load_stages
@@ -17,7 +18,6 @@ from colaserve_services.rpc import tensors
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
-from colaserve_services.runtime.limits import EngineLimits
 
 
 @dataclass

@@ -10,10 +10,10 @@ import pytest
 from colaserve.v1 import decoder_pb2, encoder_pb2, latent_service_pb2, prior_pb2
 from colaserve_services.coordinator import Call, Coordinator, Stages
 from colaserve_services.coordinator.stages import Local
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
-from colaserve_services.runtime.limits import EngineLimits
 from colaserve_services.text import Tokenizer
 from tests.services.engines import faults
 from tests.services.engines.faults import MARK_LATENT, MARK_TOKEN, Network
@@ -74,13 +74,13 @@ async def test_a_failed_step_is_logged_under_the_request_id_of_its_call(tiny):
             seen.append((record.getMessage(), current_request_id()))
 
     handler = Lines(logging.ERROR)
-    logging.getLogger("colaserve_services.runtime").addHandler(handler)
+    logging.getLogger("colaserve_services.engine").addHandler(handler)
     try:
         async with serving(tiny, LIMITS, network=lambda x: Network(x, {MARK_LATENT: faults.raises})) as served:
             call = served.prior.Sample(served.run(known=5, value=MARK_LATENT), metadata=((REQUEST_ID, "call-7"),))
             assert isinstance(await failure(call.read()), StepFailed)
     finally:
-        logging.getLogger("colaserve_services.runtime").removeHandler(handler)
+        logging.getLogger("colaserve_services.engine").removeHandler(handler)
     assert seen == [("a step failed with one session alone: Broken", "call-7")]
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2_grpc
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.session import Session
 from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.model.checkpoint import WeightFolder
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.settings import ChannelSettings
-from colaserve_services.runtime.limits import EngineLimits
-from colaserve_services.runtime.session import Session
 from tests.services.stages.serving import serving
 from tests.waiting import eventually
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.errors import error_from_rpc
-from colaserve_services.runtime.limits import EngineLimits
 from tests.services.stages.serving import serving
 from tests.waiting import eventually
 

@@ -1,0 +1,3 @@
+from colaserve_bench.commands import bench
+
+bench(prog_name="colaserve bench")

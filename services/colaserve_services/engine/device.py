@@ -1,0 +1,106 @@
+"""The one thread of a process that computes on its device."""
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+import torch
+
+from colaserve_services.engine.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """Something that the device thread works for."""
+
+    def step(self) -> bool:
+        """Do one bounded piece of work; False if there was none."""
+
+    def next_deadline(self) -> float | None:
+        """When (time.monotonic) a look is due even if nobody wakes the thread."""
+
+    def fail(self, error: Exception) -> None:
+        """End all that is held: a step failed in a way that is no session's fault."""
+
+
+class DeviceThread:
+    """Shares its time among workers: a step for the one that had least of it, of equals for the one registered first.
+
+    Several threads that each compute with torch on a CPU fight through their OpenMP teams, so whatever roles live in a
+    process, one thread computes for all of them. A team once made counts against the cores until its thread ends, also
+    while it does nothing (docs/decisions.md, "One OpenMP team"): other threads compute nothing, or end.
+
+    So long prefills of one stage leave the others their part, and the short steps of encoder and decoder come before
+    the prior's next one. Time in which a worker has nothing to do is not owed to it later.
+
+    The watchdog ends the process when the thread dies or hangs in a step.
+    """
+
+    def __init__(self, name: str = "device", watchdog: Watchdog | None = None):
+        self._workers: list[Worker] = []
+        self._had: dict[Worker, float] = {}  # seconds of the device
+        self._least = 0.0  # that a worker counts as having had: what the one served last had before
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._watchdog = watchdog or Watchdog()
+
+    def register(self, worker: Worker) -> None:
+        """Add a worker; before `start`."""
+        self._workers.append(worker)
+        self._had[worker] = 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+        self._watchdog.watch(self._thread)
+
+    def stop(self) -> None:
+        """End after the running step; what is in flight is abandoned. Idempotent."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._watchdog.stop()
+
+    def wake(self) -> None:
+        """There may be work, or something to free. Any thread."""
+        self._wake.set()
+
+    def expect(self, shape: object) -> None:
+        """What the running step computes now; see `Watchdog.expect`."""
+        self._watchdog.expect(shape)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if not self._one_step():
+                    self._wake.wait(self._patience())
+        except BaseException:  # the watchdog sees that the thread is gone
+            log.exception("the device thread dies")
+
+    def _one_step(self) -> bool:
+        """One step of one worker; False if none had work."""
+        for worker in sorted(self._workers, key=self._had.__getitem__):
+            began = time.monotonic()
+            if self._works(worker):
+                self._least = max(self._least, self._had[worker])
+                self._had[worker] = self._least + time.monotonic() - began
+                return True
+        return False
+
+    def _works(self, worker: Worker) -> bool:
+        with self._watchdog.step():
+            try:
+                return worker.step()
+            except Exception as error:
+                log.exception("a step failed; its sessions end")
+                worker.fail(error)
+                return True
+
+    def _patience(self) -> float | None:
+        due = [deadline for worker in self._workers if (deadline := worker.next_deadline()) is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None

@@ -1,0 +1,127 @@
+"""A session: what one caller holds in an engine, and the way its results go back to the caller's event loop."""
+
+import asyncio
+import contextvars
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from colaserve_services.engine.timings import Timings
+
+T = TypeVar("T")
+
+
+class Outbox(Generic[T]):
+    """Results on their way from the device thread to one asyncio reader; ends with a close or an error."""
+
+    def __init__(self, on_read: Callable[[], None] = lambda: None):
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
+        self._on_read = on_read
+        self._lock = threading.Lock()
+        self.unread = 0
+
+    def put(self, item: T) -> None:
+        with self._lock:
+            self.unread += 1
+        self._post(item)
+
+    def close(self) -> None:
+        self._post(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._post(error)
+
+    def _post(self, item: T | BaseException | None) -> None:
+        self.soon(self._queue.put_nowait, item)
+
+    def soon(self, call: Callable[..., object], *values: object) -> None:
+        """Call on the reader's event loop."""
+        with suppress(RuntimeError):  # it is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(call, *values)
+
+    async def get(self) -> T | None:
+        """The next result; None when there are no more. Raises what the session failed with."""
+        item = await self._queue.get()
+        if item is None or isinstance(item, BaseException):
+            self._queue.put_nowait(item)  # later reads end the same way
+            if item is not None:
+                raise item
+            return None
+        with self._lock:
+            self.unread -= 1
+        self._on_read()
+        return item
+
+
+class Session(Generic[T]):
+    """Base of the engines' sessions. Made on the event loop; everything but `cancel` then belongs to the device thread.
+
+    `kv_bytes` is what the session reserves while it runs, `work` how much it will compute in the engine's own unit.
+    """
+
+    def __init__(self, *, kv_bytes: int, work: float, deadline: float | None, on_read: Callable[[], None]):
+        self.kv_bytes, self.work, self.deadline = kv_bytes, work, deadline
+        self.outbox: Outbox[T] = Outbox(on_read)
+        self._call = contextvars.copy_context()  # of the call that it serves
+        self.end_call: Callable[[Exception], None] = lambda error: None  # wherever that call waits; in its context
+        self.arrived = time.monotonic()
+        self.started: float | None = None
+        self.holds_since = 0.0  # when its KV was reserved last
+        self.served = 0  # number of the last pass that took part of its context or prefix in; 0: none yet
+        self.passed = 0  # sessions that came later and started before it, since KV for it was lacking
+        self.cancelled = False
+        self.finished = False
+        self.idle_since = math.inf  # when a pass could last have brought it on (time.monotonic); inf: it can
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it still has something to do for someone."""
+        return not (self.finished or self.cancelled)
+
+    def log(self, logger: logging.Logger, level: int, message: str, *values: object, of: Exception | None) -> None:
+        """A line of the log that bears the request id of the session's call; `of`: whose traceback goes with it."""
+        self._call.run(logger.log, level, message, *values, exc_info=of)
+
+    def give_up(self, error: Exception) -> None:
+        """Fail, and end its call too: that may wait for a caller who neither sends nor reads."""
+        self.outbox.fail(error)
+        self.outbox.soon(self._call.run, self.end_call, error)
+
+    def cancel(self) -> None:
+        """The caller is gone. Any thread; the device thread frees the session before its next step."""
+        self.cancelled = True
+
+    def start(self) -> None:
+        """Take memory; called when the session is admitted to the running set, at first and after each `pause`."""
+
+    def pausable(self) -> bool:
+        """Whether it has come far enough since `start` that `pause` costs little of what it did."""
+        return False
+
+    def pause(self) -> None:
+        """Give memory back, and keep what is needed to write it again. The session then waits."""
+
+    def free(self) -> None:
+        """Give memory back; called once, also for a session that never started."""
+
+    def ready(self) -> bool:
+        """Whether a forward pass would bring this session on."""
+        return True
+
+    def remaining(self) -> int:
+        """How much of its context is still to be computed, in the engine's own unit."""
+        return 0
+
+    def went_on(self) -> None:
+        """It had nothing to compute, and has again."""
+
+    def timings(self, since: float) -> Timings:
+        """Of a result finished now whose work was first possible at `since`."""
+        started = self.started if self.started is not None else since
+        begin = max(started, since)
+        return Timings(int((begin - since) * 1e6), int((time.monotonic() - begin) * 1e6))

@@ -1,0 +1,150 @@
+"""Read a checkpoint for training, and write one in the released layout: all and only the released names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+
+from colaserve_client.writing import write_file
+from colaserve_services.errors import CheckpointError, UsageError
+from colaserve_services.model.checkpoint import Checkpoint, WeightFolder
+from colaserve_services.model.config import load_vae_config, read_json
+from colaserve_services.model.dit import DiT
+from colaserve_services.model.text_vae import TextVAE
+from colaserve_services.text.special_ids import SpecialIds
+from colaserve_training.files import publish
+from colaserve_training.state import stored_states
+from colaserve_training.tokenizer import END_ID, IM_END_ID, PAD_ID, save_tokenizer
+
+# Keys that the released files have beside those that change the numbers.
+VAE_FIXED: dict[str, Any] = {
+    "architectures": ["ColaTextVAEModel"], "attn_dropout": 0.0, "block_causal": True, "causal": False, "dropout": 0.0,
+    "init_cutoff_factor": 3, "init_fn": "normal", "init_std": 0.02, "layer_norm_type": "layer_norm",
+    "model_type": "cola_text_vae", "shared_heads_kv": 1, "use_emb": True,
+}  # fmt: skip
+DIT_FIXED: dict[str, Any] = {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "patch_size": 1}
+OWN_IDS = SpecialIds(PAD_ID, END_ID, IM_END_ID)
+GENERATION: dict[str, Any] = {
+    "steps": 16,
+    "guidance_scale": 2.0,
+    "max_new_tokens": 64,
+}  # what small networks are good with
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def checkpoint_folder(name: Path) -> Path:
+    """The folder that `--init` names: `bundled` is the checkpoint that ships with this package."""
+    return Path(str(files("colaserve_services"))) / "demo" if str(name) == "bundled" else name
+
+
+def claim(out: Path, runs: Sequence[Path], resume: bool, overwrite: bool) -> None:
+    """Refuse to lose work: a finished checkpoint in `out`, or states in the folders of its runs."""
+    if overwrite:
+        return
+    if (out / "cola_dlm").exists():
+        raise UsageError(f"{out}: holds a checkpoint; name another --out, or replace it with --overwrite")
+    states = [state for run in runs for state in stored_states(run / "state")]
+    if states and not resume:
+        raise UsageError(f"{states[0]}: a state of an earlier run; go on with --resume, or forget it with --overwrite")
+
+
+def load_vae(directory: Path) -> TextVAE:
+    """`directory`/cola_dlm/cola_vae, single file or shards, in float32 on the CPU, ready to train."""
+    folder = directory / "cola_dlm" / "cola_vae"
+    vae = TextVAE(load_vae_config(folder / "config.json"))
+    stored = WeightFolder(folder)
+    try:
+        vae.load_state_dict({name: value.float() for name, value in stored.read(stored.entries)})
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: {str(error).splitlines()[1].strip()}") from error
+    return vae.train()
+
+
+def load_dit(checkpoint: Checkpoint) -> DiT:
+    """The prior in float32 on the CPU, ready to train."""
+    dit = checkpoint.load_prior(torch.device("cpu"), torch.float32).train().requires_grad_(True)
+    for name, value in dit.named_parameters():
+        value.requires_grad_(not name.endswith(".freqs"))  # a table of constants
+    return dit
+
+
+def write_vae(vae: TextVAE, out: Path, dtype: str = "float32") -> None:
+    """Write `out`/cola_dlm/cola_vae."""
+    _write(vae, {**VAE_FIXED, **asdict(vae.config)}, out / "cola_dlm" / "cola_vae", dtype)
+
+
+def write_dit(dit: DiT, out: Path, dtype: str = "float32") -> None:
+    """Write `out`/cola_dlm/cola_dit."""
+    _write(dit, {**DIT_FIXED, **asdict(dit.config)}, out / "cola_dlm" / "cola_dit", dtype)
+
+
+def _write(model: nn.Module, config: dict[str, Any], folder: Path, dtype: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: value.detach().cpu().to(torch.float32 if name.endswith(".freqs") else DTYPES[dtype]).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    path = folder / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library's own files are the writer's alone, and servers run as somebody else
+    write_json(folder / "config.json", {**config, "dtype": dtype})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_generation_config(out: Path, special: SpecialIds = OWN_IDS, **defaults: Any) -> None:
+    """Write `out`/generation_config.json with the special ids and a checkpoint's own defaults."""
+    ids = {"eos_token_id": special.end_of_text, "im_end_token_id": special.im_end, "pad_token_id": special.pad}
+    write_json(out / "generation_config.json", {**{k: v for k, v in ids.items() if v is not None}, **defaults})
+
+
+def write_companions(source: Path, out: Path, words: Tokenizer, special: SpecialIds) -> None:
+    """tokenizer.json and generation_config.json: those of `source`, or new ones where it has none."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    if not (out / "tokenizer.json").exists():
+        save_tokenizer(words, out)
+    if not (out / "generation_config.json").exists():
+        write_generation_config(out, special, **GENERATION)
+
+
+@contextmanager
+def new_checkpoint(out: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into; at the end what is in it takes its place in `out`, the weights last."""
+    draft = out / ".checkpoint.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == "cola_dlm"):
+            publish(path, out / path.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def special_ids(folder: Path, words: Tokenizer) -> SpecialIds:
+    """Of a checkpoint folder: its generation_config.json first, then the release's, then the tokenizer's."""
+    path = folder / "generation_config.json"
+    given = read_json(path) if path.is_file() else {}
+    pad, end, im_end = (given.get(f"{name}_token_id") for name in ("pad", "eos", "im_end"))
+    return SpecialIds.find(words.token_to_id, words.get_vocab_size(), pad=pad, end_of_text=end, im_end=im_end)
+
+
+def copy_prior(source: Path, out: Path) -> None:
+    """Copy the prior of a checkpoint as it is, shards and all."""
+    shutil.copytree(source / "cola_dlm" / "cola_dit", out / "cola_dlm" / "cola_dit")

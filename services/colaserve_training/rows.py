@@ -1,0 +1,159 @@
+"""Token rows: what every source of training data yields, and how a step's rows become micro-batches."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from colaserve_services.errors import UsageError
+from colaserve_training.corpus import Corpus
+from colaserve_training.tokenizer import END_ID, PAD_ID
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids; the first `prompt` of them are given, not learned (0: plain text)."""
+
+    ids: tuple[int, ...]
+    prompt: int = 0
+
+
+class Source(Protocol):
+    """A stream of rows without hidden state: step s always has the same rows, so a resumed run goes on exactly."""
+
+    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
+        """The `count` rows of step `step` (from 0); `first` rows came before (None: as many in each step)."""
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """The demo's corpus, drawn on the fly and ended by the end token."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    seed: int
+
+    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
+        rng = random.Random(f"{self.seed}:{step}")
+        examples = [self.corpus.draw(rng) for _ in range(count)]
+        return [row_of(self.tokenizer, example.prompt, example.response) for example in examples]
+
+
+@dataclass(frozen=True)
+class VaeSource:
+    """For stage 1: rows of one length, some in unusual tokens, some of random ids, so that any text can be encoded."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    seed: int
+    length: int = 40
+    random_rows: float = 0.25
+    split: float = 0.3  # share of examples whose text is cut at random places before it is tokenized
+
+    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
+        rng = random.Random(f"vae:{self.seed}:{step}")
+        return [self._row(rng) for _ in range(count)]
+
+    def _row(self, rng: random.Random) -> Row:
+        if rng.random() < self.random_rows:
+            return Row(tuple(rng.randrange(self.tokenizer.get_vocab_size()) for _ in range(self.length)))
+        ids: list[int] = []
+        while len(ids) < self.length:
+            example = self.corpus.draw(rng)
+            ids += self._encode(example.prompt + example.response, rng)
+            ids += [END_ID, *[PAD_ID] * rng.randrange(4)]
+        return Row(tuple(ids[: self.length]))
+
+    def _encode(self, text: str, rng: random.Random) -> list[int]:
+        cuts = sorted(rng.sample(range(1, len(text)), 3)) if rng.random() < self.split and len(text) > 4 else []
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [id_ for piece in pieces for id_ in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+
+
+@dataclass(frozen=True)
+class ListSource:
+    """Rows kept in memory, each once an epoch, in an order that depends on (seed, epoch) alone."""
+
+    items: Sequence[Row]
+    seed: int
+
+    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
+        first = step * count if first is None else first
+        return [self._at(index) for index in range(first, first + count)]
+
+    def _at(self, index: int) -> Row:
+        epoch, place = divmod(index, len(self.items))
+        return self.items[_order(self.seed, epoch, len(self.items))[place]]
+
+
+class MixedSource:
+    """Several sources, each with its weight's share of the rows: exactly so in every `PERIOD` rows."""
+
+    PERIOD = 1000
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int):
+        self.sources = sources
+        ends = [round(self.PERIOD * total / sum(weights)) for total in accumulate(weights)]
+        owners = [bisect_right(ends, place) for place in range(self.PERIOD)]
+        if len(set(owners)) < len(sources):
+            raise UsageError(f"--data: weights {list(weights)}: expected at least one row in {self.PERIOD:,} of each")
+        random.Random(f"mix:{seed}").shuffle(owners)
+        # before[i][k]: rows of source i among the first k of a period
+        self._before = [[0, *accumulate(int(owner == i) for owner in owners)] for i in range(len(sources))]
+
+    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
+        start = step * count if first is None else first
+        mixed = []
+        for i, source in enumerate(self.sources):
+            begin, end = self._count(i, start), self._count(i, start + count)
+            mixed += source.rows(step, end - begin, begin)
+        return mixed
+
+    def _count(self, i: int, rows: int) -> int:
+        """Rows of source i among the first `rows`."""
+        periods, place = divmod(rows, self.PERIOD)
+        return periods * self._before[i][-1] + self._before[i][place]
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    return random.Random(f"{seed}:{epoch}").sample(range(size), size)
+
+
+def row_of(tokenizer: Tokenizer, prompt: str, response: str, end_id: int = END_ID) -> Row:
+    """The row of a prompt and its response; they are tokenized apart, as they are when a prompt is served."""
+    given = tokenizer.encode(prompt, add_special_tokens=False).ids
+    return Row((*given, *tokenizer.encode(response, add_special_tokens=False).ids, end_id), len(given))
+
+
+def with_whole_patches(rows: Sequence[Row], patch: int, pad_id: int) -> Sequence[Row]:
+    """The rows with their prompts filled up to whole latents of `patch` tokens, as they are when a prompt is served."""
+    return [_filled(row, -row.prompt % patch, pad_id) for row in rows]
+
+
+def _filled(row: Row, missing: int, pad_id: int) -> Row:
+    ids = (*row.ids[: row.prompt], *[pad_id] * missing, *row.ids[row.prompt :])
+    return Row(ids, row.prompt + missing)
+
+
+def micro_batches(rows: list[Row], parts: int) -> list[list[Row]]:
+    """The rows by length, cut into `parts` groups of nearly equal counts (stable: same rows, same groups)."""
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    bounds = [len(ordered) * part // parts for part in range(parts + 1)]
+    return [ordered[a:b] for a, b in pairwise(bounds)]
+
+
+def pad_rows(rows: Sequence[Row], multiple: int, pad_id: int) -> Tensor:
+    """ids (rows, n): n is the longest row's length rounded up to `multiple`."""
+    longest = max(len(row.ids) for row in rows)
+    width = -(-longest // multiple) * multiple
+    return torch.tensor([[*row.ids, *[pad_id] * (width - len(row.ids))] for row in rows])
