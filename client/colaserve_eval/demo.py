@@ -10,7 +10,7 @@ from colaserve_eval.folder import Task
 from colaserve_eval.records import EvalError, Question, read_questions
 
 SERVICES = "colaserve_services"
-CHECKER = f"{SERVICES}.training.paragraphs"
+CHECKER = "colaserve_training.paragraphs"
 TRAINED, HELD_OUT = "_trained_phrasings", "_held_out_phrasings"  # how the names of sets end
 RULES = {"completions": "begins", "paragraphs": "true_sentences"}  # of the sets whose answers are no short texts
 
