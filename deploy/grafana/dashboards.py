@@ -289,7 +289,7 @@ DASHBOARDS = (
     Dashboard(
         "colaserve-capacity",
         "colaserve / capacity",
-        "How much each stage does and could do, and how many replicas that needs: docs/capacity.md has the formulas.",
+        "How much each stage does and could do, and how many replicas that needs: docs/operations.md has the formulas.",
         {"Replicas": REPLICAS, "Work": WORK, "Room": ROOM},
     ),
 )

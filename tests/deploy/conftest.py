@@ -56,7 +56,7 @@ class Rendered:
 
 @pytest.fixture(scope="session", params=[*OVERLAYS, "keda", "production"])
 def rendered(request, tmp_path_factory):
-    """Each overlay, the one of docs/kubernetes.md, and the base with KEDA in place of the autoscalers, and tracing."""
+    """Each overlay, the one of docs/operations.md, and the base with KEDA in place of the autoscalers, and tracing."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl renders the overlays")
     folder = KUBERNETES / "overlays" / request.param
@@ -78,8 +78,8 @@ def rendered(request, tmp_path_factory):
 
 
 def production_overlay():
-    """The kustomization.yaml that docs/kubernetes.md shows."""
-    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    """The kustomization.yaml that docs/operations.md shows."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     (found,) = re.findall(r"^```yaml\n# kustomization.yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     return found
 

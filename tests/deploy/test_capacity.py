@@ -1,4 +1,4 @@
-"""scripts/capacity: the arithmetic of docs/capacity.md."""
+"""scripts/capacity: the arithmetic of docs/operations.md."""
 
 import importlib.util
 import json

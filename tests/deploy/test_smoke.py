@@ -1,4 +1,4 @@
-"""The smoke test of docs/kubernetes.md, against a gateway with HTTPS and keys."""
+"""The smoke test of docs/operations.md, against a gateway with HTTPS and keys."""
 
 import os
 import subprocess
