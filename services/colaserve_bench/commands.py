@@ -42,7 +42,7 @@ from colaserve_services.errors import UsageError
 
 @click.group()
 def bench() -> None:
-    """Measure speed and memory; JSON with --json, a picture with --plot. docs/benchmarks.md tells how to read it."""
+    """Measure speed and memory; JSON with --json, a picture with --plot. docs/performance.md explains it."""
 
 
 @bench.command("make-checkpoint")
