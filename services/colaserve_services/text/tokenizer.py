@@ -11,7 +11,7 @@ from tokenizers.decoders import ByteLevel
 
 from colaserve_services.errors import CheckpointError, InvalidRequest
 from colaserve_services.stand_ins import stand_in
-from colaserve_services.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WholeDetokenizer, token_bytes
+from colaserve_services.text.detokenizer import Detokenizer
 from colaserve_services.text.special_ids import SpecialIds
 
 _SEEN = 16  # ids before a text that may change how it begins
@@ -75,16 +75,12 @@ class Tokenizer:
 
     def detokenizer(self, after: Sequence[int] = ()) -> Detokenizer:
         """A fresh incremental decoder of what follows the ids `after`."""
-        if self._byte_level:
-            return ByteLevelDetokenizer(self._library.id_to_token)
-        return WholeDetokenizer(self._library.id_to_token, self.decode, after[-_SEEN:])
+        return Detokenizer(self._library, () if self._byte_level else after[-_SEEN:])
 
     def token_text(self, token_id: int, before: int | None = None) -> str:
         """The text of one id after another one (None: at the beginning), as a space may depend on that; bytes that are
         no complete character read as U+FFFD."""
-        if self._byte_level:
-            return token_bytes(self._library.id_to_token(token_id) or "").decode("utf-8", "replace")
-        if before is None:
+        if self._byte_level or before is None:
             return self.decode([token_id])
         start, both = self.decode([before]), self.decode([before, token_id])
         return both[len(start) :] if both.startswith(start) else self.decode([token_id])
