@@ -43,7 +43,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.serve: $(VENV)/.python pyproject.toml client/pyproject.toml constraints.txt $(COMPILED)
-	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two). pip tells how far it is:'
+	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two). pip shows the progress:'
 	@$(PIP) install $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --constraint constraints.txt --editable client --editable '.[serve]'
 	@test -e $(LIBRARY) || echo '==> attention in bfloat16 on the CPU was not compiled (that takes Linux on x86-64 and gcc): it works, and is slower'

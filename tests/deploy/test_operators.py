@@ -76,8 +76,8 @@ def check(value, shape, where):
         assert type(value) is shape, f"{where}: {value!r} is no {shape.__name__}"
     elif isinstance(shape, list):
         assert isinstance(value, list), where
-        for place, item in enumerate(value):
-            check(item, shape[0], f"{where}[{place}]")
+        for index, item in enumerate(value):
+            check(item, shape[0], f"{where}[{index}]")
     else:
         assert isinstance(value, dict), where
         for name, item in value.items():

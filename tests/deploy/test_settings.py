@@ -1,4 +1,4 @@
-"""What the manifests tell the roles is what the roles understand."""
+"""The manifests set only what the roles know."""
 
 import re
 

@@ -65,7 +65,7 @@ class GenerationServiceServicer(object):
         """Continues a prompt, a message a block as it is written. Cancelling the call (or passing its deadline) frees all that
         it holds in the stages. INVALID_ARGUMENT names the field; RESOURCE_EXHAUSTED comes at once, with a retry hint in
         google.rpc.RetryInfo; UNAVAILABLE means that a stage is down and no other replica could go on, or that the stream was
-        not read for --idle-seconds while others waited.
+        not read for --idle-seconds while others were queued.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PriorServiceStub(object):
-    """The block-causal Diffusion Transformer: transports noise to latents, block by block.
+    """The block-causal Diffusion Transformer: denoises latents, block by block.
     """
 
     def __init__(self, channel):
@@ -48,16 +48,16 @@ class PriorServiceStub(object):
 
 
 class PriorServiceServicer(object):
-    """The block-causal Diffusion Transformer: transports noise to latents, block by block.
+    """The block-causal Diffusion Transformer: denoises latents, block by block.
     """
 
     def Sample(self, request, context):
         """Writes the blocks of a canvas. The stream owns the session: its KV cache is reserved when the session starts,
         and freed when the stream ends, however it ends (done, cancelled, deadline, broken connection). Blocks come in order.
-        When --run-ahead blocks wait unread the session pauses and keeps its cache; after --idle-seconds of that, while others
-        wait for its place, it ends with UNAVAILABLE. INVALID_ARGUMENT names the field; FAILED_PRECONDITION means another
-        latent space; RESOURCE_EXHAUSTED means that too much waits already: nothing ran, retrying (elsewhere) is safe. After
-        any failure the run can be resumed on another replica, see first_block.
+        While --run-ahead blocks are unread the session pauses and keeps its cache; when it has been idle for --idle-seconds
+        and others are queued, it is evicted: its stream ends with UNAVAILABLE. INVALID_ARGUMENT names the field;
+        FAILED_PRECONDITION means another latent space; RESOURCE_EXHAUSTED means that the prior is full: nothing ran,
+        retrying (elsewhere) is safe. After any failure the run can be resumed on another replica, see first_block.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,7 +92,7 @@ def add_PriorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PriorService(object):
-    """The block-causal Diffusion Transformer: transports noise to latents, block by block.
+    """The block-causal Diffusion Transformer: denoises latents, block by block.
     """
 
     @staticmethod
