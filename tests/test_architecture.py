@@ -1,4 +1,4 @@
-"""Dependencies point one way (README.md, "The tree"): each package imports only what it may."""
+"""Dependencies point one way (docs/architecture.md, "The tree"): each package imports only what it may."""
 
 import ast
 import tomllib
