@@ -243,12 +243,12 @@ async def _(target: Target) -> None:
     await _ask_often(target, "/metrics")
 
 
-@attack("/tokenize with 30,000 characters, 16 at once")
+@attack("/tokenize with 30,000 characters, 16 at once", sessions=16)
 async def _(target: Target) -> None:
     await _ask_often(target, "/tokenize", json.dumps({"prompt": "word " * 6000}).encode())
 
 
-@attack("/detokenize with 8,000 ids, 16 at once")
+@attack("/detokenize with 8,000 ids, 16 at once", sessions=16)
 async def _(target: Target) -> None:
     await _ask_often(target, "/detokenize", json.dumps({"tokens": [300] * 8000}).encode())
 

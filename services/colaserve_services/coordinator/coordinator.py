@@ -28,6 +28,7 @@ from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.stages import Stages, agree
 from colaserve_services.coordinator.watch import Lookout
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable
+from colaserve_services.offload import offload
 from colaserve_services.text import Tokenizer
 
 R = TypeVar("R")
@@ -145,7 +146,7 @@ class Coordinator:
         """GenerationService.Tokenize."""
         async with self._admission.slot(call, brief=True):
             ids = await self.core.tokenize(request.text, "text")
-            tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
+            tokens = await offload(self._tokenizer.token_texts, ids)
         return generation_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
 
     async def detokenize(
@@ -154,8 +155,8 @@ class Coordinator:
         """GenerationService.Detokenize."""
         async with self._admission.slot(call, brief=True):
             ids = self.core.checked(request.token_ids, "token_ids")
-            tokens = await asyncio.to_thread(self._tokenizer.token_texts, ids)
-            text = await asyncio.to_thread(self._tokenizer.decode, ids)
+            tokens = await offload(self._tokenizer.token_texts, ids)
+            text = await offload(self._tokenizer.decode, ids)
         return generation_pb2.DetokenizeResponse(text=text, tokens=tokens)
 
     async def encode_text(

@@ -20,6 +20,7 @@ from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.prior_run import PriorRun, Span
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.offload import offload
 from colaserve_services.text import Tokenizer
 
 SIDE_BY_SIDE: Final = 8  # runs of one call at once
@@ -60,7 +61,7 @@ class Core:
                 )
         if sum(map(len, texts)) < LONG_TEXT:
             return self.tokenizer.encode_all(texts, fields)
-        return await asyncio.to_thread(self.tokenizer.encode_all, texts, fields)
+        return await offload(self.tokenizer.encode_all, texts, fields)
 
     def checked(self, ids: Sequence[int], field: str) -> list[int]:
         """The ids, not too many and each inside the vocabulary; else InvalidRequest."""

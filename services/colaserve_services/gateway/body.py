@@ -21,6 +21,7 @@ from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.record import RequestRecord
 from colaserve_services.gateway.settings import Bounds
 from colaserve_services.gateway.validation import validation_error
+from colaserve_services.offload import offload
 
 MOST_PARTS: Final = 32_768  # arrays, objects and keys in one body; each costs a hundred times its bytes in memory
 MOST_ITEMS: Final = 262_144  # commas; parsing so many values holds the interpreter for some 20 ms
@@ -122,8 +123,7 @@ async def _checked(body: bytes, request: Request, model: type[BaseModel]) -> Bas
         raise _no_json("must be a JSON object, sent with content-type application/json")
     if len(body) <= _SMALL:
         return parse(body, model)
-    async with request.app.state.gateway.parsing:  # one at a time: parsing holds the interpreter
-        return await asyncio.to_thread(parse, body, model)
+    return await offload(parse, body, model)
 
 
 def parse(body: bytes, model: type[BaseModel]) -> BaseModel:

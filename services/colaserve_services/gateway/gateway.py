@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 
@@ -39,7 +38,6 @@ class Gateway:
         self.started = int(time.time())
         self.draining = False
         self._readiness = Kept(self._look, settings.ready_seconds)
-        self.parsing = asyncio.Lock()  # of a large body
 
     async def not_ready(self) -> str:
         """Why requests should not come here; empty: they should."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Request
@@ -19,6 +18,7 @@ from colaserve_services.gateway.docs_page import docs_page, root_page
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.record import record_of
 from colaserve_services.gateway.schemas import DEADLINE_HEADER, ChatRequest, CompletionRequest
+from colaserve_services.offload import offload
 from colaserve_services.rpc.kept import Kept
 from colaserve_services.rpc.metrics import KEPT_SECONDS, Metrics, exposition
 
@@ -115,7 +115,7 @@ def _defaults(info: Info) -> dict[str, Any]:
 def system_routes(gateway: Gateway, metrics: Metrics) -> APIRouter:
     """What operators and curious people ask for."""
     router = APIRouter(tags=["system"])
-    text = Kept(lambda: asyncio.to_thread(exposition, metrics.registry), KEPT_SECONDS)
+    text = Kept(lambda: offload(exposition, metrics.registry), KEPT_SECONDS)
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")

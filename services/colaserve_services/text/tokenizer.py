@@ -24,6 +24,7 @@ class Tokenizer:
         self._library = library
         self._byte_level = isinstance(library.decoder, ByteLevel)
         self._longest = _longest_token(library) if self._byte_level and library.normalizer is None else None
+        self._texts: dict[int, str] = {}  # of ids by themselves that were asked for; at most the vocabulary
         self.vocab_size, self.special = vocab_size, special
 
     @classmethod
@@ -81,6 +82,10 @@ class Tokenizer:
         """The text of one id after another one (None: at the beginning), as a space may depend on that; bytes that are
         no complete character read as U+FFFD."""
         if self._byte_level or before is None:
+            text = self._texts.get(token_id)
+            if text is None:
+                text = self._texts[token_id] = self.decode([token_id])
+            return text
             return self.decode([token_id])
         start, both = self.decode([before]), self.decode([before, token_id])
         return both[len(start) :] if both.startswith(start) else self.decode([token_id])
