@@ -86,7 +86,6 @@ class Tokenizer:
             if text is None:
                 text = self._texts[token_id] = self.decode([token_id])
             return text
-            return self.decode([token_id])
         start, both = self.decode([before]), self.decode([before, token_id])
         return both[len(start) :] if both.startswith(start) else self.decode([token_id])
 
