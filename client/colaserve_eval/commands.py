@@ -2,38 +2,40 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from colaserve_client.aio.client import AsyncClient
 from colaserve_client.cli.options import SectionedCommand, Server, json_option, sampler_options, server_options
-from colaserve_client.cli.output import echo, print_json
+from colaserve_client.cli.output import echo, print_json, table
+from colaserve_client.cli.types import comma_separated
 from colaserve_client.settings import Sampler, Solver
-from colaserve_eval import options, sweep
-from colaserve_eval.connect import Connector, identity
+from colaserve_eval import options
 from colaserve_eval.demo import held_out_texts
-from colaserve_eval.folder import RunFolder, Speed, Task, read_settings
-from colaserve_eval.plots import plot_sweep, require_matplotlib
-from colaserve_eval.records import EvalError, Output
-from colaserve_eval.report import write_report
-from colaserve_eval.runner import GenerationSettings, Limits, Model, run_tasks
-from colaserve_eval.tables import Table, score_table, text_table
-from colaserve_eval.tasks import Score, score_folder
-from colaserve_eval.vae import VAE_FILE, measure, quality_table, read_texts, write_quality
+from colaserve_eval.folder import RunFolder, Speed, read_outputs, read_settings
+from colaserve_eval.options import Asking
+from colaserve_eval.records import EvalError, Record, write_object
+from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
+from colaserve_eval.runner import Limits, run_tasks
+from colaserve_eval.scores import Table, score, score_table
+from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
+from colaserve_eval.vae import VAE_FILE, measure, read_texts
+
+FIRST_CONTACT = 20.0  # seconds until a server that does not answer at all is given up
+TIMEOUT = 600.0  # seconds for one answer where nothing else is said: a run must not stand still for ever
 
 
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Say what an interrupted run has kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What was answered is kept: the same command goes on from there.", err=True)
-        raise
+def connected(server: Server) -> AbstractAsyncContextManager[AsyncClient]:
+    """A client of the server; who calls the verbs may give another way to connect as click's context object."""
+    if connect := click.get_current_context().obj:
+        return connect(server)  # type: ignore[no-any-return]
+    timeout = server.timeout or TIMEOUT
+    return AsyncClient(server.target, key=server.key, tls=server.tls, timeout=timeout, retry=server.retry)
 
 
 class _Verbs(click.Group):
@@ -46,25 +48,10 @@ def evaluate() -> None:
 
 
 @evaluate.command(short_help="Ask questions and write the answers down.")
-@options.questions_options
-@click.option("--output", required=True, type=options.FOLDER, help="Folder of the outputs; an unfinished run goes on.")
-@options.generation_options
+@options.asking_options
 @sampler_options
-@options.concurrency_option
-@server_options
 @json_option
-@options.pass_connector
-def run(
-    connector: Connector,
-    *,
-    tasks: Sequence[Task],
-    output: Path,
-    generation: GenerationSettings,
-    sampler: Sampler,
-    concurrency: int,
-    server: Server,
-    as_json: bool,
-) -> None:
+def run(asking: Asking, sampler: Sampler, as_json: bool) -> None:
     """Ask every question of FILES, jsonl with the fields id, prompt, ground_truth and, where there are some, choices.
 
     Each answer is written to the output folder as it comes. Interrupted, the same command asks only what is missing;
@@ -75,99 +62,65 @@ def run(
     colaserve eval run raw/race.jsonl --template race --output out
     colaserve eval run --demo --output out
     """
-    settings = replace(generation, sampler=sampler)
-
-    async def main() -> Speed:
-        async with connector.open(server) as client:
-            model = await identity(client)
-            return await _ask(client, model, settings, output, tasks, Limits(concurrency))
-
-    with resumable():
-        speed = asyncio.run(main())
+    speed = _ask(asking, {asking.output: sampler})
     if speed.answers:
         rate = f"{speed.completion_tokens} tokens, {speed.tokens_per_second:.1f} tokens/s"
         click.echo(f"{speed.answers} answers in {speed.seconds:.1f} s, {rate}", err=True)
-    _show_score(score_folder(output), as_json)
+    _show_score(asking.output, as_json, whole=False)
 
 
-@evaluate.command(short_help="Judge the answers.")
+@evaluate.command("score", short_help="Judge the answers.")
 @click.argument("folder", type=options.FOLDER)
 @json_option
-def score(folder: Path, as_json: bool) -> None:
+def score_command(folder: Path, as_json: bool) -> None:
     """Judge the outputs in FOLDER, a <task>.jsonl for each task, by the published rules.
 
     Per cent; the average is the unweighted mean of the tasks. Exit status 1 when answers failed or are missing.
     """
-    result = score_folder(folder)
-    _show_score(result, as_json, missing=_missing(folder, result))
+    _show_score(folder, as_json, whole=True)
 
 
 @evaluate.command("sweep", short_help="Ask under many sampler settings: table, PNG, JSON.")
-@options.questions_options
-@click.option("--output", required=True, type=options.FOLDER, help="Folder of the sweep; an unfinished one goes on.")
+@options.asking_options
 @click.option(
     "--guidance",
     "--guidance-scale",
-    "guidance",
+    "scales",
     default="1,2,4,7",
     show_default=True,
-    callback=options.comma_separated(click.FLOAT),
     help="Scales.",
+    callback=comma_separated(click.FLOAT),
 )
 @click.option(
-    "--steps", default="4,8,16", show_default=True, callback=options.comma_separated(click.INT), help="Of the sampler."
+    "--steps", default="4,8,16", show_default=True, help="Of the sampler.", callback=comma_separated(click.INT)
 )
 @click.option(
     "--solver",
+    "solvers",
     default="euler",
     show_default=True,
-    callback=options.comma_separated(options.SOLVERS),
     help="Rules: euler, ab2, heun.",
+    callback=comma_separated(click.Choice(("euler", "ab2", "heun"))),
 )
-@options.generation_options
 @click.option("--no-plots", is_flag=True, help="Do without the PNG, which needs matplotlib.")
-@options.concurrency_option
-@server_options
 @json_option
-@options.pass_connector
 def sweep_command(
-    connector: Connector,
-    *,
-    tasks: Sequence[Task],
-    output: Path,
-    guidance: Sequence[float],
-    steps: Sequence[int],
-    solver: Sequence[Solver],
-    generation: GenerationSettings,
-    no_plots: bool,
-    concurrency: int,
-    server: Server,
+    asking: Asking, scales: Sequence[float], steps: Sequence[int], solvers: Sequence[Solver], no_plots: bool,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Ask the questions under every combination of guidance, steps and solver (comma-separated lists).
 
     Writes sweep.json and sweep.png: accuracy against passes of the network, and against tokens/s (which is what the
     server gave at this concurrency, and depends on the machine and on what else it does).
     """
     if not no_plots:
-        require_matplotlib()
-    limits = Limits(concurrency)
-
-    async def main() -> list[sweep.Point]:
-        async with connector.open(server) as client:
-            model = await identity(client)
-
-            async def ask(settings: GenerationSettings, folder: Path) -> Speed:
-                return await _ask(client, model, settings, folder, tasks, limits)
-
-            return await sweep.sweep(ask, sweep.grid(guidance, steps, solver), generation, output)
-
-    with resumable():
-        points = [point.to_json() for point in asyncio.run(main())]
-    sweep.write_sweep(points, output)
+        new_figure()
+    runs = grid(asking.output, scales, steps, solvers)
+    _ask(asking, runs)
+    points = write_sweep(asking.output, runs)
     if not no_plots:
-        plot_sweep(points, output / sweep.PLOT_FILE)
-    show({"points": points}, sweep.sweep_table(points), as_json)
+        plot_sweep(points, asking.output / PLOT_FILE)
+    show({"points": points}, sweep_table(points), as_json)
 
 
 @evaluate.command(short_help="Write a Markdown page with plots.")
@@ -189,18 +142,10 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
 @options.concurrency_option
 @server_options
 @json_option
-@options.pass_connector
 def vae(
-    connector: Connector,
-    *,
-    file: Path | None,
-    demo: bool,
-    limit: int | None,
-    output: Path | None,
-    concurrency: int,
-    server: Server,
+    file: Path | None, demo: bool, limit: int | None, output: Path | None, concurrency: int, server: Server,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Send the texts of FILE through encoder and decoder and compare: token accuracy and bits per token.
 
     FILE is jsonl with the field text, or plain text with a text a line; take text that was not trained on. Bits are
@@ -210,65 +155,82 @@ def vae(
         raise click.UsageError("give a file of texts, or --demo alone")
     texts = options.spread(read_texts(file) if file else held_out_texts(), limit)
 
-    async def main() -> Any:
-        async with connector.open(server) as client:
+    async def main() -> dict[str, Any]:
+        async with connected(server) as client:
             with _progress(len(texts), "round trips") as bar:
                 return await measure(client, texts, concurrency, bar.update)
 
-    quality = asyncio.run(main())
+    figures = asyncio.run(main())
     if output:
-        write_quality(quality, output)
-    figures = quality.to_json()
-    show(figures, quality_table(figures), as_json)
+        output.mkdir(parents=True, exist_ok=True)
+        write_object(output / VAE_FILE, figures)
+    show(figures, figures_table(figures), as_json)
 
 
-def show(value: Any, table: Table, as_json: bool) -> None:
+def show(value: Any, rows: Table, as_json: bool) -> None:
     """Print for machines or for people."""
     if as_json:
         print_json(value)
     else:
-        echo(text_table(table))
+        echo(table(*rows))
 
 
-async def _ask(
-    client: Model,
-    model: dict[str, Any],
-    settings: GenerationSettings,
-    path: Path,
-    tasks: Sequence[Task],
-    limits: Limits,
-) -> Speed:
-    """Run the tasks into a folder, showing progress."""
-    with RunFolder.opened(path, {"model": model, "generation": settings.to_json()}, tasks) as folder:
-        todo = sum(len(folder.log(task).missing(task.questions)) for task in tasks)
-        with _progress(todo, f"{path.name}: {todo} questions") as bar:
-            return await run_tasks(client, settings, folder, tasks, limits, lambda output: bar.update(1, output))
+async def identity(client: AsyncClient) -> dict[str, Any]:
+    """What in a run's settings tells one served model from another, its defaults and compute dtypes included."""
+    info = await client.info(timeout=FIRST_CONTACT)
+    return {
+        "name": info.name,
+        "space": info.space,
+        "dtypes": {stage.stage: stage.server.dtype for stage in info.stages},
+        "default_max_new_tokens": info.default_max_new_tokens,
+        "default_sampler": asdict(info.default_sampler),
+        "default_sampling": asdict(info.default_sampling),
+    }
+
+
+def _ask(asking: Asking, runs: Mapping[Path, Sampler]) -> Speed:
+    """Ask everything with each sampler, each into its folder, showing progress. Returns the speed of the last one."""
+
+    async def main() -> Speed:
+        speed = Speed()
+        async with connected(asking.server) as client:
+            model = await identity(client)
+            for path, sampler in runs.items():
+                settings = replace(asking.generation, sampler=sampler)
+                about = {"model": model, "generation": settings.to_json()}
+                with RunFolder.opened(path, about, asking.tasks) as folder:
+                    missing = len(folder.missing())
+                    with _progress(missing, f"{path.name}: {missing} questions") as bar:
+                        speed = await run_tasks(client, settings, folder, Limits(asking.concurrency), bar.update)
+        return speed
+
+    try:
+        return asyncio.run(main())
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What was answered is kept: the same command goes on from there.", err=True)
+        raise
 
 
 def _progress(length: int, label: str) -> Any:
+    """A bar on standard error; `update` takes how many more are done, and the last output."""
+
+    def failure(output: Record | None) -> str | None:
+        return f"failed: {output.error}" if output and output.error else None
+
     return click.progressbar(
-        length=length,
-        label=label,
-        file=sys.stderr,
-        show_pos=True,
-        item_show_func=_show_output,
-        update_min_steps=1,
-        hidden=sys.stderr is None,
-    )
+        length=length, label=label, file=sys.stderr, hidden=sys.stderr is None, show_pos=True,
+        item_show_func=failure, update_min_steps=1,
+    )  # fmt: skip
 
 
-def _show_output(output: Output | None) -> str | None:
-    return f"failed: {output.error}" if output and output.error else None
-
-
-def _missing(folder: Path, result: Score) -> int:
-    """Questions of the folder's tasks that have no output yet; 0 when its settings are not recorded."""
-    asked = {name: int(task["questions"]) for name, task in read_settings(folder).get("tasks", {}).items()}
-    return sum(asked.values()) - sum(result.tasks[name].n for name in asked if name in result.tasks)
-
-
-def _show_score(result: Score, as_json: bool, missing: int = 0) -> None:
-    show(result.to_json(), score_table(result), as_json)
-    problems = [f"{result.failed} answers failed"] * (result.failed > 0) + [f"{missing} are missing"] * (missing > 0)
+def _show_score(folder: Path, as_json: bool, whole: bool) -> None:
+    """The score of a folder. Raises EvalError when answers failed or, if `whole`, are missing."""
+    tasks = read_outputs(folder)
+    figures = score(tasks)
+    show(figures, score_table(figures), as_json)
+    failed = sum(output.error is not None for outputs in tasks.values() for output in outputs)
+    asked = read_settings(folder).get("tasks", {}) if whole else {}
+    missing = sum(int(task["questions"]) - len(tasks.get(name, ())) for name, task in asked.items())
+    problems = [f"{failed} answers failed"] * (failed > 0) + [f"{missing} are missing"] * (missing > 0)
     if problems:
         raise EvalError(f"{' and '.join(problems)}: run again to ask them")

@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from colaserve_client.writing import named, write_file
+from colaserve_client.writing import named
 from colaserve_eval.records import (
     EvalError,
-    Output,
-    Question,
-    QuestionId,
+    Record,
     encode_line,
-    json_text,
+    parse_output,
     read_object,
-    read_outputs,
+    read_records,
+    write_object,
     write_outputs,
 )
 
@@ -33,13 +32,12 @@ class Task:
     """The questions of one file."""
 
     name: str  # the outputs' file name without .jsonl; decides the scoring rule
-    questions: Sequence[Question]
+    questions: Sequence[Record]
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the questions as they are asked: another template or another order is another task."""
-        lines = "".join(encode_line(question.to_json()) for question in self.questions)
-        return hashlib.sha256(lines.encode()).hexdigest()
+    def about(self) -> dict[str, Any]:
+        """What tells it apart, in the settings of a run: another template or another order is another task."""
+        lines = "".join(encode_line(question.question()) for question in self.questions)
+        return {"questions": len(self.questions), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -50,57 +48,18 @@ class Speed:
     completion_tokens: int = 0
     answers: int = 0
 
-    def __add__(self, other: "Speed") -> "Speed":
-        return Speed(
-            self.seconds + other.seconds,
-            self.completion_tokens + other.completion_tokens,
-            self.answers + other.answers,
-        )
-
     @property
     def tokens_per_second(self) -> float:
         """Completion tokens a second of wall clock; 0 when nothing was measured."""
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
 
-class OutputLog:
-    """The outputs of one task: what an earlier attempt left, and what this one adds."""
-
-    def __init__(self, path: Path):
-        """Read what is there, dropping a torn last line and outputs that failed: those are asked again."""
-        self.path = path
-        self._outputs: dict[QuestionId, Output] = {}
-        if path.exists():
-            _drop_torn_line(path)
-        if path.exists() and path.stat().st_size:
-            found = read_outputs(path)
-            self._outputs = {output.id: output for output in found if output.error is None}
-            if len(self._outputs) < len(found):
-                write_outputs(path, self._outputs.values())
-
-    def missing(self, questions: Sequence[Question]) -> list[tuple[int, Question]]:
-        """The questions without an output, in order, each with its place among all."""
-        return [(place, question) for place, question in enumerate(questions) if question.id not in self._outputs]
-
-    def append(self, output: Output) -> None:
-        """Add an output; the line is with the system when this returns."""
-        assert output.id not in self._outputs, f"{output.id!r} has an output already"
-        self._outputs[output.id] = output
-        with named(self.path), open(self.path, "ab") as file:
-            file.write(encode_line(output.to_json()).encode())
-
-    def sort(self, questions: Sequence[Question]) -> None:
-        """Put the file into the order of the questions."""
-        found = [self._outputs[question.id] for question in questions if question.id in self._outputs]
-        if found:
-            write_outputs(self.path, found)
-
-
 class RunFolder:
     """One run's folder. Use `opened`, which checks the settings and keeps other runs out."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, tasks: Sequence[Task]):
+        self.path, self.tasks = path, tasks
+        self._outputs = {task.name: _kept(self.file(task)) for task in tasks}
 
     @classmethod
     @contextmanager
@@ -113,20 +72,49 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path / LOCK_FILE):
             _agree(path, settings, tasks)
-            yield cls(path)
+            yield cls(path, tasks)
 
-    def log(self, task: Task) -> OutputLog:
-        """The outputs of a task so far."""
-        return OutputLog(self.path / f"{task.name}.jsonl")
+    def file(self, task: Task) -> Path:
+        """Where a task's outputs are."""
+        return self.path / f"{task.name}.jsonl"
 
-    @property
-    def speed(self) -> Speed:
-        """Of all attempts so far."""
-        return read_speed(self.path)
+    def missing(self) -> list[tuple[Task, int, Record]]:
+        """The questions without an output, in order, each with its position in its task."""
+        return [
+            (task, position, question)
+            for task in self.tasks
+            for position, question in enumerate(task.questions)
+            if question.id not in self._outputs[task.name]
+        ]
+
+    def append(self, task: Task, output: Record) -> None:
+        """Add an output; the line is with the system when this returns."""
+        assert output.id not in self._outputs[task.name], f"{output.id!r} has an output already"
+        self._outputs[task.name][output.id] = output
+        with named(self.file(task)), open(self.file(task), "ab") as file:
+            file.write(encode_line(output.to_json()).encode())
+
+    def sort(self) -> None:
+        """Put every file into the order of its questions."""
+        for task in self.tasks:
+            outputs = self._outputs[task.name]
+            if found := [outputs[question.id] for question in task.questions if question.id in outputs]:
+                write_outputs(self.file(task), found)
 
     def add_speed(self, speed: Speed) -> None:
         """Count an attempt."""
-        write_file(self.path / SPEED_FILE, json_text(asdict(self.speed + speed)) + "\n")
+        before, now = asdict(read_speed(self.path)), asdict(speed)
+        write_object(self.path / SPEED_FILE, {name: before[name] + now[name] for name in now})
+
+
+def read_outputs(folder: Path) -> dict[str, list[Record]]:
+    """The outputs of every `<task>.jsonl` of a folder, by the task's name. Raises EvalError when there is none."""
+    if not folder.is_dir():
+        raise EvalError(f"{folder}: is no folder; expected one with a <task>.jsonl for each task")
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise EvalError(f"{folder}: holds no .jsonl file; `eval run --output {folder}` writes one for each task")
+    return {file.stem: read_records(file, parse_output) for file in files}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -144,44 +132,46 @@ def read_speed(path: Path) -> Speed:
         raise EvalError(f"{file}: is no record of a run's speed: {error}") from error
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What tells two settings apart, one line a key, nested keys with dots."""
-    lines = []
-    for key in sorted({*old, *new}):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            lines += differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            lines.append(f"{prefix}{key}: the folder has {before!r}, this run asks for {now!r}")
-    return lines
+def _kept(path: Path) -> dict[int | str, Record]:
+    """The outputs of an earlier attempt. A torn last line and outputs that failed are dropped, to be asked again."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+    if not path.exists() or not path.stat().st_size:
+        return {}
+    found = read_records(path, parse_output)
+    kept = {output.id: output for output in found if output.error is None}
+    if len(kept) < len(found):
+        write_outputs(path, kept.values())
+    return kept
 
 
 def _agree(path: Path, settings: Mapping[str, Any], tasks: Sequence[Task]) -> None:
-    given = {task.name: {"questions": len(task.questions), "sha256": task.digest} for task in tasks}
-    known = _known_tasks(path, settings)
+    """Record the settings and tasks, or refuse those that are not the folder's."""
+    old = read_settings(path)
+    if not old and any(path.glob("*.jsonl")):
+        raise EvalError(f"{path}: holds .jsonl files but no {SETTINGS_FILE}; choose another folder")
+    known, given = old.get("tasks", {}), {task.name: task.about() for task in tasks}
+    before, now = _flat({**old, "tasks": None}), _flat({**settings, "tasks": None})
+    if old and before != now:
+        lines = [
+            f"{key}: the folder has {before.get(key)!r}, this run asks for {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        raise EvalError(f"{path}: holds a run with other settings, choose another folder. {'; '.join(lines)}")
     for name in known.keys() & given.keys():
         if known[name] != given[name]:
             raise EvalError(f"{path}: task {name} was begun with other questions; choose another folder")
-    write_file(path / SETTINGS_FILE, json_text({**settings, "tasks": {**known, **given}}) + "\n")
+    write_object(path / SETTINGS_FILE, {**settings, "tasks": {**known, **given}})
 
 
-def _known_tasks(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    old = read_settings(path)
-    if not old:
-        if any(path.glob("*.jsonl")):
-            raise EvalError(f"{path}: holds .jsonl files but no {SETTINGS_FILE}; choose another folder")
-        return {}
-    tasks: dict[str, Any] = old.pop("tasks", {})
-    if lines := differences(old, settings):
-        raise EvalError(f"{path}: holds a run with other settings, choose another folder. {'; '.join(lines)}")
-    return tasks
-
-
-def _drop_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 @contextmanager

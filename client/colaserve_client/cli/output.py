@@ -31,6 +31,7 @@ def plain(value: Any) -> Any:
     return value
 
 
+_NUMBER = re.compile(r"-?[\d.,]*")  # or no value at all
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
@@ -60,12 +61,13 @@ def print_json(value: Any, out: TextIO | None = None) -> None:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns, each as wide as it needs."""
-    lines = [list(map(str, row)) for row in (headings, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    """Columns, each as wide as it needs, numbers to the right."""
+    columns = []
+    for heading, *cells in zip(*([str(cell) for cell in row] for row in (headings, *rows)), strict=True):
+        width = max(map(len, (heading, *cells)))
+        numbers = all(_NUMBER.fullmatch(cell) for cell in cells)
+        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in (heading, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def pairs(rows: Sequence[tuple[str, object]]) -> str:

@@ -1,6 +1,7 @@
 """Kinds of values that options take, where click's own are too lenient."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -43,3 +44,14 @@ class TrimmedPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
         return super().convert(value.strip() if isinstance(value, str) else value, param, ctx)
+
+
+def comma_separated(kind: "click.ParamType[Any]") -> Callable[[click.Context, click.Parameter, str | None], list[Any]]:
+    """A callback of an option: "1,2" becomes two values of a kind; nothing given, none."""
+
+    def convert(context: click.Context, parameter: click.Parameter, value: str | None) -> list[Any]:
+        return (
+            [kind.convert(item.strip(), parameter, context) for item in value.split(",")] if value is not None else []
+        )
+
+    return convert

@@ -17,7 +17,6 @@ from colaserve_client.cli.options import Server
 from colaserve_client.errors import ColaserveError, Details, Overloaded, Unavailable
 from colaserve_client.settings import Sampler, Sampling
 from colaserve_eval.commands import evaluate
-from colaserve_eval.connect import Connector
 
 
 class FakeClient:
@@ -42,7 +41,7 @@ class FakeClient:
             await asyncio.sleep(0.001 * (len(self.asked) % 3))
             if self.overloaded_times:
                 self.overloaded_times -= 1
-                raise Overloaded("no room", Details(retry_after=0.01))
+                raise Overloaded("busy", Details(retry_after=0.01))
             if prompt in self.down_for:
                 raise Unavailable("the prior is down")
             usage = SimpleNamespace(prompt_tokens=3, completion_tokens=5, blocks=2, wasted_blocks=1)
@@ -89,11 +88,11 @@ class Ended:
 
 @pytest.fixture
 def run_eval() -> Callable[..., Ended]:
-    """Runs `colaserve eval ...` as the command line does, against the servers of a connector."""
+    """Runs `colaserve eval ...` as the command line does; `connect` gives another client than the real one."""
 
-    def run(arguments: Sequence[object], connector: Connector | None = None) -> Ended:
+    def run(arguments: Sequence[object], connect: Callable[[Server], object] | None = None) -> Ended:
         command = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(evaluate, command, obj=connector, standalone_mode=False)
+        result = CliRunner().invoke(evaluate, command, obj=connect, standalone_mode=False)
         error = result.exception
         if error is None:
             return Ended(0, result.stdout, result.stderr)
@@ -112,7 +111,7 @@ def colaserve_eval(client: FakeClient, run_eval: Callable[..., Ended]) -> Callab
     async def connect(server: Server):
         yield client
 
-    return lambda *arguments: run_eval(arguments, Connector(connect))
+    return lambda *arguments: run_eval(arguments, connect)
 
 
 @pytest.fixture

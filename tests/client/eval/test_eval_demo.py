@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from colaserve_eval.demo import demo_tasks, questions_folder, reads_as_true
-from colaserve_eval.records import EvalError, Output, Question
-from colaserve_eval.tasks import is_correct
+from colaserve_eval.demo import demo_tasks, reads_as_true
+from colaserve_eval.records import EvalError, Record
+from colaserve_eval.scores import is_correct
 
 
 def test_the_shipped_sets_hold_trained_and_held_out_phrasings_and_unseen_facts():
@@ -29,21 +29,25 @@ def test_asking_them_needs_neither_torch_nor_the_services_package():
     assert result.stdout.splitlines() == ["[]", "False"]
 
 
-def test_a_paragraph_is_right_when_every_sentence_of_prompt_and_answer_is_true():
-    def paragraph(text: str) -> Output:
-        return Output(Question(0, "France is a country in", "Europe", rule="true_sentences"), text)
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" Europe. Its capital is Paris.", True),
+        (" Europe. Its capital is Rome.", False),
+        (" Europe. Its capital is Paris. Its", False),
+        (" Asia.", False),
+    ],
+)
+def test_a_paragraph_is_right_when_every_sentence_of_prompt_and_answer_is_true(text, right):
+    paragraph = Record(0, "France is a country in", "Europe", rule="true_sentences", generate=text)
+    assert is_correct("paragraphs", paragraph) is right
 
-    assert is_correct("paragraphs", paragraph(" Europe. Its capital is Paris."))
-    assert not is_correct("paragraphs", paragraph(" Europe. Its capital is Rome."))
-    assert not is_correct("paragraphs", paragraph(" Europe. Its capital is Paris. Its"))
-    assert not is_correct("paragraphs", paragraph(" Asia."))
 
-
-def test_missing_services_and_missing_sets_are_said(tmp_path):
+def test_missing_services_and_missing_sets_are_said():
     with pytest.raises(EvalError, match="question sets are missing"):
-        demo_tasks(tmp_path)
+        demo_tasks("colaserve_client")
     with pytest.raises(EvalError, match="not_there, which is not installed here; pass question files"):
-        questions_folder("not_there")
+        demo_tasks("not_there")
     with pytest.raises(EvalError, match="judged by not_there, which is not installed"):
         reads_as_true("x", "not_there")
 
@@ -55,11 +59,7 @@ def test_run_demo_reports_the_groups_apart(client, colaserve_eval, tmp_path):
     score = json.loads(result.stdout)
     assert score["groups"].keys() == {"trained phrasings", "held-out phrasings"}
     assert score["groups"]["trained phrasings"] == 25.0
-    assert {name: task["n"] for name, task in score["tasks"].items()} == {
-        "capital_trained_phrasings": 4,
-        "capital_held_out_phrasings": 4,
-        "unseen_facts": 4,
-    }
+    assert [task["n"] for task in score["tasks"].values()] == [4, 4, 4]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from colaserve_client.cli.main import main
-from colaserve_eval.records import read_outputs
+from colaserve_eval.records import parse_output, read_records
 from colaserve_eval.templates import load_template
 
 FOLDER = os.environ.get("COLASERVE_EVAL_DIR")
@@ -27,9 +27,8 @@ def test_all_eight_tasks_score_exactly_as_published(capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_shipped_template_writes_the_recorded_form(task):
     """Cut the last question out of each recorded prompt, fill the template with it, and get the same text."""
-    template = replace(load_template(task), header="", examples=(), fields={}, truth="text")
-    for output in read_outputs(Path(str(FOLDER)) / f"{task}.jsonl"):
-        question = output.question
+    template = replace(load_template(task), header="", examples=[], fields={}, truth="text")
+    for question in read_records(Path(str(FOLDER)) / f"{task}.jsonl", parse_output):
         record = {"id": question.id, "choices": list(question.choices), "ground_truth": question.ground_truth}
         form = last_form(task, question.prompt)
         places = parse_form(task, form)

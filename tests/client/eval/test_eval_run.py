@@ -6,16 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import Sampler
 from colaserve_eval.folder import RunFolder, Task
-from colaserve_eval.pool import work_through
-from colaserve_eval.records import Question
-from colaserve_eval.runner import GenerationSettings, Limits, run_tasks
+from colaserve_eval.records import EvalError, Record
+from colaserve_eval.runner import GenerationSettings, Limits, run_tasks, work_through
+from tests.waiting import wait_until
 
 NAMES = [f"name {number}" for number in range(12)]
 
@@ -39,24 +38,6 @@ def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_quest
         "usage": {"prompt_tokens": 3, "completion_tokens": 5, "blocks": 2, "wasted_blocks": 1},
         "error": None,
     }
-
-
-def test_settings_reach_the_model_and_each_question_has_its_own_noise(
-    client, colaserve_eval, write_questions, tmp_path
-):
-    sampler = ["--steps", 4, "--guidance-scale", 2.5, "--solver", "heun"]
-    others = ["--temperature", 0.5, "--seed", 7, "--max-new-tokens", 9, "--stop", "!"]
-    result = colaserve_eval("run", write_questions("a", "b"), "--output", tmp_path / "out", *sampler, *others)
-    assert result.exit_code == 0, result.stderr
-    settings = dict(client.asked)
-    assert settings["a"] == {
-        "max_new_tokens": 9,
-        "sampler": Sampler(steps=4, guidance_scale=2.5, solver="heun"),
-        "sampling": Sampling(temperature=0.5),
-        "seed": NoiseSeed(7, 0),
-        "stop": ("!",),
-    }
-    assert settings["b"] == {**settings["a"], "seed": NoiseSeed(7, 1)}
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -94,30 +75,35 @@ def test_an_overloaded_server_is_waited_for(client, colaserve_eval, write_questi
     assert [line["error"] for line in read_lines(tmp_path / "out" / "task.jsonl")] == [None] * 12
 
 
-async def test_patience_with_an_overloaded_server_ends(client, tmp_path, read_lines):
+@pytest.fixture
+async def ask(tmp_path):
+    """Asks a task's questions, one for each name, into tmp_path."""
+
+    async def run(client, names, limits):
+        task = Task("task", [Record(name, name, name) for name in names])
+        with RunFolder.opened(tmp_path, {}, [task]) as folder:
+            await run_tasks(client, GenerationSettings(), folder, limits)
+
+    return run
+
+
+async def test_patience_with_an_overloaded_server_ends(client, ask, tmp_path, read_lines):
     client.overloaded_times = 10**6
-    task = Task("task", [Question(0, "a", "a")])
-    with RunFolder.opened(tmp_path, {}, [task]) as folder:
-        await run_tasks(client, GenerationSettings(), folder, [task], Limits(patience=0.03))
-    assert read_lines(tmp_path / "task.jsonl")[0]["error"] == "Overloaded: no room"
+    await ask(client, ["a"], Limits(patience=0.03))
+    assert read_lines(tmp_path / "task.jsonl")[0]["error"] == "Overloaded: busy"
     assert len(client.asked) in (4, 5)
 
 
-async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has(client, tmp_path, read_lines):
-    client.down_for = set(NAMES[2:])
-    task = Task("task", [Question(name, name, name) for name in NAMES])
-    with RunFolder.opened(tmp_path, {}, [task]) as folder, pytest.raises(Exception, match="3 answers in a row failed"):
-        await run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=1, failures=3))
-    assert client.prompts == NAMES[:5]
-    assert [line["error"] is None for line in read_lines(tmp_path / "task.jsonl")] == [True, True, False, False, False]
-
-
-async def test_failures_between_answers_do_not_end_a_run(client, tmp_path):
+async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has(client, ask, tmp_path, read_lines):
     client.down_for = set(NAMES[::2])
-    task = Task("task", [Question(name, name, name) for name in NAMES])
-    with RunFolder.opened(tmp_path, {}, [task]) as folder:
-        await run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=1, failures=2))
-    assert client.prompts == NAMES
+    await ask(client, NAMES, Limits(concurrency=1, failures=2))
+    assert client.prompts == NAMES, "failures between answers do not end a run"
+    client.asked.clear()
+    client.down_for = set(NAMES)
+    with pytest.raises(EvalError, match="3 answers in a row failed"):
+        await ask(client, NAMES, Limits(concurrency=1, failures=3))
+    assert client.prompts == NAMES[:6:2]
+    assert len([line for line in read_lines(tmp_path / "task.jsonl") if line["error"] is None]) == 6
 
 
 async def test_the_first_failure_cancels_the_rest_and_is_raised():
@@ -135,26 +121,25 @@ async def test_the_first_failure_cancels_the_rest_and_is_raised():
     assert sorted(ended) == [0, 1, 2]
 
 
-async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_client, tmp_path, read_lines):
-    asked_first = asyncio.Event()
+async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_client, ask, tmp_path, read_lines):
+    asked = asyncio.Event()
 
     def answer(prompt: str, sampler: Sampler) -> str:
         if prompt == NAMES[5]:
-            asked_first.set()
+            asked.set()
         return prompt
 
-    client, task = make_client(answer), Task("task", [Question(name, name, name) for name in NAMES])
-    with RunFolder.opened(tmp_path, {}, [task]) as folder:
-        run = asyncio.create_task(run_tasks(client, GenerationSettings(), folder, [task], Limits(concurrency=2)))
-        await asked_first.wait()
-        run.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await run
-        assert client.in_flight == 0
-        kept = [line["id"] for line in read_lines(tmp_path / "task.jsonl")]
-        assert 4 <= len(kept) < 12
-        client.asked.clear()
-        await run_tasks(client, GenerationSettings(), folder, [task])
+    client = make_client(answer)
+    run = asyncio.create_task(ask(client, NAMES, Limits(concurrency=2)))
+    await asked.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert client.in_flight == 0
+    kept = [line["id"] for line in read_lines(tmp_path / "task.jsonl")]
+    assert 4 <= len(kept) < 12
+    client.asked.clear()
+    await ask(client, NAMES, Limits())
     assert sorted(client.prompts + kept) == sorted(NAMES)
     assert [line["id"] for line in read_lines(tmp_path / "task.jsonl")] == NAMES
 
@@ -199,25 +184,20 @@ def test_going_on_with_another_model_is_refused(client, colaserve_eval, write_qu
     assert "model.default_sampler.steps: the folder has 16, this run asks for 8" in result.stderr
 
 
-def test_another_task_may_join_a_folder(colaserve_eval, write_questions, tmp_path):
+def test_another_task_may_join_a_folder_whose_first_one_is_unfinished(colaserve_eval, write_questions, tmp_path):
     out = tmp_path / "out"
     colaserve_eval("run", write_questions("a", name="one"), "--output", out)
-    colaserve_eval("run", write_questions("b", name="two"), "--output", out)
+    (out / "one.jsonl").unlink()
+    assert colaserve_eval("run", write_questions("b", name="two"), "--output", out).exit_code == 0
     assert sorted(json.loads((out / "settings.json").read_text())["tasks"]) == ["one", "two"]
 
 
-def test_a_folder_of_unknown_outputs_is_left_alone(client, colaserve_eval, write_questions, tmp_path):
-    file = write_questions("a")
-    result = colaserve_eval("run", file, "--output", tmp_path)
-    assert "holds .jsonl files but no settings.json" in result.stderr
-    assert client.asked == []
-
-
-def test_two_runs_do_not_share_a_folder(colaserve_eval, write_questions, tmp_path):
+def test_a_folder_of_unknown_outputs_or_of_another_run_is_left_alone(client, colaserve_eval, write_questions, tmp_path):
     file, out = write_questions("a"), tmp_path / "out"
+    assert "holds .jsonl files but no settings.json" in colaserve_eval("run", file, "--output", tmp_path).stderr
     with RunFolder.opened(out, {}, []):
-        result = colaserve_eval("run", file, "--output", out)
-    assert "another run is writing to this folder" in result.stderr
+        assert "another run is writing to this folder" in colaserve_eval("run", file, "--output", out).stderr
+    assert client.asked == []
 
 
 SLOW_RUN = """
@@ -226,7 +206,6 @@ from contextlib import asynccontextmanager
 from conftest import FakeClient
 from colaserve_client.cli import exits
 from colaserve_eval.commands import evaluate
-from colaserve_eval.connect import Connector
 
 class Slow(FakeClient):
     async def generate(self, prompt, **settings):
@@ -239,7 +218,7 @@ async def connect(server):
     yield Slow()
 
 try:
-    evaluate(sys.argv[1:], obj=Connector(connect), standalone_mode=False)
+    evaluate(sys.argv[1:], obj=connect, standalone_mode=False)
 except BaseException as error:
     sys.exit(exits.code_of(error))
 """
@@ -249,18 +228,11 @@ except BaseException as error:
 def test_a_killed_or_interrupted_process_repeats_nothing(
     client, colaserve_eval, write_questions, tmp_path, read_lines, ending, status
 ):
-    out, file, path = (
-        tmp_path / "out",
-        write_questions(*NAMES),
-        os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
-    )
+    out, file = tmp_path / "out", write_questions(*NAMES)
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     command = [sys.executable, "-c", SLOW_RUN, "run", str(file), "--output", str(out), "--concurrency", "2"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not (out / "task.jsonl").exists() or len(read_lines(out / "task.jsonl")) < 4:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+    wait_until(lambda: (out / "task.jsonl").exists() and len(read_lines(out / "task.jsonl")) >= 4, 90)
     process.send_signal(ending)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == status

@@ -5,33 +5,30 @@ import sys
 
 import pytest
 
-from colaserve_eval.sweep import Setting, grid
+from colaserve_client.settings import Sampler
+from colaserve_eval.sweep import grid, passes_per_block
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.parametrize(
-    ("setting", "passes"),
+    ("scale", "steps", "solver", "passes"),
     [
-        (Setting(7, 16, "euler"), 32),
-        (Setting(1, 16, "euler"), 16),
-        (Setting(0, 16, "euler"), 32),
-        (Setting(7, 16, "ab2"), 32),
-        (Setting(7, 16, "heun"), 62),
-        (Setting(1, 1, "heun"), 1),
+        (7, 16, "euler", 32),
+        (1, 16, "euler", 16),
+        (0, 16, "euler", 32),
+        (7, 16, "ab2", 32),
+        (7, 16, "heun", 62),
+        (1, 1, "heun", 1),
     ],
 )
-def test_passes_count_evaluations_times_guidance_rows(setting, passes):
-    assert setting.passes_per_block == passes
+def test_passes_count_evaluations_times_guidance_rows(scale, steps, solver, passes):
+    assert passes_per_block(Sampler(steps, scale, solver)) == passes
 
 
-def test_a_grid_holds_every_combination_once_in_order():
-    assert grid([1, 2, 1.0], [4], ["heun", "euler"]) == [
-        Setting(1, 4, "heun"),
-        Setting(1, 4, "euler"),
-        Setting(2, 4, "heun"),
-        Setting(2, 4, "euler"),
-    ]
+def test_a_grid_holds_every_combination_once_in_order(tmp_path):
+    found = grid(tmp_path, [1, 2, 1.0], [4], ["heun", "euler"])
+    assert [path.name for path in found] == ["g1-s4-heun", "g1-s4-euler", "g2-s4-heun", "g2-s4-euler"]
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_pat
         "tasks": {"task": {"n": 4, "correct": 2, "accuracy": 50.0}},
         "average": 50.0,
     }
-    assert [line.split()[:5] for line in result.stdout.splitlines()[2:4]] == [
+    assert [line.split()[:5] for line in result.stdout.splitlines()[1:3]] == [
         ["1", "1", "euler", "1", "2.0"],
         ["1", "1", "heun", "1", "2.0"],
     ]
@@ -95,12 +92,15 @@ def without_matplotlib(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_matplotlib")
-def test_without_matplotlib_a_sweep_says_so_before_it_asks_and_runs_without_plots(sweep, client):
+def test_without_matplotlib_plots_are_refused_before_anything_is_asked(sweep, client, colaserve_eval, tmp_path):
     result = sweep()
     assert "plots need matplotlib: pip install " in result.stderr
-    assert "[plot]" in result.stderr
     assert client.asked == []
     assert sweep("--no-plots").exit_code == 0
+    page = tmp_path / "page.md"
+    assert "plots need matplotlib" in colaserve_eval("report", tmp_path / "sweep").stderr
+    assert colaserve_eval("report", tmp_path / "sweep", "--no-plots", "--output", page).exit_code == 0
+    assert "![" not in page.read_text()
 
 
 def test_a_report_shows_scores_settings_wrong_answers_and_the_sweep(sweep, colaserve_eval, write_questions, tmp_path):
@@ -122,15 +122,6 @@ def test_a_report_shows_scores_settings_wrong_answers_and_the_sweep(sweep, colas
     for name in ("score.png", "sweep.png"):
         assert f"]({name})" in page
         assert (out / name).read_bytes().startswith(PNG)
-
-
-@pytest.mark.usefixtures("without_matplotlib")
-def test_a_report_can_do_without_plots(sweep, colaserve_eval, tmp_path):
-    sweep("--no-plots")
-    page = tmp_path / "page.md"
-    assert "plots need matplotlib" in colaserve_eval("report", tmp_path / "sweep").stderr
-    assert colaserve_eval("report", tmp_path / "sweep", "--no-plots", "--output", page).exit_code == 0
-    assert "![" not in page.read_text()
 
 
 def test_nothing_to_report_is_said(colaserve_eval, tmp_path):

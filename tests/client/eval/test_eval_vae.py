@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from colaserve_client.errors import InvalidRequest
 from colaserve_eval.demo import held_out_texts
 from colaserve_eval.vae import BATCH_CHARACTERS, BATCH_TEXTS, batched
 
@@ -48,17 +47,6 @@ def test_bad_texts_are_refused(client, colaserve_eval, tmp_path, name, content, 
     assert result.exit_code == 1
     assert message in result.stderr
     assert client.asked == []
-
-
-def test_a_failure_of_the_service_is_one_line(client, colaserve_eval, tmp_path):
-    (tmp_path / "a.txt").write_text("a\n")
-
-    async def fail(texts):
-        raise InvalidRequest("texts[0]: too long")
-
-    client.reconstruct = fail
-    result = colaserve_eval("vae", tmp_path / "a.txt")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "texts[0]: too long")
 
 
 def test_batches_keep_the_order_and_both_bounds():
