@@ -153,7 +153,7 @@ class Stress:
             self._wrong(f"{stage} {number}: {kind} did not end with an error")
 
     async def _hanging(self, stage: str, number: int) -> None:
-        """It goes on when the network does."""
+        """It resumes when the network does."""
         once = faults.hangs(self._hang)
         for network in self._networks:
             network.faults |= {LATENTS[HANG]: once, TOKENS[HANG]: once}
@@ -162,7 +162,7 @@ class Stress:
         except ColaserveError as error:
             self._wrong(f"{stage} {number}: hung, and ended with {error!r}")
         else:
-            self.outcome.counts[f"{stage}: hung and went on"] += 1
+            self.outcome.counts[f"{stage}: hung and resumed"] += 1
 
     async def _leaving(self, stage: str, number: int, kind: str | None) -> None:
         asking = asyncio.ensure_future(STAGES[stage](number, self._stages, kind)())

@@ -64,7 +64,7 @@ def pull(repository: str, revision: str, directory: Path | None, check: bool) ->
     colaserve pull someone/their-model --dir models/theirs --revision v2
     colaserve up --model Cola-DLM
 
-    What is there already is kept, and a broken download goes on where it stopped. Then every file's size and SHA-256 is
+    What is there is kept, and a broken download continues where it stopped. Then every file's size and SHA-256 is
     compared with the Hub's, the configs are read, and every tensor that they ask for must be in the files. HF_ENDPOINT
     names another hub, HF_TOKEN a token for it.
     """
@@ -156,7 +156,7 @@ def _check_room(snapshot: Snapshot, directory: Path) -> None:
     there = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
-        raise UsageError(f"--dir: {directory} has room for {size(free)}, {size(missing)} are to be fetched")
+        raise UsageError(f"--dir: {directory} has space for {size(free)}, {size(missing)} are to be fetched")
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -41,7 +41,7 @@ class FleetSettings:
     model: Path = GOLDEN / "tiny_b4"
     sizes: Mapping[str, int] = field(default_factory=lambda: SIZES)
     arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further ones of a role
-    through: Mapping[str, str] = field(default_factory=dict)  # stage: address its callers are told instead
+    through: Mapping[str, str] = field(default_factory=dict)  # stage: address that its callers get instead
     environment: Mapping[str, str] = field(default_factory=dict)
     drain_seconds: float = 2.0
     grace_seconds: float = 20.0

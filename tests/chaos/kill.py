@@ -27,7 +27,7 @@ class Killer:
     seed: int = 0
     killed: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, told: Roads, over: asyncio.Event) -> None:
+    async def run(self, open_roads: Roads, over: asyncio.Event) -> None:
         """Until it is over; a replica that was killed is started again before."""
         draw = random.Random(self.seed)
         while not await _within(over, self.period):
@@ -35,10 +35,10 @@ class Killer:
             if victims:
                 victim = draw.choice(victims)
                 if victim.role == "coordinator":
-                    told.coordinator_died = time.monotonic()
+                    open_roads.coordinator_died = time.monotonic()
                 await victim.kill()
                 if victim.role == "coordinator":
-                    told.coordinator_died = time.monotonic()
+                    open_roads.coordinator_died = time.monotonic()
                 await victim.start()
                 self.killed[victim.role] += 1
 

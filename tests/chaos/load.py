@@ -194,7 +194,7 @@ async def side_by_side(work: Callable, items: Sequence[Job], concurrency: int) -
 
 
 async def endless(work: Callable[[Job], object], wanted: Sequence[Job], concurrency: int, stop: asyncio.Event) -> None:
-    """Ask for the jobs again and again until told to stop; what runs then is awaited."""
+    """Ask for the jobs again and again until stopped; what runs then is awaited."""
 
     async def worker(number: int) -> None:
         index = number

@@ -38,7 +38,7 @@ async def closed_rate(
     return answered(await closed_loop(client, requests, callers, begin + seconds), begin, begin + seconds)
 
 
-def told(records: Sequence[Record], begin: float, until: float, best: float) -> list[str]:
+def report(records: Sequence[Record], begin: float, until: float, best: float) -> list[str]:
     """The figures of the callers. What is answered after the overload counts for the times, not for the goodput."""
     seconds, goodput = until - begin, answered(records, begin + (until - begin) / 4, until)
     took = sorted(record.finished - record.due for record in records if not record.error and record.finished)
@@ -88,7 +88,7 @@ async def _main(
             until = begin + seconds
             records = await open_loop(client, requests, factor * best, until, seed=1)
         late = quantile(await _refusals(fleet), before, 0.99)
-    print("\n".join(told(records, begin, until, best)))
+    print("\n".join(report(records, begin, until, best)))
     print(f"refused, s p99 at server {late}")
     print("\n".join(watch.lines(settle)))
 

@@ -88,8 +88,8 @@ class Proxy:
         return happens
 
     def _damaged(self, chunk: bytes) -> bytes:
-        place, damaged = self._draw.randrange(len(chunk)), bytearray(chunk)
-        damaged[place] ^= 1 << self._draw.randrange(8)
+        index, damaged = self._draw.randrange(len(chunk)), bytearray(chunk)
+        damaged[index] ^= 1 << self._draw.randrange(8)
         return bytes(damaged)
 
 

@@ -91,7 +91,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What services tell each other about a model; `parameters` are those held by the one that tells."""
+    """What services report about a model; `parameters` are those that the reporting one holds."""
 
     latent_dim: int
     block_size: int

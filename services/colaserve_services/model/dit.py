@@ -201,7 +201,7 @@ class DiT(nn.Module):
         return torch.complex(*rotary_angles(positions, frequencies)).unsqueeze(-2)
 
     def rotary_of_heads(self, positions: Tensor) -> Tensor:
-        """The same for every head and channel, ones where nothing turns: (...) -> (..., heads, head_dim / 2).
+        """The same for every head and channel, ones where nothing rotates: (...) -> (..., heads, head_dim / 2).
 
         Turning whole tensors takes a fraction of the time that the leading channels of each head take.
         """

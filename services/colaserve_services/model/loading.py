@@ -144,5 +144,5 @@ def _check_names(model: nn.Module, folder: WeightFolder, prefix: str) -> dict[st
             slots[name] = (module, attribute)
     unknown = sorted(name for name in folder.entries if name.startswith(prefix) and name not in slots)
     if unknown:
-        raise CheckpointError(f"{folder.folder}: tensor {unknown[0]!r} has no place in the model of config.json")
+        raise CheckpointError(f"{folder.folder}: tensor {unknown[0]!r} is not in the model of config.json")
     return slots

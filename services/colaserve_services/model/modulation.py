@@ -30,7 +30,7 @@ class ModulationTable:
         self._rows: OrderedDict[float, int] = OrderedDict()
 
     def prepare(self, times: Iterable[float]) -> None:
-        """Compute the rows of a schedule in one pass over the modulation weights, as far as there is room."""
+        """Compute the rows of a schedule in one pass over the modulation weights, as far as the table has capacity."""
         self.rows(list(dict.fromkeys(times))[: self.capacity // 2])
 
     def rows(self, times: Sequence[float]) -> list[int]:
@@ -69,7 +69,7 @@ class ModulationTable:
         return slot
 
     def layers(self, index: Tensor) -> Iterator[Modulation]:
-        """Modulation of every layer in turn for rows index: (...) gives tensors of (..., D)."""
+        """Modulation, layer by layer, for rows index: (...) gives tensors of (..., D)."""
         for table in self._layers:  # not all at once: of many rows that is hundreds of MiB
             yield Modulation(*self._pick(table, index))
 

@@ -149,7 +149,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (drop(dit, "blocks.1.mlp.proj_in.weight"), "'blocks.1.mlp.proj_in.weight' is missing"),
     "missing encoder tensor": (drop(vae, "encoder.wte.weight"), "'encoder.wte.weight' is missing"),
     "wrong shape": (replace(vae, "decoder.in_layer.weight", torch.zeros(3, 3)), r"shape \[3, 3\].*asks for \[32, 8\]"),
-    "unknown tensor": (replace(dit, "blocks.0.extra", torch.zeros(1)), "'blocks.0.extra' has no place"),
+    "unknown tensor": (replace(dit, "blocks.0.extra", torch.zeros(1)), "'blocks.0.extra' is not in the model"),
     "integer tensor": (replace(dit, "txt_out_norm.bias", torch.zeros(32, dtype=torch.int8)), "floating-point"),
     "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors: no such file"),
     "stale shard": (leave_a_stale_copy, r"00001-of-00002.safetensors: has a tensor '.*' that the index does not put"),

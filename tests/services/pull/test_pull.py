@@ -1,4 +1,4 @@
-"""Fetching a checkpoint from a hub: it arrives whole, goes on after a break, and what is wrong is said in one line."""
+"""Fetching a checkpoint from a hub: it arrives whole, also after a break, and what is wrong is one line."""
 
 import shutil
 
