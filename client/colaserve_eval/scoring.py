@@ -1,6 +1,6 @@
 """The published scoring rules: from a recorded output to right or wrong, one pure function a step.
 
-Everything here works on text alone. Which task uses which rule is in `tasks.py`.
+Everything here works on text alone. Which task uses which rule is in `scores.py`.
 """
 
 import re
