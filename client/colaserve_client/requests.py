@@ -1,6 +1,6 @@
 """Request messages from Python values. What a field cannot carry is an `InvalidRequest` that names it.
 
-Ranges are the server's to judge; here only what would not survive the way is refused.
+What only the server can judge, such as whether a prompt fits into its context, is left to it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,17 +13,13 @@ from numpy.typing import ArrayLike
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client.arrays import tensor_from_array
 from colaserve_client.errors import invalid
+from colaserve_client.fields import fields_of
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.settings import GenerationRequest, Interpolation, NoiseSeed, Prompt, Sampler, Sampling
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-SOLVERS: Mapping[str, types_pb2.Solver] = {
-    "euler": types_pb2.SOLVER_EULER,
-    "ab2": types_pb2.SOLVER_AB2,
-    "heun": types_pb2.SOLVER_HEUN,
-}
 INTERPOLATIONS: Mapping[str, latent_service_pb2.Interpolation] = {
     "lerp": latent_service_pb2.INTERPOLATION_LERP,
     "slerp": latent_service_pb2.INTERPOLATION_SLERP,
@@ -96,45 +92,43 @@ def _of_kind(value: T, kind: type, field: str) -> T:
     return value
 
 
+def settings_message(kind: type[M], settings: object, path: str) -> M:
+    """The message of a Sampler, a Sampling or a NoiseSeed."""
+    table = fields_of(type(settings))
+    values = {name: getattr(settings, name) for name in table}
+    for name, field in table.items():
+        if field.choices is not None:
+            values[name] = _named(field.choices, values[name], f"{path}{name}")
+    message = build(kind, path, **values)
+    _check_ranges(settings, path)
+    return message
+
+
+def _check_ranges(settings: object, path: str = "") -> None:
+    """Of numbers: texts have been looked up by now."""
+    for name, field in fields_of(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None and field.range is not None and (fault := field.range.fault(value)):
+            raise invalid(f"{path}{name}", fault)
+
+
 def sampler(settings: Sampler | None) -> types_pb2.Sampler | None:
     """The message of settings."""
-    if settings is None:
-        return None
-    _of_kind(settings, Sampler, "sampler")
-    return build(
-        types_pb2.Sampler,
-        "sampler.",
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        solver=_named(SOLVERS, settings.solver, "sampler.solver"),
-        guidance_start=settings.guidance_start,
-        guidance_end=settings.guidance_end,
-        resamples=settings.resamples,
-    )
+    found = None if settings is None else _of_kind(settings, Sampler, "sampler")
+    return None if found is None else settings_message(types_pb2.Sampler, found, "sampler.")
 
 
 def sampling(settings: Sampling | None) -> types_pb2.Sampling | None:
     """The message of settings."""
-    if settings is None:
-        return None
-    _of_kind(settings, Sampling, "sampling")
-    return build(
-        types_pb2.Sampling,
-        "sampling.",
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=settings.seed,
-    )
+    found = None if settings is None else _of_kind(settings, Sampling, "sampling")
+    return None if found is None else settings_message(types_pb2.Sampling, found, "sampling.")
 
 
 def noise_seed(seed: int | NoiseSeed | None) -> types_pb2.NoiseSeed | None:
     """The message of a seed; a number is a base_seed of sample 0."""
     if seed is None:
         return None
-    seed = seed if isinstance(seed, NoiseSeed) else NoiseSeed(seed)
-    return build(types_pb2.NoiseSeed, "seed.", base_seed=seed.base_seed, sample_id=seed.sample_id)
+    return settings_message(types_pb2.NoiseSeed, seed if isinstance(seed, NoiseSeed) else NoiseSeed(seed), "seed.")
 
 
 def token_ids(ids: Sequence[int], field: str) -> types_pb2.TokenIds:
@@ -148,20 +142,18 @@ def token_ids(ids: Sequence[int], field: str) -> types_pb2.TokenIds:
 def generate(request: GenerationRequest) -> generation_pb2.GenerateRequest:
     """The message of a generation."""
     text, ids = _prompt(request.prompt)
-    return build(
+    own = {name: getattr(request, name) for name in fields_of(type(request))}
+    message = build(
         generation_pb2.GenerateRequest,
         prompt=text,
         prompt_ids=ids,
-        max_new_tokens=request.max_new_tokens,
         sampler=sampler(request.sampler),
         sampling=sampling(request.sampling),
         seed=noise_seed(request.seed),
-        stop=_strings(request.stop, "stop"),
-        ignore_end=request.ignore_end,
-        with_latents=request.with_latents,
-        top_logprobs=request.top_logprobs,
-        print_special=request.print_special,
+        **(own | {"stop": _strings(request.stop, "stop")}),
     )
+    _check_ranges(request)
+    return message
 
 
 def _prompt(prompt: Prompt) -> tuple[str | None, types_pb2.TokenIds | None]:

@@ -1,25 +1,25 @@
 """Python values from response messages."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
+
+from google.protobuf.message import Message
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client import results
 from colaserve_client.arrays import array_from_tensor, shortest
 from colaserve_client.calls import converted
 from colaserve_client.errors import Details, ServerError
+from colaserve_client.fields import fields_of
 from colaserve_client.latents import Latents
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Solver
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 
 _FINISH_REASONS: Mapping[int, results.FinishReason] = {
     types_pb2.FINISH_REASON_STOP: "stop",
     types_pb2.FINISH_REASON_LENGTH: "length",
 }
-_SOLVERS: Mapping[int, Solver] = {
-    types_pb2.SOLVER_EULER: "euler",
-    types_pb2.SOLVER_AB2: "ab2",
-    types_pb2.SOLVER_HEUN: "heun",
-}
+
+T = TypeVar("T", Sampler, Sampling)
 
 
 class _Logprobs(Protocol):
@@ -274,8 +274,8 @@ def model_info(message: generation_pb2.GenerationServiceGetInfoResponse) -> resu
         space=message.space,
         limits=limits(message.limits),
         server=server_info(message.server),
-        default_sampler=_sampler(message.default_sampler),
-        default_sampling=_sampling(message.default_sampling),
+        default_sampler=settings(Sampler, message.default_sampler),
+        default_sampling=settings(Sampling, message.default_sampling),
         default_max_new_tokens=message.default_max_new_tokens,
         chat_frame=message.chat_frame,
         end_ids=tuple(message.end_ids),
@@ -296,22 +296,13 @@ def _stage_info(message: generation_pb2.StageInfo) -> results.StageInfo:
     )
 
 
-def _sampler(message: types_pb2.Sampler) -> Sampler:
-    return Sampler(
-        steps=message.steps if message.HasField("steps") else None,
-        guidance_scale=shortest(message.guidance_scale) if message.HasField("guidance_scale") else None,
-        solver=_SOLVERS.get(message.solver),
-        guidance_start=shortest(message.guidance_start) if message.HasField("guidance_start") else None,
-        guidance_end=shortest(message.guidance_end) if message.HasField("guidance_end") else None,
-        resamples=message.resamples if message.HasField("resamples") else None,
-    )
-
-
-def _sampling(message: types_pb2.Sampling) -> Sampling:
-    return Sampling(
-        temperature=shortest(message.temperature) if message.HasField("temperature") else None,
-        top_k=message.top_k if message.HasField("top_k") else None,
-        top_p=shortest(message.top_p) if message.HasField("top_p") else None,
-        repetition_penalty=shortest(message.repetition_penalty) if message.HasField("repetition_penalty") else None,
-        seed=message.seed if message.HasField("seed") else None,
-    )
+def settings(kind: type[T], message: Message) -> T:
+    """The set fields of a Sampler or a Sampling."""
+    found: dict[str, Any] = {}
+    for name, field in fields_of(kind).items():
+        value = getattr(message, name)
+        if field.choices is not None:
+            found[name] = next((text for text, number in field.choices.items() if number == value), None)
+        elif message.HasField(name):
+            found[name] = shortest(value) if field.kind is float else value
+    return kind(**found)

@@ -1,16 +1,23 @@
 """How to connect and how to generate: small frozen dataclasses. A field of None means: the server's default."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Final, Literal
 
+from colaserve.v1 import types_pb2
 from colaserve_client.errors import invalid
+from colaserve_client.fields import Field, Range, documented
 
 Solver = Literal["euler", "ab2", "heun"]
 Interpolation = Literal["lerp", "slerp"]
 Prompt = str | Sequence[int]  # a text, or its token ids
 
+SOLVERS: Final[Mapping[str, int]] = {
+    "euler": types_pb2.SOLVER_EULER,
+    "ab2": types_pb2.SOLVER_AB2,
+    "heun": types_pb2.SOLVER_HEUN,
+}
 DEFAULT_TARGET = "127.0.0.1:50051"
 _MIB = 1 << 20
 
@@ -83,83 +90,82 @@ class Connection:
     load_balancing: Literal["round_robin", "pick_first"] = "round_robin"
 
 
+@documented
 @dataclass(frozen=True)
 class NoiseSeed:
-    """The seed of a run's noise; equal seeds repeat a run.
+    """The seed of a run's noise; equal seeds repeat a run."""
 
-    Attributes:
-        base_seed: any number from 0 on; base_seed + sample_id is below 2^63.
-        sample_id: below 10,000: tells samples of one base_seed apart.
-    """
-
-    base_seed: int
-    sample_id: int = 0
+    base_seed: Annotated[
+        int, Field("Seed of the noise; equal seeds give equal texts.", Range(0, 2**63 - 1), flat="seed")
+    ]
+    sample_id: Annotated[int, Field("Tells samples of one seed apart.", Range(0, 9_999))] = 0
 
 
+@documented
 @dataclass(frozen=True)
 class Sampler:
-    """How latents are carried from noise to text. In brackets: the default where server and checkpoint have none.
+    """How latents are written from noise. In brackets: the default where server and checkpoint have none."""
 
-    Attributes:
-        steps: [16] 1 to 1000.
-        guidance_scale: [7] 0 to 1000; 1 switches guidance off and halves the work.
-        solver: [euler] "euler", "ab2" or "heun".
-        guidance_start: [1] guidance is on where guidance_start >= t > guidance_end.
-        guidance_end: [0] see guidance_start.
-        resamples: [1] times each step runs (RePaint).
-    """
-
-    steps: int | None = None
-    guidance_scale: float | None = None
-    solver: Solver | None = None
-    guidance_start: float | None = None
-    guidance_end: float | None = None
-    resamples: int | None = None
+    steps: Annotated[int | None, Field("Steps from noise to latents.", Range(1, 1000), 16)] = None
+    guidance_scale: Annotated[
+        float | None,
+        Field("Weight of classifier-free guidance; 1 switches it off and halves the work.", Range(0, 1000), 7.0),
+    ] = None
+    solver: Annotated[Solver | None, Field("Integration rule.", default="euler", choices=SOLVERS)] = None
+    guidance_start: Annotated[
+        float | None, Field("Guidance is on from this time down; time runs from 1, noise, to 0.", Range(0, 1), 1.0)
+    ] = None
+    guidance_end: Annotated[
+        float | None, Field("Guidance is off at and below this time; at most guidance_start.", Range(0, 1), 0.0)
+    ] = None
+    resamples: Annotated[int | None, Field("Times each step runs (RePaint).", Range(1, 100), 1)] = None
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from the decoder's logits. In brackets as for `Sampler`.
+    """How tokens are drawn from the decoder's logits. In brackets as for `Sampler`."""
 
-    Attributes:
-        temperature: [0] 0 to 100; 0 takes the most likely token.
-        top_k: [50] 0 keeps all.
-        top_p: [0.9] above 0, at most 1.
-        repetition_penalty: [1.1] above 0; 1 switches it off.
-        seed: of the draws; unset: derived from the noise seed.
-    """
+    temperature: Annotated[
+        float | None, Field("Temperature of the draws; 0 takes the most likely token.", Range(0, 100), 0.0)
+    ] = None
+    top_k: Annotated[int | None, Field("Draw from the k most likely tokens; 0 keeps all.", Range(0, 2**32 - 1), 50)] = (
+        None
+    )
+    top_p: Annotated[
+        float | None, Field("Draw from the likeliest tokens of this probability.", Range(0, 1, above=True), 0.9)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        Field("Divides the scores of tokens of earlier blocks; 1 switches it off.", Range(0, 1000, above=True), 1.1),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Field("Seed of the draws; unset: derived from the noise seed.", Range(0, 2**64 - 1), flat="sampling_seed"),
+    ] = None
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
 
-
+@documented
 @dataclass(frozen=True)
 class GenerationRequest:
     """One generation of a batch; the same fields as `Client.generate` takes.
 
     Attributes:
         prompt: a text, or token ids; may be empty.
-        max_new_tokens: [32].
         sampler: how latents are sampled.
         sampling: how tokens are drawn.
         seed: of the noise; None: random, and returned.
-        stop: up to 16 strings; the text ends before the first of them.
-        ignore_end: write on past end tokens.
-        with_latents: also return the latents of the written blocks.
-        top_logprobs: 0 to 20: also return log-probabilities, of so many likely tokens too.
-        print_special: print end and pad tokens in the text.
     """
 
     prompt: Prompt
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, Field("Tokens to write at most.", Range(1, 2**32 - 1), 32)] = None
     sampler: Sampler | None = None
     sampling: Sampling | None = None
     seed: int | NoiseSeed | None = None
-    stop: Sequence[str] = ()
-    ignore_end: bool = False
-    with_latents: bool = False
-    top_logprobs: int | None = None
-    print_special: bool = False
+    stop: Annotated[Sequence[str], Field("The text ends before the first of these strings, up to 16.")] = ()
+    ignore_end: Annotated[bool, Field("Write on past end tokens.")] = False
+    with_latents: Annotated[bool, Field("Return the latents of the written blocks, too.", option="--latents")] = False
+    top_logprobs: Annotated[
+        int | None, Field("Return log-probabilities, and those of so many likely tokens.", Range(0, 20))
+    ] = None
+    print_special: Annotated[bool, Field("Print end and pad tokens in the text.")] = False

@@ -83,7 +83,7 @@ def compute(model: Path, dtype: str, device: str, threads: int | None) -> Comput
 
 def sampler(steps: int, guidance: float, solver: str) -> SamplerSettings:
     """Of `sampler_options`."""
-    return SamplerSettings(steps=steps, guidance_scale=guidance, solver=solver)  # type: ignore[arg-type]
+    return SamplerSettings(steps=steps, guidance_scale=guidance, solver=solver)
 
 
 def publish(

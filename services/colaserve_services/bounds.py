@@ -1,48 +1,70 @@
-"""Bounds of a request's numbers (types.proto): the edges check them before work, the engines where they compute."""
+"""Fields of a request on the server's side: what a message sets of them, and their bounds.
+
+The table of fields is the client's (`colaserve_client/settings.py`). The edges check a request before any work is done
+for it, the engines where they compute.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
-from colaserve_services.errors import require
+from colaserve_client.fields import Field, Range, fields_of
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_services.errors import InvalidRequest
 
+Fields = Mapping[str, Field]
 
-@dataclass(frozen=True)
-class Range:
-    """From `least` to `most`, both included but where `open` says that the least is not."""
-
-    least: float
-    most: float
-    open: bool = False
-
-    def __str__(self) -> str:
-        return f"above {self.least} and at most {self.most}" if self.open else f"{self.least} to {self.most}"
-
-    def check(self, field: str, value: float) -> None:
-        """Raise InvalidRequest naming the field of a value outside; NaN is."""
-        holds = self.least <= value <= self.most and not (self.open and value == self.least)
-        require(holds, field, f"{value:g}" if isinstance(value, float) else value, str(self))
-
-
-SAMPLER: Final = {
-    "steps": Range(1, 1000),
-    "guidance_scale": Range(0, 1000),
-    "guidance_start": Range(0, 1),
-    "guidance_end": Range(0, 1),
-    "resamples": Range(1, 100),
-}
-SAMPLING: Final = {
-    "temperature": Range(0, 100),
-    "top_k": Range(0, 2**32 - 1),
-    "top_p": Range(0, 1, open=True),
-    "repetition_penalty": Range(0, 1000, open=True),
-}
-MAX_NEW_TOKENS: Final = Range(1, 2**32 - 1)
-TOP_LOGPROBS: Final = Range(0, 20)
-SAMPLE_ID: Final = Range(0, 9_999)
+SAMPLER: Final[Fields] = fields_of(Sampler)
+SAMPLING: Final[Fields] = fields_of(Sampling)
+MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
+TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]
+SAMPLE_ID: Final = fields_of(NoiseSeed)["sample_id"]
 LATENT: Final = Range(-10_000, 10_000)  # of latents and noise: beyond, the networks' own numbers overflow
 SEED_END: Final = 2**63  # of the noise of each block; they stay below
+
+
+def check(field: Field | Range, name: str, value: Any) -> None:
+    """Raise InvalidRequest naming the field of a value that it cannot have."""
+    if fault := field.fault(value):
+        raise InvalidRequest(name, fault)
+
+
+def check_all(table: Fields, path: str, values: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest naming the first field of a Sampler or a Sampling that has a value it cannot have."""
+    for name, field in table.items():
+        check(field, f"{path}{name}", values[name])
+    start, end = values.get("guidance_start", 1.0), values.get("guidance_end", 0.0)
+    if end > start:
+        raise InvalidRequest(f"{path}guidance_end", f"got {end:g}, expected at most guidance_start ({start:g})")
+
+
+def defaults(table: Fields) -> dict[str, Any]:
+    """What unset fields mean where nobody says otherwise."""
+    return {name: field.default for name, field in table.items()}
+
+
+def given(message: Any, table: Fields, path: str) -> dict[str, Any]:
+    """The fields that a message sets, enums by their texts. InvalidRequest for a number that stands for none."""
+    found = {}
+    for name, field in table.items():
+        value = getattr(message, name)
+        if field.choices is None:
+            if message.HasField(name):
+                found[name] = value
+        elif value:
+            texts = [text for text, number in field.choices.items() if number == value]
+            if not texts:
+                raise InvalidRequest(f"{path}{name}", f"got {value}, expected one of {', '.join(field.choices)}")
+            found[name] = texts[0]
+    return found
+
+
+def wire(table: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as fields of a message take them; None leaves a field unset."""
+    texts = {name: field.choices for name, field in table.items() if field.choices is not None}
+    given = {name: values[name] for name in table if values[name] is not None}
+    return {name: texts[name][value] if name in texts else value for name, value in given.items()}
 
 
 def block_seed(base_seed: int, sample_id: int, block: int) -> int:

@@ -1,137 +1,209 @@
-"""Every field of a GenerateRequest reaches what honours it, through real stages: setting it changes what comes back."""
+"""Every field of the coordinator's requests has its effect, through real stages: setting it changes what comes back."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from colaserve.v1 import generation_pb2, types_pb2
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve.v1 import types_pb2
+from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve_client.fields import fields_of
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 from tests.conftest import load_golden
-from tests.services.systems import ids_of, recorded, system, text_of
+from tests.services.systems import System, ids_of, recorded, system, text_of
 
-Request = generation_pb2.GenerateRequest
+ONE, OTHER = "He looked at the river and then he said", "A guardian angel walked in and sat down by the fire"
+# Of each setting a base and another value.
+SAMPLER = {"steps": (4, 3), "guidance_scale": (3, 1.5), "solver": (types_pb2.SOLVER_EULER, types_pb2.SOLVER_HEUN),
+           "guidance_start": (1, 0.5), "guidance_end": (0, 0.5), "resamples": (1, 2)}  # fmt: skip
+SAMPLING = {"temperature": (2.0, 0), "top_k": (0, 1), "top_p": (1.0, 0.01), "repetition_penalty": (1.0, 50),
+            "seed": (1, 4)}  # fmt: skip
+SEED = {"base_seed": (5, 6), "sample_id": (0, 3)}
+WHOLE = {"Latents", "TokenIds"}  # messages that are one value
 
-
-@dataclass
-class Answer:
-    """What came back, in the forms that fields act on."""
-
-    ids: list[int]
-    text: str
-    latents: list[bytes]
-    responses: list[Any]
-
-    @classmethod
-    def of(cls, responses: list[Any]) -> "Answer":
-        latents = [response.latents.values.data for response in responses]
-        return cls(ids_of(responses), text_of(responses), latents, responses)
+Fields = dict[str, Any]
 
 
-Check = Callable[[Answer, Answer], bool]
+def base(**settings: dict[str, tuple[Any, Any]]) -> Fields:
+    return {message: {name: values[0] for name, values in table.items()} for message, table in settings.items()}
 
 
-def other_latents(base: Answer, got: Answer) -> bool:
-    return base.latents[0] != got.latents[0]
+def others(**settings: dict[str, tuple[Any, Any]]) -> dict[str, Fields]:
+    """Field path -> the change that gives it the other value."""
+    return {
+        f"{message}.{name}": {message: {name: values[1]}}
+        for message, table in settings.items()
+        for name, values in table.items()
+    }
 
 
-def other_ids_from_the_same_latents(base: Answer, got: Answer) -> bool:
-    return base.latents == got.latents and base.ids != got.ids
+def test_every_setting_of_the_table_has_another_value() -> None:
+    for table, kind in ((SAMPLER, Sampler), (SAMPLING, Sampling), (SEED, NoiseSeed)):
+        assert list(table) == list(fields_of(kind))
 
 
-def cut_at_stop(base: Answer, got: Answer) -> bool:
-    return got.text == base.text[: base.text.index(STOP)] and got.responses[-1].finish_reason == 1
-
-
-def of_length(count: int) -> Check:
-    return lambda base, got: len(got.ids) == count and got.ids == base.ids[:count]
-
-
-def with_top(base: Answer, got: Answer) -> bool:
-    first = got.responses[0]
-    return not base.responses[0].logprobs and len(first.logprobs) == len(first.token_ids) == len(first.top_logprobs)
-
-
-def beyond_the_end(base: Answer, got: Answer) -> bool:
-    return len(got.ids) > len(base.ids) and got.ids[: len(base.ids)] == base.ids and got.ids[len(base.ids)] in (0, 1)
-
-
-STOP = "STOP"  # replaced by a part of the base's text
-
-# Field path -> (the change to the base request, what must differ).
-WALK: dict[str, tuple[dict[str, Any], Check]] = {
-    "prompt": ({"prompt": "A guardian angel walked in"}, other_latents),
-    "prompt_ids": ({"prompt": "", "prompt_ids": {"ids": [77, 78, 79]}}, other_latents),
-    "max_new_tokens": ({"max_new_tokens": 5}, of_length(5)),
-    "sampler.steps": ({"sampler": {"steps": 3}}, other_latents),
-    "sampler.guidance_scale": ({"sampler": {"guidance_scale": 1.5}}, other_latents),
-    "sampler.solver": ({"sampler": {"solver": types_pb2.SOLVER_HEUN}}, other_latents),
-    "sampler.guidance_start": ({"sampler": {"guidance_start": 0.5}}, other_latents),
-    "sampler.guidance_end": ({"sampler": {"guidance_end": 0.5}}, other_latents),
-    "sampler.resamples": ({"sampler": {"resamples": 2}}, other_latents),
-    "sampling.temperature": ({"sampling": {"temperature": 0}}, other_ids_from_the_same_latents),
-    "sampling.top_k": ({"sampling": {"top_k": 1}}, other_ids_from_the_same_latents),
-    "sampling.top_p": ({"sampling": {"top_p": 0.01}}, other_ids_from_the_same_latents),
-    "sampling.repetition_penalty": ({"sampling": {"repetition_penalty": 50}}, other_ids_from_the_same_latents),
-    "sampling.seed": ({"sampling": {"seed": 4}}, other_ids_from_the_same_latents),
-    "seed.base_seed": ({"seed": {"base_seed": 6}}, other_latents),
-    "seed.sample_id": ({"seed": {"sample_id": 3}}, other_latents),
-    "stop": ({"stop": [STOP]}, cut_at_stop),
-    "with_latents": ({"with_latents": False}, lambda base, got: not any(got.latents) and all(base.latents)),
-    "top_logprobs": ({"top_logprobs": 2}, with_top),
-}
-BASE: dict[str, Any] = {
-    "prompt": "He looked at the river and then he said",
-    "max_new_tokens": 14,
-    "sampler": {"steps": 4, "guidance_scale": 3},
-    "sampling": {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "seed": 1},
-    "seed": {"base_seed": 5},
-    "with_latents": True,
-    "ignore_end": True,
-}
+def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tuple[type, Fields, dict[str, Fields]]]:
+    """Method -> its request, a base, and for each field path a change to the base."""
+    holes = [{"text": ONE}, {"token_count": 12}, {"text": OTHER}]
+    texts, all_of_them = {"texts": [ONE]}, {"sampler": SAMPLER, "sampling": SAMPLING, "seed": SEED}
+    return {
+        "Generate": (
+            GenerateRequest,
+            {"prompt": ONE, "max_new_tokens": 14, "with_latents": True, "ignore_end": True, **base(**all_of_them)},
+            {
+                "prompt": {"prompt": OTHER},
+                "prompt_ids": {"prompt": "", "prompt_ids": {"ids": [77, 78, 79]}},
+                "max_new_tokens": {"max_new_tokens": 5},
+                "stop": {"stop": ["e", "a", "o", "i"]},
+                "with_latents": {"with_latents": False},
+                "top_logprobs": {"top_logprobs": 2},
+                **others(**all_of_them),
+            },
+        ),
+        "EncodeText": (
+            pb.EncodeTextRequest, texts, {"texts": {"texts": [OTHER]}, "with_variance": {"with_variance": True}},
+        ),
+        "DecodeLatents": (
+            pb.DecodeLatentsRequest,
+            {"latents": latents, **base(sampling=SAMPLING)},
+            {
+                "latents": {"latents": other},
+                "top_logprobs": {"top_logprobs": 2},
+                "target_ids": {"target_ids": [7, 8]},
+                "token_count": {"token_count": 3},
+                **others(sampling=SAMPLING),
+            },
+        ),
+        "SampleLatents": (
+            pb.SampleLatentsRequest,
+            {"prefix": latents, "max_blocks": 2, **base(sampler=SAMPLER, seed=SEED)},
+            {
+                "prefix": {"prefix": other},
+                "max_blocks": {"max_blocks": 3},
+                **others(sampler=SAMPLER, seed=SEED),
+            },
+        ),
+        "Interpolate": (
+            pb.InterpolateRequest,
+            {"start": {"latents": latents}, "end": {"latents": other}, "points": 3, **base(sampling=SAMPLING)},
+            {
+                "start.text": {"start": {"text": ONE[:-1]}, "end": {"text": OTHER}},
+                "start.latents": {"start": {"latents": other}},
+                "end.text": {"start": {"text": ONE}, "end": {"text": OTHER[:-1]}},
+                "end.latents": {"end": {"latents": latents}},
+                "points": {"points": 4},
+                "interpolation": {"interpolation": pb.INTERPOLATION_LERP},
+                **others(sampling=SAMPLING),
+            },
+        ),
+        "Infill": (
+            pb.InfillRequest,
+            {"segments": holes, **base(**all_of_them)},
+            {
+                "segments.text": {"segments": [{"text": OTHER}, *holes[1:]]},
+                "segments.token_count": {"segments": [holes[0], {"token_count": 9}, holes[2]]},
+                **others(**all_of_them),
+            },
+        ),
+        "Reconstruct": (pb.ReconstructRequest, texts, {"texts": {"texts": [OTHER]}}),
+    }  # fmt: skip
 
 
 def leaves(descriptor: Descriptor, prefix: str = "") -> Iterator[str]:
     for field in descriptor.fields:
-        if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.name != "TokenIds":
+        if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.name not in WHOLE:
             yield from leaves(field.message_type, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}"
 
 
-def test_the_walk_covers_every_field() -> None:
-    assert {*WALK, "ignore_end", "print_special"} == set(leaves(Request.DESCRIPTOR))
+def test_the_walk_covers_every_method_and_field() -> None:
+    service = pb.DESCRIPTOR.services_by_name["LatentService"]
+    found = walks(types_pb2.Latents(), types_pb2.Latents())
+    assert {*found, "GetInfo"} == {"Generate", *(method.name for method in service.methods)}
+    elsewhere = {"Generate": {"ignore_end", "print_special"}}  # see the test below
+    for method, (request, _, changes) in found.items():
+        assert set(changes) | elsewhere.get(method, set()) == set(leaves(request.DESCRIPTOR)), method
 
 
-def changed(change: dict[str, Any], text: str) -> dict[str, Any]:
-    merged = dict(BASE)
-    for name, value in change.items():
-        merged[name] = BASE.get(name, {}) | value if isinstance(value, dict) else value
-    if "stop" in merged:
-        merged["stop"] = [text[4:7]]
-    return merged
+async def answer(served: System, method: str, request: Any) -> list[bytes]:
+    """What came back, without its timing and the seed that it repeats: one message, or those of a stream."""
+    call = getattr(served.generation if method == "Generate" else served.latents, method)(request)
+    responses = [response async for response in call] if hasattr(call, "__aiter__") else [await call]
+    for response in responses:
+        for name in {"timing", "seed"}.intersection(response.DESCRIPTOR.fields_by_name):
+            response.ClearField(name)
+    return [response.SerializeToString(deterministic=True) for response in responses]
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
-async def test_every_field_has_its_effect(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with system(load_golden("tiny_b4"), split) as served:
-        await served.generate(**BASE)  # its prefix is cached from here on: equal bytes from equal passes
-        base = Answer.of(await served.generate(**BASE))
-        assert Answer.of(await served.generate(**BASE)).ids == base.ids
-        monkeypatch.setitem(globals(), "STOP", base.text[4:7])
-        for field, (change, differs) in WALK.items():
-            got = Answer.of(await served.generate(**changed(change, base.text)))
-            assert differs(base, got), field
+def merged(base: Fields, change: Fields) -> Fields:
+    """Sampler, sampling and seed keep what the change does not name."""
+    keep = {"sampler", "sampling", "seed"}
+    return base | {name: base[name] | value if name in keep else value for name, value in change.items()}
+
+
+@pytest.fixture
+async def latents() -> Any:
+    """The system, and the latents of two texts of as many positions."""
+    async with system(load_golden("tiny_b4"), split=True) as served:
+        encoded = await served.latents.EncodeText(pb.EncodeTextRequest(texts=[ONE, OTHER]))
+        one, other = (encoding.latents for encoding in encoded.encodings)
+        rows = min(one.values.shape[0], other.values.shape[0]) // 4 * 4 - 1
+        yield served, first(one, rows), first(other, rows)
+
+
+def first(latents: types_pb2.Latents, rows: int) -> types_pb2.Latents:
+    """Their first positions."""
+    width = latents.values.shape[1]
+    values = types_pb2.Tensor(
+        dtype=latents.values.dtype, shape=[rows, width], data=latents.values.data[: 4 * rows * width]
+    )
+    return types_pb2.Latents(values=values, space=latents.space)
+
+
+async def check(served: System, method: str, request: Any, base: Fields, changes: dict[str, Fields]) -> None:
+    await answer(served, method, request(**base))  # its prefix is cached from here on: equal passes, equal bytes
+    as_it_is = await answer(served, method, request(**base))
+    assert await answer(served, method, request(**base)) == as_it_is, f"{method} repeats itself"
+    for field, change in changes.items():
+        assert await answer(served, method, request(**merged(base, change))) != as_it_is, f"{method}: {field}"
+
+
+async def test_every_field_has_its_effect(latents: Any) -> None:
+    served, one, other = latents
+    for method, walk in walks(one, other).items():
+        await check(served, method, *walk)
+
+
+async def test_every_field_of_a_generation_has_its_effect_in_one_process() -> None:
+    async with system(load_golden("tiny_b4"), split=False) as served:
+        await check(served, "Generate", *walks(types_pb2.Latents(), types_pb2.Latents())["Generate"])
 
 
 async def test_ignoring_the_end_goes_on_after_it() -> None:
     golden = load_golden("tiny_b4_vae1")  # its first recorded text has an end token
     request = recorded(golden.meta["cases"][0], 0, 15)
     async with system(golden, split=False) as served:
-        stops = Answer.of(await served.generate(**request | {"ignore_end": False, "print_special": False}))
-        goes_on = Answer.of(await served.generate(**request | {"print_special": False}))
-        assert beyond_the_end(stops, goes_on)
-        printed = Answer.of(await served.generate(**request))
-        assert printed.ids == goes_on.ids
-        assert len(printed.text) > len(goes_on.text)
+        stops = await served.generate(**request | {"ignore_end": False, "print_special": False})
+        goes_on = await served.generate(**request | {"print_special": False})
+        count = len(ids_of(stops))
+        assert ids_of(goes_on)[:count] == ids_of(stops)
+        assert ids_of(goes_on)[count] in (0, 1)
+        printed = await served.generate(**request)
+        assert ids_of(printed) == ids_of(goes_on)
+        assert len(text_of(printed)) > len(text_of(goes_on))
+
+
+async def test_latents_of_another_space_are_refused_wherever_they_are_taken(latents: Any) -> None:
+    served, one, other = latents
+    strange = types_pb2.Latents(values=one.values, space="0123456789abcdef")
+    for method, name in (("DecodeLatents", "latents"), ("SampleLatents", "prefix"), ("Interpolate", "start.latents")):
+        request, base, changes = walks(strange, other)[method]
+        assert name in changes
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await answer(served, method, request(**base))
+        assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION, method
+        assert name in (refused.value.details() or ""), method

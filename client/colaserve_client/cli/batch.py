@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +11,7 @@ import click
 
 from colaserve_client.cli import exits, output
 from colaserve_client.errors import ColaserveError, InvalidRequest, NotAuthenticated, Unavailable
+from colaserve_client.fields import fields_of, flat_fields
 from colaserve_client.reading import Unreadable, name_of, parse_json, read_json_lines, read_lines
 from colaserve_client.results import GenerationOutcome
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
@@ -18,10 +19,7 @@ from colaserve_client.sync.client import Client
 from colaserve_client.writing import named, write_file
 
 ItemId = str | int
-_SAMPLER = {field.name for field in fields(Sampler)}
-_SAMPLING = {field.name for field in fields(Sampling)} - {"seed"}
-_DIRECT = {"max_new_tokens", "stop", "ignore_end", "with_latents", "top_logprobs", "print_special"}
-KNOWN = {"id", "prompt", "seed", "sample_id", "sampling_seed", *_DIRECT, *_SAMPLER, *_SAMPLING}
+KNOWN = {"id", "prompt", *flat_fields(GenerationRequest, Sampler, Sampling, NoiseSeed)}
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,12 @@ def _item(fields: Mapping[str, Any], number: int, where: str, defaults: Generati
 
 def _request(line: Mapping[str, Any], defaults: GenerationRequest) -> GenerationRequest:
     """The options' request, with what the line says otherwise."""
-    sampler = replace(defaults.sampler or Sampler(), **_chosen(line, _SAMPLER))
-    sampling = replace(defaults.sampling or Sampling(), **_chosen(line, _SAMPLING))
-    if "sampling_seed" in line:
-        sampling = replace(sampling, seed=line["sampling_seed"])
-    request = replace(defaults, prompt=line["prompt"], sampler=sampler, sampling=sampling, **_chosen(line, _DIRECT))
-    return replace(request, seed=_seed(line, defaults))
+    sampler = replace(defaults.sampler or Sampler(), **chosen(line, Sampler))
+    sampling = replace(defaults.sampling or Sampling(), **chosen(line, Sampling))
+    own = chosen(line, GenerationRequest)
+    return replace(
+        defaults, prompt=line["prompt"], sampler=sampler, sampling=sampling, seed=_seed(line, defaults), **own
+    )
 
 
 def _seed(line: Mapping[str, Any], defaults: GenerationRequest) -> NoiseSeed | int | None:
@@ -135,8 +133,9 @@ def _seed(line: Mapping[str, Any], defaults: GenerationRequest) -> NoiseSeed | i
     return NoiseSeed(known.base_seed if seed is None else seed, known.sample_id if sample is None else sample)
 
 
-def _chosen(line: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name in names}
+def chosen(line: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """What the line says of the fields of a dataclass."""
+    return {name: line[field.flat] for name, field in fields_of(kind).items() if field.flat in line}
 
 
 # Output

@@ -1,11 +1,8 @@
 """`colaserve generate`: one prompt, streamed to the terminal, or many out of a file."""
 
 import time
-from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,27 +17,6 @@ from colaserve_client.sync.client import Client
 option = options.option
 
 
-def request_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """What a generation is asked for beside its prompt; the verb gets `request`, whose prompt is empty."""
-
-    @option("--max-new-tokens", type=int, help="Tokens to write at most.  [default: the server's]")
-    @option("--stop", multiple=True, help="End the text before this string; up to 16.")
-    @option("--ignore-end", is_flag=True, help="Write on past end tokens.")
-    @option("--print-special", is_flag=True, help="Print end and pad tokens in the text.")
-    @option("--top-logprobs", type=int, help="With --json: log-probabilities, and those of so many likely tokens.")
-    @option("--latents", "with_latents", is_flag=True, help="With --json: the latents of the written blocks.")
-    @options.sampler_options
-    @options.sampling_options
-    @options.seed_options
-    @wraps(verb)
-    def wrapped(*args: Any, **others: Any) -> Any:
-        names = [field.name for field in fields(GenerationRequest) if field.name != "prompt"]
-        request = GenerationRequest("", **{name: others.pop(name) for name in names})
-        return verb(*args, request=request, **others)
-
-    return wrapped
-
-
 @click.command(cls=options.SectionedCommand)
 @click.argument("prompt", required=False)
 @option("--file", type=options.EXISTING_FILE, help="Read the prompt from a file; - is standard input.")
@@ -50,7 +26,7 @@ def request_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 @option("--output", "output_file", type=options.FILE, help="Where a batch's answers go.  [default: standard output]")
 @option("--resume", is_flag=True, help="Go on with the batch of --output: only what has no answer yet.")
 @option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Prompts of a batch at a time.")
-@request_options
+@options.request_options
 @options.json_option
 @options.client_options
 def generate(

@@ -3,7 +3,7 @@ variables too, and the command line wins; everything else is an option alone."""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +12,14 @@ import click
 from click.core import ParameterSource
 
 from colaserve_client.cli.types import Number, TrimmedPath
-from colaserve_client.settings import DEFAULT_TARGET, NoiseSeed, Retry, Sampler, Sampling, Tls
+from colaserve_client.fields import Field, fields_of, flat_fields
+from colaserve_client.settings import DEFAULT_TARGET, GenerationRequest, NoiseSeed, Retry, Sampler, Sampling, Tls
 from colaserve_client.sync.base import BaseClient
 from colaserve_client.sync.client import Client
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 C = TypeVar("C", bound=BaseClient)
+T = TypeVar("T")
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 VARIABLES = ("target", "key", "timeout", "tls_ca", "tls_client_cert", "tls_client_key")  # COLASERVE_TARGET and so on
 
@@ -76,14 +78,6 @@ def option(*names: str, section: str = "Options", **settings: Any) -> Callable[[
     return click.option(*names, cls=SectionedOption, section=section, **settings)
 
 
-def _sampler(name: str, text: str, **settings: Any) -> Callable[[Verb], Verb]:
-    return option(name, section="From noise to latents (default: as the server has it)", help=text, **settings)
-
-
-def _sampling(name: str, text: str, **settings: Any) -> Callable[[Verb], Verb]:
-    return option(name, section="From latents to tokens (default: as the server has it)", help=text, **settings)
-
-
 def _connection(*names: str, **settings: Any) -> Callable[[Verb], Verb]:
     return option(*names, section="Server", **settings)
 
@@ -102,25 +96,6 @@ _CONNECTION = (
     _connection("--tls-client-key", type=PEM_FILE, help="The key of --tls-client-cert (PEM)."),
     _connection("--tls-server-name", help="The name in the server's certificate, when it is not the target's."),
 )  # fmt: skip
-_SAMPLER = (
-    _sampler("--steps", "Steps from noise to latents, 1 to 1000.", type=int),
-    _sampler("--guidance-scale", "Pull towards the prompt, 0 to 1000; 1: none, twice as fast.", type=float),
-    _sampler("--solver", "Integration rule.", type=click.Choice(["euler", "ab2", "heun"])),
-    _sampler("--guidance-start", "Guidance is on from this time down ...", type=float),
-    _sampler("--guidance-end", "... to this one; time runs from 1 to 0.", type=float),
-    _sampler("--resamples", "Times each step runs (RePaint).", type=int),
-)
-_SAMPLING = (
-    _sampling("--temperature", "0 takes the most likely token, up to 100.", type=float),
-    _sampling("--top-k", "Draw from so many tokens; 0: all.", type=int),
-    _sampling("--top-p", "Draw from the likeliest tokens of this mass, above 0 to 1.", type=float),
-    _sampling("--repetition-penalty", "Above 1 avoids tokens written before.", type=float),
-    _sampling("--sampling-seed", "Seed of the draws; derived from --seed if not given.", type=int),
-)
-_SEED = (
-    option("--seed", type=int, help="Seed of the noise; equal seeds give equal texts.  [default: random]"),
-    option("--sample-id", type=int, default=0, help="Tells samples of one --seed apart, below 10,000."),
-)
 
 
 def _with(options: Sequence[Callable[[Any], Any]], verb: Any) -> Any:
@@ -173,52 +148,74 @@ def client_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     return server_options(wrapped)
 
 
+def field_options(
+    *kinds: type, section: str = "Options", without: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: an option for each field of the dataclasses; the verb gets their values by their flat names."""
+    table = {name: field for name, field in flat_fields(*kinds).items() if name not in without}
+    options = [option(*_names(field), section=section, **_kind(field)) for field in table.values()]
+    return lambda verb: _with(options, verb)
+
+
+def _names(field: Field) -> tuple[str, str]:
+    return field.option or f"--{field.flat.replace('_', '-')}", field.flat
+
+
+def _kind(field: Field) -> dict[str, Any]:
+    if field.kind is bool:
+        return {"is_flag": True, "help": field.help}
+    if field.choices is not None:
+        return {"type": click.Choice(list(field.choices)), "help": field.doc}
+    if field.multiple:
+        return {"multiple": True, "help": field.help}
+    return {"type": field.kind, "help": field.help}
+
+
+def taken(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass of the values that `field_options` gave for its fields, which are taken out of `values`."""
+    return kind(**{name: values.pop(field.flat) for name, field in fields_of(kind).items() if field.flat in values})
+
+
 def sampler_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """How latents are sampled; the verb gets `sampler`."""
 
     @wraps(verb)
-    def wrapped(
-        *args: Any,
-        steps: int | None,
-        guidance_scale: float | None,
-        solver: Any,
-        guidance_start: float | None,
-        guidance_end: float | None,
-        resamples: int | None,
-        **others: Any,
-    ) -> Any:
-        sampler = Sampler(steps, guidance_scale, solver, guidance_start, guidance_end, resamples)
-        return verb(*args, sampler=sampler, **others)
+    def wrapped(*args: Any, **values: Any) -> Any:
+        return verb(*args, sampler=taken(Sampler, values), **values)
 
-    return _with(_SAMPLER, wrapped)  # type: ignore[no-any-return]
+    return field_options(Sampler, section="From noise to latents (default: as the server has it)")(wrapped)
 
 
 def sampling_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """How tokens are drawn; the verb gets `sampling`."""
 
     @wraps(verb)
-    def wrapped(
-        *args: Any,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        repetition_penalty: float | None,
-        sampling_seed: int | None,
-        **others: Any,
-    ) -> Any:
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, sampling_seed)
-        return verb(*args, sampling=sampling, **others)
+    def wrapped(*args: Any, **values: Any) -> Any:
+        return verb(*args, sampling=taken(Sampling, values), **values)
 
-    return _with(_SAMPLING, wrapped)  # type: ignore[no-any-return]
+    return field_options(Sampling, section="From latents to tokens (default: as the server has it)")(wrapped)
 
 
 def seed_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The noise; the verb gets `seed`."""
 
     @wraps(verb)
-    def wrapped(*args: Any, seed: int | None, sample_id: int, **others: Any) -> Any:
-        if seed is None and sample_id:
+    def wrapped(*args: Any, **values: Any) -> Any:
+        seed, sample = values.pop("seed"), values.pop("sample_id")
+        if seed is None and sample is not None:
             raise click.UsageError("--sample-id tells samples of one --seed apart: give both")
-        return verb(*args, seed=None if seed is None else NoiseSeed(seed, sample_id), **others)
+        return verb(*args, seed=None if seed is None else NoiseSeed(seed, sample or 0), **values)
 
-    return _with(_SEED, wrapped)  # type: ignore[no-any-return]
+    return field_options(NoiseSeed)(wrapped)
+
+
+def request_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """What a generation is asked for beside its prompt; the verb gets `request`, whose prompt is empty."""
+
+    @wraps(verb)
+    def wrapped(*args: Any, **values: Any) -> Any:
+        names = [field.name for field in fields(GenerationRequest) if field.name != "prompt"]
+        request = GenerationRequest("", **{name: values.pop(name) for name in names})
+        return verb(*args, request=request, **values)
+
+    return field_options(GenerationRequest)(sampler_options(sampling_options(seed_options(wrapped))))

@@ -53,7 +53,7 @@ class Coordinator:
         """`space`: the latent space of the checkpoint that the tokenizer and the defaults are of; empty: not known.
         `description`: what its model can and cannot do."""
         self._tokenizer = tokenizer
-        self._defaults, self._limits = defaults or Defaults(), limits or CoordinatorLimits()
+        self._defaults, self._limits = defaults or Defaults.of(), limits or CoordinatorLimits()
         self._observer = observer or CoordinatorObserver()
         self._admission = Admission(self._limits, self._observer)
         self._lookout, self._changed = Lookout(stages, self._observer), stages.changed

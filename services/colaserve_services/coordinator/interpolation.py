@@ -10,7 +10,7 @@ import numpy as np
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import lerp, slerp
-from colaserve_services.bounds import LATENT
+from colaserve_services.bounds import LATENT, check
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.core import Core, add_timing, side_by_side
 from colaserve_services.coordinator.latent_space import (
@@ -45,7 +45,7 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
         messages = []
         for weight in weights:
             latents = between(start, end, float(weight))
-            LATENT.check("interpolation", float(np.abs(latents).max()))  # an arc may lead beyond its ends
+            check(LATENT, "interpolation", float(np.abs(latents).max()))  # an arc may lead beyond its ends
             messages.append(arrays.latents_to_message(latents, core.model.space))
             await asyncio.sleep(0)  # 256 long points take their time; others have a turn between them
         decoded = await side_by_side([decode_all(core, message, sampling, call, patient=True) for message in messages])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
-from colaserve_services.bounds import MAX_NEW_TOKENS, TOP_LOGPROBS
+from colaserve_services.bounds import MAX_NEW_TOKENS, TOP_LOGPROBS, check
 from colaserve_services.coordinator.core import Core
 from colaserve_services.coordinator.defaults import (
     resolve_sampler,
@@ -60,7 +60,7 @@ async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -
     else:  # nobody asked for so many
         room = (core.model.max_context - context) * core.model.patch_size - redecoded
         budget = min(core.defaults.max_new_tokens, max(room, 1))
-    MAX_NEW_TOKENS.check("max_new_tokens", budget)
+    check(MAX_NEW_TOKENS, "max_new_tokens", budget)
     blocks = -(-(redecoded + budget) // core.model.block_tokens)
     _check_room(core.model, len(prompt_ids), budget, context + blocks * core.model.block_size)
     _check_stops(request.stop)
@@ -96,7 +96,7 @@ def split_prompt(tokens: int, model: Model) -> tuple[int, int]:
 
 def checked_top_logprobs(count: int) -> int:
     """The count, or InvalidRequest when it is too large."""
-    TOP_LOGPROBS.check("top_logprobs", count)
+    check(TOP_LOGPROBS, "top_logprobs", count)
     return count
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colaserve_services.bounds import TOP_LOGPROBS
+from colaserve_services.bounds import TOP_LOGPROBS, check
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.engine import Engine
 from colaserve_services.engine.failures import NotFinite, check_finite
@@ -306,7 +306,7 @@ def check_job(job: DecodeJob, shape: ModelShape, limits: EngineLimits) -> None:
         raise InvalidRequest(
             "open.history_ids", f"got {len(job.history_ids)} ids, at most {limits.max_context * P} fit (max_context)"
         )
-    TOP_LOGPROBS.check("open.top_logprobs", job.top_logprobs)
+    check(TOP_LOGPROBS, "open.top_logprobs", job.top_logprobs)
     if len(job.target_ids) > (reserved - len(job.prefix)) * P:
         raise InvalidRequest(
             "open.target_ids",

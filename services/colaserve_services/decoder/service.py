@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, types_pb2
+from colaserve_services.bounds import SAMPLING, given
 from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEngine
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings
@@ -46,7 +47,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             prefix=tensors.latents_from_message(
                 message.prefix, "open.prefix", self._engine.shape.latent_dim, self._identity.space
             ),
-            sampling=sampling_settings(message.sampling, self._defaults),
+            sampling=replace(self._defaults, **given(message.sampling, SAMPLING, "sampling.")),
             history_ids=message.history_ids,
             with_logits=message.with_logits,
             top_logprobs=message.top_logprobs,
@@ -73,9 +74,3 @@ def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
         target_logprobs=block.target_logprobs,
         timing=about.timing(block.timings),
     )
-
-
-def sampling_settings(message: types_pb2.Sampling, defaults: SamplingSettings) -> SamplingSettings:
-    """The settings of a request, unset fields by the defaults; InvalidRequest names the field."""
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    return replace(defaults, **about.set_fields(message, names))

@@ -44,8 +44,7 @@ _INTERNAL: Final = ("server_error", "internal_error")
 FIELD_NAMES: Final[Mapping[str, str]] = {
     "max_new_tokens": "max_tokens",
     "prompt_ids": "prompt",
-    "sampler.guidance_start": "guidance_interval",
-    "sampler.guidance_end": "guidance_interval",
+    "sampling.seed": "sampling_seed",
     "seed.base_seed": "seed",
     "text": "prompt",
     "token_ids": "tokens",

@@ -107,8 +107,7 @@ def _defaults(info: Info) -> dict[str, Any]:
     if "solver" in sampler:
         sampler["solver"] = sampler["solver"].removeprefix("SOLVER_").lower()
     if "guidance_start" in sampler and "guidance_end" in sampler:
-        sampler["guidance_interval"] = [sampler.pop("guidance_start"), sampler.pop("guidance_end")]
-    sampler.pop("resamples", None)
+        sampler["guidance_interval"] = [sampler["guidance_start"], sampler["guidance_end"]]
     return {"max_tokens": info.default_max_new_tokens, **sampler, **sampling}
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from annotated_types import Interval
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, create_model
 
-from colaserve_services.bounds import SAMPLER, SAMPLING, SEED_END, TOP_LOGPROBS
+from colaserve_client.fields import Field as Setting
+from colaserve_client.fields import flat_fields
+from colaserve_client.settings import Sampler, Sampling
+from colaserve_services.bounds import SEED_END
 
 DEADLINE_HEADER: Final = "x-request-timeout"
 # The most items of each list. Where a list is checked, its first wrong item ends the check (fail_fast).
@@ -15,6 +20,10 @@ MOST_MESSAGES: Final = 2_048  # also parts of one message
 MOST_PROMPTS: Final = 1_024
 MOST_IDS: Final = 131_072  # of one prompt
 UINT32: Final = 2**32 - 1
+MOST_LOGPROBS: Final = 20
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def _at_most(items: int) -> Any:
@@ -42,6 +51,31 @@ StopString = Annotated[Text, StringConstraints(min_length=1)]
 _GATHER = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False})
 
 
+def with_settings(*kinds: type) -> Callable[[type[M]], type[M]]:
+    """Class decorator: a field for each request setting of the dataclasses that the schema does not declare itself."""
+
+    def decorate(model: type[M]) -> type[M]:
+        table = {name: field for name, field in flat_fields(*kinds).items() if name not in model.model_fields}
+        own: Any = {name: (_kind(field), Field(None, description=field.doc)) for name, field in table.items()}
+        made: type[M] = create_model(
+            model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **own
+        )
+        return made
+
+    return decorate
+
+
+def _kind(field: Setting) -> Any:
+    """The type of a setting, which may be left out."""
+    if field.choices is not None:
+        return Literal[tuple(field.choices)] | None
+    if field.range is None:
+        return field.kind | None
+    bounds = field.range
+    least = {"gt": bounds.least} if bounds.above else {"ge": bounds.least}
+    return Annotated[field.kind, Interval(**least, le=bounds.most)] | None
+
+
 class StreamOptions(BaseModel):
     """How a stream is sent."""
 
@@ -49,8 +83,10 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(None, description="Send the usage in a last chunk without choices.")
 
 
+@with_settings(Sampler, Sampling)
 class GenerationFields(BaseModel):
-    """What both kinds of generation take. A field left out takes the server's default, see GET /v1/models."""
+    """What both kinds of generation take, each setting of the sampler and of the sampling among it. A field left out
+    takes the server's default, see GET /v1/models."""
 
     model_config = _GATHER
     model: str | None = Field(None, description="The served model's name; left out, the served model.")
@@ -63,32 +99,11 @@ class GenerationFields(BaseModel):
     )
     stream: bool | None = Field(None, description="Send server-sent events, one for each block.")
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=SAMPLING["temperature"].most,
-        description="0 takes the most likely token; the checkpoint's default, else 0.",
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="Keep tokens while the probability before them is at most this; 0.9."
-    )
     seed: int | None = Field(
         None, ge=0, lt=SEED_END, description="Repeats a run; choice i of a prompt is sample i of this seed."
     )
     user: Text | None = Field(None, max_length=256, description="Your end user's id: logged.")
-    top_k: int | None = Field(
-        None, ge=-1, le=UINT32, description="Keep the k most likely tokens; 0 or -1 keeps all; 50."
-    )
-    repetition_penalty: float | None = Field(
-        None, gt=0, description="Divides the scores of ids of earlier blocks; 1 is off; 1.1."
-    )
-    guidance_scale: float | None = Field(
-        None, ge=0, le=SAMPLER["guidance_scale"].most, description="Classifier-free guidance; 1 is off; 7."
-    )
-    steps: int | None = Field(
-        None, ge=1, le=SAMPLER["steps"].most, description="Steps from noise to latents, for each block; 16."
-    )
-    solver: Literal["euler", "ab2", "heun"] | None = Field(None, description="Integration rule; euler.")
+    top_k: int | None = Field(None, ge=-1, le=UINT32, description="Keep the k most likely tokens; 0 or -1 keeps all.")
     guidance_interval: list[Fraction] | None = Field(
         None,
         min_length=2,
@@ -126,7 +141,7 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=UINT32, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Return each token's log-probability.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=TOP_LOGPROBS.most, description="And those of this many likely tokens; needs logprobs."
+        None, ge=0, le=MOST_LOGPROBS, description="And those of this many likely tokens; needs logprobs."
     )
 
 
@@ -146,7 +161,7 @@ class CompletionRequest(GenerationFields):
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
     echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
     logprobs: int | None = Field(
-        None, ge=0, le=TOP_LOGPROBS.most, description="Return log-probabilities, of this many likely tokens too."
+        None, ge=0, le=MOST_LOGPROBS, description="Return log-probabilities, of this many likely tokens too."
     )
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
+
+from google.protobuf.message import Message
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve_services.bounds import SAMPLER, SAMPLING, Fields, wire
 from colaserve_services.gateway.errors import invalid
 from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields
-
-SOLVERS: Final = {
-    "euler": types_pb2.SOLVER_EULER,
-    "ab2": types_pb2.SOLVER_AB2,
-    "heun": types_pb2.SOLVER_HEUN,
-}
 
 
 def text_prompt(text: str) -> GenerateRequest:
@@ -107,27 +104,25 @@ def most_likely(fields: ChatRequest | CompletionRequest) -> int | None:
 
 def set_sampler(sampler: types_pb2.Sampler, fields: GenerationFields) -> None:
     """What the client set of how latents are sampled."""
-    if fields.steps is not None:
-        sampler.steps = fields.steps
-    if fields.guidance_scale is not None:
-        sampler.guidance_scale = fields.guidance_scale
-    if fields.solver is not None:
-        sampler.solver = SOLVERS[fields.solver]
+    _set(sampler, SAMPLER, fields)
     if fields.guidance_interval is not None:  # the order says nothing: time runs from the greater one
+        if sampler.HasField("guidance_start") or sampler.HasField("guidance_end"):
+            raise invalid("guidance_interval", "says the same as guidance_start and guidance_end: set one of them")
         sampler.guidance_start = max(fields.guidance_interval)
         sampler.guidance_end = min(fields.guidance_interval)
 
 
 def set_sampling(sampling: types_pb2.Sampling, fields: GenerationFields) -> None:
     """What the client set of how tokens are drawn."""
-    if fields.temperature is not None:
-        sampling.temperature = fields.temperature
-    if fields.top_k is not None:
-        sampling.top_k = max(fields.top_k, 0)
-    if fields.top_p is not None:
-        sampling.top_p = fields.top_p
-    if fields.repetition_penalty is not None:
-        sampling.repetition_penalty = fields.repetition_penalty
+    _set(sampling, SAMPLING, fields)
+
+
+def _set(message: Message, table: Fields, fields: GenerationFields) -> None:
+    values = {name: getattr(fields, field.flat) for name, field in table.items()}
+    if values.get("top_k") == -1:  # as OpenAI's other servers say it
+        values["top_k"] = 0
+    for name, value in wire(table, values).items():
+        setattr(message, name, value)
 
 
 def names_of(fields: ChatRequest | CompletionRequest) -> Mapping[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import click
 
+from colaserve_client.fields import Field, flat_fields
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
 from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE, UP
 from colaserve_services.rpc.metrics import Metrics
 
@@ -83,7 +85,17 @@ coordinator; a role has the values of what it does. `process_` metrics tell CPU 
 
 def document() -> str:
     """The whole page."""
-    return HEAD + "\n".join(_roles()) + "\n" + "\n".join(_groups()) + TAIL + "\n".join(_metrics()) + "\n"
+    requests = flat_fields(GenerationRequest, NoiseSeed, Sampler, Sampling)
+    parts = _roles(), _groups(), ["## Settings of requests", "", *settings_of_requests(requests), ""]
+    return HEAD + "\n".join("\n".join(part) + "\n" for part in parts) + TAIL + "\n".join(_metrics()) + "\n"
+
+
+def settings_of_requests(table: Mapping[str, Field]) -> Iterator[str]:
+    """A row for each field of the table."""
+    yield "| Setting | Default | Meaning |"
+    yield "|---|---|---|"
+    for name, field in table.items():
+        yield f"| `{name}` | {'' if field.default is None else field.default} | {field.help} |"
 
 
 def _roles() -> Iterator[str]:

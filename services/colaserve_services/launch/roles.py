@@ -171,7 +171,8 @@ def _coordinator(host: Host, params: Params, checkpoint: Checkpoint, stages: Sta
         idle_seconds=params["idle_seconds"],
     )
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
-    defaults = Defaults.resolve(settings.request_defaults(params), checkpoint.defaults)
+    own = {**checkpoint.defaults.requests, "chat_frame": checkpoint.defaults.chat_frame}
+    defaults = Defaults.of(**(own | settings.request_defaults(params)))
     name = params["served_model_name"] or checkpoint.name
     observer = CoordinatorMetrics(host.metrics)
     about = card.description(checkpoint.directory)

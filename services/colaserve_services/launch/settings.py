@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from colaserve_services.engine.limits import EngineLimits
@@ -155,9 +154,9 @@ def watch(params: Params) -> WatchSettings:
     )
 
 
-def request_defaults(params: Params) -> SimpleNamespace:
-    """The flags that stand for unset fields; None where a flag was not given."""
-    return SimpleNamespace(**{name: params[name] for name in DEFAULTS})
+def request_defaults(params: Params) -> dict[str, Any]:
+    """What flags say in place of the checkpoint's own defaults."""
+    return {name: params[name] for name in DEFAULTS if params[name] is not None}
 
 
 def target(params: Params, name: str) -> str:

@@ -167,9 +167,9 @@ def _service(stage: str, engine: Any, identity: Identity, checkpoint: Checkpoint
 
 def _defaults(kind: type[_Settings], checkpoint: Checkpoint) -> _Settings:
     """What unset fields of a request mean: the checkpoint's own defaults before those of the contract."""
-    own = {spec.name: getattr(checkpoint.defaults, spec.name, None) for spec in fields(kind)}
+    own = checkpoint.defaults.requests
     try:
-        return kind(**{name: value for name, value in own.items() if value is not None})
+        return kind(**{spec.name: own[spec.name] for spec in fields(kind) if spec.name in own})
     except InvalidRequest as error:
         raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from error
 

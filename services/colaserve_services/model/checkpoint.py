@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.config import (
-    DELETE,
     DiTConfig,
     ModelShape,
     TextVAEConfig,
@@ -30,6 +29,7 @@ from colaserve_services.model.config import (
     load_vae_config,
     read_json,
 )
+from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
 from colaserve_services.stand_ins import stand_in
 
 if TYPE_CHECKING:
@@ -100,27 +100,6 @@ class WeightFolder:
         return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """generation_config.json: a checkpoint's own defaults; None where it says nothing."""
-
-    max_new_tokens: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    solver: str | None = None
-    guidance_start: float | None = None
-    guidance_end: float | None = None
-    resamples: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    chat_frame: str | None = None  # with the place "{prompt}"
-    pad_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None  # each ends a text
-    im_end_token_id: int | None = None
-
-
 class Checkpoint:
     """A checkpoint whose configs, headers and defaults have been read and found sound; weights are read later."""
 
@@ -138,7 +117,8 @@ class Checkpoint:
         check_pair(self.vae_config, self.dit_config)
         self.vae, self.dit = WeightFolder(vae_folder), WeightFolder(dit_folder)
         self.space = self.vae.fingerprint()
-        self.defaults = _load_defaults(directory / "generation_config.json")
+        own = directory / "generation_config.json"
+        self.defaults = read_generation_config(own) if own.is_file() else GenerationDefaults()
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
@@ -243,46 +223,3 @@ def _opened(path: Path, framework: str) -> Any:
         if found := stand_in(path):
             raise CheckpointError(f"{path}: is {found}") from error
         raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
-
-
-# Names that Hugging Face's own generation_config.json uses, beside ours, and that carry no default of ours.
-_IGNORED_DEFAULTS = {
-    "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "max_length", "min_length",
-    "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "transformers_version",
-    "use_cache",
-}  # fmt: skip
-
-
-def _load_defaults(path: Path) -> GenerationDefaults:
-    if not path.is_file():
-        return GenerationDefaults()
-    values: Mapping[str, Any] = read_json(path)
-    defaults: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in _IGNORED_DEFAULTS:
-            continue
-        kind = _DEFAULT_TYPES.get(key)
-        if kind is None:
-            raise CheckpointError(f"{path}: unknown key {key!r} (value {value!r}). {DELETE}")
-        if key == "eos_token_id" and isinstance(value, list):
-            defaults[key] = tuple(_checked_default(path, key, one, kind) for one in value) or None
-            continue
-        defaults[key] = None if value is None else _checked_default(path, key, value, kind)
-    if "{prompt}" not in (defaults.get("chat_frame") or "{prompt}"):
-        raise CheckpointError(f"{path}: chat_frame has no place '{{prompt}}'")
-    return GenerationDefaults(**defaults)
-
-
-def _checked_default(path: Path, key: str, value: Any, kind: tuple[type, ...]) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind[-1].__name__}")
-    return value
-
-
-_INTEGERS = ("max_new_tokens", "steps", "resamples", "top_k", "pad_token_id", "eos_token_id", "im_end_token_id")
-_NUMBERS = ("guidance_scale", "guidance_start", "guidance_end", "temperature", "top_p", "repetition_penalty")
-_DEFAULT_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(_INTEGERS, (int,)),
-    **dict.fromkeys(_NUMBERS, (int, float)),
-    **dict.fromkeys(("solver", "chat_frame"), (str,)),
-}

@@ -8,18 +8,14 @@ own step of its own schedule, can share one forward pass.
 import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from colaserve_services.bounds import SAMPLER
-from colaserve_services.errors import require
+from colaserve_services.bounds import SAMPLER, check_all
 
 TIME_SCALE = 1000.0  # T: the network's time runs from T (noise) to 0 (latents)
 _TIME_ROUNDING = 1e-6  # of t/T: bounds arrive as float32
-
-SolverName = Literal["euler", "ab2", "heun"]
 
 
 @dataclass(frozen=True)
@@ -38,19 +34,15 @@ Renoise = Callable[[], Tensor]  # draws (B, d) standard normal values
 class SamplerSettings:
     """How a block is carried from noise to latents; the defaults are those of the wire contract's brackets."""
 
-    steps: int = 16
-    guidance_scale: float = 7.0
-    solver: SolverName = "euler"
-    guidance_start: float = 1.0
-    guidance_end: float = 0.0
-    resamples: int = 1
+    steps: int = SAMPLER["steps"].default
+    guidance_scale: float = SAMPLER["guidance_scale"].default
+    solver: str = SAMPLER["solver"].default
+    guidance_start: float = SAMPLER["guidance_start"].default
+    guidance_end: float = SAMPLER["guidance_end"].default
+    resamples: int = SAMPLER["resamples"].default
 
     def __post_init__(self) -> None:
-        for name, bounds in SAMPLER.items():
-            bounds.check(f"sampler.{name}", getattr(self, name))
-        require(self.solver in SOLVERS, "sampler.solver", self.solver, " or ".join(SOLVERS))
-        within = self.guidance_end <= self.guidance_start
-        require(within, "sampler.guidance_end", self.guidance_end, f"0 to guidance_start, {self.guidance_start}")
+        check_all(SAMPLER, "sampler.", vars(self))
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional branch is needed at time t (0..1000)."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colaserve_services.bounds import SAMPLING
-from colaserve_services.errors import require
+from colaserve_services.bounds import SAMPLING, check_all
 from colaserve_services.model.transfer import sent
 
 GREEDY_BELOW = 1e-5  # temperatures below take the most likely token
@@ -18,16 +17,14 @@ _MASK = (1 << 64) - 1
 class SamplingSettings:
     """How ids are drawn; the defaults are those of the wire contract's brackets."""
 
-    temperature: float = 0.0
-    top_k: int = 50  # 0 keeps all
-    top_p: float = 0.9
-    repetition_penalty: float = 1.1
+    temperature: float = SAMPLING["temperature"].default
+    top_k: int = SAMPLING["top_k"].default  # 0 keeps all
+    top_p: float = SAMPLING["top_p"].default
+    repetition_penalty: float = SAMPLING["repetition_penalty"].default
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, bounds in SAMPLING.items():
-            bounds.check(f"sampling.{name}", getattr(self, name))
-        require(0 <= self.seed <= _MASK, "sampling.seed", self.seed, "0 to 2^64 - 1")
+        check_all(SAMPLING, "sampling.", vars(self))
 
 
 def sample_block(logits: Tensor, settings: SamplingSettings, seen: Tensor, block: int) -> Tensor:

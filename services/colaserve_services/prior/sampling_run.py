@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed
+from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed, check
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.config import ModelShape
@@ -119,7 +119,7 @@ def _check_noise(job: SampleJob, expected: tuple[int, int, int]) -> None:
 def _check_seed(job: SampleJob) -> None:
     if job.base_seed is None:
         raise InvalidRequest("noise_source", "neither seed nor noise is set")
-    SAMPLE_ID.check("seed.sample_id", job.sample_id)
+    check(SAMPLE_ID, "seed.sample_id", job.sample_id)
     highest = block_seed(job.base_seed, job.sample_id, job.first_block + job.max_blocks - 1)
     if not 0 <= job.base_seed <= highest < SEED_END:
         raise InvalidRequest(

@@ -8,18 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
+from colaserve.v1 import prior_pb2, prior_pb2_grpc
+from colaserve_services.bounds import SAMPLER, given
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.flow import SamplerSettings, SolverName
+from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.rpc import about, tensors, unread
-
-SOLVERS: dict[int, SolverName] = {
-    types_pb2.SOLVER_EULER: "euler",
-    types_pb2.SOLVER_AB2: "ab2",
-    types_pb2.SOLVER_HEUN: "heun",
-}
 
 
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
@@ -61,7 +56,7 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             open=[(span.start, span.end) for span in canvas.open],
             max_blocks=request.max_blocks,
             first_block=request.first_block,
-            sampler=sampler_settings(request.sampler, self._defaults),
+            sampler=replace(self._defaults, **given(request.sampler, SAMPLER, "sampler.")),
             base_seed=request.seed.base_seed if seeded else None,
             sample_id=request.seed.sample_id,
             noise=self._noise(request),
@@ -72,13 +67,3 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             return None
         shape = self._engine.shape
         return tensors.from_message(request.noise, "noise", (request.max_blocks, shape.block_size, shape.latent_dim))
-
-
-def sampler_settings(message: types_pb2.Sampler, defaults: SamplerSettings) -> SamplerSettings:
-    """The settings of a request, unset fields by the defaults; InvalidRequest names the field."""
-    solver = SOLVERS.get(message.solver) if message.solver else defaults.solver
-    if solver is None:
-        known = ", ".join(types_pb2.Solver.Name(value) for value in SOLVERS)
-        raise InvalidRequest("sampler.solver", f"got {message.solver}, expected one of {known}")
-    names = ("steps", "guidance_scale", "guidance_start", "guidance_end", "resamples")
-    return replace(defaults, solver=solver, **about.set_fields(message, names))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,8 +100,3 @@ def deadline(context: Any) -> float | None:
     """The call's deadline in time.monotonic() seconds; None without one."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-def set_fields(message: Any, names: Sequence[str]) -> dict[str, Any]:
-    """The optional fields of a message that were set."""
-    return {name: getattr(message, name) for name in names if message.HasField(name)}

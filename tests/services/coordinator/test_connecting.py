@@ -220,7 +220,7 @@ async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokeniz
 
 
 async def test_info_tells_model_defaults_limits_and_stages(make_world):
-    world = await make_world(defaults=Defaults(steps=9, chat_frame="Q: {prompt}\nA:"), max_running=3, max_waiting=5)
+    world = await make_world(defaults=Defaults.of(steps=9, chat_frame="Q: {prompt}\nA:"), max_running=3, max_waiting=5)
     info = await world.coordinator.generation_info()
     assert (info.model_name, info.space) == ("fake", "0123456789abcdef")
     assert (info.model.parameters, info.model.vocab_size) == (30, 512)
@@ -234,19 +234,13 @@ async def test_info_tells_model_defaults_limits_and_stages(make_world):
     assert (await world.coordinator.latent_info()).model == info.model
 
 
-def test_defaults_are_flags_then_checkpoint_then_brackets():
-    flags = SimpleNamespace(steps=4, temperature=None)
-    checkpoint = SimpleNamespace(steps=8, temperature=0.3, chat_frame=None, unrelated=1)
-    found = Defaults.resolve(flags, checkpoint)
-    assert (found.steps, found.temperature, found.top_k, found.chat_frame) == (4, 0.3, 50, "")
-
-
 @pytest.mark.parametrize(
     ("bad", "name"),
     [({"steps": 0}, "sampler.steps"), ({"solver": "rk4"}, "sampler.solver"), ({"top_p": 0.0}, "sampling.top_p"),
      ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2**40}, "max_new_tokens"),
-     ({"temperature": float("nan")}, "sampling.temperature"), ({"chat_frame": "no place"}, "chat_frame")],
+     ({"temperature": float("nan")}, "sampling.temperature"),
+     ({"guidance_start": 0.2, "guidance_end": 0.5}, "sampler.guidance_end")],
 )  # fmt: skip
 def test_impossible_defaults_are_refused(bad: dict[str, Any], name: str):
     with pytest.raises(UsageError, match=name):
-        Defaults(**bad)
+        Defaults.of(**bad)

@@ -74,7 +74,7 @@ async def test_with_patches_the_redecoded_ids_are_those_after_the_last_whole_blo
 
 
 async def test_every_sampler_and_sampling_field_reaches_its_stage_unset_ones_by_the_defaults(make_world):
-    world = await make_world(defaults=Defaults(steps=5, solver="heun", temperature=0.5, top_k=7, max_new_tokens=6))
+    world = await make_world(defaults=Defaults.of(steps=5, solver="heun", temperature=0.5, top_k=7, max_new_tokens=6))
     seed = types_pb2.NoiseSeed(base_seed=7, sample_id=3)
     responses = await world.generate(prompt="a", seed=seed)
     sampler, sampling = world.prior.calls[0].sampler, world.decoder.calls[0].sampling
@@ -280,7 +280,7 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: in
 
 
 async def test_a_default_budget_is_what_fits(make_world):
-    world = await make_world(defaults=Defaults(max_new_tokens=100))
+    world = await make_world(defaults=Defaults.of(max_new_tokens=100))
     [*_, last] = await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 230), ignore_end=True)
     assert last.usage.completion_tokens == 26
     with pytest.raises(InvalidRequest, match="prompt"):

@@ -66,7 +66,7 @@ async def test_an_overload_says_when_to_come_back(gateway: Running):
         (CHAT, "max_new_tokens", "max_tokens"),
         (COMPLETIONS, "prompt", "prompt"),
         (COMPLETIONS, "prompt_ids", "prompt"),
-        (COMPLETIONS, "sampler.guidance_end", "guidance_interval"),
+        (COMPLETIONS, "sampler.guidance_end", "guidance_end"),
         (COMPLETIONS, "sampling.top_p", "top_p"),
         (COMPLETIONS, "stop[1]", "stop"),
         (COMPLETIONS, "top_logprobs", "logprobs"),

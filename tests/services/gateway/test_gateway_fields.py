@@ -10,6 +10,7 @@ import pytest
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve_services import bounds
 from colaserve_services.gateway.refusals import UNSUPPORTED
 from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart
 from colaserve_services.gateway.settings import GatewaySettings
@@ -24,17 +25,18 @@ SAMPLER, SAMPLING = types_pb2.Sampler, types_pb2.Sampling
 ASKED: dict[str, tuple[Any, GenerateRequest]] = {
     "max_tokens": (5, GenerateRequest(max_new_tokens=5)),
     "stop": (["a", "b"], GenerateRequest(stop=["a", "b"])),
-    "temperature": (0.5, GenerateRequest(sampling=SAMPLING(temperature=0.5))),
-    "top_p": (0.25, GenerateRequest(sampling=SAMPLING(top_p=0.25))),
     "top_k": (7, GenerateRequest(sampling=SAMPLING(top_k=7))),
-    "repetition_penalty": (1.5, GenerateRequest(sampling=SAMPLING(repetition_penalty=1.5))),
     "seed": (9, GenerateRequest(seed=types_pb2.NoiseSeed(base_seed=9))),
-    "guidance_scale": (3, GenerateRequest(sampler=SAMPLER(guidance_scale=3))),
-    "steps": (4, GenerateRequest(sampler=SAMPLER(steps=4))),
-    "solver": ("heun", GenerateRequest(sampler=SAMPLER(solver=types_pb2.SOLVER_HEUN))),
     "guidance_interval": ([0.75, 0.25], GenerateRequest(sampler=SAMPLER(guidance_start=0.75, guidance_end=0.25))),
     "ignore_eos": (True, GenerateRequest(ignore_end=True)),
     "skip_special_tokens": (False, GenerateRequest(print_special=True)),
+}
+OTHER_VALUES = {int: 3, float: 0.5}  # each within the range of every setting
+ASKED |= {
+    field.flat: (value, GenerateRequest(**{message: bounds.wire({name: field}, {name: value})}))
+    for message, table in (("sampler", bounds.SAMPLER), ("sampling", bounds.SAMPLING))
+    for name, field in table.items()
+    for value in [next(iter(field.choices)) if field.choices else OTHER_VALUES[field.kind]]
 }
 ASKED_OF_CHAT = {
     "max_completion_tokens": (5, GenerateRequest(max_new_tokens=5)),

@@ -180,7 +180,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown default": (lambda m: (m / "generation_config.json").write_text('{"x": 1}'), "unknown key 'x'"),
     "default of another type": (lambda m: (m / "generation_config.json").write_text('{"steps": "a"}'), "steps is 'a'"),
     "end ids of another type": (write("generation_config.json", '{"eos_token_id": [1, "a"]}'), "eos_token_id is 'a'"),
-    "frame without a place": (lambda m: (m / "generation_config.json").write_text('{"chat_frame": "a"}'), "no place"),
+    "frame without the message": (
+        lambda m: (m / "generation_config.json").write_text('{"chat_frame": "a"}'),
+        "chat_frame lacks",
+    ),
     "index into another folder": (
         lambda m: (dit(m) / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
         "expected a file of the same folder",
