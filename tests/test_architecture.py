@@ -25,8 +25,8 @@ def own(packages: str) -> tuple[str, ...]:
 
 # Folder or file -> what may not be imported there, with the reason to show.
 FORBIDDEN: dict[Path, tuple[str, ...]] = {
-    CLIENT: ("torch", "tokenizers", "fastapi", OWN, *MEASURING),
-    EVAL: ("torch", "tokenizers", "fastapi", OWN, "colaserve_training", "colaserve_bench"),
+    CLIENT: ("torch", "tokenizers", "starlette", OWN, *MEASURING),
+    EVAL: ("torch", "tokenizers", "starlette", OWN, "colaserve_training", "colaserve_bench"),
     SERVICES: MEASURING,
     SERVICES / "model": (*WIRE, *own("rpc encoder prior decoder coordinator gateway launch")),
     SERVICES / "engine": (*WIRE, *own("rpc model encoder prior decoder coordinator gateway")),

@@ -75,7 +75,7 @@ def made(module: Any) -> Iterator[tuple[str, Exception]]:
 async def routes() -> list[str]:
     """Method and path: of the OpenAPI document, and the pages that are not in it."""
     app = create_app(object(), GatewaySettings())
-    found = [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
+    found = [f"{method.upper()} {path}" for path, methods in app.state.document["paths"].items() for method in methods]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         return found + [
             f"GET {path}" for path in ("/", "/docs", "/openapi.json") if (await client.get(path)).is_success

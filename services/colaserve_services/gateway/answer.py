@@ -4,140 +4,214 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NoReturn
 
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from colaserve.v1.generation_pb2 import GenerateRequest
-from colaserve.v1.latent_service_pb2 import InfillRequest
+from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, GenerateCall
-from colaserve_services.gateway.dialects import Dialect
-from colaserve_services.gateway.disconnect import until_disconnect
+from colaserve_services.gateway.dialects import REASONS, Dialect
+from colaserve_services.gateway.edge import RequestRecord, record_of
 from colaserve_services.gateway.errors import ApiError, api_error
-from colaserve_services.gateway.events import EventStream
-from colaserve_services.gateway.infill import InfillCall
 from colaserve_services.gateway.older import Texts
-from colaserve_services.gateway.pieces import Piece, joined, piece_of
-from colaserve_services.gateway.record import RequestRecord, record_of
 from colaserve_services.gateway.settings import Bounds
 from colaserve_services.gateway.shapes import Usage
-from colaserve_services.gateway.side_by_side import SideBySide
 
-_UNREAD_LOOK: Final = 1.0  # seconds between two looks whether anybody waits, at a stream that nobody reads
+_UNREAD_LOOK: Final = 1.0  # seconds between two looks whether calls are queued, while a stream is not read
+_EVENT_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # asks nginx not to gather events
+)
+
+StartCall = Callable[[float], Awaitable[GenerateCall]]  # with its deadline in time.monotonic() seconds
+Take = Callable[[int, GenerateResponse], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a request comes to: its generations, choice by choice, and how to speak of them."""
+@dataclass
+class Answer:
+    """The answer to a request for generations. When it ends early, also because the client went away, all calls that
+    still run are cancelled."""
 
-    requests: Sequence[GenerateRequest] | Sequence[InfillRequest]  # choice i of prompt p is number p * per_prompt + i
+    backend: Backend
+    bounds: Bounds
+    calls: Sequence[StartCall]  # choice i of prompt p is number p * per_prompt + i
     per_prompt: int
     dialect: Dialect
     deadline: float  # time.monotonic() seconds
     stream: bool = False
-    usage_chunk: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)  # of the coordinator's fields, for errors
-
-
-class Answer(Response):
-    """The answer to a plan. Leaving early, on a client that goes away too, cancels all that still runs."""
-
-    def __init__(self, plan: Plan, backend: Backend, bounds: Bounds):
-        super().__init__()
-        self._plan, self._backend, self._bounds = plan, backend, bounds
+    usage_chunk: bool = False  # the last event carries the usage, all others "usage": null
+    names: Mapping[str, str] = field(default_factory=dict)  # what the client calls the coordinator's fields, for errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = record_of(scope)
-        record.choices = len(self._plan.requests)
-        events = EventStream(send, self._plan.dialect, self._plan.usage_chunk)
-        run = self._stream(events, record) if self._plan.stream else self._whole(scope, receive, send, record)
+        record, events = record_of(scope), EventStream(send)
+        record.choices = len(self.calls)
+        end = asyncio.get_running_loop().time() + self.deadline - time.monotonic()
         try:
-            record.client_gone = not await until_disconnect(receive, run)
+            async with asyncio.timeout_at(end):
+                choices = await self._run(receive, events, record)
+            await self._finish(choices, record, events, scope, receive, send)
+        except ClientDisconnect:
+            raise
         except asyncio.CancelledError:  # the server goes down and its grace is over; the client is still there
-            told = api_error(Unavailable("the server went down before the text was complete; a retry may succeed"))
-            await self._give_up(events, record, told)
-
-    async def _whole(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
-        gathered: list[list[Piece]] = [[] for _ in self._plan.requests]
-        try:
-            async with self._pieces(record) as coming:
-                async for index, piece in coming:
-                    gathered[index].append(piece)
-            choices = [joined(pieces) for pieces in gathered]
-            usage = self._usage(choices, record)
+            error = Unavailable("the server went down before the text was complete; a retry may succeed")
+            await self._give_up(events, record, api_error(error))
         except Exception as error:
-            raise api_error(error, self._plan.names) from error
-        body = to_json(self._plan.dialect.answer(choices, usage))
-        await Response(body, media_type="application/json")(scope, receive, send)
+            await self._give_up(events, record, api_error(error, self.names))
 
-    async def _stream(self, events: EventStream, record: RequestRecord) -> None:
-        last = [Piece()] * len(self._plan.requests)
-        try:
-            async with self._pieces(record) as coming:
-                async for index, piece in coming:
-                    await self._read_in_time(events.piece(index, piece))
-                    last[index] = piece
-            await events.end(self._usage(last, record))
-        except Exception as error:
-            await self._give_up(events, record, api_error(error, self._plan.names))
+    async def _run(self, receive: Receive, events: EventStream, record: RequestRecord) -> list[GenerateResponse]:
+        """Run all calls, sending events if there is a stream. Returns each choice as one message, of a stream the last
+        message of each."""
+        choices = [GenerateResponse() for _ in self.calls]
+        texts = [Texts(self.backend) for _ in self.calls]
+
+        async def take(index: int, message: GenerateResponse) -> None:
+            record.saw_block()
+            await texts[index].fill_in(message)
+            if self.stream:
+                for choice in self.dialect.deltas(index, message):
+                    await self._read_in_time(events.send(self._chunk([choice])))
+                choices[index] = message
+                return
+            text = choices[index].text + message.text
+            choices[index].MergeFrom(message)
+            choices[index].text = text
+
+        calls = [partial(start, self.deadline) for start in self.calls]
+        await side_by_side(calls, self.bounds.parallel_choices, take, receive)
+        return choices
+
+    async def _finish(
+        self,
+        choices: Sequence[GenerateResponse],
+        record: RequestRecord,
+        events: EventStream,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        usage = self._usage(choices, record)
+        if not self.stream:
+            await json_response(self.dialect.answer(choices, usage))(scope, receive, send)
+            return
+        if self.usage_chunk:
+            await events.send(self._chunk([], usage))
+        await events.send(b"[DONE]")
+        await events.end()
+
+    def _chunk(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None = None) -> bytes:
+        chunk = self.dialect.chunk(choices)
+        return to_json({**chunk, "usage": usage} if self.usage_chunk else chunk)
 
     async def _read_in_time(self, sending: Coroutine[Any, Any, None]) -> None:
-        """Send. Raises Unavailable when the client has not read for so long that its slot is better given to others."""
-        seconds, task = self._bounds.unread_seconds, asyncio.create_task(sending)
+        """Send. Raises Unavailable when the client does not read for so long that its slot is better given to others
+        that are queued."""
+        seconds, task = self.bounds.unread_seconds, asyncio.create_task(sending)
         try:
             await asyncio.wait([task], timeout=seconds)
             while not task.done():
-                if await self._backend.others_wait():
+                if await self.backend.others_wait():
                     raise Unavailable(f"not read for {seconds:g} s while others waited")
                 await asyncio.wait([task], timeout=_UNREAD_LOOK)
             await task
         finally:
             task.cancel()
 
-    async def _give_up(self, events: EventStream, record: RequestRecord, told: ApiError) -> None:
+    async def _give_up(self, events: EventStream, record: RequestRecord, error: ApiError) -> None:
         if not events.begun:
-            raise told
-        record.failed(told)
-        await events.fail(told, self._bounds.last_word_seconds)
+            raise error
+        record.failed_with = error.status
+        await events.fail(error, self.bounds.last_word_seconds)
 
-    @asynccontextmanager
-    async def _pieces(self, record: RequestRecord) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:
-        """The pieces of all choices as they come, until the deadline."""
-        end = asyncio.get_running_loop().time() + self._plan.deadline - time.monotonic()
-
-        async def start(request: GenerateRequest | InfillRequest) -> GenerateCall:
-            if isinstance(request, InfillRequest):
-                return InfillCall(request, await self._backend.infill(request, self._plan.deadline))
-            return await self._backend.generate(request, self._plan.deadline)
-
-        async with (
-            asyncio.timeout_at(end),
-            SideBySide(self._plan.requests, start, self._bounds.parallel_choices) as messages,
-        ):
-            yield self._translated(messages, record)
-
-    async def _translated(self, messages: SideBySide, record: RequestRecord) -> AsyncIterator[tuple[int, Piece]]:
-        texts = [Texts(self._backend) for _ in self._plan.requests]
-        async for index, message in messages:
-            record.saw_block()
-            await texts[index].fill_in(message)
-            yield index, piece_of(message)
-
-    def _usage(self, last: Sequence[Piece], record: RequestRecord) -> Usage:
-        """Of all choices, from the last piece of each; a prompt counts once, however often it was continued."""
-        if any(piece.finish_reason is None for piece in last):
+    def _usage(self, last: Sequence[GenerateResponse], record: RequestRecord) -> Usage:
+        """Of all choices, from the last message of each; a prompt counts once, however often it was continued."""
+        if any(message.finish_reason not in REASONS for message in last):
             raise Unavailable("a generation ended without saying why; a retry may succeed")
-        record.prompt_tokens = sum(piece.prompt_tokens for piece in last[:: self._plan.per_prompt])
-        record.completion_tokens = sum(piece.completion_tokens for piece in last)
+        record.prompt_tokens = sum(message.usage.prompt_tokens for message in last[:: self.per_prompt])
+        record.completion_tokens = sum(message.usage.completion_tokens for message in last)
         total = record.prompt_tokens + record.completion_tokens
         return {
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": record.completion_tokens,
             "total_tokens": total,
         }
+
+
+class EventStream:
+    """Server-sent events, begun with the first one, so that what fails before it is answered with its own status."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self.begun = False
+
+    async def send(self, data: bytes) -> None:
+        """Send an event."""
+        await self._body(b"data: " + data + b"\n\n", more=True)
+
+    async def end(self) -> None:
+        """End the stream."""
+        await self._body(b"", more=False)
+
+    async def fail(self, error: ApiError, seconds: float) -> None:
+        """End a begun stream with an error event; no [DONE] follows, so that no reader takes it for complete.
+
+        A client that does not read within `seconds` is not waited for: the connection is then closed.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.send(error.body())
+                await self.end()
+
+    async def _body(self, data: bytes, more: bool) -> None:
+        if not self.begun:
+            self.begun = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """A whole answer."""
+    return Response(to_json(content), status, media_type="application/json")
+
+
+async def side_by_side(
+    calls: Sequence[Callable[[], Awaitable[GenerateCall]]], parallel: int, take: Take, receive: Receive
+) -> None:
+    """Run calls, at most `parallel` at a time, and give each message with its call's number to `take`, one by one.
+
+    The first failure is raised, and ClientDisconnect when the client goes away; all that still runs is then cancelled.
+    """
+    running, taking = asyncio.Semaphore(parallel), asyncio.Lock()
+
+    async def run(index: int, start: Callable[[], Awaitable[GenerateCall]]) -> None:
+        async with running:
+            call = await start()
+            try:
+                async for message in call:
+                    async with taking:
+                        await take(index, message)
+            finally:
+                call.cancel()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(_disconnect(receive))
+            await asyncio.wait([group.create_task(run(index, start)) for index, start in enumerate(calls)])
+            watching.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _disconnect(receive: Receive) -> NoReturn:
+    """To be called when the request's body has been read: the next thing to come is the end of the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect

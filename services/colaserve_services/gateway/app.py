@@ -1,116 +1,111 @@
 """The HTTP application: OpenAI's endpoints in front of a GenerationService.
 
-app = create_app(GenerationServiceStub(channel), GatewaySettings())
+app = create_app(coordinator_stub(...), GatewaySettings())
 server = await serve(app, "127.0.0.1", 8000)
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
+from typing import Any, Final
 
-import grpc
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from colaserve_services import __version__
-from colaserve_services.errors import ColaserveError
-from colaserve_services.gateway.backend import GenerationStub, Reach
+from colaserve_services.gateway import shapes
+from colaserve_services.gateway.answer import json_response
+from colaserve_services.gateway.backend import Backend, Reach
+from colaserve_services.gateway.body import checked_body
 from colaserve_services.gateway.edge import Edge
-from colaserve_services.gateway.errors import ApiError, api_error
+from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.gateway import Gateway
-from colaserve_services.gateway.routes import generation_routes, model_routes, system_routes
+from colaserve_services.gateway.openapi import JSON, Endpoint, document
+from colaserve_services.gateway.refusals import refuse_extras
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from colaserve_services.gateway.settings import GatewaySettings
-from colaserve_services.gateway.tokenization import tokenization_routes
-from colaserve_services.gateway.validation import validation_error
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.requests import REQUEST_ID
 
-_LONGEST_SHOWN = 100  # characters of a path in an error
-_ABOUT = "OpenAI's API for a continuous latent diffusion language model, with its own fields beside."
+_LONGEST_SHOWN: Final = 100  # characters of a path in an error
 
 
 def create_app(
-    stub: GenerationStub, settings: GatewaySettings, metrics: Metrics | None = None, reach: Reach | None = None
-) -> FastAPI:
+    stub: Any, settings: GatewaySettings, metrics: Metrics | None = None, reach: Reach | None = None
+) -> Starlette:
     """The application.
 
     Args:
-        stub: of the service.
+        stub: see `coordinator_stub`.
         settings: the gateway's.
         metrics: the process' own, served at /metrics; None makes new ones.
         reach: awaited before each call; returns when the service can be called, or waiting is no use. None: at once.
     """
     metrics = metrics or Metrics()
-    gateway = Gateway(stub, settings, reach)
-    app = FastAPI(
-        title="colaserve",
-        version=__version__,
-        description=_ABOUT,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,  # a redirect leads to whatever host the request names
+    endpoints = _endpoints(Gateway(Backend(stub, settings.info_seconds, reach), settings, metrics))
+    middleware = [Middleware(Edge, settings=settings, metrics=metrics)]
+    if settings.cors_origins:  # outermost: errors get its headers too
+        expose = (REQUEST_ID, "retry-after")
+        methods, headers = ("GET", "POST"), ("*",)
+        cors = Middleware(CORSMiddleware, settings.cors_origins, methods, headers, expose_headers=expose)
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=[_route(endpoint, settings) for endpoint in endpoints],
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error},
     )
-    routers = (
-        generation_routes(gateway),
-        model_routes(gateway),
-        tokenization_routes(gateway),
-        system_routes(gateway, metrics),
-    )
-    for router in routers:
-        app.include_router(router)
-    app.state.gateway = gateway
-    app.state.paths = [route.path for router in routers for route in router.routes if isinstance(route, Route)]
-    _answer_errors(app)
-    app.add_middleware(Edge, gateway=gateway, metrics=metrics)
-    if settings.cors_origins:  # added last, so outermost: errors get its headers too
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=(REQUEST_ID, "retry-after"),
-        )
+    app.router.redirect_slashes = False  # a redirect leads to whatever host the request names
+    app.state.settings, app.state.draining, app.state.document = settings, False, document(endpoints)
     return app
 
 
-def _answer_errors(app: FastAPI) -> None:
-    """All errors in one shape. What nobody foresaw passes on to the edge, which logs it."""
+def _endpoints(gateway: Gateway) -> list[Endpoint]:
+    health: dict[str, Any] = {"answers": {JSON: shapes.Health}, "errors": {}}
+    ready = {"200": "Requests should come here.", "503": "They should not."}
+    chat, completion = ({JSON: kind, "text/event-stream": str} for kind in (shapes.ChatCompletion, shapes.Completion))
+    return [
+        Endpoint("POST", "/v1/chat/completions", gateway.create_chat_completion, ChatRequest, chat),
+        Endpoint("POST", "/v1/completions", gateway.create_completion, CompletionRequest, completion),
+        Endpoint("GET", "/v1/models", gateway.list_models, answers={JSON: shapes.ModelList}),
+        Endpoint("GET", "/v1/models/{model_id:path}", gateway.get_model, answers={JSON: shapes.Model}),
+        Endpoint("POST", "/tokenize", gateway.tokenize, TokenizeRequest, {JSON: shapes.Tokenized}),
+        Endpoint("POST", "/detokenize", gateway.detokenize, DetokenizeRequest, {JSON: shapes.Detokenized}),
+        Endpoint("GET", "/health", gateway.health, **health),
+        Endpoint("GET", "/ready", gateway.ready, statuses=ready, **health),
+        Endpoint("GET", "/metrics", gateway.metrics, answers={"text/plain": str}, errors={}),
+        Endpoint("GET", "/", gateway.root),
+        Endpoint("GET", "/docs", gateway.docs),
+        Endpoint("GET", "/openapi.json", gateway.openapi),
+    ]
 
-    async def known(_: Request, error: Exception) -> Response:
-        return api_error(error).response()
 
-    async def invalid_header(_: Request, error: Exception) -> Response:  # bodies are checked in body.py
-        assert isinstance(error, RequestValidationError)
-        return validation_error([{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]).response()
+def _route(endpoint: Endpoint, settings: GatewaySettings) -> Route:
+    async def answer(request: Request) -> Any:
+        if endpoint.body is None:
+            content = await endpoint.handle(request)
+        else:
+            body = await checked_body(request, endpoint.body, settings.bounds)
+            refuse_extras(body, allow_unknown=settings.allow_unknown_fields)
+            content = await endpoint.handle(request, body)
+        return content if callable(content) else json_response(content)
 
-    for kind in (ApiError, ColaserveError, grpc.RpcError, TimeoutError):
-        app.add_exception_handler(kind, known)
-    app.add_exception_handler(RequestValidationError, invalid_header)
-    app.add_exception_handler(HTTPException, _http_error)
+    return Route(endpoint.path, answer, methods=[endpoint.method])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    allowed = Headers(error.headers).get("allow", "another method")
-    reasons = {
-        404: (f"{_shown(request)}: there is no such path{_hint(request)}", "not_found"),
-        405: (f"{request.method} is not for this path; it takes {allowed}", "method_not_allowed"),
-    }
-    message, code = reasons.get(error.status_code, (str(error.detail), None))
+    shown, code = request.scope["path"][:_LONGEST_SHOWN], "not_found"
+    if error.status_code == 405:
+        allowed = Headers(error.headers).get("allow", "another method")
+        message, code = f"{request.method} is not for this path; it takes {allowed}", "method_not_allowed"
+    elif nearest := get_close_matches(shown, [route.path for route in request.app.routes], 1):
+        message = f"{shown}: there is no such path; did you mean {nearest[0]}?"
+    else:
+        message = f"{shown}: there is no such path; GET / has links to what is there"
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
-
-
-def _shown(request: Request) -> str:
-    return request.scope["path"][:_LONGEST_SHOWN]
-
-
-def _hint(request: Request) -> str:
-    """The nearest path that is there."""
-    nearest = get_close_matches(_shown(request), request.app.state.paths, 1)
-    return f"; did you mean {nearest[0]}?" if nearest else "; GET / has links to what is there"

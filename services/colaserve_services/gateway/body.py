@@ -1,4 +1,7 @@
-"""A request's body: read only where a path takes one, bounded, and checked away from the event loop."""
+"""A request's body: read only where a path takes one, bounded, and checked away from the event loop.
+
+What does not fit the schema is told in one sentence that names the field, what was got and what is expected.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,19 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from email.message import Message as Headers
-from typing import Any, Final
+from reprlib import Repr
+from typing import Any, Final, TypeVar
 
-from fastapi import Request
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from starlette.responses import Response
-from starlette.types import Message, Receive
+from starlette.requests import Request
 
-from colaserve_services.errors import Cancelled
-from colaserve_services.gateway.errors import ApiError
-from colaserve_services.gateway.record import RequestRecord
+from colaserve_services.gateway.edge import record_of
+from colaserve_services.gateway.errors import ApiError, invalid
+from colaserve_services.gateway.schemas import ALL_NAMES, UNIONS
 from colaserve_services.gateway.settings import Bounds
-from colaserve_services.gateway.validation import validation_error
 from colaserve_services.offload import offload
 
 MOST_PARTS: Final = 32_768  # arrays, objects and keys in one body; each costs a hundred times its bytes in memory
@@ -28,6 +29,59 @@ MOST_ITEMS: Final = 262_144  # commas; parsing so many values holds the interpre
 
 _DISCARDED: Final = 16  # times the bound: so much more is read and dropped, since who still writes reads no answer
 _SMALL: Final = 64 * 1024  # bytes; a longer body is parsed in a thread
+_SHOWN: Final = 80  # characters of what was got
+_BRIEF: Final = Repr()  # never writes all of a large value
+_BRIEF.maxstring = _BRIEF.maxother = _SHOWN
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def checked_body(request: Request, model: type[M], bounds: Bounds) -> M:
+    """The body as a model. ApiError: 413 when it is too long, 408 when it takes too long, 400 with what is wrong."""
+    body = await _read(request, bounds)
+    if not _is_json(request.headers.get("content-type", "")):
+        raise _no_json("must be a JSON object, sent with content-type application/json")
+    if len(body) <= _SMALL:
+        return parse(body, model)
+    return await offload(parse, body, model)
+
+
+async def _read(request: Request, bounds: Bounds) -> bytes:
+    body, length, bound = bytearray(), 0, bounds.body_bytes
+    try:
+        async with asyncio.timeout(bounds.body_seconds), aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                length += len(chunk)
+                if length <= bound:
+                    body += chunk
+                elif length > bound * _DISCARDED:
+                    break
+    except TimeoutError as error:
+        message = f"the body did not come within {bounds.body_seconds:g} s"
+        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from error
+    if length > bound:
+        too_long = f"the body is longer than {bound} bytes, the most this server takes"
+        raise ApiError(413, too_long, code="body_too_large", headers={"connection": "close"})
+    record_of(request.scope).body_bytes = length
+    return bytes(body)
+
+
+def parse(body: bytes, model: type[M]) -> M:
+    """The body as a model; ApiError 400 names what is wrong."""
+    try:
+        text = body.decode("utf-8-sig")
+        _check_parts(text)
+        return model.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise _no_json(f"is not valid JSON: {error.msg} at position {error.pos}") from None
+    except ValidationError as error:
+        raise _validation_error(error.errors(include_url=False)) from None
+    except UnicodeDecodeError as error:
+        raise _no_json(f"is not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise _no_json("is nested too deep") from None
+    except ValueError:  # Python's bound
+        raise _no_json(f"has a whole number of more than {sys.get_int_max_str_digits()} digits") from None
 
 
 def _more_than(most: int, signs: str) -> re.Pattern[str]:
@@ -41,107 +95,6 @@ _BOUNDS: Final = (
     (MOST_PARTS, "[{:", _more_than(MOST_PARTS, r"\[{:"), "arrays, objects and keys"),
     (MOST_ITEMS, ",", _more_than(MOST_ITEMS, ","), "items"),
 )
-
-
-class Body:
-    """What a request receives: its body whole, read when it is asked for; then what comes after it.
-
-    413 when the body is too long, 408 when it takes too long, Cancelled when the client goes away meanwhile.
-    """
-
-    def __init__(self, receive: Receive, bounds: Bounds, record: RequestRecord, received: Callable[[int], None]):
-        self._receive, self._bounds, self._record, self._received = receive, bounds, record, received
-        self._read = False
-
-    async def __call__(self) -> Message:
-        if self._read:
-            return await self._receive()
-        self._read = True
-        body = await self._whole()
-        self._received(len(body))
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def _whole(self) -> bytes:
-        seconds = self._bounds.body_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._bounded(self._bounds.body_bytes)
-        except TimeoutError as error:
-            message = f"the body did not come within {seconds:g} s"
-            raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from error
-
-    async def _bounded(self, bound: int) -> bytes:
-        body, length, more = bytearray(), 0, True
-        while more and length <= bound * _DISCARDED:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._record.client_gone = True
-                raise Cancelled("the client went away while it sent the body")
-            length += len(message["body"])
-            if length <= bound:
-                body += message["body"]
-            more = message["more_body"]
-        if length > bound:
-            too_long = f"the body is longer than {bound} bytes, the most this server takes"
-            raise ApiError(413, too_long, code="body_too_large", headers={"connection": "close"})
-        return bytes(body)
-
-
-class CheckedRoute(APIRoute):
-    """A route whose body is parsed and checked here: the framework would do it on the event loop, without bounds."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The framework's handler, which finds the body checked."""
-        answer, field = super().get_route_handler(), self.body_field
-        if field is None:
-            return answer
-        model: type[BaseModel] = field.field_info.annotation  # type: ignore[assignment]
-
-        async def handle(request: Request) -> Response:
-            body = await request.body()
-            return await answer(_Checked(request, body, await _checked(body, request, model)))
-
-        return handle
-
-
-class _Checked(Request):
-    """A request whose body was checked."""
-
-    def __init__(self, request: Request, body: bytes, model: BaseModel):
-        super().__init__(request.scope, request.receive)
-        self._whole, self._model = body, model
-
-    async def body(self) -> bytes:
-        return self._whole
-
-    async def json(self) -> BaseModel:
-        return self._model
-
-
-async def _checked(body: bytes, request: Request, model: type[BaseModel]) -> BaseModel:
-    if not _is_json(request.headers.get("content-type", "")):
-        raise _no_json("must be a JSON object, sent with content-type application/json")
-    if len(body) <= _SMALL:
-        return parse(body, model)
-    return await offload(parse, body, model)
-
-
-def parse(body: bytes, model: type[BaseModel]) -> BaseModel:
-    """The body as a model; ApiError 400 names what is wrong."""
-    try:
-        text = body.decode("utf-8-sig")
-        _check_parts(text)
-        return model.model_validate(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise _no_json(f"is not valid JSON: {error.msg} at position {error.pos}") from None
-    except ValidationError as error:
-        raise validation_error(error.errors(include_url=False)) from None
-    except UnicodeDecodeError as error:
-        raise _no_json(f"is not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise _no_json("is nested too deep") from None
-    except ValueError:  # Python's bound
-        raise _no_json(f"has a whole number of more than {sys.get_int_max_str_digits()} digits") from None
 
 
 def _check_parts(text: str) -> None:
@@ -160,3 +113,38 @@ def _is_json(content_type: str) -> bool:
 
 def _no_json(what: str) -> ApiError:
     return ApiError(400, f"the body {what}", code="invalid_json")
+
+
+def _validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first fault, its place as pydantic tells it; of a union's several faults the one deepest inside."""
+    first = faults[0]["loc"][:1]
+    same_field = [fault for fault in faults if fault["loc"][:1] == first]
+    field = _param(first)
+    if len(same_field) > 1 and field in UNIONS:
+        if found := next((fault for fault in same_field if fault["type"] == "value_error"), None):  # not of its kind
+            return invalid(_param(found["loc"]), _sentence(found))
+        return invalid(field, UNIONS[field])
+    worst = max(same_field, key=lambda fault: len(fault["loc"]))
+    if not _param(worst["loc"]):
+        return _no_json("must be a JSON object, sent with content-type application/json")
+    return invalid(_param(worst["loc"]), _sentence(worst))
+
+
+def _param(place: Sequence[int | str]) -> str:
+    """A place such as ("messages", 0, "content", "list[TextPart]", 1, "type"), its union tags left out."""
+    steps = [step for step in place if isinstance(step, int) or step in ALL_NAMES]
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "missing":
+        return "this field is required"
+    if fault["type"] == "too_long" and "max_length" in fault.get("ctx", {}):
+        return f"expected at most {fault['ctx']['max_length']} items"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    return f"should {message}, got {_shown(fault['input'])}" if "Input should " in fault["msg"] else message
+
+
+def _shown(value: Any) -> str:
+    text = _BRIEF.repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -1,19 +1,18 @@
-"""What happens to every HTTP request: request id, key, admission, bounded body, metrics, one log line."""
+"""What happens to every HTTP request: request id, key, admission, errors in one shape, metrics, one log line."""
 
 from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
 
-from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from colaserve_services.gateway.body import Body
 from colaserve_services.gateway.errors import api_error
-from colaserve_services.gateway.gateway import Gateway
-from colaserve_services.gateway.record import RequestRecord, put_record
+from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc import requests, tracing
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.garbage import Garbage
@@ -21,104 +20,125 @@ from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 
 SERVICE: Final = "gateway"
+CLIENT_GONE: Final = 499
 OPEN: Final = frozenset(
     {"/", "/health", "/ready", "/metrics", "/docs", "/openapi.json"}
 )  # no key, no bound, no log line
+_LOGGED: Final = ("client", "user", "choices", "prompt_tokens", "completion_tokens")
+
+
+@dataclass
+class RequestRecord:
+    """What is known of a request, for metrics and its log line. Filled in while it runs; holds no text."""
+
+    request_id: str
+    client: str = ""  # the key's name, else the address
+    user: str = ""
+    status: int = 0  # of the answer, once begun
+    failed_with: int = 0  # the status of an error that came after the answer was begun
+    client_gone: bool = False
+    body_bytes: int = 0
+    choices: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    first_block: float | None = None  # seconds from the start
+
+    def saw_block(self) -> None:
+        """Note the time of the first block."""
+        if self.first_block is None:
+            self.first_block = time.monotonic() - self.started
+
+    @property
+    def outcome(self) -> int:
+        """The status that says how it went."""
+        return CLIENT_GONE if self.client_gone or not self.status else self.failed_with or self.status
+
+    def fields(self) -> dict[str, Any]:
+        """For the log: what is set."""
+        seconds = {"first_block_seconds": round(self.first_block, 4)} if self.first_block is not None else {}
+        return {name: value for name in _LOGGED if (value := getattr(self, name))} | seconds
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of a request."""
+    return cast(RequestRecord, scope["state"]["record"])
 
 
 class Edge:
-    """Wraps the application."""
+    """ASGI middleware around the application. `app.state.draining`: the server is going down."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway, metrics: Metrics):
-        self._app, self._gateway, self._metrics = app, gateway, metrics
-        self._settings = gateway.settings
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics):
+        self._app, self._settings, self._metrics = app, settings, metrics
         self._garbage = Garbage()
         refused = metrics.refused
-        self._admission = Admission(self._settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
+        self._admission = Admission(settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = _begin(scope)
+        headers = Headers(scope=scope)
+        request_id = requests.adopt(((requests.REQUEST_ID, headers.get(requests.REQUEST_ID, "")),))
+        record = scope.setdefault("state", {})["record"] = RequestRecord(request_id)
         in_progress = self._metrics.requests_in_progress.labels(SERVICE, "http")
         in_progress.inc()
-        with tracing.serving(_span_name(scope), _trace_headers(scope)) as span:
+        span_name = "" if scope["path"] in OPEN else f"HTTP {scope['method']}"
+        with tracing.serving(span_name, _trace_headers(headers)) as span:
             try:
-                out = self._metrics.transfer_bytes.labels("out", SERVICE)
-                await self._serve(scope, receive, _Telling(send, record, self._gateway, out), record)
+                await self._serve(scope, receive, send, record)
+            except ClientDisconnect:
+                record.client_gone = True
             finally:
                 in_progress.dec()
                 self._end(scope, record)
                 span.ended(str(record.outcome), failed=record.outcome >= 500)
 
-    def _received(self, size: int) -> None:
-        self._metrics.transfer_bytes.labels("in", SERVICE).inc(size)
-        self._garbage.received(size)
-
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        transferred = self._metrics.transfer_bytes.labels("out", SERVICE)
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[requests.REQUEST_ID] = record.request_id
+                if scope["app"].state.draining:  # the client's next connection then leads elsewhere
+                    headers["connection"] = "close"
+            transferred.inc(len(message.get("body", b"")))
+            await send(message)
+
         try:
             with self._admit(scope, record):
-                await self._app(scope, Body(receive, self._settings.bounds, record, self._received), send)
+                await self._app(scope, receive, send_on)
+        except ClientDisconnect:
+            raise
         except Exception as error:
-            told = api_error(error)
+            answer = api_error(error)
             if record.status:
                 raise  # too late for an answer: the connection is closed
-            await told.response()(scope, receive, send)
+            await answer.response()(scope, receive, send_on)
 
     def _admit(self, scope: Scope, record: RequestRecord) -> AbstractContextManager[None]:
-        """Who asks, and a place for it; raises NotAuthenticated or Overloaded."""
+        """Who asks, and a slot for it; raises NotAuthenticated or Overloaded."""
         if scope["path"] in OPEN:
             return nullcontext()
         keys, host = self._settings.keys, scope.get("client")
-        shown = Headers(scope=scope).get(requests.AUTHORIZATION, "")
-        record.client = keys.identify(shown) if keys is not None else (host[0] if host else "unknown")
+        key = Headers(scope=scope).get(requests.AUTHORIZATION, "")
+        record.client = keys.identify(key) if keys is not None else (host[0] if host else "unknown")
         return self._admission.enter(record.client)
 
     def _end(self, scope: Scope, record: RequestRecord) -> None:
+        self._metrics.transfer_bytes.labels("in", SERVICE).inc(record.body_bytes)
+        self._garbage.received(record.body_bytes)
         seconds = time.monotonic() - record.started
         method = getattr(scope.get("route"), "path", "unknown")
         self._metrics.request_seconds.labels(SERVICE, method, str(record.outcome)).observe(seconds)
         if scope["path"] not in OPEN:
-            told = {"service": SERVICE, "method": method, "code": record.outcome, "seconds": round(seconds, 4)}
-            access.info("request", extra={"fields": told | record.fields()})
+            line = {"service": SERVICE, "method": method, "code": record.outcome, "seconds": round(seconds, 4)}
+            access.info("request", extra={"fields": line | record.fields()})
 
 
-class _Telling:
-    """Sends on, with the request id on the answer, and notes status and bytes. While the gateway goes down, the answer
-    asks for a new connection, which then leads elsewhere."""
-
-    def __init__(self, send: Send, record: RequestRecord, gateway: Gateway, out: Counter):
-        self._send, self._record, self._gateway, self._out = send, record, gateway, out
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._record.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers[requests.REQUEST_ID] = self._record.request_id
-            if self._gateway.draining:
-                headers["connection"] = "close"
-        self._out.inc(len(message.get("body", b"")))
-        await self._send(message)
-
-
-def _begin(scope: Scope) -> RequestRecord:
-    headers = Headers(scope=scope)
-    request_id = requests.adopt(((requests.REQUEST_ID, headers.get(requests.REQUEST_ID, "")),))
-    record = RequestRecord(request_id)
-    put_record(scope, record)
-    return record
-
-
-def _span_name(scope: Scope) -> str:
-    return "" if scope["path"] in OPEN else f"HTTP {scope['method']}"
-
-
-def _trace_headers(scope: Scope) -> requests.Metadata:
-    headers = Headers(scope=scope)
-    return tuple((name, headers[name]) for name in tracing.HEADERS if _can_travel(headers.get(name, "")))
-
-
-def _can_travel(text: str) -> bool:
-    """Whether a header's value may become gRPC metadata."""
-    return bool(text) and text.isascii() and text.isprintable()
+def _trace_headers(headers: Headers) -> requests.Metadata:
+    """The trace's headers that may become gRPC metadata."""
+    given = ((name, headers.get(name, "")) for name in tracing.HEADERS)
+    return tuple((name, text) for name, text in given if text and text.isascii() and text.isprintable())

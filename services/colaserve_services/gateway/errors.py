@@ -28,17 +28,16 @@ from colaserve_services.rpc.requests import current_request_id
 
 _log = logging.getLogger(__name__)
 
-_KINDS: Final[dict[type[ColaserveError], tuple[str, str]]] = {
-    InvalidRequest: ("invalid_request_error", "invalid_value"),
-    ModelMismatch: ("invalid_request_error", "model_mismatch"),
-    NotAuthenticated: ("invalid_request_error", "invalid_api_key"),
-    Overloaded: ("rate_limit_error", "rate_limit_exceeded"),
-    Unavailable: ("server_error", "unavailable"),
-    Corrupted: ("server_error", "unavailable"),
-    DeadlineExceeded: ("server_error", "deadline_exceeded"),
-    StepFailed: ("server_error", "step_failed"),
+_CODES: Final[Mapping[type[ColaserveError], str]] = {
+    ModelMismatch: "model_mismatch",
+    NotAuthenticated: "invalid_api_key",
+    Overloaded: "rate_limit_exceeded",
+    Unavailable: "unavailable",
+    Corrupted: "unavailable",
+    DeadlineExceeded: "deadline_exceeded",
+    StepFailed: "step_failed",
 }
-_INTERNAL: Final = ("server_error", "internal_error")
+_TYPES: Final = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 # Fields of GenerationService as a client of the gateway calls them; a request's own names go before these.
 FIELD_NAMES: Final[Mapping[str, str]] = {
@@ -57,22 +56,15 @@ class ApiError(Exception):
     """An answer in OpenAI's error shape; `param` is the field at fault, where there is one."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
     ):
         super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
-        self.param, self.code, self.headers = param, code, dict(headers or {})
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
 
     def body(self) -> bytes:
         """The JSON, in ASCII: a message may quote anything a client sent."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
     def response(self) -> Response:
@@ -81,11 +73,11 @@ class ApiError(Exception):
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     """A 400 that names the parameter."""
-    return ApiError(400, f"{param}: {message}", param=param, code=code)
+    return ApiError(400, f"{param}: {message}", code, param)
 
 
 def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
-    """Any exception as an answer; one that nobody foresaw is logged and told as internal.
+    """Any exception as an answer; one that nobody foresaw is logged and called internal.
 
     `names` translates the coordinator's field names where they differ from FIELD_NAMES.
     """
@@ -99,23 +91,18 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
         error = DeadlineExceeded("the request's deadline passed")
     if isinstance(error, Cancelled):  # by the server: the client is still there, or nobody would read this
         error = Unavailable("the generation was broken off by the server; a retry may succeed")
-    return _from_kind(error)
+    code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), None)
+    if code is None:
+        _log.error("request failed: %s", type(error).__name__, exc_info=error)
+        message = f"internal error; the server's log has it under request id {current_request_id() or 'none'}"
+        return ApiError(500, message, "internal_error")
+    return ApiError(http_status(error), str(error), code, headers=_headers(error))
 
 
 def _invalid_upstream(error: InvalidRequest, names: Mapping[str, str]) -> ApiError:
     field = error.field.partition("[")[0]
     param = names.get(error.field) or names.get(field) or field.rpartition(".")[2]
     return invalid(param, str(error).removeprefix(f"{error.field}: "))
-
-
-def _from_kind(error: Exception) -> ApiError:
-    known = next((kind for kind in _KINDS if isinstance(error, kind)), None)
-    if known is None:
-        _log.error("request failed: %s", type(error).__name__, exc_info=error)
-        message = f"internal error; the server's log has it under request id {current_request_id() or 'none'}"
-        return ApiError(500, message, kind=_INTERNAL[0], code=_INTERNAL[1])
-    kind, code = _KINDS[known]
-    return ApiError(http_status(error), str(error), kind=kind, code=code, headers=_headers(error))
 
 
 def _headers(error: Exception) -> dict[str, str]:

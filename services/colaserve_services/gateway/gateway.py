@@ -1,121 +1,121 @@
-"""What the routes of one gateway share, and how a checked request becomes a plan."""
+"""What the endpoints answer: each method takes a request, and its checked body where the path takes one."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
-from pydantic import BaseModel
+from google.protobuf.json_format import MessageToDict
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
 
 from colaserve.v1.generation_pb2 import GenerateRequest
-from colaserve.v1.latent_service_pb2 import InfillRequest
-from colaserve_services.gateway.answer import Answer, Plan
-from colaserve_services.gateway.backend import Backend, GenerationStub, Info, Reach
+from colaserve_services.gateway import shapes
+from colaserve_services.gateway.answer import Answer, StartCall, json_response
+from colaserve_services.gateway.backend import Backend, GenerateCall, Info, most_tokens
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
+from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
-from colaserve_services.gateway.infill import infill_names, infill_request
+from colaserve_services.gateway.infill import infill_names, infill_request, start_infill
+from colaserve_services.gateway.pages import docs_page, root_page
 from colaserve_services.gateway.prompting import chat_prompt
-from colaserve_services.gateway.record import RequestRecord
-from colaserve_services.gateway.refusals import refuse_extras
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields
+from colaserve_services.gateway.schemas import (
+    DEADLINE_HEADER,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationFields,
+    TokenizeRequest,
+)
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.gateway.translate import (
-    Choices,
     completion_prompts,
+    generate_request,
     most_likely,
     names_of,
     text_prompt,
 )
+from colaserve_services.offload import offload
 from colaserve_services.rpc.kept import Kept
+from colaserve_services.rpc.metrics import KEPT_SECONDS, Metrics, exposition
+
+LINKS = {
+    "docs": "every endpoint and field",
+    "v1/models": "the served model and its defaults",
+    "health": "whether the process lives",
+    "ready": "whether requests should come here",
+    "metrics": "Prometheus metrics",
+}
 
 
 class Gateway:
-    """One gateway: its settings, its coordinator, and whether it is going down."""
+    """One gateway: its settings and its coordinator."""
 
-    def __init__(self, stub: GenerationStub, settings: GatewaySettings, reach: Reach | None = None):
-        self.settings = settings
-        self.backend = Backend(stub, settings.info_seconds, reach)
-        self.started = int(time.time())
-        self.draining = False
-        self._readiness = Kept(self._look, settings.ready_seconds)
+    def __init__(self, backend: Backend, settings: GatewaySettings, metrics: Metrics):
+        self._backend, self._settings = backend, settings
+        self._started = int(time.time())
+        self._readiness = Kept(self._reason, settings.ready_seconds)
+        self._metrics = Kept(lambda: offload(exposition, metrics.registry), KEPT_SECONDS)
 
-    async def not_ready(self) -> str:
-        """Why requests should not come here; empty: they should."""
-        return "going down" if self.draining else await self._readiness.get()
-
-    async def _look(self) -> str:
-        try:
-            await self.backend.check_ready()
-        except Exception as error:
-            return api_error(error).message
-        return ""
-
-    def check_model(self, asked: str | None, info: Info) -> str:
-        """The served model's name; 404 when another one was asked for."""
-        served = info.model_name
-        if asked not in (None, served):
-            message = f"model: {asked!r} is not served here, {served!r} is"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return served
-
-    def check_extras(self, body: BaseModel) -> None:
-        """Raise a 400 for the first field that cannot be honoured."""
-        refuse_extras(body, allow_unknown=self.settings.allow_unknown_fields)
-
-    async def chat(self, body: ChatRequest, record: RequestRecord, seconds: float | None) -> Answer:
-        """The answer to a chat request."""
-        self.check_extras(body)
-        info = await self.backend.info()
-        model = self.check_model(body.model, info)
+    async def create_chat_completion(self, request: Request, body: ChatRequest) -> Answer:
+        """Answer a chat. With `stream`, server-sent events of `chat.completion.chunk` objects."""
+        info = await self._backend.info()
+        model = _checked_model(body.model, info)
         self._check_choices(body, 1)
-        prompt = text_prompt(chat_prompt(body.messages, info.chat_frame))
-        dialect = ChatDialect(record.request_id, model, info.space, most_likely(body) is not None)
-        choices = Choices([prompt], body)
-        return self._answer(body, choices, choices.per_prompt, dialect, record, seconds, names_of(body))
+        prompts = [text_prompt(chat_prompt(body.messages, info.chat_frame))]
+        dialect = ChatDialect(record_of(request.scope).request_id, model, info.space, most_likely(body) is not None)
+        return self._answer(request, body, dialect, self._generations(body, prompts), names_of(body))
 
-    async def complete(self, body: CompletionRequest, record: RequestRecord, seconds: float | None) -> Answer:
-        """The answer to a completion request."""
-        self.check_extras(body)
+    async def create_completion(self, request: Request, body: CompletionRequest) -> Answer:
+        """Continue one or several prompts. With `stream`, server-sent events of `text_completion` objects."""
         _check_completion(body)
-        info = await self.backend.info()
-        model = self.check_model(body.model, info)
+        info = await self._backend.info()
+        model = _checked_model(body.model, info)
+        dialect = partial(CompletionDialect, record_of(request.scope).request_id, model, info.space)
         if body.suffix:
-            dialect = CompletionDialect(record.request_id, model, info.space, logprobs=False, echoes=[""])
-            names = infill_names(body, info)
-            return self._answer(body, [infill_request(body, info)], 1, dialect, record, seconds, names)
+            start = partial(start_infill, self._backend, infill_request(body, info))
+            return self._answer(request, body, dialect(False, [""]), [start], infill_names(body, info))
         prompts = completion_prompts(body.prompt, info.model.vocab_size)
         self._check_choices(body, len(prompts))
         echoes = await self._echoes(prompts) if body.echo else [""] * len(prompts)
         each = [echo for echo in echoes for _ in range(body.n or 1)]
-        dialect = CompletionDialect(record.request_id, model, info.space, most_likely(body) is not None, each)
-        choices = Choices(prompts, body)
-        return self._answer(body, choices, choices.per_prompt, dialect, record, seconds, names_of(body))
+        made = dialect(most_likely(body) is not None, each)
+        return self._answer(request, body, made, self._generations(body, prompts), names_of(body))
+
+    def _generations(
+        self, body: ChatRequest | CompletionRequest, prompts: Sequence[GenerateRequest]
+    ) -> list[StartCall]:
+        """What starts the generations of a request, prompt by prompt. Raises for fields that none can be made of."""
+        generate_request(GenerateRequest(), body, 0)
+
+        async def start(prompt: GenerateRequest, sample: int, deadline: float) -> GenerateCall:
+            request = generate_request(prompt, body, sample)  # not made before it is needed: prompts may be large
+            return await self._backend.generate(request, deadline)
+
+        return [partial(start, prompt, sample) for prompt in prompts for sample in range(body.n or 1)]
 
     def _answer(
         self,
+        request: Request,
         body: ChatRequest | CompletionRequest,
-        requests: Sequence[GenerateRequest] | Sequence[InfillRequest],
-        per_prompt: int,
         dialect: Dialect,
-        record: RequestRecord,
-        seconds: float | None,
+        calls: Sequence[StartCall],
         names: Mapping[str, str],
     ) -> Answer:
-        bounds = self.settings.bounds
+        record, bounds = record_of(request.scope), self._settings.bounds
         record.user = body.user or ""
-        plan = Plan(
-            requests=requests,
-            per_prompt=per_prompt,
-            dialect=dialect,
-            deadline=record.started + min(seconds or bounds.request_seconds, bounds.request_seconds),
-            stream=bool(body.stream),
-            usage_chunk=_usage_chunk(body),
-            names=names,
+        deadline = record.started + min(_seconds(request), bounds.request_seconds)
+        usage_chunk = _usage_chunk(body)
+        return Answer(
+            self._backend, bounds, calls, body.n or 1, dialect, deadline, bool(body.stream), usage_chunk, names
         )
-        return Answer(plan, self.backend, bounds)
 
     def _check_choices(self, body: GenerationFields, prompts: int) -> None:
-        per_prompt, bound = body.n or 1, self.settings.bounds.choices
+        per_prompt, bound = body.n or 1, self._settings.bounds.choices
         if per_prompt > bound:
             raise invalid("n", f"got {per_prompt}, expected at most {bound}")
         if prompts * per_prompt > bound:
@@ -123,11 +123,96 @@ class Gateway:
 
     async def _echoes(self, prompts: Sequence[GenerateRequest]) -> list[str]:
         return [
-            await self.backend.detokenize(list(prompt.prompt_ids.ids))
+            await self._backend.detokenize(list(prompt.prompt_ids.ids))
             if prompt.HasField("prompt_ids")
             else prompt.prompt
             for prompt in prompts
         ]
+
+    async def list_models(self, _: Request) -> shapes.ModelList:
+        """The served model, with what unset fields of a request mean."""
+        return {"object": "list", "data": [self._model(await self._backend.info())]}
+
+    async def get_model(self, request: Request) -> shapes.Model:
+        """The served model, or 404."""
+        info = await self._backend.info()
+        _checked_model(request.path_params["model_id"], info)
+        return self._model(info)
+
+    def _model(self, info: Info) -> shapes.Model:
+        return {
+            "id": info.model_name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "colaserve",
+            "max_model_len": most_tokens(info),
+            "defaults": _defaults(info),
+        }
+
+    async def tokenize(self, _: Request, body: TokenizeRequest) -> shapes.Tokenized:
+        """Token ids of a prompt, or of messages as a chat would frame them."""
+        info = await self._backend.info()
+        _checked_model(body.model, info)
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("prompt", "give either prompt or messages")
+        text = chat_prompt(body.messages, info.chat_frame) if body.messages is not None else body.prompt or ""
+        got = await self._backend.tokenize(text)
+        return {
+            "count": len(got.token_ids),
+            "max_model_len": most_tokens(info),
+            "tokens": list(got.token_ids),
+            "token_strs": list(got.tokens) if body.return_token_strs else None,
+        }
+
+    async def detokenize(self, _: Request, body: DetokenizeRequest) -> shapes.Detokenized:
+        """Text of token ids."""
+        _checked_model(body.model, await self._backend.info())
+        return {"prompt": await self._backend.detokenize(body.tokens)}
+
+    async def health(self, _: Request) -> shapes.Health:
+        """The process lives. Says nothing about load or about the coordinator."""
+        return {"status": "ok"}
+
+    async def ready(self, request: Request) -> Response:
+        """Whether requests should come here: 200, or 503 while the gateway goes down or a stage is away."""
+        reason = "going down" if request.app.state.draining else await self._readiness.get()
+        if reason:
+            return json_response({"status": "not ready", "reason": reason}, 503)
+        return json_response({"status": "ok"})
+
+    async def _reason(self) -> str:
+        """Why requests should not come here; empty: they should."""
+        try:
+            await self._backend.check_ready()
+        except Exception as error:
+            return api_error(error).message
+        return ""
+
+    async def metrics(self, _: Request) -> Response:
+        """Prometheus metrics of this process."""
+        return Response(await self._metrics.get(), media_type=CONTENT_TYPE_LATEST)
+
+    async def root(self, _: Request) -> Response:
+        """Links."""
+        return HTMLResponse(root_page(LINKS))
+
+    async def docs(self, request: Request) -> Response:
+        """The OpenAPI document as a page."""
+        return HTMLResponse(docs_page(request.app.state.document))
+
+    async def openapi(self, request: Request) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document: dict[str, Any] = request.app.state.document
+        return document
+
+
+def _checked_model(asked: str | None, info: Info) -> str:
+    """The served model's name; 404 when another one was asked for."""
+    served = info.model_name
+    if asked not in (None, served):
+        message = f"model: {asked!r} is not served here, {served!r} is"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return served
 
 
 def _check_completion(body: CompletionRequest) -> None:
@@ -143,3 +228,27 @@ def _usage_chunk(body: GenerationFields) -> bool:
     if not body.stream:
         raise invalid("stream_options", "needs stream to be true")
     return bool(body.stream_options.include_usage)
+
+
+def _seconds(request: Request) -> float:
+    """The deadline that a request asks for."""
+    text = request.headers.get(DEADLINE_HEADER)
+    if text is None:
+        return math.inf
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise invalid(DEADLINE_HEADER, f"should be a number of seconds above 0, got {text[:80]!r}")
+    return seconds
+
+
+def _defaults(info: Info) -> dict[str, Any]:
+    sampler = MessageToDict(info.default_sampler, preserving_proto_field_name=True)
+    sampling = MessageToDict(info.default_sampling, preserving_proto_field_name=True)
+    if "solver" in sampler:
+        sampler["solver"] = sampler["solver"].removeprefix("SOLVER_").lower()
+    if "guidance_start" in sampler and "guidance_end" in sampler:
+        sampler["guidance_interval"] = [sampler["guidance_start"], sampler["guidance_end"]]
+    return {"max_tokens": info.default_max_new_tokens, **sampler, **sampling}

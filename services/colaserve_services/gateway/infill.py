@@ -8,7 +8,7 @@ from typing import Any, Final
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse, InfillSegment
-from colaserve_services.gateway.backend import Info
+from colaserve_services.gateway.backend import Backend, Info
 from colaserve_services.gateway.errors import invalid
 from colaserve_services.gateway.schemas import CompletionRequest
 from colaserve_services.gateway.translate import set_sampler, set_sampling
@@ -50,6 +50,11 @@ def _segments(body: CompletionRequest, info: Info) -> dict[str, dict[str, Any]]:
     hole = body.max_tokens or info.default_max_new_tokens
     kept = {"prompt": {"text": prompt}} if prompt else {}
     return {**kept, "max_tokens": {"token_count": hole}, "suffix": {"text": body.suffix}}
+
+
+async def start_infill(backend: Backend, request: InfillRequest, deadline: float) -> InfillCall:
+    """Start the call."""
+    return InfillCall(request, await backend.infill(request, deadline))
 
 
 class InfillCall:

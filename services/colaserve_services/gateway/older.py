@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.gateway.backend import Backend
-from colaserve_services.gateway.pieces import INCOMPLETE
+from colaserve_services.gateway.dialects import INCOMPLETE
 
 
 @dataclass

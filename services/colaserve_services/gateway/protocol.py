@@ -12,7 +12,6 @@ import socket
 import struct
 import sys
 import uuid
-from collections.abc import Callable
 from typing import Any, Final
 
 import h11
@@ -37,11 +36,10 @@ class HttpProtocol(H11Protocol):
         super().__init__(*args, **of_uvicorn)
         self._bounds = bounds
         self._head_timer: asyncio.TimerHandle | None = None
-        self._reader_timer: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes of whole answers at the last look, or 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        telling: Any = _Transport(transport, self._watch_reader)
-        super().connection_made(telling)
+        super().connection_made(transport)
         if len(self.connections) > self._bounds.connections:
             transport.abort()
             return
@@ -50,7 +48,6 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
-        self._end_watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -62,8 +59,7 @@ class HttpProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """What has come already of the next request, or of a body that was not asked for, has a limited time."""
         super().on_response_complete()
-        if not self.transport.is_closing():
-            self._watch_reader()
+        self._unread = 0
         coming = self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]
         if coming and not self._answering() and not self.transport.is_closing():
             self._begin_head()
@@ -89,6 +85,17 @@ class HttpProtocol(H11Protocol):
             self._refuse(error.error_status_hint, f"the request is not valid HTTP: {what}")
         else:
             self._refuse(400, msg)
+
+    def look_at_reader(self) -> None:
+        """Called every so often: cut off a client that has read nothing, since the last call, of what is left of whole
+        answers. A stream that is not read has a time of its own."""
+        streaming = self._answering() and self.cycle.response_started and not self.transport.is_closing()
+        unread = 0 if streaming else self.transport.get_write_buffer_size()
+        if self._unread and unread >= self._unread:
+            connection: Any = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.transport.abort()
+        self._unread = unread
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -124,41 +131,3 @@ class HttpProtocol(H11Protocol):
         connection: Any = self.transport.get_extra_info("socket")
         if not self.transport.is_closing() and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
-
-    def _watch_reader(self) -> None:
-        """Cut off a client that reads nothing of what is left of its answers."""
-        self._end_watch()
-        if left := self.transport.get_write_buffer_size():
-            self._reader_timer = self.loop.call_later(self._bounds.answer_seconds, self._look_at_reader, left)
-
-    def _end_watch(self) -> None:
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
-
-    def _look_at_reader(self, before: int) -> None:
-        streaming = self._answering() and self.cycle.response_started and not self.transport.is_closing()
-        if streaming:  # which has a time of its own
-            return
-        if self.transport.get_write_buffer_size() < before:
-            self._watch_reader()
-            return
-        connection: Any = self.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self.transport.abort()
-
-
-class _Transport:
-    """A connection's transport that tells when it is being closed: it then still sends what is left."""
-
-    def __init__(self, transport: asyncio.Transport, closing: Callable[[], None]):
-        self._transport, self._closing = transport, closing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def close(self) -> None:
-        """End the connection once all is sent."""
-        if not self._transport.is_closing():
-            self._transport.close()
-            self._closing()

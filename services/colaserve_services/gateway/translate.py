@@ -46,23 +46,6 @@ def _checked_ids(ids: Sequence[int], where: str, vocab_size: int) -> GenerateReq
     return id_prompt(ids)
 
 
-class Choices(Sequence[GenerateRequest]):
-    """The requests of all choices, prompt by prompt, each made when it is asked for: prompts may be large.
-
-    Raises InvalidRequest for fields that no request can be made of."""
-
-    def __init__(self, prompts: Sequence[GenerateRequest], fields: ChatRequest | CompletionRequest):
-        generate_request(GenerateRequest(), fields, 0)
-        self._prompts, self._fields, self.per_prompt = prompts, fields, fields.n or 1
-
-    def __len__(self) -> int:
-        return len(self._prompts) * self.per_prompt
-
-    def __getitem__(self, index: Any) -> Any:
-        prompt, sample = divmod(range(len(self))[index], self.per_prompt)
-        return generate_request(self._prompts[prompt], self._fields, sample)
-
-
 def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRequest, sample: int) -> GenerateRequest:
     """The request for one text: `prompt` with all else that the client set. `sample` counts a prompt's choices."""
     request = GenerateRequest()

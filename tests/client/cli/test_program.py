@@ -203,7 +203,7 @@ def test_a_module_of_our_own_that_is_missing_is_not_blamed_on_an_extra(monkeypat
 def test_a_client_only_installation_says_so_in_a_true_process() -> None:
     prelude = (
         "import sys\n"
-        "for name in ('torch', 'fastapi', 'uvicorn', 'tokenizers', 'prometheus_client', 'grpc_health'):\n"
+        "for name in ('torch', 'starlette', 'uvicorn', 'tokenizers', 'prometheus_client', 'grpc_health'):\n"
         "    sys.modules[name] = None"
     )
     code, _, err = finished("up", prelude=prelude)

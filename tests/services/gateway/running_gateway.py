@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import httpx
 
 from colaserve_services.gateway.app import create_app
-from colaserve_services.gateway.backend import coordinator_stub
+from colaserve_services.gateway.backend import Reach, coordinator_stub
 from colaserve_services.gateway.server import HttpServer, serve
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.in_process import InProcessStub
@@ -43,12 +43,16 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    fake: FakeGeneration, settings: GatewaySettings | None = None, tls: ServerTls | None = None, stub: object = None
+    fake: FakeGeneration,
+    settings: GatewaySettings | None = None,
+    tls: ServerTls | None = None,
+    stub: object = None,
+    reach: Reach | None = None,
 ) -> AsyncIterator[Running]:
     """Serve on a free port; stop at the end. `stub`: another one than that of `fake`."""
     metrics = Metrics()
     stub = stub or coordinator_stub(InProcessStub(fake), InProcessStub(fake.infill))
-    app = create_app(stub, settings or GatewaySettings(), metrics)
+    app = create_app(stub, settings or GatewaySettings(), metrics, reach)
     server = await serve(app, "127.0.0.1", 0, tls)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as http:

@@ -7,19 +7,16 @@ import json
 import threading
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import APIRouter
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, field_validator
+from starlette.requests import Request
 
-from colaserve_services.gateway.app import create_app
-from colaserve_services.gateway.body import MOST_ITEMS, MOST_PARTS, CheckedRoute
+from colaserve_services.gateway.body import MOST_ITEMS, MOST_PARTS, checked_body
+from colaserve_services.gateway.edge import RequestRecord
 from colaserve_services.gateway.schemas import MOST_IDS, MOST_MESSAGES, MOST_PROMPTS
-from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
-from colaserve_services.rpc.in_process import InProcessStub
-from tests.services.gateway.fake_generation import SAYS, FakeGeneration
+from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
 from tests.waiting import PATIENCE
 
@@ -118,35 +115,22 @@ class Noted(BaseModel):
 
 
 async def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it():
-    app, router = create_app(InProcessStub(FakeGeneration()), GatewaySettings()), APIRouter(route_class=CheckedRoute)
-
-    @router.post("/noted")
-    async def noted(body: Noted) -> int:
-        return len(body.text)
-
-    app.include_router(router)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
-        for size in (10, 1_000_000):
-            assert (await http.post("/noted", json={"text": "x" * size})).json() == size
+    for size in (10, 1_000_000):
+        message = {"type": "http.request", "body": json.dumps({"text": "x" * size}).encode()}
+        scope = {"type": "http", "headers": [(b"content-type", b"application/json")], "state": {}}
+        scope["state"]["record"] = RequestRecord("id")
+        request = Request(scope, iter_receive(message))
+        assert len((await checked_body(request, Noted, Bounds())).text) == size
     small, large = PARSED_IN
     assert small is threading.current_thread()
     assert large is not small
 
 
-def test_every_path_that_takes_a_body_checks_it_so():
-    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
-    taking = [route for route in all_routes(app) if isinstance(route, APIRoute) and route.body_field is not None]
-    assert len(taking) >= 4
-    assert all(isinstance(route, CheckedRoute) for route in taking)
+def iter_receive(message: dict[str, Any]) -> Any:
+    async def receive() -> dict[str, Any]:
+        return message
 
-
-def all_routes(holder: Any) -> list[Any]:
-    """Also those of routers that were included."""
-    found = []
-    for route in holder.routes:
-        inner = getattr(route, "original_router", None) or getattr(route, "router", None)
-        found += all_routes(inner) if inner is not None else [route]
-    return found
+    return receive
 
 
 async def first_line(gateway: Running, request: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,9 +18,6 @@ from colaserve_services.errors import (
     StepFailed,
     Unavailable,
 )
-from colaserve_services.gateway.dialects import ChatDialect
-from colaserve_services.gateway.errors import ApiError
-from colaserve_services.gateway.events import EventStream
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.in_process import InProcessStub
@@ -149,18 +147,6 @@ async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_ev
             "message": "not read for 0.2 s while others waited", "type": "server_error", "param": None,
             "code": "unavailable",
         }  # fmt: skip
-
-
-async def test_a_client_that_does_not_read_is_not_waited_for_with_bad_news():
-    async def send(_: object) -> None:
-        await asyncio.Event().wait()
-
-    dialect = ChatDialect("id", "model", "space", logprobs=False)
-    stream = EventStream(send, dialect, usage_chunk=False)
-    telling = asyncio.ensure_future(stream.fail(ApiError(504, "late"), seconds=0.05))
-    done, _ = await asyncio.wait([telling], timeout=20)
-    assert telling in done
-    assert telling.exception() is None
 
 
 async def test_a_deadline_ends_the_generation_and_is_told_to_the_coordinator(gateway: Running):
@@ -411,12 +397,13 @@ async def test_logs_tell_of_the_request_and_never_its_text(gateway: Running, cap
     assert not any("SECRET" in str(record.__dict__) or "Paris" in str(record.__dict__) for record in caplog.records)
 
 
-async def test_what_nobody_foresaw_is_logged_with_its_traceback(gateway: Running, caplog: pytest.LogCaptureFixture):
-    async def broken(*_: object) -> None:
+async def test_what_nobody_foresaw_is_logged_with_its_traceback(fake: FakeGeneration, caplog: pytest.LogCaptureFixture):
+    async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    gateway.server._gateway.backend.tokenize = broken
-    response = await gateway.http.post("/tokenize", json={"prompt": "x"}, headers={"x-request-id": "r1"})
+    stub = SimpleNamespace(GetInfo=InProcessStub(fake).GetInfo, Tokenize=broken)
+    async with running(fake, stub=stub) as gateway:
+        response = await gateway.http.post("/tokenize", json={"prompt": "x"}, headers={"x-request-id": "r1"})
     assert response.status_code == 500
     assert "r1" in response.json()["error"]["message"]
     assert "a bug" in caplog.text

@@ -44,7 +44,7 @@ def url() -> Iterator[str]:
 
 
 def operations() -> list[tuple[str, str]]:
-    paths = create_app(InProcessStub(FakeGeneration()), GatewaySettings()).openapi()["paths"]
+    paths = create_app(InProcessStub(FakeGeneration()), GatewaySettings()).state.document["paths"]
     return [(path, method.upper()) for path, methods in paths.items() for method in methods]
 
 

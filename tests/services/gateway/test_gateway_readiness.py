@@ -10,7 +10,8 @@ import pytest
 
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.settings import GatewaySettings
-from tests.services.gateway.running_gateway import Running
+from tests.services.gateway.fake_generation import FakeGeneration
+from tests.services.gateway.running_gateway import Running, running
 from tests.waiting import eventually
 
 
@@ -30,7 +31,7 @@ async def test_what_the_coordinator_is_is_kept_while_it_is_away(start, caplog):
     gateway.fake.info_failure = Unavailable("away")
     for _ in range(3):
         assert (await gateway.http.get("/v1/models")).status_code == 200
-    await eventually(lambda: gateway.fake.infos > 1 and gateway.server._gateway.backend._asking is None)
+    await eventually(lambda: gateway.fake.infos > 1 and gateway.fake.asking == 0)
     gc.collect()
     assert "never retrieved" not in caplog.text
 
@@ -67,18 +68,20 @@ async def test_without_a_coordinator_requests_get_503(gateway: Running):
 
 
 @pytest.mark.parametrize("met", [True, False])
-async def test_while_no_coordinator_can_be_reached_requests_wait(gateway: Running, met: bool):
+async def test_while_no_coordinator_can_be_reached_requests_wait(fake: FakeGeneration, met: bool):
     """As long as `reach` does, whether or not the coordinator was met before; the answer is what the call gives."""
     reached = asyncio.Event()
-    if met:
-        await gateway.http.get("/v1/models")
-    gateway.server._gateway.backend._reach = reached.wait
-    waiting = [asyncio.create_task(call) for call in (gateway.chat(), gateway.complete(stream=True))]
-    done, _ = await asyncio.wait(waiting, timeout=0.2)
-    assert not done
-    assert not gateway.fake.seen
     reached.set()
-    assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
+    async with running(fake, reach=reached.wait) as gateway:
+        if met:
+            await gateway.http.get("/v1/models")
+        reached.clear()
+        waiting = [asyncio.create_task(call) for call in (gateway.chat(), gateway.complete(stream=True))]
+        done, _ = await asyncio.wait(waiting, timeout=0.2)
+        assert not done
+        assert not fake.seen
+        reached.set()
+        assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
 
 
 async def test_a_stage_that_is_away_makes_the_gateway_not_ready(start):

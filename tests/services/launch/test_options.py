@@ -46,7 +46,7 @@ def test_the_page_of_options_is_current():
 
 
 def test_importing_the_commands_imports_no_torch_and_no_server():
-    heavy = {"torch", "tokenizers", "fastapi", "uvicorn", "prometheus_client"}  # grpc comes with the client
+    heavy = {"torch", "tokenizers", "starlette", "uvicorn", "prometheus_client"}  # grpc comes with the client
     code = f"import sys, colaserve_services.commands; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
