@@ -33,9 +33,9 @@ class Target:
     _open: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
-    async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
+    async def channel(self, *more: tuple[str, int]) -> AsyncIterator[grpc.aio.Channel]:
         options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
-                   ("grpc.use_local_subchannel_pool", 1)]  # fmt: skip
+                   ("grpc.use_local_subchannel_pool", 1), *more]  # fmt: skip
         async with grpc.aio.insecure_channel(self.server.grpc, options) as channel:
             yield channel
 
@@ -295,19 +295,23 @@ async def _(target: Target) -> None:
 LONG = generation_pb2.GenerateRequest(prompt="Once", max_new_tokens=6000, ignore_end=True)
 
 
+UNREAD_SECONDS = 60.0
+_SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))  # the server writes no more unread
+
+
 @attack("44 gRPC streams that nobody reads")
 async def _(target: Target) -> None:
     async with contextlib.AsyncExitStack() as stack:
         calls = []
         for _ in range(4):
-            channel = await stack.enter_async_context(target.channel())
+            channel = await stack.enter_async_context(target.channel(*_SMALL_WINDOW))
             generate = channel.unary_stream(
                 "/colaserve.v1.GenerationService/Generate",
                 request_serializer=generation_pb2.GenerateRequest.SerializeToString,
             )
             calls += [generate(LONG, metadata=AUTHORIZED) for _ in range(11)]
             target.sent += 11 * LONG.ByteSize()
-        await asyncio.sleep(8)
+        await asyncio.wait([asyncio.ensure_future(call.code()) for call in calls], timeout=UNREAD_SECONDS)
         for call in calls:
             if call.done():
                 target.answers[(await call.code()).name] += 1
@@ -320,7 +324,7 @@ async def _(target: Target) -> None:
     for _ in range(44):
         await target.post("/v1/completions", body[:-1], hold=True)
         target._open[-1].write(body[-1:])
-    await asyncio.sleep(8)
+    await asyncio.sleep(UNREAD_SECONDS)
     await target.hang_up()
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import urllib.request
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,25 @@ class Server:
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         return max(0, int(found[1]) * 1024 - self.level) if found else 0
 
+    @contextlib.asynccontextmanager
+    async def watching_kv(self) -> AsyncIterator[list[int]]:
+        """A list that grows by the bytes of all KV caches, about once a second."""
+        seen = [0]
+
+        async def watch() -> None:
+            while True:
+                with contextlib.suppress(OSError):
+                    text = await asyncio.to_thread(self._metrics)
+                    seen.append(sum(round(float(value)) for name, value in _GAUGES.findall(text) if "kv" in name))
+                await asyncio.sleep(1)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield seen
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
     async def left_over(self, seconds: float = 20.0) -> str:
         """What does not come back to zero: calls, sessions, queues, KV."""
         end, left = time.monotonic() + seconds, ""
@@ -83,12 +103,16 @@ class Server:
 
     def _left_over(self) -> str:
         try:
-            url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-            text = urllib.request.urlopen(url, timeout=10).read().decode()
+            text = self._metrics()
         except OSError as error:
             return f"no metrics: {error}"
         held = {line[0]: line[1] for line in _GAUGES.findall(text) if float(line[1])}
         return ", ".join(f"{name} {float(value):g}" for name, value in held.items())
+
+    def _metrics(self) -> str:
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        text: str = urllib.request.urlopen(url, timeout=10).read().decode()
+        return text
 
     async def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
