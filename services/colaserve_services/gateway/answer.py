@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Unavailable
-from colaserve_services.gateway.backend import Backend, GenerateCall
+from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.dialects import REASONS, Dialect
-from colaserve_services.gateway.edge import RequestRecord, record_of
+from colaserve_services.gateway.edge import RequestRecord
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.older import Texts
 from colaserve_services.gateway.settings import Bounds
@@ -32,7 +32,7 @@ _EVENT_HEADERS: Final = (
     (b"x-accel-buffering", b"no"),  # asks nginx not to gather events
 )
 
-StartCall = Callable[[float], Awaitable[GenerateCall]]  # with its deadline in time.monotonic() seconds
+StartCall = Callable[[float], AsyncIterator[GenerateResponse]]  # with its deadline in time.monotonic() seconds
 Take = Callable[[int, GenerateResponse], Awaitable[None]]
 
 
@@ -43,6 +43,7 @@ class Answer:
 
     backend: Backend
     bounds: Bounds
+    record: RequestRecord
     calls: Sequence[StartCall]  # choice i of prompt p is number p * per_prompt + i
     per_prompt: int
     dialect: Dialect
@@ -52,29 +53,34 @@ class Answer:
     names: Mapping[str, str] = field(default_factory=dict)  # what the client calls the coordinator's fields, for errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record, events = record_of(scope), EventStream(send)
-        record.choices = len(self.calls)
+        events = EventStream(send)
         end = asyncio.get_running_loop().time() + self.deadline - time.monotonic()
         try:
             async with asyncio.timeout_at(end):
-                choices = await self._run(receive, events, record)
-            await self._finish(choices, record, events, scope, receive, send)
+                choices = await self._run(receive, events)
+            usage = self._usage(choices)
+            if not self.stream:
+                await json_response(self.dialect.answer(choices, usage))(scope, receive, send)
+                return
+            if self.usage_chunk:
+                await events.send(self._chunk([], usage))
+            await events.end()
         except ClientDisconnect:
             raise
         except asyncio.CancelledError:  # the server goes down and its grace is over; the client is still there
             error = Unavailable("the server went down before the text was complete; a retry may succeed")
-            await self._give_up(events, record, api_error(error))
+            await self._give_up(events, api_error(error))
         except Exception as error:
-            await self._give_up(events, record, api_error(error, self.names))
+            await self._give_up(events, api_error(error, self.names))
 
-    async def _run(self, receive: Receive, events: EventStream, record: RequestRecord) -> list[GenerateResponse]:
+    async def _run(self, receive: Receive, events: EventStream) -> list[GenerateResponse]:
         """Run all calls, sending events if there is a stream. Returns each choice as one message, of a stream the last
         message of each."""
         choices = [GenerateResponse() for _ in self.calls]
         texts = [Texts(self.backend) for _ in self.calls]
 
         async def take(index: int, message: GenerateResponse) -> None:
-            record.saw_block()
+            self.record.saw_block()
             await texts[index].fill_in(message)
             if self.stream:
                 for choice in self.dialect.deltas(index, message):
@@ -88,24 +94,6 @@ class Answer:
         calls = [partial(start, self.deadline) for start in self.calls]
         await side_by_side(calls, self.bounds.parallel_choices, take, receive)
         return choices
-
-    async def _finish(
-        self,
-        choices: Sequence[GenerateResponse],
-        record: RequestRecord,
-        events: EventStream,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        usage = self._usage(choices, record)
-        if not self.stream:
-            await json_response(self.dialect.answer(choices, usage))(scope, receive, send)
-            return
-        if self.usage_chunk:
-            await events.send(self._chunk([], usage))
-        await events.send(b"[DONE]")
-        await events.end()
 
     def _chunk(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None = None) -> bytes:
         chunk = self.dialect.chunk(choices)
@@ -125,24 +113,20 @@ class Answer:
         finally:
             task.cancel()
 
-    async def _give_up(self, events: EventStream, record: RequestRecord, error: ApiError) -> None:
+    async def _give_up(self, events: EventStream, error: ApiError) -> None:
         if not events.begun:
             raise error
-        record.failed_with = error.status
+        self.record.failed_with = error.status
         await events.fail(error, self.bounds.last_word_seconds)
 
-    def _usage(self, last: Sequence[GenerateResponse], record: RequestRecord) -> Usage:
+    def _usage(self, last: Sequence[GenerateResponse]) -> Usage:
         """Of all choices, from the last message of each; a prompt counts once, however often it was continued."""
         if any(message.finish_reason not in REASONS for message in last):
             raise Unavailable("a generation ended without saying why; a retry may succeed")
-        record.prompt_tokens = sum(message.usage.prompt_tokens for message in last[:: self.per_prompt])
-        record.completion_tokens = sum(message.usage.completion_tokens for message in last)
-        total = record.prompt_tokens + record.completion_tokens
-        return {
-            "prompt_tokens": record.prompt_tokens,
-            "completion_tokens": record.completion_tokens,
-            "total_tokens": total,
-        }
+        prompt = sum(message.usage.prompt_tokens for message in last[:: self.per_prompt])
+        completion = sum(message.usage.completion_tokens for message in last)
+        self.record.prompt_tokens, self.record.completion_tokens = prompt, completion
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class EventStream:
@@ -157,7 +141,8 @@ class EventStream:
         await self._body(b"data: " + data + b"\n\n", more=True)
 
     async def end(self) -> None:
-        """End the stream."""
+        """End a complete stream."""
+        await self.send(b"[DONE]")
         await self._body(b"", more=False)
 
     async def fail(self, error: ApiError, seconds: float) -> None:
@@ -168,7 +153,7 @@ class EventStream:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.send(error.body())
-                await self.end()
+                await self._body(b"", more=False)
 
     async def _body(self, data: bytes, more: bool) -> None:
         if not self.begun:
@@ -183,7 +168,7 @@ def json_response(content: Any, status: int = 200) -> Response:
 
 
 async def side_by_side(
-    calls: Sequence[Callable[[], Awaitable[GenerateCall]]], parallel: int, take: Take, receive: Receive
+    calls: Sequence[Callable[[], AsyncIterator[GenerateResponse]]], parallel: int, take: Take, receive: Receive
 ) -> None:
     """Run calls, at most `parallel` at a time, and give each message with its call's number to `take`, one by one.
 
@@ -191,20 +176,16 @@ async def side_by_side(
     """
     running, taking = asyncio.Semaphore(parallel), asyncio.Lock()
 
-    async def run(index: int, start: Callable[[], Awaitable[GenerateCall]]) -> None:
-        async with running:
-            call = await start()
-            try:
-                async for message in call:
-                    async with taking:
-                        await take(index, message)
-            finally:
-                call.cancel()
+    async def run(index: int, call: Callable[[], Any]) -> None:
+        async with running, aclosing(call()) as messages:
+            async for message in messages:
+                async with taking:
+                    await take(index, message)
 
     try:
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(_disconnect(receive))
-            await asyncio.wait([group.create_task(run(index, start)) for index, start in enumerate(calls)])
+            await asyncio.wait([group.create_task(run(index, call)) for index, call in enumerate(calls)])
             watching.cancel()
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None

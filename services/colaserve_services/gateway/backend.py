@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import grpc
 
 from colaserve.v1 import generation_pb2 as pb
-from colaserve.v1 import latent_service_pb2
+from colaserve.v1 import types_pb2
+from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse
 from colaserve_services.errors import ColaserveError, Unavailable
 from colaserve_services.rpc.requests import outgoing_metadata
 
@@ -20,23 +21,6 @@ UNARY_TIMEOUT: Final = 30.0
 
 Reach = Callable[[], Awaitable[None]]
 Info = pb.GenerationServiceGetInfoResponse
-
-
-class GenerateCall(Protocol):
-    """A running Generate call."""
-
-    def __aiter__(self) -> AsyncIterator[pb.GenerateResponse]: ...
-    def cancel(self) -> bool | None: ...
-
-
-class GenerationStub(Protocol):
-    """What the gateway calls of a coordinator, see `coordinator_stub`."""
-
-    Generate: Any
-    Tokenize: Any
-    Detokenize: Any
-    GetInfo: Any
-    Infill: Any
 
 
 def coordinator_stub(generation: Any, latent: Any) -> Any:
@@ -56,7 +40,7 @@ async def _at_once() -> None:
 class Backend:
     """Calls a GenerationService. `reach` returns when one can be called, or it is no use to wait."""
 
-    def __init__(self, stub: GenerationStub, info_seconds: float, reach: Reach | None = None):
+    def __init__(self, stub: Any, info_seconds: float, reach: Reach | None = None):
         self._stub = stub
         self._reach = reach or _at_once
         self._info_seconds = info_seconds
@@ -64,18 +48,27 @@ class Backend:
         self._info_at = -float("inf")
         self._asking: asyncio.Task[Info] | None = None
 
-    async def generate(self, request: pb.GenerateRequest, deadline: float) -> GenerateCall:
-        """Start a generation. `deadline` in time.monotonic() seconds."""
-        call: GenerateCall = await self._start(self._stub.Generate, request, deadline)
-        return call
-
-    async def infill(self, request: latent_service_pb2.InfillRequest, deadline: float) -> Any:
-        """Start an infill."""
-        return await self._start(self._stub.Infill, request, deadline)
-
-    async def _start(self, method: Any, request: Any, deadline: float) -> Any:
+    async def generate(self, request: pb.GenerateRequest, deadline: float) -> AsyncIterator[pb.GenerateResponse]:
+        """A generation's messages. `deadline` in time.monotonic() seconds. Closing the iterator cancels the call."""
         await self._reach()
-        return method(request, timeout=max(deadline - time.monotonic(), 0.001), metadata=outgoing_metadata())
+        call = self._stub.Generate(request, **_until(deadline))
+        try:
+            async for message in call:
+                yield message
+        finally:
+            call.cancel()
+
+    async def infill(self, request: InfillRequest, deadline: float) -> AsyncIterator[pb.GenerateResponse]:
+        """The text of an infill's one hole before a suffix, as a generation of one message."""
+        await self._reach()
+        call = self._stub.Infill(request, **_until(deadline))
+        try:
+            response: InfillResponse = await call
+        finally:
+            call.cancel()
+        [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # an earlier version says none
+        text = response.segments[len(request.segments) - 2]
+        yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
 
     async def tokenize(self, text: str) -> pb.TokenizeResponse:
         await self._reach()
@@ -84,23 +77,20 @@ class Backend:
         response = await self._stub.Tokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
         return response
 
-    async def detokenize(self, ids: Sequence[int]) -> str:
-        return str((await self._detokenize(ids)).text)
+    async def detokenize(self, ids: Sequence[int]) -> pb.DetokenizeResponse:
+        await self._reach()
+        request = pb.DetokenizeRequest(token_ids=ids)
+        response: pb.DetokenizeResponse
+        response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
+        return response
 
     async def token_texts(self, ids: Sequence[int]) -> dict[int, str]:
         """The text of each id, of a coordinator that sends none with what it writes."""
         most = most_tokens(await self.info())  # that one call takes
         texts: dict[int, str] = {}
         for some in (ids[start : start + most] for start in range(0, len(ids), most)):
-            texts |= zip(some, (await self._detokenize(some)).tokens, strict=True)
+            texts |= zip(some, (await self.detokenize(some)).tokens, strict=True)
         return texts
-
-    async def _detokenize(self, ids: Sequence[int]) -> pb.DetokenizeResponse:
-        await self._reach()
-        request = pb.DetokenizeRequest(token_ids=ids)
-        response: pb.DetokenizeResponse
-        response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
-        return response
 
     async def info(self) -> Info:
         """The coordinator's description of itself. One older than `info_seconds` is given while a new one is asked for,
@@ -148,3 +138,8 @@ class Backend:
         for stage in info.stages:
             if not stage.serving:
                 raise Unavailable(f"{stage.stage} is not serving")
+
+
+def _until(deadline: float) -> dict[str, Any]:
+    """What each call is made with."""
+    return {"timeout": max(deadline - time.monotonic(), 0.001), "metadata": outgoing_metadata()}

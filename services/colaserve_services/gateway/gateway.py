@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from colaserve_services.gateway import shapes
 from colaserve_services.gateway.answer import Answer, StartCall, json_response
-from colaserve_services.gateway.backend import Backend, GenerateCall, Info, most_tokens
+from colaserve_services.gateway.backend import Backend, Info, most_tokens
 from colaserve_services.gateway.dialects import ChatDialect, CompletionDialect, Dialect
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
-from colaserve_services.gateway.infill import infill_names, infill_request, start_infill
 from colaserve_services.gateway.pages import docs_page, root_page
-from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.schemas import (
     DEADLINE_HEADER,
     ChatRequest,
@@ -33,8 +31,11 @@ from colaserve_services.gateway.schemas import (
 )
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.gateway.translate import (
+    chat_prompt,
     completion_prompts,
     generate_request,
+    infill_names,
+    infill_request,
     most_likely,
     names_of,
     text_prompt,
@@ -77,7 +78,7 @@ class Gateway:
         model = _checked_model(body.model, info)
         dialect = partial(CompletionDialect, record_of(request.scope).request_id, model, info.space)
         if body.suffix:
-            start = partial(start_infill, self._backend, infill_request(body, info))
+            start = partial(self._backend.infill, infill_request(body, info))
             return self._answer(request, body, dialect(False, [""]), [start], infill_names(body, info))
         prompts = completion_prompts(body.prompt, info.model.vocab_size)
         self._check_choices(body, len(prompts))
@@ -92,9 +93,9 @@ class Gateway:
         """What starts the generations of a request, prompt by prompt. Raises for fields that none can be made of."""
         generate_request(GenerateRequest(), body, 0)
 
-        async def start(prompt: GenerateRequest, sample: int, deadline: float) -> GenerateCall:
+        def start(prompt: GenerateRequest, sample: int, deadline: float) -> AsyncIterator[GenerateResponse]:
             request = generate_request(prompt, body, sample)  # not made before it is needed: prompts may be large
-            return await self._backend.generate(request, deadline)
+            return self._backend.generate(request, deadline)
 
         return [partial(start, prompt, sample) for prompt in prompts for sample in range(body.n or 1)]
 
@@ -107,11 +108,19 @@ class Gateway:
         names: Mapping[str, str],
     ) -> Answer:
         record, bounds = record_of(request.scope), self._settings.bounds
-        record.user = body.user or ""
+        record.user, record.choices = body.user or "", len(calls)
         deadline = record.started + min(_seconds(request), bounds.request_seconds)
-        usage_chunk = _usage_chunk(body)
         return Answer(
-            self._backend, bounds, calls, body.n or 1, dialect, deadline, bool(body.stream), usage_chunk, names
+            self._backend,
+            bounds,
+            record,
+            calls,
+            per_prompt=body.n or 1,
+            dialect=dialect,
+            deadline=deadline,
+            stream=bool(body.stream),
+            usage_chunk=_usage_chunk(body),
+            names=names,
         )
 
     def _check_choices(self, body: GenerationFields, prompts: int) -> None:
@@ -123,7 +132,7 @@ class Gateway:
 
     async def _echoes(self, prompts: Sequence[GenerateRequest]) -> list[str]:
         return [
-            await self._backend.detokenize(list(prompt.prompt_ids.ids))
+            (await self._backend.detokenize(prompt.prompt_ids.ids)).text
             if prompt.HasField("prompt_ids")
             else prompt.prompt
             for prompt in prompts
@@ -167,7 +176,7 @@ class Gateway:
     async def detokenize(self, _: Request, body: DetokenizeRequest) -> shapes.Detokenized:
         """Text of token ids."""
         _checked_model(body.model, await self._backend.info())
-        return {"prompt": await self._backend.detokenize(body.tokens)}
+        return {"prompt": (await self._backend.detokenize(body.tokens)).text}
 
     async def health(self, _: Request) -> shapes.Health:
         """The process lives. Says nothing about load or about the coordinator."""

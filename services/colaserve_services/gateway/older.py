@@ -35,7 +35,7 @@ class Texts:
             self._parts.append(token)
             return self._at
         if self._parts:
-            self._at += len(await self.backend.detokenize(self._parts))
+            self._at += len((await self.backend.detokenize(self._parts)).text)
             self._parts.clear()
         start, self._at = self._at, self._at + len(text)
         return start

@@ -1,17 +1,57 @@
-"""A checked HTTP request to the gRPC requests it stands for. Only what the client set is set."""
+"""A checked HTTP request to the gRPC requests it stands for. Only what the client set is set.
+
+The model knows no roles: a chat is a text that ends where the answer begins. A completion with `suffix` is an infill:
+the prompt, a hole of max_tokens and the suffix.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-from google.protobuf.message import Message
+from google.protobuf.message import Message as ProtoMessage
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment
 from colaserve_services.bounds import SAMPLER, SAMPLING, Fields, wire
+from colaserve_services.gateway.backend import Info
 from colaserve_services.gateway.errors import invalid
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message, parts
+
+FRAME_PLACE: Final = "{prompt}"
+_SPEAKERS: Final = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+_ANSWER: Final = "Assistant:"
+
+_BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill cannot honour -> values that ask for nothing
+    "n": (None, 1),
+    "logprobs": (None,),
+    "echo": (None, False),
+    "stop": (None, []),
+    "ignore_eos": (None, False),
+    "skip_special_tokens": (None, True),
+}
+
+
+def chat_prompt(messages: Sequence[Message], frame: str) -> str:
+    """One message of an unnamed user: its text, in the checkpoint's frame if there is one. Others: a transcript."""
+    first = messages[0]
+    if len(messages) == 1 and first.role == "user" and first.name is None:
+        text = parts(first.content)
+        return frame.replace(FRAME_PLACE, text) if frame else text
+    return transcript(messages)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """ "User: ...", "Assistant: ..." line by line; the last line is "Assistant:", without a space after it."""
+    return "\n".join([*map(_line, messages), _ANSWER])
+
+
+def _line(message: Message) -> str:
+    speaker, text = _SPEAKERS[message.role], parts(message.content)
+    tag = f"{speaker} ({message.name}):" if message.name else f"{speaker}:"
+    space = "" if text[:1].isspace() else " "  # an answer of this model begins with its own space
+    return f"{tag}{space}{text}"
 
 
 def text_prompt(text: str) -> GenerateRequest:
@@ -100,7 +140,7 @@ def set_sampling(sampling: types_pb2.Sampling, fields: GenerationFields) -> None
     _set(sampling, SAMPLING, fields)
 
 
-def _set(message: Message, table: Fields, fields: GenerationFields) -> None:
+def _set(message: ProtoMessage, table: Fields, fields: GenerationFields) -> None:
     values = {name: getattr(fields, field.flat) for name, field in table.items()}
     if values.get("top_k") == -1:  # as OpenAI's other servers say it
         values["top_k"] = 0
@@ -114,3 +154,32 @@ def names_of(fields: ChatRequest | CompletionRequest) -> Mapping[str, str]:
         return {"top_logprobs": "logprobs"}
     newer = fields.max_completion_tokens is not None
     return {"prompt": "messages", "max_new_tokens": "max_completion_tokens" if newer else "max_tokens"}
+
+
+def infill_request(body: CompletionRequest, info: Info) -> InfillRequest:
+    """The request that a completion with a suffix stands for; a 400 names what cannot be honoured beside it."""
+    for name, neutral in _BESIDE.items():
+        if getattr(body, name) not in neutral:
+            raise invalid(name, "not together with suffix", "unsupported_parameter")
+    request = InfillRequest(segments=[InfillSegment(**segment) for segment in _segments(body, info).values()])
+    if body.seed is not None:
+        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=body.seed))
+    set_sampler(request.sampler, body)
+    set_sampling(request.sampling, body)
+    return request
+
+
+def infill_names(body: CompletionRequest, info: Info) -> Mapping[str, str]:
+    """What the client calls the fields of the request, so that an error names what it sent."""
+    names = enumerate(_segments(body, info))
+    return {f"segments[{place}]{end}": name for place, name in names for end in ("", ".text", ".token_count")}
+
+
+def _segments(body: CompletionRequest, info: Info) -> dict[str, dict[str, Any]]:
+    """By the field that each comes of."""
+    prompt = body.prompt[0] if isinstance(body.prompt, list) and len(body.prompt) == 1 else body.prompt
+    if not isinstance(prompt, str):
+        raise invalid("prompt", "expected one text beside suffix", "unsupported_parameter")
+    hole = body.max_tokens or info.default_max_new_tokens
+    kept = {"prompt": {"text": prompt}} if prompt else {}
+    return {**kept, "max_tokens": {"token_count": hole}, "suffix": {"text": body.suffix}}

@@ -53,7 +53,7 @@ async def running(
     metrics = Metrics()
     stub = stub or coordinator_stub(InProcessStub(fake), InProcessStub(fake.infill))
     app = create_app(stub, settings or GatewaySettings(), metrics, reach)
-    server = await serve(app, "127.0.0.1", 0, tls)
+    server = await serve(app, "127.0.0.1", 0, tls, renewal_seconds=0.01)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as http:
             yield Running(fake, server, http, metrics)

@@ -102,31 +102,26 @@ async def test_a_chat_leaves_out_the_first_space_alone_and_a_completion_nothing(
     assert (await gateway.complete()).json()["choices"][0]["text"] == says
 
 
-async def test_a_token_that_is_part_of_a_character_is_told_by_its_id(gateway: Running):
-    gateway.fake.says = "日"
-    [choice] = (await gateway.chat(logprobs=True)).json()["choices"]
-    assert choice["message"]["content"] == "日"
-    assert [one["token"] for one in choice["logprobs"]["content"]] == [f"token_id:{byte}" for byte in "日".encode()]
-    assert choice["logprobs"]["content"][0]["bytes"] is None
-
-
-async def test_an_impossible_token_has_a_logprob_that_json_can_say(gateway: Running):
-    gateway.fake.logprob = -math.inf
-    [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
-    assert choice["logprobs"]["token_logprobs"] == [-9999.0]
-    assert choice["logprobs"]["top_logprobs"] == [{" ": -9999.0}]
-
-
-async def test_a_logprob_prints_as_the_float32_that_it_is(gateway: Running):
-    gateway.fake.logprob = -0.1
-    [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
-    assert choice["logprobs"]["token_logprobs"] == [-0.1]
-
-
-async def test_text_offsets_count_characters_where_tokens_are_parts_of_them(gateway: Running):
+async def test_a_token_that_is_part_of_a_character_is_called_by_its_id_and_begins_where_that_does(gateway: Running):
     gateway.fake.says = "a日éx"
+    [choice] = (await gateway.chat(logprobs=True)).json()["choices"]
+    assert choice["message"]["content"] == "a日éx"
+    tokens = ["a", *(f"token_id:{byte}" for byte in "日é".encode()), "x"]
+    assert [one["token"] for one in choice["logprobs"]["content"]] == tokens
+    assert choice["logprobs"]["content"][1]["bytes"] is None
     [choice] = (await gateway.complete(logprobs=0)).json()["choices"]
+    assert choice["logprobs"]["tokens"] == tokens
     assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(("logprob", "printed"), [(-math.inf, -9999.0), (-0.1, -0.1)])
+async def test_a_logprob_prints_as_the_float32_that_it_is_and_as_json_can_say(
+    gateway: Running, logprob: float, printed: float
+):
+    gateway.fake.logprob = logprob
+    [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [printed]
+    assert choice["logprobs"]["top_logprobs"] == [{" ": printed}]
 
 
 async def test_completion_logprobs_tell_where_each_token_begins(gateway: Running):
@@ -152,18 +147,12 @@ async def test_a_stop_string_ends_the_text_before_it(gateway: Running):
 
 
 async def test_the_served_model_is_listed_with_its_defaults(gateway: Running):
-    gateway.fake.model_name = "mine"
     [model] = (await gateway.http.get("/v1/models")).json()["data"]
-    assert model["id"] == "mine"
-    assert model["max_model_len"] == 512
+    assert (model["id"], model["max_model_len"]) == ("fake/cola", 512)
     assert model["defaults"]["max_tokens"] == 32
     assert model["defaults"]["solver"] == "euler"
-    assert (await gateway.http.get("/v1/models/mine")).json() == model
-    assert (await gateway.http.get("/v1/models/fake/cola")).status_code == 404
-
-
-async def test_a_models_name_may_hold_a_slash(gateway: Running):
-    assert (await gateway.http.get("/v1/models/fake/cola")).json()["id"] == "fake/cola"
+    assert (await gateway.http.get("/v1/models/fake/cola")).json() == model
+    assert (await gateway.http.get("/v1/models/cola")).status_code == 404
 
 
 async def test_texts_are_tokenized_and_back(gateway: Running):

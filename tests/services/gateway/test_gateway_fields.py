@@ -203,6 +203,7 @@ async def test_an_unknown_field_is_refused_by_its_place_or_passes_everywhere(sha
     assert (refused["param"], refused["code"]) == (f"{WHERE[place]}nonsense", "unknown_parameter")
     async with running(FakeGeneration(), GatewaySettings(allow_unknown_fields=True)) as lenient:
         assert (await lenient.chat(**placed(place, {"nonsense": 1}))).status_code == 200
+        assert (await lenient.chat(tools=[{}])).status_code == 400
 
 
 async def test_every_part_of_a_request_has_its_row_of_refusals():

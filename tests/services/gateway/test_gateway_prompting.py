@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from colaserve_services.gateway.prompting import chat_prompt
 from colaserve_services.gateway.schemas import Message
+from colaserve_services.gateway.translate import chat_prompt
+
+SEVERAL = [("system", "Be short."), ("user", "Hi"), ("assistant", " Hello."), ("user", "Bye")]
 
 
-def prompt(*messages: dict, frame: str = "") -> str:
-    return chat_prompt([Message.model_validate(message) for message in messages], frame)
-
-
-def test_one_message_of_a_user_is_the_prompt_itself():
-    assert prompt({"role": "user", "content": " as it is\n"}) == " as it is\n"
-
-
-def test_one_message_of_a_user_goes_into_the_checkpoints_frame():
-    assert prompt({"role": "user", "content": "Hi {prompt}"}, frame="Q: {prompt}\nA:") == "Q: Hi {prompt}\nA:"
-
-
-def test_several_messages_become_a_transcript_that_ends_where_the_answer_begins():
-    text = prompt(
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": " Hello."},
-        {"role": "user", "content": "Bye"},
-        frame="not for {prompt}",
-    )
-    assert text == "System: Be short.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"
-
-
-@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
-def test_one_message_that_is_no_users_is_tagged(role: str):
-    assert prompt({"role": role, "content": "x"}).endswith(": x\nAssistant:")
-
-
-def test_a_name_tells_speakers_apart():
-    assert prompt({"role": "user", "content": "x", "name": "ann"}) == "User (ann): x\nAssistant:"
-
-
-def test_parts_of_type_text_are_joined_as_they_are():
-    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
-    assert prompt({"role": "user", "content": parts}) == "a b"
+@pytest.mark.parametrize(
+    ("messages", "frame", "prompt"),
+    [
+        ([("user", " as it is\n")], "", " as it is\n"),
+        ([("user", "Hi {prompt}")], "Q: {prompt}\nA:", "Q: Hi {prompt}\nA:"),
+        ([("user", [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])], "", "a b"),
+        ([("user", "x", "ann")], "not for {prompt}", "User (ann): x\nAssistant:"),
+        ([("system", "x")], "", "System: x\nAssistant:"),
+        ([("developer", "x")], "", "System: x\nAssistant:"),
+        ([("assistant", "x")], "", "Assistant: x\nAssistant:"),
+        (SEVERAL, "not for {prompt}", "System: Be short.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"),
+    ],
+)
+def test_one_message_of_an_unnamed_user_is_the_prompt_and_others_make_a_transcript(
+    messages: list[tuple], frame: str, prompt: str
+):
+    made = [Message(**dict(zip(("role", "content", "name"), one, strict=False))) for one in messages]
+    assert chat_prompt(made, frame) == prompt

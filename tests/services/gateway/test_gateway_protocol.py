@@ -98,10 +98,10 @@ async def test_answers_and_idle_connections_may_take_longer_than_a_head(hurried:
     assert await said(hurried) == b""  # a silent connection, which a head's time ends
     hurried.fake.gate.set()
     assert (await asking).json()["choices"][0]["text"] == SAYS
-    [connection] = hurried.server._server.server_state.connections
+    assert hurried.server.connections == 1
     assert await said(hurried) == b""  # a silent connection, which a head's time ends
     assert (await hurried.http.get("/health")).status_code == 200
-    assert list(hurried.server._server.server_state.connections) == [connection]
+    assert hurried.server.connections == 1
 
 
 async def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(gateway: Running):

@@ -21,6 +21,7 @@ from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.server import serve
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.launch import settings
+from colaserve_services.rpc import network
 from colaserve_services.rpc.in_process import InProcessStub
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
@@ -28,23 +29,17 @@ from tests.services.gateway.running_gateway import Running
 from tests.waiting import PATIENCE, eventually
 
 
-async def test_connections_are_served_without_nagles_delay(gateway: Running):
-    await gateway.http.get("/health")
-    [connection] = gateway.server._server.server_state.connections
-    accepted = connection.transport.get_extra_info("socket")
-    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+def test_connections_are_served_without_nagles_delay():
+    with network.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-async def test_a_port_that_is_taken_is_a_usage_error(gateway: Running):
-    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
-    with pytest.raises(UsageError, match=f"127.0.0.1:{gateway.server.port}"):
-        await serve(app, "127.0.0.1", gateway.server.port)
-
-
-async def test_a_host_that_does_not_exist_is_a_usage_error():
-    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
-    with pytest.raises(UsageError, match="no-such-host"):
-        await serve(app, "no-such-host.invalid", 0)
+async def test_where_it_cannot_listen_is_a_usage_error(gateway: Running):
+    for host, port in (("127.0.0.1", gateway.server.port), ("no-such-host.invalid", 0)):
+        with pytest.raises(UsageError, match=f"{host}:{port}"):
+            await serve(create_app(InProcessStub(FakeGeneration()), GatewaySettings()), host, port)
 
 
 async def test_ipv6_is_served():
@@ -129,9 +124,8 @@ async def subject(port: int, ca: Path, host: str = "localhost") -> str:
 
 
 @pytest.fixture
-def renewals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The gateway looks often at its certificate's files; the log of it."""
-    monkeypatch.setattr("colaserve_services.gateway.server._LOOK_SECONDS", 0.01)
+def renewals(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of the renewals of certificates."""
     caplog.set_level(logging.INFO)
     return caplog
 
