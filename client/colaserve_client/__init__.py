@@ -10,10 +10,9 @@ docs/client.md is the guide.
  there was a
 """
 
-from colaserve_client.aio.client import AsyncClient
-from colaserve_client.aio.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
-from colaserve_client.aio.transport import AsyncStream
+from colaserve_client.blocking import Client, DecoderClient, DecodeSession, EncoderClient, PriorClient, Stream
 from colaserve_client.channel import client_version
+from colaserve_client.client import AsyncClient
 from colaserve_client.errors import (
     Cancelled,
     ColaserveError,
@@ -65,9 +64,8 @@ from colaserve_client.settings import (
     Solver,
     Tls,
 )
-from colaserve_client.sync.client import Client
-from colaserve_client.sync.stages import DecoderClient, DecodeSession, EncoderClient, PriorClient
-from colaserve_client.sync.transport import Stream
+from colaserve_client.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
+from colaserve_client.transport import AsyncStream
 
 __version__ = client_version()
 

@@ -1,16 +1,20 @@
-"""From settings to what gRPC wants: target, channel arguments, credentials. The same for sync and asyncio."""
+"""How a client reaches its server: target, key, channel arguments, credentials."""
 
 import json
 import re
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
+from numbers import Real
 from pathlib import Path
 
 import grpc
+import grpc.aio
 
 from colaserve_client.errors import invalid
-from colaserve_client.settings import Connection, Tls
+from colaserve_client.settings import Connection, Retry, Tls
 
 _HOST_AND_PORT = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]):\d{1,5}")
 _RESOLVED_BY_GRPC = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
@@ -25,7 +29,39 @@ def client_version() -> str:
         return "unknown"
 
 
-def check_target(target: str) -> str:
+@dataclass(frozen=True)
+class ClientConfig:
+    """How a client reaches its server."""
+
+    target: str
+    key: str | None = field(default=None, repr=False)  # sent as "authorization: Bearer KEY"
+    tls: Tls | None = None  # None: not encrypted
+    timeout: float | None = None  # seconds, of calls that give none; None: no deadline
+    retry: Retry = field(default_factory=Retry)
+    connection: Connection = field(default_factory=Connection)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", _checked_target(self.target.strip()))
+        check_timeout(self.timeout)
+        if self.key is not None:  # of a file or a variable, which often ends with a newline
+            object.__setattr__(self, "key", _checked_key(self.key))
+
+
+def check_timeout(timeout: float | None) -> None:
+    """`InvalidRequest` for what is no number of seconds above 0."""
+    if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
+        raise invalid("timeout", f"expected more than 0 seconds, got {timeout!r}")
+
+
+def _checked_key(key: str) -> str:
+    """The key without the blanks around it; `InvalidRequest` for none, and for one that HTTP cannot carry."""
+    key = key.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise invalid("key", "expected printable ASCII characters")
+    return key
+
+
+def _checked_target(target: str) -> str:
     """The target itself; `InvalidRequest` when gRPC could not make sense of it."""
     plain = _HOST_AND_PORT.fullmatch(target) and int(target.rpartition(":")[2]) < 65536
     if plain or target.startswith(_RESOLVED_BY_GRPC):
@@ -33,8 +69,15 @@ def check_target(target: str) -> str:
     raise invalid("target", f'expected "host:port" or a gRPC name such as "dns:///host:port", got {target!r}')
 
 
-def channel_options(target: str, connection: Connection, tls: Tls | None) -> list[tuple[str, str | int]]:
-    """gRPC's channel arguments."""
+def open_channel(config: ClientConfig) -> Callable[[], grpc.aio.Channel]:
+    """What opens a channel for the running event loop; files that cannot be read are an `InvalidRequest` at once."""
+    options = _channel_options(config.target, config.connection, config.tls)
+    if config.tls is None:
+        return partial(grpc.aio.insecure_channel, config.target, options)
+    return partial(grpc.aio.secure_channel, config.target, _credentials(config.tls), options)
+
+
+def _channel_options(target: str, connection: Connection, tls: Tls | None) -> list[tuple[str, str | int]]:
     options: list[tuple[str, str | int]] = [
         ("grpc.primary_user_agent", f"colaserve-client/{client_version()}"),
         ("grpc.max_send_message_length", connection.max_message_bytes),
@@ -46,17 +89,17 @@ def channel_options(target: str, connection: Connection, tls: Tls | None) -> lis
         ("grpc.min_reconnect_backoff_ms", 5000),  # which is in truth the time that connecting may take
         ("grpc.max_reconnect_backoff_ms", 1000),  # and one that was away long: `Retry()` tries for longer than this
         ("grpc.use_local_subchannel_pool", 1),  # a new client does not wait because an older one could not connect
-        ("grpc.enable_retries", 0),  # `calls.Attempts` alone decides what is tried again
+        ("grpc.enable_retries", 0),  # `Attempts` alone decides what is tried again
         ("grpc.service_config", json.dumps({"loadBalancingConfig": [{connection.load_balancing: {}}]})),
     ]
-    if is_loopback(target):
+    if _is_loopback(target):
         options.append(("grpc.enable_http_proxy", 0))  # a proxy could not reach this machine's servers
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options
 
 
-def is_loopback(target: str) -> bool:
+def _is_loopback(target: str) -> bool:
     """Whether a target is on this machine: a proxy of the environment is then passed by."""
     if target.startswith("unix"):
         return True
@@ -73,8 +116,7 @@ def _milliseconds(seconds: float) -> int:
     return int(min(seconds * 1000, 2**31 - 1))  # gRPC's most, which it takes for never
 
 
-def credentials(tls: Tls) -> grpc.ChannelCredentials:
-    """gRPC's credentials; `InvalidRequest` names the file that cannot be read."""
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(
         root_certificates=_pem(tls.ca, "tls.ca"),
         private_key=_pem(tls.key, "tls.key"),

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from colaserve_client.aio.client import AsyncClient
 from colaserve_client.cli.options import SectionedCommand, Server, json_option, sampler_options, server_options
 from colaserve_client.cli.output import echo, print_json, table
 from colaserve_client.cli.types import comma_separated
+from colaserve_client.client import AsyncClient
 from colaserve_client.settings import Sampler, Solver
 from colaserve_eval import options
 from colaserve_eval.demo import held_out_texts

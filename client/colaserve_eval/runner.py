@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from colaserve_client.aio.client import AsyncClient
+from colaserve_client.client import AsyncClient
 from colaserve_client.errors import ColaserveError, Overloaded
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 from colaserve_eval.folder import RunFolder, Speed, Task

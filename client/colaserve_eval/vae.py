@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from colaserve_client.aio.client import AsyncClient
+from colaserve_client.client import AsyncClient
 from colaserve_client.reading import read_lines
 from colaserve_client.results import Reconstruction
 from colaserve_eval.records import EvalError, parse_lines, readable

@@ -33,8 +33,8 @@ def examples_of(module: Any) -> Iterator[doctest.DocTest]:
 
 
 EXAMPLES = [test for module in modules() for test in examples_of(module)]
-BLOCKING = [test for test in EXAMPLES if ".aio." not in test.name]
-AWAITING = [test for test in EXAMPLES if ".aio." in test.name]
+AWAITING = [test for test in EXAMPLES if ".Async" in test.name]
+BLOCKING = [test for test in EXAMPLES if test not in AWAITING]
 
 
 @pytest.mark.parametrize("test", BLOCKING, ids=lambda test: test.name)
@@ -63,7 +63,7 @@ async def run_awaiting(source: str, names: dict[str, Any]) -> str:
 
 
 def test_every_public_method_of_the_clients_is_shown() -> None:
-    shown = {test.name.rpartition(".")[2] for test in BLOCKING if "sync.client.Client." in test.name}
+    shown = {test.name.rpartition(".")[2] for test in BLOCKING if "blocking.Client." in test.name}
     inherited = {"healthy", "wait_until_ready", "close", "target"}
     assert shown == {name for name in dir(Client) if not name.startswith("_")} - inherited
 

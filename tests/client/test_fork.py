@@ -1,4 +1,4 @@
-"""A client in a process that was forked from the one that made it."""
+"""A client in a process that was forked from the one that made it: it connects anew, or says at once why it cannot."""
 
 import json
 import os
@@ -11,10 +11,9 @@ import pytest
 from tests.client.fakes import FakeServer
 
 PROGRAM = """
-import asyncio, faulthandler, json, os, sys
+import asyncio, json, os, sys
 from colaserve_client import *
 
-faulthandler.dump_traceback_later(25, exit=True)
 target = sys.argv[1]
 
 def say(**fields):
@@ -83,15 +82,14 @@ async def once_and_close():
 """
 
 
-@pytest.mark.parametrize("used", ["shared", "AsyncClient(target)"])
-def test_asyncio_clients_say_what_to_do_in_a_child_of_a_process_with_a_connected_one(
+@pytest.mark.parametrize("used", ["once(shared)", "once(AsyncClient(target))", "asyncio.to_thread(text, client)"])
+def test_the_child_of_a_process_with_a_connected_asyncio_client_is_told_so_at_once(
     server: FakeServer, used: str
 ) -> None:
-    program = f"asyncio.run(once(shared)); in_child(lambda: asyncio.run(once({used}))); in_child(lambda: text(client))"
-    refused, blocking = lines_of(ASYNCIO + program, server.target)
-    assert refused["child"] == "Unavailable"
-    assert "close them before the fork" in refused["message"]
-    assert blocking == {"child": " the"}
+    program = f"asyncio.run(once(shared)); in_child(lambda: asyncio.run({used}))"
+    [said] = lines_of(ASYNCIO + program, server.target)
+    assert said["child"] == "Unavailable"
+    assert "close asyncio clients before the fork" in said["message"]
 
 
 def test_asyncio_clients_work_in_a_child_when_the_parents_were_closed_or_never_used(server: FakeServer) -> None:
@@ -99,19 +97,46 @@ def test_asyncio_clients_work_in_a_child_when_the_parents_were_closed_or_never_u
     assert lines_of(ASYNCIO + program, server.target) == [{"child": " the"}]
 
 
-def test_a_stream_that_was_open_before_a_fork_stays_the_parents(server: FakeServer) -> None:
+def test_a_stream_that_is_open_at_a_fork_stays_the_parents(server: FakeServer) -> None:
     program = """
 stream = client.stream("x", max_new_tokens=8)
 next(stream)
 in_child(lambda: next(stream).text)
+in_child(lambda: text(Client(target)))
 in_child(lambda: stream.close())
+in_child(lambda: client.close())
 say(parent=[chunk.text for chunk in stream])
+in_child(lambda: text(client))
 """
-    refused, closed, parent = lines_of(program, server.target)
-    assert refused["child"] == "Cancelled"
-    assert "opened before this process was forked" in refused["message"]
-    assert closed == {"child": None}
+    *refused, closed, disconnected, parent, later = lines_of(program, server.target)
+    assert [said["child"] for said in refused] == ["Unavailable"] * 2
+    assert "a call was running" in refused[0]["message"]
+    assert closed == disconnected == {"child": None}
     assert parent == {"parent": ["re w"]}
+    assert later == {"child": " the"}
+
+
+def test_errors_that_were_kept_do_not_keep_the_connection(server: FakeServer) -> None:
+    program = """
+kept = [outcome.error for outcome in client.generate_many([GenerationRequest("x", max_new_tokens=0)])]
+try:
+    client.generate("x", max_new_tokens=0)
+except InvalidRequest as error:
+    kept.append(error)
+in_child(lambda: text(client))
+"""
+    assert lines_of(program, server.target) == [{"child": " the"}]
+
+
+def test_a_child_that_cannot_make_calls_ends_like_any_other(server: FakeServer) -> None:
+    program = """
+stream = client.stream("x", max_new_tokens=8)
+next(stream)
+if child := os.fork():
+    say(status=os.waitpid(child, 0)[1], parent=next(stream).text)
+"""
+    [said] = lines_of(program.replace("faulthandler", ""), server.target)
+    assert said == {"status": 0, "parent": "re w"}
 
 
 def test_leaving_a_clients_with_block_in_a_child_leaves_the_parent_connected(server: FakeServer) -> None:

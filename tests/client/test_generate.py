@@ -1,4 +1,8 @@
-"""Generation: whole, streamed and in batches, blocking and with asyncio, against a real server."""
+"""Generation: whole, streamed and in batches, against a real server.
+
+The blocking client is a facade over the asyncio one, so what is shown of it holds for both; tests of asyncio are of
+its own ways to leave a call.
+"""
 
 import asyncio
 import gc
@@ -242,20 +246,6 @@ async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_told_
     assert server.behaviour.calls == 1
 
 
-async def test_an_asyncio_stream_that_was_cancelled_between_two_messages_does_not_look_whole(
-    async_client: AsyncClient,
-) -> None:
-    stream = async_client.stream("Once")
-    await anext(stream)
-    stream.cancel()
-    with pytest.raises(Cancelled):
-        [chunk async for chunk in stream]
-    closed = async_client.stream("Once")
-    await anext(closed)
-    await closed.aclose()  # by who reads it
-    assert [chunk async for chunk in closed] == []
-
-
 async def test_closing_an_asyncio_client_cancels_its_calls_and_says_so(server: FakeServer) -> None:
     server.behaviour.wait_after, server.behaviour.delay = 1, 20
     client = AsyncClient(server.target)
@@ -331,16 +321,6 @@ def test_leaving_a_batch_cancels_what_runs(client: Client, behaviour: Behaviour,
     eventually(lambda: behaviour.running == 0)
 
 
-async def test_an_asyncio_batch_keeps_its_order_and_its_bound(async_client: AsyncClient, behaviour: Behaviour) -> None:
-    behaviour.wait_after = 1
-    prompts = [GenerationRequest("Once", max_new_tokens=n + 5) for n in range(12)]
-    with when(lambda: behaviour.running == 3, behaviour.go_on.set):
-        outcomes = [outcome async for outcome in async_client.generate_many(prompts, concurrency=3)]
-    lengths = [len(outcome.unwrap().token_ids) for outcome in outcomes]
-    assert lengths == list(range(5, 17))
-    assert behaviour.most_running == 3
-
-
 async def test_leaving_an_asyncio_batch_cancels_what_runs(
     async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
 ) -> None:
@@ -366,7 +346,6 @@ def test_threads_may_share_a_client(client: Client) -> None:
 
 
 def test_a_stream_that_lacks_its_end_is_an_error(client: Client, behaviour: Behaviour) -> None:
-
     behaviour.fail_after = {2: Failure(grpc.StatusCode.INTERNAL, "it broke")}
     with pytest.raises(ServerError, match="it broke"):
         client.generate("Once")

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 from colaserve_client import (
-    AsyncClient,
-    AsyncDecoderClient,
     Cancelled,
     Client,
     DecoderClient,
@@ -18,7 +16,6 @@ from colaserve_client import (
 )
 from tests.client.behaviour import Behaviour
 from tests.client.fakes import SPACE, FakeServer
-from tests.waiting import eventually as eventually_async
 
 LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)
 Eventually = Callable[[Callable[[], bool]], None]
@@ -48,13 +45,6 @@ def test_one_answer(client: Client, server: FakeServer, behaviour: Behaviour) ->
             assert not isinstance(bad.value, ValueError)
 
 
-async def test_one_answer_with_asyncio(async_client: AsyncClient, behaviour: Behaviour) -> None:
-    behaviour.spoil = shorten_encodings
-    with pytest.raises(ServerError, match="malformed answer") as bad:
-        await async_client.encode_text(["a"], request_id="mine")
-    assert bad.value.request_id == "mine"
-
-
 def test_a_stream_is_cancelled(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
     behaviour.spoil, behaviour.wait_after = shorten_latents, 1
     stream = client.sample_latents(max_blocks=5, request_id="mine")
@@ -63,16 +53,6 @@ def test_a_stream_is_cancelled(client: Client, behaviour: Behaviour, eventually:
     assert bad.value.request_id == "mine"
     eventually(lambda: behaviour.cancelled == 1)
     assert list(stream) == []
-
-
-async def test_an_asyncio_stream_is_cancelled(async_client: AsyncClient, behaviour: Behaviour) -> None:
-    behaviour.spoil, behaviour.wait_after = shorten_latents, 1
-    stream = async_client.sample_latents(max_blocks=5, request_id="mine")
-    with pytest.raises(ServerError, match="malformed answer") as bad:
-        await anext(stream)
-    assert bad.value.request_id == "mine"
-    await eventually_async(lambda: behaviour.cancelled == 1)
-    assert [block async for block in stream] == []
 
 
 def test_a_session_is_closed(server: FakeServer, behaviour: Behaviour, eventually: Eventually) -> None:
@@ -85,18 +65,6 @@ def test_a_session_is_closed(server: FakeServer, behaviour: Behaviour, eventuall
         eventually(lambda: behaviour.running == 0)
         with pytest.raises(Cancelled, match="session is closed"):
             session.decode(LETTERS)
-
-
-async def test_an_asyncio_session_is_closed(server: FakeServer, behaviour: Behaviour) -> None:
-    behaviour.spoil = drop_a_logprob
-    async with AsyncDecoderClient(server.target) as decoder:
-        session = decoder.session()
-        with pytest.raises(ServerError, match="malformed answer") as bad:
-            await session.decode(LETTERS)
-        assert bad.value.request_id == session.request_id
-        await eventually_async(lambda: behaviour.running == 0)
-        with pytest.raises(Cancelled, match="session is closed"):
-            await session.decode(LETTERS)
 
 
 def test_blocks_of_different_spaces(client: Client, behaviour: Behaviour) -> None:

@@ -1,4 +1,4 @@
-"""The public API: what is in it, what it costs to import, and that both halves are the same."""
+"""The public API: what is in it, what it costs to import, and that the asyncio and the blocking clients offer the same."""
 
 import dataclasses
 import inspect
@@ -57,7 +57,7 @@ def test_clients_have_the_listed_methods() -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_sync_and_asyncio_offer_the_same(name: str) -> None:
+def test_blocking_and_asyncio_clients_offer_the_same(name: str) -> None:
     sync, aio = getattr(colaserve_client, name), getattr(colaserve_client, f"Async{name}")
     assert public_members(sync) == {"close" if each == "aclose" else each for each in public_members(aio)}
     for member in public_members(sync) - {"close"}:
@@ -86,12 +86,6 @@ def test_every_field_is_told_about_where_help_shows_it() -> None:
 
 def test_the_version_is_the_packages() -> None:
     assert re.fullmatch(r"\d+\.\d+\S*|unknown", colaserve_client.__version__)
-
-
-def test_the_sync_client_is_made_from_the_asyncio_one() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "generate-sync-client"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", ["colaserve_client", "colaserve_client.cli.main"])

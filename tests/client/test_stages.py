@@ -1,4 +1,4 @@
-"""The latent service and the three stages, blocking and with asyncio."""
+"""The latent service and the three stages."""
 
 import asyncio
 import time
@@ -12,9 +12,7 @@ import pytest
 
 from colaserve.v1 import types_pb2
 from colaserve_client import (
-    AsyncClient,
     AsyncDecoderClient,
-    AsyncPriorClient,
     Cancelled,
     Client,
     DecoderClient,
@@ -30,10 +28,11 @@ from colaserve_client import (
     Sampling,
     Unavailable,
 )
-from colaserve_client.aio.transport import AsyncExchange
-from colaserve_client.calls import Attempts, CallOptions
+from colaserve_client.calls import Attempts
+from colaserve_client.channel import ClientConfig
+from colaserve_client.transport import AsyncExchange
 from tests.client.behaviour import Behaviour, Failure
-from tests.client.fakes import SPACE, STORY, FakeServer
+from tests.client.fakes import SPACE, FakeServer
 
 FAST = Retry(attempts=3, first_pause=0.01)
 LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)
@@ -150,13 +149,6 @@ def test_info_tells_all(client: Client) -> None:
     assert client.latent_info().has_variance is None
 
 
-async def test_the_latent_service_with_asyncio(async_client: AsyncClient) -> None:
-    [encoding] = await async_client.encode_text(["abcd"])
-    assert encoding.latents == LETTERS
-    assert (await async_client.decode_latents(encoding.latents)).text == "abcd"
-    assert [block.index async for block in async_client.sample_latents(max_blocks=3)] == [0, 1, 2]
-
-
 # The stages
 
 
@@ -220,45 +212,25 @@ def test_a_session_that_broke_later_is_not(server: FakeServer, behaviour: Behavi
     assert behaviour.calls == 1
 
 
-async def test_asyncio_sessions_do_the_same(server: FakeServer, behaviour: Behaviour) -> None:
-    behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE))
-    async with AsyncDecoderClient(server.target, retry=FAST) as decoder:
-        async with decoder.session() as session:
-            assert (await session.decode(LETTERS)).token_ids == (97, 98, 99, 100)
-            assert (await session.decode(LETTERS[:2])).token_ids == (97, 98)
-        with pytest.raises(Cancelled):
-            await session.decode(LETTERS)
-        behaviour.fail_after = {1: Failure(grpc.StatusCode.UNAVAILABLE, "gone")}
-        async with decoder.session() as session:
-            await session.decode(LETTERS)
-            with pytest.raises(Unavailable, match="gone"):
-                await session.decode(LETTERS)
-        behaviour.fail_after = {0: Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")}
-        async with decoder.session() as session:
-            with pytest.raises(InvalidRequest, match="no block"):
-                await session.decode(LETTERS)
-    assert behaviour.calls == 4
-
-
 @pytest.mark.parametrize("pause", [0, 0.01, 0.05])
-async def test_an_asyncio_session_tells_how_it_ended_though_its_loop_was_busy(
+async def test_a_session_tells_how_it_ended_though_its_loop_is_busy(
     server: FakeServer, behaviour: Behaviour, pause: float
 ) -> None:
     """grpc.aio forgets the status of a stream that ended while the loop did something else."""
     behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * 8)
-    async with (
-        AsyncDecoderClient(server.target, retry=replace(FAST, attempts=8)) as decoder,
-        decoder.session() as session,
-    ):
-        write = session._exchange._write
 
-        async def write_late(request: object) -> None:
+    async def keep_busy() -> None:
+        while True:
             time.sleep(pause)  # noqa: ASYNC251 - the loop is to be busy
-            await write(request)
+            await asyncio.sleep(0)
 
-        session._exchange._write = write_late
-        with pytest.raises(InvalidRequest, match="no block"):
-            await session.decode(LETTERS)
+    busy = asyncio.create_task(keep_busy())
+    async with AsyncDecoderClient(server.target, retry=replace(FAST, attempts=8)) as decoder:
+        for _ in range(4):
+            async with decoder.session() as session:
+                with pytest.raises(InvalidRequest, match="no block"):
+                    await session.decode(LETTERS)
+    busy.cancel()
 
 
 async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None:
@@ -268,8 +240,8 @@ async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None
         calls.append(LosesItsStatus())
         return calls[-1]
 
-    attempts = Attempts(Retry(attempts=3, first_pause=0), CallOptions(), lambda: False)
-    exchange: AsyncExchange = AsyncExchange(start, "open", str, attempts, "")
+    config = ClientConfig("localhost:1", retry=Retry(attempts=3, first_pause=0))
+    exchange: AsyncExchange = AsyncExchange(start, "open", str, Attempts(config, None, ""))
     with pytest.raises(Unavailable, match="while a request was being sent"):
         await exchange.ask("block")
     assert len(calls) == 3
@@ -285,12 +257,6 @@ class LosesItsStatus:
 
     def cancel(self) -> None:
         pass
-
-
-async def test_the_asyncio_prior_streams(server: FakeServer) -> None:
-    async with AsyncPriorClient(server.target) as prior, prior.sample(max_blocks=2, seed=1) as blocks:
-        ids = [round(float(value)) async for block in blocks for value in block.latents.values[:, 0]]
-    assert bytes(ids) == STORY[:8]
 
 
 async def test_a_session_that_was_left_while_it_waited_is_closed(server: FakeServer, behaviour: Behaviour) -> None:

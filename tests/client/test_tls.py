@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from colaserve_client import AsyncClient, Client, InvalidRequest, Retry, Tls, Unavailable
+from colaserve_client import Client, InvalidRequest, Retry, Tls, Unavailable
 from tests.client.fakes import FakeServer, start_server
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
@@ -71,11 +71,6 @@ def test_a_server_of_the_trusted_authority_is_talked_to(encrypted: FakeServer, c
     with Client(encrypted.target, tls=Tls(certificates / "ca.pem"), key="secret") as client:
         assert client.generate("Once", max_new_tokens=3).text == " th"
     assert encrypted.behaviour.metadata[0]["authorization"] == "Bearer secret"
-
-
-async def test_asyncio_clients_encrypt_too(encrypted: FakeServer, certificates: Path) -> None:
-    async with AsyncClient(encrypted.target, tls=Tls(certificates / "ca.pem")) as client:
-        assert (await client.generate("Once", max_new_tokens=3)).text == " th"
 
 
 @pytest.mark.parametrize("tls", ["another authority", "gRPC's own authorities", "none"])

@@ -9,13 +9,13 @@ from typing import Any, TextIO
 
 import click
 
+from colaserve_client.blocking import Client
 from colaserve_client.cli import exits, output
 from colaserve_client.errors import ColaserveError, InvalidRequest, NotAuthenticated, Unavailable
 from colaserve_client.fields import fields_of, flat_fields
 from colaserve_client.reading import Unreadable, name_of, parse_json, read_json_lines, read_lines
 from colaserve_client.results import GenerationOutcome
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
-from colaserve_client.sync.client import Client
 from colaserve_client.writing import named, write_file
 
 ItemId = str | int

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import click
 
+from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.errors import Cancelled, ColaserveError
 from colaserve_client.reading import read_lines, standard_input
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
-from colaserve_client.sync.client import Client
 
 _HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
 _NEXT_TURN = "\nUser:"  # the model, which knows no roles, would write the other side too

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from colaserve_client import responses
+from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.cli.batch import run_batch
 from colaserve_client.reading import read_text, standard_input
 from colaserve_client.results import GenerationResult
 from colaserve_client.settings import GenerationRequest
-from colaserve_client.sync.client import Client
 
 option = options.option
 

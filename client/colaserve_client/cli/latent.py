@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
+from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.cli.generate import read_prompt_file
 from colaserve_client.latents import Latents, load_latents, save_latents
 from colaserve_client.reading import read_text
 from colaserve_client.results import TextEncoding
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
-from colaserve_client.sync.client import Client
 
 option = options.option
 _HOLE = re.compile(r"\[\[(\d+)\]\]")

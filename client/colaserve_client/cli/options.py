@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from colaserve_client.blocking import BaseClient, Client
 from colaserve_client.cli.types import Number, TrimmedPath
 from colaserve_client.fields import Field, fields_of, flat_fields
 from colaserve_client.settings import DEFAULT_TARGET, GenerationRequest, NoiseSeed, Retry, Sampler, Sampling, Tls
-from colaserve_client.sync.base import BaseClient
-from colaserve_client.sync.client import Client
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
-C = TypeVar("C", bound=BaseClient)
+C = TypeVar("C", bound=BaseClient[Any])
 T = TypeVar("T")
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 VARIABLES = ("target", "key", "timeout", "tls_ca", "tls_client_cert", "tls_client_key")  # COLASERVE_TARGET and so on

@@ -140,7 +140,7 @@ def test_the_timeout_has_its_exit_code(run: Run, behaviour: Behaviour) -> None:
 
 
 def test_a_bug_is_one_line_unless_debugging(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colaserve_client.sync.client.Client.info", lambda self: 1 // 0)
+    monkeypatch.setattr("colaserve_client.blocking.Client.info", lambda self: 1 // 0)
     done = run("info")
     assert (done.code, done.err) == (1, "colaserve: ZeroDivisionError: integer division or modulo by zero "
                                         "(COLASERVE_DEBUG=1 shows where)\n")  # fmt: skip
@@ -249,16 +249,6 @@ def test_ctrl_c_cancels_and_exits_with_130(
     assert started.returncode == 130
     assert "Traceback" not in err
     eventually(lambda: behaviour.running == 0)
-
-
-def test_ctrl_c_while_grpc_makes_a_call_shows_no_trace(server: FakeServer) -> None:
-    prelude = (
-        "import signal, grpc._channel\n"
-        "make = grpc._channel._Rendezvous.__init__\n"
-        "grpc._channel._Rendezvous.__init__ = lambda *given: (signal.raise_signal(signal.SIGINT), make(*given))[1]"
-    )
-    code, out, err = finished("generate", "Once", "--target", server.target, prelude=prelude)
-    assert (code, out, err.strip()) == (130, "", "")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(server: FakeServer) -> None:

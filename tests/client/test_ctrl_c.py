@@ -1,17 +1,14 @@
-"""Ctrl-C and the blocking client: nothing of gRPC's is broken off, nothing is left behind."""
+"""Ctrl-C and the blocking client: what the main thread waits for is cancelled, nothing is left behind."""
 
-import gc
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from colaserve_client import Cancelled, Client, ColaserveError, DecoderClient
-from colaserve_client.sync.shield import Shield
+from colaserve_client import Cancelled, Client, DecoderClient
 from tests.client.behaviour import Behaviour
 from tests.client.fakes import FakeServer
 from tests.client.test_stages import LETTERS
@@ -37,10 +34,6 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
         yield
     sender.join()
     assert time.monotonic() - sent[0] < 10
-
-
-def call_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == "colaserve-calls"}
 
 
 def test_ctrl_c_cancels_what_runs_and_the_client_goes_on(
@@ -90,47 +83,3 @@ def test_an_interrupted_session_is_closed(server: FakeServer, eventually: Eventu
         with pytest.raises(Cancelled, match="session is closed"):
             session.decode(LETTERS)
         eventually(lambda: server.behaviour.running == 0)
-
-
-def test_threads_end_with_their_clients(client: Client, eventually: Eventually) -> None:
-    before = call_threads()
-    client.tokenize("fox")
-    mine = call_threads() - before
-    assert len(mine) == 1
-    client.close()
-    eventually(lambda: not mine & call_threads())
-
-
-def test_threads_end_with_clients_that_are_forgotten(eventually: Eventually) -> None:
-    before = call_threads()
-    shield = Shield()
-    assert shield.run(lambda: 3) == 3
-    mine = call_threads() - before
-    assert len(mine) == 1
-    del shield
-    eventually(lambda: not mine & call_threads())
-
-
-def test_other_threads_call_by_themselves() -> None:
-    seen: list[threading.Thread] = []
-    caller = threading.Thread(target=lambda: seen.append(Shield().run(threading.current_thread)))
-    caller.start()
-    caller.join()
-    assert seen == [caller]
-    assert Shield().run(threading.current_thread) is not threading.current_thread()
-
-
-def test_an_error_comes_through_as_it_is_and_is_not_kept() -> None:
-    class Wrong(ColaserveError):
-        pass
-
-    def fail() -> None:
-        raise Wrong("so it is")
-
-    shield = Shield()
-    with pytest.raises(Wrong, match="so it is") as raised:
-        shield.run(fail)
-    error = weakref.ref(raised.value)
-    del raised
-    gc.collect()
-    assert error() is None

@@ -1,12 +1,19 @@
-# Made from aio/client.py by scripts/generate-sync-client: change that one.
-"""The blocking client of a coordinator: text and latents in, text and latents out."""
+# ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which the server sees too
+"""The asyncio client of a coordinator: text and latents in, text and latents out."""
 
-from collections.abc import Generator, Iterable, Sequence
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import fields
+from functools import partial
+from types import TracebackType
+from typing import Self
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_client import calls, requests, responses
-from colaserve_client.calls import CallOptions
-from colaserve_client.errors import ColaserveError
+from colaserve_client import requests, responses
+from colaserve_client.channel import ClientConfig
+from colaserve_client.errors import ColaserveError, Unavailable
 from colaserve_client.latents import LatentsLike
 from colaserve_client.results import (
     DecodedLatents,
@@ -22,26 +29,95 @@ from colaserve_client.results import (
     TextEncoding,
     Tokens,
 )
-from colaserve_client.settings import GenerationRequest, Interpolation, NoiseSeed, Prompt, Sampler, Sampling
-from colaserve_client.sync.base import BaseClient
-from colaserve_client.sync.transport import Stream
+from colaserve_client.settings import (
+    DEFAULT_TARGET,
+    Connection,
+    GenerationRequest,
+    Interpolation,
+    NoiseSeed,
+    Prompt,
+    Retry,
+    Sampler,
+    Sampling,
+    Tls,
+)
+from colaserve_client.transport import AsyncStream, AsyncTransport, bounded, started_ahead
 
 
-class Client(BaseClient):
-    """A connection to a coordinator, for any number of threads.
+class AsyncBaseClient:
+    """A connection to one server.
+
+    Args:
+        target: "host:port", or a name that gRPC resolves, such as "dns:///host:port".
+        key: sent as bearer key with every call.
+        tls: None means not encrypted.
+        timeout: seconds that a call may take, retries included, where the call itself gives none; None: no deadline.
+        retry: how often a call is tried that failed before anything came back; None: `Retry()`.
+        connection: keepalive, message sizes, load balancing; None: `Connection()`.
+
+    Raises `InvalidRequest` for a setting that makes no sense. Connecting happens with the first call.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        key: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        connection: Connection | None = None,
+    ) -> None:
+        self._target = target
+        self._transport = AsyncTransport(
+            ClientConfig(target, key, tls, timeout, retry or Retry(), connection or Connection())
+        )
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._target
+
+    async def healthy(self, timeout: float = 5.0) -> bool:
+        """Whether the server answers within `timeout` seconds that it is ready to serve (grpc.health.v1)."""
+        return await self._transport.healthy(timeout)
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Return as soon as the server is ready; `Unavailable` when it is not within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not await self.healthy(max(deadline - time.monotonic(), 0.1)):  # it is asked once at least
+            if (left := deadline - time.monotonic()) <= 0:
+                raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
+            await asyncio.sleep(min(0.1, left))
+
+    async def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncClient(AsyncBaseClient):
+    """A connection to a coordinator, for one event loop.
 
     Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
     x-request-id, drawn at random when empty), and raises the errors of `colaserve_client.errors`.
 
-    >>> with Client(target) as client:
-    ...     result = client.generate("Once upon a time", max_new_tokens=12)
+    >>> async with AsyncClient(target) as client:
+    ...     result = await client.generate("Once upon a time", max_new_tokens=12)
     >>> result.text
     ' there was a'
     >>> result.finish_reason, result.usage.completion_tokens
     ('length', 12)
     """
 
-    def generate(
+    async def generate(
         self,
         prompt: Prompt,
         *,
@@ -71,7 +147,7 @@ class Client(BaseClient):
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
             print_special: print end and pad tokens in the text; otherwise they have none.
 
-        >>> result = client.generate("Once upon a time", seed=7, stop=["fox"])
+        >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"])
         >>> result.text, result.finish_reason, result.seed
         (' there was a ', 'stop', NoiseSeed(base_seed=7, sample_id=0))
         """
@@ -87,15 +163,15 @@ class Client(BaseClient):
             top_logprobs,
             print_special,
         )
-        return self._generate(request, CallOptions(timeout, request_id))
-
-    def _generate(self, request: GenerationRequest, options: CallOptions) -> GenerationResult:
-        with self._stream(request, options) as stream:
-            chunks = list(stream)
+        async with self._stream(request, timeout, request_id) as stream:
+            chunks = [chunk async for chunk in stream]
         return responses.generation_result(chunks, stream.request_id)
 
-    def _stream(self, request: GenerationRequest, options: CallOptions) -> Stream[GenerationChunk]:
-        return self._transport.stream(calls.GENERATE, requests.generate(request), responses.generation_chunk, options)
+    def _stream(
+        self, request: GenerationRequest, timeout: float | None, request_id: str
+    ) -> AsyncStream[GenerationChunk]:
+        message = requests.generate(request)
+        return self._transport.stream(message, responses.generation_chunk, timeout, request_id)
 
     def stream(
         self,
@@ -112,14 +188,14 @@ class Client(BaseClient):
         print_special: bool = False,
         timeout: float | None = None,
         request_id: str = "",
-    ) -> Stream[GenerationChunk]:
+    ) -> AsyncStream[GenerationChunk]:
         """Continue a prompt and yield the text block by block, as `generate` otherwise.
 
-        Leaving the stream early cancels the generation. `with` does so at a certain place, `break` alone when the
+        Leaving the stream early cancels the generation. `async with` does so at a certain place, `break` alone when the
         stream is garbage collected.
 
-        >>> with client.stream("Once upon a time", max_new_tokens=12) as stream:
-        ...     for chunk in stream:
+        >>> async with client.stream("Once upon a time", max_new_tokens=12) as stream:
+        ...     async for chunk in stream:
         ...         print(repr(chunk.text), chunk.finish_reason)
         ' the' None
         're w' None
@@ -137,11 +213,11 @@ class Client(BaseClient):
             top_logprobs,
             print_special,
         )
-        return self._stream(request, CallOptions(timeout, request_id))
+        return self._stream(request, timeout, request_id)
 
-    def generate_many(
+    async def generate_many(
         self, prompts: Iterable[Prompt | GenerationRequest], *, concurrency: int = 8, timeout: float | None = None
-    ) -> Generator[GenerationOutcome, None, None]:
+    ) -> AsyncGenerator[GenerationOutcome, None]:
         """Generate for many prompts, `concurrency` at a time; the outcomes come in the prompts' order.
 
         A prompt that fails gives an outcome with its error and does not disturb the others. `prompts` is read as far
@@ -149,75 +225,67 @@ class Client(BaseClient):
         turn comes.
 
         >>> prompts = [GenerationRequest("Once upon a time", max_new_tokens=n) for n in (6, 0)]
-        >>> for outcome in client.generate_many(prompts):
+        >>> async for outcome in client.generate_many(prompts):
         ...     print(outcome.unwrap().text if outcome.result else outcome.error)
          there
         max_new_tokens: got 0, expected 1 or more
         """
 
-        def one(prompt: Prompt | GenerationRequest) -> GenerationOutcome:
-            request = prompt if isinstance(prompt, GenerationRequest) else GenerationRequest(prompt)
-            try:
-                return GenerationOutcome(request, self._generate(request, CallOptions(timeout)), None)
-            except ColaserveError as error:
-                return GenerationOutcome(request, None, error)
+        one = bounded(partial(outcome, self, timeout), concurrency)
+        with closing(started_ahead(lambda prompt: asyncio.create_task(one(prompt)), prompts, concurrency)) as tasks:
+            for task in tasks:
+                yield await task
 
-        return self._transport.map(one, prompts, concurrency)
-
-    def tokenize(self, text: str, *, timeout: float | None = None, request_id: str = "") -> Tokens:
+    async def tokenize(self, text: str, *, timeout: float | None = None, request_id: str = "") -> Tokens:
         """Text to token ids, as generate does it.
 
-        >>> client.tokenize("fox")
+        >>> await client.tokenize("fox")
         Tokens(ids=(102, 111, 120), texts=('f', 'o', 'x'))
         """
         request = requests.tokenize(text)
-        return self._transport.unary(calls.TOKENIZE, request, responses.tokens, CallOptions(timeout, request_id))
+        return await self._transport.unary(request, responses.tokens, timeout, request_id)
 
-    def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
+    async def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
         """Token ids to text, as generate does it; special tokens included.
 
-        >>> client.detokenize([102, 111, 120])
+        >>> await client.detokenize([102, 111, 120])
         'fox'
         """
         request = requests.detokenize(ids)
-        return self._transport.unary(calls.DETOKENIZE, request, responses.text, CallOptions(timeout, request_id))
+        return await self._transport.unary(request, responses.text, timeout, request_id)
 
-    def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
+    async def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
         """The model, its defaults, the server's limits and load, and the stages behind it.
 
-        >>> info = client.info()
+        >>> info = await client.info()
         >>> info.model.block_size, info.default_max_new_tokens, [stage.stage for stage in info.stages]
         (4, 32, ['encoder', 'prior', 'decoder'])
         """
         request = generation_pb2.GenerationServiceGetInfoRequest()
-        return self._transport.unary(calls.MODEL_INFO, request, responses.model_info, CallOptions(timeout, request_id))
+        return await self._transport.unary(request, responses.model_info, timeout, request_id)
 
-    def latent_info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+    async def latent_info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The latent space, its limits and the server's load.
 
-        >>> client.latent_info().space
+        >>> (await client.latent_info()).space
         '0123456789abcdef'
         """
         request = latent_service_pb2.LatentServiceGetInfoRequest()
-        return self._transport.unary(
-            calls.LATENT_INFO, request, responses.service_info, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.service_info, timeout, request_id)
 
-    def encode_text(
+    async def encode_text(
         self, texts: Sequence[str], *, with_variance: bool = False, timeout: float | None = None, request_id: str = ""
     ) -> list[TextEncoding]:
         """Texts (1 to 256, none empty) to latents, with the log variance of the posterior on request.
 
-        >>> encodings = client.encode_text(["fox", "a hen"])
+        >>> encodings = await client.encode_text(["fox", "a hen"])
         >>> [encoding.latents.shape for encoding in encodings]
         [(3, 2), (5, 2)]
         """
         request = requests.encode_text(texts, with_variance)
-        return self._transport.unary(
-            calls.ENCODE_TEXT, request, responses.text_encodings, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.text_encodings, timeout, request_id)
 
-    def decode_latents(
+    async def decode_latents(
         self,
         latents: LatentsLike,
         *,
@@ -237,14 +305,12 @@ class Client(BaseClient):
             target_ids: ids whose log-probability is wanted at each position.
             token_count: how many tokens to return; None: all, up to the first end or pad token.
 
-        >>> [encoding] = client.encode_text(["fox"])
-        >>> client.decode_latents(encoding.latents).text
+        >>> [encoding] = await client.encode_text(["fox"])
+        >>> (await client.decode_latents(encoding.latents)).text
         'fox'
         """
         request = requests.decode_latents(latents, sampling, top_logprobs, target_ids, token_count)
-        return self._transport.unary(
-            calls.DECODE_LATENTS, request, responses.decoded_latents, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.decoded_latents, timeout, request_id)
 
     def sample_latents(
         self,
@@ -255,21 +321,19 @@ class Client(BaseClient):
         seed: int | NoiseSeed | None = None,
         timeout: float | None = None,
         request_id: str = "",
-    ) -> Stream[LatentBlock]:
+    ) -> AsyncStream[LatentBlock]:
         """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
 
         The positions of a partial last block of the prefix are kept, and that block counts.
 
-        >>> with client.sample_latents(max_blocks=2, seed=7) as blocks:
-        ...     print([(block.index, block.latents.values.shape) for block in blocks])
+        >>> async with client.sample_latents(max_blocks=2, seed=7) as blocks:
+        ...     print([(block.index, block.latents.values.shape) async for block in blocks])
         [(0, (4, 2)), (1, (4, 2))]
         """
         request = requests.sample_latents(prefix, max_blocks, sampler, seed)
-        return self._transport.stream(
-            calls.SAMPLE_LATENTS, request, responses.latent_block, CallOptions(timeout, request_id)
-        )
+        return self._transport.stream(request, responses.latent_block, timeout, request_id)
 
-    def interpolate(
+    async def interpolate(
         self,
         start: str | LatentsLike,
         end: str | LatentsLike,
@@ -284,15 +348,13 @@ class Client(BaseClient):
 
         interpolation: "slerp" (the default: along the great circle) or "lerp" (along the straight line).
 
-        >>> [point.text for point in client.interpolate("aaa", "ccc", points=3, interpolation="lerp")]
+        >>> [point.text for point in await client.interpolate("aaa", "ccc", points=3, interpolation="lerp")]
         ['aaa', 'bbb', 'ccc']
         """
         request = requests.interpolate(start, end, points, interpolation, sampling)
-        return self._transport.unary(
-            calls.INTERPOLATE, request, responses.interpolation, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.interpolation, timeout, request_id)
 
-    def infill(
+    async def infill(
         self,
         segments: Sequence[str | int],
         *,
@@ -306,23 +368,31 @@ class Client(BaseClient):
 
         A hole sees what is left of it and what is in its own block.
 
-        >>> result = client.infill(["My name is ", 3, "."], seed=7)
+        >>> result = await client.infill(["My name is ", 3, "."], seed=7)
         >>> result.text, result.segments
         ('My name is ___.', ('My name is ', '___', '.'))
         """
         request = requests.infill(segments, sampler, sampling, seed)
-        return self._transport.unary(calls.INFILL, request, responses.infill, CallOptions(timeout, request_id))
+        return await self._transport.unary(request, responses.infill, timeout, request_id)
 
-    def reconstruct(
+    async def reconstruct(
         self, texts: Sequence[str], *, timeout: float | None = None, request_id: str = ""
     ) -> list[Reconstruction]:
         """Texts (1 to 256, none empty) to latents and back: how faithful the latent space is.
 
-        >>> [reconstruction] = client.reconstruct(["fox"])
+        >>> [reconstruction] = await client.reconstruct(["fox"])
         >>> reconstruction.text, reconstruction.token_accuracy
         ('fox', 1.0)
         """
         request = requests.reconstruct(texts)
-        return self._transport.unary(
-            calls.RECONSTRUCT, request, responses.reconstructions, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.reconstructions, timeout, request_id)
+
+
+async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | GenerationRequest) -> GenerationOutcome:
+    """What comes of one prompt of a batch."""
+    request = prompt if isinstance(prompt, GenerationRequest) else GenerationRequest(prompt)
+    settings = {field.name: getattr(request, field.name) for field in fields(request)}
+    try:
+        return GenerationOutcome(request, await client.generate(**settings, timeout=timeout), None)
+    except ColaserveError as error:
+        return GenerationOutcome(request, None, error)

@@ -7,13 +7,12 @@ from types import TracebackType
 from numpy.typing import ArrayLike
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
-from colaserve_client import calls, requests, responses
-from colaserve_client.aio.base import AsyncBaseClient
-from colaserve_client.aio.transport import AsyncExchange, AsyncStream
-from colaserve_client.calls import CallOptions
+from colaserve_client import requests, responses
+from colaserve_client.client import AsyncBaseClient
 from colaserve_client.latents import LatentsLike
 from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.transport import AsyncExchange, AsyncStream
 
 
 class AsyncEncoderClient(AsyncBaseClient):
@@ -37,16 +36,12 @@ class AsyncEncoderClient(AsyncBaseClient):
     ) -> list[SequenceEncoding]:
         """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others."""
         request = requests.encode(sequences, with_variance)
-        return await self._transport.unary(
-            calls.ENCODE, request, responses.sequence_encodings, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.sequence_encodings, timeout, request_id)
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = encoder_pb2.EncoderServiceGetInfoRequest()
-        return await self._transport.unary(
-            calls.ENCODER_INFO, request, responses.service_info, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.service_info, timeout, request_id)
 
 
 class AsyncPriorClient(AsyncBaseClient):
@@ -83,14 +78,12 @@ class AsyncPriorClient(AsyncBaseClient):
             noise: the noise itself, (max_blocks, B, d). Exactly one of both.
         """
         request = requests.sample(latents, open_spans, max_blocks, first_block, sampler, seed, noise)
-        return self._transport.stream(calls.SAMPLE, request, responses.latent_block, CallOptions(timeout, request_id))
+        return self._transport.stream(request, responses.latent_block, timeout, request_id)
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = prior_pb2.PriorServiceGetInfoRequest()
-        return await self._transport.unary(
-            calls.PRIOR_INFO, request, responses.service_info, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.service_info, timeout, request_id)
 
 
 class AsyncDecoderClient(AsyncBaseClient):
@@ -133,16 +126,12 @@ class AsyncDecoderClient(AsyncBaseClient):
         opening = requests.open_decode(
             prefix, sampling, history_ids, with_logits, top_logprobs, target_ids, max_latents
         )
-        return AsyncDecodeSession(
-            self._transport.exchange(calls.DECODE, opening, responses.decoded_block, CallOptions(timeout, request_id))
-        )
+        return AsyncDecodeSession(self._transport.exchange(opening, responses.decoded_block, timeout, request_id))
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = decoder_pb2.DecoderServiceGetInfoRequest()
-        return await self._transport.unary(
-            calls.DECODER_INFO, request, responses.service_info, CallOptions(timeout, request_id)
-        )
+        return await self._transport.unary(request, responses.service_info, timeout, request_id)
 
 
 class AsyncDecodeSession:
@@ -162,7 +151,7 @@ class AsyncDecodeSession:
 
     async def close(self) -> None:
         """End the session and free what it holds."""
-        await self._exchange.close()
+        self._exchange.close()
 
     async def __aenter__(self) -> "AsyncDecodeSession":
         return self

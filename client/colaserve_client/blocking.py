@@ -1,0 +1,275 @@
+"""The blocking clients: the asyncio ones, whose calls run on a loop in a thread of its own while the caller waits.
+
+Any number of threads may use a client at once. Ctrl-C cancels what the main thread waits for.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import closing
+from functools import partial, wraps
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+
+from colaserve_client.client import AsyncBaseClient, AsyncClient, outcome
+from colaserve_client.latents import LatentsLike
+from colaserve_client.loop import LOOP
+from colaserve_client.results import DecodedBlock, GenerationOutcome
+from colaserve_client.settings import DEFAULT_TARGET, Connection, GenerationRequest, Prompt, Retry, Tls
+from colaserve_client.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
+from colaserve_client.transport import AsyncStream, bounded, started_ahead
+
+A = TypeVar("A", bound=AsyncBaseClient)
+C_co = TypeVar("C_co", bound=AsyncBaseClient, covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+S = TypeVar("S")
+T = TypeVar("T")
+_ASYNC_ONLY = re.compile(r"\b(?:await|async) |\bAsync(?=[A-Z])")
+_END: Any = object()
+
+
+def _described_by(method: Callable[..., Any]) -> Callable[[F], F]:
+    """Decorator: the name, signature and docstring of an asyncio client's method."""
+
+    def describe(function: F) -> F:
+        wraps(method, assigned=["__name__"])(function)
+        function.__qualname__, function.__doc__ = (
+            _ASYNC_ONLY.sub("", text or "") for text in (method.__qualname__, method.__doc__)
+        )
+        return function
+
+    return describe
+
+
+def _blocking(
+    method: Callable[Concatenate[A, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["BaseClient[A]", P], T]:
+    """A method that waits for what the asyncio client's returns."""
+
+    @_described_by(method)
+    def call(self: "BaseClient[A]", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return LOOP.run(method, self._client, *args, **kwargs)
+
+    return call
+
+
+def _opening(
+    method: Callable[Concatenate[A, P], S], kind: Callable[[S, "BaseClient[Any]"], T]
+) -> Callable[Concatenate["BaseClient[A]", P], T]:
+    """A method that opens what the asyncio client's opens, as something that blocks."""
+
+    @_described_by(method)
+    def call(self: "BaseClient[A]", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async def start() -> S:
+            return method(self._client, *args, **kwargs)
+
+        return kind(LOOP.run(start), self)
+
+    return call
+
+
+class BaseClient(Generic[C_co]):
+    """A connection to one server; the asyncio client of the same name says what the arguments are."""
+
+    _kind: type[C_co]
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        key: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        connection: Connection | None = None,
+    ) -> None:
+        self._client = self._kind(target, key=key, tls=tls, timeout=timeout, retry=retry, connection=connection)
+        LOOP.connected.add(self._client._transport)
+        weakref.finalize(self, LOOP.spawn, self._client.close).atexit = False
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._client.target
+
+    healthy = _blocking(AsyncBaseClient.healthy)
+    wait_until_ready = _blocking(AsyncBaseClient.wait_until_ready)
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        if not LOOP.is_lost:  # a forked child leaves its parent's connection alone
+            LOOP.run(self._client.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream(Generic[T]):
+    """The answers of a call as they come. Leaving early (break, `close`, end of `with`, Ctrl-C) cancels the call."""
+
+    def __init__(self, stream: AsyncStream[T], client: BaseClient[Any]) -> None:
+        self._stream, self._client = stream, client  # which stays connected as long as its streams are read
+        self._closed = False
+
+    @property
+    def request_id(self) -> str:
+        """The call's x-request-id."""
+        return self._stream.request_id
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        if self._closed:
+            raise StopIteration
+        try:
+            item = LOOP.run(self._next)
+        except BaseException:
+            self.close()
+            raise
+        if item is _END:
+            raise StopIteration
+        return item
+
+    async def _next(self) -> T:
+        return await anext(self._stream, _END)
+
+    def cancel(self) -> None:
+        """Cancel the call, from any thread; the server frees what it holds. Whoever reads on gets `Cancelled`."""
+        LOOP.call_soon(self._stream.cancel)
+
+    def close(self) -> None:
+        """Cancel the call, unless it has ended; there is nothing more to read."""
+        self._closed = True
+        self.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+class DecodeSession:
+    """An open session of a decoder; `DecoderClient.session` makes it."""
+
+    def __init__(self, session: AsyncDecodeSession, client: BaseClient[Any]) -> None:
+        self._session, self._client = session, client
+
+    @property
+    def request_id(self) -> str:
+        """The session's x-request-id."""
+        return self._session.request_id
+
+    def decode(self, block: LatentsLike) -> DecodedBlock:
+        """Decode the next block, (B, d)."""
+        try:
+            return LOOP.run(self._session.decode, block)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the session and free what it holds."""
+        LOOP.spawn(self._session.close)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client(BaseClient[AsyncClient]):
+    """A connection to a coordinator, for any number of threads.
+
+    Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
+    x-request-id, drawn at random when empty), and raises the errors of `colaserve_client.errors`.
+
+    >>> with Client(target) as client:
+    ...     result = client.generate("Once upon a time", max_new_tokens=12)
+    >>> result.text
+    ' there was a'
+    >>> result.finish_reason, result.usage.completion_tokens
+    ('length', 12)
+    """
+
+    _kind = AsyncClient
+
+    generate = _blocking(AsyncClient.generate)
+    stream = _opening(AsyncClient.stream, Stream)
+    tokenize = _blocking(AsyncClient.tokenize)
+    detokenize = _blocking(AsyncClient.detokenize)
+    info = _blocking(AsyncClient.info)
+    latent_info = _blocking(AsyncClient.latent_info)
+    encode_text = _blocking(AsyncClient.encode_text)
+    decode_latents = _blocking(AsyncClient.decode_latents)
+    sample_latents = _opening(AsyncClient.sample_latents, Stream)
+    interpolate = _blocking(AsyncClient.interpolate)
+    infill = _blocking(AsyncClient.infill)
+    reconstruct = _blocking(AsyncClient.reconstruct)
+
+    @_described_by(AsyncClient.generate_many)
+    def generate_many(
+        self, prompts: Iterable[Prompt | GenerationRequest], *, concurrency: int = 8, timeout: float | None = None
+    ) -> Generator[GenerationOutcome, None, None]:
+        one = bounded(partial(outcome, self._client, timeout), concurrency)
+        with closing(started_ahead(lambda prompt: LOOP.submit(one, prompt), prompts, concurrency)) as futures:
+            for future in futures:
+                yield LOOP.result(future)
+
+
+class EncoderClient(BaseClient[AsyncEncoderClient]):
+    """A connection to an encoder: token ids to latents.
+
+    >>> with EncoderClient(target) as encoder:
+    ...     [encoding] = encoder.encode([[102, 111, 120]])
+    >>> encoding.latents.shape
+    (3, 2)
+    """
+
+    _kind = AsyncEncoderClient
+    encode = _blocking(AsyncEncoderClient.encode)
+    info = _blocking(AsyncEncoderClient.info)
+
+
+class PriorClient(BaseClient[AsyncPriorClient]):
+    """A connection to a prior: noise to latents, block by block.
+
+    >>> with PriorClient(target) as prior, prior.sample(max_blocks=2, seed=7) as blocks:
+    ...     print([block.index for block in blocks])
+    [0, 1]
+    """
+
+    _kind = AsyncPriorClient
+    sample = _opening(AsyncPriorClient.sample, Stream)
+    info = _blocking(AsyncPriorClient.info)
+
+
+class DecoderClient(BaseClient[AsyncDecoderClient]):
+    """A connection to a decoder: latent blocks to token ids.
+
+    >>> with DecoderClient(target) as decoder, decoder.session() as session:
+    ...     print(session.decode([[102, 0], [111, 0], [120, 0], [46, 0]]).token_ids)
+    (102, 111, 120, 46)
+    """
+
+    _kind = AsyncDecoderClient
+    session = _opening(AsyncDecoderClient.session, DecodeSession)
+    info = _blocking(AsyncDecoderClient.info)

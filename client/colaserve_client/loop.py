@@ -1,0 +1,179 @@
+"""The event loop of the blocking clients, in a thread of its own, and what becomes of it in a forked process.
+
+A fork copies one thread. gRPC's own handlers make its core usable in the child, but not while the thread with which
+grpc.aio polls is inside it. So before a fork the clients are disconnected and that thread ends; parent and child each
+connect anew with their next call. Where this would break off a call, or where asyncio clients are connected to another
+event loop, nothing is touched: the parent goes on, and the child refuses every call at once, since it would hang.
+"""
+
+import asyncio
+import atexit
+import gc
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
+
+import grpc.aio
+
+from colaserve_client.errors import Unavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SIGNAL_CHECK_SECONDS = 0.2  # a signal just before a wait does not end that wait, so waits are no longer than this
+_STOP_SECONDS = 5.0
+_POLLING = "(_poll_wrapper)"  # the name of grpc.aio's thread ends so
+_OFF = {"0", "false", "no", "n", "f"}
+_FORKED = (
+    "this process was forked from one in which a call was running or an asyncio client was connected, which gRPC does "
+    "not survive: end calls and close asyncio clients before the fork, or start the process with the spawn method"
+)
+_NO_SUPPORT = (
+    "this process was forked from one that had used gRPC, and GRPC_ENABLE_FORK_SUPPORT switches gRPC's support of that "
+    "off: remove the variable, or start the process with the spawn method"
+)
+
+
+class Connected(Protocol):
+    """What is connected on the loop."""
+
+    def is_busy(self) -> bool:
+        """Whether a call is open, so that disconnecting would break it off."""
+
+    async def disconnect(self) -> None:
+        """Disconnect; the next call connects anew."""
+
+
+class LoopThread:
+    """Runs coroutines for other threads, which wait. The thread is started by the first call."""
+
+    def __init__(self) -> None:
+        self.connected: WeakSet[Connected] = WeakSet()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.RLock()  # held while a process forks; a signal handler may interrupt its owner
+        self._running: set[Future[Any]] = set()
+        self._used = self._unsafe = False
+        self._refusal = ""
+
+    def check(self) -> None:
+        """Raises `Unavailable` in a forked process where a call would hang; called before every call of any client."""
+        if self._refusal:
+            raise Unavailable(self._refusal)
+        self._used = True
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this is such a process: what its parent had open is not to be touched."""
+        return bool(self._refusal)
+
+    def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start a coroutine function on the loop."""
+        with self._lock:
+            self.check()
+            if self._thread is threading.current_thread():
+                raise RuntimeError("a blocking client was called on the event loop of the blocking clients")
+            future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._started())
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a coroutine function returns or raises. Ctrl-C cancels it."""
+        return self.result(self.submit(function, *args, **kwargs))
+
+    def result(self, future: Future[T]) -> T:
+        """What comes of a submitted coroutine; it is cancelled when the wait is interrupted."""
+        try:
+            while not future.done():
+                with suppress(TimeoutError):
+                    return future.result(_SIGNAL_CHECK_SECONDS)
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            del future  # no cycle of an error and this frame
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Have the loop call a function, which nobody waits for; nothing happens where no loop runs."""
+        if (loop := self._loop) is not None:
+            with suppress(RuntimeError):  # it was closed just now
+                loop.call_soon_threadsafe(function)
+
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run a coroutine function that nobody waits for; nothing happens where no loop runs."""
+        self.call_soon(lambda: asyncio.run_coroutine_threadsafe(function(), asyncio.get_running_loop()))
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="colaserve-calls", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    def stop(self) -> None:
+        """Cancel what runs, disconnect all clients and end the thread; the next call starts another one."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            if loop is None or thread is None:
+                return
+            with suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._disconnect(), loop).result(_STOP_SECONDS)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(_STOP_SECONDS)
+            if not thread.is_alive():
+                loop.close()
+            self._loop = self._thread = None
+
+    async def _disconnect(self) -> None:
+        for each in list(self.connected):
+            await each.disconnect()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def before_fork(self) -> None:
+        """Disconnect where nothing runs; look whether the child will be able to use gRPC."""
+        self._lock.acquire()
+        busy = not all(future.done() for future in self._running) or any(each.is_busy() for each in self.connected)
+        if self._loop is not None and not busy:
+            self.stop()
+            if _grpc_polls():
+                gc.collect()  # errors that were kept may hold a call, and so its channel
+        self._unsafe = _grpc_polls()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Leave to the parent what is the parent's."""
+        self._lock = threading.RLock()
+        self._loop = self._thread = None
+        self._running.clear()
+        if self._unsafe:
+            self._refusal = _FORKED
+            grpc.aio.init_grpc_aio()  # counts one user more, so that the child's end does not wait for the lost thread
+        elif self._used and os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in _OFF:
+            self._refusal = _NO_SUPPORT
+
+
+def _grpc_polls() -> bool:
+    return any(thread.name.endswith(_POLLING) for thread in threading.enumerate())
+
+
+LOOP = LoopThread()
+"""The one of this process: a loop costs a thread, and grpc.aio shares one of its own among all loops anyway."""
+
+os.register_at_fork(
+    before=LOOP.before_fork,
+    after_in_parent=LOOP.after_fork_in_parent,
+    after_in_child=LOOP.after_fork_in_child,
+)
+atexit.register(LOOP.stop)
