@@ -1,4 +1,4 @@
-"""The public API: what is in it, what it costs to import, and that the asyncio and the blocking clients offer the same."""
+"""The public API: what is in it, what it costs to import, and that both kinds of client offer the same."""
 
 import dataclasses
 import inspect
