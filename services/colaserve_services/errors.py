@@ -33,10 +33,6 @@ class Unavailable(ColaserveError):
     """The service is down, draining or not ready; another replica may serve the call."""
 
 
-class Corrupted(ColaserveError):
-    """Bytes changed on their way: a message does not fit its checksum. It was not read; asking again is safe."""
-
-
 class StepFailed(ColaserveError):
     """A stage cannot compute this request, though it computes others: our fault, and never retried."""
 

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from colaserve_services.errors import (
     Cancelled,
     ColaserveError,
-    Corrupted,
     DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
@@ -33,7 +32,6 @@ _CODES: Final[Mapping[type[ColaserveError], str]] = {
     NotAuthenticated: "invalid_api_key",
     Overloaded: "rate_limit_exceeded",
     Unavailable: "unavailable",
-    Corrupted: "unavailable",
     DeadlineExceeded: "deadline_exceeded",
     StepFailed: "step_failed",
 }
@@ -108,7 +106,7 @@ def _invalid_upstream(error: InvalidRequest, names: Mapping[str, str]) -> ApiErr
 def _headers(error: Exception) -> dict[str, str]:
     if isinstance(error, Overloaded):
         return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-    if isinstance(error, Unavailable | Corrupted):
+    if isinstance(error, Unavailable):
         return {"retry-after": "1"}
     if isinstance(error, StepFailed):  # it would fail again; OpenAI's clients try other 500s again
         return {"x-should-retry": "false"}

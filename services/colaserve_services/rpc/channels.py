@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from colaserve_services.errors import UsageError
-from colaserve_services.rpc import checksums, network, requests
+from colaserve_services.rpc import network, requests
 from colaserve_services.rpc.settings import ChannelSettings
 from colaserve_services.rpc.tls import channel_credentials
 
@@ -40,8 +40,7 @@ def open_channel(target: str, settings: ChannelSettings, service: str, host: str
 
 
 class Stub:
-    """A grpc.aio stub whose calls carry this process' key and the request id of the call being served, and whose
-    messages carry a checksum."""
+    """A grpc.aio stub whose calls carry this process' key and the request id of the call being served."""
 
     def __init__(self, kind: Callable[[Any], Any], channel: grpc.aio.Channel, settings: ChannelSettings):
         self._kind, self._key = kind, f"Bearer {settings.api_key}" if settings.api_key else ""
@@ -49,7 +48,7 @@ class Stub:
 
     def use(self, channel: grpc.aio.Channel) -> None:
         """Make later calls on this channel."""
-        for name, method in vars(self._kind(checksums.SealedChannel(channel))).items():
+        for name, method in vars(self._kind(channel)).items():
             setattr(self, name, self._carrying(method))
 
     def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +62,7 @@ class Stub:
         added = tuple(pair for pair in requests.outgoing_metadata() if pair[0] not in names)
         if self._key and requests.AUTHORIZATION not in names:
             added += ((requests.AUTHORIZATION, self._key),)
-        return (*given, *added, checksums.ASKED)
+        return (*given, *added)
 
 
 def resolve(target: str) -> str:

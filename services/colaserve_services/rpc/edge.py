@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
-from colaserve_services.rpc import checksums, requests, tracing, unread
+from colaserve_services.rpc import requests, tracing, unread
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import status_from_errors
@@ -23,20 +25,26 @@ from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.request_bounds import RequestBounds
 
-UNGUARDED = "/grpc.health.v1."  # probes show no key, are not counted and not logged
-FIRST_SECONDS = 30.0  # that a call's first message may take to come
-NAMES = {code.value[0]: code.name for code in StatusCode}
+UNGUARDED: Final = "/grpc.health.v1."  # probes show no key, are not counted and not logged
+FIRST_SECONDS: Final = 30.0  # that a call's first message may take to come
+# Callers of builds before December 2026 take only answers that end with a CRC-32, in a field that others skip. What
+# they send ends with one too, and TLS has made it unnecessary: it is not looked at.
+CHECKSUM: Final = ("x-colaserve-checksum", "crc32")
+CHECKSUM_TAG: Final = b"\x9d\xa4\xe8\x03"  # field 1000003, fixed32
+_NAMES: Final = {code.value[0]: code.name for code in StatusCode}
 
 
-class Method(NamedTuple):
+@dataclass(frozen=True)
+class Method:
+    """A method of a service, and what serves it."""
+
     service: str  # without its package
     name: str
+    handler: Any
 
-
-class Call(NamedTuple):
-    request: Any  # a message, or an async iterator of them
-    span: tracing.CallSpan
-    sealed: bool  # whether its messages carry checksums
+    @property
+    def labels(self) -> tuple[str, str]:
+        return self.service, self.name
 
 
 class Edge(grpc.aio.ServerInterceptor):
@@ -51,51 +59,58 @@ class Edge(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """The wrapped handler, or None for a method that nobody implements."""
+        """A handler of streams of bytes, whatever the method is: so the key is looked at before a message is read, the
+        first message has a limited time to come, and each is checked before protobuf reads it. None for a method that
+        nobody implements."""
         handler = await continuation(handler_call_details)
         path: str = handler_call_details.method
         if handler is None or path.startswith(UNGUARDED):
             return handler
         service, _, name = path.lstrip("/").rpartition("/")
-        return self._wrap(handler, Method(service.rpartition(".")[2], name))
-
-    def _wrap(self, handler: Any, method: Method) -> Any:
-        """A handler of streams of bytes, whatever the method is: so the key is looked at before a message is read, the
-        first message has a limited time to come, and each is checked before protobuf reads it."""
-        serve = self._streaming if handler.response_streaming else self._unary
-        return grpc.stream_stream_rpc_method_handler(serve(handler, method))
-
-    def _unary(self, handler: Any, method: Method) -> Any:
-        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        method = Method(service.rpartition(".")[2], name, handler)
 
         async def serve(received: AsyncIterator[bytes], context: Any) -> None:
-            async with self._call(received, method, handler, context) as call:
-                response = await behavior(call.request, context)
-                await _write(context, self._written(response, method, handler, call.sealed))
+            await self._serve(method, received, context)
 
-        return serve
+        return grpc.stream_stream_rpc_method_handler(serve)
 
-    def _streaming(self, handler: Any, method: Method) -> Any:
+    async def _serve(self, method: Method, received: AsyncIterator[bytes], context: Any) -> None:
+        await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
+        metadata = context.invocation_metadata()
+        context.set_trailing_metadata(((requests.REQUEST_ID, requests.adopt(metadata)),))
+        with tracing.serving(tracing.span_name(method.labels), metadata) as span:
+            async with self._recorded(method, context, span) as client:
+                first = [await self._first(received, method)]  # who sends nothing takes no slot
+                with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
+                    request = self._request(first.pop(), received, method)  # its bytes go here
+                    await self._answer(request, method, context, span)
+
+    async def _answer(self, request: Any, method: Method, context: Any, span: tracing.CallSpan) -> None:
+        handler = method.handler
+        if not handler.response_streaming:
+            behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            await self._write(await behavior(request, context), method, context)
+            return
         behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-
-        async def serve(received: AsyncIterator[bytes], context: Any) -> None:
-            async with self._call(received, method, handler, context) as call:
-                with unread.endable():
-                    async with aclosing(behavior(call.request, context)) as responses:  # however the call ends
-                        await self._send(responses, method, handler, context, call)
-
-        return serve
-
-    async def _send(
-        self, responses: AsyncIterator[Any], method: Method, handler: Any, context: Any, call: Call
-    ) -> None:
         begun = False
-        async for response in responses:
-            if not begun:  # by itself: when a first write is broken off, grpc.aio would send it again with the status
-                await context.send_initial_metadata(())
-                begun = True
-            call.span.block(**tracing.timing(response))  # before its reader may leave
-            await _write(context, self._written(response, method, handler, call.sealed))
+        with unread.endable():
+            async with aclosing(behavior(request, context)) as responses:  # however the call ends
+                async for response in responses:
+                    if not begun:  # by itself: grpc.aio would send a first write that is broken off with the status
+                        await context.send_initial_metadata(())
+                        begun = True
+                    span.block(response)  # before its reader may leave
+                    await self._write(response, method, context)
+
+    async def _write(self, response: Any, method: Method, context: Any) -> None:
+        message: bytes = method.handler.response_serializer(response)
+        if requests.value(context.invocation_metadata(), CHECKSUM[0]) == CHECKSUM[1]:
+            message += CHECKSUM_TAG + zlib.crc32(message).to_bytes(4, "little")
+        self._metrics.transfer_bytes.labels("out", method.service).inc(len(message))
+        try:
+            await context.write(message)
+        except grpc.aio.InternalError as error:  # nobody is at the other end any more
+            raise asyncio.CancelledError from error
 
     async def _first(self, received: AsyncIterator[bytes], method: Method) -> bytes | None:
         """The first message, None where the stream ends without one."""
@@ -106,70 +121,41 @@ class Edge(grpc.aio.ServerInterceptor):
             waited = f"no message of {method.name} came within {self._first_seconds:g} s"
             raise DeadlineExceeded(waited) from error
 
-    def _request(
-        self, first: bytes | None, rest: AsyncIterator[bytes], method: Method, handler: Any, sealed: bool
-    ) -> Any:
-        if handler.request_streaming:
-            return self._stream(first, rest, method, handler, sealed)
+    def _request(self, first: bytes | None, rest: AsyncIterator[bytes], method: Method) -> Any:
+        """A message, or an async iterator of them."""
+        if method.handler.request_streaming:
+            return self._stream(first, rest, method)
         if first is None:
             raise InvalidRequest("request", f"got no message, expected one request of {method.name}")
-        return self._message(first, method, handler, sealed)
+        return self._message(first, method)
 
-    async def _stream(
-        self, first: bytes | None, rest: AsyncIterator[bytes], method: Method, handler: Any, sealed: bool
-    ) -> AsyncIterator[Any]:
+    async def _stream(self, first: bytes | None, rest: AsyncIterator[bytes], method: Method) -> AsyncIterator[Any]:
         if first is not None:
-            yield self._message(first, method, handler, sealed)
+            yield self._message(first, method)
         async for message in rest:
-            yield self._message(message, method, handler, sealed)
+            yield self._message(message, method)
 
-    def _message(self, received: bytes, method: Method, handler: Any, sealed: bool) -> Any:
+    def _message(self, received: bytes, method: Method) -> Any:
         self._metrics.transfer_bytes.labels("in", method.service).inc(len(received))
         self._garbage.received(len(received))
         self.bounds.check(method.name, received)
-        received = checksums.opened(received, required=sealed)
         try:
-            return handler.request_deserializer(received)
+            return method.handler.request_deserializer(received)
         except DecodeError as error:
             raise InvalidRequest("request", f"{len(received)} bytes that are no request of {method.name}") from error
 
-    def _written(self, response: Any, method: Method, handler: Any, sealed: bool) -> bytes:
-        message: bytes = handler.response_serializer(response)
-        if sealed:
-            message = checksums.seal(message)
-        self._metrics.transfer_bytes.labels("out", method.service).inc(len(message))
-        return message
-
     @asynccontextmanager
-    async def _call(
-        self, received: AsyncIterator[bytes], method: Method, handler: Any, context: Any
-    ) -> AsyncIterator[Call]:
-        await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
-        metadata = context.invocation_metadata()
-        request_id = requests.adopt(metadata)
-        context.set_trailing_metadata(((requests.REQUEST_ID, request_id),))
-        sealed = checksums.asked(metadata)
-        with tracing.serving(tracing.span_name(method), metadata) as span:
-            async with self._counted(method, context, span) as client:
-                first = [await self._first(received, method)]  # who sends nothing takes no slot
-                with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
-                    request = self._request(first.pop(), received, method, handler, sealed)  # its bytes go here
-                    yield Call(request, span, sealed)
-
-    @asynccontextmanager
-    async def _counted(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
-        running = self._metrics.requests_in_progress.labels(*method)
+    async def _recorded(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
+        """Authenticate the client and give its name; answer with the status of what is raised; count, time and log."""
+        running = self._metrics.requests_in_progress.labels(*method.labels)
         running.inc()
         started, code, client = time.perf_counter(), "OK", ""
         try:
             async with status_from_errors(context):
                 client = self._client(context)
                 yield client
-        except asyncio.CancelledError:
-            code = _why_cancelled(context) if not _number(context.code()) else NAMES[_number(context.code())]
-            raise
-        except BaseException:
-            code = NAMES.get(_number(context.code()), "UNKNOWN")
+        except BaseException as error:
+            code = _code(context, error)
             raise
         finally:
             running.dec()
@@ -182,24 +168,18 @@ class Edge(grpc.aio.ServerInterceptor):
         return str(context.peer()).rpartition(":")[0]
 
     def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
-        self._metrics.request_seconds.labels(*method, code).observe(seconds)
-        told = {"service": method.service, "method": method.name, "code": code, "seconds": round(seconds, 4)}
+        self._metrics.request_seconds.labels(*method.labels, code).observe(seconds)
+        fields = {"service": method.service, "method": method.name, "code": code, "seconds": round(seconds, 4)}
         level = logging.DEBUG if method.name == "GetInfo" and code == "OK" else logging.INFO  # asked every second
-        access.log(level, "call", extra={"fields": told | {"client": client}})
+        access.log(level, "call", extra={"fields": fields | {"client": client}})
 
 
-async def _write(context: Any, message: bytes) -> None:
-    try:
-        await context.write(message)
-    except grpc.aio.InternalError as error:  # nobody is at the other end any more
-        raise asyncio.CancelledError from error
-
-
-def _number(code: Any) -> int:
-    return code.value[0] if isinstance(code, StatusCode) else int(code or 0)
-
-
-def _why_cancelled(context: Any) -> str:
+def _code(context: Any, error: BaseException) -> str:
+    """The name of the status that a call ended with."""
+    given = context.code()
+    if number := given.value[0] if isinstance(given, StatusCode) else int(given or 0):
+        return _NAMES.get(number, "UNKNOWN")
+    if not isinstance(error, asyncio.CancelledError):
+        return "UNKNOWN"
     remaining = context.time_remaining()
-    late = remaining is not None and remaining <= 0
-    return (StatusCode.DEADLINE_EXCEEDED if late else StatusCode.CANCELLED).name
+    return "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
