@@ -1,21 +1,16 @@
-"""A proxy between coordinators and stages does harm, while requests run: python -m tests.chaos.faults"""
+"""A proxy between coordinators and stages, which speak TLS, does harm while requests run."""
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
-import click
-
-from tests.chaos.fleet import SIZES, STAGES, Fleet, FleetSettings, eventually, free_port
-from tests.chaos.load import DEADLINE, Job, Tally, jobs, roads, side_by_side, undisturbed
+from tests.chaos.fleet import STAGES, Fleet, FleetSettings, eventually, free_port
+from tests.chaos.load import DEADLINE, Job, Tally, roads, side_by_side
 from tests.chaos.proxy import Harm, Proxy
-from tests.conftest import GOLDEN
+from tests.services.rpc.conftest import make_authority
 
 HARMS = {
     "delay": Harm(delay=0.05),
@@ -29,10 +24,12 @@ KEEPALIVE = ("--keepalive-seconds=2",)  # a connection that swallows all is give
 
 @asynccontextmanager
 async def harmed_fleet(settings: FleetSettings) -> AsyncIterator[tuple[Fleet, list[Proxy]]]:
-    """A fleet whose coordinators reach each replica of each stage through a proxy of its own."""
+    """A fleet whose coordinators reach each replica of each stage through a proxy of its own, with TLS."""
+    authority = make_authority(settings.folder / "tls")
+    authority.issue("server")
     ports = {stage: [free_port() for _ in range(settings.sizes[stage])] for stage in STAGES}
     through = {stage: ",".join(f"127.0.0.1:{port}" for port in ports[stage]) for stage in STAGES}
-    fleet = Fleet(replace(settings, through=through, arguments={"coordinator": KEEPALIVE}))
+    fleet = Fleet(replace(settings, through=through, arguments={"coordinator": KEEPALIVE}, tls=authority.folder))
     async with AsyncExitStack() as stack:
         proxies = [
             await stack.enter_async_context(Proxy(port, replica.port, seed=port))
@@ -76,33 +73,3 @@ async def kv_free(fleet: Fleet) -> bool:
 def hangs(tally: Tally) -> int:
     """Requests that outlived their deadline."""
     return sum(outcome.error == "HANG" for outcome in tally.outcomes)
-
-
-@click.command()
-@click.option("--requests", default=100, show_default=True, help="For each kind of harm.")
-@click.option("--concurrency", default=12, show_default=True)
-@click.option("--tokens", default=96, show_default=True, help="Most tokens of a request.")
-@click.option("--model", default=GOLDEN / "tiny_b4", type=click.Path(path_type=Path, exists=True))
-@click.option("--logs", default=None, type=click.Path(path_type=Path), help="Folder for the processes' logs.")
-def main(requests: int, concurrency: int, tokens: int, model: Path, logs: Path | None) -> None:
-    """Delayed, cut, half-open and corrupted connections: no hang, no wrong text, no leaked KV."""
-    asyncio.run(_main(requests, concurrency, tokens, model, logs or Path(tempfile.mkdtemp())))
-
-
-async def _main(requests: int, concurrency: int, tokens: int, model: Path, logs: Path) -> None:
-    some, bad = jobs(min(requests, 60), (tokens // 4, tokens // 2, tokens)), False
-    wanted = [some[index % len(some)] for index in range(requests)]
-    async with harmed_fleet(FleetSettings(logs, model, SIZES)) as (fleet, proxies):
-        expected = await undisturbed(fleet, some)
-        for name, harm in HARMS.items():
-            tally, done, free = await under_harm(fleet, proxies, harm, wanted, expected, concurrency)
-            print(f"-- {name}: {dict(done)}")
-            print("\n".join(tally.lines()))
-            print(f"beyond their deadline    {hangs(tally)}")
-            print(f"KV free at the end       {'yes' if free else 'NO'}", flush=True)
-            bad |= bool(tally.wrong or hangs(tally) or not free)
-    raise SystemExit(bad)
-
-
-if __name__ == "__main__":
-    main()

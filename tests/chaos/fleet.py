@@ -43,6 +43,7 @@ class FleetSettings:
     arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further ones of a role
     through: Mapping[str, str] = field(default_factory=dict)  # stage: address that its callers get instead
     environment: Mapping[str, str] = field(default_factory=dict)
+    tls: Path | None = None  # a folder with ca.pem, server.pem and server.key: the stages are called with TLS
     drain_seconds: float = 2.0
     grace_seconds: float = 20.0
     start_seconds: float = 180.0
@@ -78,8 +79,17 @@ class Replica:
                 f"--metrics-port={self.metrics_port}", f"--drain-seconds={self.settings.drain_seconds}",
                 f"--grace-seconds={self.settings.grace_seconds}", *model, *self.arguments,
                 *(("--threads=1",) if self.role in STAGES else ()), *self.settings.arguments.get(self.role, ()),
+                *self._tls(),
                 stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, env=self._environment(),
             )  # fmt: skip
+
+    def _tls(self) -> tuple[str, ...]:
+        folder = self.settings.tls
+        if folder is None or self.role == "gateway":
+            return ()
+        if self.role == "coordinator":
+            return (f"--tls-ca={folder / 'ca.pem'}",)
+        return (f"--tls-cert={folder / 'server.pem'}", f"--tls-key={folder / 'server.key'}")
 
     async def kill(self) -> None:
         """SIGKILL: it says goodbye to nobody."""
@@ -121,12 +131,19 @@ class Replica:
         return self._log().read_text(encoding="utf-8", errors="replace")
 
     async def _healthy(self) -> bool:
-        async with grpc.aio.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        async with self._channel() as channel:
             try:
                 check = health_pb2_grpc.HealthStub(channel).Check
                 return bool((await check(health_pb2.HealthCheckRequest(), timeout=2)).status == SERVING)
             except grpc.aio.AioRpcError:
                 return False
+
+    def _channel(self) -> grpc.aio.Channel:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        if self.settings.tls is None or self.role not in STAGES:
+            return grpc.aio.insecure_channel(self.address, options)
+        ca = (self.settings.tls / "ca.pem").read_bytes()
+        return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(ca), options)
 
     async def _ready_over_http(self) -> bool:
         return " 200 " in (await get(self.port, "/ready")).partition("\n")[0]

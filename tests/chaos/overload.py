@@ -1,26 +1,16 @@
-"""Ten times more requests than the system can serve: python -m tests.chaos.overload --model DIR
-
-DIR: `colaserve bench make-checkpoint DIR --preset medium`."""
+"""Ten times more requests than the system can serve."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-
-import click
+from collections.abc import Iterator, Sequence
 
 from colaserve_bench.report import percentile
-from colaserve_bench.requests import Mix, Record, closed_loop, connected, open_loop
+from colaserve_bench.requests import Record, closed_loop
 from colaserve_client import AsyncClient, GenerationRequest
-from tests.chaos.fleet import SMALL, STAGES, Fleet, FleetSettings
-from tests.chaos.watching import Watch, quantile
+from tests.chaos.fleet import STAGES, Fleet
 
-ONE_EACH = dict.fromkeys(SMALL, 1)
 SMALL_CACHE = "--prefix-cache-bytes=8000000"  # full before the memory's slope counts
 
 
@@ -31,7 +21,7 @@ def answered(records: Sequence[Record], begin: float, until: float) -> float:
 
 
 async def closed_rate(
-    client: AsyncClient, requests: itertools.chain[GenerationRequest], callers: int, seconds: float
+    client: AsyncClient, requests: Iterator[GenerationRequest], callers: int, seconds: float
 ) -> float:
     """Answers a second that so many callers get, each asking again when it has its answer, once that runs."""
     begin = time.monotonic() + seconds / 4
@@ -53,49 +43,11 @@ def report(records: Sequence[Record], begin: float, until: float, best: float) -
     ]
 
 
-@click.command()
-@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--factor", default=10.0, show_default=True, help="Times the capacity.")
-@click.option("--seconds", default=60.0, show_default=True, help="Of the overload.")
-@click.option("--closed", default=30.0, show_default=True, help="Seconds of each closed loop.")
-@click.option("--callers", default="8,16,32", show_default=True, help="Of the closed loops.")
-@click.option("--tokens", default=32, show_default=True, help="Of each answer.")
-@click.option("--queue-seconds", default=30.0, show_default=True, help="As the coordinator's.")
-@click.option("--settle", default=120.0, show_default=True, help="Seconds until the memory's slope counts.")
-@click.option("--logs", default=None, type=click.Path(path_type=Path), help="Folder for the processes' logs.")
-def main(logs: Path | None, **options: object) -> None:
-    """Refusals at once, goodput kept, no request later than the queue allows, no memory growing."""
-    asyncio.run(_main(logs=logs or Path(tempfile.mkdtemp()), **options))  # type: ignore[arg-type]
+def arguments(queue_seconds: float) -> dict[str, tuple[str, ...]]:
+    """Of the processes."""
+    return {**dict.fromkeys(STAGES, (SMALL_CACHE,)), "coordinator": (f"--queue-seconds={queue_seconds}",)}
 
 
-async def _main(
-    model: Path, factor: float, seconds: float, closed: float, callers: str, tokens: int, queue_seconds: float,
-    settle: float, logs: Path,
-) -> None:  # fmt: skip
-    patience = f"--queue-seconds={queue_seconds}"
-    settings = {**dict.fromkeys(STAGES, (SMALL_CACHE,)), "coordinator": (patience, "--log-level=debug")}
-    async with (
-        Fleet(FleetSettings(logs, model, ONE_EACH, settings)) as fleet,
-        connected(fleet.target, None, 300) as client,
-    ):
-        requests = Mix((16,), (tokens,)).requests(await client.info(), "overload")
-        rates = [await closed_rate(client, requests, int(n), closed) for n in callers.split(",")]
-        if not (best := max(rates)):
-            raise click.ClickException(f"--closed: got {closed:g} s, in which no call was answered; give more")
-        before = await _refusals(fleet)
-        async with Watch(fleet) as watch:
-            begin = time.monotonic()
-            until = begin + seconds
-            records = await open_loop(client, requests, factor * best, until, seed=1)
-        late = quantile(await _refusals(fleet), before, 0.99)
-    print("\n".join(report(records, begin, until, best)))
-    print(f"refused, s p99 at server {late}")
-    print("\n".join(watch.lines(settle)))
-
-
-async def _refusals(fleet: Fleet) -> dict[float, float]:
+async def refusals(fleet: Fleet) -> dict[float, float]:
+    """How long refusals took: cumulative counts by upper bound."""
     return await fleet.buckets("coordinator", "colaserve_request_seconds", 'code="RESOURCE_EXHAUSTED"')
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,17 @@
-"""A long time of requests, of which some are left early and some run out of time: python -m tests.chaos.soak"""
+"""A long time of requests, of which some are left early and some run out of time."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
-
-import click
 
 from colaserve_client import AsyncClient, DeadlineExceeded
 from tests.chaos.faults import kv_free
-from tests.chaos.fleet import SMALL, STAGES, Fleet, FleetSettings, eventually
-from tests.chaos.load import Job, jobs
+from tests.chaos.fleet import Fleet, eventually
+from tests.chaos.load import Job
 from tests.chaos.watching import Watch
-from tests.conftest import GOLDEN
 
 CANCELLED, TIMED = 0.20, 0.05  # shares of the requests
 
@@ -55,31 +50,3 @@ async def soak(
         free = await eventually(lambda: kv_free(fleet), 60)
         await asyncio.sleep(2)  # the last look, at rest
     return ended, watch, free
-
-
-@click.command()
-@click.option("--minutes", default=20.0, show_default=True)
-@click.option("--concurrency", default=8, show_default=True)
-@click.option("--tokens", default=48, show_default=True, help="Most tokens of a request.")
-@click.option("--settle", default=120.0, show_default=True, help="Seconds until the memory's slope counts.")
-@click.option("--model", default=GOLDEN / "tiny_b4", type=click.Path(path_type=Path, exists=True))
-@click.option("--logs", default=None, type=click.Path(path_type=Path), help="Folder for the processes' logs.")
-def main(minutes: float, concurrency: int, tokens: int, settle: float, model: Path, logs: Path | None) -> None:
-    """A fifth of the requests is left early, a twentieth passes its deadline; memory, files and KV must not grow."""
-    asyncio.run(_main(minutes, concurrency, tokens, settle, model, logs or Path(tempfile.mkdtemp())))
-
-
-async def _main(minutes: float, concurrency: int, tokens: int, settle: float, model: Path, logs: Path) -> None:
-    sizes = {**dict.fromkeys(SMALL, 1), "gateway": 0}
-    async with Fleet(FleetSettings(logs, model, sizes)) as fleet:
-        some = jobs(200, (tokens // 4, tokens // 2, tokens))
-        ended, watch, free = await soak(fleet, some, concurrency, minutes * 60)
-        held = await fleet.metric("colaserve_engine_kv_bytes", STAGES)
-    print(f"requests                 {ended.total()} {dict(ended)}")
-    print("\n".join(watch.lines(settle)))
-    print(f"KV bytes at the end      {held}")
-    raise SystemExit(not free)
-
-
-if __name__ == "__main__":
-    main()
