@@ -11,7 +11,7 @@ from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
@@ -39,13 +39,13 @@ async def system(golden: Any, split: bool, max_context: int = 256) -> AsyncItera
     async with serving(golden, EngineLimits(max_context=max_context)) as served:
         tokenizer = Tokenizer.open(golden.directory / "tokenizer.json", served.shape.vocab_size)
         services = served.stages.services
-        fused = {name: InProcessStub(services[name]) for name in ("encoder", "prior", "decoder")}
+        fused = {name: LocalStub(services[name]) for name in ("encoder", "prior", "decoder")}
         stubs = {name: getattr(served, name) for name in fused} if split else fused
         coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_context=max_context))
         await coordinator.connect()
         servicers = GenerationServicer(coordinator), LatentServicer(coordinator)
         if not split:
-            yield System(coordinator, tokenizer, *map(InProcessStub, servicers), served)
+            yield System(coordinator, tokenizer, *map(LocalStub, servicers), served)
             return
         server = RpcServer(ServerSettings(), Metrics())
         for servicer in servicers:

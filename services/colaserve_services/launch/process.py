@@ -56,8 +56,8 @@ class Host:
         """Take the metrics port and, if there is to be one, the gRPC port: a taken one is found before any work."""
         self.metrics.watch_process()
         if self._watch.otlp_endpoint is not None:
-            tracer = tracing.start(self._watch.otlp_endpoint, self.role)
-            self.stack.push_async_callback(asyncio.to_thread, tracer.stop)
+            stop_tracing = tracing.start(self._watch.otlp_endpoint, self.role)
+            self.stack.push_async_callback(asyncio.to_thread, stop_tracing)
         endpoint = MetricsEndpoint.start(self.metrics, self._watch.metrics)
         self.stack.callback(endpoint.close)
         self.addresses["metrics"] = f"http://{address(self._watch.metrics.host, endpoint.port)}/metrics"

@@ -14,9 +14,8 @@ from colaserve_services.launch import card, ports, settings, threads
 from colaserve_services.launch.observers import CoordinatorMetrics
 from colaserve_services.launch.process import Host, in_thread, run
 from colaserve_services.launch.settings import Params
-from colaserve_services.rpc.connection import Connection
-from colaserve_services.rpc.in_process import InProcessStub
-from colaserve_services.rpc.replicas import Replicas
+from colaserve_services.rpc.connections import Connection, Replicas
+from colaserve_services.rpc.local import LocalStub
 
 if TYPE_CHECKING:
     from colaserve_services.coordinator import Coordinator, Stages
@@ -106,7 +105,7 @@ def run_all(params: Params) -> None:
         checkpoint = await _checkpoint(model.directory)
         host.description = card.description(model.directory)
         running = await _stages(host, ("encoder", "prior", "decoder"), model, limits, checkpoint)
-        encoder, prior, decoder = (InProcessStub(running.services[name]) for name in ("encoder", "prior", "decoder"))
+        encoder, prior, decoder = (LocalStub(running.services[name]) for name in ("encoder", "prior", "decoder"))
         stages = Stages(encoder, prior, decoder)
         coordinator = _coordinator(host, params, checkpoint, stages)
         generation, latent = _coordinator_services(coordinator)
@@ -114,7 +113,7 @@ def run_all(params: Params) -> None:
         await host.serve_grpc(*services, context_bytes=_context_bytes(params, checkpoint))
         await running.warm_up()
         await _connect(host, coordinator)
-        await _gateway(host, params, coordinator_stub(InProcessStub(generation), InProcessStub(latent)))
+        await _gateway(host, params, coordinator_stub(LocalStub(generation), LocalStub(latent)))
 
     run("colaserve", settings.watch(params), settings.server(params), settings.keys(params), assemble)
 

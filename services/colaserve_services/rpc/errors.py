@@ -7,18 +7,18 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from grpc_status import rpc_status
 
 from colaserve_services.errors import (
     Cancelled,
     ColaserveError,
-    Corrupted,
     DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
@@ -36,7 +36,6 @@ TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
     Overloaded: (StatusCode.RESOURCE_EXHAUSTED, 429),
     Cancelled: (StatusCode.CANCELLED, 499),
     Unavailable: (StatusCode.UNAVAILABLE, 503),
-    Corrupted: (StatusCode.DATA_LOSS, 503),
     DeadlineExceeded: (StatusCode.DEADLINE_EXCEEDED, 504),
     StepFailed: (StatusCode.INTERNAL, 500),  # other errors of this status carry no ErrorInfo
 }
@@ -96,24 +95,25 @@ async def status_from_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asy
         yield
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
-    except grpc.RpcError as error:
-        await abort(context, error_from_rpc(error))
     except Exception as error:
-        await abort(context, error)
+        status = rpc_error(error)
+        _forget_frames(error)
+        try:
+            async with asyncio.timeout(LAST_WORD):
+                await context.abort(status.code(), status.details() or "", tuple(status.trailing_metadata()))
+        except TimeoutError:  # nobody reads what was sent before; the status waits behind it, its handler does not
+            raise asyncio.CancelledError from error
+        raise AssertionError("abort returned") from error
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """End the call with the status of `error`."""
-    if _known(error) not in TABLE:
+def rpc_error(error: Exception) -> AioRpcError:
+    """What the caller of a call that fails with `error` gets. Errors that are not in the table are logged here."""
+    known = error_from_rpc(error) if isinstance(error, grpc.RpcError) else error
+    if _known(known) not in TABLE:
         _log.error("call failed: %s", type(error).__name__, exc_info=error)
-    status = status_proto(error)
-    _forget_frames(error)
-    try:
-        async with asyncio.timeout(LAST_WORD):
-            await context.abort(grpc_code(error), status.message, trailing_metadata(status))
-    except TimeoutError:  # nobody reads what was sent before; the status waits behind it, its handler does not
-        raise asyncio.CancelledError from error
-    raise AssertionError("abort returned")
+    status = status_proto(known)
+    trailing = ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID, current_request_id()))
+    return AioRpcError(grpc_code(known), Metadata(), Metadata(*trailing), status.message)
 
 
 def _forget_frames(error: BaseException | None) -> None:
@@ -122,11 +122,6 @@ def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, str | bytes], ...]:
-    """What carries a status' details, and the request id, to the caller."""
-    return ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID, current_request_id()))
 
 
 def _known(error: Exception) -> type[ColaserveError]:

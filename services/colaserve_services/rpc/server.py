@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import Any
+from typing import Any, Final
 
 import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -16,13 +18,12 @@ from colaserve_services.rpc import network
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.edge import Edge
-from colaserve_services.rpc.health_port import HealthPort
-from colaserve_services.rpc.in_process import service_descriptor
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.request_bounds import MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import ServerSettings
 from colaserve_services.rpc.tls import server_credentials
 
+PACKAGE: Final = "colaserve.v1"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LIVENESS = "liveness"  # a health name for liveness probes: SERVING as long as the process answers and can compute
@@ -53,8 +54,7 @@ class RpcServer:
         self._names: list[str] = []
         self._port: int | None = None
         self.health_port: int | None = None  # the probes' port, once bound
-        given = settings.health_port
-        self._probes = None if given is None else HealthPort(self._health, settings.host, given)
+        self._probes = None if settings.health_port is None else _probes(self._health)
         self._draining = self._failing = self._ready = False
 
     def add(self, servicer: object) -> None:
@@ -72,9 +72,10 @@ class RpcServer:
     def bind(self) -> int:
         """Take the port and return it. Raises UsageError when it is taken or a certificate cannot be read."""
         if self._port is None:
-            self._port = self._bind()
-            if self._probes is not None:
-                self.health_port = self._probes.bind()
+            tls = self._settings.tls
+            self._port = self._bind(self._server, "grpc", self._settings.port, server_credentials(tls) if tls else None)
+            if self._probes is not None and self._settings.health_port is not None:
+                self.health_port = self._bind(self._probes, "health", self._settings.health_port)
         return self._port
 
     async def start(self) -> int:
@@ -113,26 +114,38 @@ class RpcServer:
         """Refuse new calls, give running ones `grace` seconds, then cancel them."""
         await self._server.stop(grace)  # again with less grace: what runs is cut sooner
         if self._probes is not None:
-            await self._probes.stop()
+            await self._probes.stop(0)  # checks are short
 
     async def _set_health(self, status: Any) -> None:
         for name in (*self._names, ""):
             await self._health.set(name, status)
 
-    def _bind(self) -> int:
-        settings = self._settings
-        address = network.address(settings.host, settings.port)
+    def _bind(self, server: grpc.aio.Server, name: str, port: int, tls: grpc.ServerCredentials | None = None) -> int:
+        address = network.address(self._settings.host, port)
         try:
-            if settings.tls is None:
-                return self._server.add_insecure_port(address)
-            return self._server.add_secure_port(address, server_credentials(settings.tls))
+            return server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
         except RuntimeError as error:
-            raise UsageError(f"--grpc-port: cannot listen on {address}; is the port taken?") from error
+            raise UsageError(f"--{name}-port: cannot listen on {address}; is the port taken?") from error
 
     def _stage(self) -> str:
         """The stage whose door this is: the coordinator's where it lives, whatever else does."""
         stages = [name.rpartition(".")[2].removesuffix("Service").lower() for name in self._names]
         return "coordinator" if "generation" in stages or not stages else stages[0]
+
+
+def service_descriptor(servicer: object) -> ServiceDescriptor:
+    """The service that an object of a generated `<Service>Servicer` class implements."""
+    for kind in type(servicer).__mro__:
+        if kind.__module__.endswith("_pb2_grpc") and kind.__name__.endswith("Servicer"):
+            return descriptor_pool.Default().FindServiceByName(f"{PACKAGE}.{kind.__name__.removesuffix('Servicer')}")
+    raise TypeError(f"{type(servicer).__name__} is no servicer of {PACKAGE}")
+
+
+def _probes(servicer: health.aio.HealthServicer) -> grpc.aio.Server:
+    """A server of the health service alone, without TLS and keys: Kubernetes' gRPC probes know neither."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), network.UNCOMPRESSED], migration_thread_pool=None)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return server
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

@@ -1,9 +1,9 @@
 """OpenTelemetry traces: a request is one trace, whatever services it passes, with a span a call and a span a block.
 
-    tracer = tracing.start("http://collector:4317", "prior")     # once, at start; needs the [trace] extra
+    stop = tracing.start("http://collector:4317", "prior")       # once, at start; needs the [trace] extra
     with tracing.serving("PriorService/Sample", metadata) as span:
-        span.block(queue_us=10, compute_us=400)                  # a span from the last block, or the start, until now
-    tracer.stop()                                                # sends what is left
+        span.block(response)                                     # a span from the last block, or the start, until now
+    stop()                                                       # sends what is left
 
 The trace's context comes and goes as W3C `traceparent` and `tracestate`: HTTP headers and gRPC metadata. A process that
 traces nothing hands a caller's context on. Spans hold names, counts and times, never text. Sampling and limits are
@@ -13,7 +13,7 @@ OpenTelemetry's own variables (OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_EXPORTER_
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -26,87 +26,14 @@ from colaserve_services.rpc.requests import Metadata
 HEADERS: Final = ("traceparent", "tracestate")
 _EXPORT_SECONDS: Final = 5  # patience with the collector, also when the process ends
 
-
-class Tracer:
-    """Makes this process' spans and sends them; see `start`."""
-
-    def __init__(self, provider: Any):
-        from opentelemetry.trace import SpanKind
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        self._provider, self._tracer = provider, provider.get_tracer("colaserve", __version__)
-        self._propagator, self._server = TraceContextTextMapPropagator(), SpanKind.SERVER
-
-    def begin(self, name: str, parent: Metadata) -> Any:
-        """A span of a call whose caller sent these headers."""
-        context = self._propagator.extract(dict(parent))
-        attributes = {"rpc.request_id": requests.current_request_id()}
-        return self._tracer.start_span(name, context=context, kind=self._server, attributes=attributes)
-
-    def child(self, name: str, parent: Any, start_ns: int, attributes: dict[str, int]) -> None:
-        """A span within `parent` that ends now."""
-        context = _inside(parent)
-        self._tracer.start_span(name, context=context, start_time=start_ns, attributes=attributes).end()
-
-    def headers(self, span: Any) -> Metadata:
-        """What tells the next service that its work belongs to this span."""
-        carrier: dict[str, str] = {}
-        self._propagator.inject(carrier, context=_inside(span))
-        return tuple(carrier.items())
-
-    def stop(self) -> None:
-        """Send what is left and trace no more. Blocks, for some seconds if nobody takes it."""
-        global _tracer
-        if _tracer is self:
-            _tracer = None
-        self._provider.shutdown()
+_tracer: Any = None  # of the process, as logging's handlers are
 
 
-class CallSpan:
-    """The span of the call being served."""
+def start(endpoint: str, role: str) -> Callable[[], None]:
+    """Trace from now on, to an OTLP/gRPC collector. Raises UsageError where the [trace] extra is not installed.
 
-    def __init__(self, tracer: Tracer, span: Any):
-        self._tracer, self._span = tracer, span
-        self._last = time.time_ns()
-        self._blocks = 0
-
-    def block(self, **attributes: int) -> None:
-        """One more block is there; it is a span from the one before, or from the start of the call."""
-        begun, self._last = self._last, time.time_ns()
-        self._tracer.child("block", self._span, begun, {"block": self._blocks, **attributes})
-        self._blocks += 1
-
-    def note(self, name: str, value: str | int) -> None:
-        """An attribute that was not known at the start."""
-        self._span.set_attribute(name, value)
-
-    def ended(self, code: str, failed: bool) -> None:
-        """The call's status, and whether it is an error; that its caller left early is none."""
-        from opentelemetry.trace import Status, StatusCode
-
-        self.note("rpc.status", code)
-        if failed:
-            self._span.set_status(Status(StatusCode.ERROR, code))
-
-
-class NoSpan(CallSpan):
-    """Of a call that nobody traces."""
-
-    def __init__(self) -> None: ...
-
-    def block(self, **attributes: int) -> None: ...
-
-    def note(self, name: str, value: str | int) -> None: ...
-
-    def ended(self, code: str, failed: bool) -> None: ...
-
-
-_NO_SPAN: Final = NoSpan()
-_tracer: Tracer | None = None  # of the process, as logging's handlers are
-
-
-def start(endpoint: str, role: str) -> Tracer:
-    """Trace from now on, to an OTLP/gRPC collector. Raises UsageError where the [trace] extra is not installed."""
+    What it returns sends what is left and ends tracing; it blocks, for some seconds if nobody takes it.
+    """
     global _tracer
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -119,8 +46,37 @@ def start(endpoint: str, role: str) -> Tracer:
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint, insecure=not endpoint.startswith("https://"), timeout=_EXPORT_SECONDS)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    _tracer = Tracer(provider)
-    return _tracer
+    _tracer = provider.get_tracer("colaserve", __version__)
+    return provider.shutdown
+
+
+class CallSpan:
+    """The span of the call being served. Without one, as in a process that traces nothing, all does nothing."""
+
+    def __init__(self, span: Any = None):
+        self._span, self._last, self._blocks = span, time.time_ns(), 0
+
+    def block(self, response: Any) -> None:
+        """One more block is there; it is a span from the one before, or from the start of the call. It says where the
+        time went, if the response does."""
+        if self._span is None:
+            return
+        begun, self._last = self._last, time.time_ns()
+        attributes, timing = {"block": self._blocks}, getattr(response, "timing", None)
+        if timing is not None:
+            attributes |= {"queue_us": timing.queue_us, "compute_us": timing.compute_us}
+        _tracer.start_span("block", context=_inside(self._span), start_time=begun, attributes=attributes).end()
+        self._blocks += 1
+
+    def ended(self, code: str, failed: bool) -> None:
+        """The call's status, and whether it is an error; that its caller left early is none."""
+        if self._span is None:
+            return
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("rpc.status", code)
+        if failed:
+            self._span.set_status(Status(StatusCode.ERROR, code))
 
 
 def span_name(method: Iterable[str]) -> str:
@@ -129,29 +85,35 @@ def span_name(method: Iterable[str]) -> str:
     return "" if path.endswith("/GetInfo") else path
 
 
-def timing(response: Any) -> dict[str, int]:
-    """Where a block's time went, of a response that tells."""
-    known = getattr(response, "timing", None)
-    return {} if known is None else {"queue_us": known.queue_us, "compute_us": known.compute_us}
-
-
 @contextmanager
 def serving(name: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> Iterator[CallSpan]:
     """The span of a call being served, from here to the end; calls made inside belong to it. Use it after `adopt`.
     Without a name there is no span."""
     given = tuple((key, text) for key in HEADERS if (text := requests.value(metadata, key)))
     parent = given or requests.trace_headers()  # a call within this process has its caller's already
-    tracer = _tracer
-    if tracer is None or not name:
+    if _tracer is None or not name:
         requests.carry_trace(parent)
-        yield _NO_SPAN
+        yield CallSpan()
         return
-    span = tracer.begin(name, parent)
-    requests.carry_trace(tracer.headers(span))
+    span = _begin(name, parent)
     try:
-        yield CallSpan(tracer, span)
+        yield CallSpan(span)
     finally:
         span.end()
+
+
+def _begin(name: str, parent: Metadata) -> Any:
+    """A span of a call whose caller sent these headers; what this task calls will get those of the span."""
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    headers, carrier = TraceContextTextMapPropagator(), dict[str, str]()
+    attributes = {"rpc.request_id": requests.current_request_id()}
+    context = headers.extract(dict(parent))
+    span = _tracer.start_span(name, context=context, kind=SpanKind.SERVER, attributes=attributes)
+    headers.inject(carrier, context=_inside(span))
+    requests.carry_trace(tuple(carrier.items()))
+    return span
 
 
 def _inside(span: Any) -> Any:

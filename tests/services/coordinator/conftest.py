@@ -6,7 +6,7 @@ import pytest
 
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, CoordinatorObserver, Defaults, Stages
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 
@@ -60,7 +60,7 @@ async def make_world(tokenizer: Tokenizer) -> Callable[..., Any]:
         for fake in fakes:
             fake.patch_size, fake.block_size = patch_size, block_size
         coordinator = Coordinator(
-            Stages(*map(InProcessStub, fakes)),
+            Stages(*map(LocalStub, fakes)),
             text or tokenizer,
             defaults,
             CoordinatorLimits(**limits),

@@ -11,12 +11,12 @@ from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits,
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.coordinator.stages import Local
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
-from colaserve_services.rpc.in_process import InProcessContext, InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import SpecialIds, Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 from tests.waiting import eventually
 
-CONTEXT: Any = InProcessContext((), None, None)
+CONTEXT: Any = SimpleNamespace(invocation_metadata=tuple, time_remaining=lambda: None, peer=str)
 
 
 def fakes() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def fakes() -> dict[str, Any]:
 
 
 def over(stages: dict[str, Any], tokenizer: Tokenizer, **limits: Any) -> Coordinator:
-    stubs = {name: InProcessStub(fake) for name, fake in stages.items()}
+    stubs = {name: LocalStub(fake) for name, fake in stages.items()}
     return Coordinator(Stages(**stubs, prior_target="prior.test:1"), tokenizer, limits=CoordinatorLimits(**limits))
 
 
@@ -96,7 +96,7 @@ async def test_the_log_says_which_stage_is_waited_for(tokenizer, monkeypatch, ca
 
 async def test_stages_of_another_model_than_the_coordinators_are_refused_naming_both(tokenizer):
     stages = fakes()
-    stubs = {name: InProcessStub(fake) for name, fake in stages.items()}
+    stubs = {name: LocalStub(fake) for name, fake in stages.items()}
     theirs = stages["decoder"].space
     await Coordinator(Stages(**stubs), tokenizer, space=theirs).connect()
     with pytest.raises(ModelMismatch, match=rf"space is {theirs} there, ffff in the coordinator's checkpoint"):
@@ -172,7 +172,7 @@ async def test_readiness_follows_the_stages(tokenizer):
 
 async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer):
     stages = fakes()
-    prior, stubs = Looked(stages["prior"]), {name: InProcessStub(fake) for name, fake in stages.items()}
+    prior, stubs = Looked(stages["prior"]), {name: LocalStub(fake) for name, fake in stages.items()}
     replicas = [Local(Silent(), "a:1"), Local(stubs["prior"], "b:1"), Local(Silent(), "c:1")]
     coordinator = Coordinator(
         Stages(**stubs | {"prior": replicas}), tokenizer, limits=CoordinatorLimits(watch_seconds=0)

@@ -10,7 +10,7 @@ from grpc import StatusCode
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
 from tests.services.coordinator.conftest import Heard
 from tests.services.coordinator.stage_fakes import SPACE, Fake, FakeDecoder, FakeEncoder, FakePrior
@@ -31,7 +31,7 @@ class FakeReplica:
 
     @property
     def stub(self) -> Any:
-        return InProcessStub(self.fake)
+        return LocalStub(self.fake)
 
     def begin_anew(self, fake: Fake) -> None:
         self.fake, self.lives, self.serving = fake, self.lives + 1, True

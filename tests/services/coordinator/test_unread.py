@@ -12,7 +12,7 @@ from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.edge import Edge
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import AdmissionLimits
 from tests.waiting import eventually
@@ -24,8 +24,8 @@ BLOCKS = latent_service_pb2.SampleLatentsRequest(max_blocks=40)
 
 
 def streams(world: Any) -> dict[str, Callable[[], Any]]:
-    generation = InProcessStub(GenerationServicer(world.coordinator))
-    latents = InProcessStub(LatentServicer(world.coordinator))
+    generation = LocalStub(GenerationServicer(world.coordinator))
+    latents = LocalStub(LatentServicer(world.coordinator))
     return {"Generate": lambda: generation.Generate(LONG), "SampleLatents": lambda: latents.SampleLatents(BLOCKS)}
 
 
@@ -62,7 +62,7 @@ async def test_a_stream_that_nobody_waits_for_keeps_its_slot(make_world):
 
 async def test_a_stream_that_is_read_now_and_then_goes_on_while_others_wait(make_world):
     world = await make_world(max_running=1, idle_seconds=0.2)
-    call = InProcessStub(GenerationServicer(world.coordinator)).Generate(LONG)
+    call = LocalStub(GenerationServicer(world.coordinator)).Generate(LONG)
     assert await call.read() is not grpc.aio.EOF
     waiting = asyncio.create_task(world.generate(prompt="he", max_new_tokens=4))
     for _ in range(8):

@@ -12,7 +12,7 @@ from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.backend import Reach, coordinator_stub
 from colaserve_services.gateway.server import HttpServer, serve
 from colaserve_services.gateway.settings import GatewaySettings
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import FakeGeneration
@@ -51,7 +51,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve on a free port; stop at the end. `stub`: another one than that of `fake`."""
     metrics = Metrics()
-    stub = stub or coordinator_stub(InProcessStub(fake), InProcessStub(fake.infill))
+    stub = stub or coordinator_stub(LocalStub(fake), LocalStub(fake.infill))
     app = create_app(stub, settings or GatewaySettings(), metrics, reach)
     server = await serve(app, "127.0.0.1", 0, tls, renewal_seconds=0.01)
     try:

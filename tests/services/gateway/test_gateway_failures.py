@@ -21,7 +21,7 @@ from colaserve_services.errors import (
 from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.settings import AdmissionLimits
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, running
@@ -157,7 +157,7 @@ async def test_a_deadline_ends_the_generation_also_of_a_coordinator_that_forgets
     fake: FakeGeneration, forgets: bool
 ):
     fake.gate = asyncio.Event()
-    stub = coordinator_stub(InProcessStub(fake), InProcessStub(fake.infill))
+    stub = coordinator_stub(LocalStub(fake), LocalStub(fake.infill))
     if forgets:
         generate = stub.Generate
         stub.Generate = lambda request, timeout, metadata: generate(request, metadata=metadata)
@@ -371,7 +371,7 @@ async def test_what_nobody_foresaw_is_logged_with_its_traceback(fake: FakeGenera
     async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    stub = SimpleNamespace(GetInfo=InProcessStub(fake).GetInfo, Tokenize=broken)
+    stub = SimpleNamespace(GetInfo=LocalStub(fake).GetInfo, Tokenize=broken)
     async with running(fake, stub=stub) as gateway:
         response = await gateway.http.post("/tokenize", json={"prompt": "x"}, headers={"x-request-id": "r1"})
     assert response.status_code == 500

@@ -15,7 +15,7 @@ from schemathesis.schemas import BaseSchema
 
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
 
@@ -44,7 +44,7 @@ def url() -> Iterator[str]:
 
 
 def operations() -> list[tuple[str, str]]:
-    paths = create_app(InProcessStub(FakeGeneration()), GatewaySettings()).state.document["paths"]
+    paths = create_app(LocalStub(FakeGeneration()), GatewaySettings()).state.document["paths"]
     return [(path, method.upper()) for path, methods in paths.items() for method in methods]
 
 

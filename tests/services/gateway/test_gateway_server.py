@@ -22,7 +22,7 @@ from colaserve_services.gateway.server import serve
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.launch import settings
 from colaserve_services.rpc import network
-from colaserve_services.rpc.in_process import InProcessStub
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import Running
@@ -39,11 +39,11 @@ def test_connections_are_served_without_nagles_delay():
 async def test_where_it_cannot_listen_is_a_usage_error(gateway: Running):
     for host, port in (("127.0.0.1", gateway.server.port), ("no-such-host.invalid", 0)):
         with pytest.raises(UsageError, match=f"{host}:{port}"):
-            await serve(create_app(InProcessStub(FakeGeneration()), GatewaySettings()), host, port)
+            await serve(create_app(LocalStub(FakeGeneration()), GatewaySettings()), host, port)
 
 
 async def test_ipv6_is_served():
-    server = await serve(create_app(InProcessStub(FakeGeneration()), GatewaySettings()), "::1", 0)
+    server = await serve(create_app(LocalStub(FakeGeneration()), GatewaySettings()), "::1", 0)
     async with httpx.AsyncClient() as http:
         assert (await http.get(f"http://[::1]:{server.port}/health")).status_code == 200
     await server.stop()
@@ -199,6 +199,6 @@ def test_clients_are_asked_for_certificates_only_where_the_server_has_one():
 
 
 async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):
-    app = create_app(InProcessStub(FakeGeneration()), GatewaySettings())
+    app = create_app(LocalStub(FakeGeneration()), GatewaySettings())
     with pytest.raises(UsageError, match=r"none\.pem"):
         await serve(app, "127.0.0.1", 0, ServerTls(tmp_path / "none.pem", tmp_path / "none.key"))

@@ -12,7 +12,7 @@ from colaserve_services.errors import UsageError
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.channels import Stub, open_channel, resolve
-from colaserve_services.rpc.connection import Connection
+from colaserve_services.rpc.connections import Connection
 from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
 from tests.services.rpc.conftest import ONE, running
 from tests.waiting import eventually
@@ -122,8 +122,9 @@ async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_runni
         it.servicer.gate.clear()
         early = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
         await eventually(lambda: it.servicer.started == 1)
+        lives = connection.lives
         authority.issue("client", "second")
-        await eventually(lambda: len(connection._closing) == 1)
+        await eventually(lambda: connection.lives > lives)
         late = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
         await eventually(lambda: it.servicer.started == 2)
         it.servicer.gate.set()
@@ -133,40 +134,19 @@ async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_runni
 
 async def test_a_client_certificate_that_does_not_fit_its_key_is_not_used(authority, caplog):
     async with followed_certificate(authority) as (it, connection):
-        channel = connection._channel
         other, key = authority.issue("other", "second")
         (authority.folder / "client.pem").write_bytes(other.read_bytes())
         await eventually(lambda: "stays in use" in caplog.text)
-        assert connection._channel is channel
-        (authority.folder / "client.key").write_bytes(key.read_bytes())
-        await eventually(lambda: connection._channel is not channel)
         await connection.stub.Encode(ONE, wait_for_ready=True, timeout=30)
-        assert it.servicer.clients == ["second"]
+        lives = connection.lives
+        (authority.folder / "client.key").write_bytes(key.read_bytes())
+        await eventually(lambda: connection.lives > lives)
+        await connection.stub.Encode(ONE, wait_for_ready=True, timeout=30)
+        assert it.servicer.clients == ["first", "second"]
         caplog.clear()
         (authority.folder / "client.pem").unlink()
         await eventually(lambda: "stays in use" in caplog.text)
         await connection.stub.Encode(ONE, timeout=30)
-
-
-async def test_a_call_that_outlives_its_old_channel_fails_so_that_it_can_be_made_again(authority, monkeypatch):
-    monkeypatch.setattr("colaserve_services.rpc.connection.LAST_CALLS_SECONDS", 0.1)
-    async with followed_certificate(authority) as (it, connection):
-        it.servicer.gate.clear()
-
-        async def call():
-            return await connection.stub.Encode(ONE, wait_for_ready=True, timeout=20)
-
-        early = asyncio.ensure_future(call())
-        await eventually(lambda: it.servicer.started == 1)
-        authority.issue("client", "second")
-        with pytest.raises(grpc.aio.AioRpcError, match="channel was closed") as caught:
-            await asyncio.wait_for(early, 10)
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        late = asyncio.ensure_future(call())
-        await eventually(lambda: it.servicer.started == 2)
-        late.cancel()  # its own cancellation stays one
-        with pytest.raises(asyncio.CancelledError):
-            await late
 
 
 async def test_a_connection_reaches_its_maximum_age_without_losing_a_call():

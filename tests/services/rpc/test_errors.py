@@ -9,16 +9,14 @@ from colaserve_services.rpc.errors import (
     error_from_rpc,
     grpc_code,
     http_status,
+    rpc_error,
     status_proto,
-    trailing_metadata,
 )
 
 
 def crossed(error):
     """The error after a trip through a gRPC status."""
-    status = status_proto(error)
-    metadata = Metadata(*trailing_metadata(status))
-    return error_from_rpc(AioRpcError(grpc_code(error), Metadata(), metadata, status.message, ""))
+    return error_from_rpc(rpc_error(error))
 
 
 RUNTIME = [
@@ -27,7 +25,6 @@ RUNTIME = [
     errors.Overloaded("full", 0.25),
     errors.Unavailable("draining"),
     errors.NotAuthenticated("no key"),
-    errors.Corrupted("12 bytes came without a checksum"),
     errors.DeadlineExceeded("late"),
     errors.Cancelled("gone"),
     errors.StepFailed("a step of the prior fails with this request"),

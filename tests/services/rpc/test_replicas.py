@@ -9,8 +9,7 @@ import pytest
 
 from colaserve.v1 import encoder_pb2_grpc
 from colaserve_services.errors import UsageError
-from colaserve_services.rpc import replicas as module
-from colaserve_services.rpc.replicas import Replicas
+from colaserve_services.rpc.connections import Replicas
 from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
 from tests.services.rpc.conftest import ONE, running
 from tests.waiting import eventually
@@ -59,9 +58,8 @@ async def test_names_are_looked_up_again_and_replicas_that_are_gone_are_left_whe
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in known]
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(module, "LOOK_UP_SECONDS", 0.01)
     async with running() as it, found(f"dns:///stage.test:{it.port}") as replicas:
-        replicas.follow()
+        replicas.follow(look_seconds=0.01)
         [first] = replicas
         await eventually(lambda: first.serving)
         known[:] = ["127.0.0.2", "127.0.0.3"]
