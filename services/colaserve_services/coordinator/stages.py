@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_services.errors import ModelMismatch
+from colaserve_services.rpc.about import shape_message
 
 NAMES: Final = ("encoder", "prior", "decoder")
 IN_PROCESS: Final = "in-process"
@@ -21,7 +22,7 @@ INFO_REQUESTS: Final[dict[str, Callable[[], Any]]] = {
 
 
 class Replica(Protocol):
-    """One replica of a stage. rpc.connection.Connection is one."""
+    """One replica of a stage. rpc.connections.Connection is one."""
 
     @property
     def address(self) -> str: ...
@@ -87,11 +88,11 @@ class Model:
 
     def suits(self, info: Any) -> bool:
         """Whether a stage that says so of itself serves this model; one that says nothing (0 or "") does."""
-        told = [(self.space, info.space), *((getattr(self, name), getattr(info.model, name)) for name in SHAPE)]
-        return all(ours == theirs or not ours or not theirs for ours, theirs in told)
+        said = [(self.space, info.space), *((getattr(self, name), getattr(info.model, name)) for name in SHAPE)]
+        return all(ours == theirs or not ours or not theirs for ours, theirs in said)
 
     def within(self, infos: Iterable[Any], max_context: int, max_message_bytes: int) -> Model:
-        """The same with the least of these limits and those that the stages tell."""
+        """The same with the least of these limits and those that the stages name."""
         infos = list(infos)
         context = _least(infos, "max_context", max_context)
         return replace(
@@ -102,8 +103,7 @@ class Model:
 
     def shape(self) -> types_pb2.ModelShape:
         """As a message."""
-        names = ("latent_dim", "block_size", "vae_block_size", "patch_size", "vocab_size", "parameters")
-        return types_pb2.ModelShape(**{name: getattr(self, name) for name in names})
+        return shape_message(self)
 
 
 def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Model:
@@ -127,7 +127,7 @@ def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Mo
 
 
 def _least(infos: Iterable[Any], name: str, ours: int) -> int:
-    """The least of our limit and those of the stages that tell one."""
+    """The least of our limit and those of the stages that name one."""
     theirs = (getattr(info.limits, name) for info in infos)
     return min(ours, *(limit or ours for limit in theirs))
 

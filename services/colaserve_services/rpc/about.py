@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from colaserve.v1 import types_pb2
 from colaserve_services import __version__
@@ -20,32 +20,6 @@ class Identity:
     dtype: str = ""
     max_message_bytes: int = 0
     ready_at: float = field(default_factory=time.monotonic)  # time.monotonic seconds
-
-
-class Shape(Protocol):
-    """The fields of model.config.ModelShape."""
-
-    @property
-    def latent_dim(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def vae_block_size(self) -> int: ...
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def parameters(self) -> int: ...
-
-
-class Timed(Protocol):
-    """The fields of runtime.timings.Timings."""
-
-    @property
-    def queue_us(self) -> int: ...
-    @property
-    def compute_us(self) -> int: ...
 
 
 def info(engine: Any, identity: Identity) -> dict[str, Any]:
@@ -79,20 +53,14 @@ def info(engine: Any, identity: Identity) -> dict[str, Any]:
     }
 
 
-def shape_message(shape: Shape) -> types_pb2.ModelShape:
-    """A model's shape as a message."""
-    return types_pb2.ModelShape(
-        latent_dim=shape.latent_dim,
-        block_size=shape.block_size,
-        vae_block_size=shape.vae_block_size,
-        patch_size=shape.patch_size,
-        vocab_size=shape.vocab_size,
-        parameters=shape.parameters,
-    )
+def shape_message(shape: Any) -> types_pb2.ModelShape:
+    """A model.config.ModelShape as a message."""
+    names = ("latent_dim", "block_size", "vae_block_size", "patch_size", "vocab_size", "parameters")
+    return types_pb2.ModelShape(**{name: getattr(shape, name) for name in names})
 
 
-def timing(timings: Timed) -> types_pb2.Timing:
-    """Timings as a message."""
+def timing(timings: Any) -> types_pb2.Timing:
+    """An engine's Timings as a message."""
     return types_pb2.Timing(queue_us=timings.queue_us, compute_us=timings.compute_us)
 
 

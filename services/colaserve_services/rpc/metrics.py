@@ -44,7 +44,7 @@ class Metrics:
         build.labels(version=__version__).set(1)
 
     def watch_process(self) -> None:
-        """Also tell CPU seconds, memory and open files of this process, under their usual names `process_...`."""
+        """Also export CPU seconds, memory and open files of this process, under their usual names `process_...`."""
         prometheus_client.ProcessCollector(registry=self.registry)
 
     def _calls(self) -> None:
@@ -116,15 +116,15 @@ class Metrics:
         )  # fmt: skip
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(*self._told("counter", name, text, labels), registry=self.registry)
+        return Counter(*self._listed("counter", name, text, labels), registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(*self._told("gauge", name, text, labels), registry=self.registry)
+        return Gauge(*self._listed("gauge", name, text, labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(*self._told("histogram", name, text, labels), buckets=buckets, registry=self.registry)
+        return Histogram(*self._listed("histogram", name, text, labels), buckets=buckets, registry=self.registry)
 
-    def _told(self, kind: str, name: str, text: str, labels: tuple[str, ...]) -> tuple[str, str, tuple[str, ...]]:
+    def _listed(self, kind: str, name: str, text: str, labels: tuple[str, ...]) -> tuple[str, str, tuple[str, ...]]:
         whole = f"colaserve_{name}"
         self.table.append((whole, kind, labels, text))
         return whole, text, labels

@@ -13,19 +13,11 @@ def address(host: str, port: int) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket without Nagle's delay; port 0 takes a free one. Raises OSError."""
+    """A listening TCP socket; port 0 takes a free one. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, where = found[0]
-    listener = socket.socket(family, kind, protocol or socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
-        listener.bind(where)
-        listener.listen(2048)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+    family, _, _, _, where = found[0]
+    listener = socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6)
+    listener.setblocking(False)
     return listener
 
 
