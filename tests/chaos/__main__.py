@@ -59,14 +59,17 @@ def main(context: click.Context, logs: Path | None, **options: Any) -> None:
     click.echo(f"logs in {context.obj.logs}")
 
 
-def command(work: Callable[..., Coroutine[Any, Any, bool]]) -> click.Command:
+def command(name: str) -> Callable[[Callable[..., Coroutine[Any, Any, bool]]], click.Command]:
     """A command of an async function, which tells whether a promise was broken."""
 
-    @functools.wraps(work)
-    def run(setup: Setup, **options: Any) -> None:
-        raise SystemExit(asyncio.run(work(setup, **options)))
+    def made(work: Callable[..., Coroutine[Any, Any, bool]]) -> click.Command:
+        @functools.wraps(work)
+        def run(setup: Setup, **options: Any) -> None:
+            raise SystemExit(asyncio.run(work(setup, **options)))
 
-    return main.command()(click.pass_obj(run))
+        return main.command(name)(click.pass_obj(run))
+
+    return made
 
 
 def report(tally: Tally, *lines: str) -> None:
@@ -74,7 +77,7 @@ def report(tally: Tally, *lines: str) -> None:
     click.echo("\n".join((*lines, *tally.lines())))
 
 
-@command
+@command("kill")
 @click.option("--requests", default=300, show_default=True)
 @click.option("--period", default=3.0, show_default=True, help="Seconds between two kills.")
 async def kill(setup: Setup, requests: int, period: float) -> bool:
@@ -87,7 +90,7 @@ async def kill(setup: Setup, requests: int, period: float) -> bool:
     return bool(tally.failed or tally.wrong)
 
 
-@command
+@command("rolling")
 @click.option("--rounds", default=1, show_default=True, help="Times that every replica is restarted.")
 async def rolling(setup: Setup, rounds: int) -> bool:
     """SIGTERM restarts of every role under load: 0 failed requests though nobody asks twice, exit codes 0."""
@@ -101,7 +104,7 @@ async def rolling(setup: Setup, rounds: int) -> bool:
     return bad
 
 
-@command
+@command("faults")
 @click.option("--requests", default=100, show_default=True, help="For each kind of harm.")
 async def harm(setup: Setup, requests: int) -> bool:
     """Delayed, cut, half-open and corrupted connections with TLS: no hang, no wrong text, no leaked KV."""
@@ -119,7 +122,7 @@ async def harm(setup: Setup, requests: int) -> bool:
     return bad
 
 
-@command
+@command("checkpoints")
 async def change(setup: Setup) -> bool:
     """Rolling changes of the prior and of the checkpoint under load: 0 failed requests, every text of one model."""
     some, bad, model = setup.jobs(), False, setup.model
@@ -139,7 +142,7 @@ async def change(setup: Setup) -> bool:
     return bad
 
 
-@command
+@command("soak")
 @click.option("--minutes", default=20.0, show_default=True)
 @click.option("--settle", default=120.0, show_default=True, help="Seconds until the memory's slope counts.")
 async def soak(setup: Setup, minutes: float, settle: float) -> bool:
@@ -152,7 +155,7 @@ async def soak(setup: Setup, minutes: float, settle: float) -> bool:
     return not free
 
 
-@command
+@command("overload")
 @click.option("--factor", default=10.0, show_default=True, help="Times the capacity.")
 @click.option("--seconds", default=60.0, show_default=True, help="Of the overload.")
 @click.option("--closed", default=30.0, show_default=True, help="Seconds of each closed loop.")
