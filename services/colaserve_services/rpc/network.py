@@ -17,6 +17,7 @@ def listen(host: str, port: int) -> socket.socket:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, where = found[0]
     listener = socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
     listener.setblocking(False)
     return listener
 
