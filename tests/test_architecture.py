@@ -78,10 +78,6 @@ OWN_READING = {  # what reads or writes text without the client's reading.py and
     CLIENT / "writing.py": "is it",
     CLIENT / "cli" / "verbs.py": "a package's metadata, through importlib",
     EVAL / "templates.py": "package data",
-    TRAINING / "facts.py": "package data",
-    TRAINING / "build_facts.py": "package data, a maintainer's download",
-    TRAINING / "corpus.py": "package data",
-    TRAINING / "state.py": "a state of its own writing",
     BENCH: "/proc, and files that a benchmark just wrote",
 }
 

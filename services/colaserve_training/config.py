@@ -1,12 +1,14 @@
-"""Settings of a training run: small frozen dataclasses, checked once, before anything is computed."""
+"""Settings of a training run and shapes of networks to train from nothing. The command line checks what it is given."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from colaserve_services.errors import UsageError
+from colaserve_services.model.config import DiTConfig, TextVAEConfig
 
-MOST = 2**31 - 1  # of what is counted
+_FULL_RATE, _WIDTH = 2e-3, 192  # AdamW's rate, tried up to this width; wider networks want less
+_FINE_TUNING = 0.1  # of the rate from nothing
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,6 @@ class OptimizerConfig:
     warmup: int = 50  # steps from 0 to the full rate, linear
     cooldown: float = 0.7  # last share of the run over which the rate falls to `final`, as a half cosine
     final: float = 0.02  # the rate at the last step, as a share of the full rate
-
-    def __post_init__(self) -> None:
-        if not 0 < self.adamw_lr < float("inf"):
-            raise UsageError(f"lr: got {self.adamw_lr}, expected a number above 0")
-        for name in ("muon_lr", "weight_decay", "clip", "warmup"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name}: got {getattr(self, name)}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -44,19 +39,6 @@ class RunConfig:
     check_every: int = 0  # steps between checks (validation loss and sample texts); 0 makes none
     autocast: bool = False  # bfloat16 matrix products (weights and optimizer stay float32)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def __post_init__(self) -> None:
-        _at_least("steps", self.steps, 1)
-        _at_least("rows", self.rows, 1)
-        _at_least("save_every", self.save_every, 0)
-        _at_least("check_every", self.check_every, 0)
-        _at_least("log_every", self.log_every, 1)
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed: got {self.seed}, expected 0 to {2**64 - 1}")
-        if not 1 <= self.micro_batches <= self.rows:
-            raise UsageError(f"micro_batches: got {self.micro_batches}, expected 1 to rows ({self.rows})")
-        if not 0 <= self.ema < 1:
-            raise UsageError(f"ema: got {self.ema}, expected 0 (off) up to but not including 1")
 
 
 @dataclass(frozen=True)
@@ -84,25 +66,67 @@ class FlowConfig:
     scale: float = 1.0
     pure_noise: float = 0.05  # share of copies at exactly t = 1, where generation starts
 
-    def __post_init__(self) -> None:
-        _at_least("copies", self.copies, 1)
-        _at_least("max_copies", self.max_copies, self.copies)
-        for name in ("empty_history", "pin", "uniform_time", "pure_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}, expected a share from 0 to 1")
-
 
 @dataclass(frozen=True)
 class JointConfig:
-    """Stage 2 with a trained VAE: its own losses, and a leash to the encoder it started from."""
+    """Stage 2 with a trained VAE: its own losses, and a KL that ties it to the encoder it started from."""
 
     vae_weight: float = 1.0
     reference_kl: float = 0.1
     loss: VaeLossConfig = field(default_factory=VaeLossConfig)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name}: got {value}, expected at least {least}")
-    if value > MOST:
-        raise UsageError(f"{name}: got {value}, expected at most {MOST}")
+@dataclass(frozen=True)
+class Preset:
+    """Both networks of one size. Where another width is asked for, heads and feed-forward keep their proportions."""
+
+    vae: TextVAEConfig
+    dit: DiTConfig
+
+    def vae_config(
+        self, vocab_size: int, dim: int | None = None, blocks: int | None = None, block_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> TextVAEConfig:  # fmt: skip
+        """The Text VAE, other values than the preset's where they are given."""
+        base, dim = self.vae, dim or self.vae.dim
+        if dim % min(dim, base.head_dim) or dim % 2:
+            raise UsageError(f"--dim: got {dim}, expected a multiple of {base.head_dim}, the width of a head")
+        return replace(
+            base, vocab_size=vocab_size, dim=dim, ffn_dim=dim * base.ffn_dim // base.dim,
+            num_heads=max(1, dim // base.head_dim), encoder_num_blocks=blocks or base.encoder_num_blocks,
+            decoder_num_blocks=blocks or base.decoder_num_blocks, block_size=block_size or base.block_size,
+            patch_size=patch_size or base.patch_size,
+        )  # fmt: skip
+
+    def dit_config(
+        self, latent_dim: int = 16, dim: int | None = None, layers: int | None = None, block_size: int | None = None
+    ) -> DiTConfig:
+        """The prior, other values than the preset's where they are given."""
+        base, dim = self.dit, dim or self.dit.txt_dim
+        return replace(
+            base, txt_in_channels=latent_dim, txt_out_channels=latent_dim, txt_dim=dim, emb_dim=dim,
+            heads=max(1, dim // base.head_dim), num_layers=layers or base.num_layers,
+            block_size=block_size or base.block_size,
+        )  # fmt: skip
+
+
+PRESETS = {
+    "demo": Preset(
+        TextVAEConfig(
+            encoder_num_blocks=2, decoder_num_blocks=2, dim=128, ffn_dim=512, num_heads=4, block_size=1
+        ),
+        DiTConfig(txt_dim=192, emb_dim=192, heads=6, head_dim=32, num_layers=4, rope_dim=32),
+    ),
+    "small": Preset(
+        TextVAEConfig(
+            encoder_num_blocks=2, decoder_num_blocks=2, dim=512, ffn_dim=2048, num_heads=8, block_size=1
+        ),
+        DiTConfig(txt_dim=512, emb_dim=512, heads=8, head_dim=64, num_layers=8, rope_dim=48),
+    ),
+    "released": Preset(TextVAEConfig(), DiTConfig()),
+}  # fmt: skip
+
+
+def full_rate(width: int, fine_tuning: bool) -> float:
+    """AdamW's full rate for a network of this width."""
+    return _FULL_RATE * min(1.0, _WIDTH / width) * (_FINE_TUNING if fine_tuning else 1.0)

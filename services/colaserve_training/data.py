@@ -1,13 +1,17 @@
-"""Training data from files: text, or JSON lines with `text` or with `prompt` and `response`; checked as a whole first.
+"""What `--data` names, as a stream of rows to train on and rows that are held out to validate.
 
-What makes a file unusable (not there, not UTF-8, not JSON, a missing field) is an error that names file and line.
-Empty records and prompt/response pairs longer than the context are left out, counted and said; text that is longer is
-cut into pieces of the context's length.
+Files are text, or JSON lines with `text` or with `prompt` and `response`, and are checked as a whole first. What makes
+a file unusable (not there, not UTF-8, not JSON, a missing field) is an error that names file and line. Empty records
+and prompt/response pairs longer than the context are left out and counted; longer text is cut into pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import random
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,66 +21,115 @@ from tokenizers import Tokenizer
 
 from colaserve_client.reading import Unreadable, parse_json, read_lines
 from colaserve_services.errors import UsageError
-from colaserve_training.rows import Row
+from colaserve_training.corpus import Corpus
+from colaserve_training.rows import CorpusSource, ListSource, MixedSource, Row, Source, VaeSource, row_of
+
+BUILT_IN = "demo"  # the name of the demo's corpus among the data
+_MOST_HELD_OUT = 512  # rows of one data set
+_OTHER_SEED = 1_000_003  # added to the seed: rows of the corpus to validate on
 
 
 @dataclass(frozen=True)
-class Record:
-    """One text (empty prompt), or one prompt with its response; `place` is "FILE:LINE"."""
+class Data:
+    """What a run reads."""
 
-    prompt: str
-    response: str
-    place: str
+    source: Source
+    held_out: tuple[Row, ...]
+    digest: str  # equal for equal rows, weights and order
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Rows ready to train, and what happened on the way."""
+class Reader:
+    """How data become rows."""
 
-    rows: tuple[Row, ...]
-    files: int
-    empty: int
-    too_long: int
-    cut: int
+    words: Tokenizer
     context: int
+    end_id: int
+    seed: int
+    stage_one: bool
+    held_out: float  # share of each file's rows that is not trained on
+    say: Callable[[str], object]
 
-    def summary(self) -> str:
-        """One line for the operator."""
-        tokens = sum(len(row.ids) for row in self.rows)
-        return (
-            f"data: {len(self.rows):,} rows, {tokens:,} tokens from {self.files} file(s); {self.empty} empty left out, "
-            f"{self.too_long} pairs over {self.context} tokens left out, {self.cut} longer texts cut into pieces"
+    def read(self, data: Sequence[str]) -> Data:
+        """FILE, or FILE=WEIGHT where the share of rows is not to follow from the sizes; the demo's corpus is `demo`."""
+        names, weights = zip(*map(_weighted, data or [BUILT_IN]), strict=True)
+        if all(weight is None for weight in weights) and (len(names) == 1 or BUILT_IN not in names):
+            return self._corpus() if names == (BUILT_IN,) else self._files(names)
+        if None in weights:
+            raise UsageError(f"--data {names[weights.index(None)]}: no weight; give each data set one, as in FILE=2")
+        parts = [self._corpus() if name == BUILT_IN else self._files([name]) for name in names]
+        source = MixedSource([part.source for part in parts], [weight or 0 for weight in weights])
+        held_out = tuple(row for part in parts for row in part.held_out)
+        digest = " ".join(f"{part.digest}={weight:g}" for part, weight in zip(parts, weights, strict=True))
+        return Data(source, held_out, digest)
+
+    def _files(self, names: Sequence[str]) -> Data:
+        found = self._rows([Path(name) for name in names])
+        count = min(int(len(found) * self.held_out), _MOST_HELD_OUT)
+        self.say(f"data: {count} rows held out")
+        chosen = set(random.Random(f"held out:{self.seed}").sample(range(len(found)), count))
+        rows = [row for index, row in enumerate(found) if index not in chosen]
+        held_out = tuple(found[index] for index in sorted(chosen))
+        return Data(ListSource(rows, self.seed), held_out, _digest(found, count))
+
+    def _rows(self, paths: Sequence[Path]) -> list[Row]:
+        """The rows of all records; one line says how many were left out or cut."""
+        rows: list[Row] = []
+        count: Counter[str] = Counter()
+        for prompt, response in (record for path in paths for record in read_records(path)):
+            made = self._of_record(prompt, response) if response.strip() else None
+            count["empty"] += made is None
+            count["long"] += made == []
+            count["cut"] += bool(made and len(made) > 1)
+            rows += made or []
+        tokens = sum(len(row.ids) for row in rows)
+        summary = (
+            f"data: {len(rows):,} rows, {tokens:,} tokens from {len(paths)} file(s); {count['empty']} empty left out, "
+            f"{count['long']} pairs over {self.context} tokens left out, {count['cut']} longer texts cut into pieces"
         )
+        if not rows:
+            raise UsageError(f"{', '.join(map(str, paths))}: nothing to train on ({summary})")
+        self.say(summary)
+        return rows
+
+    def _of_record(self, prompt: str, response: str) -> list[Row]:
+        row = row_of(self.words, prompt, response, self.end_id)
+        if len(row.ids) <= self.context:
+            return [row]
+        if row.prompt:
+            return []
+        return [Row(row.ids[start : start + self.context]) for start in range(0, len(row.ids), self.context)]
+
+    def _corpus(self) -> Data:
+        kind = VaeSource if self.stage_one else CorpusSource
+        other = kind(Corpus(), self.words, self.seed + _OTHER_SEED)
+        held_out = tuple(other.rows(0, 64)) if self.held_out else ()
+        return Data(kind(Corpus(), self.words, self.seed), held_out, BUILT_IN)
 
 
-def read_dataset(paths: Sequence[Path], tokenizer: Tokenizer, context: int, end_id: int) -> Dataset:
-    """Read, check and tokenize `paths`; raises UsageError, one line, when they cannot be trained on."""
-    rows: list[Row] = []
-    empty = too_long = cut = 0
-    for record in (record for path in paths for record in read_records(path)):
-        made = _rows(record, tokenizer, context, end_id) if record.response.strip() else None
-        empty += made is None
-        too_long += made == []
-        cut += bool(made and len(made) > 1)
-        rows += made or []
-    data = Dataset(tuple(rows), len(paths), empty, too_long, cut, context)
-    if not rows:
-        raise UsageError(f"{', '.join(map(str, paths))}: nothing to train on ({data.summary()})")
-    return data
+def _weighted(text: str) -> tuple[str, float | None]:
+    """FILE=WEIGHT as (file, weight); a name that has no number behind its last "=" is a file's."""
+    name, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, None
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, None
+    if not 0 < weight < float("inf"):
+        raise UsageError(f"--data {text}: got weight {number}, expected a number above 0")
+    return name, weight
 
 
-def _rows(record: Record, tokenizer: Tokenizer, context: int, end_id: int) -> list[Row]:
-    prompt = tokenizer.encode(record.prompt, add_special_tokens=False).ids
-    ids = [*prompt, *tokenizer.encode(record.response, add_special_tokens=False).ids, end_id]
-    if len(ids) <= context:
-        return [Row(tuple(ids), len(prompt))]
-    if prompt:
-        return []
-    return [Row(tuple(ids[start : start + context])) for start in range(0, len(ids), context)]
+def _digest(rows: Sequence[Row], held_out: int) -> str:
+    digest = hashlib.sha256(f"{held_out}".encode())
+    for row in rows:
+        digest.update(array("q", (row.prompt, len(row.ids), *row.ids)).tobytes())
+    return digest.hexdigest()[:16]
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of one file: .jsonl by line, anything else as one text a paragraph (empty lines between)."""
+def read_records(path: Path) -> Iterator[tuple[str, str]]:
+    """(prompt, response) of each line of a .jsonl file, or of each paragraph of another one. Text has no prompt."""
     try:
         lines = list(read_lines(path))
         if not any(line.strip() for _, line in lines):
@@ -84,33 +137,32 @@ def read_records(path: Path) -> Iterator[Record]:
         if path.suffix == ".jsonl":
             yield from (_record(line, number, path) for number, line in lines)
         else:
-            yield from _paragraphs(lines, path)
+            yield from _paragraphs(line for _, line in lines)
     except Unreadable as error:
         raise UsageError(str(error)) from error
 
 
-def _paragraphs(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Record]:
-    for empty, group in groupby(lines, key=lambda numbered: not numbered[1]):
+def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for empty, group in groupby(lines, key=lambda line: not line):
         if not empty:
-            numbers, text = zip(*group, strict=True)
-            yield Record("", "\n".join(text).strip(), f"{path}:{numbers[0]}")
+            yield "", "\n".join(group).strip()
 
 
-def _record(line: str, number: int, path: Path) -> Record:
-    place = f"{path}:{number}"
+def _record(line: str, number: int, path: Path) -> tuple[str, str]:
+    where = f"{path}:{number}"
     if not line.strip():
-        return Record("", "", place)
+        return "", ""
     value = parse_json(line, str(path), number)
     if not isinstance(value, dict):
-        raise UsageError(f"{place}: got {type(value).__name__}, expected an object with text, or prompt and response")
+        raise UsageError(f"{where}: got {type(value).__name__}, expected an object with text, or prompt and response")
     if "text" in value:
-        return Record("", _text(value, "text", place), place)
-    return Record(_text(value, "prompt", place), _text(value, "response", place), place)
+        return "", _text(value, "text", where)
+    return _text(value, "prompt", where), _text(value, "response", where)
 
 
-def _text(value: dict[str, Any], field: str, place: str) -> str:
+def _text(value: dict[str, Any], field: str, where: str) -> str:
     found = value.get(field)
     if not isinstance(found, str):
         got = "nothing" if found is None else type(found).__name__
-        raise UsageError(f"{place}: {field}: got {got}, expected a string (records have text, or prompt and response)")
+        raise UsageError(f"{where}: {field}: got {got}, expected a string (records have text, or prompt and response)")
     return found

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from colaserve_eval.demo import demo_folder, demo_tasks
+from colaserve_eval.records import Record
+from colaserve_eval.scores import score
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_training.config import FlowConfig, OptimizerConfig, RunConfig, VaeLossConfig
-from colaserve_training.corpus import Corpus, Mix, tokenizer_text
-from colaserve_training.evaluate import Score
+from colaserve_training.config import PRESETS, FlowConfig, OptimizerConfig, RunConfig, VaeLossConfig
+from colaserve_training.corpus import Corpus, Disturbance, tokenizer_text
 from colaserve_training.generate import Generator, Sampling
-from colaserve_training.init import new_dit, new_vae
 from colaserve_training.interrupts import Stop
 from colaserve_training.metrics import plot_losses
-from colaserve_training.parallel import repeatable
-from colaserve_training.presets import PRESETS
-from colaserve_training.questions import write_question_sets
+from colaserve_training.parallel import Objective, repeatable
+from colaserve_training.prior_stage import PriorObjective
 from colaserve_training.release import (
     GENERATION,
     load_dit,
     load_vae,
     new_checkpoint,
+    new_dit,
+    new_vae,
     write_dit,
     write_generation_config,
     write_vae,
 )
-from colaserve_training.rows import CorpusSource, VaeSource
-from colaserve_training.stages import train_prior, train_vae
-from colaserve_training.tokenizer import save_tokenizer, train_tokenizer
-from colaserve_training.trainer import Job
+from colaserve_training.rows import CorpusSource, Source, VaeSource
+from colaserve_training.tokenizer import PAD_ID, save_tokenizer, train_tokenizer
+from colaserve_training.trainer import Job, Trainer
+from colaserve_training.vae_stage import VaeObjective
 
 CHAT_FRAME = "User: {prompt}\nAssistant:"
 RUNS = ("vae", "prior", "polish")
@@ -62,7 +67,7 @@ class DemoRecipe:
             optimizer=OptimizerConfig(adamw_lr=1e-3, muon_lr=0.01, cooldown=0.9),
         )
     )  # fmt: skip
-    polish_mix: Mix = field(default_factory=lambda: Mix(words=0.5, nonsense=0.5, opener=0.15))
+    polish_disturbance: Disturbance = field(default_factory=lambda: Disturbance(words=0.5, nonsense=0.5, opener=0.15))
     vae_loss: VaeLossConfig = field(default_factory=lambda: VaeLossConfig(decoder_noise=0.4))
     flow: FlowConfig = field(default_factory=FlowConfig)
 
@@ -82,25 +87,30 @@ def make_demo(
     """
     seed, stop = recipe.seed, stop or Stop()
 
-    def job(name: str, config: RunConfig) -> Job:
-        return Job(config, work / name, resume=resume, quiet=quiet, stop=stop)
+    def train(name: str, objective: Objective, source: Source, config: RunConfig) -> None:
+        trainer = Trainer(objective, source, Job(config, work / name, resume=resume, quiet=quiet, stop=stop))
+        trainer.run()
+        for network, weights in trainer.result().items():
+            objective.get_submodule(network).load_state_dict(weights)
 
     seed_everything(seed)
     tokenizer = train_tokenizer(tokenizer_text(seed), recipe.vocab_size)
     vae = new_vae(PRESETS["demo"].vae_config(tokenizer.get_vocab_size()))
-    train_vae(vae, VaeSource(Corpus(), tokenizer, seed), job("vae", replace(recipe.vae, seed=seed)), recipe.vae_loss)
+    rows, noisy = CorpusSource(Corpus(), tokenizer, seed), Corpus(recipe.polish_disturbance)
+    texts = VaeSource(Corpus(), tokenizer, seed)
+    train("vae", VaeObjective(vae, recipe.vae_loss, PAD_ID, 4), texts, replace(recipe.vae, seed=seed))
     vae.to(torch.bfloat16).float()  # the prior learns the space of the weights as they are served
     seed_everything(seed + 1)
     dit = new_dit(PRESETS["demo"].dit_config())
-    rows, noisy = CorpusSource(Corpus(), tokenizer, seed), CorpusSource(Corpus(recipe.polish_mix), tokenizer, seed + 1)
-    train_prior(dit, vae, rows, job("prior", replace(recipe.prior, seed=seed)), recipe.flow)
-    train_prior(dit, vae, noisy, job("polish", replace(recipe.polish, seed=seed + 1)), recipe.flow)
+    prior = PriorObjective(dit, vae, recipe.flow, PAD_ID)
+    train("prior", prior, rows, replace(recipe.prior, seed=seed))
+    train("polish", prior, CorpusSource(noisy, tokenizer, seed + 1), replace(recipe.polish, seed=seed + 1))
     with new_checkpoint(out) as draft:
         save_tokenizer(tokenizer, draft)
         write_generation_config(draft, **GENERATION, chat_frame=CHAT_FRAME)
-        write_question_sets(draft / "questions")
-        write_vae(vae, draft, "bfloat16")
-        write_dit(dit, draft, "bfloat16")
+        shutil.copytree(demo_folder() / "questions", draft / "questions")
+        write_vae(vae.config, vae.state_dict(), draft, "bfloat16")
+        write_dit(dit.config, dit.state_dict(), draft, "bfloat16")
     for name in RUNS:
         plot_losses(work / name)
 
@@ -119,7 +129,20 @@ def load_generator(folder: Path, sampling: Sampling | None = None) -> Generator:
     return Generator(load_vae(folder), load_dit(checkpoint), tokenizer, sampling)
 
 
-def score_table(scores: dict[str, Score]) -> str:
+def score_sets(generator: Generator, names: Sequence[str] | None = None, every: int = 1) -> dict[str, Any]:
+    """Ask the demo's question sets of `names` (default: all), every `every`-th question: {name: {n, correct, ...}}."""
+    tasks = [task for task in demo_tasks() if names is None or task.name in names]
+    answered = {task.name: _answered(generator, task.questions[::every]) for task in tasks}
+    figures: dict[str, Any] = score(answered)["tasks"]
+    return figures
+
+
+def _answered(generator: Generator, questions: Sequence[Record]) -> list[Record]:
+    answers = generator.texts([question.prompt for question in questions])
+    return [replace(question, generate=answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def score_lines(figures: dict[str, Any]) -> str:
     """One line a set."""
-    lines = (f"{name:32} {score.correct:5} / {score.count:5}  {score.percent:6.2f} %" for name, score in scores.items())
-    return "\n".join(lines)
+    rows = ((name, found["correct"], found["n"], found["accuracy"]) for name, found in figures.items())
+    return "\n".join(f"{name:32} {correct:5} / {count:5}  {share:6.2f} %" for name, correct, count, share in rows)

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colaserve_training.batch import Batch
+from colaserve_services.model.dit import TIME_SCALE
 from colaserve_training.config import FlowConfig
-from colaserve_training.rows import Row, pad_rows
-
-TIME_SCALE = 1000.0  # the network's timesteps run from 0 to T = 1000
+from colaserve_training.rows import Batch, Row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ def lay_out(latents: Tensor, history: Tensor, batch: FlowBatch) -> FlowInputs:
     """
     rows, _, size, dim = batch.noise.shape
     clean = latents.shape[1] - size
-    place = batch.block[..., None] * size + torch.arange(size, device=latents.device)  # (R, K, B)
-    start = torch.gather(latents, 1, place.flatten(1)[..., None].expand(-1, -1, dim)).view_as(batch.noise)
+    position = batch.block[..., None] * size + torch.arange(size, device=latents.device)  # (R, K, B)
+    start = torch.gather(latents, 1, position.flatten(1)[..., None].expand(-1, -1, dim)).view_as(batch.noise)
     open_ = torch.arange(size, device=latents.device) >= batch.pinned[..., None]
     time = torch.where(open_, batch.time[..., None], 0.0)
     noisy = torch.lerp(start, batch.noise, time[..., None])
@@ -126,7 +124,7 @@ def lay_out(latents: Tensor, history: Tensor, batch: FlowBatch) -> FlowInputs:
     return FlowInputs(
         values=torch.cat([(history + batch.history_noise)[:, :clean], noisy.flatten(1, 2)], dim=1),
         timestep=TIME_SCALE * torch.cat([zeros, time.flatten(1)], dim=1),
-        position=torch.cat([torch.arange(clean, device=place.device).expand(rows, -1), place.flatten(1)], dim=1),
+        position=torch.cat([torch.arange(clean, device=latents.device).expand(rows, -1), position.flatten(1)], dim=1),
         mask=clean_and_noisy_mask(clean, size, batch.block, batch.history),
         target=(batch.noise - start).flatten(1, 2),
         weight=(open_ & batch.used[..., None]).flatten(1).float(),

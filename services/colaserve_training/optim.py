@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from colaserve_services.model.cpu_features import lacks_bfloat16
-from colaserve_training.config import OptimizerConfig
+from colaserve_training.config import OptimizerConfig, RunConfig
 
 
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
@@ -67,10 +67,6 @@ def _orthogonal(x: Tensor) -> Tensor:
     return x if wide else x.T
 
 
-def full_rates(config: OptimizerConfig) -> dict[str, float]:
-    return {"adamw": config.adamw_lr, "muon": config.muon_lr}
-
-
 def rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     """Share of the full rate at `step`: linear warm-up, constant, then half a cosine down to `final`."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
@@ -81,10 +77,14 @@ def rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     return warm * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def set_rate(optimizers: Mapping[str, torch.optim.Optimizer], share: float, config: OptimizerConfig) -> None:
+def set_rate(optimizers: Mapping[str, torch.optim.Optimizer], step: int, run: RunConfig) -> float:
+    """Give each optimizer its rate for a step; returns the share of the full rate."""
+    share = rate_at(step, run.steps, run.optimizer)
+    full = {"adamw": run.optimizer.adamw_lr, "muon": run.optimizer.muon_lr}
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = share * full_rates(config)[name]
+            group["lr"] = share * full[name]
+    return share
 
 
 class Ema:

@@ -1,10 +1,11 @@
-"""Read a checkpoint for training, and write one in the released layout: all and only the released names."""
+"""Networks to train, new or of a checkpoint, and checkpoints in the released layout: all and only its names."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -14,17 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.model.checkpoint import Checkpoint, WeightFolder
-from colaserve_services.model.config import load_vae_config, read_json
+from colaserve_services.model.config import DiTConfig, TextVAEConfig, load_vae_config, read_json
 from colaserve_services.model.dit import DiT
-from colaserve_services.model.text_vae import TextVAE
+from colaserve_services.model.layers import Linear
+from colaserve_services.model.text_vae import PatchEmbedder, TextVAE
 from colaserve_services.text.special_ids import SpecialIds
-from colaserve_training.files import publish
-from colaserve_training.state import stored_states
+from colaserve_training.state import publish, stored_states
 from colaserve_training.tokenizer import END_ID, IM_END_ID, PAD_ID, save_tokenizer
 
 # Keys that the released files have beside those that change the numbers.
@@ -35,11 +36,7 @@ VAE_FIXED: dict[str, Any] = {
 }  # fmt: skip
 DIT_FIXED: dict[str, Any] = {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "patch_size": 1}
 OWN_IDS = SpecialIds(PAD_ID, END_ID, IM_END_ID)
-GENERATION: dict[str, Any] = {
-    "steps": 16,
-    "guidance_scale": 2.0,
-    "max_new_tokens": 64,
-}  # what small networks are good with
+GENERATION: dict[str, Any] = {"steps": 16, "guidance_scale": 2.0, "max_new_tokens": 64}  # good for small networks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -79,21 +76,52 @@ def load_dit(checkpoint: Checkpoint) -> DiT:
     return dit
 
 
-def write_vae(vae: TextVAE, out: Path, dtype: str = "float32") -> None:
+def new_vae(config: TextVAEConfig) -> TextVAE:
+    """Fan-in scaled weights, drawn from torch's global generator; the patch embedder is the mean of its tokens."""
+    vae = TextVAE(config)
+    _init_linears(vae)
+    patches = vae.encoder.patch_embedder
+    nn.init.zeros_(patches.bias)
+    nn.init.zeros_(patches.weight)
+    for channel in range(config.dim):
+        nn.init.constant_(patches.weight[channel, channel], 1 / config.patch_size)
+    nn.init.normal_(vae.encoder.wte.weight)
+    return vae
+
+
+def new_dit(config: DiTConfig) -> DiT:
+    """adaLN-Zero: every gate and the output start at zero, so that each block is the identity."""
+    dit = DiT(config)
+    _init_linears(dit)
+    for name, parameter in dit.named_parameters():
+        if ".ada." in name or name.startswith(("txt_out_ada.", "txt_out.")):
+            nn.init.zeros_(parameter)
+    return dit
+
+
+def _init_linears(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, Linear) and not isinstance(child, PatchEmbedder):
+            nn.init.normal_(child.weight, std=1 / math.sqrt(child.in_features))
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def write_vae(config: TextVAEConfig, weights: Mapping[str, Tensor], out: Path, dtype: str = "float32") -> None:
     """Write `out`/cola_dlm/cola_vae."""
-    _write(vae, {**VAE_FIXED, **asdict(vae.config)}, out / "cola_dlm" / "cola_vae", dtype)
+    _write(weights, {**VAE_FIXED, **asdict(config)}, out / "cola_dlm" / "cola_vae", dtype)
 
 
-def write_dit(dit: DiT, out: Path, dtype: str = "float32") -> None:
+def write_dit(config: DiTConfig, weights: Mapping[str, Tensor], out: Path, dtype: str = "float32") -> None:
     """Write `out`/cola_dlm/cola_dit."""
-    _write(dit, {**DIT_FIXED, **asdict(dit.config)}, out / "cola_dlm" / "cola_dit", dtype)
+    _write(weights, {**DIT_FIXED, **asdict(config)}, out / "cola_dlm" / "cola_dit", dtype)
 
 
-def _write(model: nn.Module, config: dict[str, Any], folder: Path, dtype: str) -> None:
+def _write(weights: Mapping[str, Tensor], config: dict[str, Any], folder: Path, dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: value.detach().cpu().to(torch.float32 if name.endswith(".freqs") else DTYPES[dtype]).contiguous()
-        for name, value in model.state_dict().items()
+        for name, value in weights.items()
     }
     path = folder / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})

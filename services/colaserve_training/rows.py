@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, pairwise
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, Self
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colaserve_services.errors import UsageError
 from colaserve_training.corpus import Corpus
 from colaserve_training.tokenizer import END_ID, PAD_ID
 
@@ -28,7 +27,7 @@ class Row:
 
 
 class Source(Protocol):
-    """A stream of rows without hidden state: step s always has the same rows, so a resumed run goes on exactly."""
+    """A stream of rows without hidden state: step s always has the same rows, so a resumed run continues exactly."""
 
     def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
         """The `count` rows of step `step` (from 0); `first` rows came before (None: as many in each step)."""
@@ -45,7 +44,7 @@ class CorpusSource:
     def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
         rng = random.Random(f"{self.seed}:{step}")
         examples = [self.corpus.draw(rng) for _ in range(count)]
-        return [row_of(self.tokenizer, example.prompt, example.response) for example in examples]
+        return [row_of(self.tokenizer, example.prompt, example.response, END_ID) for example in examples]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class VaeSource:
     seed: int
     length: int = 40
     random_rows: float = 0.25
-    split: float = 0.3  # share of examples whose text is cut at random places before it is tokenized
+    split: float = 0.3  # share of examples whose text is cut at random positions before it is tokenized
 
     def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
         rng = random.Random(f"vae:{self.seed}:{step}")
@@ -91,37 +90,8 @@ class ListSource:
         return [self._at(index) for index in range(first, first + count)]
 
     def _at(self, index: int) -> Row:
-        epoch, place = divmod(index, len(self.items))
-        return self.items[_order(self.seed, epoch, len(self.items))[place]]
-
-
-class MixedSource:
-    """Several sources, each with its weight's share of the rows: exactly so in every `PERIOD` rows."""
-
-    PERIOD = 1000
-
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int):
-        self.sources = sources
-        ends = [round(self.PERIOD * total / sum(weights)) for total in accumulate(weights)]
-        owners = [bisect_right(ends, place) for place in range(self.PERIOD)]
-        if len(set(owners)) < len(sources):
-            raise UsageError(f"--data: weights {list(weights)}: expected at least one row in {self.PERIOD:,} of each")
-        random.Random(f"mix:{seed}").shuffle(owners)
-        # before[i][k]: rows of source i among the first k of a period
-        self._before = [[0, *accumulate(int(owner == i) for owner in owners)] for i in range(len(sources))]
-
-    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
-        start = step * count if first is None else first
-        mixed = []
-        for i, source in enumerate(self.sources):
-            begin, end = self._count(i, start), self._count(i, start + count)
-            mixed += source.rows(step, end - begin, begin)
-        return mixed
-
-    def _count(self, i: int, rows: int) -> int:
-        """Rows of source i among the first `rows`."""
-        periods, place = divmod(rows, self.PERIOD)
-        return periods * self._before[i][-1] + self._before[i][place]
+        epoch, position = divmod(index, len(self.items))
+        return self.items[_order(self.seed, epoch, len(self.items))[position]]
 
 
 @lru_cache(maxsize=8)
@@ -129,13 +99,35 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
     return random.Random(f"{seed}:{epoch}").sample(range(size), size)
 
 
-def row_of(tokenizer: Tokenizer, prompt: str, response: str, end_id: int = END_ID) -> Row:
+@dataclass(frozen=True)
+class MixedSource:
+    """Several sources; after any number of rows each has had its weight's share of them, within one row a source."""
+
+    sources: Sequence[Source]
+    weights: Sequence[float]
+
+    def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
+        start = step * count if first is None else first
+        spans = zip(self.sources, self._counts(start), self._counts(start + count), strict=True)
+        return [row for source, begin, end in spans for row in source.rows(step, end - begin, begin)]
+
+    def _counts(self, rows: int) -> list[int]:
+        """Rows of each source among the first `rows`; none of them ever falls as `rows` grows."""
+        counts, weight_left = [], sum(map(Fraction, self.weights))
+        for weight in map(Fraction, self.weights):
+            counts.append(int(rows * weight / weight_left))
+            rows -= counts[-1]
+            weight_left -= weight
+        return counts
+
+
+def row_of(tokenizer: Tokenizer, prompt: str, response: str, end_id: int) -> Row:
     """The row of a prompt and its response; they are tokenized apart, as they are when a prompt is served."""
     given = tokenizer.encode(prompt, add_special_tokens=False).ids
     return Row((*given, *tokenizer.encode(response, add_special_tokens=False).ids, end_id), len(given))
 
 
-def with_whole_patches(rows: Sequence[Row], patch: int, pad_id: int) -> Sequence[Row]:
+def with_whole_patches(rows: Sequence[Row], patch: int, pad_id: int) -> list[Row]:
     """The rows with their prompts filled up to whole latents of `patch` tokens, as they are when a prompt is served."""
     return [_filled(row, -row.prompt % patch, pad_id) for row in rows]
 
@@ -157,3 +149,19 @@ def pad_rows(rows: Sequence[Row], multiple: int, pad_id: int) -> Tensor:
     longest = max(len(row.ids) for row in rows)
     width = -(-longest // multiple) * multiple
     return torch.tensor([[*row.ids, *[pad_id] * (width - len(row.ids))] for row in rows])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the batches of both stages can do. Tensor fields have one row a sequence; others describe the whole step."""
+
+    def part(self, rank: int, world: int) -> Self:
+        """The rows of one of `world` processes."""
+        return self._each(lambda value: value[rank::world])
+
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})

@@ -1,15 +1,16 @@
-"""Resumable states: weights, averaged weights, optimizers, random generator and position, without pickle.
+"""Resumable states, and folders that appear whole or not at all, also after a power cut.
 
-A state is a folder `state/step-00000500/` with `tensors.safetensors` and `state.json`; it is written under another
-name, synced to the disk and renamed, so that a killed run leaves no half state. The two newest are kept: when the
-newest cannot be read, a run goes on from the one before.
+A state is a folder `state/step-00000500/` with `tensors.safetensors` and `state.json`, without pickle. The two newest
+are kept: when the newest cannot be read, a run continues from the one before.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,58 +19,40 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from colaserve_client.reading import read_json
 from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError
-from colaserve_training.files import drafted
 
 KEPT = 2
+_GENERATOR = "rng/torch"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that the next step depends on. Sources of data have no state of their own: step says it all."""
+    """Everything that the next step depends on. Sources of data have no state of their own: `step` says it all."""
 
     step: int  # steps done
-    weights: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    optimizers: dict[str, dict[str, Any]]  # state_dict() of each
+    tensors: dict[str, Tensor]  # weights/NAME, ema/NAME, optimizer/NAME/INDEX/KEY
     settings: dict[str, Any]  # of the run, as JSON; a run is resumed under the same ones
 
 
 def save_state(folder: Path, state: TrainingState) -> Path:
-    """Write `state` below `folder` and return its path; drop all but the newest."""
-    tensors = {f"weights/{name}": value for name, value in state.weights.items()}
-    tensors |= {f"ema/{name}": value for name, value in state.ema.items()}
-    plain: dict[str, Any] = {"step": state.step, "settings": state.settings, "optimizers": {}}
-    for name, optimizer in state.optimizers.items():
-        groups, parts = _split(name, optimizer)
-        plain["optimizers"][name] = groups
-        tensors |= parts
-    tensors["rng/torch"] = torch.get_rng_state()
+    """Write `state` and torch's random generator below `folder` and return the path; drop all but the newest."""
     path = folder / f"step-{state.step:08d}"
     with drafted(path) as draft:
-        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(whole, draft / "tensors.safetensors")
-        write_file(draft / "state.json", json.dumps(plain, indent=1))
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
+        save_file({**tensors, _GENERATOR: torch.get_rng_state()}, draft / "tensors.safetensors")
+        write_file(draft / "state.json", json.dumps({"step": state.step, "settings": state.settings}, indent=1))
     _tidy(folder, path.name)
     return path
 
 
 def _tidy(folder: Path, newest: str) -> None:
-    """Remove half-written states, damaged ones that this run did not go on from, and all but the two newest."""
+    """Remove half-written states, damaged ones that this run did not continue from, and all but the two newest."""
     found = [path.name for path in stored_states(folder)]
     good = [name for name in found if name <= newest][:KEPT]
     for name in {*found, *(path.name for path in folder.glob(".step-*"))}.difference(good):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _split(name: str, optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An optimizer's state_dict as plain JSON and tensors; a number beside the tensors becomes a tensor."""
-    tensors = {}
-    for index, entries in optimizer["state"].items():
-        for key, value in entries.items():
-            tensors[f"optimizer/{name}/{index}/{key}"] = torch.as_tensor(value)
-    return {"param_groups": optimizer["param_groups"]}, tensors
 
 
 def stored_states(folder: Path) -> list[Path]:
@@ -85,35 +68,52 @@ def load_newest(folder: Path, warn: Callable[[str], object]) -> tuple[Path, Trai
     found = stored_states(folder)
     for path in found:
         try:
-            return path, load_state(path)
-        except CheckpointError as error:
+            return path, _load(path)
+        except Exception as error:  # safetensors has its own exception types
+            problem = f"{path}: not a readable training state ({error!r})"
             if path == found[-1]:
-                raise
-            warn(f"warning: {error}; trying the state before it")
+                raise CheckpointError(problem) from error
+            warn(f"warning: {problem}; trying the state before it")
     return None
 
 
-def load_state(path: Path) -> TrainingState:
-    """Read a state and set torch's random generator to it. Raises CheckpointError on a damaged one."""
-    try:
-        return _load(path)
-    except Exception as error:  # safetensors has its own exception types
-        raise CheckpointError(f"{path}: not a readable training state ({error!r})") from error
-
-
 def _load(path: Path) -> TrainingState:
-    plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = load_file(path / "tensors.safetensors")
-    generator = tensors.pop("rng/torch")
-    optimizers = {name: {"state": {}, **groups} for name, groups in plain["optimizers"].items()}
-    for name in [name for name in tensors if name.startswith("optimizer/")]:
-        _, optimizer, index, key = name.split("/")
-        optimizers[optimizer]["state"].setdefault(int(index), {})[key] = tensors.pop(name)
-    weights, ema = _below(tensors, "weights/"), _below(tensors, "ema/")
-    state = TrainingState(plain["step"], weights, ema, optimizers, plain["settings"])
+    plain, tensors = read_json(path / "state.json"), load_file(path / "tensors.safetensors")
+    generator = tensors.pop(_GENERATOR)
+    state = TrainingState(plain["step"], tensors, plain["settings"])
     torch.set_rng_state(generator)
     return state
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """An empty folder to write into. When the block ends well, what is in it is on disk and called `path`."""
+    draft = path.with_name(f".{path.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        publish(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Write `draft` (a file or a folder) through to the disk and rename it to `path`, replacing what is there."""
+    for item in (*draft.rglob("*"), draft):
+        _sync(item)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.is_dir():
+        os.replace(path, old)  # a folder cannot be renamed over another one
+    os.replace(draft, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colaserve_services.model.text_vae import TextVAE
-from colaserve_training.batch import Batch
-from colaserve_training.config import RunConfig, VaeLossConfig
+from colaserve_training.config import VaeLossConfig
 from colaserve_training.parallel import Objective
-from colaserve_training.rows import Row, Source, micro_batches, pad_rows
+from colaserve_training.rows import Batch, Row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -36,44 +35,47 @@ class VaeBatch(Batch):
 
 
 class VaeObjective(Objective):
-    """The losses of a batch, as shares of the whole step's means."""
+    """Stage 1 for the training loop. Rows are padded to whole blocks of `block_size` latents."""
 
-    def __init__(self, vae: TextVAE, loss: VaeLossConfig):
+    name = "vae"
+
+    def __init__(self, vae: TextVAE, loss: VaeLossConfig, pad_id: int, block_size: int):
         super().__init__()
-        self.vae, self.weights = vae, loss
+        self.vae, self.loss = vae, loss
+        self._pad_id, self._block_size = pad_id, block_size
+
+    def draw(self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int) -> Sequence[VaeBatch]:
+        return draw_vae_step(groups, self.vae, self._pad_id, self._block_size, self.loss, seed, rank, world)
 
     def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
-        mean, log_variance = self.vae.encode(torch.where(batch.masked, self.mask_id, batch.ids))
-        logits = self.vae.decode(draw_posterior(mean, log_variance, batch.noise, self.scale) + batch.decoder_noise)
-        errors = F.cross_entropy(logits.transpose(1, 2), batch.ids, reduction="none")
-        return self._total(errors, batch, self._kl(mean, log_variance, batch))
-
-    @property
-    def mask_id(self) -> int:
-        """The last row of the encoder's embedding, which inference never reads."""
-        return self.vae.config.vocab_size
-
-    @property
-    def scale(self) -> float:
-        return self.vae.config.scaling_factor
-
-    def _total(self, errors: Tensor, batch: VaeBatch, kl: Tensor) -> dict[str, Tensor]:
-        reconstruction = errors[batch.valid & ~batch.masked].sum() / batch.tokens
-        masking = errors[batch.valid & batch.masked].sum() / max(batch.hidden, 1)
-        loss = reconstruction + self.weights.kl * kl + self.weights.masking * masking
-        return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "masking": masking}
-
-    def _kl(self, mean: Tensor, log_variance: Tensor | None, batch: VaeBatch) -> Tensor:
-        patch = self.vae.config.patch_size
-        valid = batch.valid[:, ::patch]
-        latents = (batch.tokens + batch.hidden) / patch
-        if log_variance is None:
-            return mean.new_zeros(())
-        raw = mean / self.scale + self.vae.config.shifting_factor
-        return kl_to_standard_normal(raw, log_variance)[valid].sum() / latents
+        return vae_losses(self.vae, batch, self.loss)
 
 
-def draw_posterior(mean: Tensor, log_variance: Tensor | None, noise: Tensor, scale: float = 1.0) -> Tensor:
+def vae_losses(vae: TextVAE, batch: VaeBatch, weights: VaeLossConfig) -> dict[str, Tensor]:
+    """The losses of a batch, as shares of the whole step's means."""
+    mask_id = vae.config.vocab_size  # the last row of the encoder's embedding, which inference never reads
+    mean, log_variance = vae.encode(torch.where(batch.masked, mask_id, batch.ids))
+    latents = draw_posterior(mean, log_variance, batch.noise, vae.config.scaling_factor)
+    logits = vae.decode(latents + batch.decoder_noise)
+    errors = F.cross_entropy(logits.transpose(1, 2), batch.ids, reduction="none")
+    reconstruction = errors[batch.valid & ~batch.masked].sum() / batch.tokens
+    masking = errors[batch.valid & batch.masked].sum() / max(batch.hidden, 1)
+    kl = _kl(vae, mean, log_variance, batch)
+    loss = reconstruction + weights.kl * kl + weights.masking * masking
+    return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "masking": masking}
+
+
+def _kl(vae: TextVAE, mean: Tensor, log_variance: Tensor | None, batch: VaeBatch) -> Tensor:
+    """The mean over latents, before they are normalised."""
+    if log_variance is None:
+        return mean.new_zeros(())
+    config = vae.config
+    raw = mean / config.scaling_factor + config.shifting_factor
+    latents = (batch.tokens + batch.hidden) / config.patch_size
+    return kl_to_standard_normal(raw, log_variance)[batch.valid[:, :: config.patch_size]].sum() / latents
+
+
+def draw_posterior(mean: Tensor, log_variance: Tensor | None, noise: Tensor, scale: float) -> Tensor:
     """z = mean + sigma * noise in normalised units (sigma is scaled as the mean is)."""
     return mean if log_variance is None else mean + scale * torch.exp(0.5 * log_variance) * noise
 
@@ -83,11 +85,22 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).sum(-1)
 
 
-def draw_vae_batch(
-    rows: Sequence[Row], vae: TextVAE, pad_id: int, multiple: int, loss: VaeLossConfig, seed: str
+def draw_vae_step(
+    groups: Sequence[Sequence[Row]], vae: TextVAE, pad_id: int, block_size: int, loss: VaeLossConfig, seed: str,
+    rank: int, world: int,
+) -> list[VaeBatch]:  # fmt: skip
+    """One process's part of each of a step's batches, normalised over the whole step."""
+    drawn = [_draw_batch(rows, vae, pad_id, block_size, loss, f"{seed}:{part}") for part, rows in enumerate(groups)]
+    tokens, hidden = sum(batch.tokens for batch in drawn), sum(batch.hidden for batch in drawn)
+    return [replace(batch, tokens=tokens, hidden=hidden).part(rank, world) for batch in drawn]
+
+
+def _draw_batch(
+    rows: Sequence[Row], vae: TextVAE, pad_id: int, block_size: int, loss: VaeLossConfig, seed: str
 ) -> VaeBatch:
-    """Choose masked tokens and noise for `rows`; `multiple` is what rows are padded to, in tokens."""
+    """Choose masked tokens and noise for `rows`."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
+    multiple = block_size * vae.config.patch_size
     ids = pad_rows(rows, multiple, pad_id)
     ends = torch.tensor([-(-len(row.ids) // multiple) * multiple for row in rows])
     valid = torch.arange(ids.shape[1]) < ends[:, None]
@@ -98,32 +111,3 @@ def draw_vae_batch(
     noise, extra = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     tokens, hidden = (valid & ~masked).sum(), (valid & masked).sum()
     return VaeBatch(ids, valid, masked, noise, sigma * extra, float(tokens), float(hidden))
-
-
-def draw_vae_step(
-    groups: Sequence[Sequence[Row]], vae: TextVAE, pad_id: int, multiple: int, loss: VaeLossConfig, seed: str,
-    rank: int, world: int,
-) -> list[VaeBatch]:  # fmt: skip
-    """One process's part of each of a step's batches, normalised over the whole step."""
-    drawn = [draw_vae_batch(rows, vae, pad_id, multiple, loss, f"{seed}:{part}") for part, rows in enumerate(groups)]
-    tokens, hidden = sum(batch.tokens for batch in drawn), sum(batch.hidden for batch in drawn)
-    return [replace(batch, tokens=tokens, hidden=hidden).part(rank, world) for batch in drawn]
-
-
-class VaeStage:
-    """Stage 1 for the training loop."""
-
-    name = "vae"
-
-    def __init__(self, vae: TextVAE, source: Source, run: RunConfig, loss: VaeLossConfig, pad_id: int, block_size: int):
-        self.vae, self.source, self.run, self.loss, self.pad_id = vae, source, run, loss, pad_id
-        self.multiple = block_size * vae.config.patch_size
-        self.module: Objective = VaeObjective(vae, loss)
-
-    def batches(self, step: int, rank: int, world: int) -> list[VaeBatch]:
-        groups = micro_batches(self.source.rows(step, self.run.rows), self.run.micro_batches)
-        return self.draw(groups, f"vae:{self.run.seed}:{step}", rank, world)
-
-    def draw(self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int) -> list[VaeBatch]:
-        """A batch for each of a step's groups of rows."""
-        return draw_vae_step(groups, self.vae, self.pad_id, self.multiple, self.loss, seed, rank, world)

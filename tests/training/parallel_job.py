@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from colaserve_training.config import FlowConfig, OptimizerConfig, RunConfig
-from colaserve_training.init import new_dit, new_vae
 from colaserve_training.parallel import started
-from colaserve_training.prior_stage import PriorStage
+from colaserve_training.prior_stage import PriorObjective
+from colaserve_training.release import new_dit, new_vae
 from colaserve_training.rows import ListSource, Row
 from colaserve_training.trainer import Job, Trainer
 from tests.training.conftest import dit_config, vae_config
@@ -23,12 +23,12 @@ def main(folder: Path, mode: str) -> None:
     with started("cpu", mode) as parallel:
         torch.manual_seed(0)
         vae, dit = new_vae(vae_config()), new_dit(dit_config(layers=2))
-        stage = PriorStage(dit, vae, ListSource(ROWS, 0), RUN, FlowConfig(), 2)
-        trainer = Trainer(stage, Job(RUN, folder, parallel, quiet=True))
+        objective = PriorObjective(dit, vae, FlowConfig(), 2)
+        trainer = Trainer(objective, ListSource(ROWS, 0), Job(RUN, folder, parallel, quiet=True))
         trainer.run()
-        weights = trainer.ema_weights()
+        weights = trainer.result()
         if parallel.rank == 0:
-            save_file(weights, folder / "weights.safetensors")
+            save_file(weights["dit"], folder / "weights.safetensors")
 
 
 if __name__ == "__main__":

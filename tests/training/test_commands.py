@@ -54,7 +54,7 @@ def same(one, two, part):
 def test_a_checkpoint_made_by_the_commands_is_served_and_writes(base):
     defaults = Checkpoint.open(base).defaults
     assert (defaults.eos_token_id, defaults.pad_token_id) == (0, 2)
-    assert defaults.requests == {"steps": 16, "guidance_scale": 2}
+    assert defaults.requests == {"steps": 16, "guidance_scale": 2, "max_new_tokens": 64}
     (text,) = load_generator(base, Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])
     assert isinstance(text, str)
     assert (base / "run" / "loss.png").exists()
@@ -186,8 +186,6 @@ def test_the_vae_is_fine_tuned_alone(base, tmp_path):
             "none.json: no such tokenizer; `train tokenizer`",
         ),
         (["prior", "--out", "x", "--init", "none"], "none"),
-        (["prior", "--out", "x", "--init", "none", "--steps", "0"], "steps: got 0, expected at least 1"),
-        (["prior", "--out", "x", "--init", "none", "--lr", "-1"], "lr: got -1.0, expected a number above 0"),
         (["vae", "--out", "x", "--tokenizer", TOKENIZER, "--dim", "48"], "--dim: got 48, expected a multiple of 32"),
         (["prior", "--out", "x", "--init", "bundled", "--data", "a=0"], "a=0: got weight 0, expected a number above 0"),
         (
@@ -205,3 +203,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(arguments, line, tmp_path,
     assert line in output
     assert len(output.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--steps=0", "--rows=-1", "--steps=100000000000000000000", "--seed=18446744073709551616", "--seed=-1",
+     "--micro-batches=0", "--ema=1.0", "--lr=-1", "--lr=0", "--clip=-1", "--save-every=-1", "--held-out=0.6"],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_a_wrong_use(option, tmp_path):
+    output = run("prior", "--init", "bundled", "--out", tmp_path / "x", option, code=2)
+    assert f"Error: Invalid value for '{option.partition('=')[0]}'" in output

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model.dit import DiT
+from colaserve_services.model.layers import masked_attention
 from colaserve_training.config import FlowConfig, OptimizerConfig
-from colaserve_training.flow_batch import FlowBatch, FlowInputs, draw_batch
-from colaserve_training.init import new_dit
+from colaserve_training.flow_batch import FlowBatch, draw_batch
 from colaserve_training.optim import rate_at
-from colaserve_training.prior_stage import flow_loss, velocity
+from colaserve_training.prior_stage import attention, flow_loss
+from colaserve_training.release import new_dit
 from colaserve_training.rows import Row
 from tests.training.conftest import dit_config
 
@@ -99,9 +100,8 @@ class Situation:
         position = torch.arange(values.shape[1]).expand(count, -1) + (2 * self.block - past.shape[1])
         blocks = torch.arange(values.shape[1]) // SIZE
         mask = (blocks <= blocks[:, None]).expand(count, -1, -1)
-        inputs = FlowInputs(values, timestep, position, mask, values, values)
         with torch.no_grad():
-            return velocity(dit, inputs)[:, known:].flatten(1)
+            return dit(values, timestep, position, attention(mask))[:, known:].flatten(1)
 
 
 SITUATIONS = {
@@ -182,7 +182,7 @@ def _by_hand(dit: DiT, z: Tensor, batch: FlowBatch, row: int, copy: int, total: 
     position = torch.cat([torch.arange(past), block * SIZE + torch.arange(SIZE)])[None]
     blocks = position // SIZE
     with torch.no_grad():
-        v = dit.sequences(values, time, position, (blocks[:, None] <= blocks[..., None])[:, None])[0, past:]
+        v = dit(values, time, position, masked_attention((blocks[:, None] <= blocks[..., None])[:, None]))[0, past:]
     for place in range(pinned, SIZE):
         difference = v[place] - (noise[place] - start[place])
         total, count = total + float((difference**2).sum() / DIM), count + 1

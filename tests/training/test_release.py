@@ -10,11 +10,12 @@ from tokenizers import Tokenizer
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_training.generate import Generator, Sampling
-from colaserve_training.init import new_dit, new_vae
 from colaserve_training.release import (
     OWN_IDS,
     load_dit,
     load_vae,
+    new_dit,
+    new_vae,
     special_ids,
     write_companions,
     write_dit,
@@ -26,13 +27,17 @@ from tests.training.conftest import vae_config
 PARTS = ("cola_vae", "cola_dit")
 
 
+def write(vae, dit, folder, dtype="float32"):
+    write_vae(vae.config, vae.state_dict(), folder, dtype)
+    write_dit(dit.config, dit.state_dict(), folder, dtype)
+
+
 @pytest.fixture
 def written(golden, tmp_path, words):
     """A fresh model of the golden checkpoint's shape, as the trainer writes it."""
     checkpoint = Checkpoint.open(golden.directory)
     torch.manual_seed(0)
-    write_vae(new_vae(checkpoint.vae_config), tmp_path)
-    write_dit(new_dit(checkpoint.dit_config), tmp_path)
+    write(new_vae(checkpoint.vae_config), new_dit(checkpoint.dit_config), tmp_path)
     write_companions(golden.directory, tmp_path, words, OWN_IDS)
     return tmp_path
 
@@ -59,8 +64,7 @@ def test_written_weights_can_be_read_by_another_user(written, part):
 
 
 def test_reading_and_writing_changes_no_weight(golden, tmp_path):
-    write_vae(load_vae(golden.directory), tmp_path)
-    write_dit(load_dit(Checkpoint.open(golden.directory)), tmp_path)
+    write(load_vae(golden.directory), load_dit(Checkpoint.open(golden.directory)), tmp_path)
     for part in PARTS:
         path = f"cola_dlm/{part}/model.safetensors"
         ours, theirs = load_file(tmp_path / path), load_file(golden.directory / path)
@@ -75,8 +79,7 @@ def test_a_loaded_model_trains_everything_but_the_table_of_frequencies(golden):
 
 
 def test_bfloat16_weights_are_half_the_size_and_are_served(tmp_path, golden, words):
-    write_vae(load_vae(golden.directory), tmp_path, "bfloat16")
-    write_dit(load_dit(Checkpoint.open(golden.directory)), tmp_path, "bfloat16")
+    write(load_vae(golden.directory), load_dit(Checkpoint.open(golden.directory)), tmp_path, "bfloat16")
     write_companions(golden.directory, tmp_path, words, OWN_IDS)
     checkpoint = Checkpoint.open(tmp_path)
     assert {entry.dtype for entry in checkpoint.vae.entries.values()} == {"BF16"}
@@ -109,7 +112,7 @@ def test_special_ids_are_the_checkpoints_own(tmp_path, words):
 
 
 def test_a_vae_that_lacks_a_tensor_is_one_clear_line(tmp_path):
-    write_vae(new_vae(vae_config()), tmp_path)
+    write_vae(vae_config(), new_vae(vae_config()).state_dict(), tmp_path)
     config = tmp_path / "cola_dlm" / "cola_vae" / "config.json"
     config.write_text(config.read_text().replace('"encoder_num_blocks": 1', '"encoder_num_blocks": 2'))
     with pytest.raises(CheckpointError, match="Missing key"):

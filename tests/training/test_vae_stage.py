@@ -7,10 +7,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from colaserve_training.config import RunConfig, VaeLossConfig
-from colaserve_training.init import new_vae
-from colaserve_training.rows import ListSource, Row
-from colaserve_training.vae_stage import VaeObjective, VaeStage, draw_vae_batch, kl_to_standard_normal
+from colaserve_training.config import VaeLossConfig
+from colaserve_training.release import new_vae
+from colaserve_training.rows import Row, micro_batches
+from colaserve_training.vae_stage import VaeObjective, kl_to_standard_normal
 from tests.training.conftest import vae_config
 
 ROWS = [Row((5, 6, 7, 8, 9)), Row((4, 3)), Row((11, 12, 13, 14))]
@@ -23,6 +23,14 @@ def vae():
     return new_vae(vae_config())
 
 
+def stage(vae, loss=LOSS):
+    return VaeObjective(vae, loss, 2, 4)
+
+
+def drawn(vae, groups=(ROWS,), loss=LOSS):
+    return stage(vae, loss).draw(groups, "seed", 0, 1)
+
+
 def test_kl_is_that_of_the_normal_distributions():
     mean, log_variance = torch.randn(3, 5), torch.randn(3, 5)
     expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).sum(-1)
@@ -30,8 +38,8 @@ def test_kl_is_that_of_the_normal_distributions():
 
 
 def test_one_steps_losses_are_the_equation_written_out(vae):
-    batch = draw_vae_batch(ROWS, vae, 2, 4, LOSS, "hand")
-    parts = VaeObjective(vae, LOSS)(batch)
+    (batch,) = drawn(vae)
+    parts = stage(vae)(batch)
     shown = batch.ids.clone()
     shown[batch.masked] = vae.config.vocab_size
     mean, log_variance = vae.encode(shown)
@@ -52,28 +60,28 @@ def test_one_steps_losses_are_the_equation_written_out(vae):
 
 
 def test_masked_tokens_are_hidden_from_the_encoder(vae):
-    batch = draw_vae_batch(ROWS, vae, 2, 4, LOSS, "x")
+    (batch,) = drawn(vae)
     hidden = batch.masked & batch.valid
     assert hidden.any()
     other = torch.where(hidden, 20, batch.ids)
-    objective = VaeObjective(vae, LOSS)
     with torch.no_grad():
-        one, two = objective(batch), objective(replace(batch, ids=other))
+        one, two = stage(vae)(batch), stage(vae)(replace(batch, ids=other))
     assert one["kl"] == two["kl"]
     assert one["masking"] != two["masking"]
 
 
 def test_micro_batches_sum_to_the_whole_step(vae):
-    source = ListSource([*ROWS, Row((7, 7, 7, 7, 7, 7))], 0)
-    loss = VaeLossConfig(masked_rows=0, decoder_noise=0)
-    whole, halves = (VaeStage(vae, source, RunConfig(rows=4, micro_batches=k), loss, 2, 4) for k in (1, 2))
-    sums = [sum(stage.module(part)["kl"].detach() for part in stage.batches(0, 0, 1)) for stage in (whole, halves)]
+    rows, loss = [*ROWS, Row((7, 7, 7, 7, 7, 7))], VaeLossConfig(masked_rows=0, decoder_noise=0)
+    sums = [
+        sum(stage(vae, loss)(batch)["kl"].detach() for batch in drawn(vae, micro_batches(rows, k), loss))
+        for k in (1, 2)
+    ]
     torch.testing.assert_close(*sums)
 
 
 def test_latents_are_scaled_and_shifted_as_they_are_served(vae):
     scaled = new_vae(replace(vae.config, scaling_factor=1.7, shifting_factor=0.25))
     scaled.load_state_dict(vae.state_dict())
-    batch = draw_vae_batch(ROWS, vae, 2, 4, LOSS, "x")
-    torch.testing.assert_close(VaeObjective(scaled, LOSS)(batch)["kl"], VaeObjective(vae, LOSS)(batch)["kl"])
+    (batch,) = drawn(vae)
+    torch.testing.assert_close(stage(scaled)(batch)["kl"], stage(vae)(batch)["kl"])
     torch.testing.assert_close(scaled.encode(batch.ids)[0], (vae.encode(batch.ids)[0] - 0.25) * 1.7)

@@ -16,7 +16,6 @@ from colaserve_services.model.layers import (
     Attend,
     LayerNorm,
     Linear,
-    masked_attention,
     rotary_angles,
     rotary_frequencies,
 )
@@ -219,16 +218,22 @@ class DiT(nn.Module):
         return self.txt_out(torch.addcmul(output[0], self.txt_out_norm(x), output[1])).float()
 
     def forward(self, z: Tensor, t: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The network as written: z (..., d), t and positions broadcasting to (...), t in 0..1000; gives (..., d).
+        """The network as written: rows z (..., d), t in 0..1000 and positions (...); gives velocities (..., d).
 
-        Training and tests call it; sampling reads the modulation from a table instead (see `modulation.py`).
+        Training and tests call it; sampling reads the modulation from a table instead (see `modulation.py`). Rows share
+        times, so each modulation is computed once a time here too.
         """
-        e, rotary = self.emb_in(t), self.rotary(positions)
+        times, index = torch.unique(t, return_inverse=True)
+        e, rotary = self.emb_in(times), self.rotary(positions)
         x = self.txt_in(z).float()
         for block in self.blocks:
-            x = block(x, block.modulation(e), rotary, attend)  # type: ignore[operator]
-        return self.velocity(x, self.output_modulation(e))
+            m: Modulation = block.modulation(e)  # type: ignore[operator]
+            spread = {name: _rows(value, index) for name, value in vars(m).items()}
+            x = block(x, Modulation(**spread), rotary, attend)
+        shift, scale = self.output_modulation(e)
+        return self.velocity(x, (_rows(shift, index), _rows(scale, index)))
 
-    def sequences(self, z: Tensor, t: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Whole sequences for training: z (N, L, d), t and positions (N, L), mask to (N, 1, L, L), True sees."""
-        return self(z, t, positions, masked_attention(mask))
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """The rows of (K, D) that `index` (...) names: (..., D)."""
+    return table.index_select(0, index.flatten()).view(*index.shape, -1)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from colaserve_eval.demo import demo_tasks, reads_as_true
+from colaserve_eval.demo import demo_tasks
 from colaserve_eval.records import EvalError, Record
 from colaserve_eval.scores import is_correct
 
@@ -30,17 +30,32 @@ def test_asking_them_needs_neither_torch_nor_the_services_package():
 
 
 @pytest.mark.parametrize(
-    ("text", "right"),
+    ("text", "true"),
     [
-        (" Europe. Its capital is Paris.", True),
-        (" Europe. Its capital is Rome.", False),
-        (" Europe. Its capital is Paris. Its", False),
-        (" Asia.", False),
+        ("France is a country in Europe.", True),
+        ("France is a country in Europe. Its capital is Paris.", True),
+        (
+            "The United States is a country in North America. Its capital is Washington, D.C. Its demonym is American.",
+            True,
+        ),
+        ("Grenada is a country in North America. Its capital is St. George's.", True),
+        (
+            "The United States is a country in North America. Its capital is Washington, D.C. Its demonym is Cuban.",
+            False,
+        ),
+        ("France is a country in Europe. Its capital is Rome.", False),
+        ("France is a country in Europe. Its capital is Paris. Its", False),
+        ("France is a country in Europe. Its capital is Pariss.", False),
+        ("France is a country in Europe. It is nice. Its capital is Paris.", False),
+        ("Narnia is a country in Europe.", False),
+        ("Its capital is Paris.", False),
+        ("France is a country in Asia.", False),
+        ("", False),
     ],
 )
-def test_a_paragraph_is_right_when_every_sentence_of_prompt_and_answer_is_true(text, right):
-    paragraph = Record(0, "France is a country in", "Europe", rule="true_sentences", generate=text)
-    assert is_correct("paragraphs", paragraph) is right
+def test_a_paragraph_is_right_when_every_sentence_of_prompt_and_answer_is_true(text, true):
+    paragraph = Record(0, text[:10], "Europe", rule="true_sentences", generate=text[10:])
+    assert is_correct("paragraphs", paragraph) is true
 
 
 def test_missing_services_and_missing_sets_are_said():
@@ -48,8 +63,6 @@ def test_missing_services_and_missing_sets_are_said():
         demo_tasks("colaserve_client")
     with pytest.raises(EvalError, match="not_there, which is not installed here; pass question files"):
         demo_tasks("not_there")
-    with pytest.raises(EvalError, match="judged by not_there, which is not installed"):
-        reads_as_true("x", "not_there")
 
 
 def test_run_demo_reports_the_groups_apart(client, colaserve_eval, tmp_path):
