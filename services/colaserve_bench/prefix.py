@@ -3,77 +3,69 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from typing import Any
+
+import click
 
 from colaserve_bench.report import Column, Report, Row
 from colaserve_bench.requests import Record, connected, send, usable_ids
-from colaserve_client import AsyncClient, GenerationRequest, ModelInfo
+from colaserve_bench.system import TARGET_OPTIONS, running, systems_of
+from colaserve_bench.verbs import benchmark, numbers, rounds, say
+from colaserve_client import AsyncClient, ModelInfo
 from colaserve_services.errors import Unavailable
 
+_END_TOKENS = 16  # of the prompt, which differ within a pair
 COLUMNS = (
     Column("prefix_tokens", "prefix tokens"),
     Column("pairs", "pairs"),
-    Column("cold_seconds", "cold s", "{:.3f}"),
-    Column("warm_seconds", "warm s", "{:.3f}"),
-    Column("ratio", "warm / cold", "{:.3f}"),
+    Column("cold_seconds", "cold s", "{:.3f}", drawn=True),
+    Column("warm_seconds", "warm s", "{:.3f}", drawn=True),
+    Column("ratio", "warm / cold", "{:.3f}", drawn=True),
     Column("worst_ratio", "worst pair", "{:.3f}"),
 )
-PANELS = (COLUMNS[2], COLUMNS[3], COLUMNS[4])
 NOTES = (
     "a pair: a prompt with a new random prefix (cold), then one with the same prefix and another end (warm), one block",
     "each; seconds from sending to the first block; medians, the ratio's over the pairs' own ratios",
 )
 
 
-@dataclass(frozen=True)
-class PrefixSettings:
-    """What `bench prefix` runs."""
-
-    prefix_tokens: tuple[int, ...] = (2048,)
-    tail_tokens: int = 16  # the end of the prompt, which differs within a pair
-    pairs: int = 5
-    timeout: float = 300.0  # seconds, of one request
-    seed: int = 0
-
-
-async def prefix(target: str, settings: PrefixSettings, say: Callable[[str], None], key: str | None = None) -> Report:
-    """Pairs one after the other on an otherwise idle system."""
-    rounds, rows = list[Row](), list[Row]()
-    async with connected(target, key, settings.timeout) as client:
+@benchmark(
+    "prefix",
+    *TARGET_OPTIONS,
+    click.option("--start", type=click.Choice(["up", "split"]), help="A system of our own instead, on --model."),
+    numbers("--prefix-tokens", "2048", "Length of the beginning."),
+    rounds(5, "--pairs"),
+    quick={"pairs": 1},
+)
+async def prefix(prefix_tokens: Sequence[int], pairs: int, **options: Any) -> Report:
+    """Time to first block of prompts whose beginning the system has not, and has, seen before."""
+    measured: list[Row] = []
+    [system] = systems_of(options)
+    async with running(system) as target, connected(target, options["key"], options["timeout"]) as client:
         info = await client.info()
-        for length in settings.prefix_tokens:
-            draw = random.Random(f"{settings.seed}/{length}")
-            await _pair(client, info, settings, length, draw)  # warm-up: of everything but the prefixes to come
-            pairs = [await _pair(client, info, settings, length, draw) for _ in range(settings.pairs)]
-            rounds += [{"round": number} | pair for number, pair in enumerate(pairs)]
-            rows.append(_summary(length, pairs))
-            say(f"{length} tokens: warm {rows[-1]['ratio']:.3f} of cold")
-    return Report("prefix", {"target": target, **asdict(settings)}, COLUMNS, rows, rounds, NOTES)
+        for length in prefix_tokens:
+            draw = random.Random(f"{options['seed']}/{length}")
+            await _pair(client, info, length, draw)  # warm-up: of everything but the prefixes to come
+            found = [await _pair(client, info, length, draw) | {"round": number} for number in range(pairs)]
+            worst = {"pairs": pairs, "worst_ratio": max(pair["ratio"] for pair in found)}
+            measured += [pair | worst for pair in found]
+            say(f"{length} tokens: warm {', '.join(format(pair['ratio'], '.3f') for pair in found)} of cold")
+    return Report(COLUMNS, measured, ("prefix_tokens",), NOTES)
 
 
-async def _pair(
-    client: AsyncClient, info: ModelInfo, settings: PrefixSettings, length: int, draw: random.Random
-) -> Row:
-    usable = usable_ids(info)
+async def _pair(client: AsyncClient, info: ModelInfo, length: int, draw: random.Random) -> Row:
+    """The same beginning twice, one after the other, on an otherwise idle system."""
+    usable, seconds = usable_ids(info), list[float]()
     beginning = draw.choices(usable, k=length)
-    cold = await _first_block(client, info, [*beginning, *draw.choices(usable, k=settings.tail_tokens)])
-    warm = await _first_block(client, info, [*beginning, *draw.choices(usable, k=settings.tail_tokens)])
+    for _ in ("cold", "warm"):
+        prompt, record = [*beginning, *draw.choices(usable, k=_END_TOKENS)], Record(time.monotonic())
+        block = info.model.block_size * info.model.patch_size
+        await send(client, {"prompt": prompt, "max_new_tokens": block, "ignore_end": True}, record)
+        if record.first_block is None:
+            problem = record.error or "no block came"
+            raise Unavailable(f"a request of {len(prompt)} prompt tokens failed: {problem}")
+        seconds.append(record.first_block)
+    cold, warm = seconds
     return {"prefix_tokens": length, "cold_seconds": cold, "warm_seconds": warm, "ratio": warm / cold}
-
-
-async def _first_block(client: AsyncClient, info: ModelInfo, ids: list[int]) -> float:
-    record = Record(time.monotonic())
-    await send(client, GenerationRequest(ids, info.model.block_size * info.model.patch_size, ignore_end=True), record)
-    if record.first_block is None:
-        raise Unavailable(f"a request of {len(ids)} prompt tokens failed: {record.error or 'no block came'}")
-    return record.first_block
-
-
-def _summary(length: int, pairs: list[Row]) -> Row:
-    keys = ("cold_seconds", "warm_seconds", "ratio")
-    medians = {key: statistics.median(pair[key] for pair in pairs) for key in keys}
-    worst = max(pair["ratio"] for pair in pairs)
-    return {"prefix_tokens": length, "pairs": len(pairs), "worst_ratio": worst} | medians

@@ -8,13 +8,14 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from colaserve_client.cli.output import table
 from colaserve_client.writing import write_file
 from colaserve_services.model import cpu_attention
 
@@ -31,6 +32,7 @@ class Column:
     key: str
     heading: str
     form: str = "{}"
+    drawn: bool = False  # it is a panel of the picture
 
     def cell(self, row: Row) -> str:
         value = row.get(self.key)
@@ -39,49 +41,60 @@ class Column:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of one benchmark. `rows` are medians over rounds; `rounds` holds what they were made of."""
+    """Results of one benchmark. `rows` are the medians of `rounds`; `keys` tell rows apart, the first is the x axis."""
 
-    benchmark: str
-    settings: Mapping[str, Any]
     columns: Sequence[Column]
-    rows: list[Row]
-    rounds: list[Row] = field(default_factory=list)
+    rounds: list[Row]
+    keys: tuple[str, ...]
     notes: Sequence[str] = ()
 
-    def table(self) -> str:
-        """Aligned columns, then the notes."""
-        lines = [[c.heading for c in self.columns], *([c.cell(row) for c in self.columns] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([*text, *(f"* {note}" for note in self.notes)])
+    @property
+    def rows(self) -> list[Row]:
+        return medians(self.rounds, self.keys)
 
-    def write_json(self, path: Path) -> None:
+    def text(self) -> str:
+        """Aligned columns, then the notes."""
+        cells = [[column.cell(row) for column in self.columns] for row in self.rows]
+        return "\n".join([table([c.heading for c in self.columns], cells), *(f"* {note}" for note in self.notes)])
+
+    def write_json(self, path: Path, benchmark: str, settings: Mapping[str, Any]) -> None:
         """Machine, versions, settings, rows and rounds."""
         content = {
-            "benchmark": self.benchmark,
+            "benchmark": benchmark,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            "settings": dict(self.settings),
-            "notes": list(self.notes),
+            "settings": settings,
+            "notes": self.notes,
             "rows": self.rows,
             "rounds": self.rounds,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(content, indent=1, default=_plain) + "\n")
+        write_file(path, json.dumps(content, indent=1, default=str) + "\n")
 
+    def plot(self, path: Path) -> None:
+        """A panel for each drawn column: a line over the first key for each value of the last one."""
+        from matplotlib.figure import Figure
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
-    return str(value)
+        panels, (x, *_, series) = [column for column in self.columns if column.drawn], (*self.keys[:1], *self.keys)
+        figure = Figure(figsize=(4.5 * len(panels) + 2, 3.5), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for name in dict.fromkeys(row[series] for row in self.rows):
+                line = [row for row in self.rows if row[series] == name and row.get(panel.key) is not None]
+                axes.plot([str(row[x]) for row in line], [row[panel.key] for row in line], "o-", label=str(name))
+            axes.set_title(panel.heading)
+            axes.set_xlabel(x)
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+        figure.legend(handles=axes.get_lines(), title=series, loc="outside right upper", fontsize="small")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code. The load average tells whether somebody else was computing."""
-    model, flags = _cpu()
+    """What the numbers depend on beside the code. The load average tells whether something else was computing."""
+    cpu, flags = _cpu()
     return {
-        "cpu": model,
+        "cpu": cpu,
         "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -92,7 +105,7 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cpu_attention": cpu_attention.missing() or "compiled",
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
 
 
@@ -102,16 +115,8 @@ def _cpu() -> tuple[str, set[str]]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor(), set()
-    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in pairs}
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     return values.get("model name", platform.processor()), set(values.get("flags", "").split())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -140,43 +145,3 @@ def medians(rounds: Iterable[Row], keys: Sequence[str]) -> list[Row]:
 def _median(values: list[Any]) -> Any:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     return statistics.median(numbers) if numbers and len(numbers) == len(values) else values[-1]
-
-
-def plot(path: Path, rows: Sequence[Row], x: str, series: str, panels: Sequence[Column]) -> None:
-    """A panel for each of `panels`: a line for each value of `series` over `x`, or bars where each has one row.
-
-    Bars are drawn when all those rows are at one `x`.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    draw = _bars if len({row[x] for row in rows}) == 1 and len({row[series] for row in rows}) == len(rows) else _lines
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.5 * len(panels) + 2, 3.5), squeeze=False, sharey=draw is _bars, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        draw(axis, [row for row in rows if row.get(panel.key) is not None], x, series, panel.key)
-        axis.set_title(panel.heading)
-        axis.grid(alpha=0.3)
-    if lines := axes[0][0].get_lines():
-        figure.legend(handles=lines, title=series, loc="outside right upper", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _lines(axis: Any, rows: Sequence[Row], x: str, series: str, y: str) -> None:
-    for value in dict.fromkeys(row[series] for row in rows):
-        points = [(str(row[x]), row[y]) for row in rows if row[series] == value]
-        axis.plot(*zip(*points, strict=True), marker="o", label=f"{value}")
-    axis.set_xlabel(x)
-    axis.set_ylim(bottom=0)
-
-
-def _bars(axis: Any, rows: Sequence[Row], x: str, series: str, y: str) -> None:
-    values = {f"{row[series]}": row[y] for row in rows}
-    axis.barh(list(values), list(values.values()))
-    axis.set_ylim(len(values) - 0.5, -0.5)  # the first one on top
-    axis.set_xlabel("".join(f"{x} {value}" for value in dict.fromkeys(row[x] for row in rows)))

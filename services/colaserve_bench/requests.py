@@ -8,26 +8,30 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from colaserve_client import AsyncClient, ColaserveError, GenerationRequest, ModelInfo, Retry, Sampler
+from colaserve_client import AsyncClient, ColaserveError, ModelInfo, Retry, Sampler
 from colaserve_services.errors import Unavailable
+
+Request = dict[str, Any]  # what `client.stream` is called with
 
 
 @dataclass(frozen=True)
 class Mix:
     """Lengths that requests draw from, each with equal chance, in tokens."""
 
-    prompt_tokens: tuple[int, ...]
-    new_tokens: tuple[int, ...]
+    prompt_tokens: Sequence[int]
+    new_tokens: Sequence[int]
     sampler: Sampler = field(default_factory=Sampler)  # unset: the server's defaults
 
-    def requests(self, info: ModelInfo, seed: str) -> Iterator[GenerationRequest]:
+    def requests(self, info: ModelInfo, seed: str) -> Iterator[Request]:
         """Endless; random prompts, so that no prefix cache knows one. None of them ends before its budget."""
         draw, usable = random.Random(seed), usable_ids(info)
         while True:
             prompt = draw.choices(usable, k=draw.choice(self.prompt_tokens))
             budget = draw.choice(self.new_tokens)
-            yield GenerationRequest(prompt, budget, sampler=self.sampler, seed=draw.getrandbits(32), ignore_end=True)
+            settings = {"sampler": self.sampler, "seed": draw.getrandbits(32), "ignore_end": True}
+            yield {"prompt": prompt, "max_new_tokens": budget, **settings}
 
 
 def usable_ids(info: ModelInfo) -> list[int]:
@@ -58,41 +62,29 @@ class Record:
 
 @asynccontextmanager
 async def connected(target: str, key: str | None, seconds: float) -> AsyncIterator[AsyncClient]:
-    """A client that tries nothing again, so that every error is seen. What ends the benchmark is Unavailable."""
+    """A client that retries nothing, so that every error is seen. What ends the benchmark is Unavailable."""
     try:
         async with AsyncClient(target, key=key, timeout=seconds, retry=Retry(attempts=1)) as client:
             yield client
     except ColaserveError as error:
-        raise Unavailable(f"{target}: {_code(error)}: {error}") from error
+        raise Unavailable(f"{target}: {type(error).__name__}: {error}") from error
 
 
-async def send(client: AsyncClient, request: GenerationRequest, record: Record) -> None:
+async def send(client: AsyncClient, request: Request, record: Record) -> None:
     """Stream one request into its record; a failure becomes its `error`."""
     try:
-        async with client.stream(
-            request.prompt,
-            max_new_tokens=request.max_new_tokens,
-            sampler=request.sampler,
-            seed=request.seed,
-            ignore_end=request.ignore_end,
-        ) as stream:
+        async with client.stream(**request) as stream:
             async for chunk in stream:
                 if chunk.token_ids:
                     record.blocks.append(time.monotonic())
                     record.tokens.append(len(chunk.token_ids))
     except ColaserveError as error:
-        record.error = _code(error)
+        code = getattr(error.__cause__, "code", None)
+        record.error = str(code().name) if callable(code) else type(error).__name__
     record.finished = time.monotonic()
 
 
-def _code(error: ColaserveError) -> str:
-    code = getattr(error.__cause__, "code", None)
-    return str(code().name) if callable(code) else type(error).__name__
-
-
-async def closed_loop(
-    client: AsyncClient, requests: Iterator[GenerationRequest], concurrency: int, until: float
-) -> list[Record]:
+async def closed_loop(client: AsyncClient, requests: Iterator[Request], concurrency: int, until: float) -> list[Record]:
     """So many requests at all times until then; those that run at the end are left as they are and cancelled."""
     records: list[Record] = []
 
@@ -103,31 +95,24 @@ async def closed_loop(
             if record.error:
                 await asyncio.sleep(0.1)  # a refusal comes at once; a caller would not ask again at once either
 
-    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
-    _, running = await asyncio.wait(workers, timeout=max(0.0, until - time.monotonic()))
-    await _cancelled(running)
-    for worker in set(workers) - running:
-        worker.result()
+    try:
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + until - time.monotonic()):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work())
+    except TimeoutError:
+        pass
     return records
 
 
 async def open_loop(
-    client: AsyncClient, requests: Iterator[GenerationRequest], rate: float, until: float, seed: int
+    client: AsyncClient, requests: Iterator[Request], rate: float, until: float, seed: int
 ) -> list[Record]:
     """Poisson arrivals, `rate` a second until then; all are awaited, however long they take."""
-    draw, due, records, tasks = random.Random(seed), time.monotonic(), list[Record](), list[asyncio.Task[None]]()
-    try:
+    draw, due, records = random.Random(seed), time.monotonic(), list[Record]()
+    async with asyncio.TaskGroup() as group:
         while (due := due + draw.expovariate(rate)) < until:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             records.append(record := Record(due))
-            tasks.append(asyncio.create_task(send(client, next(requests), record)))
-        await asyncio.gather(*tasks)
-    finally:
-        await _cancelled(tasks)
+            group.create_task(send(client, next(requests), record))
     return records
-
-
-async def _cancelled(tasks: Sequence[asyncio.Task[None]] | set[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,40 +1,59 @@
-"""`bench serve`: a running system under load, as its clients see it."""
+"""`bench serve`: systems under load, as their clients see them, and the engine alone to compare with."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from colaserve_bench.report import Column, Report, Row, medians, percentile
+import click
+
+from colaserve_bench.engines import Compute
+from colaserve_bench.report import Column, Report, Row, percentile
 from colaserve_bench.requests import Mix, Record, closed_loop, connected, open_loop
-from colaserve_client import AsyncClient
+from colaserve_bench.system import TARGET_OPTIONS, running, systems_of
+from colaserve_bench.verbs import SAMPLER_OPTIONS, benchmark, numbers, rounds, say
+from colaserve_client import AsyncClient, Sampler
+from colaserve_services.errors import UsageError
+from colaserve_services.model.checkpoint import Checkpoint
 
+ENGINE = "engine and decoder, no server"
 COLUMNS = (
+    Column("system", "system"),
     Column("loop", "loop"),
     Column("load", "load", "{:g}"),
     Column("blocks_per_second", "blocks/s", "{:.2f}"),
-    Column("tokens_per_second", "tokens/s", "{:.1f}"),
+    Column("tokens_per_second", "tokens/s", "{:.1f}", drawn=True),
     Column("requests_per_second", "requests/s", "{:.2f}"),
     Column("first_block_p50", "first block s p50", "{:.3f}"),
-    Column("first_block_p95", "p95", "{:.3f}"),
+    Column("first_block_p95", "p95", "{:.3f}", drawn=True),
     Column("first_block_p99", "p99", "{:.3f}"),
     Column("inter_block_p50", "inter-block s p50", "{:.3f}"),
-    Column("inter_block_p95", "p95", "{:.3f}"),
+    Column("inter_block_p95", "p95", "{:.3f}", drawn=True),
     Column("inter_block_p99", "p99", "{:.3f}"),
-    Column("goodput", "good requests/s", "{:.2f}"),
+    Column("goodput", "good requests/s", "{:.2f}", drawn=True),
     Column("good_share", "good", "{:.2f}"),
     Column("errors", "errors"),
+    Column("of_engine", "of engine", "{:.3f}"),
+    Column("of_first", "of first system", "{:.3f}"),
 )
-PANELS = (COLUMNS[3], COLUMNS[6], COLUMNS[9], COLUMNS[11])
 NOTES = (
     "closed loop: `load` requests at all times; open loop: `load` Poisson arrivals a second",
     "throughput: of the answers that end inside the measured window, over the window; latencies run from when due",
     "good: without an error, and both time to first block and mean inter-block time within the objective",
+    "of engine: prior blocks/s over those of `bench engine --decoder` at as many sessions in the same round",
+    "of first system: blocks/s over those of the first system under the same load in the same round",
+    "systems, engine and load generator run on the same cores with --start, never two systems at once",
 )
-_PERCENTILES = (0.5, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -52,45 +71,78 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class ServeSettings:
-    """What `bench serve` runs against a target."""
+class Window:
+    """What is sent, for how long, and what counts."""
 
     mix: Mix
-    concurrency: tuple[int, ...] = (1, 4, 16)
-    rates: tuple[float, ...] = ()  # requests a second; none: no open loop
-    warmup: float = 5.0  # seconds that do not count
-    duration: float = 30.0  # seconds measured
-    rounds: int = 1
-    timeout: float = 300.0  # of one request
-    objective: Objective = Objective()
-    seed: int = 0  # of the prompts; a system that has seen them before may know them
+    warmup: float  # seconds that do not count
+    duration: float  # seconds measured
+    objective: Objective
+    seed: int  # of the prompts; a system that has seen them before may know them
 
 
-async def serve(target: str, settings: ServeSettings, say: Callable[[str], None], key: str | None = None) -> Report:
-    """Rounds over all loads, closed loops first."""
-    rounds: list[Row] = []
-    loads = [("closed", float(n)) for n in settings.concurrency] + [("open", rate) for rate in settings.rates]
-    async with connected(target, key, settings.timeout) as connection:
-        for number, (loop, load) in itertools.product(range(settings.rounds), loads):
-            row = await measure(connection, settings, loop, load, seed=number)
-            rounds.append(row | {"round": number})
-            say(f"{loop} {load:g}, round {number}: {row['tokens_per_second']:.1f} tokens/s, errors: {row['errors']}")
-    rows = medians(rounds, ("loop", "load"))
-    return Report("serve", {"target": target, **asdict(settings)}, COLUMNS, rows, rounds, NOTES)
+@benchmark(
+    "serve",
+    *TARGET_OPTIONS,
+    click.option("--start", type=click.Choice(["up", "split", "both"]), help="Systems of our own instead, on --model."),
+    click.option("--engine/--no-engine", default=True, help="With --start: also run `bench engine --decoder`."),
+    numbers("--concurrency", "1,4,16", "Closed loops."),
+    numbers("--rate", None, "Open loops: requests a second.", click.FloatRange(min=0.001)),
+    numbers("--prompt-tokens", "64", "Drawn for each request."),
+    numbers("--new-tokens", "64,128,192", "Drawn for each request."),
+    *SAMPLER_OPTIONS,
+    click.option("--warmup", type=float, default=5.0, show_default=True, help="Seconds that do not count."),
+    click.option("--duration", type=float, default=30.0, show_default=True, help="Seconds measured, each load."),
+    rounds(1),
+    click.option("--slo-first", type=float, default=5.0, show_default=True, help="Objective: seconds to first block."),
+    click.option(
+        "--slo-next", type=float, default=1.0, show_default=True, help="Objective: mean seconds between blocks."
+    ),
+    quick={"rounds": 1, "warmup": 0.5, "duration": 2.0},
+)
+async def serve(concurrency: Sequence[int], rate: Sequence[float], rounds: int, **options: Any) -> Report:
+    """A running system under load, as its clients see it; or systems of our own, compared.
+
+    Every round: the engine alone, then each system with every load, closed loops first.
+    """
+    systems, window = systems_of(options), window_of(options)
+    loads = [("closed", float(count)) for count in concurrency] + [("open", each) for each in rate]
+    measured: list[Row] = []
+    for number in range(rounds):
+        rows: list[Row] = []
+        if options["engine"] and systems[0].compute is not None:
+            rows += await _engine(systems[0].compute, window.mix, concurrency)
+        for system in systems:
+            async with running(system) as target, connected(target, options["key"], options["timeout"]) as client:
+                rows += [{"system": system.name} | await measure(client, window, *load, number) for load in loads]
+        rows = [with_ratios(row, rows, systems[0].name) | {"round": number} for row in rows]
+        for row in rows:
+            where = f"{row['system']}, {row['loop']} {row['load']:g}"
+            say(f"round {number}, {where}: {row['blocks_per_second']:.2f} blocks/s")
+        measured += rows
+    return Report(COLUMNS, measured, ("load", "series"), NOTES)
 
 
-async def measure(connection: AsyncClient, settings: ServeSettings, loop: str, load: float, seed: int) -> Row:
+def window_of(options: dict[str, Any]) -> Window:
+    """Of the command line."""
+    sampler = Sampler(options["steps"], options["guidance"], options["solver"])
+    mix = Mix(options["prompt_tokens"], options["new_tokens"], sampler)
+    objective = Objective(options["slo_first"], options["slo_next"])
+    return Window(mix, options["warmup"], options["duration"], objective, options["seed"])
+
+
+async def measure(client: AsyncClient, window: Window, loop: str, load: float, number: int) -> Row:
     """One load: warm-up, then the window that counts."""
-    requests = settings.mix.requests(await connection.info(), f"{settings.seed}/{seed}/{loop}/{load}")
-    begin = time.monotonic() + settings.warmup
-    end = begin + settings.duration
+    requests = window.mix.requests(await client.info(), f"{window.seed}/{number}/{loop}/{load}")
+    begin = time.monotonic() + window.warmup
+    end = begin + window.duration
     if loop == "closed":
-        records = await closed_loop(connection, requests, int(load), end)
+        records = await closed_loop(client, requests, int(load), end)
         counted = [record for record in records if record.finished and begin <= record.finished <= end]
     else:
-        records = await open_loop(connection, requests, load, end, seed)
+        records = await open_loop(client, requests, load, end, number)
         counted = [record for record in records if begin <= record.due]
-    return {"loop": loop, "load": load} | summarise(records, counted, begin, end, settings.objective)
+    return {"loop": loop, "load": load} | summarise(records, counted, begin, end, window.objective)
 
 
 def summarise(
@@ -113,5 +165,48 @@ def summarise(
     firsts = [first for r in records if (first := r.first_block) is not None and begin <= r.blocks[0]]
     gaps = [after - before for r in records for before, after in itertools.pairwise(r.blocks) if after >= begin]
     for name, values in (("first_block", firsts), ("inter_block", gaps)):
-        row |= {f"{name}_p{round(100 * share)}": percentile(values, share) for share in _PERCENTILES}
+        row |= {f"{name}_p{round(100 * share)}": percentile(values, share) for share in (0.5, 0.95, 0.99)}
     return row
+
+
+def with_ratios(row: Row, rows: Sequence[Row], first: str) -> Row:
+    """The row, what its blocks/s are of those of the engine and of the first system, and its name in a picture."""
+
+    speeds = {(each["system"], each["loop"], each["load"]): each["blocks_per_second"] for each in rows}
+
+    def ratio(system: str) -> float | None:
+        other = speeds.get((system, row["loop"], row["load"]))
+        return row["blocks_per_second"] / other if other else None
+
+    return row | {"of_engine": ratio(ENGINE), "of_first": ratio(first), "series": f"{row['system']}, {row['loop']}"}
+
+
+async def _engine(compute: Compute, mix: Mix, concurrency: Sequence[int]) -> list[Row]:
+    """`bench engine --decoder` in a process of its own, with as many sessions as the closed loops and mean lengths."""
+    shape, sampler = Checkpoint.open(compute.model).shape, mix.sampler
+    block_tokens = shape.block_size * shape.patch_size
+    given = {
+        "model": compute.model, "dtype": compute.dtype, "device": compute.device, "threads": compute.threads,
+        "sessions": ",".join(map(str, concurrency)), "rounds": 1,
+        "context": round(fmean(mix.prompt_tokens) / block_tokens) * shape.block_size,
+        "blocks": max(2, 1 + round(fmean(mix.new_tokens) / block_tokens)),
+        "steps": sampler.steps, "guidance": sampler.guidance_scale, "solver": sampler.solver,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="colaserve-bench-") as folder:
+        file = Path(folder) / "engine.json"
+        arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        command = [sys.executable, "-m", "colaserve_bench", "engine", "--decoder", f"--json={file}", *arguments]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            code = await process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        if code:
+            raise UsageError(f"bench engine ended with exit code {code}; its message is above")
+        found = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    keys = ("blocks_per_second", "tokens_per_second")
+    return [
+        {"system": ENGINE, "loop": "closed", "load": float(row["sessions"])} | {key: row[key] for key in keys}
+        for row in found
+    ]

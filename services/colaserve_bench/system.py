@@ -1,4 +1,4 @@
-"""A colaserve system of our own for the time of a benchmark: `colaserve up`, in one process or split."""
+"""The system that a benchmark calls: one that runs, or `colaserve up` of our own, in one process or split."""
 
 from __future__ import annotations
 
@@ -6,65 +6,109 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from colaserve_bench.stages import ComputeSettings
+import click
+
+from colaserve_bench.engines import Compute
+from colaserve_bench.verbs import DEVICE_OPTION, DTYPE_OPTION, FOLDER, POSITIVE, THREADS_OPTION, compute_of
 from colaserve_client import AsyncClient
-from colaserve_services.errors import Unavailable
+from colaserve_services.errors import Unavailable, UsageError
 from colaserve_services.launch.process import EXIT_WITH_PARENT
 
 _STOP_SECONDS = 30.0  # after SIGTERM, then SIGKILL
+_START_SECONDS = 300.0
+
+TARGET_OPTIONS = (
+    click.option("--target", help="Address of a running coordinator or `colaserve up`, host:port."),
+    click.option("--key", envvar="COLASERVE_KEY", help="Bearer key for --target."),
+    click.option("--model", type=FOLDER, help="Checkpoint, with --start."),
+    DTYPE_OPTION,
+    DEVICE_OPTION,
+    THREADS_OPTION,
+    click.option("--split-threads", type=POSITIVE, help="Of each process when split [`up --split` chooses]."),
+    click.option("--up-option", multiple=True, help="Further option of `colaserve up`, such as --max-context=4096."),
+    click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds, of one request."),
+    click.option(
+        "--seed", type=int, default=lambda: secrets.randbits(32),
+        help="Of the prompts [random, so that no cache has seen them].",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SystemSettings:
-    """How `colaserve up` is started."""
+class System:
+    """What `colaserve up` is started with, or the address of what runs."""
 
-    compute: ComputeSettings  # threads: of each process
+    name: str  # as tables call it
+    target: str | None = None
+    compute: Compute | None = None  # threads: of each process
     split: bool = False
-    arguments: tuple[str, ...] = ()  # further ones, as on the command line
-    start_seconds: float = 300.0
+    up_options: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        """As tables call it."""
-        threads = self.compute.threads or "default"
-        return f"split, {threads} threads each" if self.split else f"one process, {threads} threads"
+
+def systems_of(options: Mapping[str, Any]) -> list[System]:
+    """Of TARGET_OPTIONS and --start: one, or both that can be started."""
+    if (options["target"] is None) == (options["start"] is None):
+        raise UsageError("--target or --start: expected one of them")
+    if options["target"] is not None:
+        return [System(options["target"], options["target"])]
+    if options["model"] is None:
+        raise UsageError("--model: needed with --start")
+    whole = compute_of(options)
+    split = replace(whole, threads=options["split_threads"])
+    more = options["up_option"]
+    systems = {
+        "up": System(f"one process, {whole.threads or 'default'} threads", None, whole, False, more),
+        "split": System(f"split, {split.threads or 'default'} threads each", None, split, True, more),
+    }
+    return [system for name, system in systems.items() if options["start"] in (name, "both")]
 
 
 @asynccontextmanager
-async def running(settings: SystemSettings) -> AsyncIterator[str]:
-    """Start it, wait until it serves, give the coordinator's address, stop it. Raises Unavailable."""
+async def running(system: System) -> AsyncIterator[str]:
+    """The address of its coordinator. One of our own is started, waited for and stopped. Raises Unavailable."""
+    if system.target is not None:
+        yield system.target
+        return
     with tempfile.TemporaryDirectory(prefix="colaserve-bench-") as folder:
         ports = Path(folder) / "ports.json"
-        process = await _start(settings, ports)
+        process = await _start(system, ports)
         try:
-            target = await asyncio.wait_for(_address(process, ports), settings.start_seconds)
+            target = await asyncio.wait_for(_address(process, ports), _START_SECONDS)
             async with AsyncClient(target) as client:
-                await client.wait_until_ready(settings.start_seconds)
+                await client.wait_until_ready(_START_SECONDS)
             yield target
         except TimeoutError as error:
-            raise Unavailable(f"colaserve up did not start within {settings.start_seconds:g} s") from error
+            raise Unavailable(f"colaserve up did not start within {_START_SECONDS:g} s") from error
         finally:
-            await _stop(process)
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
 
 
-async def _start(settings: SystemSettings, ports: Path) -> asyncio.subprocess.Process:
-    compute = settings.compute
+async def _start(system: System, ports: Path) -> asyncio.subprocess.Process:
+    compute = system.compute
+    assert compute is not None
     threads = [] if compute.threads is None else [f"--threads={compute.threads}"]
-    split = ["--split"] if settings.split else []
+    split = ["--split"] if system.split else []
     free = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "colaserve_services.launch", "up", *split, f"--model={compute.model}",
         f"--dtype={compute.dtype}", f"--device={compute.device}", *threads, *free, f"--ports-file={ports}",
-        "--drain-seconds=0", "--log-level=warning", *settings.arguments,
+        "--drain-seconds=0", "--log-level=warning", *system.up_options,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
         env={**os.environ, EXIT_WITH_PARENT: "1"},
         start_new_session=True,  # Ctrl-C reaches this process, which stops that one
@@ -82,13 +126,3 @@ async def _address(process: asyncio.subprocess.Process, ports: Path) -> str:
 def _addresses(ports: Path) -> dict[str, Any]:
     """Empty until the system has written them, which it does at once."""
     return json.loads(ports.read_text(encoding="utf-8")) if ports.exists() else {}
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    try:
-        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
-    except TimeoutError:
-        process.kill()
-        await process.wait()

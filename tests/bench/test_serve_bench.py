@@ -1,11 +1,9 @@
 """`bench serve`, `bench prefix`, `bench load`: what counts, and that what is started is stopped."""
 
 import asyncio
-import json
-import os
+import sys
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +11,11 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
-from colaserve_bench import compare, memory
 from colaserve_bench.commands import bench
-from colaserve_bench.prefix import PrefixSettings, prefix
 from colaserve_bench.report import Column, Report, medians, percentile
 from colaserve_bench.requests import Mix, Record, closed_loop, open_loop
-from colaserve_bench.serve import Objective, ServeSettings, serve, summarise
-from colaserve_bench.stages import ComputeSettings
-from colaserve_bench.system import SystemSettings, running
-from colaserve_client import GenerationRequest, ServerError
-from colaserve_services.errors import Unavailable
+from colaserve_bench.serve import ENGINE, Objective, summarise, with_ratios
+from colaserve_client import ServerError
 
 INFO: Any = SimpleNamespace(model=SimpleNamespace(vocab_size=8), end_ids=(0, 1), pad_id=2)
 
@@ -34,7 +27,7 @@ class FakeClient:
         self.pause, self.blocks, self.fails = pause, blocks, fails
         self.running = self.highest = self.calls = 0
 
-    def stream(self, prompt: object, **options: object) -> "FakeClient":
+    def stream(self, **request: object) -> "FakeClient":
         return self
 
     async def __aenter__(self) -> AsyncIterator[SimpleNamespace]:
@@ -64,11 +57,11 @@ def requests() -> Any:
 
 def test_requests_have_lengths_of_the_mix_and_no_special_ids() -> None:
     drawn = [next(source) for source in [requests()] for _ in range(200)]
-    assert {len(request.prompt) for request in drawn} == {4, 8}
-    assert {i for request in drawn for i in request.prompt} == {3, 4, 5, 6, 7}
+    assert {len(request["prompt"]) for request in drawn} == {4, 8}
+    assert {i for request in drawn for i in request["prompt"]} == {3, 4, 5, 6, 7}
     again = [next(source) for source in [requests()] for _ in range(200)]
     assert drawn == again
-    assert all(isinstance(request, GenerationRequest) and request.ignore_end for request in drawn)
+    assert all(request["ignore_end"] for request in drawn)
 
 
 async def test_a_closed_loop_keeps_as_many_requests_running_and_cancels_the_last() -> None:
@@ -134,68 +127,70 @@ def test_medians_are_over_rounds_and_keep_words() -> None:
 
 
 def test_a_table_marks_what_is_missing() -> None:
-    report = Report("x", {}, [Column("a", "alpha"), Column("b", "b", "{:.1f}")], [{"a": 1, "b": None}], notes=["why"])
-    assert report.table().splitlines() == ["alpha  b", "-----  -", "    1  -", "* why"]
+    report = Report([Column("a", "alpha"), Column("b", "b", "{:.1f}")], [{"a": 1, "b": None}], ("a",), ["why"])
+    assert report.text().splitlines() == ["alpha  b", "    1  -", "* why"]
 
 
 def test_ratios_are_of_the_same_load_in_the_same_round() -> None:
     rows = [
-        {"system": "engine and decoder, no server", "loop": "closed", "load": 4.0, "blocks_per_second": 10.0},
+        {"system": ENGINE, "loop": "closed", "load": 4.0, "blocks_per_second": 10.0},
         {"system": "one", "loop": "closed", "load": 4.0, "blocks_per_second": 9.0},
         {"system": "one", "loop": "open", "load": 4.0, "blocks_per_second": 5.0},
         {"system": "split", "loop": "closed", "load": 4.0, "blocks_per_second": 8.1},
     ]
-    found = [compare._with_ratios(row, rows, "one") for row in rows]
+    found = [with_ratios(row, rows, "one") for row in rows]
     assert [row["of_engine"] for row in found] == [1.0, 0.9, None, pytest.approx(0.81)]
     assert [row["of_first"] for row in found] == [pytest.approx(10 / 9), 1.0, 1.0, pytest.approx(0.9)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_started_system_is_measured_and_then_gone(tiny_model: Path) -> None:
-    system = SystemSettings(ComputeSettings(tiny_model, "float32", threads=1))
-    mix = Mix((4, 8), (8,))
-    settings = ServeSettings(mix, (2,), (8.0,), warmup=0.2, duration=3.0, timeout=60)
-    async with running(system) as target:
-        report = await serve(target, settings, print)
-        prefixes = await prefix(target, PrefixSettings((32,), tail_tokens=4, pairs=2), print)
-    closed, opened = report.rows
+def test_a_started_system_is_measured_beside_the_engine_and_then_gone(run_bench: Callable[..., Any]) -> None:
+    options = ["--start=up", "--concurrency=2", "--rate=8", "--prompt-tokens=4,8", "--new-tokens=8"]
+    result, report = run_bench("serve", *options)
+    assert result.exit_code == 0, result.output
+    engine, closed, opened = report["rows"]
+    assert [row["system"] for row in report["rows"]] == [ENGINE, *["one process, 1 threads"] * 2]
     assert closed["errors"] is None
     assert opened["errors"] is None
-    assert closed["blocks_per_second"] > 0
+    assert closed["of_engine"] == pytest.approx(closed["blocks_per_second"] / engine["blocks_per_second"])
     assert closed["tokens_per_second"] == pytest.approx(4 * closed["blocks_per_second"], rel=0.3)
     assert 0 < closed["first_block_p50"] <= closed["first_block_p99"]
     assert opened["requests"] > 0
-    (row,) = prefixes.rows
-    assert row["ratio"] > 0
-    assert row["pairs"] == 2
-    with pytest.raises(Unavailable):
-        await serve(target, settings, print)
+    assert "key" not in report["settings"]
 
 
-async def test_a_system_that_cannot_start_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="exit code"):
-        async with running(SystemSettings(ComputeSettings(tmp_path / "nothing"))):
-            pass
-
-
-def test_a_target_or_a_start_is_needed_but_not_both() -> None:
-    for arguments in ([], ["--target", "localhost:1", "--start", "up"]):
-        result = CliRunner().invoke(bench, ["serve", *arguments])
-        assert result.exit_code == 2
-        assert "--target or --start" in result.output
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-def test_loading_is_measured_in_a_process_of_its_own(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "ROLES", {"all in one process": memory.STAGES})
-    out = tmp_path / "load.json"
-    options = ["--dtype=float32", "--threads=1", "--quick"]
-    arguments = ["load", "--model", str(tiny_model), *options, "--json", str(out)]
-    result = CliRunner().invoke(bench, arguments)
+@pytest.mark.slow
+def test_a_known_prefix_is_compared_with_a_new_one(run_bench: Callable[..., Any]) -> None:
+    result, report = run_bench("prefix", "--start=up", "--prefix-tokens=32")
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(out.read_text())["rows"]
+    (row,) = report["rows"]
+    assert (row["pairs"], row["ratio"]) == (1, pytest.approx(row["warm_seconds"] / row["cold_seconds"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["serve"], 2, "--target or --start: expected one of them"),
+        (["serve", "--target", "localhost:1", "--start", "up"], 2, "--target or --start: expected one of them"),
+        (["serve", "--start", "up"], 2, "--model: needed with --start"),
+        (["prefix", "--start", "up", "--model", "nothing"], 1, "colaserve up ended with exit code"),
+        (["serve", "--target", "127.0.0.1:1"], 1, "127.0.0.1:1: Unavailable: "),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments: list[str], code: int, problem: str) -> None:
+    result = CliRunner().invoke(bench, arguments)
+    assert problem in result.output.splitlines()[-1]
+    assert result.exit_code == code
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_loading_is_measured_in_processes_of_its_own(run_bench: Callable[..., Any]) -> None:
+    result, report = run_bench("load")
+    assert result.exit_code == 0, result.output
+    *_, row = report["rows"]
+    assert row["role"] == "all in one process"
     assert row["parameters_millions"] == pytest.approx(0.320956)
     assert row["read_mib"] == pytest.approx(4 * 0.320956e6 / 2**20, rel=1e-6)
     assert row["peak_mib"] >= row["resident_mib"]

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from colaserve_bench.report import percentile
-from colaserve_bench.requests import Record, closed_loop
-from colaserve_client import AsyncClient, GenerationRequest
+from colaserve_bench.requests import Record, Request, closed_loop
+from colaserve_client import AsyncClient
 from tests.chaos.fleet import STAGES, Fleet
 
 SMALL_CACHE = "--prefix-cache-bytes=8000000"  # full before the memory's slope counts
@@ -20,9 +20,7 @@ def answered(records: Sequence[Record], begin: float, until: float) -> float:
     return len(done) / (until - begin)
 
 
-async def closed_rate(
-    client: AsyncClient, requests: Iterator[GenerationRequest], callers: int, seconds: float
-) -> float:
+async def closed_rate(client: AsyncClient, requests: Iterator[Request], callers: int, seconds: float) -> float:
     """Answers a second that so many callers get, each asking again when it has its answer, once that runs."""
     begin = time.monotonic() + seconds / 4
     return answered(await closed_loop(client, requests, callers, begin + seconds), begin, begin + seconds)

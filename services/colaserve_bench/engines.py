@@ -1,0 +1,286 @@
+"""Engines of one process without a server: started, driven as clients would, and watched step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colaserve_bench.report import Row, percentile
+from colaserve_bench.work import product_flops
+from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.errors import UsageError
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.flow import SamplerSettings, schedule
+from colaserve_services.prior.engine import PriorEngine
+from colaserve_services.prior.sampling_run import SampleJob
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AHEAD = EngineLimits().run_ahead  # blocks that a session writes while others are still at their contexts
+_ANY = 1 << 50  # bytes: benchmarks reserve what they need
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Which checkpoint, and how it computes."""
+
+    model: Path
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    threads: int | None = None  # None: torch's choice
+
+    @property
+    def torch_device(self) -> torch.device:
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device: got cuda, and torch finds no GPU")
+        return device
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sessions that start together, each with its own random context, and go on together once all have a block."""
+
+    sessions: int
+    context: int  # latents; whole blocks
+    blocks: int  # to write, at least 2: the first one is warm-up; each session writes AHEAD more
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+
+    @property
+    def written(self) -> int:
+        """Blocks of each session."""
+        return self.blocks + AHEAD
+
+    @property
+    def guided_evaluations(self) -> int:
+        """Of a block's evaluations, those that need the unconditional branch; for solvers of one evaluation a step."""
+        times = schedule(self.sampler.steps)[:-1]
+        return round(self.sampler.evaluations() * sum(map(self.sampler.guided, times)) / len(times))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass; `ended` is time.monotonic() seconds."""
+
+    ended: float
+    seconds: float
+    rows: int  # latent positions
+    sessions: int
+
+
+class StepRecorder(EngineObserver):
+    """Keeps the steady steps of a run: from when all sessions have a first block and step again until one has its last.
+
+    With `profile_steps`, that many of them run under torch.profiler instead and are kept apart.
+    """
+
+    def __init__(self) -> None:
+        self.begin(1)
+
+    def begin(self, sessions: int, profile_steps: int = 0) -> None:
+        """Forget what was; `sessions` are about to start. While no session runs."""
+        self._sessions, self._profile_steps, self._first_blocks = sessions, profile_steps, 0
+        self._is_steady = self._profiling = False
+        self.steady: list[Step] = []
+        self.profiled_seconds: list[float] = []  # of each step
+        self.profile: Any = None
+
+    def block(self, seconds: float, first: bool) -> None:
+        self._first_blocks += first
+
+    def queued(self, waiting: int, running: int) -> None:
+        if self._is_steady and running < self._sessions:
+            self._is_steady = False
+            self._stop_profile()
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        if self._profiling:
+            self.profiled_seconds.append(seconds)
+            if len(self.profiled_seconds) == self._profile_steps:
+                self._stop_profile()
+        elif self._is_steady:
+            self.steady.append(Step(time.monotonic(), seconds, rows, sessions))
+        elif self._first_blocks == sessions == self._sessions:
+            self._first_blocks += 1  # once a run
+            self._is_steady = True
+            if self._profile_steps:
+                self._profiling, self.profile = True, new_profile()
+                self.profile.start()
+
+    def _stop_profile(self) -> None:
+        if self._profiling:
+            self._profiling = False
+            self.profile.stop()
+
+
+def new_profile() -> Any:
+    """A profiler of operators; to be used once on the main thread first, or its library complains on stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+class Errands:
+    """Runs functions on the device thread between steps, where their OpenMP team is the engines' own: a `Worker`."""
+
+    def __init__(self, device: DeviceThread):
+        self._device = device
+        self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        device.register(self)
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns or raises."""
+        return await asyncio.wrap_future(self.add(function))
+
+    def add(self, function: Callable[[], Any]) -> Future[Any]:
+        """Let a function run between two steps."""
+        future: Future[Any] = Future()
+        self._queue.append((future, function))
+        self._device.wake()
+        return future
+
+    def step(self) -> bool:
+        if not self._queue:
+            return False
+        future, function = self._queue.popleft()
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+        return True
+
+    def next_deadline(self) -> float | None:
+        return None
+
+    def fail(self, error: Exception) -> None:
+        raise AssertionError("errands catch what they raise") from error
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A prior that shares one device thread with a decoder, if there is one, through which every block goes then."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    prior: PriorEngine
+    decoder: DecoderEngine | None
+    steps: StepRecorder  # of the prior
+    errands: Errands
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self.prior.shape.block_size * self.prior.shape.patch_size
+
+
+@contextmanager
+def started(compute: Compute, max_context: int, max_running: int, decode: bool = False) -> Iterator[Engines]:
+    """Load the engines, without prefix caches, and start their thread; stop it at the end."""
+    thread = DeviceThread()
+
+    def load() -> Engines:
+        if compute.threads:
+            torch.set_num_threads(compute.threads)
+        checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, DTYPES[compute.dtype]
+        limits = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, prefix_cache_bytes=0)
+        steps, decoder = StepRecorder(), None
+        if decode:
+            decoder = DecoderEngine(checkpoint.load_decoder(device, dtype), checkpoint.shape, thread, limits)
+        prior = PriorEngine(checkpoint.load_prior(device, dtype), checkpoint.shape, thread, limits, steps)
+        return Engines(checkpoint, dtype, prior, decoder, steps, Errands(thread))
+
+    with ThreadPoolExecutor(1) as loader:  # its OpenMP team ends with it: docs/decisions.md, "One OpenMP team"
+        engines = loader.submit(load).result()
+    if compute.threads:
+        engines.errands.add(lambda: torch.set_num_threads(compute.threads or 1))  # OpenMP counts for each thread apart
+    thread.start()
+    try:
+        yield engines
+    finally:
+        thread.stop()
+
+
+async def run(engines: Engines, load: Load, seed: int, profile: bool = False) -> Row:
+    """Run a load to its end; its numbers, times in milliseconds where the name says so.
+
+    Contexts differ with `seed`, so that no cache knows them. With `profile` the steps of the second block run under the
+    profiler, which engines.steps keeps, and there are no numbers; `blocks` must then be 3 or more.
+    """
+    check_blocks("--context", load.context, engines.prior.shape.block_size)
+    least = 3 if profile else 2
+    if load.blocks < least:
+        raise UsageError(f"--blocks: got {load.blocks}, expected {least} or more: the first is warm-up")
+    engines.steps.begin(load.sessions, load.sampler.evaluations() if profile else 0)
+    began, together = time.monotonic(), asyncio.Barrier(load.sessions)
+    firsts = await asyncio.gather(*(_session(engines, load, 1000 * seed + i, together) for i in range(load.sessions)))
+    seconds = time.monotonic() - began
+    await engines.errands.run(lambda: None)  # the last step's record is in
+    if profile:
+        return {}
+    first_block = statistics.median(first - began for first in firsts)
+    return _numbers(engines, load) | {
+        "tokens_per_second_with_prefill": load.sessions * load.written * engines.block_tokens / seconds,
+        "first_block_seconds": first_block,
+    }
+
+
+def _numbers(engines: Engines, load: Load) -> Row:
+    """Of the steady steps. Each brings each session on by one evaluation of a block."""
+    steps, model = engines.steps.steady, engines.prior.model
+    assert steps, "every load has steady steps"
+    wall = steps[-1].ended - steps[0].ended + steps[0].seconds  # with what ran between the steps
+    times = [step.seconds for step in steps]
+    blocks_per_second = sum(step.sessions for step in steps) / load.sampler.evaluations() / wall
+    flops = sum(product_flops(model.config, step.rows) for step in steps)
+    return {
+        "sessions": load.sessions,
+        "context": load.context,
+        "blocks_per_second": blocks_per_second,
+        "tokens_per_second": blocks_per_second * engines.block_tokens,
+        "step_ms_p50": 1e3 * statistics.median(times),
+        "step_ms_p95": 1e3 * (percentile(times, 0.95) or 0.0),
+        "steps": len(steps),
+        "gflops": flops / (wall if model.device.type == "cuda" else sum(times)) / 1e9,
+        "gflops_with_gaps": flops / wall / 1e9,
+    }
+
+
+def check_blocks(option: str, latents: int, block_size: int) -> None:
+    """Raise UsageError unless these are whole blocks."""
+    if latents % block_size:
+        raise UsageError(f"{option}: got {latents}, expected a multiple of the block size, {block_size}")
+
+
+def random_context(engines: Engines, latents: int, seed: int) -> Tensor:
+    """Latents of a context that no cache knows."""
+    return torch.randn(latents, engines.prior.shape.latent_dim, generator=torch.Generator().manual_seed(seed))
+
+
+async def _session(engines: Engines, load: Load, seed: int, together: asyncio.Barrier) -> float:
+    """Time of the first block. The engine pauses a session that is not read, so none is done before all have begun."""
+    latents, first = random_context(engines, load.context, seed), None
+    job = SampleJob(latents, load.written, sampler=load.sampler, base_seed=seed)
+    positions = len(latents) + load.written * engines.prior.shape.block_size
+    decoding = engines.decoder.session(DecodeJob(latents, max_latents=positions)) if engines.decoder else nullcontext()
+    async with engines.prior.session(job) as session, decoding as decoder:
+        async for block in session:
+            if decoder is not None:
+                await decoder.decode(block.latents)
+            if first is None:
+                first = time.monotonic()
+                await together.wait()
+    assert first is not None
+    return first
