@@ -71,18 +71,14 @@ class Backend:
         yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
 
     async def tokenize(self, text: str) -> pb.TokenizeResponse:
-        await self._reach()
-        request = pb.TokenizeRequest(text=text)
-        response: pb.TokenizeResponse
-        response = await self._stub.Tokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
-        return response
+        return await self._unary(self._stub.Tokenize, pb.TokenizeRequest(text=text))
 
     async def detokenize(self, ids: Sequence[int]) -> pb.DetokenizeResponse:
+        return await self._unary(self._stub.Detokenize, pb.DetokenizeRequest(token_ids=ids))
+
+    async def _unary(self, method: Any, request: Any) -> Any:
         await self._reach()
-        request = pb.DetokenizeRequest(token_ids=ids)
-        response: pb.DetokenizeResponse
-        response = await self._stub.Detokenize(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
-        return response
+        return await method(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
 
     async def token_texts(self, ids: Sequence[int]) -> dict[int, str]:
         """The text of each id, of a coordinator that sends none with what it writes."""

@@ -12,10 +12,8 @@ from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_client.arrays import shortest
 from colaserve_services.gateway.shapes import (
     AnswerMessage,
-    ChatChunkChoice,
     ChatLogprobs,
     CompletionLogprobs,
-    Delta,
     Reason,
     TokenLogprob,
     TopLogprob,
@@ -91,8 +89,12 @@ class ChatDialect(Dialect):
             yield self._delta(index, {}, reason=reason)
 
     def _delta(
-        self, index: int, delta: Delta, positions: Sequence[TokenLogprob] = (), reason: Reason | None = None
-    ) -> ChatChunkChoice:
+        self,
+        index: int,
+        delta: Mapping[str, str],
+        positions: Sequence[TokenLogprob] = (),
+        reason: Reason | None = None,
+    ) -> Mapping[str, Any]:
         logprobs = _chat_logprobs(positions) if self._logprobs and positions else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 

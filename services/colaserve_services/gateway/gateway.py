@@ -38,7 +38,6 @@ from colaserve_services.gateway.translate import (
     infill_request,
     most_likely,
     names_of,
-    text_prompt,
 )
 from colaserve_services.offload import offload
 from colaserve_services.rpc.kept import Kept
@@ -67,7 +66,7 @@ class Gateway:
         info = await self._backend.info()
         model = _checked_model(body.model, info)
         self._check_choices(body, 1)
-        prompts = [text_prompt(chat_prompt(body.messages, info.chat_frame))]
+        prompts = [GenerateRequest(prompt=chat_prompt(body.messages, info.chat_frame))]
         dialect = ChatDialect(record_of(request.scope).request_id, model, info.space, most_likely(body) is not None)
         return self._answer(request, body, dialect, self._generations(body, prompts), names_of(body))
 

@@ -22,7 +22,6 @@ MOST_IDS: Final = 131_072  # of one prompt
 UINT32: Final = 2**32 - 1
 MOST_LOGPROBS: Final = 20
 
-
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -47,8 +46,13 @@ def _whole_characters(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole_characters)]
 StopString = Annotated[Text, StringConstraints(min_length=1)]
 
-# Extras are gathered, then refused by refusals.py with a better message than the schema could give.
-_GATHER = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False})
+
+class Strict(BaseModel):
+    """Extras are gathered, then refused by refusals.py with a better message than the schema could give."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False}
+    )
 
 
 def with_settings(*kinds: type) -> Callable[[type[M]], type[M]]:
@@ -76,19 +80,17 @@ def _kind(field: Setting) -> Any:
     return Annotated[field.kind, Interval(**least, le=bounds.most)] | None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """How a stream is sent."""
 
-    model_config = _GATHER
     include_usage: bool | None = Field(None, description="Send the usage in a last chunk without choices.")
 
 
 @with_settings(Sampler, Sampling)
-class GenerationFields(BaseModel):
+class GenerationFields(Strict):
     """What both kinds of generation take, each setting of the sampler and of the sampling among it. A field left out
     takes the server's default, see GET /v1/models."""
 
-    model_config = _GATHER
     model: str | None = Field(None, description="The served model's name; left out, the served model.")
     max_tokens: int | None = Field(
         None, ge=1, le=UINT32, description="Tokens to write at most; 32 unless the server says otherwise."
@@ -114,18 +116,16 @@ class GenerationFields(BaseModel):
     skip_special_tokens: bool | None = Field(None, description="False prints end and pad tokens, too; true.")
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     """A part of a message."""
 
-    model_config = _GATHER
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Strict):
     """One message of a chat."""
 
-    model_config = _GATHER
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], _at_most(MOST_MESSAGES)] = Field(
         description="Text, or parts of type text, which are joined as they are."
@@ -165,10 +165,9 @@ class CompletionRequest(GenerationFields):
     )
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Strict):
     """POST /tokenize: a prompt, or messages as a chat would frame them."""
 
-    model_config = _GATHER
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], _at_most(MOST_MESSAGES)] | None = Field(None, min_length=1)
@@ -177,27 +176,17 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = Field(None, description="Return each token's text too.")
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
-    model_config = _GATHER
     model: str | None = None
     tokens: TokenIds
 
 
-def field_names(*models: type[BaseModel]) -> frozenset[str]:
-    """All field names of models."""
-    return frozenset(name for model in models for name in model.model_fields)
-
-
-REQUESTS: Final[tuple[type[BaseModel], ...]] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-ALL_NAMES: Final = field_names(*REQUESTS, Message, TextPart, StreamOptions) | {DEADLINE_HEADER}
+_REQUESTS: Final = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_PARTS: Final = (Message, TextPart, StreamOptions)
+ALL_NAMES: Final = frozenset(name for model in (*_REQUESTS, *_PARTS) for name in model.model_fields)
 UNIONS: Final[dict[str, str]] = {
     "prompt": "expected a string, a list of strings, a list of token ids or a list of lists of token ids",
     "stop": f"expected a string or a list of up to {MOST_STOPS} strings, none empty",
 }
-
-
-def parts(value: str | list[TextPart]) -> str:
-    """A content's text: parts are joined as they are."""
-    return value if isinstance(value, str) else "".join(part.text for part in value)

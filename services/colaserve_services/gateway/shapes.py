@@ -61,20 +61,6 @@ class ChatCompletion(TypedDict):
     usage: Usage
 
 
-class Delta(TypedDict, total=False):
-    role: Literal["assistant"]
-    content: str
-
-
-class ChatChunkChoice(TypedDict):
-    """In an event of a chat's stream."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: Reason | None
-
-
 class CompletionLogprobs(TypedDict):
     """Column by column. `text_offset` counts characters from the beginning of the choice's text."""
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from google.protobuf.message import Message as ProtoMessage
-
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment
-from colaserve_services.bounds import SAMPLER, SAMPLING, Fields, wire
+from colaserve_services.bounds import SAMPLER, SAMPLING, wire
 from colaserve_services.gateway.backend import Info
 from colaserve_services.gateway.errors import invalid
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message, parts
+from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, GenerationFields, Message
 
 FRAME_PLACE: Final = "{prompt}"
 _SPEAKERS: Final = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-_ANSWER: Final = "Assistant:"
 
 _BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill cannot honour -> values that ask for nothing
     "n": (None, 1),
@@ -37,53 +34,41 @@ def chat_prompt(messages: Sequence[Message], frame: str) -> str:
     """One message of an unnamed user: its text, in the checkpoint's frame if there is one. Others: a transcript."""
     first = messages[0]
     if len(messages) == 1 and first.role == "user" and first.name is None:
-        text = parts(first.content)
+        text = _content(first)
         return frame.replace(FRAME_PLACE, text) if frame else text
-    return transcript(messages)
-
-
-def transcript(messages: Sequence[Message]) -> str:
-    """ "User: ...", "Assistant: ..." line by line; the last line is "Assistant:", without a space after it."""
-    return "\n".join([*map(_line, messages), _ANSWER])
+    return "\n".join([*map(_line, messages), "Assistant:"])  # without a space after it: the answer begins with one
 
 
 def _line(message: Message) -> str:
-    speaker, text = _SPEAKERS[message.role], parts(message.content)
+    speaker, text = _SPEAKERS[message.role], _content(message)
     tag = f"{speaker} ({message.name}):" if message.name else f"{speaker}:"
-    space = "" if text[:1].isspace() else " "  # an answer of this model begins with its own space
+    space = "" if text[:1].isspace() else " "
     return f"{tag}{space}{text}"
 
 
-def text_prompt(text: str) -> GenerateRequest:
-    return GenerateRequest(prompt=text)
+def _content(message: Message) -> str:
+    """A message's text: parts are joined as they are."""
+    content = message.content
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def id_prompt(ids: Sequence[int]) -> GenerateRequest:
-    return GenerateRequest(prompt_ids=types_pb2.TokenIds(ids=ids))
-
-
-def completion_prompts(prompt: str | list[str] | list[int] | list[list[int]], vocab_size: int) -> list[GenerateRequest]:
+def completion_prompts(prompt: str | list[Any], vocab_size: int) -> list[GenerateRequest]:
     """One request for each prompt, with nothing but the prompt in it."""
-    if isinstance(prompt, str):
-        return [text_prompt(prompt)]
-    if not prompt:
+    if prompt == []:
         raise invalid("prompt", "the list is empty, expected at least one prompt or token id")
-    if isinstance(prompt[0], int):
-        return [_checked_ids(prompt, "prompt", vocab_size)]
-    return [_one_prompt(one, f"prompt[{place}]", vocab_size) for place, one in enumerate(prompt)]
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    each = {"prompt": prompt} if single else {f"prompt[{index}]": one for index, one in enumerate(prompt)}
+    return [_one_prompt(one, where, vocab_size) for where, one in each.items()]
 
 
-def _one_prompt(one: Any, where: str, vocab_size: int) -> GenerateRequest:
-    return text_prompt(one) if isinstance(one, str) else _checked_ids(one, where, vocab_size)
-
-
-def _checked_ids(ids: Sequence[int], where: str, vocab_size: int) -> GenerateRequest:
-    if not ids:
+def _one_prompt(prompt: str | list[int], where: str, vocab_size: int) -> GenerateRequest:
+    if isinstance(prompt, str):
+        return GenerateRequest(prompt=prompt)
+    if not prompt:
         raise invalid(where, "no token ids, expected at least one")
-    worst = max(ids)
-    if worst >= vocab_size:
+    if (worst := max(prompt)) >= vocab_size:
         raise invalid(where, f"token id {worst} is outside the vocabulary of {vocab_size}")
-    return id_prompt(ids)
+    return GenerateRequest(prompt_ids=types_pb2.TokenIds(ids=prompt))
 
 
 def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRequest, sample: int) -> GenerateRequest:
@@ -96,11 +81,10 @@ def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRe
         request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=fields.seed, sample_id=sample))
     if (alternatives := most_likely(fields)) is not None:
         request.top_logprobs = alternatives
-    request.stop.extend(stop_strings(fields))
+    request.stop.extend([fields.stop] if isinstance(fields.stop, str) else fields.stop or [])
     request.ignore_end = bool(fields.ignore_eos)
     request.print_special = fields.skip_special_tokens is False
-    set_sampler(request.sampler, fields)
-    set_sampling(request.sampling, fields)
+    _set_sampling(request, fields)
     return request
 
 
@@ -112,10 +96,6 @@ def token_budget(fields: GenerationFields) -> int | None:
     return fields.max_tokens if newer is None else newer
 
 
-def stop_strings(fields: GenerationFields) -> list[str]:
-    return [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-
-
 def most_likely(fields: ChatRequest | CompletionRequest) -> int | None:
     """How many likely tokens to return beside each token; None: no log-probabilities at all."""
     if isinstance(fields, CompletionRequest):
@@ -125,27 +105,17 @@ def most_likely(fields: ChatRequest | CompletionRequest) -> int | None:
     return (fields.top_logprobs or 0) if fields.logprobs else None
 
 
-def set_sampler(sampler: types_pb2.Sampler, fields: GenerationFields) -> None:
-    """What the client set of how latents are sampled."""
-    _set(sampler, SAMPLER, fields)
+def _set_sampling(request: GenerateRequest | InfillRequest, fields: GenerationFields) -> None:
+    """What the client set of how latents are sampled and how tokens are drawn."""
+    sampler, sampling = request.sampler, request.sampling
+    for message, table in ((sampler, SAMPLER), (sampling, SAMPLING)):
+        values = {name: getattr(fields, field.flat) for name, field in table.items()}
+        for name, value in wire(table, values).items():
+            setattr(message, name, 0 if name == "top_k" and value == -1 else value)  # -1: as others say that all count
     if fields.guidance_interval is not None:  # the order says nothing: time runs from the greater one
         if sampler.HasField("guidance_start") or sampler.HasField("guidance_end"):
             raise invalid("guidance_interval", "says the same as guidance_start and guidance_end: set one of them")
-        sampler.guidance_start = max(fields.guidance_interval)
-        sampler.guidance_end = min(fields.guidance_interval)
-
-
-def set_sampling(sampling: types_pb2.Sampling, fields: GenerationFields) -> None:
-    """What the client set of how tokens are drawn."""
-    _set(sampling, SAMPLING, fields)
-
-
-def _set(message: ProtoMessage, table: Fields, fields: GenerationFields) -> None:
-    values = {name: getattr(fields, field.flat) for name, field in table.items()}
-    if values.get("top_k") == -1:  # as OpenAI's other servers say it
-        values["top_k"] = 0
-    for name, value in wire(table, values).items():
-        setattr(message, name, value)
+        sampler.guidance_start, sampler.guidance_end = max(fields.guidance_interval), min(fields.guidance_interval)
 
 
 def names_of(fields: ChatRequest | CompletionRequest) -> Mapping[str, str]:
@@ -164,8 +134,7 @@ def infill_request(body: CompletionRequest, info: Info) -> InfillRequest:
     request = InfillRequest(segments=[InfillSegment(**segment) for segment in _segments(body, info).values()])
     if body.seed is not None:
         request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=body.seed))
-    set_sampler(request.sampler, body)
-    set_sampling(request.sampling, body)
+    _set_sampling(request, body)
     return request
 
 

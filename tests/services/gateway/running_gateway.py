@@ -33,6 +33,10 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.port}"
 
+    def counted(self, metric: str, **labels: str) -> float | None:
+        """A sample of the gateway's metrics."""
+        return self.metrics.registry.get_sample_value(f"colaserve_{metric}", {"service": "gateway", **labels})
+
     async def chat(self, text: str = "Where?", /, **fields: object) -> httpx.Response:
         body = {"model": "fake/cola", "messages": [{"role": "user", "content": text}], **fields}
         return await self.http.post(CHAT, json=body)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,8 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.conftest import GOLDEN
+from tests.services.launch.processes import FREE_PORTS, started
 from tests.waiting import wait_until
-
-START_SECONDS = 150
 
 
 @dataclass(frozen=True)
@@ -45,29 +42,12 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`up` on a golden checkpoint."""
-    folder = tmp_path_factory.mktemp("served")
-    command = [sys.executable, "-m", "colaserve_services.launch", "up", f"--model={GOLDEN / 'tiny_b4'}", "--threads=1",
-               "--grpc-port=0", "--http-port=0", "--metrics-port=0", "--drain-seconds=0",
-               f"--ports-file={folder}/ports.json"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        ports = json.loads(wait_for(folder / "ports.json", process, folder / "log"))
-        with httpx.Client(base_url=ports["http"], timeout=60) as http, grpc.insecure_channel(ports["grpc"]) as channel:
-            yield Served(http, GenerationServiceStub(channel))
-    finally:
-        process.terminate()
-        process.wait(100)
-
-
-def wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> str:
-    end = time.monotonic() + START_SECONDS
-    while not file.exists():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
-    return file.read_text()
+    with (
+        started(tmp_path_factory.mktemp("served"), "up", "--threads=1", *FREE_PORTS) as up,
+        httpx.Client(base_url=up.http, timeout=60) as http,
+        grpc.insecure_channel(up.target) as channel,
+    ):
+        yield Served(http, GenerationServiceStub(channel))
 
 
 def test_choices_are_the_samples_that_grpc_gives(served: Served):
@@ -90,10 +70,9 @@ def test_a_streamed_chat_says_what_a_whole_one_does(served: Served):
 
 def test_a_hole_is_written_between_two_texts(served: Served):
     body = {"prompt": "He looked at", "suffix": " and went home.", "max_tokens": 6, "seed": 3}
-    answer = served.http.post("/v1/completions", json=body).json()
-    assert answer["usage"]["completion_tokens"] == 6
-    again = served.http.post("/v1/completions", json=body).json()
-    assert again["choices"] == answer["choices"]
+    answers = [served.http.post("/v1/completions", json=body).json() for _ in range(2)]
+    assert answers[0]["usage"]["completion_tokens"] == 6
+    assert answers[0]["choices"] == answers[1]["choices"]
 
 
 def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served):
@@ -116,16 +95,9 @@ def test_what_can_never_fit_is_refused_with_both_numbers(served: Served):
 def test_token_ids_say_the_same_as_their_text(served: Served):
     ids = served.http.post("/tokenize", json={"prompt": "He looked at"}).json()["tokens"]
     assert served.http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "He looked at"}
-    texts = [
-        served.http.post("/v1/completions", json={"prompt": prompt, "seed": 3, "max_tokens": 9}).json()["choices"][0][
-            "text"
-        ]
-        for prompt in ("He looked at", ids, [ids])
-    ]
-    assert len(set(texts)) == 1
-
-
-def test_the_gateway_is_ready_when_it_is_reached(served: Served):
+    bodies = [{"prompt": prompt, "seed": 3, "max_tokens": 9} for prompt in ("He looked at", ids, [ids])]
+    answers = [served.http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
+    assert len(set(answers)) == 1
     assert served.http.get("/ready").json() == {"status": "ok"}
 
 

@@ -18,8 +18,7 @@ from tests.waiting import eventually
 async def test_requests_that_come_together_ask_once_what_the_coordinator_is(gateway: Running):
     gateway.fake.info_gate.clear()
     asking = [asyncio.create_task(gateway.http.get("/v1/models")) for _ in range(5)]
-    in_progress = gateway.metrics.requests_in_progress.labels("gateway", "http")
-    await eventually(lambda: in_progress._value.get() == 5)
+    await eventually(lambda: gateway.counted("requests_in_progress", method="http") == 5)
     gateway.fake.info_gate.set()
     assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200] * 5
     assert gateway.fake.infos == 1

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -15,11 +15,6 @@ GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
 
 PLAIN = Tokenizer.open(GOLDEN, 512)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.open(GOLDEN, 512)
 
 
 def saved(tmp_path: Path, *special: str) -> Path:
@@ -39,77 +34,60 @@ def test_truncation_and_padding_of_the_file_do_not_touch_a_text(tmp_path: Path):
     assert Tokenizer.open(tmp_path / "tokenizer.json", 512).encode_all(texts, fields) == PLAIN.encode_all(texts, fields)
 
 
-def test_special_ids_are_looked_up_when_the_vocabulary_is_not_the_releases(tokenizer: Tokenizer):
-    assert tokenizer.special == SpecialIds(pad=2, end_of_text=0, im_end=1)
-    assert tokenizer.special.end == {0, 1}
+def given_ids(pad=None, eos=None, im_end=None) -> SimpleNamespace:
+    """Those of a generation_config.json."""
+    return SimpleNamespace(pad_token_id=pad, eos_token_id=eos, im_end_token_id=im_end)
 
 
-def test_special_ids_of_the_release_hold_for_its_vocabulary_size():
-    special = SpecialIds.find(lambda _: None, 100_278)
-    assert special == SpecialIds(100_277, 100_257, 100_265)
+def test_special_ids_are_given_or_those_of_the_release_or_looked_up():
+    assert PLAIN.special == SpecialIds(pad=2, end_of_text=0, im_end=1)
+    assert PLAIN.special.end == {0, 1}
+    assert SpecialIds.find(lambda _: None, 100_278) == SpecialIds(100_277, 100_257, 100_265)
+    assert Tokenizer.open(GOLDEN, 512, given_ids(7, 8)).special == SpecialIds(7, 8, 1)
+    assert Tokenizer.open(GOLDEN, 512, given_ids(7, (8, 9))).special.end == {8, 9, 1}
 
 
-def test_generation_config_overrides_special_ids():
-    defaults = SimpleNamespace(pad_token_id=7, eos_token_id=8, im_end_token_id=None)
-    assert Tokenizer.open(GOLDEN, 512, defaults).special == SpecialIds(7, 8, 1)
+@pytest.mark.parametrize("ids", [given_ids(pad=512), given_ids(eos=(8, 512)), given_ids(im_end=-1)])
+def test_a_special_id_outside_the_vocabulary_is_refused(ids: SimpleNamespace):
+    with pytest.raises(CheckpointError, match=r"id (512|-1) .* outside of the model's vocabulary of 512"):
+        Tokenizer.open(GOLDEN, 512, ids)
 
 
-def test_several_ids_may_end_a_text():
-    defaults = SimpleNamespace(pad_token_id=7, eos_token_id=(8, 9), im_end_token_id=None)
-    assert Tokenizer.open(GOLDEN, 512, defaults).special.end == {8, 9, 1}
-    with pytest.raises(CheckpointError, match=r"id 512 .* outside"):
-        Tokenizer.open(GOLDEN, 512, SimpleNamespace(eos_token_id=(8, 512)))
+def test_a_missing_pad_token_is_one_clear_line_and_missing_end_tokens_end_nothing(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"has no '<\|pad\|>' token.*generation_config") as caught:
+        Tokenizer.open(saved(tmp_path, "<|endoftext|>"))
+    assert "\n" not in str(caught.value)
+    assert Tokenizer.open(saved(tmp_path, "<|pad|>")).special.end == frozenset()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"), ("<!DOCTYPE html><html>", "HTML page")],
+    [
+        (None, "no such file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html>", "HTML page"),
+        *[(content, "is no tokenizer") for content in (b"", b"{}", b"\xff\xfe", b'{"model": 3}')],
+    ],
 )
-def test_what_came_in_place_of_a_tokenizer_is_named(content: str, message: str, tmp_path: Path):
+def test_what_is_no_tokenizer_is_one_clear_line(content: bytes | None, message: str, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(content)
-    with pytest.raises(CheckpointError, match=message):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json.*{message}") as caught:
         Tokenizer.open(path)
-
-
-def test_a_missing_pad_token_is_one_clear_line(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"has no '<\|pad\|>' token.*generation_config") as caught:
-        Tokenizer.open(saved(tmp_path, "<|endoftext|>"))
     assert "\n" not in str(caught.value)
-
-
-def test_missing_end_tokens_end_nothing(tmp_path: Path):
-    assert Tokenizer.open(saved(tmp_path, "<|pad|>")).special.end == frozenset()
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"model": 3}'])
-def test_a_file_that_is_no_tokenizer_is_one_clear_line(tmp_path: Path, content: bytes):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json") as caught:
-        Tokenizer.open(tmp_path / "tokenizer.json")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_one_clear_line(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="no such file"):
-        Tokenizer.open(tmp_path / "tokenizer.json")
-
-
-def test_a_special_id_outside_the_vocabulary_is_refused():
-    with pytest.raises(CheckpointError, match="outside of the model's vocabulary of 512"):
-        Tokenizer.open(GOLDEN, 512, SimpleNamespace(pad_token_id=512))
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_any_text_comes_back(text: str):
-    tokenizer = Tokenizer.open(GOLDEN, 512)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+@example("a<|im_end|>")
+def test_any_text_comes_back_and_never_has_fewer_tokens_than_its_length_tells(text: str):
+    ids = PLAIN.encode(text)
+    assert PLAIN.decode(ids) == text
+    assert PLAIN.fewest_tokens(text) <= len(ids)
 
 
-def test_the_text_of_a_special_token_becomes_its_id(tokenizer: Tokenizer):
-    ids = tokenizer.encode("a<|im_end|>")
-    assert ids[-1] == 1
-    assert tokenizer.decode(ids) == "a<|im_end|>"
+def test_the_text_of_a_special_token_becomes_its_id():
+    assert PLAIN.encode("a<|im_end|>")[-1] == 1
 
 
 def test_an_id_that_the_model_lacks_is_refused_with_the_field():
@@ -117,15 +95,8 @@ def test_an_id_that_the_model_lacks_is_refused_with_the_field():
         Tokenizer.open(GOLDEN, 10).encode("zz", "prompt")
 
 
-def test_a_text_ends_before_the_first_end_or_pad_id(tokenizer: Tokenizer):
-    assert tokenizer.before_end([5, 6, 1, 7]) == [5, 6]
-    assert tokenizer.before_end([2]) == []
-    assert tokenizer.before_end([5]) == [5]
-
-
-def test_the_text_of_half_a_character_is_a_replacement_character(tokenizer: Tokenizer):
-    assert [tokenizer.token_text(id_) for id_ in tokenizer.encode("a")] == ["a"]
-    assert "\N{REPLACEMENT CHARACTER}" in "".join(map(tokenizer.token_text, tokenizer.encode("😀")))
+def test_a_text_ends_before_the_first_end_or_pad_id():
+    assert [PLAIN.before_end(ids) for ids in ([5, 6, 1, 7], [2], [5])] == [[5, 6], [], [5]]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +115,9 @@ def test_a_token_reads_as_it_does_in_its_text(library: tokenizers.Tokenizer, wor
         assert "".join(texts) == tokenizer.decode(ids)
 
 
-def test_the_text_of_an_id_alone_is_what_it_decodes_to(tokenizer: Tokenizer):
-    assert all(tokenizer.token_text(id_) == tokenizer.decode([id_]) for id_ in range(512))
-
-
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_a_text_never_has_fewer_tokens_than_its_length_tells(text: str):
-    assert PLAIN.fewest_tokens(text) <= len(PLAIN.encode(text))
+def test_the_text_of_an_id_alone_is_what_it_decodes_to():
+    assert all(PLAIN.token_text(id_) == PLAIN.decode([id_]) for id_ in range(512))
+    assert "\N{REPLACEMENT CHARACTER}" in "".join(map(PLAIN.token_text, PLAIN.encode("😀")))
 
 
 def test_a_long_text_is_told_by_its_length_alone():
