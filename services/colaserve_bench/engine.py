@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from colaserve_bench.engines import AHEAD, Engines, Load, new_profile, run, started
+from colaserve_bench.engines import AHEAD, Engines, Load, run, started
+from colaserve_bench.peak import Peak
 from colaserve_bench.report import Column, Report, Row
 from colaserve_bench.verbs import (
     COMPUTE_OPTIONS,
@@ -24,7 +25,6 @@ from colaserve_bench.verbs import (
     sampler_of,
     say,
 )
-from colaserve_bench.work import Peak, attention_of_block, time_shares
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
 
@@ -41,14 +41,10 @@ COLUMNS = (
     Column("gflops", "GFLOP/s", "{:.1f}"),
     Column("peak_gflops", "peak", "{:.1f}"),
     Column("roofline_fraction", "of peak", "{:.3f}", drawn=True),
-    Column("outside_share", "outside", "{:.3f}"),
-    Column("attention_gflops", "attn GFLOP/s", "{:.1f}"),
-    Column("attention_kv_gb_per_second", "KV GB/s", "{:.2f}"),
 )
 NOTES = (
     "GFLOP/s: 2 x rows x weights of the layers' matrices over the time of the steps; attention is not counted",
     "peak: products over the same matrices in layer order by the fastest call, measured before and after each run",
-    "outside: share of the steps' time outside matrix products and attention, under torch.profiler (an upper bound)",
     "the first block of every session is warm-up and not in steps, blocks/s or GFLOP/s; 'with prefill' counts it all",
 )
 SOLVERS_COLUMNS = (
@@ -78,18 +74,13 @@ OPTIONS = (
     "engine",
     *OPTIONS,
     click.option("--decoder", is_flag=True, help="Every block also goes through the decoder."),
-    click.option("--profile/--no-profile", default=True, show_default=True, help="Also tell where the time goes."),
     quick={"rounds": 1, "peak_seconds": 0.05},
 )
 async def engine(
-    sessions: Sequence[int], context: Sequence[int], blocks: int, rounds: int, decoder: bool, profile: bool,
+    sessions: Sequence[int], context: Sequence[int], blocks: int, rounds: int, decoder: bool,
     peak_seconds: float = 0.5, **options: Any,
 ) -> Report:  # fmt: skip
     """The prior alone: blocks and tokens a second, and the share of the speed of its matrix products alone."""
-    profiles = profile and not decoder  # with the decoder on, the thread's profile would not be the prior's
-    if profiles:
-        with new_profile():
-            pass
     measured: list[Row] = []
     with _started(options, sessions, context, blocks, decoder) as engines:
         device = engines.prior.model.device
@@ -102,8 +93,6 @@ async def engine(
             after, call = await engines.errands.run(measure)
             row |= {"round": number, "peak_gflops": (before + after) / 2, "peak_call": call}
             row["roofline_fraction"] = row["gflops"] / row["peak_gflops"]
-            if profiles:
-                row |= await _profiled(engines, replace(load, blocks=max(3, blocks)), rounds + number)
             measured.append(row)
             say(
                 f"{count} sessions, context {length}, round {number}: {row['tokens_per_second']:.1f} tokens/s, "
@@ -150,24 +139,6 @@ def _usual_rows(engines: Engines, load: Load) -> int:
     """Rows of most steps: each session's block in both branches."""
     branches = 2 if 2 * load.guided_evaluations > load.sampler.evaluations() else 1
     return load.sessions * engines.prior.shape.block_size * branches
-
-
-async def _profiled(engines: Engines, load: Load, seed: int) -> Row:
-    """Shares of the time, and attention's speed, in the profiled steps: the second block of each session."""
-    await run(engines, load, seed, profile=True)
-    shares = time_shares(engines.steps.profile, sum(engines.steps.profiled_seconds))
-    config, seconds = engines.prior.model.config, shares["attention"]
-    past, evaluations = load.context + config.block_size, load.sampler.evaluations()
-    flops, kv_bytes = attention_of_block(config, past, evaluations, load.guided_evaluations, engines.dtype.itemsize)
-    total = shares["products"] + seconds + shares["other"]
-    return {
-        "outside_share": shares["other"] / total,
-        "products_share": shares["products"] / total,
-        "attention_share": seconds / total,
-        "attention_gflops": load.sessions * flops / seconds / 1e9 if seconds else None,
-        "attention_kv_gb_per_second": load.sessions * kv_bytes / seconds / 1e9 if seconds else None,
-        "operators": shares["operators"],
-    }
 
 
 def _variants(plain: SamplerSettings) -> dict[str, SamplerSettings]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import time
 from collections import deque
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colaserve_bench.peak import product_flops
 from colaserve_bench.report import Row, percentile
-from colaserve_bench.work import product_flops
 from colaserve_services.decoder.engine import DecodeJob, DecoderEngine
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.limits import EngineLimits
@@ -83,54 +82,28 @@ class Step:
 
 
 class StepRecorder(EngineObserver):
-    """Keeps the steady steps of a run: from when all sessions have a first block and step again until one has its last.
-
-    With `profile_steps`, that many of them run under torch.profiler instead and are kept apart.
-    """
+    """Keeps the steady steps of a run: from when all sessions have a first block and step again, until one ends."""
 
     def __init__(self) -> None:
         self.begin(1)
 
-    def begin(self, sessions: int, profile_steps: int = 0) -> None:
+    def begin(self, sessions: int) -> None:
         """Forget what was; `sessions` are about to start. While no session runs."""
-        self._sessions, self._profile_steps, self._first_blocks = sessions, profile_steps, 0
-        self._is_steady = self._profiling = False
+        self._sessions, self._first_blocks, self._is_steady = sessions, 0, False
         self.steady: list[Step] = []
-        self.profiled_seconds: list[float] = []  # of each step
-        self.profile: Any = None
 
     def block(self, seconds: float, first: bool) -> None:
         self._first_blocks += first
 
     def queued(self, waiting: int, running: int) -> None:
-        if self._is_steady and running < self._sessions:
-            self._is_steady = False
-            self._stop_profile()
+        self._is_steady &= running == self._sessions
 
     def stepped(self, seconds: float, rows: int, sessions: int) -> None:
-        if self._profiling:
-            self.profiled_seconds.append(seconds)
-            if len(self.profiled_seconds) == self._profile_steps:
-                self._stop_profile()
-        elif self._is_steady:
+        if self._is_steady:
             self.steady.append(Step(time.monotonic(), seconds, rows, sessions))
         elif self._first_blocks == sessions == self._sessions:
             self._first_blocks += 1  # once a run
             self._is_steady = True
-            if self._profile_steps:
-                self._profiling, self.profile = True, new_profile()
-                self.profile.start()
-
-    def _stop_profile(self) -> None:
-        if self._profiling:
-            self._profiling = False
-            self.profile.stop()
-
-
-def new_profile() -> Any:
-    """A profiler of operators; to be used once on the main thread first, or its library complains on stderr."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
 
 class Errands:
@@ -213,23 +186,19 @@ def started(compute: Compute, max_context: int, max_running: int, decode: bool =
         thread.stop()
 
 
-async def run(engines: Engines, load: Load, seed: int, profile: bool = False) -> Row:
+async def run(engines: Engines, load: Load, seed: int) -> Row:
     """Run a load to its end; its numbers, times in milliseconds where the name says so.
 
-    Contexts differ with `seed`, so that no cache knows them. With `profile` the steps of the second block run under the
-    profiler, which engines.steps keeps, and there are no numbers; `blocks` must then be 3 or more.
+    Contexts differ with `seed`, so that no cache knows them.
     """
     check_blocks("--context", load.context, engines.prior.shape.block_size)
-    least = 3 if profile else 2
-    if load.blocks < least:
-        raise UsageError(f"--blocks: got {load.blocks}, expected {least} or more: the first is warm-up")
-    engines.steps.begin(load.sessions, load.sampler.evaluations() if profile else 0)
+    if load.blocks < 2:
+        raise UsageError(f"--blocks: got {load.blocks}, expected 2 or more: the first is warm-up")
+    engines.steps.begin(load.sessions)
     began, together = time.monotonic(), asyncio.Barrier(load.sessions)
     firsts = await asyncio.gather(*(_session(engines, load, 1000 * seed + i, together) for i in range(load.sessions)))
     seconds = time.monotonic() - began
     await engines.errands.run(lambda: None)  # the last step's record is in
-    if profile:
-        return {}
     first_block = statistics.median(first - began for first in firsts)
     return _numbers(engines, load) | {
         "tokens_per_second_with_prefill": load.sessions * load.written * engines.block_tokens / seconds,

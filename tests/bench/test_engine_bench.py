@@ -4,7 +4,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ from click.testing import CliRunner
 
 from colaserve_bench.checkpoint import PRESETS
 from colaserve_bench.commands import bench
-from colaserve_bench.engines import Engines, Load, StepRecorder, run
+from colaserve_bench.engines import Engines, StepRecorder
+from colaserve_bench.peak import CALLS, LAYER_MATRICES, Peak, product_flops
 from colaserve_bench.stall import describe
-from colaserve_bench.work import CALLS, LAYER_MATRICES, Peak, attention_of_block, product_flops, time_shares
 from colaserve_services.errors import UsageError
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.model.flow import SamplerSettings
 
 CPU = torch.device("cpu")
 RunBench = Callable[..., Any]
@@ -32,14 +30,6 @@ def test_products_are_twice_the_rows_times_the_stored_weights(tiny_model: Path) 
         if any(name.endswith(f"{matrix}.weight") for matrix in LAYER_MATRICES)
     )
     assert product_flops(PRESETS["tiny"].dit, rows=5) == 2 * 5 * stored
-
-
-def test_attention_of_a_block_counts_what_each_branch_sees() -> None:
-    config = PRESETS["tiny"].dit
-    inner = config.num_layers * config.heads * config.head_dim
-    flops, kv_bytes = attention_of_block(config, past=8, evaluations=2, guided=1, itemsize=2)
-    assert flops == 4 * inner * 4 * (2 * 12 + 4 + 8)  # twice over the past, once alone, once to commit
-    assert kv_bytes == 2 * 2 * inner * (2 * 12 + 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,25 +62,6 @@ def test_steps_count_from_the_last_first_block_until_the_first_session_has_ended
     assert [step.rows for step in recorder.steady] == [8, 9]
 
 
-async def test_a_profiled_run_knows_where_the_time_went(engines: Engines) -> None:
-    await run(engines, Load(1, 8, 3, SamplerSettings(steps=3)), seed=1, profile=True)
-    assert len(engines.steps.profiled_seconds) == 3
-    shares = time_shares(engines.steps.profile, sum(engines.steps.profiled_seconds))
-    assert min(shares["products"], shares["attention"], shares["other"]) > 0
-
-
-def test_time_goes_to_the_outermost_operator_that_has_a_kind() -> None:
-    def event(name: str, micros: float, parent: object = None) -> SimpleNamespace:
-        return SimpleNamespace(name=name, key=name, self_cpu_time_total=micros, cpu_parent=parent)
-
-    attention = event("aten::scaled_dot_product_attention", 1e6)
-    linear = event("aten::linear", 2e6)
-    events = [attention, event("aten::bmm", 3e6, attention), event("aten::copy_", 4e6, attention), linear]
-    events += [event("aten::addmm", 5e6, linear), event("aten::mul", 6e6)]
-    shares = time_shares(SimpleNamespace(events=lambda: events, key_averages=lambda: events), step_seconds=25.0)
-    assert (shares["attention"], shares["products"], shares["other"]) == (8.0, 7.0, 10.0)
-
-
 async def test_errands_run_on_the_device_thread_and_bring_their_errors_back(engines: Engines) -> None:
     def fail() -> None:
         raise UsageError("here")
@@ -107,7 +78,6 @@ def test_the_engine_command_writes_every_number_a_table_and_a_picture(run_bench:
     assert [row["sessions"] for row in report["rows"]] == [1, 2]
     for row in report["rows"]:
         assert row["roofline_fraction"] == pytest.approx(row["gflops"] / row["peak_gflops"])
-        assert row["attention_gflops"] > 0
         assert row["tokens_per_second"] == pytest.approx(4 * row["blocks_per_second"])
     assert report["machine"]["versions"]["torch"] == torch.__version__
     assert report["settings"]["steps"] == 2

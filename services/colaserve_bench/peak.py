@@ -1,10 +1,8 @@
-"""What is counted as work. All else (norms, modulation, GELU, solver, copies) counts as no work but takes time.
+"""The work of a pass that counts, and the peak: the speed of that work alone.
 
 Products: 2 x rows x weights of the four matrices of each layer (proj_qkv, proj_out, mlp.proj_in, mlp.proj_out), rows
-being the latent positions of a pass, both branches and commits included. The input and output projections
-(16 channels) and the modulation Linears (not run while sampling) are not counted.
-Attention: 4 x queries x keys x heads x head_dim a layer (both of its products), with the keys that a query's block may
-see. KV bytes: each key and value read once a pass and layer by the queries of its session.
+being the latent positions of a pass, both branches and commits included. All else (attention, norms, modulation, GELU,
+solver, copies, the 16-channel input and output projections) counts as no work but takes time.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,45 +19,11 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.config import DiTConfig
 
 LAYER_MATRICES = ("msa.proj_qkv", "msa.proj_out", "mlp.proj_in", "mlp.proj_out")
-_KINDS = {  # parts of operators' names
-    "attention": ("attention", "sdp", "bmm", "softmax"),
-    "products": ("linear", "addmm", "::mm", "matmul", "gemm"),
-}
 
 
 def product_flops(config: DiTConfig, rows: int) -> int:
     """Of one pass over so many rows."""
     return 2 * rows * config.num_layers * config.layer_weights
-
-
-def attention_of_block(config: DiTConfig, past: int, evaluations: int, guided: int, itemsize: int) -> tuple[int, int]:
-    """(FLOPs, bytes of keys and values) of attention for one block of one session after `past` positions.
-
-    `guided` of the `evaluations` also run the unconditional branch, which sees the block alone. The commit of the last
-    block is included; it shares its pass, and so its reading, with the first step.
-    """
-    inner, B = config.num_layers * config.heads * config.head_dim, config.block_size
-    seen = evaluations * (past + B) + guided * B
-    return 4 * B * (seen + past) * inner, 2 * seen * inner * itemsize
-
-
-def time_shares(profile: Any, step_seconds: float) -> dict[str, Any]:
-    """Seconds of products and attention, and the operators of the most time of their own, in a torch.profiler run.
-
-    `step_seconds` is what the profiled steps took on the clock; "other" is the rest of it, Python and the profiler's
-    cost included. An operator that another one calls counts where its caller does.
-    """
-    seconds = dict.fromkeys(_KINDS, 0.0)
-    for event in profile.events():
-        kind, caller = None, event
-        while caller is not None:  # the outermost caller that is of a kind
-            kind = next((kind for kind, parts in _KINDS.items() if any(part in caller.name for part in parts)), kind)
-            caller = caller.cpu_parent
-        if kind:
-            seconds[kind] += event.self_cpu_time_total / 1e6
-    own = {event.key: round(event.self_cpu_time_total / 1e6, 6) for event in profile.key_averages()}
-    largest = dict(sorted(own.items(), key=lambda item: -item[1])[:15])
-    return {**seconds, "other": max(0.0, step_seconds - sum(seconds.values())), "operators": largest}
 
 
 def _linear(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
