@@ -1,38 +1,19 @@
-"""scripts/capacity: the arithmetic of docs/operations.md."""
+"""scripts/capacity plan: the arithmetic of docs/operations.md."""
 
-import importlib.util
 import json
+import subprocess
 import sys
-from argparse import Namespace
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tests.deploy.conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def capacity():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        loader = SourceFileLoader("capacity", str(SCRIPTS / "capacity"))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("capacity", loader))
-        sys.modules["capacity"] = module  # dataclasses look their module up
-        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
-        loader.exec_module(module)
-        sys.dont_write_bytecode = before
-        yield module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        sys.modules.pop("capacity", None)
-
-
-def level(sessions, prior, kv=1000.0):
+def level(sessions, prior):
     return {
         "sessions": sessions, "generations_per_second": 1.0, "blocks_per_generation": 10.0, "encoder": 0.001,
         "prior": prior, "decoder": 0.01, "coordinator": 0.002, "gateway": 0.001, "inter_block_seconds": 0.1,
-        "prior_kv_bytes": kv, "decoder_kv_bytes": kv / 2,
+        "prior_kv_bytes": 1000.0, "decoder_kv_bytes": 500.0,
     }  # fmt: skip
 
 
@@ -42,57 +23,41 @@ MEASURED = {
 }
 
 
-def options(measured, **given):
-    chosen = {"rate": 7.0, "new_tokens": None, "inter_block": 1.0, "utilisation": 0.7, "spare": 1, "kv_bytes": 1e9}
-    return Namespace(measured=measured, **{**chosen, **given})
+@pytest.fixture
+def plan(tmp_path):
+    """Plans for the measured levels: the exit code, and a role's (replicas, with the spare one)."""
+
+    def run(*options):
+        file = tmp_path / "measured.json"
+        file.write_text(json.dumps(MEASURED))
+        command = [sys.executable, ROOT / "scripts" / "capacity", "plan", file, "--kv-bytes=1e9", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        rows = [line.split() for line in done.stdout.splitlines()]
+        return done.returncode, {row[0]: (int(row[3]), int(row[4])) for row in rows if len(row) == 5}
+
+    return run
 
 
-def table(capacity, tmp_path, capsys, **given):
-    """Role to (replicas, with the spare ones)."""
-    file = tmp_path / "measured.json"
-    file.write_text(json.dumps(MEASURED))
-    code = capacity.plan(options(file, **given))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    return code, {line[0]: (int(line[3]), int(line[4])) for line in lines if line and line[0] in capacity.COSTS}
-
-
-def test_replicas_are_the_busy_devices_over_the_utilisation_rounded_up(capacity, tmp_path, capsys):
-    code, replicas = table(capacity, tmp_path, capsys)  # 70 blocks/s at 16 sessions
+def test_replicas_are_the_busy_devices_over_the_utilisation_rounded_up(plan):
+    code, replicas = plan("--rate=7")  # 70 blocks/s at 16 sessions
     assert code == 0
-    assert replicas == {
-        "encoder": (1, 2),  # 0.07 busy
-        "prior": (5, 6),  # 3.5 busy / 0.7
-        "decoder": (1, 2),  # 0.7 busy / 0.7
-        "coordinator": (1, 2),
-        "gateway": (1, 2),
-    }
+    one = (1, 2)  # the decoder too: 0.7 busy / 0.7
+    assert replicas == {"encoder": one, "prior": (5, 6), "decoder": one, "coordinator": one, "gateway": one}
 
 
-def test_a_tighter_bound_on_the_time_between_blocks_takes_fewer_sessions_and_more_priors(capacity, tmp_path, capsys):
-    _, replicas = table(capacity, tmp_path, capsys, inter_block=0.5)  # 16 x 0.05 is too long, 4 x 0.1 is not
-    assert replicas["prior"] == (10, 11)
+@pytest.mark.parametrize(
+    ("options", "prior"),
+    [
+        (["--rate=7", "--inter-block=0.5"], (10, 11)),  # 16 x 0.05 is too long, 4 x 0.1 is not
+        (["--rate=7", "--kv-bytes=15999"], (10, 11)),  # 16 sessions do not fit
+        (["--rate=70", "--new-tokens=640"], (500, 501)),  # ten times the blocks, ten times the rate
+    ],
+)
+def test_bounds_and_lengths_decide_how_many_priors_it_takes(plan, options, prior):
+    _, replicas = plan(*options)
+    assert replicas["prior"] == prior
+    assert replicas["encoder"] == (1, 2), "longer texts cost no more encoding"
 
 
-def test_sessions_must_fit_the_kv_budget(capacity, tmp_path, capsys):
-    _, replicas = table(capacity, tmp_path, capsys, kv_bytes=15_999.0)
-    assert replicas["prior"] == (10, 11)
-    code, none = table(capacity, tmp_path, capsys, kv_bytes=999.0)
-    assert (code, none) == (1, {})
-
-
-def test_longer_texts_cost_blocks_but_no_more_encoding(capacity, tmp_path, capsys):
-    _, replicas = table(capacity, tmp_path, capsys, new_tokens=640.0, rate=70.0)  # ten times the blocks, ten the rate
-    assert replicas["prior"] == (500, 501)
-    assert replicas["encoder"] == (1, 2)  # 0.7 busy
-
-
-def test_counters_are_summed_by_labels_and_role(capacity):
-    samples = {
-        ('x_total{stage="prior",code="OK"}', "prior"): 2.0,
-        ('x_total{stage="prior",code="BAD"}', "prior"): 3.0,
-        ('x_total{stage="decoder"}', "decoder"): 5.0,
-        ('x_total_more{stage="prior"}', "prior"): 100.0,
-        ("x_total", "gateway"): 7.0,
-    }
-    assert capacity.value(samples, "x_total", stage="prior") == 5.0
-    assert capacity.value(samples, "x_total", role="gateway") == 7.0
+def test_a_load_that_no_level_can_serve_is_said(plan):
+    assert plan("--rate=7", "--kv-bytes=999") == (1, {})
