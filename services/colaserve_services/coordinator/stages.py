@@ -87,9 +87,16 @@ class Model:
         return -(-positions // self.block_size)
 
     def suits(self, info: Any) -> bool:
-        """Whether a stage that says so of itself serves this model; one that says nothing (0 or "") does."""
-        said = [(self.space, info.space), *((getattr(self, name), getattr(info.model, name)) for name in SHAPE)]
-        return all(ours == theirs or not ours or not theirs for ours, theirs in said)
+        """Whether a stage that says so of itself serves this model."""
+        return self.difference(info) is None
+
+    def difference(self, info: Any) -> tuple[str, Any, Any] | None:
+        """What a stage says otherwise of itself: name, its value, ours. One that says nothing (0 or "") agrees."""
+        said = {"space": info.space, **{name: getattr(info.model, name) for name in SHAPE}}
+        for name, theirs in said.items():
+            if theirs and (ours := getattr(self, name)) and ours != theirs:
+                return name, theirs, ours
+        return None
 
     def within(self, infos: Iterable[Any], max_context: int, max_message_bytes: int) -> Model:
         """The same with the least of these limits and those that the stages name."""
@@ -108,34 +115,22 @@ class Model:
 
 def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Model:
     """The model of stages that answered GetInfo so. Raises ModelMismatch naming the two that differ."""
-    _check_same(infos, "space", lambda info: info.space)
-    for name in SHAPE:
-        _check_same(infos, name, lambda info, name=name: getattr(info.model, name))  # type: ignore[misc]
-    shape = infos["decoder"].model
-    return Model(
+    model = Model(
         space=infos["decoder"].space,
-        latent_dim=shape.latent_dim,
-        block_size=shape.block_size,
-        vae_block_size=shape.vae_block_size,
-        patch_size=shape.patch_size,
-        vocab_size=shape.vocab_size,
+        **{name: getattr(infos["decoder"].model, name) for name in SHAPE},
         parameters=sum(info.model.parameters for info in infos.values()),
         max_context=max_context,
         max_message_bytes=max_message_bytes,
         has_variance=infos["encoder"].has_variance,
-    ).within(infos.values(), max_context, max_message_bytes)
+    )
+    for stage in ("encoder", "prior"):
+        if difference := model.difference(infos[stage]):
+            name, theirs, ours = difference
+            raise ModelMismatch(f"the stages serve different models: {name} is {theirs} at {stage}, {ours} at decoder")
+    return model.within(infos.values(), max_context, max_message_bytes)
 
 
 def _least(infos: Iterable[Any], name: str, ours: int) -> int:
     """The least of our limit and those of the stages that name one."""
     theirs = (getattr(info.limits, name) for info in infos)
     return min(ours, *(limit or ours for limit in theirs))
-
-
-def _check_same(infos: dict[str, Any], name: str, read: Callable[[Any], Any]) -> None:
-    """A stage that says nothing about it (0 or "") agrees with all."""
-    first = "decoder"
-    for stage in ("encoder", "prior"):
-        ours, theirs = read(infos[first]), read(infos[stage])
-        if ours and theirs and ours != theirs:
-            raise ModelMismatch(f"the stages serve different models: {name} is {theirs} at {stage}, {ours} at {first}")
