@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
 
-
-@dataclass
-class _Serving:
-    """A task that serves a call, and what it was ended with."""
-
-    task: asyncio.Task[Any]
-    error: Exception | None = None
-    over: bool = False
-
-
-_serving: ContextVar[_Serving | None] = ContextVar("colaserve_serving", default=None)
+_end: ContextVar[Callable[[Exception], None]] = ContextVar("colaserve_end", default=lambda error: None)
 
 
 @contextmanager
 def endable() -> Iterator[None]:
     """What runs inside, in this task, can be ended by `end_call` in tasks that it starts: the error is raised here."""
-    task = asyncio.current_task()
+    task, errors, running = asyncio.current_task(), list[Exception](), True
     assert task is not None
-    serving = _Serving(task)
-    token = _serving.set(serving)
+
+    def end(error: Exception) -> None:
+        if running and not errors:  # later the task may do other things
+            errors.append(error)
+            task.cancel()
+
+    token = _end.set(end)
     try:
         yield
     except asyncio.CancelledError:
-        if serving.error is None:
+        if not errors:
             raise
         task.uncancel()
-        raise serving.error from None
+        raise errors[0] from None
     finally:
-        serving.over = True  # its task may do other things now
-        _serving.reset(token)
+        running = False
+        _end.reset(token)
 
 
 def end_call(error: Exception) -> None:
     """End the call that is being served with this error, wherever its handler waits."""
-    serving = _serving.get()
-    if serving is not None and serving.error is None and not serving.over:
-        serving.error = error
-        serving.task.cancel()
+    _end.get()(error)
