@@ -140,17 +140,14 @@ def _detail(error: Exception) -> Any:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field[:200], description=_message(error))
         return error_details_pb2.BadRequest(field_violations=[violation])
     if isinstance(error, Overloaded):
-        return error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after))
+        delay = Duration()
+        delay.FromNanoseconds(round(max(error.retry_after, 0.0) * 1e9))
+        return error_details_pb2.RetryInfo(retry_delay=delay)
     if isinstance(error, StepFailed):
         return error_details_pb2.ErrorInfo(reason=STEP_FAILED, domain="colaserve")
     if _known(error) not in TABLE:
         return error_details_pb2.RequestInfo(request_id=current_request_id())
     return None
-
-
-def _duration(seconds: float) -> Duration:
-    nanos = round(max(seconds, 0.0) * 1e9)
-    return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
 
 
 def _read_details(error: Any) -> tuple[str, float, str]:
@@ -161,8 +158,7 @@ def _read_details(error: Any) -> tuple[str, float, str]:
             message = error_details_pb2.BadRequest.FromString(detail.value)
             field = message.field_violations[0].field if message.field_violations else field
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
-            retry_after = delay.seconds + delay.nanos / 1e9
+            retry_after = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
         elif detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
     return field, retry_after, reason
