@@ -14,13 +14,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -146,7 +146,7 @@ class Replica:
         return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(ca), options)
 
     async def _ready_over_http(self) -> bool:
-        return " 200 " in (await get(self.port, "/ready")).partition("\n")[0]
+        return bool(await get(self.port, "/ready"))
 
     def _log(self) -> Path:
         return self.settings.folder / f"{self.name}.log"
@@ -238,23 +238,14 @@ def free_port() -> int:
 _given: set[int] = set()
 
 
-async def get(port: int, path: str, seconds: float = 5.0) -> str:
-    """An HTTP answer whole, status line and all; empty when there is none."""
+async def get(port: int, path: str) -> str:
+    """A page, empty when there is none."""
     try:
-        async with asyncio.timeout(seconds), _connection(port) as (reader, writer):
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            return (await reader.read()).decode(errors="replace")
-    except (OSError, TimeoutError):
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.get(f"http://127.0.0.1:{port}{path}")
+    except httpx.HTTPError:
         return ""
-
-
-@asynccontextmanager
-async def _connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
+    return answer.text if answer.is_success else ""
 
 
 def total(page: str, name: str, label: str = "") -> float:
