@@ -11,7 +11,8 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
-from colaserve_client.client import AsyncBaseClient, AsyncClient, outcome
+from colaserve_client.base import AsyncBaseClient
+from colaserve_client.client import AsyncClient, outcome
 from colaserve_client.latents import LatentsLike
 from colaserve_client.loop import LOOP
 from colaserve_client.results import DecodedBlock, GenerationOutcome

@@ -2,19 +2,19 @@
 """The asyncio client of a coordinator: text and latents in, text and latents out."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
-from types import TracebackType
-from typing import Self
+from operator import attrgetter
+from typing import Unpack
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
 from colaserve_client import requests, responses
-from colaserve_client.channel import ClientConfig
-from colaserve_client.errors import ColaserveError, Unavailable
-from colaserve_client.latents import LatentsLike
+from colaserve_client.base import AsyncBaseClient
+from colaserve_client.errors import ColaserveError, invalid
+from colaserve_client.latents import Latents, LatentsLike
+from colaserve_client.requests import build, merged
 from colaserve_client.results import (
     DecodedLatents,
     GenerationChunk,
@@ -30,77 +30,18 @@ from colaserve_client.results import (
     Tokens,
 )
 from colaserve_client.settings import (
-    DEFAULT_TARGET,
-    Connection,
+    GenerationFields,
     GenerationRequest,
     Interpolation,
     NoiseSeed,
     Prompt,
-    Retry,
     Sampler,
+    SamplerFields,
     Sampling,
-    Tls,
+    SamplingFields,
+    WritingFields,
 )
-from colaserve_client.transport import AsyncStream, AsyncTransport, bounded, started_ahead
-
-
-class AsyncBaseClient:
-    """A connection to one server.
-
-    Args:
-        target: "host:port", or a name that gRPC resolves, such as "dns:///host:port".
-        key: sent as bearer key with every call.
-        tls: None means not encrypted.
-        timeout: seconds that a call may take, retries included, where the call itself gives none; None: no deadline.
-        retry: how often a call is tried that failed before anything came back; None: `Retry()`.
-        connection: keepalive, message sizes, load balancing; None: `Connection()`.
-
-    Raises `InvalidRequest` for a setting that makes no sense. Connecting happens with the first call.
-    """
-
-    def __init__(
-        self,
-        target: str = DEFAULT_TARGET,
-        *,
-        key: str | None = None,
-        tls: Tls | None = None,
-        timeout: float | None = None,
-        retry: Retry | None = None,
-        connection: Connection | None = None,
-    ) -> None:
-        self._target = target
-        self._transport = AsyncTransport(
-            ClientConfig(target, key, tls, timeout, retry or Retry(), connection or Connection())
-        )
-
-    @property
-    def target(self) -> str:
-        """Where the server is."""
-        return self._target
-
-    async def healthy(self, timeout: float = 5.0) -> bool:
-        """Whether the server answers within `timeout` seconds that it is ready to serve (grpc.health.v1)."""
-        return await self._transport.healthy(timeout)
-
-    async def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Return as soon as the server is ready; `Unavailable` when it is not within `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while not await self.healthy(max(deadline - time.monotonic(), 0.1)):  # it is asked once at least
-            if (left := deadline - time.monotonic()) <= 0:
-                raise Unavailable(f"{self._target} was not ready within {timeout:g} s")
-            await asyncio.sleep(min(0.1, left))
-
-    async def close(self) -> None:
-        """Cancel what runs and disconnect."""
-        await self._transport.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
+from colaserve_client.transport import AsyncStream, bounded, started_ahead
 
 
 class AsyncClient(AsyncBaseClient):
@@ -121,25 +62,17 @@ class AsyncClient(AsyncBaseClient):
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int | None = None,
-        sampler: Sampler | None = None,
-        sampling: Sampling | None = None,
-        seed: int | NoiseSeed | None = None,
-        stop: Sequence[str] = (),
-        ignore_end: bool = False,
-        with_latents: bool = False,
-        top_logprobs: int | None = None,
-        print_special: bool = False,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[GenerationFields],
     ) -> GenerationResult:
         """Continue a prompt and return the whole text.
 
         Args:
             prompt: a text, or token ids; may be empty. Tokenized as it is, without a template.
             max_new_tokens: at least 1; None: the server's default.
-            sampler: how latents are sampled.
-            sampling: how tokens are drawn.
+            sampler: how latents are sampled; or its fields as keywords: steps, guidance_scale, solver and so on.
+            sampling: how tokens are drawn; or its fields as keywords: temperature, top_k and so on, sampling_seed.
             seed: of the noise; equal seeds give equal texts. None: random, and returned.
             stop: up to 16 strings of up to 1,000 characters; the text ends before the first of them.
             ignore_end: write on past end tokens.
@@ -147,47 +80,21 @@ class AsyncClient(AsyncBaseClient):
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
             print_special: print end and pad tokens in the text; otherwise they have none.
 
-        >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"])
+        >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"], temperature=0.7)
         >>> result.text, result.finish_reason, result.seed
         (' there was a ', 'stop', NoiseSeed(base_seed=7, sample_id=0))
         """
-        request = GenerationRequest(
-            prompt,
-            max_new_tokens,
-            sampler,
-            sampling,
-            seed,
-            stop,
-            ignore_end,
-            with_latents,
-            top_logprobs,
-            print_special,
-        )
-        async with self._stream(request, timeout, request_id) as stream:
+        async with self.stream(prompt, timeout=timeout, request_id=request_id, **settings) as stream:
             chunks = [chunk async for chunk in stream]
         return responses.generation_result(chunks, stream.request_id)
-
-    def _stream(
-        self, request: GenerationRequest, timeout: float | None, request_id: str
-    ) -> AsyncStream[GenerationChunk]:
-        message = requests.generate(request)
-        return self._transport.stream(message, responses.generation_chunk, timeout, request_id)
 
     def stream(
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int | None = None,
-        sampler: Sampler | None = None,
-        sampling: Sampling | None = None,
-        seed: int | NoiseSeed | None = None,
-        stop: Sequence[str] = (),
-        ignore_end: bool = False,
-        with_latents: bool = False,
-        top_logprobs: int | None = None,
-        print_special: bool = False,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[GenerationFields],
     ) -> AsyncStream[GenerationChunk]:
         """Continue a prompt and yield the text block by block, as `generate` otherwise.
 
@@ -201,19 +108,8 @@ class AsyncClient(AsyncBaseClient):
         're w' None
         'as a' length
         """
-        request = GenerationRequest(
-            prompt,
-            max_new_tokens,
-            sampler,
-            sampling,
-            seed,
-            stop,
-            ignore_end,
-            with_latents,
-            top_logprobs,
-            print_special,
-        )
-        return self._stream(request, timeout, request_id)
+        request = requests.generate(requests.generation(prompt, settings))
+        return self._transport.stream(request, responses.generation_chunk, timeout, request_id)
 
     async def generate_many(
         self, prompts: Iterable[Prompt | GenerationRequest], *, concurrency: int = 8, timeout: float | None = None
@@ -242,7 +138,7 @@ class AsyncClient(AsyncBaseClient):
         >>> await client.tokenize("fox")
         Tokens(ids=(102, 111, 120), texts=('f', 'o', 'x'))
         """
-        request = requests.tokenize(text)
+        request = build(generation_pb2.TokenizeRequest, text=requests.of_kind(text, str, "text"))
         return await self._transport.unary(request, responses.tokens, timeout, request_id)
 
     async def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
@@ -251,8 +147,8 @@ class AsyncClient(AsyncBaseClient):
         >>> await client.detokenize([102, 111, 120])
         'fox'
         """
-        request = requests.detokenize(ids)
-        return await self._transport.unary(request, responses.text, timeout, request_id)
+        request = build(generation_pb2.DetokenizeRequest, token_ids=ids)
+        return await self._transport.unary(request, attrgetter("text"), timeout, request_id)
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
         """The model, its defaults, the server's limits and load, and the stages behind it.
@@ -271,7 +167,7 @@ class AsyncClient(AsyncBaseClient):
         '0123456789abcdef'
         """
         request = latent_service_pb2.LatentServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.service_info, timeout, request_id)
+        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
 
     async def encode_text(
         self, texts: Sequence[str], *, with_variance: bool = False, timeout: float | None = None, request_id: str = ""
@@ -282,8 +178,13 @@ class AsyncClient(AsyncBaseClient):
         >>> [encoding.latents.shape for encoding in encodings]
         [(3, 2), (5, 2)]
         """
-        request = requests.encode_text(texts, with_variance)
-        return await self._transport.unary(request, responses.text_encodings, timeout, request_id)
+        request = build(
+            latent_service_pb2.EncodeTextRequest,
+            texts=requests.strings(texts, "texts"),
+            with_variance=with_variance or None,
+        )
+        answer = responses.several(TextEncoding, "encodings")
+        return await self._transport.unary(request, answer, timeout, request_id)
 
     async def decode_latents(
         self,
@@ -295,6 +196,7 @@ class AsyncClient(AsyncBaseClient):
         token_count: int | None = None,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[SamplingFields],
     ) -> DecodedLatents:
         """Latents to text.
 
@@ -309,7 +211,14 @@ class AsyncClient(AsyncBaseClient):
         >>> (await client.decode_latents(encoding.latents)).text
         'fox'
         """
-        request = requests.decode_latents(latents, sampling, top_logprobs, target_ids, token_count)
+        request = build(
+            latent_service_pb2.DecodeLatentsRequest,
+            latents=Latents.of(latents),
+            top_logprobs=top_logprobs,
+            target_ids=target_ids,
+            token_count=token_count,
+            **merged(settings, sampling=sampling),
+        )
         return await self._transport.unary(request, responses.decoded_latents, timeout, request_id)
 
     def sample_latents(
@@ -321,6 +230,7 @@ class AsyncClient(AsyncBaseClient):
         seed: int | NoiseSeed | None = None,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
 
@@ -330,7 +240,13 @@ class AsyncClient(AsyncBaseClient):
         ...     print([(block.index, block.latents.values.shape) async for block in blocks])
         [(0, (4, 2)), (1, (4, 2))]
         """
-        request = requests.sample_latents(prefix, max_blocks, sampler, seed)
+        request = build(
+            latent_service_pb2.SampleLatentsRequest,
+            prefix=prefix,
+            max_blocks=max_blocks,
+            seed=seed,
+            **merged(settings, sampler=sampler),
+        )
         return self._transport.stream(request, responses.latent_block, timeout, request_id)
 
     async def interpolate(
@@ -343,6 +259,7 @@ class AsyncClient(AsyncBaseClient):
         sampling: Sampling | None = None,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[SamplingFields],
     ) -> list[InterpolationPoint]:
         """Walk between two texts or latents and decode 2 to 256 points of the way, both ends included.
 
@@ -351,8 +268,17 @@ class AsyncClient(AsyncBaseClient):
         >>> [point.text for point in await client.interpolate("aaa", "ccc", points=3, interpolation="lerp")]
         ['aaa', 'bbb', 'ccc']
         """
-        request = requests.interpolate(start, end, points, interpolation, sampling)
-        return await self._transport.unary(request, responses.interpolation, timeout, request_id)
+        request = build(
+            latent_service_pb2.InterpolateRequest,
+            start=_endpoint(start, "start"),
+            end=_endpoint(end, "end"),
+            points=points,
+            interpolation=interpolation,
+            **merged(settings, sampling=sampling),
+        )
+        return await self._transport.unary(
+            request, responses.several(InterpolationPoint, "points"), timeout, request_id
+        )
 
     async def infill(
         self,
@@ -363,6 +289,7 @@ class AsyncClient(AsyncBaseClient):
         seed: int | NoiseSeed | None = None,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[WritingFields],
     ) -> InfillResult:
         """Write the holes of a text. A string is kept byte for byte, a number is a hole of so many tokens.
 
@@ -372,8 +299,13 @@ class AsyncClient(AsyncBaseClient):
         >>> result.text, result.segments
         ('My name is ___.', ('My name is ', '___', '.'))
         """
-        request = requests.infill(segments, sampler, sampling, seed)
-        return await self._transport.unary(request, responses.infill, timeout, request_id)
+        request = build(
+            latent_service_pb2.InfillRequest,
+            segments=_segments(segments),
+            seed=seed,
+            **merged(settings, sampler=sampler, sampling=sampling),
+        )
+        return await self._transport.unary(request, responses.one(InfillResult), timeout, request_id)
 
     async def reconstruct(
         self, texts: Sequence[str], *, timeout: float | None = None, request_id: str = ""
@@ -384,8 +316,10 @@ class AsyncClient(AsyncBaseClient):
         >>> reconstruction.text, reconstruction.token_accuracy
         ('fox', 1.0)
         """
-        request = requests.reconstruct(texts)
-        return await self._transport.unary(request, responses.reconstructions, timeout, request_id)
+        request = build(latent_service_pb2.ReconstructRequest, texts=requests.strings(texts, "texts"))
+        return await self._transport.unary(
+            request, responses.several(Reconstruction, "reconstructions"), timeout, request_id
+        )
 
 
 async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | GenerationRequest) -> GenerationOutcome:
@@ -396,3 +330,22 @@ async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | G
         return GenerationOutcome(request, await client.generate(**settings, timeout=timeout), None)
     except ColaserveError as error:
         return GenerationOutcome(request, None, error)
+
+
+def _endpoint(point: str | LatentsLike, field: str) -> latent_service_pb2.Endpoint:
+    if isinstance(point, str):
+        return build(latent_service_pb2.Endpoint, f"{field}.", text=point)
+    return build(latent_service_pb2.Endpoint, latents=Latents.of(point, field))
+
+
+def _segments(segments: Sequence[str | int]) -> list[latent_service_pb2.InfillSegment]:
+    if isinstance(segments, str):
+        raise invalid("segments", "expected a list of texts and hole sizes, got one text without a hole")
+    return [
+        build(
+            latent_service_pb2.InfillSegment,
+            f"segments[{index}].",
+            **{"text" if isinstance(segment, str) else "token_count": segment},
+        )
+        for index, segment in enumerate(segments)
+    ]

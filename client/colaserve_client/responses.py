@@ -1,25 +1,88 @@
-"""Python values from response messages."""
+"""Python values from response messages: a dataclass of `results` from the message's fields of the same names."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import cache, partial
+from types import NoneType
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.message import Message
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
+from colaserve.v1 import decoder_pb2, generation_pb2, latent_service_pb2, prior_pb2, types_pb2
 from colaserve_client import results
-from colaserve_client.arrays import array_from_tensor, shortest
+from colaserve_client.arrays import FloatArray, array_from_tensor, shortest
 from colaserve_client.calls import converted
 from colaserve_client.errors import Details, ServerError
-from colaserve_client.fields import fields_of
 from colaserve_client.latents import Latents
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.requests import enum_names
 
-_FINISH_REASONS: Mapping[int, results.FinishReason] = {
-    types_pb2.FINISH_REASON_STOP: "stop",
-    types_pb2.FINISH_REASON_LENGTH: "length",
-}
+T = TypeVar("T")
 
-T = TypeVar("T", Sampler, Sampling)
+
+def read(kind: type[T], message: Message, **given: object) -> T:
+    """A dataclass of the message's fields of the same names, but for those that are given.
+
+    A field that may be None in the dataclass is None where the message lacks it.
+    """
+    known = message.DESCRIPTOR.fields_by_name
+    for name, hint in _hints(cast(Any, kind)):
+        if name in known and name not in given:
+            given[name] = _value(hint, known[name], message)
+        elif NoneType in get_args(hint):
+            given.setdefault(name, None)
+    return kind(**given)
+
+
+def one(kind: type[T]) -> Callable[[Message], T]:
+    """What reads an answer that is one such value."""
+    return partial(read, kind)
+
+
+def several(kind: type[T], field: str) -> Callable[[Message], list[T]]:
+    """What reads an answer with a list of such values in a field."""
+    return lambda message: [read(kind, each) for each in getattr(message, field)]
+
+
+@cache
+def _hints(kind: Any) -> Sequence[tuple[str, Any]]:
+    hints = get_type_hints(kind)
+    return [(field.name, hints[field.name]) for field in fields(kind)]
+
+
+def _value(hint: Any, field: Any, message: Message) -> Any:
+    value, optional = getattr(message, field.name), NoneType in get_args(hint)
+    if optional:
+        if field.has_presence and not message.HasField(field.name):
+            return None
+        [hint] = [each for each in get_args(hint) if each is not NoneType] or [hint]
+    if field.enum_type is not None and optional and value == 0:
+        return None
+    if get_origin(hint) is tuple:
+        return tuple(map(_reader(get_args(hint)[0], field), value))
+    return _reader(hint, field)(value)
+
+
+def _reader(hint: Any, field: Any) -> Callable[[Any], Any]:
+    """What makes a Python value of one on the wire."""
+    if hint is float:
+        return shortest
+    if hint is Latents:
+        return Latents.from_proto
+    if hint == FloatArray:
+        return partial(array_from_tensor, field=field.name)
+    if get_origin(hint) is Literal:
+        return partial(_enum_name, field)
+    return one(hint) if hasattr(hint, "__dataclass_fields__") else _same
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def _enum_name(field: Any, number: int) -> str:
+    if number not in (names := enum_names(field.enum_type)):
+        raise ValueError(f"{field.name}: {number} is not one of {sorted(names)}")
+    return names[number]
 
 
 class _Logprobs(Protocol):
@@ -31,21 +94,6 @@ class _Logprobs(Protocol):
     def logprobs(self) -> Sequence[float]: ...
     @property
     def top_logprobs(self) -> Sequence[types_pb2.TopLogprobs]: ...
-
-
-def timing(message: types_pb2.Timing) -> results.Timing:
-    """Where the time went."""
-    return results.Timing(message.queue_us, message.compute_us)
-
-
-def usage(message: types_pb2.Usage) -> results.Usage:
-    """What was used."""
-    return results.Usage(message.prompt_tokens, message.completion_tokens, message.blocks, message.wasted_blocks)
-
-
-def noise_seed(message: types_pb2.NoiseSeed) -> NoiseSeed:
-    """The seed of a run."""
-    return NoiseSeed(message.base_seed, message.sample_id)
 
 
 def token_logprobs(message: _Logprobs, texts: Sequence[str] = ()) -> tuple[results.TokenLogprobs, ...]:
@@ -66,17 +114,7 @@ def _top_tokens(message: types_pb2.TopLogprobs) -> tuple[results.TopToken, ...]:
 
 def generation_chunk(message: generation_pb2.GenerateResponse) -> results.GenerationChunk:
     """One block of a generation."""
-    return results.GenerationChunk(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        tokens=tuple(message.tokens),
-        logprobs=token_logprobs(message, message.tokens),
-        latents=Latents.from_proto(message.latents) if message.HasField("latents") else None,
-        finish_reason=_FINISH_REASONS.get(message.finish_reason),
-        usage=usage(message.usage) if message.HasField("usage") else None,
-        seed=noise_seed(message.seed) if message.HasField("seed") else None,
-        timing=timing(message.timing),
-    )
+    return read(results.GenerationChunk, message, logprobs=token_logprobs(message, message.tokens))
 
 
 def generation_result(chunks: Iterable[results.GenerationChunk], request_id: str) -> results.GenerationResult:
@@ -105,204 +143,21 @@ def tokens(message: generation_pb2.TokenizeResponse) -> results.Tokens:
     return results.Tokens(tuple(message.token_ids), tuple(message.tokens))
 
 
-def text(message: generation_pb2.DetokenizeResponse) -> str:
-    """Token ids turned into text."""
-    return message.text
-
-
-def text_encodings(message: latent_service_pb2.EncodeTextResponse) -> list[results.TextEncoding]:
-    """One for each text."""
-    return [
-        results.TextEncoding(
-            Latents.from_proto(each.latents),
-            array_from_tensor(each.log_variance, "log_variance") if each.HasField("log_variance") else None,
-            tuple(each.token_ids),
-            tuple(each.tokens),
-        )
-        for each in message.encodings
-    ]
-
-
 def decoded_latents(message: latent_service_pb2.DecodeLatentsResponse) -> results.DecodedLatents:
     """Latents turned into text."""
-    return results.DecodedLatents(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        tokens=tuple(message.tokens),
-        logprobs=token_logprobs(message, message.tokens),
-        target_logprobs=tuple(map(shortest, message.target_logprobs)),
-        timing=timing(message.timing),
-    )
+    return read(results.DecodedLatents, message, logprobs=token_logprobs(message, message.tokens))
 
 
 def latent_block(message: latent_service_pb2.SampleLatentsResponse | prior_pb2.SampleResponse) -> results.LatentBlock:
     """One block, of the coordinator or of a prior."""
-    return results.LatentBlock(
-        index=message.block_index,
-        latents=Latents.from_proto(message.latents),
-        timing=timing(message.timing),
-        seed=noise_seed(message.seed) if isinstance(message, latent_service_pb2.SampleLatentsResponse) else None,
-    )
-
-
-def interpolation(message: latent_service_pb2.InterpolateResponse) -> list[results.InterpolationPoint]:
-    """The points of a walk, in order."""
-    return [
-        results.InterpolationPoint(
-            weight=shortest(point.weight),
-            latents=Latents.from_proto(point.latents),
-            text=point.text,
-            token_ids=tuple(point.token_ids),
-            tokens=tuple(point.tokens),
-        )
-        for point in message.points
-    ]
-
-
-def infill(message: latent_service_pb2.InfillResponse) -> results.InfillResult:
-    """A filled text."""
-    return results.InfillResult(
-        text=message.text,
-        segments=tuple(message.segments),
-        token_ids=tuple(message.token_ids),
-        tokens=tuple(message.tokens),
-        finish_reasons=tuple(_FINISH_REASONS[reason] for reason in message.finish_reasons),
-        usage=usage(message.usage),
-        seed=noise_seed(message.seed),
-        timing=timing(message.timing),
-    )
-
-
-def reconstructions(message: latent_service_pb2.ReconstructResponse) -> list[results.Reconstruction]:
-    """One for each text."""
-    return [
-        results.Reconstruction(
-            text=each.text,
-            token_ids=tuple(each.token_ids),
-            tokens=tuple(each.tokens),
-            original_ids=tuple(each.original_ids),
-            token_accuracy=shortest(each.token_accuracy),
-            bits_per_token=shortest(each.bits_per_token),
-        )
-        for each in message.reconstructions
-    ]
-
-
-def sequence_encodings(message: encoder_pb2.EncodeResponse) -> list[results.SequenceEncoding]:
-    """One for each sequence."""
-    return [
-        results.SequenceEncoding(
-            Latents.from_proto(each.latents),
-            array_from_tensor(each.log_variance, "log_variance") if each.HasField("log_variance") else None,
-        )
-        for each in message.encodings
-    ]
+    return read(results.LatentBlock, message, index=message.block_index)
 
 
 def decoded_block(message: decoder_pb2.DecodeResponse) -> results.DecodedBlock:
     """One block of a decoder's session."""
-    return results.DecodedBlock(
-        token_ids=tuple(message.token_ids),
-        logprobs=token_logprobs(message),
-        logits=array_from_tensor(message.logits, "logits") if message.HasField("logits") else None,
-        target_logprobs=tuple(map(shortest, message.target_logprobs)),
-        timing=timing(message.timing),
-    )
-
-
-def model_shape(message: types_pb2.ModelShape) -> results.ModelShape:
-    """The shape of a model."""
-    return results.ModelShape(
-        latent_dim=message.latent_dim,
-        block_size=message.block_size,
-        vae_block_size=message.vae_block_size,
-        patch_size=message.patch_size,
-        vocab_size=message.vocab_size,
-        parameters=message.parameters,
-    )
-
-
-def limits(message: types_pb2.Limits) -> results.Limits:
-    """What a service takes at most."""
-    return results.Limits(
-        max_context=message.max_context,
-        max_message_bytes=message.max_message_bytes,
-        max_running=message.max_running,
-        max_waiting=message.max_waiting,
-        kv_bytes=message.kv_bytes,
-        run_ahead=message.run_ahead,
-    )
-
-
-def server_info(message: types_pb2.ServerInfo) -> results.ServerInfo:
-    """A process and its load."""
-    return results.ServerInfo(
-        version=message.version,
-        device=message.device,
-        dtype=message.dtype,
-        running=message.running,
-        waiting=message.waiting,
-        kv_bytes_used=message.kv_bytes_used,
-        uptime_seconds=message.uptime_seconds,
-    )
-
-
-ServiceInfoMessage = (
-    encoder_pb2.EncoderServiceGetInfoResponse
-    | prior_pb2.PriorServiceGetInfoResponse
-    | decoder_pb2.DecoderServiceGetInfoResponse
-    | latent_service_pb2.LatentServiceGetInfoResponse
-)
-
-
-def service_info(message: ServiceInfoMessage) -> results.ServiceInfo:
-    """A stage, or the latent service."""
-    return results.ServiceInfo(
-        model=model_shape(message.model),
-        space=message.space,
-        limits=limits(message.limits),
-        server=server_info(message.server),
-        has_variance=message.has_variance if isinstance(message, encoder_pb2.EncoderServiceGetInfoResponse) else None,
-    )
+    return read(results.DecodedBlock, message, logprobs=token_logprobs(message))
 
 
 def model_info(message: generation_pb2.GenerationServiceGetInfoResponse) -> results.ModelInfo:
     """A coordinator and what it serves."""
-    return results.ModelInfo(
-        name=message.model_name,
-        model=model_shape(message.model),
-        space=message.space,
-        limits=limits(message.limits),
-        server=server_info(message.server),
-        default_sampler=settings(Sampler, message.default_sampler),
-        default_sampling=settings(Sampling, message.default_sampling),
-        default_max_new_tokens=message.default_max_new_tokens,
-        chat_frame=message.chat_frame,
-        end_ids=tuple(message.end_ids),
-        pad_id=message.pad_id,
-        stages=tuple(_stage_info(stage) for stage in message.stages),
-        description=message.description,
-    )
-
-
-def _stage_info(message: generation_pb2.StageInfo) -> results.StageInfo:
-    return results.StageInfo(
-        stage=message.stage,
-        target=message.target,
-        serving=message.serving,
-        space=message.space,
-        limits=limits(message.limits),
-        server=server_info(message.server),
-    )
-
-
-def settings(kind: type[T], message: Message) -> T:
-    """The set fields of a Sampler or a Sampling."""
-    found: dict[str, Any] = {}
-    for name, field in fields_of(kind).items():
-        value = getattr(message, name)
-        if field.choices is not None:
-            found[name] = next((text for text, number in field.choices.items() if number == value), None)
-        elif message.HasField(name):
-            found[name] = shortest(value) if field.kind is float else value
-    return kind(**found)
+    return read(results.ModelInfo, message, name=message.model_name)

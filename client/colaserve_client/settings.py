@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypedDict
 
 from colaserve.v1 import types_pb2
 from colaserve_client.errors import invalid
@@ -145,6 +145,31 @@ class Sampling:
     ] = None
 
 
+class SamplerFields(TypedDict, total=False):
+    """The fields of `Sampler` as keywords of a call."""
+
+    steps: int | None
+    guidance_scale: float | None
+    solver: Solver | None
+    guidance_start: float | None
+    guidance_end: float | None
+    resamples: int | None
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of `Sampling` as keywords of a call."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    sampling_seed: int | None
+
+
+class WritingFields(SamplerFields, SamplingFields, total=False):
+    """Both."""
+
+
 @documented
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -169,3 +194,17 @@ class GenerationRequest:
         int | None, Field("Return log-probabilities, and those of so many likely tokens.", Range(0, 20))
     ] = None
     print_special: Annotated[bool, Field("Print end and pad tokens in the text.")] = False
+
+
+class GenerationFields(WritingFields, total=False):
+    """The fields of `GenerationRequest`, and those of its sampler and its sampling, as keywords of a call."""
+
+    max_new_tokens: int | None
+    sampler: Sampler | None
+    sampling: Sampling | None
+    seed: int | NoiseSeed | None
+    stop: Sequence[str]
+    ignore_end: bool
+    with_latents: bool
+    top_logprobs: int | None
+    print_special: bool

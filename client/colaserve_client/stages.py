@@ -3,15 +3,18 @@
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Unpack
 
 from numpy.typing import ArrayLike
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
-from colaserve_client import requests, responses
-from colaserve_client.client import AsyncBaseClient
-from colaserve_client.latents import LatentsLike
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_client import responses
+from colaserve_client.base import AsyncBaseClient
+from colaserve_client.errors import invalid
+from colaserve_client.latents import Latents, LatentsLike
+from colaserve_client.requests import build, merged
 from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import NoiseSeed, Sampler, SamplerFields, Sampling, SamplingFields
 from colaserve_client.transport import AsyncExchange, AsyncStream
 
 
@@ -35,13 +38,15 @@ class AsyncEncoderClient(AsyncBaseClient):
         request_id: str = "",
     ) -> list[SequenceEncoding]:
         """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others."""
-        request = requests.encode(sequences, with_variance)
-        return await self._transport.unary(request, responses.sequence_encodings, timeout, request_id)
+        request = build(encoder_pb2.EncodeRequest, sequences=sequences, with_variance=with_variance or None)
+        return await self._transport.unary(
+            request, responses.several(SequenceEncoding, "encodings"), timeout, request_id
+        )
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = encoder_pb2.EncoderServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.service_info, timeout, request_id)
+        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
 
 
 class AsyncPriorClient(AsyncBaseClient):
@@ -65,6 +70,7 @@ class AsyncPriorClient(AsyncBaseClient):
         noise: ArrayLike | None = None,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Write the blocks of a canvas and yield them; leaving early cancels and frees.
 
@@ -77,13 +83,23 @@ class AsyncPriorClient(AsyncBaseClient):
             seed: of the noise; or
             noise: the noise itself, (max_blocks, B, d). Exactly one of both.
         """
-        request = requests.sample(latents, open_spans, max_blocks, first_block, sampler, seed, noise)
+        if (seed is None) == (noise is None):
+            raise invalid("noise_source", f"expected either seed or noise, got {'none' if seed is None else 'both'}")
+        request = build(
+            prior_pb2.SampleRequest,
+            canvas=_canvas(latents, open_spans),
+            max_blocks=max_blocks,
+            first_block=first_block or None,
+            seed=seed,
+            noise=noise,
+            **merged(settings, sampler=sampler),
+        )
         return self._transport.stream(request, responses.latent_block, timeout, request_id)
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = prior_pb2.PriorServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.service_info, timeout, request_id)
+        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
 
 
 class AsyncDecoderClient(AsyncBaseClient):
@@ -110,6 +126,7 @@ class AsyncDecoderClient(AsyncBaseClient):
         max_latents: int = 0,
         timeout: float | None = None,
         request_id: str = "",
+        **settings: Unpack[SamplingFields],
     ) -> "AsyncDecodeSession":
         """Open a session: a context manager that decodes block after block and frees its cache at the end.
 
@@ -123,15 +140,26 @@ class AsyncDecoderClient(AsyncBaseClient):
             max_latents: positions, prefix included, to reserve the cache for; 0: as many as the server allows.
             timeout: seconds for the whole session.
         """
-        opening = requests.open_decode(
-            prefix, sampling, history_ids, with_logits, top_logprobs, target_ids, max_latents
+        opening = build(
+            decoder_pb2.OpenDecode,
+            prefix=prefix,
+            history_ids=history_ids,
+            with_logits=with_logits or None,
+            top_logprobs=top_logprobs or None,
+            target_ids=target_ids,
+            max_latents=max_latents or None,
+            **merged(settings, sampling=sampling),
         )
-        return AsyncDecodeSession(self._transport.exchange(opening, responses.decoded_block, timeout, request_id))
+        return AsyncDecodeSession(
+            self._transport.exchange(
+                decoder_pb2.DecodeRequest(open=opening), responses.decoded_block, timeout, request_id
+            )
+        )
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
         request = decoder_pb2.DecoderServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.service_info, timeout, request_id)
+        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
 
 
 class AsyncDecodeSession:
@@ -147,7 +175,7 @@ class AsyncDecodeSession:
 
     async def decode(self, block: LatentsLike) -> DecodedBlock:
         """Decode the next block, (B, d)."""
-        return await self._exchange.ask(requests.decode_block(block))
+        return await self._exchange.ask(decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto()))
 
     async def close(self) -> None:
         """End the session and free what it holds."""
@@ -160,3 +188,8 @@ class AsyncDecodeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _canvas(latents: LatentsLike | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:
+    spans = [build(types_pb2.Span, f"canvas.open[{i}].", start=s, end=e) for i, (s, e) in enumerate(open_spans)]
+    return build(types_pb2.Canvas, latents=latents, open=spans)

@@ -10,6 +10,8 @@ import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import get_type_hints
 
 import grpc
 import numpy as np
@@ -32,6 +34,8 @@ from colaserve_client import (
     TokenLogprobs,
     TopToken,
 )
+from colaserve_client.fields import flat_fields
+from colaserve_client.settings import GenerationFields, SamplerFields, SamplingFields
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import STORY, FakeServer
 from tests.waiting import wait_until, when
@@ -68,18 +72,35 @@ def test_what_came_as_float32_prints_as_it_was_meant(client: Client, behaviour: 
     assert client.info().default_sampling.top_p == 0.9
 
 
-def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour) -> None:
+OBJECTS = {"sampler": Sampler(8, 1.5, "heun", 0.75, 0.25, 2), "sampling": Sampling(0.5, 0, 0.25, 1.25, 9)}
+KEYWORDS = {
+    "steps": 8,
+    "guidance_scale": 1.5,
+    "solver": "heun",
+    "guidance_start": 0.75,
+    "guidance_end": 0.25,
+    "resamples": 2,
+    "temperature": 0.5,
+    "top_k": 0,
+    "top_p": 0.25,
+    "repetition_penalty": 1.25,
+    "sampling_seed": 9,
+}
+MIXED = {**KEYWORDS, "steps": None, "top_k": None, "sampler": Sampler(steps=8), "sampling": Sampling(top_k=0)}
+
+
+@pytest.mark.parametrize("settings", [OBJECTS, KEYWORDS, MIXED], ids=["objects", "keywords", "both"])
+def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour, settings: dict) -> None:
     client.generate(
         [1, 2, 3],
         max_new_tokens=5,
-        sampler=Sampler(8, 1.5, "heun", 0.75, 0.25, 2),
-        sampling=Sampling(0.5, 0, 0.25, 1.25, 9),
         seed=NoiseSeed(5, 6),
         stop=["a", "b"],
         ignore_end=True,
         with_latents=True,
         top_logprobs=0,
         print_special=True,
+        **settings,
     )
     request = behaviour.requests[-1]
     assert list(request.prompt_ids.ids) == [1, 2, 3]
@@ -99,6 +120,34 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour) 
     assert request.HasField("top_logprobs")
     assert request.print_special
     assert request.max_new_tokens == 5
+
+
+def test_the_keywords_of_calls_are_the_fields_of_the_settings() -> None:
+    assert set(get_type_hints(SamplerFields)) == set(flat_fields(Sampler))
+    assert set(get_type_hints(SamplingFields)) == set(flat_fields(Sampling))
+    own = {field.name for field in fields(GenerationRequest)} - {"prompt"}
+    assert set(get_type_hints(GenerationFields)) == own | set(flat_fields(Sampler, Sampling))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"sampler": Sampler(steps=8), "steps": 8}, {"sampling": Sampling(seed=1), "sampling_seed": 2}],
+)
+def test_a_setting_that_is_given_twice_is_refused_by_name(client: Client, settings: dict) -> None:
+    name = list(settings)[1]
+    with pytest.raises(InvalidRequest, match=f"{name}: given twice, as {name}= and in sampl") as caught:
+        client.generate("Once", **settings)
+    assert caught.value.field == name
+
+
+def test_keywords_that_a_call_does_not_have_are_type_errors(client: Client) -> None:
+    for call in (
+        lambda: client.generate("Once", temprature=1),
+        lambda: client.sample_latents(max_blocks=1, temperature=1),
+        lambda: client.decode_latents([[97.0, 0.0]], steps=2),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            call()
 
 
 def test_what_is_not_given_is_left_to_the_server(client: Client, behaviour: Behaviour) -> None:

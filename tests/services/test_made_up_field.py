@@ -62,7 +62,7 @@ def test_it_is_documented_where_it_is_used() -> None:
 def test_the_client_sends_it_and_reads_it_back_and_checks_its_range(message: Any) -> None:
     sent = requests.settings_message(message, Extended(steps=3, made_up=7), "sampler.")
     assert (sent.steps, sent.made_up) == (3, 7)
-    assert responses.settings(Extended, sent) == Extended(steps=3, made_up=7)
+    assert responses.read(Extended, sent) == Extended(steps=3, made_up=7)
     with pytest.raises(InvalidRequest, match=r"sampler\.made_up: got 10, expected 0 to 9"):
         requests.settings_message(message, Extended(made_up=10), "sampler.")
 
