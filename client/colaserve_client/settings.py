@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypedDict
 
+import numpy as np
+
 from colaserve.v1 import types_pb2
+from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import invalid
 from colaserve_client.fields import Field, Range, documented
 
@@ -99,6 +103,22 @@ class NoiseSeed:
         int, Field("Seed of the noise; equal seeds give equal texts.", Range(0, 2**63 - 1), flat="seed")
     ]
     sample_id: Annotated[int, Field("Tells samples of one seed apart.", Range(0, 9_999))] = 0
+
+    def noise(self, max_blocks: int, block_size: int, latent_dim: int, *, first_block: int = 0) -> FloatArray:
+        """The noise that the seed stands for, (max_blocks, block_size, latent_dim), as `PriorClient.sample` takes it.
+
+        It is what torch's CPU generator draws, whose rounding no other library repeats, so this needs torch, which the
+        client does not bring along: an ImportError says so where it is not installed.
+        """
+        try:
+            torch = import_module("torch")
+        except ImportError as error:
+            raise ImportError(f"NoiseSeed.noise() draws with torch's generator: pip install torch ({error})") from error
+        blocks = []
+        for block in range(first_block, first_block + max_blocks):
+            generator = torch.Generator().manual_seed(self.base_seed + 1_000 * self.sample_id + 10_000_000 * block)
+            blocks.append(torch.randn(block_size, latent_dim, generator=generator).numpy())
+        return np.array(blocks, np.float32).reshape(max_blocks, block_size, latent_dim)
 
 
 @documented

@@ -74,6 +74,16 @@ def test_a_loop_over_the_stages_writes_what_the_coordinator_writes(client: Clien
     assert whole.latents == Latents.concat(latents for latents, _ in written)[: len(whole.latents)]
 
 
+def test_a_seed_and_its_noise_are_the_same_run(target: str) -> None:
+    with PriorClient(target) as prior:
+        model, seed = prior.info().model, NoiseSeed(5, 3)
+        noise = seed.noise(2, model.block_size, model.latent_dim)
+        seeded, given = (
+            list(prior.sample(max_blocks=2, steps=2, **source)) for source in ({"seed": seed}, {"noise": noise})
+        )
+        assert [block.latents for block in seeded] == [block.latents for block in given]
+
+
 def test_texts_go_through_the_latent_space(client: Client) -> None:
     text = "A guardian angel walked in"
     [encoding] = client.encode_text([text], with_variance=True)

@@ -1,6 +1,7 @@
 """The latent service and the three stages."""
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -160,6 +161,20 @@ def test_the_encoder_encodes(server: FakeServer) -> None:
         with pytest.raises(InvalidRequest) as caught:
             encoder.encode([[1], [-1]])
     assert caught.value.field == "sequences[1]"
+
+
+def test_a_seed_tells_its_noise() -> None:
+    torch = pytest.importorskip("torch")
+    noise = NoiseSeed(7, 2).noise(2, 4, 3, first_block=1)
+    generator = torch.Generator().manual_seed(7 + 2_000 + 20_000_000)
+    np.testing.assert_array_equal(noise[1], torch.randn(4, 3, generator=generator).numpy())
+    assert (noise.shape, noise.dtype) == ((2, 4, 3), np.float32)
+
+
+def test_the_noise_of_a_seed_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="pip install torch"):
+        NoiseSeed(7).noise(1, 4, 2)
 
 
 def test_the_prior_takes_seed_or_noise(server: FakeServer, behaviour: Behaviour) -> None:
