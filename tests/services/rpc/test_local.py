@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
-from colaserve_services.errors import InvalidRequest, Overloaded
+from colaserve_services.errors import ColaserveError, InvalidRequest, Overloaded
 from colaserve_services.rpc import requests
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.edge import Edge
@@ -112,30 +112,20 @@ async def test_a_unary_call_returns_its_response_and_carries_metadata_and_deadli
 
 
 @pytest.mark.parametrize(
-    ("request_", "kind"),
+    ("request_", "error"),
     [
-        (sequences(0), InvalidRequest),
-        (encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}], with_variance=True), Overloaded),
+        (sequences(0), InvalidRequest("sequences", "got none, expected 1 to 256")),
+        (encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}], with_variance=True), Overloaded("full", retry_after=2.5)),
+        (sequences(2), ColaserveError("INTERNAL: internal error; the server's log has it under request id find-me")),
     ],
 )
-async def test_errors_cross_with_their_details(connect, request_, kind):
+async def test_errors_cross_with_their_details_and_those_that_nobody_knows_without(connect, request_, error, caplog):
     async with connect(Encoder(), *ENCODER) as stub:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Encode(request_)
-    error = error_from_rpc(caught.value)
-    assert type(error) is kind
-    assert getattr(error, "field", "sequences") == "sequences"
-    assert getattr(error, "retry_after", 2.5) == 2.5
-
-
-async def test_an_unknown_exception_tells_the_request_id_and_nothing_else(connect, caplog):
-    async with connect(Encoder(), *ENCODER) as stub:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Encode(sequences(2), metadata=(("x-request-id", "find-me"),))
-    assert caught.value.code() == grpc.StatusCode.INTERNAL
-    assert "find-me" in caught.value.details()
-    assert "secret" not in caught.value.details()
-    assert "a secret" in caplog.text
+            await stub.Encode(request_, metadata=(("x-request-id", "find-me"),))
+    crossed = error_from_rpc(caught.value)
+    assert (type(crossed), str(crossed), vars(crossed)) == (type(error), str(error), vars(error))
+    assert ("a secret" in caplog.text) is (type(error) is ColaserveError)
 
 
 async def test_a_stream_gives_all_messages_in_order_and_then_its_error(connect):
