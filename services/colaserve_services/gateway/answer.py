@@ -17,11 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Unavailable
-from colaserve_services.gateway.backend import Backend
+from colaserve_services.gateway.backend import Backend, TokenTexts
 from colaserve_services.gateway.dialects import REASONS, Dialect
 from colaserve_services.gateway.edge import RequestRecord
 from colaserve_services.gateway.errors import ApiError, api_error
-from colaserve_services.gateway.older import Texts
 from colaserve_services.gateway.settings import Bounds
 from colaserve_services.gateway.shapes import Usage
 
@@ -77,7 +76,7 @@ class Answer:
         """Run all calls, sending events if there is a stream. Returns each choice as one message, of a stream the last
         message of each."""
         choices = [GenerateResponse() for _ in self.calls]
-        texts = [Texts(self.backend) for _ in self.calls]
+        texts = [TokenTexts(self.backend) for _ in self.calls]
 
         async def take(index: int, message: GenerateResponse) -> None:
             self.record.saw_block()

@@ -18,6 +18,7 @@ from colaserve_services.rpc.requests import outgoing_metadata
 
 INFO_TIMEOUT: Final = 5.0
 UNARY_TIMEOUT: Final = 30.0
+INCOMPLETE: Final = "\ufffd"  # in the text of a token that holds a part of a character
 
 Reach = Callable[[], Awaitable[None]]
 Info = pb.GenerationServiceGetInfoResponse
@@ -66,7 +67,7 @@ class Backend:
             response: InfillResponse = await call
         finally:
             call.cancel()
-        [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # an earlier version says none
+        [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # earlier versions leave it unset
         text = response.segments[len(request.segments) - 2]
         yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
 
@@ -80,14 +81,6 @@ class Backend:
         await self._reach()
         return await method(request, timeout=UNARY_TIMEOUT, metadata=outgoing_metadata())
 
-    async def token_texts(self, ids: Sequence[int]) -> dict[int, str]:
-        """The text of each id, of a coordinator that sends none with what it writes."""
-        most = most_tokens(await self.info())  # that one call takes
-        texts: dict[int, str] = {}
-        for some in (ids[start : start + most] for start in range(0, len(ids), most)):
-            texts |= zip(some, (await self.detokenize(some)).tokens, strict=True)
-        return texts
-
     async def info(self) -> Info:
         """The coordinator's description of itself. One older than `info_seconds` is given while a new one is asked for,
         and as long as none comes."""
@@ -96,7 +89,7 @@ class Backend:
         if self._info is not None:
             return self._info
         assert self._asking is not None
-        return await asyncio.shield(self._asking)  # all who wait share one call
+        return await asyncio.shield(self._asking)  # concurrent callers share one call
 
     async def _ask(self) -> Info:
         try:
@@ -139,3 +132,43 @@ class Backend:
 def _until(deadline: float) -> dict[str, Any]:
     """What each call is made with."""
     return {"timeout": max(deadline - time.monotonic(), 0.001), "metadata": outgoing_metadata()}
+
+
+class TokenTexts:
+    """The texts of one generation's tokens, and where they begin in its text, asked of a coordinator of an earlier
+    version, which sends neither: both are there while versions change."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._at = 0  # characters before the next token
+        self._parts: list[int] = []  # tokens that hold parts of a character, since the last whole one
+
+    async def fill_in(self, message: pb.GenerateResponse) -> None:
+        """Add to log-probabilities what belongs beside them, unless the message has it."""
+        if not message.logprobs or message.tokens:
+            return
+        texts = await self._texts({*message.token_ids, *(id_ for top in message.top_logprobs for id_ in top.token_ids)})
+        for top in message.top_logprobs:
+            top.tokens.extend(texts[id_] for id_ in top.token_ids)
+        message.tokens.extend(texts[id_] for id_ in message.token_ids)
+        for id_ in message.token_ids:
+            message.text_offsets.append(await self._offset(id_, texts[id_]))
+
+    async def _texts(self, ids: set[int]) -> dict[int, str]:
+        most = most_tokens(await self._backend.info())  # that one call takes
+        found: dict[int, str] = {}
+        for start in range(0, len(ids), most):
+            some = sorted(ids)[start : start + most]
+            found |= zip(some, (await self._backend.detokenize(some)).tokens, strict=True)
+        return found
+
+    async def _offset(self, token: int, text: str) -> int:
+        """Where a token begins. A part of a character begins where that does."""
+        if INCOMPLETE in text:
+            self._parts.append(token)
+            return self._at
+        if self._parts:
+            self._at += len((await self._backend.detokenize(self._parts)).text)
+            self._parts.clear()
+        start, self._at = self._at, self._at + len(text)
+        return start

@@ -1,6 +1,6 @@
 """A request's body: read only where a path takes one, bounded, and checked away from the event loop.
 
-What does not fit the schema is told in one sentence that names the field, what was got and what is expected.
+A body that does not fit the schema is refused with one sentence: the field, what was got, what is expected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from colaserve_services.offload import offload
 MOST_PARTS: Final = 32_768  # arrays, objects and keys in one body; each costs a hundred times its bytes in memory
 MOST_ITEMS: Final = 262_144  # commas; parsing so many values holds the interpreter for some 20 ms
 
-_DISCARDED: Final = 16  # times the bound: so much more is read and dropped, since who still writes reads no answer
+_DISCARDED: Final = 16  # times the bound are read before an answer: a client that still writes would not read it
 _SMALL: Final = 64 * 1024  # bytes; a longer body is parsed in a thread
 _SHOWN: Final = 80  # characters of what was got
 _BRIEF: Final = Repr()  # never writes all of a large value
@@ -116,7 +116,7 @@ def _no_json(what: str) -> ApiError:
 
 
 def _validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first fault, its place as pydantic tells it; of a union's several faults the one deepest inside."""
+    """An error that names the first fault; of a union's several faults the one deepest inside."""
     first = faults[0]["loc"][:1]
     same_field = [fault for fault in faults if fault["loc"][:1] == first]
     field = _param(first)
@@ -130,9 +130,10 @@ def _validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     return invalid(_param(worst["loc"]), _sentence(worst))
 
 
-def _param(place: Sequence[int | str]) -> str:
-    """A place such as ("messages", 0, "content", "list[TextPart]", 1, "type"), its union tags left out."""
-    steps = [step for step in place if isinstance(step, int) or step in ALL_NAMES]
+def _param(location: Sequence[int | str]) -> str:
+    """The name of a field by pydantic's location of it, whose union tags are left out:
+    ("messages", 0, "content", "list[TextPart]", 1, "type") is messages[0].content[1].type."""
+    steps = [step for step in location if isinstance(step, int) or step in ALL_NAMES]
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 

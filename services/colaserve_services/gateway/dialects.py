@@ -1,4 +1,4 @@
-"""The two ways OpenAI says the same of a generation: chat completions and text completions, whole and in chunks."""
+"""Generations as OpenAI's JSON: chat completions and text completions, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Final
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_client.arrays import shortest
+from colaserve_services.gateway.backend import INCOMPLETE
 from colaserve_services.gateway.shapes import (
     AnswerMessage,
     ChatLogprobs,
@@ -20,7 +21,6 @@ from colaserve_services.gateway.shapes import (
     Usage,
 )
 
-INCOMPLETE: Final = "\ufffd"
 LOWEST: Final = -9999.0  # stands for minus infinity, which JSON has not
 REASONS: Final[Mapping[int, Reason]] = {
     types_pb2.FINISH_REASON_STOP: "stop",

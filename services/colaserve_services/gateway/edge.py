@@ -51,7 +51,7 @@ class RequestRecord:
 
     @property
     def outcome(self) -> int:
-        """The status that says how it went."""
+        """The status for metrics and logs: that of the answer, or of the error or disconnect that ended it."""
         return CLIENT_GONE if self.client_gone or not self.status else self.failed_with or self.status
 
     def fields(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Edge:
             await answer.response()(scope, receive, send_on)
 
     def _admit(self, scope: Scope, record: RequestRecord) -> AbstractContextManager[None]:
-        """Who asks, and a slot for it; raises NotAuthenticated or Overloaded."""
+        """Identify the client and count its request; raises NotAuthenticated or Overloaded."""
         if scope["path"] in OPEN:
             return nullcontext()
         keys, host = self._settings.keys, scope.get("client")

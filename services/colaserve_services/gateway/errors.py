@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}. The only place that makes it."""
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}. Nothing else makes such bodies."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
 
 
 def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
-    """Any exception as an answer; one that nobody foresaw is logged and called internal.
+    """Any exception as an answer; an unexpected one is logged and answered as an internal error.
 
     `names` translates the coordinator's field names where they differ from FIELD_NAMES.
     """
@@ -87,7 +87,7 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
         return _invalid_upstream(error, {**FIELD_NAMES, **(names or {})})
     if isinstance(error, TimeoutError):
         error = DeadlineExceeded("the request's deadline passed")
-    if isinstance(error, Cancelled):  # by the server: the client is still there, or nobody would read this
+    if isinstance(error, Cancelled):  # by the server: a client that has left gets no answer
         error = Unavailable("the generation was broken off by the server; a retry may succeed")
     code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), None)
     if code is None:

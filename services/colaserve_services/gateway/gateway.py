@@ -178,7 +178,7 @@ class Gateway:
         return {"prompt": (await self._backend.detokenize(body.tokens)).text}
 
     async def health(self, _: Request) -> shapes.Health:
-        """The process lives. Says nothing about load or about the coordinator."""
+        """The process lives, whatever its load and the state of the coordinator."""
         return {"status": "ok"}
 
     async def ready(self, request: Request) -> Response:

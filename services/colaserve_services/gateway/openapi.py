@@ -75,8 +75,8 @@ def _operation(endpoint: Endpoint, schemas: Mapping[Any, Any]) -> dict[str, Any]
     operation = {
         "operationId": getattr(endpoint.handle, "__name__", ""),
         "description": inspect.getdoc(endpoint.handle),
-        "responses": {status: {"description": said, "content": answer} for status, said in endpoint.statuses.items()}
-        | {status: {"description": said, "content": error} for status, said in endpoint.errors.items()},
+        "responses": {status: {"description": text, "content": answer} for status, text in endpoint.statuses.items()}
+        | {status: {"description": text, "content": error} for status, text in endpoint.errors.items()},
     }
     if endpoint.body is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas[endpoint.body]}}}

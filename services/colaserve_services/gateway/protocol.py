@@ -1,8 +1,9 @@
 """One HTTP connection: uvicorn's, with a limited time for the head of a request and errors in the documented shape.
 
 A client that shuts down its sending side after a request, as `nc -N` does, still gets its answer. On the wire this
-looks like a client that left, so an interim response, which clients skip, asks: who has left answers it with a reset.
-HTTP/1.0 gets it too, although its clients need not skip it: proxies speak 1.0, and what they left must not run on.
+looks like a client that left, so an interim response is sent: a client skips it, and one that has left answers it with
+a reset. HTTP/1.0 gets it too, although its clients need not skip it: proxies speak 1.0, and what they left must not run
+on.
 """
 
 from __future__ import annotations

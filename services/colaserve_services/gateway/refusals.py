@@ -71,12 +71,12 @@ def refuse_extras(model: BaseModel, *, allow_unknown: bool, where: str = "") -> 
             raise invalid(where + name, f"not supported: {reason}", "unsupported_parameter")
         if name not in table and not allow_unknown:
             raise invalid(where + name[:100], "unknown field", "unknown_parameter")
-    for place, part in _parts(model):
-        refuse_extras(part, allow_unknown=allow_unknown, where=f"{where}{place}.")
+    for name, part in _parts(model):
+        refuse_extras(part, allow_unknown=allow_unknown, where=f"{where}{name}.")
 
 
 def _parts(model: BaseModel) -> Iterator[tuple[str, BaseModel]]:
-    """The models in a model's fields, and in lists there, each with its place."""
+    """The models in a model's fields, and in lists there, each with its name."""
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, BaseModel):

@@ -130,8 +130,8 @@ class Message(Strict):
     content: Text | Annotated[list[TextPart], _at_most(MOST_MESSAGES)] = Field(
         description="Text, or parts of type text, which are joined as they are."
     )
-    name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$", description="Tells speakers of one role apart.")
-    type: Literal["text"] | None = Field(None, description="Sent by some clients; says nothing.")
+    name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$", description="Distinguishes speakers of one role.")
+    type: Literal["text"] | None = Field(None, description="Sent by some clients; has no effect.")
 
 
 class ChatRequest(GenerationFields):

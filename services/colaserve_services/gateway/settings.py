@@ -1,4 +1,4 @@
-"""What a gateway is told at start."""
+"""How a gateway is set up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """Everything a gateway can be told."""
+    """Everything that can be set of a gateway."""
 
     keys: Keys | None = None  # None: everybody may call
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # by key, else by address

@@ -112,9 +112,9 @@ def _set_sampling(request: GenerateRequest | InfillRequest, fields: GenerationFi
         values = {name: getattr(fields, field.flat) for name, field in table.items()}
         for name, value in wire(table, values).items():
             setattr(message, name, 0 if name == "top_k" and value == -1 else value)  # -1: as others say that all count
-    if fields.guidance_interval is not None:  # the order says nothing: time runs from the greater one
+    if fields.guidance_interval is not None:  # in either order: time runs from the greater one down
         if sampler.HasField("guidance_start") or sampler.HasField("guidance_end"):
-            raise invalid("guidance_interval", "says the same as guidance_start and guidance_end: set one of them")
+            raise invalid("guidance_interval", "means the same as guidance_start and guidance_end: set one of them")
         sampler.guidance_start, sampler.guidance_end = max(fields.guidance_interval), min(fields.guidance_interval)
 
 
@@ -141,7 +141,7 @@ def infill_request(body: CompletionRequest, info: Info) -> InfillRequest:
 def infill_names(body: CompletionRequest, info: Info) -> Mapping[str, str]:
     """What the client calls the fields of the request, so that an error names what it sent."""
     names = enumerate(_segments(body, info))
-    return {f"segments[{place}]{end}": name for place, name in names for end in ("", ".text", ".token_count")}
+    return {f"segments[{index}]{end}": name for index, name in names for end in ("", ".text", ".token_count")}
 
 
 def _segments(body: CompletionRequest, info: Info) -> dict[str, dict[str, Any]]:

@@ -21,12 +21,6 @@ SAYS = " Paris, of course. It lies on the Seine, and 日本 is far."
 END_ID = 256
 
 
-def _opened() -> asyncio.Event:
-    gate = asyncio.Event()
-    gate.set()
-    return gate
-
-
 @dataclass
 class Seen:
     """One Generate call."""
@@ -37,7 +31,7 @@ class Seen:
     ended: bool = False
     cancelled: bool = False
 
-    def told(self, key: str) -> str:
+    def header(self, key: str) -> str:
         return value(self.metadata, key)
 
 
@@ -54,14 +48,14 @@ class FakeGeneration(GenerationServiceServicer):
     waiting: int = 0  # calls
     ends_without_reason: bool = False
     info_failure: Exception | None = None
-    info_gate: asyncio.Event = field(default_factory=_opened)
+    info_gate: asyncio.Event | None = None
     model_name: str = "fake/cola"
     max_context: int = 512
     seen: list[Seen] = field(default_factory=list)
     logprob: float = -0.5
     infos: int = 0
     asking: int = 0
-    older: bool = False  # leaves unset what versions before the texts of tokens did not know
+    older: bool = False  # leaves unset what earlier versions do not send
     infill: FakeInfill = field(default_factory=lambda: FakeInfill())
     running: int = 0
     most_running: int = 0
@@ -89,12 +83,12 @@ class FakeGeneration(GenerationServiceServicer):
         budget = request.max_new_tokens or 32
         if len(ids) > budget:
             ids, reason = ids[:budget], types_pb2.FINISH_REASON_LENGTH
-        decoder, offsets = _Utf8(), _offsets(ids)
+        decoder, offsets = _utf8(), _offsets(ids)
         starts = range(0, max(len(ids), 1), BLOCK)
         for number, start in enumerate(starts):
             await self._wait(number)
             block = ids[start : start + BLOCK]
-            response = self._response(request, block, decoder)
+            response = self._response(request, block, decoder.decode(bytes(block)))
             response.text_offsets.extend(offsets[start : start + BLOCK])
             if start == starts[-1] and not self.ends_without_reason:
                 response.finish_reason = reason
@@ -117,9 +111,8 @@ class FakeGeneration(GenerationServiceServicer):
         ends = [text.index(stop) for stop in request.stop if stop in text]
         return text[: min(ends, default=len(text))], types_pb2.FINISH_REASON_STOP
 
-    def _response(self, request: pb.GenerateRequest, block: list[int], decoder: _Utf8) -> pb.GenerateResponse:
-        tokens = [_text([one]) for one in block]
-        response = pb.GenerateResponse(text=decoder.feed(bytes(block)), token_ids=block, tokens=tokens)
+    def _response(self, request: pb.GenerateRequest, block: list[int], text: str) -> pb.GenerateResponse:
+        response = pb.GenerateResponse(text=text, token_ids=block, tokens=[_text([one]) for one in block])
         if request.HasField("top_logprobs"):
             response.logprobs.extend(self.logprob for _ in block)
             if request.top_logprobs:
@@ -145,7 +138,8 @@ class FakeGeneration(GenerationServiceServicer):
         self.infos += 1
         self.asking += 1
         try:
-            await self.info_gate.wait()
+            if self.info_gate is not None:
+                await self.info_gate.wait()
         finally:
             self.asking -= 1
         if self.info_failure is not None:
@@ -194,17 +188,8 @@ def _forget_texts(response: pb.GenerateResponse) -> None:
         top.ClearField("tokens")
 
 
-class _Utf8:
-    """Text of bytes as they come, never a part of a character."""
-
-    def __init__(self) -> None:
-        self._waiting = b""
-
-    def feed(self, data: bytes) -> str:
-        self._waiting += data
-        text = self._waiting.decode(errors="ignore")
-        self._waiting = self._waiting[len(text.encode()) :]
-        return text
+def _utf8() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("ignore")
 
 
 def _text(ids: list[int]) -> str:
@@ -213,7 +198,7 @@ def _text(ids: list[int]) -> str:
 
 def _offsets(ids: list[int]) -> list[int]:
     """Where each byte's character begins, in characters."""
-    decoder, offsets, characters = codecs.getincrementaldecoder("utf-8")("ignore"), [], 0
+    decoder, offsets, characters = _utf8(), [], 0
     for one in ids:
         offsets.append(characters)
         characters += len(decoder.decode(bytes([one])))

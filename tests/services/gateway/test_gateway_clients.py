@@ -45,7 +45,7 @@ async def test_openai_chats_and_reads_the_usage(client: openai.AsyncOpenAI, keye
     assert answer.choices[0].logprobs is not None
     assert answer.choices[0].logprobs.content is not None
     assert answer.choices[0].logprobs.content[0].top_logprobs[1].token == "!"
-    assert answer._request_id == keyed.fake.seen[-1].told("x-request-id")
+    assert answer._request_id == keyed.fake.seen[-1].header("x-request-id")
 
 
 @pytest.mark.parametrize("stream", [False, True])

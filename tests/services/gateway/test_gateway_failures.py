@@ -114,24 +114,6 @@ async def test_a_client_that_goes_away_cancels_its_generations(gateway: Running,
     await eventually(lambda: gateway.counted("request_seconds_count", method=COMPLETIONS, code="499") == 1)
 
 
-async def test_a_client_that_leaves_in_the_middle_of_a_stream_cancels_it(gateway: Running):
-    gateway.fake.says = "ever and " * 10_000
-    async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 80_000}) as response:
-        async for _ in response.aiter_lines():
-            break
-    await eventually(lambda: gateway.fake.running == 0)
-    assert gateway.fake.seen[0].cancelled
-
-
-async def test_a_reader_that_does_not_read_stops_its_generation_from_running_ahead(gateway: Running):
-    gateway.fake.says = "ever and " * 100_000
-    async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 900_000}) as response:
-        lines = response.aiter_lines()
-        await anext(lines)
-        await asyncio.sleep(0.5)
-        assert gateway.fake.running == 1
-
-
 async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_event(fake: FakeGeneration):
     fake.says = "ever and " * 100_000
     settings = GatewaySettings(bounds=Bounds(unread_seconds=0.2))
@@ -139,8 +121,9 @@ async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_ev
         async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 900_000}) as response:
             lines = response.aiter_lines()
             await anext(lines)
-            await asyncio.sleep(0.6)
-            assert fake.running == 1  # nobody waits
+            asked = fake.infos
+            await eventually(lambda: fake.infos > asked)  # the gateway asks whether calls are queued: none
+            assert fake.running == 1
             fake.waiting = 1
             await eventually(lambda: fake.running == 0)
             said = [line async for line in lines if line]
@@ -193,7 +176,7 @@ async def test_the_request_id_and_the_trace_go_through_and_the_key_does_not(star
     assert response.headers["x-request-id"] == "abc-1"
     assert response.json()["id"] == "cmpl-abc-1"
     [seen] = gateway.fake.seen
-    assert (seen.told("x-request-id"), seen.told("traceparent")) == ("abc-1", "00-ab-cd-01")
+    assert (seen.header("x-request-id"), seen.header("traceparent")) == ("abc-1", "00-ab-cd-01")
     assert "right" not in str(seen.metadata)
 
 

@@ -16,7 +16,7 @@ from tests.waiting import eventually
 
 
 async def test_requests_that_come_together_ask_once_what_the_coordinator_is(gateway: Running):
-    gateway.fake.info_gate.clear()
+    gateway.fake.info_gate = asyncio.Event()
     asking = [asyncio.create_task(gateway.http.get("/v1/models")) for _ in range(5)]
     await eventually(lambda: gateway.counted("requests_in_progress", method="http") == 5)
     gateway.fake.info_gate.set()
@@ -42,7 +42,7 @@ async def test_while_a_new_answer_is_asked_for_requests_get_the_old_one(start):
         return (await gateway.http.get("/v1/models")).json()["data"][0]["id"]
 
     assert await served() == "fake/cola"
-    gateway.fake.info_gate.clear()
+    gateway.fake.info_gate = asyncio.Event()
     gateway.fake.model_name = "new"
     assert await served() == await served() == "fake/cola"
     assert (gateway.fake.infos, gateway.fake.asking) == (2, 1)
@@ -99,7 +99,7 @@ async def test_probes_of_one_second_share_a_look(gateway: Running):
 
 
 async def test_readiness_is_asked_again_where_one_coordinator_is_silent(gateway: Running):
-    gateway.fake.info_gate.clear()
+    gateway.fake.info_gate = asyncio.Event()
     asking = asyncio.create_task(gateway.http.get("/ready"))
     await eventually(lambda: gateway.fake.infos == 2)
     gateway.fake.info_gate.set()

@@ -54,7 +54,7 @@ async def test_going_down_is_said_first_and_running_streams_end_well(gateway: Ru
     running = asyncio.create_task(gateway.complete(stream=True, max_tokens=200))
     await eventually(lambda: gateway.fake.running == 1)
     stopping = asyncio.create_task(gateway.server.stop(grace=60, notice=2))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)
     ready = await gateway.http.get("/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "going down")
     assert ready.headers["connection"] == "close"  # the next request of this client finds another gateway
