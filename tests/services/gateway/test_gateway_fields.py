@@ -21,57 +21,46 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SAMPLER, SAMPLING = types_pb2.Sampler, types_pb2.Sampling
 
-# field -> (a value, what it makes of the GenerateRequest)
-ASKED: dict[str, tuple[Any, GenerateRequest]] = {
-    "max_tokens": (5, GenerateRequest(max_new_tokens=5)),
-    "stop": (["a", "b"], GenerateRequest(stop=["a", "b"])),
-    "top_k": (7, GenerateRequest(sampling=SAMPLING(top_k=7))),
-    "seed": (9, GenerateRequest(seed=types_pb2.NoiseSeed(base_seed=9))),
-    "guidance_interval": ([0.75, 0.25], GenerateRequest(sampler=SAMPLER(guidance_start=0.75, guidance_end=0.25))),
-    "ignore_eos": (True, GenerateRequest(ignore_end=True)),
-    "skip_special_tokens": (False, GenerateRequest(print_special=True)),
-}
-OTHER_VALUES = {int: 3, float: 0.5}  # each within the range of every setting
-ASKED |= {
-    field.flat: (value, GenerateRequest(**{message: bounds.wire({name: field}, {name: value})}))
+VALUES = {int: 3, float: 0.5}  # each within the range of every setting
+SETTINGS = [
+    ({field.flat: value}, GenerateRequest(**{message: bounds.wire({name: field}, {name: value})}))
     for message, table in (("sampler", bounds.SAMPLER), ("sampling", bounds.SAMPLING))
     for name, field in table.items()
-    for value in [next(iter(field.choices)) if field.choices else OTHER_VALUES[field.kind]]
+    for value in [next(iter(field.choices)) if field.choices else VALUES[field.kind]]
+]
+HALF = SAMPLER(guidance_start=0.75, guidance_end=0.25)
+# fields and what they make of the GenerateRequest
+BOTH: list[tuple[dict[str, Any], GenerateRequest]] = [
+    *SETTINGS,
+    ({"max_tokens": 5}, GenerateRequest(max_new_tokens=5)),
+    ({"stop": ["a", "b"]}, GenerateRequest(stop=["a", "b"])),
+    ({"top_k": -1}, GenerateRequest(sampling=SAMPLING(top_k=0))),
+    ({"seed": 9}, GenerateRequest(seed=types_pb2.NoiseSeed(base_seed=9))),
+    ({"guidance_interval": [0.75, 0.25]}, GenerateRequest(sampler=HALF)),
+    ({"guidance_interval": [0.25, 0.75]}, GenerateRequest(sampler=HALF)),
+    ({"ignore_eos": True}, GenerateRequest(ignore_end=True)),
+    ({"skip_special_tokens": False}, GenerateRequest(print_special=True)),
+]
+MADE = {
+    CHAT: [
+        *BOTH,
+        ({"max_completion_tokens": 5}, GenerateRequest(max_new_tokens=5)),
+        ({"logprobs": True}, GenerateRequest(top_logprobs=0)),
+        ({"logprobs": True, "top_logprobs": 4}, GenerateRequest(top_logprobs=4)),
+    ],
+    COMPLETIONS: [*BOTH, ({"logprobs": 3}, GenerateRequest(top_logprobs=3))],
 }
-ASKED_OF_CHAT = {
-    "max_completion_tokens": (5, GenerateRequest(max_new_tokens=5)),
-    "logprobs": (True, GenerateRequest(top_logprobs=0)),
-}
-ASKED_OF_COMPLETIONS = {"logprobs": (3, GenerateRequest(top_logprobs=3))}
 # Fields that change the answer, the number of calls or their metadata; each has its own test.
-SEEN_ELSEWHERE = {
-    "model",
-    "n",
-    "stream",
-    "stream_options",
-    "user",
-    "messages",
-    "top_logprobs",
-    "prompt",
-    "best_of",
-    "echo",
-    "suffix",
-}
-
-
-def expected(path: str, addition: GenerateRequest) -> GenerateRequest:
-    request = GenerateRequest(prompt="Where?")
-    request.MergeFrom(addition)
-    return request
+SEEN_ELSEWHERE = {"model", "n", "stream", "stream_options", "user", "messages", "prompt", "best_of", "echo", "suffix"}
 
 
 async def ask(shared: Running, path: str, **fields: Any):
     return await (shared.chat if path == CHAT else shared.complete)("Where?", **fields)
 
 
-async def test_the_walk_covers_every_field_of_the_schemas():
-    assert set(ChatRequest.model_fields) <= ASKED.keys() | ASKED_OF_CHAT.keys() | SEEN_ELSEWHERE
-    assert set(CompletionRequest.model_fields) <= ASKED.keys() | ASKED_OF_COMPLETIONS.keys() | SEEN_ELSEWHERE
+@pytest.mark.parametrize(("path", "schema"), [(CHAT, ChatRequest), (COMPLETIONS, CompletionRequest)])
+async def test_the_walk_covers_every_field_of_the_schemas(path: str, schema: type[ChatRequest | CompletionRequest]):
+    assert set(schema.model_fields) <= {name for fields, _ in MADE[path] for name in fields} | SEEN_ELSEWHERE
 
 
 async def test_every_field_that_openai_documents_is_known_by_name():
@@ -82,43 +71,30 @@ async def test_every_field_that_openai_documents_is_known_by_name():
 
 
 @pytest.mark.parametrize(
-    ("path", "name"),
-    [(CHAT, name) for name in ASKED | ASKED_OF_CHAT]
-    + [(COMPLETIONS, name) for name in ASKED | ASKED_OF_COMPLETIONS],
-)  # fmt: skip
-async def test_a_field_reaches_the_coordinator_and_nothing_else_does(shared: Running, path: str, name: str):
-    own = ASKED_OF_CHAT if path == CHAT else ASKED_OF_COMPLETIONS
-    value, addition = (ASKED | own)[name]
-    response = await ask(shared, path, **{name: value})
+    ("path", "fields", "addition"),
+    [(path, *made) for path, all_made in MADE.items() for made in all_made],
+    ids=lambda value: str(value)[:40].strip(),
+)
+async def test_a_field_reaches_the_coordinator_and_nothing_else_does(
+    shared: Running, path: str, fields: dict[str, Any], addition: GenerateRequest
+):
+    response = await ask(shared, path, **fields)
     assert response.status_code == 200, response.text
-    assert shared.fake.seen[-1].request == expected(path, addition)
+    expected = GenerateRequest(prompt="Where?")
+    expected.MergeFrom(addition)
+    assert shared.fake.seen[-1].request == expected
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_request_without_options_sets_nothing_but_the_prompt(shared: Running, path: str):
-    nulls = dict.fromkeys([*ASKED, "n", "stream", "user", "tools", "logit_bias"])
-    await ask(shared, path, **nulls)
+    asked = [name for fields, _ in BOTH for name in fields]
+    await ask(shared, path, **dict.fromkeys([*asked, "n", "stream", "user", "tools", "logit_bias"]))
     assert shared.fake.seen[-1].request == GenerateRequest(prompt="Where?")
-
-
-async def test_top_k_minus_one_keeps_all_tokens(shared: Running):
-    await shared.chat(top_k=-1)
-    assert shared.fake.seen[-1].request.sampling == SAMPLING(top_k=0)
-
-
-async def test_the_guidance_interval_has_no_order(shared: Running):
-    await shared.chat(guidance_interval=[0.25, 0.75])
-    assert shared.fake.seen[-1].request == expected(CHAT, ASKED["guidance_interval"][1])
 
 
 async def test_token_ids_go_as_ids(shared: Running):
     await shared.complete([[1, 2], [3]])
     assert [list(seen.request.prompt_ids.ids) for seen in shared.fake.seen[-2:]] == [[1, 2], [3]]
-
-
-async def test_top_logprobs_is_the_number_of_likely_tokens(shared: Running):
-    await shared.chat(logprobs=True, top_logprobs=4)
-    assert shared.fake.seen[-1].request.top_logprobs == 4
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
