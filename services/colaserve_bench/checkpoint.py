@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from colaserve_bench.engines import DTYPES
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
@@ -27,7 +28,6 @@ from colaserve_services.model.layers import rotary_frequencies
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.text.special_ids import END_OF_TEXT, IM_END, PAD, RELEASE_IDS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NEVER = -1e4  # bias of the special ids: a benchmark's text does not end by chance
 _SPACE = "Ġ"  # how byte-level BPE writes a space
 _FIRST_IDS = {END_OF_TEXT: 0, IM_END: 1, PAD: 2}

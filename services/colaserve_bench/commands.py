@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from colaserve_bench.checkpoint import DTYPES, PRESETS, make_checkpoint
+from colaserve_bench.checkpoint import PRESETS, make_checkpoint
 from colaserve_bench.engine import engine, solvers
+from colaserve_bench.engines import DTYPES
 from colaserve_bench.load import load
 from colaserve_bench.prefix import prefix
 from colaserve_bench.serve import serve

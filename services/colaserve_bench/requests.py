@@ -54,10 +54,12 @@ class Record:
         """Seconds until the first block."""
         return self.blocks[0] - self.due if self.blocks else None
 
-    @property
-    def mean_gap(self) -> float:
-        """Mean seconds between blocks; 0 for one block."""
-        return (self.blocks[-1] - self.blocks[0]) / max(1, len(self.blocks) - 1)
+    def is_good(self, first: float, gap: float) -> bool:
+        """No error, and both time to first block and mean time between blocks within these seconds."""
+        if self.error or self.first_block is None:
+            return False
+        mean_gap = (self.blocks[-1] - self.blocks[0]) / max(1, len(self.blocks) - 1)
+        return self.first_block <= first and mean_gap <= gap
 
 
 @asynccontextmanager

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -56,31 +55,6 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What a user finds fast enough, in seconds."""
-
-    first_block: float = 5.0
-    inter_block: float = 1.0  # mean over a request
-
-    def met(self, record: Record) -> bool:
-        """Whether a finished request kept to it."""
-        if record.error or record.first_block is None:
-            return False
-        return record.first_block <= self.first_block and record.mean_gap <= self.inter_block
-
-
-@dataclass(frozen=True)
-class Window:
-    """What is sent, for how long, and what counts."""
-
-    mix: Mix
-    warmup: float  # seconds that do not count
-    duration: float  # seconds measured
-    objective: Objective
-    seed: int  # of the prompts; a system that has seen them before may know them
-
-
 @benchmark(
     "serve",
     *TARGET_OPTIONS,
@@ -105,16 +79,19 @@ async def serve(concurrency: Sequence[int], rate: Sequence[float], rounds: int, 
 
     Every round: the engine alone, then each system with every load, closed loops first.
     """
-    systems, window = systems_of(options), window_of(options)
+    systems, sampler = systems_of(options), Sampler(options["steps"], options["guidance"], options["solver"])
+    mix = Mix(options["prompt_tokens"], options["new_tokens"], sampler)
     loads = [("closed", float(count)) for count in concurrency] + [("open", each) for each in rate]
     measured: list[Row] = []
     for number in range(rounds):
         rows: list[Row] = []
         if options["engine"] and systems[0].compute is not None:
-            rows += await _engine(systems[0].compute, window.mix, concurrency)
+            rows += await _engine(systems[0].compute, mix, concurrency)
         for system in systems:
             async with running(system) as target, connected(target, options["key"], options["timeout"]) as client:
-                rows += [{"system": system.name} | await measure(client, window, *load, number) for load in loads]
+                rows += [
+                    {"system": system.name} | await _measure(client, mix, *load, number, options) for load in loads
+                ]
         rows = [with_ratios(row, rows, systems[0].name) | {"round": number} for row in rows]
         for row in rows:
             where = f"{row['system']}, {row['loop']} {row['load']:g}"
@@ -123,43 +100,36 @@ async def serve(concurrency: Sequence[int], rate: Sequence[float], rounds: int, 
     return Report(COLUMNS, measured, ("load", "series"), NOTES)
 
 
-def window_of(options: dict[str, Any]) -> Window:
-    """Of the command line."""
-    sampler = Sampler(options["steps"], options["guidance"], options["solver"])
-    mix = Mix(options["prompt_tokens"], options["new_tokens"], sampler)
-    objective = Objective(options["slo_first"], options["slo_next"])
-    return Window(mix, options["warmup"], options["duration"], objective, options["seed"])
-
-
-async def measure(client: AsyncClient, window: Window, loop: str, load: float, number: int) -> Row:
+async def _measure(client: AsyncClient, mix: Mix, loop: str, load: float, number: int, options: dict[str, Any]) -> Row:
     """One load: warm-up, then the window that counts."""
-    requests = window.mix.requests(await client.info(), f"{window.seed}/{number}/{loop}/{load}")
-    begin = time.monotonic() + window.warmup
-    end = begin + window.duration
+    requests = mix.requests(await client.info(), f"{options['seed']}/{number}/{loop}/{load}")
+    begin = time.monotonic() + options["warmup"]
+    end = begin + options["duration"]
     if loop == "closed":
         records = await closed_loop(client, requests, int(load), end)
         counted = [record for record in records if record.finished and begin <= record.finished <= end]
     else:
         records = await open_loop(client, requests, load, end, number)
         counted = [record for record in records if begin <= record.due]
-    return {"loop": loop, "load": load} | summarise(records, counted, begin, end, window.objective)
+    good = sum(record.is_good(options["slo_first"], options["slo_next"]) for record in counted)
+    return {
+        "loop": loop,
+        "load": load,
+        "requests": len(counted),
+        "goodput": good / options["duration"],
+        "good_share": good / len(counted) if counted else None,
+        **summarise(records, begin, end),
+    }
 
 
-def summarise(
-    records: Sequence[Record], counted: Sequence[Record], begin: float, end: float, objective: Objective
-) -> Row:
-    """Throughput of the answers among `records` that end inside the window, over the window; shares of `counted`."""
-    seconds = end - begin
+def summarise(records: Sequence[Record], begin: float, end: float) -> Row:
+    """Throughput of the answers that end inside the window, over the window; times of what comes after its begin."""
+    seconds, errors = end - begin, Counter(record.error for record in records if record.error)
     ended = [r for r in records if r.finished and begin <= r.finished <= end and not r.error]
-    good = sum(objective.met(record) for record in counted)
-    errors = Counter(record.error for record in records if record.error)
     row: Row = {
         "blocks_per_second": sum(len(record.blocks) for record in ended) / seconds,
         "tokens_per_second": sum(sum(record.tokens) for record in ended) / seconds,
         "requests_per_second": len(ended) / seconds,
-        "goodput": good / seconds,
-        "good_share": good / len(counted) if counted else None,
-        "requests": len(counted),
         "errors": ", ".join(f"{code} {count}" for code, count in sorted(errors.items())) or None,
     }
     firsts = [first for r in records if (first := r.first_block) is not None and begin <= r.blocks[0]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,19 +22,18 @@ POSITIVE = click.IntRange(min=1)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 Option = Callable[[Any], Any]
+Measure = Callable[..., Coroutine[Any, Any, Report]]
 
 
-def benchmark(
-    name: str, *options: Option, quick: Mapping[str, Any]
-) -> Callable[[Callable[..., Awaitable[Report]]], click.Command]:
+def benchmark(name: str, *options: Option, quick: Mapping[str, Any]) -> Callable[[Measure], click.Command]:
     """A verb of a function that measures: with its own options, --json, --plot and --quick, which replaces settings."""
 
-    def make(measure: Callable[..., Awaitable[Report]]) -> click.Command:
+    def make(measure: Measure) -> click.Command:
         @wraps(measure)
         def verb(json_file: Path | None, plot_file: Path | None, is_quick: bool, **settings: Any) -> None:
             def work() -> None:
                 chosen = {**settings, **(quick if is_quick else {})}
-                report = asyncio.run(_awaited(measure(**chosen)))
+                report = asyncio.run(measure(**chosen))
                 click.echo(report.text())
                 if json_file is not None:
                     chosen.pop("key", None)  # a secret
@@ -56,10 +55,6 @@ def benchmark(
         return click.command(name)(verb)
 
     return make
-
-
-async def _awaited(report: Awaitable[Report]) -> Report:
-    return await report
 
 
 def _drawable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from colaserve_bench.commands import bench
 from colaserve_bench.report import Column, Report, medians, percentile
 from colaserve_bench.requests import Mix, Record, closed_loop, open_loop
-from colaserve_bench.serve import ENGINE, Objective, summarise, with_ratios
+from colaserve_bench.serve import ENGINE, summarise, with_ratios
 from colaserve_client import ServerError
 
 INFO: Any = SimpleNamespace(model=SimpleNamespace(vocab_size=8), end_ids=(0, 1), pad_id=2)
@@ -87,9 +87,9 @@ async def test_failures_are_counted_by_status_and_are_never_good() -> None:
     fake: Any = FakeClient(0.005, blocks=1, fails=2)
     begin = time.monotonic()
     records = await open_loop(fake, requests(), 200.0, begin + 0.1, seed=1)
-    row = summarise(records, records, begin, time.monotonic(), Objective())
+    row = summarise(records, begin, time.monotonic())
     assert row["errors"] == f"INTERNAL {len(records) // 2}"
-    assert row["good_share"] == pytest.approx(1 - (len(records) // 2) / len(records))
+    assert [record.is_good(5.0, 5.0) for record in records] == [not record.error for record in records]
 
 
 def test_throughput_counts_the_answers_that_end_inside_the_window_over_the_window() -> None:
@@ -99,20 +99,24 @@ def test_throughput_counts_the_answers_that_end_inside_the_window_over_the_windo
     before, across, inside = answer(8.0, 9.0), answer(9.0, 11.0), answer(12.0, 13.0, 14.0)
     after, failed = answer(19.0, 21.0), answer(15.0, error="INTERNAL")
     unfinished = Record(0.0, blocks=[18.0], tokens=[16])
-    row = summarise([before, across, inside, after, failed, unfinished], [], 10.0, 20.0, Objective())
+    row = summarise([before, across, inside, after, failed, unfinished], 10.0, 20.0)
     assert row["requests_per_second"] == pytest.approx(2 / 10)
     assert row["blocks_per_second"] == pytest.approx(5 / 10)
     assert row["tokens_per_second"] == pytest.approx(80 / 10)
 
 
-def test_a_request_is_good_when_both_its_first_block_and_its_gaps_are() -> None:
-    objective = Objective(first_block=1.0, inter_block=0.5)
-    good = Record(0.0, blocks=[1.0, 1.5, 2.0])
-    assert objective.met(good)
-    assert not objective.met(Record(0.0, blocks=[1.1, 1.5]))
-    assert not objective.met(Record(0.0, blocks=[1.0, 1.6]))
-    assert not objective.met(Record(0.0, blocks=[1.0], error="INTERNAL"))
-    assert not objective.met(Record(0.0))
+@pytest.mark.parametrize(
+    ("record", "good"),
+    [
+        (Record(0.0, blocks=[1.0, 1.5, 2.0]), True),
+        (Record(0.0, blocks=[1.1, 1.5]), False),
+        (Record(0.0, blocks=[1.0, 1.6]), False),
+        (Record(0.0, blocks=[1.0], error="INTERNAL"), False),
+        (Record(0.0), False),
+    ],
+)
+def test_a_request_is_good_when_both_its_first_block_and_its_gaps_are(record: Record, good: bool) -> None:
+    assert record.is_good(1.0, 0.5) is good
 
 
 def test_percentiles_are_values_that_were_seen() -> None:
