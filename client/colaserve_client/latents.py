@@ -1,7 +1,8 @@
 """Latents as a value: an array that knows which latent space it belongs to."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, slerp, tensor_from_array
 from colaserve_client.errors import ModelMismatch, invalid
-from colaserve_client.tables import html_table
 from colaserve_client.writing import write_file
 
 _FORMAT = "colaserve.latents.v1"
@@ -231,6 +231,13 @@ def _common_space(operands: Iterable[object]) -> str:
     if len(spaces) > 1:
         raise ModelMismatch(f"latents of different spaces do not go together: {', '.join(spaces)}")
     return spaces[0] if spaces else ""
+
+
+def html_table(caption: str, rows: Iterable[Sequence[object]]) -> str:
+    """A table for a notebook; everything in it is text."""
+    lines = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><caption>{escape(caption)}</caption>{body}</table>"
 
 
 def save_latents(path: str | os.PathLike[str], latents: Mapping[str, LatentsLike]) -> None:

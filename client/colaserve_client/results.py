@@ -1,160 +1,112 @@
-"""What calls return: small frozen dataclasses, built from the messages by `responses.py`."""
+"""What calls return: frozen dataclasses, whose fields have the names of the messages' fields (`responses.py`)."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Literal, TypeVar, dataclass_transform
 
 from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import ColaserveError
-from colaserve_client.latents import Latents
+from colaserve_client.fields import Field, documented
+from colaserve_client.latents import Latents, html_table
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
-from colaserve_client.tables import html_table
 
+T = TypeVar("T")
 _SHOWN = 200  # characters of a value, in a notebook
 FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_new_tokens were written
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def _value(kind: type[T]) -> type[T]:
+    """Class decorator: a frozen dataclass whose docstring tells its fields."""
+    return documented(dataclass(frozen=True)(kind))
+
+
+@_value
 class _Text:
     """What is a text before all: `str` gives it, and a notebook shows it above the rest."""
 
-    text: str
+    text: Annotated[str, Field("The text.")]
+    token_ids: Annotated[tuple[int, ...], Field("Its tokens.")]
+    tokens: Annotated[tuple[str, ...], Field("The text of each of them; a part of a character reads as U+FFFD.")]
 
     def __str__(self) -> str:
         return self.text
 
     def _repr_html_(self) -> str:
-        values = {each.name: repr(getattr(self, each.name)) for each in fields(self)}  # type: ignore[arg-type]
+        values = {each.name: repr(getattr(self, each.name)) for each in fields(self)}
         rows = [(name, value if len(value) <= _SHOWN else f"{value[:_SHOWN]} ...") for name, value in values.items()]
         return html_table(self.text, [row for row in rows if row[0] != "text"])
 
 
-@dataclass(frozen=True)
+@_value
 class Timing:
-    """Where the time of a call, or of one block, went.
+    """Where the time of a call, or of one block, went."""
 
-    Attributes:
-        queue_us: microseconds between arrival and the first work.
-        compute_us: microseconds between the first work and the result.
-    """
-
-    queue_us: int
-    compute_us: int
+    queue_us: Annotated[int, Field("Microseconds between arrival and the first work.")]
+    compute_us: Annotated[int, Field("Microseconds between the first work and the result.")]
 
 
-@dataclass(frozen=True)
+@_value
 class Usage:
-    """What a generation used.
+    """What a generation used."""
 
-    Attributes:
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens that were written.
-        blocks: that the prior wrote, wasted ones included.
-        wasted_blocks: of these, written after the end of the text because the prior runs ahead.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    blocks: int
-    wasted_blocks: int
+    prompt_tokens: Annotated[int, Field("Tokens of the prompt.")]
+    completion_tokens: Annotated[int, Field("Tokens that were written.")]
+    blocks: Annotated[int, Field("Blocks that the prior wrote, wasted ones included.")]
+    wasted_blocks: Annotated[int, Field("Blocks after the end of the text, written since the prior runs ahead.")]
 
 
-@dataclass(frozen=True)
+@_value
 class TopToken:
-    """A likely token at a position.
+    """A likely token at a position."""
 
-    Attributes:
-        token_id: the token.
-        logprob: its log-probability, of the raw logits.
-        text: how it would read there; empty from a decoder that is called directly, which knows no texts.
-    """
-
-    token_id: int
-    logprob: float
-    text: str = ""
+    token_id: Annotated[int, Field("The token.")]
+    logprob: Annotated[float, Field("Its log-probability, of the raw logits.")]
+    text: Annotated[
+        str, Field("How it would read there; empty from a decoder that is called directly, which knows no texts.")
+    ] = ""
 
 
-@dataclass(frozen=True)
+@_value
 class TokenLogprobs(TopToken):
-    """A token with its log-probability, and what else was likely at its position.
+    """A token with its log-probability, and what else was likely at its position."""
 
-    Attributes:
-        token_id: the token.
-        logprob: its log-probability, of the raw logits.
-        text: how it reads there; empty from a decoder that is called directly, which knows no texts.
-        top: the most likely tokens, best first.
-    """
-
-    top: tuple[TopToken, ...] = ()
+    top: Annotated[tuple[TopToken, ...], Field("The most likely tokens, best first.")] = ()
 
 
-@dataclass(frozen=True)
+@_value
 class GenerationChunk(_Text):
-    """What one written block brought.
+    """What one written block brought."""
 
-    Attributes:
-        text: all chunks' texts joined are the whole text.
-        token_ids: the new tokens.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-        logprobs: one a token when top_logprobs was given.
-        latents: (B, d), when asked for.
-        finish_reason: in the last chunk, as are usage and seed.
-        usage: in the last chunk only.
-        seed: in the last chunk only: repeats this run.
-        timing: of the block; in the last chunk of the whole call.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    latents: Latents | None
-    finish_reason: FinishReason | None
-    usage: Usage | None
-    seed: NoiseSeed | None
-    timing: Timing
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    latents: Annotated[Latents | None, Field("Latents of the block, (B, d), when asked for.")]
+    finish_reason: Annotated[FinishReason | None, Field("In the last chunk, as are usage and seed.")]
+    usage: Annotated[Usage | None, Field("In the last chunk only.")]
+    seed: Annotated[NoiseSeed | None, Field("In the last chunk only: repeats this run.")]
+    timing: Annotated[Timing, Field("Where the time of the block went; in the last chunk, that of the whole call.")]
 
 
-@dataclass(frozen=True)
+@_value
 class GenerationResult(_Text):
-    """A whole generation.
+    """A whole generation."""
 
-    Attributes:
-        text: the text that was written, without the prompt.
-        token_ids: its tokens.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-        logprobs: one a token when top_logprobs was given.
-        latents: all blocks in a row, when asked for.
-        finish_reason: "stop": an end token or a stop string; "length": max_new_tokens were written.
-        usage: what it used.
-        seed: repeats this run.
-        timing: where its time went.
-        request_id: to be found again in the server's logs.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    latents: Latents | None
-    finish_reason: FinishReason
-    usage: Usage
-    seed: NoiseSeed
-    timing: Timing
-    request_id: str
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    latents: Annotated[Latents | None, Field("All blocks in a row, when asked for.")]
+    finish_reason: Annotated[
+        FinishReason, Field('"stop": an end token or a stop string; "length": max_new_tokens were written.')
+    ]
+    usage: Annotated[Usage, Field("What it used.")]
+    seed: Annotated[NoiseSeed, Field("Repeats this run.")]
+    timing: Annotated[Timing, Field("Where its time went.")]
+    request_id: Annotated[str, Field("To be found again in the server's logs.")]
 
 
-@dataclass(frozen=True)
+@_value
 class GenerationOutcome:
-    """One request of a batch and what came of it: a result or an error.
+    """One request of a batch and what came of it: a result or an error."""
 
-    Attributes:
-        request: what was asked for.
-        result: what was written; None when it failed.
-        error: why it failed; None when it did not.
-    """
-
-    request: GenerationRequest
-    result: GenerationResult | None
-    error: ColaserveError | None
+    request: Annotated[GenerationRequest, Field("What was asked for.")]
+    result: Annotated[GenerationResult | None, Field("What was written; None when it failed.")]
+    error: Annotated[ColaserveError | None, Field("Why it failed; None when it did not.")]
 
     def unwrap(self) -> GenerationResult:
         """The result; raises the error where there is none."""
@@ -164,306 +116,179 @@ class GenerationOutcome:
         return self.result
 
 
-@dataclass(frozen=True)
+@_value
 class Tokens:
-    """A tokenized text.
+    """A tokenized text."""
 
-    Attributes:
-        ids: the token ids.
-        texts: of each id; bytes that are no complete character read as U+FFFD.
-    """
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
+    ids: Annotated[tuple[int, ...], Field("The token ids.")]
+    texts: Annotated[tuple[str, ...], Field("The text of each id; a part of a character reads as U+FFFD.")]
 
 
-@dataclass(frozen=True)
+@_value
 class TextEncoding:
-    """An encoded text.
+    """An encoded text."""
 
-    Attributes:
-        latents: the mean of the posterior, normalised.
-        log_variance: same shape as the latents, when asked for.
-        token_ids: the tokens of the text.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-    """
-
-    latents: Latents
-    log_variance: FloatArray | None = field(compare=False)
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
+    latents: Annotated[Latents, Field("The mean of the posterior, normalised.")]
+    log_variance: Annotated[
+        FloatArray | None, Field("Log variance of the posterior, in the latents' shape, when asked for.")
+    ] = field(compare=False)
+    token_ids: Annotated[tuple[int, ...], Field("The tokens of the text.")]
+    tokens: Annotated[tuple[str, ...], Field("The text of each of them; a part of a character reads as U+FFFD.")]
 
 
-@dataclass(frozen=True)
+@_value
 class DecodedLatents(_Text):
-    """Latents turned into text.
+    """Latents turned into text."""
 
-    Attributes:
-        text: the text.
-        token_ids: its tokens.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-        logprobs: one a token when top_logprobs was given.
-        target_logprobs: one for each of target_ids.
-        timing: where the time of the call went.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    target_logprobs: tuple[float, ...]
-    timing: Timing
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids.")]
+    timing: Annotated[Timing, Field("Where the time of the call went.")]
 
 
-@dataclass(frozen=True)
+@_value
 class LatentBlock:
-    """One block that the prior wrote.
+    """One block that the prior wrote."""
 
-    Attributes:
-        index: its place in the run, from 0 on.
-        latents: (B, d); known positions as given.
-        timing: where the time of the block went.
-        seed: repeats the run; None from a prior that is called directly.
-    """
-
-    index: int
-    latents: Latents
-    timing: Timing
-    seed: NoiseSeed | None
+    index: Annotated[int, Field("Index of the block in the run, from 0 on.")]
+    latents: Annotated[Latents, Field("Latents of the block, (B, d); known positions as given.")]
+    timing: Annotated[Timing, Field("Where the time of the block went.")]
+    seed: Annotated[NoiseSeed | None, Field("Repeats the run; None from a prior that is called directly.")]
 
 
-@dataclass(frozen=True)
+@_value
 class InterpolationPoint(_Text):
-    """One point of a walk between two texts or latents.
+    """One point of a walk between two texts or latents."""
 
-    Attributes:
-        weight: 0 at the start, 1 at the end.
-        latents: the point itself.
-        text: what it decodes to.
-        token_ids: the tokens of the text.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-    """
-
-    weight: float
-    latents: Latents
-    text: str
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
+    weight: Annotated[float, Field("0 at the start, 1 at the end.")]
+    latents: Annotated[Latents, Field("The point itself.")]
 
 
-@dataclass(frozen=True)
+@_value
 class InfillResult(_Text):
-    """A text whose holes were written.
+    """A text whose holes were written."""
 
-    Attributes:
-        text: all segments joined.
-        segments: one for each segment of the request; kept ones as given.
-        token_ids: of all segments.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-        finish_reasons: one for each hole; "stop": an end or pad token ended its text, "length": it is full.
-        usage: what it used; completion_tokens counts those of the holes.
-        seed: repeats this run.
-        timing: where the time of the call went.
-    """
-
-    text: str
-    segments: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    finish_reasons: tuple[FinishReason, ...]
-    usage: Usage
-    seed: NoiseSeed
-    timing: Timing
+    segments: Annotated[tuple[str, ...], Field("One for each segment of the request; kept ones as given.")]
+    finish_reasons: Annotated[
+        tuple[FinishReason, ...],
+        Field('One for each hole; "stop": an end or pad token ended its text, "length": it is full.'),
+    ]
+    usage: Annotated[Usage, Field("What it used; completion_tokens counts those of the holes.")]
+    seed: Annotated[NoiseSeed, Field("Repeats this run.")]
+    timing: Annotated[Timing, Field("Where the time of the call went.")]
 
 
-@dataclass(frozen=True)
+@_value
 class Reconstruction(_Text):
-    """A text after its round trip through the latent space.
+    """A text after its round trip through the latent space."""
 
-    Attributes:
-        text: what came back.
-        token_ids: its tokens.
-        tokens: the text of each of them; a part of a character reads as U+FFFD.
-        original_ids: as many as token_ids.
-        token_accuracy: share of positions where both agree, 0 to 1.
-        bits_per_token: -log2 of the decoder's probability of the original ids, mean.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    original_ids: tuple[int, ...]
-    token_accuracy: float
-    bits_per_token: float
+    original_ids: Annotated[tuple[int, ...], Field("The ids of the original text, as many as token_ids.")]
+    token_accuracy: Annotated[float, Field("Share of positions where both agree, 0 to 1.")]
+    bits_per_token: Annotated[float, Field("-log2 of the decoder's probability of the original ids, mean.")]
 
 
-@dataclass(frozen=True)
+@_value
 class SequenceEncoding:
-    """What the encoder made of one sequence of token ids.
+    """What the encoder made of one sequence of token ids."""
 
-    Attributes:
-        latents: the mean of the posterior, normalised.
-        log_variance: of the posterior, same shape as the latents, when asked for.
-    """
-
-    latents: Latents
-    log_variance: FloatArray | None = field(compare=False)
+    latents: Annotated[Latents, Field("The mean of the posterior, normalised.")]
+    log_variance: Annotated[
+        FloatArray | None, Field("Log variance of the posterior, in the latents' shape, when asked for.")
+    ] = field(compare=False)
 
 
-@dataclass(frozen=True)
+@_value
 class DecodedBlock:
-    """What the decoder made of one block; nothing is trimmed.
+    """What the decoder made of one block; nothing is trimmed."""
 
-    Attributes:
-        token_ids: B * P.
-        logprobs: one a token when top_logprobs was given.
-        logits: (B * P, vocab_size), when asked for.
-        target_logprobs: one for each of target_ids in this block.
-        timing: where the time of the block went.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    logits: FloatArray | None = field(compare=False)
-    target_logprobs: tuple[float, ...]
-    timing: Timing
+    token_ids: Annotated[tuple[int, ...], Field("The ids of all B * P tokens.")]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), when asked for.")] = field(
+        compare=False
+    )
+    target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids in this block.")]
+    timing: Annotated[Timing, Field("Where the time of the block went.")]
 
 
-@dataclass(frozen=True)
+@_value
 class ModelShape:
-    """The shape of the model that a service holds.
+    """The shape of the model that a service holds."""
 
-    Attributes:
-        latent_dim: d.
-        block_size: B, latents a block.
-        vae_block_size: latents a block of the Text VAE's mask.
-        patch_size: P, tokens a latent.
-        vocab_size: tokens that the tokenizer and the decoder know.
-        parameters: of the networks of this service.
-    """
-
-    latent_dim: int
-    block_size: int
-    vae_block_size: int
-    patch_size: int
-    vocab_size: int
-    parameters: int
+    latent_dim: Annotated[int, Field("Channels of a latent (d).")]
+    block_size: Annotated[int, Field("Latents in a block (B).")]
+    vae_block_size: Annotated[int, Field("Latents in a block of the Text VAE's mask.")]
+    patch_size: Annotated[int, Field("Tokens in a latent (P).")]
+    vocab_size: Annotated[int, Field("Tokens that the tokenizer and the decoder know.")]
+    parameters: Annotated[int, Field("Parameters of the networks of this service.")]
 
 
-@dataclass(frozen=True)
+@_value
 class Limits:
-    """What a service takes at most; 0: not limited by it.
+    """What a service takes at most; 0: not limited by it."""
 
-    Attributes:
-        max_context: latent positions of a session.
-        max_message_bytes: of one message.
-        max_running: sessions that run at a time.
-        max_waiting: sessions that are queued at a time.
-        kv_bytes: memory of the KV cache.
-        run_ahead: blocks that a prior writes before they are read.
-    """
-
-    max_context: int
-    max_message_bytes: int
-    max_running: int
-    max_waiting: int
-    kv_bytes: int
-    run_ahead: int
+    max_context: Annotated[int, Field("Latent positions of a session.")]
+    max_message_bytes: Annotated[int, Field("Bytes of one message.")]
+    max_running: Annotated[int, Field("Sessions that run at a time.")]
+    max_waiting: Annotated[int, Field("Sessions that are queued at a time.")]
+    kv_bytes: Annotated[int, Field("Memory of the KV cache.")]
+    run_ahead: Annotated[int, Field("Blocks that a prior writes before they are read.")]
 
 
-@dataclass(frozen=True)
+@_value
 class ServerInfo:
-    """The process that answers, and its load at that moment.
+    """The process that answers, and its load at that moment."""
 
-    Attributes:
-        version: of colaserve.
-        device: empty where no network runs.
-        dtype: in which the network computes.
-        running: sessions that run.
-        waiting: sessions that are queued.
-        kv_bytes_used: memory of the KV cache that sessions hold.
-        uptime_seconds: since it was ready first.
-    """
-
-    version: str
-    device: str
-    dtype: str
-    running: int
-    waiting: int
-    kv_bytes_used: int
-    uptime_seconds: float
+    version: Annotated[str, Field("Version of colaserve.")]
+    device: Annotated[str, Field("Device of the network; empty where none runs.")]
+    dtype: Annotated[str, Field("Type in which the network computes.")]
+    running: Annotated[int, Field("Sessions that run.")]
+    waiting: Annotated[int, Field("Sessions that are queued.")]
+    kv_bytes_used: Annotated[int, Field("Memory of the KV cache that sessions hold.")]
+    uptime_seconds: Annotated[float, Field("Seconds since the process was first ready.")]
 
 
-@dataclass(frozen=True)
+@_value
 class StageInfo:
-    """A stage as the coordinator sees it.
+    """A stage as the coordinator sees it."""
 
-    Attributes:
-        stage: "encoder", "prior" or "decoder".
-        target: "in-process" when it lives in the coordinator's process.
-        serving: whether it was found serving at the last look.
-        space: fingerprint of its latent space.
-        limits: what it takes at most.
-        server: its process, and the load.
-    """
-
-    stage: str
-    target: str
-    serving: bool
-    space: str
-    limits: Limits
-    server: ServerInfo
+    stage: Annotated[str, Field('"encoder", "prior" or "decoder".')]
+    target: Annotated[str, Field('"in-process" when it lives in the coordinator\'s process.')]
+    serving: Annotated[bool, Field("Whether the last health check found it serving.")]
+    space: Annotated[str, Field("Fingerprint of its latent space.")]
+    limits: Annotated[Limits, Field("What it takes at most.")]
+    server: Annotated[ServerInfo, Field("Its process, and the load.")]
 
 
-@dataclass(frozen=True)
+@_value
 class ServiceInfo:
-    """A service: what it holds and how busy it is.
+    """A service: what it holds and how busy it is."""
 
-    Attributes:
-        model: shape of the model.
-        space: fingerprint of its latent space.
-        limits: what it takes at most.
-        server: its process, and the load.
-        has_variance: whether an encoder knows log variances; None for other services.
-    """
-
-    model: ModelShape
-    space: str
-    limits: Limits
-    server: ServerInfo
-    has_variance: bool | None = None
+    model: Annotated[ModelShape, Field("Shape of the model.")]
+    space: Annotated[str, Field("Fingerprint of its latent space.")]
+    limits: Annotated[Limits, Field("What it takes at most.")]
+    server: Annotated[ServerInfo, Field("Its process, and the load.")]
+    has_variance: Annotated[bool | None, Field("Whether an encoder knows log variances; None for other services.")] = (
+        None
+    )
 
 
-@dataclass(frozen=True)
+@_value
 class ModelInfo:
-    """What a coordinator serves.
+    """What a coordinator serves."""
 
-    Attributes:
-        name: as requests name it.
-        model: parameters of all stages together.
-        space: fingerprint of the latent space.
-        limits: what the coordinator takes at most.
-        server: the coordinator's process, and its load.
-        default_sampler: what a Sampler's unset fields mean.
-        default_sampling: what a Sampling's unset fields mean.
-        default_max_new_tokens: what an unset max_new_tokens means.
-        chat_frame: around one user message, with the place "{prompt}"; empty: the message as it is.
-        end_ids: tokens that end a text.
-        pad_id: the token that fills up.
-        stages: the stages behind the coordinator.
-        description: what the model can and cannot do, by its own card; empty where it has none.
-    """
-
-    name: str
-    model: ModelShape
-    space: str
-    limits: Limits
-    server: ServerInfo
-    default_sampler: Sampler
-    default_sampling: Sampling
-    default_max_new_tokens: int
-    chat_frame: str
-    end_ids: tuple[int, ...]
-    pad_id: int
-    stages: tuple[StageInfo, ...]
-    description: str = ""
+    name: Annotated[str, Field("The model's name in requests.")]
+    model: Annotated[ModelShape, Field("Shape of the model, with the parameters of all stages.")]
+    space: Annotated[str, Field("Fingerprint of the latent space.")]
+    limits: Annotated[Limits, Field("What the coordinator takes at most.")]
+    server: Annotated[ServerInfo, Field("The coordinator's process, and its load.")]
+    default_sampler: Annotated[Sampler, Field("What a Sampler's unset fields mean.")]
+    default_sampling: Annotated[Sampling, Field("What a Sampling's unset fields mean.")]
+    default_max_new_tokens: Annotated[int, Field("What an unset max_new_tokens means.")]
+    chat_frame: Annotated[
+        str, Field('Text around a single user message, which replaces "{prompt}"; empty: the message as it is.')
+    ]
+    end_ids: Annotated[tuple[int, ...], Field("Tokens that end a text.")]
+    pad_id: Annotated[int, Field("The token that fills up.")]
+    stages: Annotated[tuple[StageInfo, ...], Field("The stages behind the coordinator.")]
+    description: Annotated[
+        str, Field("What the model can and cannot do, by its own card; empty where it has none.")
+    ] = ""
