@@ -42,7 +42,8 @@ _REFUSED: Final = {
     StatusCode.PERMISSION_DENIED,
 }
 _EARLY: Final = 1.0  # seconds before the deadline, which stages see a little sooner or later
-_LOST: Final = "Internal error from Core"  # grpc.aio's for a write to a stream that has ended, in place of its status
+# What grpc.aio says of a write to a stream that has ended, and its core of a connection on which TLS found damaged bytes.
+_LOST: Final = (StatusCode.INTERNAL, "Internal error from Core"), (StatusCode.UNKNOWN, "Stream removed (")
 # Texts of gRPC, and of an engine that takes no runs.
 _UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing", AT_FAULT)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
@@ -191,8 +192,9 @@ def _was_in_flight(error: Exception) -> bool:
 
 def _code(error: Exception) -> StatusCode:
     if isinstance(error, grpc.RpcError):
-        found: StatusCode = error.code()
-        return StatusCode.UNAVAILABLE if (found, error.details()) == (StatusCode.INTERNAL, _LOST) else found
+        found, details = error.code(), error.details() or ""
+        lost = any(found == code and details.startswith(text) for code, text in _LOST)
+        return StatusCode.UNAVAILABLE if lost else found
     return grpc_code(error)
 
 

@@ -266,9 +266,16 @@ def _model() -> Any:
     return Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True)
 
 
-async def test_a_stream_whose_status_was_lost_counts_as_one_that_broke(world):
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        (StatusCode.INTERNAL, "Internal error from Core"),
+        (StatusCode.UNKNOWN, "Stream removed (Unwrap failed (TSI_DATA_CORRUPTED))"),
+    ],
+)
+async def test_a_stream_whose_connection_was_lost_counts_as_one_that_broke(world, code, details):
     nothing = grpc.aio.Metadata()
-    lost = grpc.aio.AioRpcError(StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+    lost = grpc.aio.AioRpcError(code, nothing, nothing, details)
     attempts = Attempts(world.coordinator.core.pools["decoder"], Call(), 5, world.heard)
     for _ in range(4):  # a fault of the stage's own gets fewer
         await attempts.failed(lost)
