@@ -40,8 +40,8 @@ from colaserve_services.gateway.translate import (
     names_of,
 )
 from colaserve_services.offload import offload
-from colaserve_services.rpc.kept import Kept
-from colaserve_services.rpc.metrics import KEPT_SECONDS, Metrics, exposition
+from colaserve_services.rpc.cached import Cached
+from colaserve_services.rpc.metrics import CACHED_SECONDS, Metrics, exposition
 
 LINKS = {
     "docs": "every endpoint and field",
@@ -58,8 +58,8 @@ class Gateway:
     def __init__(self, backend: Backend, settings: GatewaySettings, metrics: Metrics):
         self._backend, self._settings = backend, settings
         self._started = int(time.time())
-        self._readiness = Kept(self._reason, settings.ready_seconds)
-        self._metrics = Kept(lambda: offload(exposition, metrics.registry), KEPT_SECONDS)
+        self._readiness = Cached(self._reason, settings.ready_seconds)
+        self._metrics = Cached(lambda: offload(exposition, metrics.registry), CACHED_SECONDS)
 
     async def create_chat_completion(self, request: Request, body: ChatRequest) -> Answer:
         """Answer a chat. With `stream`, server-sent events of `chat.completion.chunk` objects."""

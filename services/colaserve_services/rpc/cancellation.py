@@ -1,7 +1,5 @@
-"""Whose cancellation it is: grpc.aio raises CancelledError also in tasks that nobody cancelled.
-
-It does so in whoever reads a call that was cancelled on this side, as a channel's closing does.
-"""
+"""grpc.aio raises CancelledError also in tasks that were not cancelled: in those that read a call which was cancelled
+on this side, for instance because its channel was closed."""
 
 import asyncio
 

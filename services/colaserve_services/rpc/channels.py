@@ -18,9 +18,9 @@ from colaserve_services.rpc.tls import channel_credentials
 
 _HOST = re.compile(r"[\w.:%-]+|\[[\w.:%]+\]")  # a name or an address
 PRIOR = "colaserve.v1.PriorService"
-# Messages are taken from the network as they are read. By default it would hold hundreds of blocks that nobody has
-# read, and the prior, which pauses when its blocks wait, would run on and on.
-UNHURRIED = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
+# Messages are taken from the network as they are read. By default it would hold hundreds of unread blocks, and the
+# prior, which pauses when its blocks are not read, would never pause.
+SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
 
 
 def open_channel(target: str, settings: ChannelSettings, service: str, host: str = "") -> grpc.aio.Channel:
@@ -30,7 +30,7 @@ def open_channel(target: str, settings: ChannelSettings, service: str, host: str
     connection is lost or reaches its maximum age; names in a list are looked up once, now. `host` is the name that a
     target which is an address was looked up by: certificates are for names.
     """
-    options = [*_options(settings, service), *(UNHURRIED if service == PRIOR else ())]
+    options = [*_options(settings, service), *(SMALL_WINDOW if service == PRIOR else ())]
     address = resolve(target)
     if settings.tls is None:
         return grpc.aio.insecure_channel(address, options)

@@ -61,7 +61,7 @@ class Edge(grpc.aio.ServerInterceptor):
     ) -> Any:
         """A handler of streams of bytes, whatever the method is: so the key is looked at before a message is read, the
         first message has a limited time to come, and each is checked before protobuf reads it. None for a method that
-        nobody implements."""
+        is not implemented."""
         handler = await continuation(handler_call_details)
         path: str = handler_call_details.method
         if handler is None or path.startswith(UNGUARDED):
@@ -80,7 +80,7 @@ class Edge(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(((requests.REQUEST_ID, requests.adopt(metadata)),))
         with tracing.serving(tracing.span_name(method.labels), metadata) as span:
             async with self._recorded(method, context, span) as client:
-                first = [await self._first(received, method)]  # who sends nothing takes no slot
+                first = [await self._first(received, method)]  # a call without a message takes no slot
                 with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
                     request = self._request(first.pop(), received, method)  # its bytes go here
                     await self._answer(request, method, context, span)
@@ -109,7 +109,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self._metrics.transfer_bytes.labels("out", method.service).inc(len(message))
         try:
             await context.write(message)
-        except grpc.aio.InternalError as error:  # nobody is at the other end any more
+        except grpc.aio.InternalError as error:  # the caller has gone
             raise asyncio.CancelledError from error
 
     async def _first(self, received: AsyncIterator[bytes], method: Method) -> bytes | None:

@@ -42,7 +42,7 @@ TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
 INTERNAL: Final = (StatusCode.INTERNAL, 500)
 STEP_FAILED: Final = "STEP_FAILED"  # reason of the google.rpc.ErrorInfo that a StepFailed carries
 DETAILS_KEY: Final = "grpc-status-details-bin"
-LAST_WORD: Final = 2.0  # seconds that the sending of a status is waited for
+STATUS_SECONDS: Final = 2.0  # that the sending of a status may take
 LONGEST_MESSAGE: Final = 1000  # characters; a status travels in a header, whose size is bounded
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def http_status(error: Exception) -> int:
 
 
 def status_proto(error: Exception) -> status_pb2.Status:
-    """The google.rpc.Status of an error, with the details that a caller may read; internals are never told."""
+    """The google.rpc.Status of an error, with the details that a caller may read; never with internals."""
     status = status_pb2.Status(code=grpc_code(error).value[0], message=_message(error))
     detail = _detail(error)
     if detail is not None:
@@ -88,8 +88,8 @@ def error_from_rpc(error: Any) -> ColaserveError:
 async def status_from_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Answer the call with the status of whatever is raised inside: the only place where errors become statuses.
 
-    Cancellation and a status that was set already pass. An unknown exception becomes INTERNAL with the request id; it
-    is logged with its traceback here and told nobody else.
+    Cancellation and a status that was set already pass. An unknown exception becomes INTERNAL with the request id; its
+    traceback is logged and not sent.
     """
     try:
         yield
@@ -99,9 +99,9 @@ async def status_from_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asy
         status = rpc_error(error)
         _forget_frames(error)
         try:
-            async with asyncio.timeout(LAST_WORD):
+            async with asyncio.timeout(STATUS_SECONDS):
                 await context.abort(status.code(), status.details() or "", tuple(status.trailing_metadata()))
-        except TimeoutError:  # nobody reads what was sent before; the status waits behind it, its handler does not
+        except TimeoutError:  # the status is queued behind responses that are not read: the handler ends without it
             raise asyncio.CancelledError from error
         raise AssertionError("abort returned") from error
 

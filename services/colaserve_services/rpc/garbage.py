@@ -21,7 +21,7 @@ class Garbage:
         self._every, self._collect, self._received = every, collect, 0
 
     def received(self, size: int) -> None:
-        """A message of `size` bytes is there; earlier ones that nobody holds any more may go."""
+        """A message of `size` bytes has come; collect what earlier ones left if that is due."""
         self._received += size
         if self._received >= self._every:
             self._received = 0

@@ -30,7 +30,7 @@ def configure(settings: LogSettings, role: str = "", stream: TextIO | None = Non
     root.setLevel(logging.WARNING)  # libraries
     logging.captureWarnings(True)
     threading.excepthook = _log_death
-    if settings.format == "json":  # gRPC's core writes lines of its own to stderr; what they tell, calls tell too
+    if settings.format == "json":  # gRPC's core writes lines of its own to stderr; calls fail with the same
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.getLogger("colaserve_services").setLevel(settings.level.upper())
 

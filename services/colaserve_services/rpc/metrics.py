@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from colaserve_services import __version__
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import network
-from colaserve_services.rpc.kept import Kept
+from colaserve_services.rpc.cached import Cached
 from colaserve_services.rpc.settings import MetricsSettings
 
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -24,7 +24,7 @@ BLOCK_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-KEPT_SECONDS = 1.0  # that the text of all metrics is kept
+CACHED_SECONDS = 1.0  # that the text of all metrics is kept
 _USUAL_SWITCH = sys.getswitchinterval()
 _SHORT_SWITCH = 0.0002  # seconds that a thread with something to do leaves the interpreter to the one that writes
 
@@ -193,7 +193,7 @@ class MetricsEndpoint:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self._text = Kept(self._written, KEPT_SECONDS)
+        self._text = Cached(self._written, CACHED_SECONDS)
         server = await asyncio.start_server(self._answer, sock=self._listener, limit=LONGEST_HEAD)
         await self._stop.wait()
         server.close()

@@ -128,7 +128,7 @@ class RpcServer:
             raise UsageError(f"--{name}-port: cannot listen on {address}; is the port taken?") from error
 
     def _stage(self) -> str:
-        """The stage whose door this is: the coordinator's where it lives, whatever else does."""
+        """What refusals are counted for: the coordinator where it is served, else the first stage."""
         stages = [name.rpartition(".")[2].removesuffix("Service").lower() for name in self._names]
         return "coordinator" if "generation" in stages or not stages else stages[0]
 

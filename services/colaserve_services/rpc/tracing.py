@@ -32,7 +32,7 @@ _tracer: Any = None  # of the process, as logging's handlers are
 def start(endpoint: str, role: str) -> Callable[[], None]:
     """Trace from now on, to an OTLP/gRPC collector. Raises UsageError where the [trace] extra is not installed.
 
-    What it returns sends what is left and ends tracing; it blocks, for some seconds if nobody takes it.
+    What it returns sends what is left and ends tracing; it blocks for some seconds where the collector is away.
     """
     global _tracer
     try:
