@@ -42,7 +42,7 @@ _REFUSED: Final = {
     StatusCode.PERMISSION_DENIED,
 }
 _EARLY: Final = 1.0  # seconds before the deadline, which stages see a little sooner or later
-# What grpc.aio says of a write to a stream that has ended, and its core of a connection on which TLS found damaged bytes.
+# Of grpc.aio, for a write to a stream that has ended; of its core, for a connection on which TLS found damaged bytes.
 _LOST: Final = (StatusCode.INTERNAL, "Internal error from Core"), (StatusCode.UNKNOWN, "Stream removed (")
 # Texts of gRPC, and of an engine that takes no runs.
 _UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing", AT_FAULT)
