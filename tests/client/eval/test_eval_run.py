@@ -19,6 +19,13 @@ from tests.waiting import wait_until
 NAMES = [f"name {number}" for number in range(12)]
 
 
+@pytest.fixture
+def run(colaserve_eval, write_questions, tmp_path):
+    """Asks NAMES into tmp_path/out, with more options."""
+    file = write_questions(*NAMES)
+    return lambda *options: colaserve_eval("run", file, "--output", tmp_path / "out", *options)
+
+
 def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_questions(
     colaserve_eval, write_questions, tmp_path, read_lines
 ):
@@ -41,36 +48,31 @@ def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_quest
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_as_many_questions_are_in_flight_as_allowed(client, colaserve_eval, write_questions, tmp_path, concurrency):
-    colaserve_eval("run", write_questions(*NAMES), "--output", tmp_path / "out", "--concurrency", concurrency)
+def test_as_many_questions_are_in_flight_as_allowed(client, run, concurrency):
+    run("--concurrency", concurrency)
     assert client.most_in_flight == concurrency
 
 
-def test_a_finished_run_is_not_asked_again(client, colaserve_eval, write_questions, tmp_path):
-    arguments = ("run", write_questions(*NAMES), "--output", tmp_path / "out")
-    first, second = colaserve_eval(*arguments), colaserve_eval(*arguments)
-    assert first.stdout == second.stdout
+def test_a_finished_run_is_not_asked_again(client, run):
+    assert run().stdout == run().stdout
     assert sorted(client.prompts) == sorted(NAMES)
 
 
-def test_failed_answers_are_written_with_their_error_and_asked_again(
-    client, colaserve_eval, write_questions, tmp_path, read_lines
-):
-    out, file = tmp_path / "out", write_questions(*NAMES)
+def test_failed_answers_are_written_with_their_error_and_asked_again(client, run, tmp_path, read_lines):
     client.down_for = {"name 2"}
-    result = colaserve_eval("run", file, "--output", out)
+    result = run()
     assert result.exit_code == 1
     assert "1 answers failed" in result.stderr
-    assert read_lines(out / "task.jsonl")[2]["error"] == "Unavailable: the prior is down"
+    assert read_lines(tmp_path / "out" / "task.jsonl")[2]["error"] == "Unavailable: the prior is down"
     client.down_for = set()
-    assert colaserve_eval("run", file, "--output", out).exit_code == 0
+    assert run().exit_code == 0
     assert sorted(client.prompts) == sorted([*NAMES, "name 2"])
-    assert [line["error"] for line in read_lines(out / "task.jsonl")] == [None] * 12
+    assert [line["error"] for line in read_lines(tmp_path / "out" / "task.jsonl")] == [None] * 12
 
 
-def test_an_overloaded_server_is_waited_for(client, colaserve_eval, write_questions, tmp_path, read_lines):
+def test_an_overloaded_server_is_waited_for(client, run, tmp_path, read_lines):
     client.overloaded_times = 30
-    assert colaserve_eval("run", write_questions(*NAMES), "--output", tmp_path / "out").exit_code == 0
+    assert run().exit_code == 0
     assert len(client.asked) == 42
     assert [line["error"] for line in read_lines(tmp_path / "out" / "task.jsonl")] == [None] * 12
 
@@ -144,15 +146,15 @@ async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_cli
     assert [line["id"] for line in read_lines(tmp_path / "task.jsonl")] == NAMES
 
 
-def test_a_torn_last_line_is_dropped_and_asked_again(client, colaserve_eval, write_questions, tmp_path):
-    out, file = tmp_path / "out", write_questions(*NAMES)
-    colaserve_eval("run", file, "--output", out)
-    content = (out / "task.jsonl").read_bytes()
-    (out / "task.jsonl").write_bytes(content[:-20])
+def test_a_torn_last_line_is_dropped_and_asked_again(client, run, tmp_path):
+    run()
+    file = tmp_path / "out" / "task.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
     client.asked.clear()
-    assert colaserve_eval("run", file, "--output", out).exit_code == 0
+    assert run().exit_code == 0
     assert client.prompts == [NAMES[-1]]
-    assert (out / "task.jsonl").read_bytes() == content
+    assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -164,22 +166,18 @@ def test_a_torn_last_line_is_dropped_and_asked_again(client, colaserve_eval, wri
         (["--limit", 3], "task task was begun with other questions"),
     ],
 )
-def test_going_on_with_other_settings_is_refused_naming_them(
-    client, colaserve_eval, write_questions, tmp_path, arguments, difference
-):
-    command = ("run", write_questions(*NAMES), "--output", tmp_path / "out")
-    colaserve_eval(*command)
-    result = colaserve_eval(*command, *arguments)
+def test_going_on_with_other_settings_is_refused_naming_them(client, run, arguments, difference):
+    run()
+    result = run(*arguments)
     assert result.exit_code == 1
     assert difference in result.stderr
     assert len(client.prompts) == 12
 
 
-def test_going_on_with_another_model_is_refused(client, colaserve_eval, write_questions, tmp_path):
-    command = ("run", write_questions(*NAMES), "--output", tmp_path / "out")
-    colaserve_eval(*command)
+def test_going_on_with_another_model_is_refused(client, run):
+    run()
     client.name, client.steps = "other", 8
-    result = colaserve_eval(*command)
+    result = run()
     assert "model.name: the folder has 'tiny', this run asks for 'other'" in result.stderr
     assert "model.default_sampler.steps: the folder has 16, this run asks for 8" in result.stderr
 

@@ -2,160 +2,131 @@
 
 import pytest
 
-from colaserve_eval import scoring
+from colaserve_eval.scoring import (
+    SHORT_TEXT,
+    answer_letter,
+    answer_segment,
+    begins_with,
+    choice_letter,
+    cut_answer,
+    normalise,
+    same_choice,
+    same_first_word,
+    same_text,
+    similarity,
+)
 
 COLOURS = ["red", "dark blue", "green", "light blue"]
-LONG = "x" * scoring.SHORT_TEXT
+NUMBERS = ["one", "two", "three", "four"]
+LONG = "x" * SHORT_TEXT
+
+TEXTS = [  # function, text, what it gives
+    # an answer ends at the first newline after a word
+    (cut_answer, " Paris\n\nQuestion: and", " Paris"),
+    (cut_answer, "\n \n Paris\nmore", "\n \n Paris"),
+    (cut_answer, " ...\n--\nyes\nno", " ...\n--\nyes"),
+    (cut_answer, " no newline at all", " no newline at all"),
+    (cut_answer, "\n\n", "\n\n"),
+    (cut_answer, "", ""),
+    # lower case, no punctuation, words joined by one space
+    (normalise, "  The U.S.A.,  \t today! ", "the usa today"),
+    (normalise, "Straße_1 – naïve", "straße_1 naïve"),
+    (normalise, "- ! -", ""),
+    (normalise, "a\nb", "a b"),
+    # the segment is the text after the last line that says answer
+    (answer_segment, "so the answer is blue", "blue"),
+    (answer_segment, "Final Answer: (B)", "(B)"),
+    (answer_segment, "answer\uff1a green", "green"),
+    (answer_segment, "answer = 4", "4"),
+    (answer_segment, "answer\nanswer red\nanswer", "red"),
+    (answer_segment, "answer: red\nanswer: green", "green"),
+    (answer_segment, "answers are red", "answers are red"),
+    (answer_segment, "an answer islands", "islands"),
+    (answer_segment, "just red", "just red"),
+]
+PAIRS = [  # rule, answer, truth, whether it is right
+    (same_text, " the Denver  Broncos.", "The Denver Broncos", True),
+    (same_text, "Denver Broncos", "The Denver Broncos", False),
+    (same_first_word, " Shower, then home", "shower", True),
+    (same_first_word, "shower", "shower room", True),
+    (same_first_word, " the shower", "shower", False),
+    (same_first_word, "showers", "shower", False),
+    (same_first_word, "", "shower", False),
+    (same_first_word, "...", "!", False),
+    (begins_with, " Port-au-Prince. Its currency", "Port-au-Prince", True),
+    (begins_with, "San Josephine", "San Jos", False),
+    (begins_with, "San", "San José", False),
+    (begins_with, "anything", "", False),
+]
+LETTERS = [  # text, choices, the letter that it names
+    # a letter is read where it stands for a choice
+    ("B", NUMBERS, "B"),
+    (" (c). ", NUMBERS, "C"),
+    ("[D]", NUMBERS, "D"),
+    ("E", NUMBERS, None),
+    ("I choose option B.", NUMBERS, "B"),
+    ("Option A, no, option C!", NUMBERS, "C"),
+    ("the answer is (D) obviously, as everyone here will know", NUMBERS, "D"),
+    ("the answer is Dresden and not much else, as all will know", NUMBERS, None),
+    ("choice=b", NUMBERS, "B"),
+    ("maybe (A) or [B] here", NUMBERS, "B"),
+    (f"maybe (A) or [B] here {LONG}", NUMBERS, None),
+    ("option E, that is (A)", NUMBERS, "A"),
+    ("B because", NUMBERS, None),
+    ("the option A-team, as all of us here will surely know", NUMBERS, None),
+    # or a choice by its text
+    (" Dark  BLUE!", COLOURS, "B"),
+    ("The correct answer is: dark blue", COLOURS, "B"),
+    ("final answer green", COLOURS, "C"),
+    ("it looks dark blue to me", COLOURS, "B"),
+    ("it looks dark blue, or green to me", COLOURS, None),
+    ("blue", COLOURS, None),
+    ("dark bluee", COLOURS, "B"),
+    ("light bue", COLOURS, "D"),
+    ("bark bluu", COLOURS, None),
+    ("", COLOURS, None),
+    # a lead-in is removed before choices within choices confuse
+    ("The correct answer is: dark blue.", ["blue", "dark blue"], "B"),
+    ("it is dark blue", ["blue", "dark blue"], None),
+    # a choice that normalises to nothing is in no text; the first of equal ones is taken
+    ("some text", ["+", "text"], "B"),
+    ("red", ["Red", "red."], "A"),
+]
 
 
-@pytest.mark.parametrize(
-    ("generated", "answer"),
-    [
-        (" Paris\n\nQuestion: and", " Paris"),
-        ("\n \n Paris\nmore", "\n \n Paris"),
-        (" ...\n--\nyes\nno", " ...\n--\nyes"),
-        (" no newline at all", " no newline at all"),
-        ("\n\n", "\n\n"),
-        ("", ""),
-    ],
-)
-def test_an_answer_ends_at_the_first_newline_after_a_word(generated, answer):
-    assert scoring.cut_answer(generated) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("  The U.S.A.,  \t today! ", "the usa today"),
-        ("Straße_1 – naïve", "straße_1 naïve"),
-        ("- ! -", ""),
-        ("a\nb", "a b"),
-    ],
-)
-def test_normalising_lowers_drops_punctuation_and_joins_words(text, normal):
-    assert scoring.normalise(text) == normal
+@pytest.mark.parametrize(("function", "text", "expected"), TEXTS)
+def test_texts_are_cut_and_normalised(function, text, expected):
+    assert function(text) == expected
 
 
 def test_similarity_is_difflibs_ratio_of_normalised_texts_and_one_for_two_empty_ones():
-    assert scoring.similarity("AbCd!", "bcde") == 0.75
-    assert scoring.similarity("?", "...") == 1.0
-    assert scoring.similarity("?", "a") == 0.0
+    assert [similarity(*pair) for pair in (("AbCd!", "bcde"), ("?", "..."), ("?", "a"))] == [0.75, 1.0, 0.0]
 
 
-def test_texts_are_the_same_up_to_case_spaces_and_punctuation_only():
-    assert scoring.same_text(" the Denver  Broncos.", "The Denver Broncos")
-    assert not scoring.same_text("Denver Broncos", "The Denver Broncos")
+@pytest.mark.parametrize(("rule", "answer", "truth", "right"), PAIRS)
+def test_texts_are_compared(rule, answer, truth, right):
+    assert rule(answer, truth) is right
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth", "right"),
-    [
-        (" Shower, then home", "shower", True),
-        ("shower", "shower room", True),
-        (" the shower", "shower", False),
-        ("showers", "shower", False),
-        ("", "shower", False),
-        ("...", "!", False),
-    ],
-)
-def test_word_prediction_compares_the_first_normalised_words(answer, truth, right):
-    assert scoring.same_first_word(answer, truth) is right
+@pytest.mark.parametrize(("text", "choices", "letter"), LETTERS)
+def test_a_choice_is_named_by_its_letter_or_its_text(text, choices, letter):
+    assert choice_letter(text, choices) == letter
+
+
+def test_the_segment_comes_before_the_whole_answer_which_helps_out():
+    assert answer_letter("red? no, the answer is green", COLOURS) == "C"
+    assert answer_letter("green is what I answer today", COLOURS) == "C"
 
 
 @pytest.mark.parametrize(
     ("answer", "truth", "right"),
     [
-        (" Port-au-Prince. Its currency", "Port-au-Prince", True),
-        ("San Josephine", "San Jos", False),
-        ("San", "San José", False),
-        ("anything", "", False),
+        ("(B)", "dark blue", True),
+        ("dark blue", "B", True),
+        ("green", "dark blue", False),
+        ("no idea.", "No idea", True),
+        ("something", "else", False),
     ],
 )
-def test_an_answer_may_go_on_where_only_its_beginning_is_asked_for(answer, truth, right):
-    assert scoring.begins_with(answer, truth) is right
-
-
-@pytest.mark.parametrize(
-    ("answer", "segment"),
-    [
-        ("so the answer is blue", "blue"),
-        ("Final Answer: (B)", "(B)"),
-        ("answer\uff1a green", "green"),
-        ("answer = 4", "4"),
-        ("answer\nanswer red\nanswer", "red"),
-        ("answer: red\nanswer: green", "green"),
-        ("answers are red", "answers are red"),
-        ("an answer islands", "islands"),
-        ("just red", "just red"),
-    ],
-)
-def test_the_answer_segment_is_the_text_after_the_last_line_that_says_answer(answer, segment):
-    assert scoring.answer_segment(answer) == segment
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B", "B"),
-        (" (c). ", "C"),
-        ("[D]", "D"),
-        ("E", None),
-        ("I choose option B.", "B"),
-        ("Option A, no, option C!", "C"),
-        ("the answer is (D) obviously, as everyone here will know", "D"),
-        ("the answer is Dresden and not much else, as all will know", None),
-        ("choice=b", "B"),
-        ("maybe (A) or [B] here", "B"),
-        (f"maybe (A) or [B] here {LONG}", None),
-        ("option E, that is (A)", "A"),
-        ("B because", None),
-        ("the option A-team, as all of us here will surely know", None),
-    ],
-)
-def test_a_letter_among_the_choices_is_read_where_it_stands_for_one(text, letter):
-    assert scoring.choice_letter(text, ["one", "two", "three", "four"]) == letter
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        (" Dark  BLUE!", "B"),
-        ("The correct answer is: dark blue", "B"),
-        ("final answer green", "C"),
-        ("it looks dark blue to me", "B"),
-        ("it looks dark blue, or green to me", None),
-        ("blue", None),
-        ("dark bluee", "B"),
-        ("light bue", "D"),
-        ("bark bluu", None),
-        ("", None),
-    ],
-)
-def test_a_choice_is_recognised_by_its_text(text, letter):
-    assert scoring.choice_letter(text, COLOURS) == letter
-
-
-def test_a_lead_in_is_removed_before_choices_within_choices_confuse():
-    assert scoring.choice_letter("The correct answer is: dark blue.", ["blue", "dark blue"]) == "B"
-    assert scoring.choice_letter("it is dark blue", ["blue", "dark blue"]) is None
-
-
-def test_a_choice_that_normalises_to_nothing_is_contained_in_no_text():
-    assert scoring.choice_letter("some text", ["+", "text"]) == "B"
-
-
-def test_the_first_of_equal_choices_is_taken():
-    assert scoring.choice_letter("red", ["Red", "red."]) == "A"
-
-
-def test_the_segment_comes_before_the_whole_answer_and_the_whole_answer_helps_out():
-    assert scoring.answer_letter("red? no, the answer is green", COLOURS) == "C"
-    assert scoring.answer_letter("green is what I answer today", COLOURS) == "C"
-
-
-def test_choices_are_compared_by_letter_and_else_by_text():
-    assert scoring.same_choice("(B)", "dark blue", COLOURS)
-    assert scoring.same_choice("dark blue", "B", COLOURS)
-    assert not scoring.same_choice("green", "dark blue", COLOURS)
-    assert scoring.same_choice("no idea.", "No idea", COLOURS)
-    assert not scoring.same_choice("something", "else", COLOURS)
+def test_choices_are_compared_by_letter_and_else_by_text(answer, truth, right):
+    assert same_choice(answer, truth, COLOURS) is right

@@ -7,43 +7,48 @@ import pytest
 from colaserve_eval.records import EvalError
 from colaserve_eval.templates import load_template, read_raw_questions, shipped_templates
 
-RAW = {
-    "mmlu": {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1},
-    "obqa": {"id": "7-1", "question_stem": "Ice is", "choices": {"text": ["hot", "cold"]}, "answerKey": "B"},
-    "hellaswag": {"ctx": "He runs. He", "endings": ["sits.", "falls."], "label": "1"},
-    "race": {"article": "It rained.", "question": "Was it dry?", "options": ["Yes", "No"], "answer": "B"},
-    "siqa": {"question": "How?", "answerA": "so", "answerB": "well", "answerC": "badly", "label": "2"},
-    "squad": {"id": "56", "context": "It rained.", "question": "What?", "answers": {"text": ["rain", "it"]}},
-    "lambada": {"text": "She opened the {old} door"},
-    "story_cloze": {
-        "InputSentence1": "A.",
-        "InputSentence2": "B.",
-        "InputSentence3": "C.",
-        "InputSentence4": "D.",
-        "RandomFifthSentenceQuiz1": "E.",
-        "RandomFifthSentenceQuiz2": "F.",
-        "AnswerRightEnding": 2,
-    },
-}
-LAST_FORM = {
-    "mmlu": "Question: 1 + 1?\n(A) 1\n(B) 2\n(C) 3\n(D) 4\nAnswer:",
-    "obqa": "Question: Ice is\n(A) hot\n(B) cold\nAnswer:",
-    "hellaswag": "Context: He runs. He\n(A) sits.\n(B) falls.\nAnswer:",
-    "race": "Article: It rained. Was it dry?\nOptions:\n(A) Yes\n(B) No\nAnswer:",
-    "siqa": "Question: How?\n(A) so\n(B) well\n(C) badly\nAnswer:",
-    "squad": "Context: It rained.\nQuestion: What?\nAnswer:",
-    "lambada": "She opened the {old}",
-    "story_cloze": "Story: A. B. C. D.\n(A) E.\n(B) F.\nEnd:",
-}
-TRUTH = {
-    "mmlu": "2",
-    "obqa": "cold",
-    "hellaswag": "falls.",
-    "race": "No",
-    "siqa": "well",
-    "squad": "rain",
-    "lambada": "door",
-    "story_cloze": "F.",
+RAW = {  # of each task: a record as the data set has it, the last question of the prompt made of it, its truth
+    "mmlu": (
+        {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1},
+        "Question: 1 + 1?\n(A) 1\n(B) 2\n(C) 3\n(D) 4\nAnswer:",
+        "2",
+    ),
+    "obqa": (
+        {"id": "7-1", "question_stem": "Ice is", "choices": {"text": ["hot", "cold"]}, "answerKey": "B"},
+        "Question: Ice is\n(A) hot\n(B) cold\nAnswer:",
+        "cold",
+    ),
+    "hellaswag": (
+        {"ctx": "He runs. He", "endings": ["sits.", "falls."], "label": "1"},
+        "Context: He runs. He\n(A) sits.\n(B) falls.\nAnswer:",
+        "falls.",
+    ),
+    "race": (
+        {"article": "It rained.", "question": "Was it dry?", "options": ["Yes", "No"], "answer": "B"},
+        "Article: It rained. Was it dry?\nOptions:\n(A) Yes\n(B) No\nAnswer:",
+        "No",
+    ),
+    "siqa": (
+        {"question": "How?", "answerA": "so", "answerB": "well", "answerC": "badly", "label": "2"},
+        "Question: How?\n(A) so\n(B) well\n(C) badly\nAnswer:",
+        "well",
+    ),
+    "squad": (
+        {"id": "56", "context": "It rained.", "question": "What?", "answers": {"text": ["rain", "it"]}},
+        "Context: It rained.\nQuestion: What?\nAnswer:",
+        "rain",
+    ),
+    "lambada": ({"text": "She opened the {old} door"}, "She opened the {old}", "door"),
+    "story_cloze": (
+        {
+            **{f"InputSentence{number}": f"{letter}." for number, letter in enumerate("ABCD", 1)},
+            "RandomFifthSentenceQuiz1": "E.",
+            "RandomFifthSentenceQuiz2": "F.",
+            "AnswerRightEnding": 2,
+        },
+        "Story: A. B. C. D.\n(A) E.\n(B) F.\nEnd:",
+        "F.",
+    ),
 }
 
 
@@ -53,19 +58,15 @@ def test_a_template_is_shipped_for_each_published_task():
 
 @pytest.mark.parametrize("task", sorted(RAW))
 def test_a_shipped_template_reads_the_data_sets_own_records(task, tmp_path):
-    path = tmp_path / "raw.jsonl"
-    path.write_text(json.dumps(RAW[task]) + "\n")
-    [question] = read_raw_questions(path, load_template(task))
-    assert question.ground_truth == TRUTH[task]
-    assert question.id == RAW[task].get("id", 0)
-    assert question.prompt.split("\n\n")[-1] == LAST_FORM[task]
-    assert all(shot.endswith(str(truth)) for shot, truth in shots(task, question.prompt))
-
-
-def shots(task: str, prompt: str) -> list[tuple[str, str]]:
-    examples = load_template(task).examples
-    forms = prompt.split("\n\n")[:-1][-len(examples) :] if examples else []
-    return list(zip(forms, (f": {example['ground_truth']}" for example in examples), strict=True))
+    record, form, truth = RAW[task]
+    path, template = tmp_path / "raw.jsonl", load_template(task)
+    path.write_text(json.dumps(record) + "\n")
+    [question] = read_raw_questions(path, template)
+    assert (question.ground_truth, question.id) == (truth, record.get("id", 0))
+    *shots, last = question.prompt.split("\n\n")
+    assert last == form
+    for shot, example in zip(reversed(shots), reversed(template.examples), strict=False):
+        assert shot.endswith(f": {example['ground_truth']}")
 
 
 def template(tmp_path, text: str):
@@ -150,9 +151,9 @@ def test_an_unknown_template_is_refused_naming_the_shipped_ones(colaserve_eval, 
     ],
 )
 def test_a_record_that_does_not_fit_is_refused_with_file_and_line(tmp_path, change, message):
-    record = {key: value for key, value in {**RAW["mmlu"], **change}.items() if value is not ...}
+    record = {key: value for key, value in {**RAW["mmlu"][0], **change}.items() if value is not ...}
     path = tmp_path / "raw.jsonl"
-    path.write_text(json.dumps(RAW["mmlu"]) + "\n" + json.dumps(record) + "\n")
+    path.write_text(json.dumps(RAW["mmlu"][0]) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(EvalError) as error:
         read_raw_questions(path, load_template("mmlu"))
     assert f"{path}:2: " in str(error.value)
@@ -161,9 +162,9 @@ def test_a_record_that_does_not_fit_is_refused_with_file_and_line(tmp_path, chan
 
 def test_run_asks_what_the_template_makes(client, colaserve_eval, tmp_path):
     path = tmp_path / "race.jsonl"
-    path.write_text(json.dumps(RAW["race"]) + "\n")
+    path.write_text(json.dumps(RAW["race"][0]) + "\n")
     client.answer = lambda prompt, sampler: " (B)"
     result = colaserve_eval("run", path, "--template", "race", "--output", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["tasks"] == {"race": {"n": 1, "correct": 1, "accuracy": 100.0}}
     assert client.prompts[0].startswith("Read the following article and answer the question.\n\nArticle: ")
-    assert client.prompts[0].endswith(LAST_FORM["race"])
+    assert client.prompts[0].endswith(RAW["race"][1])
