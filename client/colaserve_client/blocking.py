@@ -5,6 +5,7 @@ Any number of threads may use a client at once. Ctrl-C cancels what the main thr
 
 import re
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import closing
 from functools import partial, wraps
@@ -70,7 +71,23 @@ def _opening(
     return call
 
 
-class BaseClient(Generic[C_co]):
+class _Closing(ABC):
+    """Something that `with` closes."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class BaseClient(_Closing, Generic[C_co]):
     """A connection to one server; the asyncio client of the same name says what the arguments are."""
 
     _kind: type[C_co]
@@ -102,16 +119,8 @@ class BaseClient(Generic[C_co]):
         if not LOOP.is_lost:  # a forked child leaves its parent's connection alone
             LOOP.run(self._client.close)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Stream(Generic[T]):
+class Stream(_Closing, Generic[T]):
     """The answers of a call as they come. Leaving early (break, `close`, end of `with`, Ctrl-C) cancels the call."""
 
     def __init__(self, stream: AsyncStream[T], client: BaseClient[Any]) -> None:
@@ -150,19 +159,11 @@ class Stream(Generic[T]):
         self._closed = True
         self.cancel()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         self.cancel()
 
 
-class DecodeSession:
+class DecodeSession(_Closing):
     """An open session of a decoder; `DecoderClient.session` makes it."""
 
     def __init__(self, session: AsyncDecodeSession, client: BaseClient[Any]) -> None:
@@ -186,14 +187,6 @@ class DecodeSession:
         LOOP.spawn(self._session.close)
 
     def __del__(self) -> None:
-        self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
         self.close()
 
 

@@ -98,8 +98,8 @@ class AsyncClient(AsyncBaseClient):
     ) -> AsyncStream[GenerationChunk]:
         """Continue a prompt and yield the text block by block, as `generate` otherwise.
 
-        Leaving the stream early cancels the generation. `async with` does so at a certain place, `break` alone when the
-        stream is garbage collected.
+        Leaving the stream early cancels the generation: `async with` does so at the end of its block, `break` alone
+        when the stream is garbage collected.
 
         >>> async with client.stream("Once upon a time", max_new_tokens=12) as stream:
         ...     async for chunk in stream:
@@ -118,7 +118,7 @@ class AsyncClient(AsyncBaseClient):
 
         A prompt that fails gives an outcome with its error and does not disturb the others. `prompts` is read as far
         as needed, so it may be endless. Leaving early cancels what runs. `timeout` is for each prompt, from when its
-        turn comes.
+        call starts.
 
         >>> prompts = [GenerationRequest("Once upon a time", max_new_tokens=n) for n in (6, 0)]
         >>> async for outcome in client.generate_many(prompts):
@@ -126,7 +126,6 @@ class AsyncClient(AsyncBaseClient):
          there
         max_new_tokens: got 0, expected 1 or more
         """
-
         one = bounded(partial(outcome, self, timeout), concurrency)
         with closing(started_ahead(lambda prompt: asyncio.create_task(one(prompt)), prompts, concurrency)) as tasks:
             for task in tasks:

@@ -20,7 +20,7 @@ _SHOWN = 16  # positions, and numbers of each, in a notebook
 class Latents:
     """Latents of one sequence: float32, (n, d), read-only, with the fingerprint of their space.
 
-    An empty space means that the caller vouches for it. Equal means: the same space and the same numbers.
+    An empty space is not checked. Equal means: the same space and the same numbers.
     `+ - * /` are arithmetic with numbers, arrays and other latents of the space; `concat` joins.
 
     >>> import numpy as np
@@ -214,7 +214,7 @@ class Latents:
 
 
 LatentsLike = Latents | ArrayLike
-"""What is taken wherever latents are: latents, or an array of shape (n, d), whose space the caller vouches for."""
+"""What is taken wherever latents are: latents, or an array of shape (n, d), whose space is not checked."""
 
 
 def _checked(values: ArrayLike, field: str) -> FloatArray:

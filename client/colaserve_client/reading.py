@@ -136,8 +136,8 @@ def _check_depth(text: str, refuse: Any) -> None:
 
 def _outside_strings(text: str, pattern: str) -> int:
     """Where the pattern is found first, the strings of a JSON text left out."""
-    places = re.finditer(rf"{_STRING}|({pattern})", text, re.DOTALL)
-    return next(found.start() for found in places if found[1])
+    matches = re.finditer(rf"{_STRING}|({pattern})", text, re.DOTALL)
+    return next(found.start() for found in matches if found[1])
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

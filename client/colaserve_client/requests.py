@@ -51,8 +51,8 @@ def build(kind: type[M], path: str = "", **values: object) -> M:
                 raise TypeError("protobuf takes true for 1, and 1 for true: neither was meant")
             message.MergeFrom(kind(**{name: wire}))
         except (TypeError, ValueError) as error:
-            told = f"got {_shown(value)}, expected {expected}" if expected else f"cannot be {_shown(value)}: {error}"
-            raise invalid(where, told) from error
+            problem = f"got {_shown(value)}, expected {expected}" if expected else f"cannot be {_shown(value)}: {error}"
+            raise invalid(where, problem) from error
     return message
 
 

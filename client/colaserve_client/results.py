@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_n
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def _value(kind: type[T]) -> type[T]:
-    """Class decorator: a frozen dataclass whose docstring tells its fields."""
+    """Class decorator: a frozen dataclass whose docstring describes its fields."""
     return documented(dataclass(frozen=True)(kind))
 
 

@@ -303,7 +303,7 @@ class AsyncExchange(Generic[Q, T]):
             await asyncio.sleep(0)
         try:
             await self._call.write(request)
-        except asyncio.InvalidStateError:  # the call has ended already: reading tells why
+        except asyncio.InvalidStateError:  # the call has ended already: reading says why
             await self._call.read()
             raise
         except grpc.aio.AioRpcError as failure:

@@ -1,1 +1,1 @@
-"""The `colaserve` command. `main.py` finds verbs without importing them; docs/cli.md tells how to use them."""
+"""The `colaserve` command. `main.py` finds verbs without importing them; docs/cli.md explains them."""

@@ -73,7 +73,7 @@ def _variable(option: click.Option) -> str:
 
 
 def option(*names: str, section: str = "Options", **settings: Any) -> Callable[[Verb], Verb]:
-    """`click.option` with its place in the help."""
+    """`click.option` in a section of the help."""
     return click.option(*names, cls=SectionedOption, section=section, **settings)
 
 

@@ -63,7 +63,7 @@ VERBS: Mapping[str, Verb] = {
 
 
 def missing_extra(name: str, error: ModuleNotFoundError) -> str | None:
-    """What to tell when a verb's import failed; None when it is not for the lack of an extra."""
+    """What to say when a verb's import failed; None when that is not for the lack of an extra."""
     module = (error.name or "").partition(".")[0]
     if name not in VERBS or not VERBS[name].extra or module in ("", "colaserve_client", "colaserve_eval", "colaserve"):
         return None
