@@ -1,20 +1,20 @@
 """Flow matching: the schedule, the solvers and guidance (arXiv:2605.06548 section on sampling; MODEL.md section 4).
 
-A solver is a generator: it yields the points where it wants the velocity, is sent the velocity there, and returns the
+A solver is a generator: it yields the points where it wants the velocity, gets the velocity there, and returns the
 latents at t = 0. It knows neither the network nor the other samples of a batch, so any number of solvers, each at its
 own step of its own schedule, can share one forward pass.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from colaserve_services.bounds import SAMPLER, check_all
+from colaserve_services.model.dit import TIME_SCALE
 
-TIME_SCALE = 1000.0  # T: the network's time runs from T (noise) to 0 (latents)
 _TIME_ROUNDING = 1e-6  # of t/T: bounds arrive as float32
 
 
@@ -32,7 +32,7 @@ Renoise = Callable[[], Tensor]  # draws (B, d) standard normal values
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a block is carried from noise to latents; the defaults are those of the wire contract's brackets."""
+    """How a block is denoised; the defaults are those of the wire contract's brackets."""
 
     steps: int = SAMPLER["steps"].default
     guidance_scale: float = SAMPLER["guidance_scale"].default
@@ -71,55 +71,26 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return torch.lerp(unconditional, conditional, scale)
 
 
-def euler(z: Tensor, times: Sequence[float], resamples: int = 1, renoise: Renoise | None = None) -> Solver:
-    """z <- z + (t_next - t) v / T."""
-    for t, t_next in itertools.pairwise(times):
-        for repeat in range(resamples):
-            v = yield Evaluation(z, t)
-            z = z + (t_next - t) / TIME_SCALE * v
-            if repeat < resamples - 1:
-                z = add_noise(z, t, t_next, renoise)
-    return z
+def solve(noise: Tensor, settings: SamplerSettings, renoise: Renoise | None = None) -> Solver:
+    """Euler's rule, z <- z + (t_next - t) v / T; of second order with another slope instead of v.
 
-
-def adams_bashforth_2(z: Tensor, times: Sequence[float], resamples: int = 1, renoise: Renoise | None = None) -> Solver:
-    """z <- z + (t_next - t) (3/2 v - 1/2 v_previous) / T, evenly spaced times; the first step is Euler's."""
-    previous: Tensor | None = None
-    for t, t_next in itertools.pairwise(times):
-        for repeat in range(resamples):
-            v = yield Evaluation(z, t)
-            slope = v if previous is None else 1.5 * v - 0.5 * previous
-            z = z + (t_next - t) / TIME_SCALE * slope
-            if repeat < resamples - 1:
+    Adams and Bashforth's is 3/2 v - 1/2 v_previous (times are evenly spaced; the first step is Euler's). Heun's is the
+    mean of v at both ends of the step (the last step, to t = 0, is Euler's).
+    """
+    z, previous = noise, None
+    for t, t_next in itertools.pairwise(schedule(settings.steps)):
+        dt = (t_next - t) / TIME_SCALE
+        for repeat in range(settings.resamples):
+            slope = v = yield Evaluation(z, t)
+            if settings.solver == "ab2" and previous is not None:
+                slope = 1.5 * v - 0.5 * previous
+            elif settings.solver == "heun" and t_next > 0:
+                slope = (v + (yield Evaluation(z + dt * v, t_next))) / 2
+            z = z + dt * slope
+            if repeat < settings.resamples - 1:
                 z = add_noise(z, t, t_next, renoise)
         previous = v
     return z
-
-
-def heun(z: Tensor, times: Sequence[float], resamples: int = 1, renoise: Renoise | None = None) -> Solver:
-    """The mean of the slopes at both ends of a step; the last step, to t = 0, is Euler's."""
-    for t, t_next in itertools.pairwise(times):
-        for repeat in range(resamples):
-            dt = (t_next - t) / TIME_SCALE
-            v = yield Evaluation(z, t)
-            if t_next > 0:
-                v = (v + (yield Evaluation(z + dt * v, t_next))) / 2
-            z = z + dt * v
-            if repeat < resamples - 1:
-                z = add_noise(z, t, t_next, renoise)
-    return z
-
-
-SOLVERS: dict[str, Callable[[Tensor, Sequence[float], int, Renoise | None], Solver]] = {
-    "euler": euler,
-    "ab2": adams_bashforth_2,
-    "heun": heun,
-}
-
-
-def solve(noise: Tensor, settings: SamplerSettings, renoise: Renoise | None = None) -> Solver:
-    """The solver of `settings`, about to start from `noise` at t = T."""
-    return SOLVERS[settings.solver](noise, schedule(settings.steps), settings.resamples, renoise)
 
 
 def add_noise(z: Tensor, t: float, t_next: float, renoise: Renoise | None) -> Tensor:
