@@ -26,9 +26,9 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.kv_cache import KVCache, KVShape
+from colaserve_services.model.layers import to_device
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
-from colaserve_services.model.transfer import sent
 
 _BESIDE_BLOCKS = 64  # rows of prefixes in a pass that answers blocks
 
@@ -238,7 +238,7 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
             block = session.pending[0][0] if complete and session.pending else None
             if len(prefix) or block is not None:
                 with self._alone(session):  # the device may lack the memory
-                    turns.append(_Turn(session, prefix, None if block is None else sent(block, self.model.device)))
+                    turns.append(_Turn(session, prefix, None if block is None else to_device(block, self.model.device)))
         return turns
 
     def _hidden(self, turns: list[_Turn]) -> Tensor:
@@ -250,15 +250,15 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
         if extra := model.padding(rows):
             latents = F.pad(latents, (0, 0, 0, extra))
             segments.append(Segment(extra))
-        positions = sent(torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]), model.device)
+        positions = to_device(torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]), model.device)
         attend = RaggedAttention(segments, model.config.block_size, model.device)
         hidden = model.transform(model.in_layer(latents), positions, attend)[:rows]
         wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns]).nonzero()[:, 0]
-        return hidden.index_select(0, sent(wanted, model.device))
+        return hidden.index_select(0, to_device(wanted, model.device))
 
     def _drawn(self, session: DecoderSession, logits: Tensor) -> Tensor:
         """The ids (B * P) of one block, sampled from (B * P, V)."""
-        seen = sent(torch.tensor(sorted(session.seen), dtype=torch.int64), logits.device)
+        seen = to_device(torch.tensor(sorted(session.seen), dtype=torch.int64), logits.device)
         return sample_block(logits, session.job.sampling, seen, session.sampled // len(logits))
 
     def _answer(self, session: DecoderSession, answer: _Answer) -> None:

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from colaserve_services.model import cpu_attention
 from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.kv_cache import KVCache, KVSlab, Views
-from colaserve_services.model.layers import block_causal_mask
-from colaserve_services.model.transfer import sent
+from colaserve_services.model.layers import block_causal_mask, to_device
 
 _FEW = 64  # rows of a segment without a cache, up to which products beat the fused kernel
 _SCORES = 3 << 18  # of one product: as many as stay in the cores' own caches until the softmax reads them
@@ -115,7 +114,7 @@ class _Part:
         if seen.all():
             return None
         hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-        return sent(hidden, self._device)[:, None]
+        return to_device(hidden, self._device)[:, None]
 
 
 class _Cached(_Part):

@@ -1,6 +1,6 @@
 """The prior: a block-causal Diffusion Transformer over latents (arXiv:2605.06548; adaLN-Zero as in arXiv:2212.09748).
 
-Parameter names are those of cola_dit/model.safetensors. Time t runs over 0..1000, 0 is clean.
+Parameter names are those of cola_dit/model.safetensors. Times t are 0..1000, 0 is clean.
 """
 
 import math
@@ -18,11 +18,11 @@ from colaserve_services.model.layers import (
     Linear,
     rotary_angles,
     rotary_frequencies,
+    to_device,
 )
-from colaserve_services.model.transfer import sent
 
 TIME_CHANNELS = 256
-TIME_SCALE = 1000.0  # T of the schedule
+TIME_SCALE = 1000.0  # T: time runs from T (noise) to 0 (latents)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class DiT(nn.Module):
 
     def rotary(self, positions: Tensor) -> Tensor:
         """Unit complex numbers of absolute latent positions: (...) -> (..., 1, rope_dim / 2)."""
-        frequencies = sent(rotary_frequencies(self.config.rope_dim, 10000.0), positions.device)
+        frequencies = to_device(rotary_frequencies(self.config.rope_dim, 10000.0), positions.device)
         return torch.complex(*rotary_angles(positions, frequencies)).unsqueeze(-2)
 
     def rotary_of_heads(self, positions: Tensor) -> Tensor:

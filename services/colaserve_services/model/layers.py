@@ -1,6 +1,5 @@
 """The parts that both networks are made of. Inference and training run the same modules."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -123,8 +122,9 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
     return keys[..., None, :] // block_size <= queries[..., :, None] // block_size
 
 
-def init_linear(linear: nn.Linear, gain: float = 1.0) -> None:
-    """Fan-in scaled normal weight, zero bias: for training from scratch."""
-    nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor made on the CPU, on the device, without waiting for what the device still has to do.
+
+    CUDA has read pageable memory when the copy's call returns, so the values may change or be freed at once.
+    """
+    return values.to(device, non_blocking=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model.dit import DiT, Modulation
-from colaserve_services.model.transfer import sent
+from colaserve_services.model.layers import to_device
 
 _BUDGET_BYTES = 256 << 20
 
@@ -55,8 +55,8 @@ class ModulationTable:
 
     def _compute(self, times: list[float]) -> None:
         slots = [self._slot(t) for t in times]
-        index = sent(torch.tensor(slots), self._device)
-        e = self._dit.emb_in(sent(torch.tensor(times, dtype=torch.float32), self._device))
+        index = to_device(torch.tensor(slots), self._device)
+        e = self._dit.emb_in(to_device(torch.tensor(times, dtype=torch.float32), self._device))
         for layer, block in enumerate(self._dit.blocks):
             m = block.modulation(e)  # type: ignore[operator]
             rows = (m.attn_shift, m.attn_scale, m.attn_gate, m.mlp_shift, m.mlp_scale, m.mlp_gate)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.bounds import SAMPLING, check_all
-from colaserve_services.model.transfer import sent
+from colaserve_services.model.layers import to_device
 
 GREEDY_BELOW = 1e-5  # temperatures below take the most likely token
 _MASK = (1 << 64) - 1
@@ -56,7 +56,7 @@ def _draw(scores: Tensor, settings: SamplingSettings, block: int) -> Tensor:
     kept = torch.where(before <= settings.top_p, probabilities, 0.0)
     cumulative = kept.cumsum(dim=-1)
     draws = [uniform(settings.seed, block, position) for position in range(len(scores))]
-    thresholds = sent(torch.tensor(draws, dtype=scores.dtype), scores.device)[:, None] * cumulative[:, -1:]
+    thresholds = to_device(torch.tensor(draws, dtype=scores.dtype), scores.device)[:, None] * cumulative[:, -1:]
     chosen = (cumulative <= thresholds).sum(dim=-1, keepdim=True).clamp_max(k - 1)
     return ids.gather(1, chosen)[:, 0]
 
@@ -86,5 +86,5 @@ def chosen_logprobs(logprobs: Tensor, ids: Sequence[int]) -> list[float]:
     """Log-probability of ids[i] at position i, for the first len(ids) positions of (n, V)."""
     if not ids:
         return []  # without waiting for the device
-    index = sent(torch.tensor(ids, dtype=torch.int64), logprobs.device)
+    index = to_device(torch.tensor(ids, dtype=torch.int64), logprobs.device)
     return [float(x) for x in logprobs[: len(ids)].gather(1, index[:, None])[:, 0].tolist()]

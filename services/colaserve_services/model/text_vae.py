@@ -18,8 +18,8 @@ from colaserve_services.model.layers import (
     padded_rows,
     rotary_angles,
     rotary_frequencies,
+    to_device,
 )
-from colaserve_services.model.transfer import sent
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: (..., head_dim / 2)
 
@@ -127,7 +127,7 @@ class _Transformer(nn.Module):
 
     def transform(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Rows x: (..., D) at latent positions (...)."""
-        frequencies = sent(rotary_frequencies(self.config.head_dim, self.config.rope_theta), x.device)
+        frequencies = to_device(rotary_frequencies(self.config.head_dim, self.config.rope_theta), x.device)
         rotary = rotary_angles(positions, frequencies)
         x = x.float()
         for block in self.blocks:

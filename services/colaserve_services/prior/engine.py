@@ -22,9 +22,8 @@ from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import TIME_SCALE, schedule
 from colaserve_services.model.kv_cache import KVCache, KVPool, KVShape
-from colaserve_services.model.layers import Attend
+from colaserve_services.model.layers import Attend, to_device
 from colaserve_services.model.modulation import ModulationTable
-from colaserve_services.model.transfer import sent
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 
 # Rows of contexts in a pass that cost next to nothing. CUDA: by arithmetic alone, not run on a GPU; reading the weights
@@ -284,7 +283,7 @@ class PriorEngine(Engine[PriorSession, _Turn]):
         if self.layout is None or self.layout.segments != segments:
             B, device = self.shape.block_size, self.model.device
             starts = [segment.start + i for segment in segments for i in range(0, segment.rows, B)]
-            positions = sent(torch.tensor(starts)[:, None] + torch.arange(B), device)
+            positions = to_device(torch.tensor(starts)[:, None] + torch.arange(B), device)
             attend = RaggedAttention(segments, B, device)
             self.layout = _Layout(segments, self.model.rotary_of_heads(positions), attend)
         return self.layout
@@ -297,7 +296,7 @@ class PriorEngine(Engine[PriorSession, _Turn]):
         B, device = self.shape.block_size, self.model.device
         zero, *rows = self.table.rows([0.0, *(run.time for run in runs)])
         rows = [zero] * commits + rows
-        index = sent(torch.tensor(rows), device)[:, None]
+        index = to_device(torch.tensor(rows), device)[:, None]
         if any(run.pinned is not None for run in runs):
             never = torch.zeros(B, dtype=torch.bool, device=device)
             pinned = [never] * commits + [never if run.pinned is None else run.pinned for run in runs]
