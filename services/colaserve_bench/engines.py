@@ -23,6 +23,7 @@ from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import UsageError
+from colaserve_services.model import loading
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings, schedule
 from colaserve_services.prior.engine import PriorEngine
@@ -171,8 +172,10 @@ def started(compute: Compute, max_context: int, max_running: int, decode: bool =
         limits = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, prefix_cache_bytes=0)
         steps, decoder = StepRecorder(), None
         if decode:
-            decoder = DecoderEngine(checkpoint.load_decoder(device, dtype), checkpoint.shape, thread, limits)
-        prior = PriorEngine(checkpoint.load_prior(device, dtype), checkpoint.shape, thread, limits, steps)
+            decoder = DecoderEngine(
+                loading.load(checkpoint, "decoder", device, dtype), checkpoint.shape, thread, limits
+            )
+        prior = PriorEngine(loading.load(checkpoint, "prior", device, dtype), checkpoint.shape, thread, limits, steps)
         return Engines(checkpoint, dtype, prior, decoder, steps, Errands(thread))
 
     with ThreadPoolExecutor(1) as loader:  # its OpenMP team ends with it: docs/decisions.md, "One OpenMP team"

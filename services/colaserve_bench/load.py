@@ -19,6 +19,7 @@ from colaserve_bench.engines import DTYPES, Compute
 from colaserve_bench.report import Column, Report, Row
 from colaserve_bench.verbs import COMPUTE_OPTIONS, benchmark, compute_of, rounds, say
 from colaserve_services.errors import UsageError
+from colaserve_services.model import loading
 from colaserve_services.model.checkpoint import Checkpoint
 
 MIB = 1 << 20
@@ -67,7 +68,7 @@ def _load(compute: Compute, stages: Sequence[str]) -> Row:
     checkpoint, device = Checkpoint.open(compute.model), compute.torch_device
     level, started = anonymous_bytes(), time.monotonic()
     with _highest() as highest:
-        models = [getattr(checkpoint, f"load_{stage}")(device, DTYPES[compute.dtype], None) for stage in stages]
+        models = [loading.load(checkpoint, stage, device, DTYPES[compute.dtype]) for stage in stages]
         seconds = time.monotonic() - started
         resident = anonymous_bytes()
     del models

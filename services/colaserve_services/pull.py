@@ -133,9 +133,10 @@ def _check_size(file: RemoteFile, path: Path) -> None:
 
 
 def _check_checkpoint(directory: Path) -> None:
+    from colaserve_services.model import loading
     from colaserve_services.model.checkpoint import Checkpoint
 
-    Checkpoint.open(directory).check()
+    loading.check(Checkpoint.open(directory))
 
 
 def _download(snapshot: Snapshot, directory: Path) -> None:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError, UsageError
-from colaserve_services.model.checkpoint import Checkpoint, WeightFolder
+from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.config import DiTConfig, TextVAEConfig, load_vae_config, read_json
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import Linear
+from colaserve_services.model.loading import load
 from colaserve_services.model.text_vae import PatchEmbedder, TextVAE
+from colaserve_services.model.weights import WeightFolder
 from colaserve_services.text.special_ids import SpecialIds
 from colaserve_training.state import publish, stored_states
 from colaserve_training.tokenizer import END_ID, IM_END_ID, PAD_ID, save_tokenizer
@@ -70,7 +72,7 @@ def load_vae(directory: Path) -> TextVAE:
 
 def load_dit(checkpoint: Checkpoint) -> DiT:
     """The prior in float32 on the CPU, ready to train."""
-    dit = checkpoint.load_prior(torch.device("cpu"), torch.float32).train().requires_grad_(True)
+    dit: DiT = load(checkpoint, "prior", torch.device("cpu"), torch.float32).train().requires_grad_(True)
     for name, value in dit.named_parameters():
         value.requires_grad_(not name.endswith(".freqs"))  # a table of constants
     return dit

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from colaserve_bench.checkpoint import PRESETS, make_checkpoint, write_tokenizer
 from colaserve_bench.commands import bench
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import STAGES, load
 
 CPU = torch.device("cpu")
 
@@ -23,8 +24,8 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def test_every_weight_is_finite_and_every_tensor_is_found(tiny_model: Path) -> None:
     checkpoint = Checkpoint.open(tiny_model)
-    for load in (checkpoint.load_encoder, checkpoint.load_decoder, checkpoint.load_prior):
-        model = load(CPU, torch.float32)
+    for stage in STAGES:
+        model = load(checkpoint, stage, CPU, torch.float32)
         assert all(p.isfinite().all() for p in model.parameters())
     assert checkpoint.shape.vocab_size == 512
 
@@ -42,7 +43,7 @@ def test_shards_of_any_dtype_hold_what_one_file_would(
 ) -> None:
     make_checkpoint(dataclasses.replace(PRESETS["tiny"], shard_bytes=100_000), tmp_path / "sharded", dtype)
     assert len(list((tmp_path / "sharded").rglob("model-0000*.safetensors"))) >= 4
-    whole, parts = (Checkpoint.open(d).load_prior(CPU, torch.float32) for d in (tiny_model, tmp_path / "sharded"))
+    whole, parts = (load(Checkpoint.open(d), "prior", CPU, torch.float32) for d in (tiny_model, tmp_path / "sharded"))
     for got, expected in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0.1 * tolerance)
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import load
 from colaserve_training.generate import Generator, Sampling
 from colaserve_training.release import (
     OWN_IDS,
@@ -83,7 +84,7 @@ def test_bfloat16_weights_are_half_the_size_and_are_served(tmp_path, golden, wor
     write_companions(golden.directory, tmp_path, words, OWN_IDS)
     checkpoint = Checkpoint.open(tmp_path)
     assert {entry.dtype for entry in checkpoint.vae.entries.values()} == {"BF16"}
-    checkpoint.load_prior(torch.device("cpu"), torch.float32)
+    load(checkpoint, "prior", torch.device("cpu"), torch.float32)
 
 
 def test_the_in_process_generator_writes_the_recorded_tokens(golden):

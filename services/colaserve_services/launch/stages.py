@@ -25,7 +25,7 @@ from colaserve_services.errors import CheckpointError, InvalidRequest, StepFaile
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
 from colaserve_services.launch.settings import ModelSettings
-from colaserve_services.model import cpu_attention
+from colaserve_services.model import cpu_attention, loading
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.flow import SamplerSettings
@@ -131,9 +131,8 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:
     progress, started = Progress(f"reading the {stage}"), time.monotonic()
     try:
-        load: Callable[..., nn.Module] = getattr(checkpoint, f"load_{stage}")
         with has_to_fit(f"the {stage}", device):
-            model = load(device, dtype, progress)
+            model: nn.Module = loading.load(checkpoint, stage, device, dtype, progress)
     finally:
         progress.close()
     seconds = time.monotonic() - started

@@ -17,6 +17,7 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.kv_cache import KVShape, KVSlab
+from colaserve_services.model.loading import STAGES, load
 from colaserve_services.prior.engine import PriorEngine
 
 CPU = torch.device("cpu")
@@ -56,11 +57,10 @@ def engines(
     torch.set_num_threads(1)
     checkpoint, device = Checkpoint.open(directory), DeviceThread()
     limits = limits or EngineLimits(max_context=512)
-    shape, networks = checkpoint.shape, (checkpoint.load_encoder, checkpoint.load_decoder, checkpoint.load_prior)
-    of_encoder, of_decoder, of_prior = (network(load(CPU, dtype)) for load in networks)
-    encoder = EncoderEngine(of_encoder, shape, device, limits, pad_id, observer())
-    decoder = DecoderEngine(of_decoder, shape, device, limits, observer())
-    prior = PriorEngine(of_prior, shape, device, limits, observer())
+    shape, networks = checkpoint.shape, {stage: network(load(checkpoint, stage, CPU, dtype)) for stage in STAGES}
+    encoder = EncoderEngine(networks["encoder"], shape, device, limits, pad_id, observer())
+    decoder = DecoderEngine(networks["decoder"], shape, device, limits, observer())
+    prior = PriorEngine(networks["prior"], shape, device, limits, observer())
     device.start()
     try:
         yield Engines(encoder, decoder, prior, device)

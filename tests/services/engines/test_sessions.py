@@ -18,6 +18,7 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.kv_cache import KVSlab
 from colaserve_services.model.layers import padded_rows
+from colaserve_services.model.loading import load
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
@@ -226,7 +227,7 @@ async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
 
 @torch.inference_mode()
 def test_bfloat16_velocity_is_close_to_the_recorded_one(golden: Golden) -> None:
-    model = Checkpoint.open(golden.directory).load_prior(torch.device("cpu"), torch.bfloat16)
+    model = load(Checkpoint.open(golden.directory), "prior", torch.device("cpu"), torch.bfloat16)
     B, tensors, row = model.config.block_size, golden.tensors, 0
     for i, length in enumerate(tensors["dit.prefix_lengths"].tolist()):
         block = slice(i * B, (i + 1) * B)

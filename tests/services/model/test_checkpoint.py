@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import STAGES, load
 from tests.services.model.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -50,14 +51,9 @@ def shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return module.state_dict()
-
-
 def load_all(model: Path, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
     checkpoint = Checkpoint.open(model)
-    loaders = (checkpoint.load_encoder, checkpoint.load_decoder, checkpoint.load_prior)
-    return [state(load(CPU, dtype)) for load in loaders]
+    return [load(checkpoint, stage, CPU, dtype).state_dict() for stage in STAGES]
 
 
 def test_shards_load_like_a_single_file_and_keep_the_fingerprint(model: Path) -> None:
@@ -77,7 +73,7 @@ def test_bfloat16_files_load_in_either_dtype(model: Path) -> None:
     for part in load_all(model):
         assert all(tensor.dtype == torch.float32 for tensor in part.values())
     checkpoint = Checkpoint.open(model)
-    assert checkpoint.load_prior(CPU, torch.bfloat16).dtype == torch.bfloat16
+    assert load(checkpoint, "prior", CPU, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_the_fingerprint_tells_vaes_apart_and_ignores_the_prior(model: Path, tmp_path: Path) -> None:
@@ -219,17 +215,19 @@ def test_configs_that_transformers_wrote_load(model: Path) -> None:
 def test_each_half_of_the_vae_loads_without_the_other_ones_weights(model: Path) -> None:
     path = vae(model) / "model.safetensors"
     tensors = load_file(path)
-    for load, needed in (("load_encoder", "encoder."), ("load_decoder", "decoder.")):
+    for half in ("encoder", "decoder"):
+        needed = f"{half}."
         save_file({n: t for n, t in tensors.items() if n.startswith(needed)}, path, {"format": "pt"})
-        loaded = getattr(Checkpoint.open(model), load)(CPU, torch.float32)
+        loaded = load(Checkpoint.open(model), half, CPU, torch.float32)
         count = sum(t.numel() for n, t in tensors.items() if n.startswith(needed))
         assert sum(parameter.numel() for parameter in loaded.parameters()) == count
-        assert Checkpoint.open(model).shape_of(load.removeprefix("load_")).parameters == count
+        assert Checkpoint.open(model).shape_of(half).parameters == count
 
 
 MEASURE = """
 import sys, torch
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import load
 def anonymous(key):
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key))
 checkpoint = Checkpoint.open(sys.argv[1])
@@ -238,7 +236,7 @@ peak = before = anonymous("RssAnon")
 def watch(done, total):
     global peak
     peak = max(peak, anonymous("RssAnon"))
-model = getattr(checkpoint, "load_" + sys.argv[2])(torch.device("cpu"), getattr(torch, sys.argv[3]), watch)
+model = load(checkpoint, sys.argv[2], torch.device("cpu"), getattr(torch, sys.argv[3]), watch)
 watch(0, 0)
 print(peak - before)
 """

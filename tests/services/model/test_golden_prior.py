@@ -5,6 +5,7 @@ import torch
 
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import load
 from tests.conftest import Golden
 
 BOUND = 3e-6  # relative; 1e-4 would not tell a wrong epsilon or the wrong GELU
@@ -17,7 +18,7 @@ def assert_recorded(velocity: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 @torch.inference_mode()
 def test_velocities_are_the_recorded_ones(golden: Golden, branch: str) -> None:
-    model = Checkpoint.open(golden.directory).load_prior(torch.device("cpu"), torch.float32)
+    model = load(Checkpoint.open(golden.directory), "prior", torch.device("cpu"), torch.float32)
     B, tensors = model.config.block_size, golden.tensors
     lengths = tensors["dit.prefix_lengths"].tolist()
     prefixes, outputs = (tensors[name].split(lengths) for name in ("dit.prefix", "dit.prefix_out"))

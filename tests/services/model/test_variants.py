@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.config import TextVAEConfig
+from colaserve_services.model.loading import load
 from colaserve_services.model.text_vae import TextVAE, TextVAEDecoder, TextVAEEncoder
 from tests.services.model import reference
 from tests.services.model.checkpoints import TINY_VAE, draw, write_checkpoint
@@ -69,8 +70,8 @@ def weights(directory: Path, part: str) -> reference.Weights:
 def test_vae_of_any_configuration_agrees_with_the_reference(variant: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", vae=VAE_VARIANTS[variant])
     checkpoint, w = Checkpoint.open(directory), weights(directory, "cola_vae")
-    check_encoder(checkpoint.vae_config, checkpoint.load_encoder(CPU, torch.float32), w)
-    check_decoder(checkpoint.vae_config, checkpoint.load_decoder(CPU, torch.float32), w)
+    check_encoder(checkpoint.vae_config, load(checkpoint, "encoder", CPU, torch.float32), w)
+    check_decoder(checkpoint.vae_config, load(checkpoint, "decoder", CPU, torch.float32), w)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
@@ -117,7 +118,7 @@ def check_decoder(config: TextVAEConfig, decoder: TextVAEDecoder, w: reference.W
 def test_dit_of_any_configuration_agrees_with_the_reference(variant: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", dit=DIT_VARIANTS[variant])
     checkpoint, w = Checkpoint.open(directory), weights(directory, "cola_dit")
-    dit, n = checkpoint.load_prior(CPU, torch.float32), 16
+    dit, n = load(checkpoint, "prior", CPU, torch.float32), 16
     generator = torch.Generator().manual_seed(5)
     z, t = torch.randn(n, 8, generator=generator), 1000 * torch.rand(n, generator=generator)
     positions = torch.arange(n) + 7 * checkpoint.dit_config.block_size

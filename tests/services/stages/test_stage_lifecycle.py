@@ -12,7 +12,7 @@ from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2_grpc
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.session import Session
 from colaserve_services.errors import DeadlineExceeded, Overloaded
-from colaserve_services.model.checkpoint import WeightFolder
+from colaserve_services.model.weights import WeightFolder
 from colaserve_services.rpc import tensors
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
