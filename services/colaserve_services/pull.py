@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from colaserve_services.errors import CheckpointError, Unavailable, UsageError
-from colaserve_services.launch.progress import Progress, size
+from colaserve_services.launch.progress import size
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 REPOSITORY = "ByteDance-Seed/Cola-DLM"
 # What is served, and what a reader of the folder wants beside it. Pickles are never fetched.
@@ -23,30 +24,6 @@ WANTED = (
     "cola_dlm/*/config.json", "cola_dlm/*/model*.safetensors", "cola_dlm/*/model.safetensors.index.json",
     "tokenizer.json", "generation_config.json", "LICENSE*", "README.md",
 )  # fmt: skip
-CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of the repository; `sha256` is the Hub's of large files, `blob` git's SHA-1 of the others."""
-
-    path: str
-    size: int
-    sha256: str | None
-    blob: str | None
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A revision of a repository."""
-
-    repository: str
-    commit: str
-    files: tuple[RemoteFile, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 @click.command()
@@ -76,29 +53,29 @@ def pull(repository: str, revision: str, directory: Path | None, check: bool) ->
 
 def fetch(repository: str, revision: str, directory: Path, check_only: bool = False) -> None:
     """Make `directory` hold that revision, whole. Raises UsageError, Unavailable and CheckpointError."""
-    snapshot = look_up(repository, revision)
-    click.echo(f"{repository} at {snapshot.commit[:12]}: {len(snapshot.files)} files, {size(snapshot.size)}", err=True)
-    if not check_only:
-        _check_room(snapshot, directory)
-        with _hub_errors(repository, revision):
-            _download(snapshot, directory)
-    verify(snapshot, directory)
-    _check_checkpoint(directory)
-    click.echo(f"{directory} is complete. Serve it: colaserve up --model {directory}")
+    from huggingface_hub import HfApi, snapshot_download
 
-
-def look_up(repository: str, revision: str) -> Snapshot:
-    """The files of a revision that a checkpoint needs."""
-    from huggingface_hub import HfApi
-
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    api = HfApi(endpoint)
     with _hub_errors(repository, revision):
-        info = HfApi(_endpoint()).model_info(repository, revision=revision, files_metadata=True)
-    files = tuple(_remote(sibling) for sibling in info.siblings or () if wanted(sibling.rfilename))
-    if not any(file.path.endswith(".safetensors") for file in files):
+        info = api.model_info(repository, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if wanted(file.rfilename)}
+    if not any(path.endswith(".safetensors") for path in sizes):
         raise CheckpointError(
             f"{repository} at {revision}: no cola_dlm/*/model.safetensors; is it a Cola-DLM checkpoint?"
         )
-    return Snapshot(repository, info.sha or revision, files)
+    commit = info.sha or revision
+    click.echo(f"{repository} at {commit[:12]}: {len(sizes)} files, {size(sum(sizes.values()))}", err=True)
+    if not check_only:
+        _check_space(sizes, directory)
+        with _hub_errors(repository, revision):
+            snapshot_download(
+                repository, revision=commit, local_dir=directory, allow_patterns=list(sizes), endpoint=endpoint,
+                max_workers=1,  # one by one: the largest fills any line
+            )  # fmt: skip
+    _verify(api, repository, commit, directory, sizes)
+    _check_tensors(directory)
+    click.echo(f"{directory} is complete. Serve it: colaserve up --model {directory}")
 
 
 def wanted(path: str) -> bool:
@@ -106,69 +83,36 @@ def wanted(path: str) -> bool:
     return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in WANTED)
 
 
-def verify(snapshot: Snapshot, directory: Path) -> None:
+def _verify(api: HfApi, repository: str, commit: str, directory: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError for the first file that is missing or not the Hub's, byte for byte."""
-    progress, done = Progress("checking"), 0
-    try:
-        for file in snapshot.files:
-            path = directory / file.path
-            _check_size(file, path)
-            digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode())  # noqa: S324 - git's
-            for chunk in _chunks(path):
-                digest.update(chunk)
-                done += len(chunk)
-                progress(done, snapshot.size)
-            expected = file.sha256 or file.blob
-            if expected and digest.hexdigest() != expected:
-                raise CheckpointError(f"{path}: is not the Hub's file (its hash differs); delete it and pull again")
-    finally:
-        progress.close()
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such folder")
+    click.echo(f"{directory}: comparing every file with the Hub's checksum", err=True)
+    with _hub_errors(repository, commit):
+        found = api.verify_repo_checksums(repository, revision=commit, local_dir=directory)
+    differing = {mismatch["path"] for mismatch in found.mismatches}
+    for name in names:
+        if name in found.missing_paths:
+            raise CheckpointError(f"{directory / name}: missing; pull again")
+        if name in differing:
+            raise CheckpointError(
+                f"{directory / name}: is not the Hub's file (its hash differs); delete it, pull again"
+            )
 
 
-def _check_size(file: RemoteFile, path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; pull again")
-    if path.stat().st_size != file.size:
-        raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the Hub's file has {file.size}; pull again")
-
-
-def _check_checkpoint(directory: Path) -> None:
+def _check_tensors(directory: Path) -> None:
     from colaserve_services.model import loading
     from colaserve_services.model.checkpoint import Checkpoint
 
     loading.check(Checkpoint.open(directory))
 
 
-def _download(snapshot: Snapshot, directory: Path) -> None:
-    from huggingface_hub import hf_hub_download
-
-    for file in snapshot.files:  # one by one: the largest fills any line
-        hf_hub_download(
-            snapshot.repository, file.path, revision=snapshot.commit, local_dir=directory, endpoint=_endpoint()
-        )
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None
-
-
-def _check_room(snapshot: Snapshot, directory: Path) -> None:
-    missing = sum(file.size for file in snapshot.files if not (directory / file.path).is_file())
+def _check_space(sizes: Mapping[str, int], directory: Path) -> None:
+    missing = sum(nbytes for path, nbytes in sizes.items() if not (directory / path).is_file())
     there = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
         raise UsageError(f"--dir: {directory} has space for {size(free)}, {size(missing)} are to be fetched")
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def _remote(sibling: Any) -> RemoteFile:
-    sha256 = sibling.lfs.sha256 if sibling.lfs else None
-    return RemoteFile(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else sibling.blob_id)
 
 
 @contextmanager

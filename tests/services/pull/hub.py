@@ -48,6 +48,14 @@ def git_hash(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def _entry(sibling):
+    """The same file in the listing of a tree."""
+    entry = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"]}
+    if lfs := sibling.get("lfs"):
+        entry["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+    return entry
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -72,13 +80,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"x-error-code": "RepoNotFound"}, body)
 
     def _model(self, rest, body):
-        repository, _, revision = rest.partition("/revision/")
-        if repository != REPOSITORY:
+        owner, name, kind, revision = (*rest.split("/"), "", "", "")[:4]
+        if f"{owner}/{name}" != REPOSITORY:
             return self._send(404, b"{}", {"x-error-code": "RepoNotFound"}, body)
         if revision not in ("main", COMMIT):
             return self._send(404, b"{}", {"x-error-code": "RevisionNotFound"}, body)
-        model = {"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "siblings": list(self.server.siblings())}
-        return self._send(200, json.dumps(model).encode(), {"content-type": "application/json"}, body)
+        siblings = list(self.server.siblings())
+        answer = {"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+        if kind == "tree":
+            answer = [_entry(sibling) for sibling in siblings]
+        return self._send(200, json.dumps(answer).encode(), {"content-type": "application/json"}, body)
 
     def _file(self, path, body):
         data = self.server.files.get(path)

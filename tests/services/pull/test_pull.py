@@ -74,7 +74,7 @@ def test_a_checkpoint_arrives_whole_goes_on_after_a_break_and_is_checked(hub, tm
     assert f"{target / WEIGHTS}: is not the Hub's file" in failure(pull(hub, target, "--check"))
     (target / "tokenizer.json").write_text("{}")
     (target / WEIGHTS).write_bytes(hub.files[WEIGHTS])
-    assert "tokenizer.json: has 2 bytes" in failure(pull(hub, target, "--check"))
+    assert "tokenizer.json: is not the Hub's file" in failure(pull(hub, target, "--check"))
     (target / "tokenizer.json").unlink()
     assert "tokenizer.json: missing" in failure(pull(hub, target, "--check"))
 
@@ -94,6 +94,7 @@ def test_what_is_not_there_is_said_in_one_line(hub, tmp_path):
     assert "has no 'v9'" in failure(pull(hub, target, "--revision", "v9"), 2)
     assert "no repository's name" in failure(pull(hub, target, repository="a/b/c/d"), 2)
     assert "cannot be reached" in failure(pull("http://127.0.0.1:9", target))
+    assert "model: no such folder" in failure(pull(hub, target, "--check"))
     assert not target.exists()
 
 
