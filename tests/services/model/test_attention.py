@@ -137,3 +137,14 @@ def test_more_sequences_than_a_slab_has_room_for_take_another():
     taken = [caches.take(48, 48) for _ in range(40)]
     assert len({(cache.slab.number, cache.slot) for cache in taken}) == 40
     assert len({cache.slab.number for cache in taken}) == 3
+
+
+def test_a_slot_is_given_back_when_growing_fails():
+    caches = KVPool(KVShape(layers=1, heads=1, head_dim=4, dtype=torch.bfloat16, device=CPU, front=4))
+    cache = caches.take(8, 8)
+    positions = cache.slab.capacity + 1
+    with pytest.raises(AssertionError):
+        caches.grown(cache, positions, positions)  # more than it can hold was never written
+    assert caches.take(positions, positions).slot == 0
+    grown = caches.grown(cache, 8, positions)
+    assert (grown.slab.capacity >= positions, grown.slot) == (True, 1)

@@ -1,4 +1,4 @@
-"""Every configuration of MODEL.md gives what the plain float64 implementation gives."""
+"""Every configuration of MODEL.md gives what the plain float64 implementation gives, and what was recorded."""
 
 from itertools import product
 from pathlib import Path
@@ -13,10 +13,11 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.config import TextVAEConfig
 from colaserve_services.model.loading import load
 from colaserve_services.model.text_vae import TextVAE, TextVAEDecoder, TextVAEEncoder
+from tests.conftest import Golden
 from tests.services.model import reference
 from tests.services.model.checkpoints import TINY_VAE, draw, write_checkpoint
 
-CPU, TOLERANCE = torch.device("cpu"), 3e-6
+CPU, TOLERANCE = torch.device("cpu"), 3e-6  # relative; 1e-4 would not tell a wrong epsilon or the wrong GELU
 
 VAE_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -125,3 +126,21 @@ def test_dit_of_any_configuration_agrees_with_the_reference(variant: str, tmp_pa
     got = dit(z, t, positions, RaggedAttention([Segment(n)], checkpoint.dit_config.block_size, CPU))
     expected = reference.velocity(w, checkpoint.dit_config, z.double(), t.double(), positions)
     assert relative(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+@torch.inference_mode()
+def test_velocities_are_the_recorded_ones(golden: Golden, branch: str) -> None:
+    model = load(Checkpoint.open(golden.directory), "prior", CPU, torch.float32)
+    B, tensors = model.config.block_size, golden.tensors
+    lengths = tensors["dit.prefix_lengths"].tolist()
+    prefixes, outputs = (tensors[name].split(lengths) for name in ("dit.prefix", "dit.prefix_out"))
+    for i, (prefix, recorded) in enumerate(zip(prefixes, outputs, strict=True)):
+        block = slice(i * B, (i + 1) * B)
+        before = prefix if branch == "cond" else prefix[:0]
+        z, positions = torch.cat((before, tensors["dit.block"][block])), torch.arange(len(before) + B)
+        t = torch.cat((torch.zeros(len(before)), tensors["dit.timestep"][block]))
+        velocity = model(z, t, positions, RaggedAttention([Segment(len(z))], B, model.device))
+        assert relative(velocity[len(before) :], tensors[f"dit.{branch}"][block]) < TOLERANCE
+        if branch == "cond":  # no position sees a later block
+            assert relative(velocity[: len(before)], recorded) < TOLERANCE
