@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from email.message import Message as Headers
 from reprlib import Repr
 from typing import Any, Final, TypeVar
 
@@ -105,10 +104,7 @@ def _check_parts(text: str) -> None:
 
 
 def _is_json(content_type: str) -> bool:
-    headers = Headers()
-    headers["content-type"] = content_type
-    subtype = headers.get_content_subtype()
-    return headers.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+    return re.fullmatch(r"application/(\S+\+)?json", content_type.partition(";")[0].strip().lower()) is not None
 
 
 def _no_json(what: str) -> ApiError:

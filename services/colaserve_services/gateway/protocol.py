@@ -37,7 +37,8 @@ class HttpProtocol(H11Protocol):
         super().__init__(*args, **of_uvicorn)
         self._bounds = bounds
         self._head_timer: asyncio.TimerHandle | None = None
-        self._unread = 0  # bytes of whole answers at the last look, or 0
+        self._unread = 0  # bytes of whole answers at the last look
+        self._unread_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -88,15 +89,17 @@ class HttpProtocol(H11Protocol):
             self._refuse(400, msg)
 
     def look_at_reader(self) -> None:
-        """Called every so often: cut off a client that has read nothing, since the last call, of what is left of whole
+        """Called every so often: cut off a client that has read nothing for `answer_seconds` of what is left of whole
         answers. A stream that is not read has a time of its own."""
         streaming = self._answering() and self.cycle.response_started and not self.transport.is_closing()
-        unread = 0 if streaming else self.transport.get_write_buffer_size()
-        if self._unread and unread >= self._unread:
+        unread, before = 0 if streaming else self.transport.get_write_buffer_size(), self._unread
+        self._unread = unread
+        if not before or unread < before:
+            self._unread_since = self.loop.time()
+        elif self.loop.time() - self._unread_since >= self._bounds.answer_seconds:
             connection: Any = self.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.transport.abort()
-        self._unread = unread
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -66,7 +66,7 @@ class HttpServer:
 
     async def _look_at_readers(self) -> None:
         while True:
-            await asyncio.sleep(self._bounds.answer_seconds)
+            await asyncio.sleep(self._bounds.answer_seconds / 4)
             for connection in list(self._server.server_state.connections):
                 assert isinstance(connection, HttpProtocol)
                 connection.look_at_reader()

@@ -33,7 +33,7 @@ async def test_a_chat_answer_holds_the_text_the_reason_and_the_usage(gateway: Ru
     assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": WHOLE, "total_tokens": 6 + WHOLE}
 
 
-async def test_the_budget_is_thirty_two_tokens_and_its_end_is_said(gateway: Running):
+async def test_the_budget_is_thirty_two_tokens_and_ends_the_text_with_length(gateway: Running):
     answer = (await gateway.complete("Where?")).json()
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [{"index": 0, "text": SAYS[:32], "logprobs": None, "finish_reason": "length"}]
@@ -194,16 +194,16 @@ async def test_a_coordinator_of_an_earlier_version_gives_the_same_log_probabilit
     gateway.fake.says = "a日 éx, and more than a block of it"
     asks = [gateway.complete, gateway.chat]
     fields = [{"logprobs": 3}, {"logprobs": True, "top_logprobs": 3}]
-    told = []
+    given = []
     for gateway.fake.older in (False, True):
         for ask, wanted in zip(asks, fields, strict=True):
             response = await ask(n=2, seed=1, max_tokens=200, stream=stream, **wanted)
             assert response.status_code == 200
-            told.append(events(response) if stream else [response.json()])
-    assert [_choices(answers) for answers in told[:2]] == [_choices(answers) for answers in told[2:]]
+            given.append(events(response) if stream else [response.json()])
+    assert [_choices(answers) for answers in given[:2]] == [_choices(answers) for answers in given[2:]]
 
 
 def _choices(answers: list[dict]) -> list[list[dict]]:
-    """Of each choice what was told of it, in order."""
+    """The parts of each choice, in order."""
     every = [choice for answer in answers for choice in answer["choices"]]
     return [[choice for choice in every if choice["index"] == index] for index in range(2)]

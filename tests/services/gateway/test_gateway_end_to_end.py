@@ -59,7 +59,7 @@ def test_choices_are_the_samples_that_grpc_gives(served: Served):
     assert answer["usage"]["completion_tokens"] == 26
 
 
-def test_a_streamed_chat_says_what_a_whole_one_does(served: Served):
+def test_a_streamed_chat_has_the_text_of_a_whole_one(served: Served):
     body = {"messages": [{"role": "user", "content": "He looked at"}], "max_tokens": 20, "seed": 3}
     whole = served.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
     streamed = served.http.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")

@@ -248,7 +248,7 @@ async def test_unknown_paths_and_methods_are_refused_in_the_same_shape(gateway: 
         ("/" + "x" * 5000, "GET / has links to what is there"),
     ],
 )
-async def test_a_path_that_is_not_there_is_told_the_nearest_and_leads_nowhere(gateway: Running, path: str, hint: str):
+async def test_an_unknown_path_is_a_404_that_names_the_nearest(gateway: Running, path: str, hint: str):
     response = await gateway.http.post(path, json=BODY, headers={"host": "elsewhere.example"})
     assert response.status_code == 404
     assert response.json()["error"]["message"] == f"{path[:100]}: there is no such path; {hint}"
@@ -308,7 +308,7 @@ OBJECT = "the body must be a JSON object, sent with content-type application/jso
     ],
     ids=lambda value: str(value)[:40],
 )
-async def test_what_is_wrong_in_a_body_is_said(gateway: Running, content: bytes, message: str):
+async def test_a_wrong_body_is_refused_with_its_fault(gateway: Running, content: bytes, message: str):
     response = await gateway.http.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
@@ -341,9 +341,9 @@ async def test_logs_tell_of_the_request_and_never_its_text(gateway: Running, cap
     caplog.set_level(logging.INFO)
     await gateway.complete("TOP SECRET", user="zoe")
     await gateway.complete("TOP SECRET", tools=[{"x": "TOP SECRET"}])
-    [told, refused] = [record for record in caplog.records if record.name == "colaserve_services.access"]
-    assert told.fields["method"] == COMPLETIONS
-    assert (told.fields["user"], told.fields["prompt_tokens"], told.fields["code"]) == ("zoe", 10, 200)
+    [served, refused] = [record for record in caplog.records if record.name == "colaserve_services.access"]
+    assert served.fields["method"] == COMPLETIONS
+    assert (served.fields["user"], served.fields["prompt_tokens"], served.fields["code"]) == ("zoe", 10, 200)
     assert refused.fields["code"] == 400
     assert not any("SECRET" in str(record.__dict__) or "Paris" in str(record.__dict__) for record in caplog.records)
 

@@ -116,7 +116,7 @@ async def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(gateway
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])  # nginx speaks 1.0 to what is behind it
-async def test_a_client_that_has_left_is_told_from_one_that_listens(gateway: Running, version: bytes):
+async def test_a_client_that_has_left_is_distinguished_from_one_that_listens(gateway: Running, version: bytes):
     gateway.fake.gate = asyncio.Event()
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
     writer.write(ASKING.replace(b"1.1", version))
@@ -131,7 +131,7 @@ async def test_a_request_cut_off_in_its_body_gets_nothing(gateway: Running):
     assert not gateway.fake.seen
 
 
-async def test_who_a_client_says_it_is_does_not_matter(start):
+async def test_forwarded_addresses_are_not_believed(start):
     gateway = await start(GatewaySettings(admission=AdmissionLimits(max_calls_per_client=1)))
     gateway.fake.gate = asyncio.Event()
     first = asyncio.create_task(gateway.complete())

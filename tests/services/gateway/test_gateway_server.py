@@ -49,7 +49,7 @@ async def test_ipv6_is_served():
     await server.stop()
 
 
-async def test_going_down_is_said_first_and_running_streams_end_well(gateway: Running):
+async def test_a_server_that_stops_is_first_not_ready_and_its_streams_end_well(gateway: Running):
     gateway.fake.gate = asyncio.Event()
     running = asyncio.create_task(gateway.complete(stream=True, max_tokens=200))
     await eventually(lambda: gateway.fake.running == 1)

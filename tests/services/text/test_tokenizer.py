@@ -120,5 +120,5 @@ def test_the_text_of_an_id_alone_is_what_it_decodes_to():
     assert "\N{REPLACEMENT CHARACTER}" in "".join(map(PLAIN.token_text, PLAIN.encode("😀")))
 
 
-def test_a_long_text_is_told_by_its_length_alone():
+def test_a_long_text_is_known_by_its_length_alone():
     assert PLAIN.fewest_tokens("a" * 1_000_000) > 10_000
