@@ -36,7 +36,7 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
     assert time.monotonic() - sent[0] < 10
 
 
-def test_ctrl_c_cancels_what_runs_and_the_client_goes_on(
+def test_ctrl_c_cancels_what_runs_and_the_client_continues(
     client: Client, behaviour: Behaviour, eventually: Eventually
 ) -> None:
     behaviour.wait_after = 1

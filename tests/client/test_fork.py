@@ -83,7 +83,7 @@ async def once_and_close():
 
 
 @pytest.mark.parametrize("used", ["once(shared)", "once(AsyncClient(target))", "asyncio.to_thread(text, client)"])
-def test_the_child_of_a_process_with_a_connected_asyncio_client_is_told_so_at_once(
+def test_the_child_of_a_process_with_a_connected_asyncio_client_is_refused_at_once(
     server: FakeServer, used: str
 ) -> None:
     program = f"asyncio.run(once(shared)); in_child(lambda: asyncio.run({used}))"
@@ -145,7 +145,7 @@ def test_leaving_a_clients_with_block_in_a_child_leaves_the_parent_connected(ser
 
 
 @pytest.mark.parametrize("value", ["0", "false"])
-def test_where_grpc_does_not_survive_a_fork_the_child_is_told_so_at_once(server: FakeServer, value: str) -> None:
+def test_where_grpc_does_not_survive_a_fork_the_child_is_refused_at_once(server: FakeServer, value: str) -> None:
     program = "text(client); in_child(lambda: text(client))"
     [said] = lines_of(program, server.target, GRPC_ENABLE_FORK_SUPPORT=value)
     assert said["child"] == "Unavailable"

@@ -281,7 +281,7 @@ async def test_cancelling_the_task_cancels_at_the_server(
     await in_thread(lambda: eventually(lambda: behaviour.cancelled == 1))
 
 
-async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_told_at_once(server: FakeServer) -> None:
+async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_reported_at_once(server: FakeServer) -> None:
     server.behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE))
     patient = Retry(attempts=2, first_pause=100, longest_pause=100)
     async with AsyncClient(server.target, retry=patient) as client:
@@ -305,7 +305,7 @@ async def test_closing_an_asyncio_client_cancels_its_calls_and_says_so(server: F
         assert isinstance(outcome, Cancelled)
 
 
-async def test_cancelling_an_asyncio_stream_from_elsewhere_is_told(
+async def test_cancelling_an_asyncio_stream_from_elsewhere_is_reported(
     async_client: AsyncClient, behaviour: Behaviour
 ) -> None:
     behaviour.wait_after = 1

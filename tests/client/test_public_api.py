@@ -77,7 +77,7 @@ def test_everything_public_says_what_it_is() -> None:
                     assert found.__doc__, f"{name}.{member}"
 
 
-def test_every_field_is_told_about_where_help_shows_it() -> None:
+def test_every_field_is_documented_where_help_shows_it() -> None:
     kinds = [getattr(colaserve_client, name) for name in sorted(PUBLIC)]
     for kind in filter(dataclasses.is_dataclass, kinds):
         told = inspect.getdoc(kind) or ""

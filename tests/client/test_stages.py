@@ -140,7 +140,7 @@ def test_infill_keeps_texts_and_counts_holes(client: Client, behaviour: Behaviou
     assert caught.value.field == "segments[1].token_count"
 
 
-def test_info_tells_all(client: Client) -> None:
+def test_info_describes_the_stage(client: Client) -> None:
     info = client.info()
     assert (info.name, info.space, info.end_ids, info.pad_id) == ("fake", SPACE, (0,), 1)
     assert info.default_sampler == Sampler(steps=16, guidance_scale=7, solver="euler")
@@ -163,7 +163,7 @@ def test_the_encoder_encodes(server: FakeServer) -> None:
     assert caught.value.field == "sequences[1]"
 
 
-def test_a_seed_tells_its_noise() -> None:
+def test_a_seed_gives_its_noise() -> None:
     torch = pytest.importorskip("torch")
     noise = NoiseSeed(7, 2).noise(2, 4, 3, first_block=1)
     generator = torch.Generator().manual_seed(7 + 2_000 + 20_000_000)
@@ -228,7 +228,7 @@ def test_a_session_that_broke_later_is_not(server: FakeServer, behaviour: Behavi
 
 
 @pytest.mark.parametrize("pause", [0, 0.01, 0.05])
-async def test_a_session_tells_how_it_ended_though_its_loop_is_busy(
+async def test_a_session_reports_how_it_ended_though_its_loop_is_busy(
     server: FakeServer, behaviour: Behaviour, pause: float
 ) -> None:
     """grpc.aio forgets the status of a stream that ended while the loop did something else."""

@@ -43,7 +43,7 @@ def test_every_variable_of_a_role_is_an_option_of_that_role_and_its_value_fits(r
                 takes(known(role)[variable["name"]], variable["value"])
 
 
-def test_every_file_that_a_role_is_told_of_is_mounted(rendered):
+def test_every_file_that_a_role_reads_is_mounted(rendered):
     for role, deployment in rendered.deployments().items():
         mounts = [mount["mountPath"] for mount in container_of(deployment)["volumeMounts"]]
         volumes = {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}

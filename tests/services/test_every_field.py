@@ -183,7 +183,7 @@ async def test_every_field_of_a_generation_has_its_effect_in_one_process() -> No
         await check(served, "Generate", *walks(types_pb2.Latents(), types_pb2.Latents())["Generate"])
 
 
-async def test_ignoring_the_end_goes_on_after_it() -> None:
+async def test_ignoring_the_end_continues_after_it() -> None:
     golden = load_golden("tiny_b4_vae1")  # its first recorded text has an end token
     request = recorded(golden.meta["cases"][0], 0, 15)
     async with system(golden, split=False) as served:

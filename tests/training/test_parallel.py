@@ -85,7 +85,7 @@ def vae(tmp_path: Path, words: Tokenizer) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_train_are_stopped_go_on_and_are_served(vae, tmp_path):
+def test_two_processes_train_stop_continue_and_are_served(vae, tmp_path):
     """With shards, through the command line."""
     text, out, steps = tmp_path / "text.txt", tmp_path / "out", 24
     text.write_text("\n\n".join(f"the river runs {k}" for k in range(40)))

@@ -26,7 +26,7 @@ def test_the_same_text_gives_the_same_bytes(tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
     with pytest.raises(UsageError, match="vocab_size: got 200, expected at least 259"):
         train_tokenizer(WORDS, 200)
 

@@ -71,7 +71,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one_loss_by_loss(tmp_pat
         assert all(torch.equal(value, resumed.result()[network][name]) for name, value in weights.items())
 
 
-def test_a_signal_ends_the_run_after_its_step_with_a_state_that_goes_on_exactly(tmp_path):
+def test_a_signal_ends_the_run_after_its_step_with_a_state_that_continues_exactly(tmp_path):
     trainer(tmp_path / "whole").run()
     with pytest.raises(Stopped, match=r"stopped after step 6 of 12; saved as .*step-00000006") as stopped:
         trainer(tmp_path / "parts", at=5, stop=Stop()).run()
@@ -111,7 +111,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_with_a_warning(tmp_path, c
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_half_line_of_metrics_is_passed_over_when_a_run_goes_on(tmp_path):
+def test_a_half_line_of_metrics_is_passed_over_when_a_run_continues(tmp_path):
     killed(tmp_path, 5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')

@@ -163,7 +163,7 @@ def test_answers_do_not_go_where_the_questions_are(run: Run, files: tuple[Path, 
     assert "are both" in done.err
 
 
-def test_an_input_that_is_no_text_is_told_with_its_line(run: Run, files: tuple[Path, Path]) -> None:
+def test_an_input_that_is_no_text_is_reported_with_its_line(run: Run, files: tuple[Path, Path]) -> None:
     files[0].write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     done = batch(run, files)
     assert (done.code, "in.jsonl:2: byte 0xff is not UTF-8" in done.err) == (2, True)

@@ -96,7 +96,7 @@ def test_every_verb_can_be_loaded() -> None:
         assert command.name in (name, "evaluate")
 
 
-def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("colaserve, version ")
 

@@ -27,7 +27,7 @@ def test_a_text_may_begin_with_a_dash_behind_two(run: Run, behaviour: Behaviour)
     assert behaviour.requests[0].prompt == "--echo"
 
 
-def test_generate_tells_machines_everything(run: Run) -> None:
+def test_generate_gives_machines_everything(run: Run) -> None:
     told = run("generate", "Once", "--json", "--seed", "7", "--sample-id", "2", "--latents", "--top-logprobs", "1").json
     assert (told["prompt"], told["text"], told["finish_reason"]) == ("Once", STORY_TEXT, "stop")
     assert told["seed"] == {"base_seed": 7, "sample_id": 2}
@@ -174,7 +174,7 @@ def test_infill_writes_the_holes(run: Run, behaviour: Behaviour, tmp_path: Path)
     assert (behaviour.requests[-1].seed.base_seed, behaviour.requests[-1].sampler.resamples) == (7, 4)
 
 
-def test_reconstruct_tells_how_faithful_it_is(run: Run) -> None:
+def test_reconstruct_reports_how_faithful_it_is(run: Run) -> None:
     assert "100.0%" in run("reconstruct", "abc").out
     assert run("reconstruct", "abc", "--json").json[0]["token_accuracy"] == 1
 
@@ -182,7 +182,7 @@ def test_reconstruct_tells_how_faithful_it_is(run: Run) -> None:
 # Look
 
 
-def test_info_tells_people_and_machines(run: Run) -> None:
+def test_info_is_text_for_people_and_json_for_machines(run: Run) -> None:
     assert "16 steps of euler, guidance 7" in run("info").out
     assert run("info", "--json").json["space"] == SPACE
 
@@ -247,7 +247,7 @@ def test_chat_ends_with_the_error_when_nobody_types(run: Run) -> None:
     assert done.err.count("max_new_tokens: got 0, expected 1 or more") == 1
 
 
-def test_chat_goes_on_after_an_error_when_someone_types(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_continues_after_an_error_when_someone_types(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "_interactive", lambda: True)
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
     assert done.code == 0

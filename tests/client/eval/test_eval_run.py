@@ -123,7 +123,7 @@ async def test_the_first_failure_cancels_the_rest_and_is_raised():
     assert sorted(ended) == [0, 1, 2]
 
 
-async def test_a_cancelled_run_goes_on_with_the_questions_that_are_left(make_client, ask, tmp_path, read_lines):
+async def test_a_cancelled_run_continues_with_the_questions_that_are_left(make_client, ask, tmp_path, read_lines):
     asked = asyncio.Event()
 
     def answer(prompt: str, sampler: Sampler) -> str:

@@ -68,7 +68,7 @@ def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_pat
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(PNG)
 
 
-def test_a_sweep_goes_on_where_it_was_left(sweep, client, tmp_path):
+def test_a_sweep_continues_where_it_was_left(sweep, client, tmp_path):
     first = sweep("--json", "--no-plots").stdout
     (tmp_path / "sweep" / "g1-s2-euler" / "task.jsonl").unlink()
     client.asked.clear()

@@ -76,7 +76,7 @@ def test_bfloat16_files_load_in_either_dtype(model: Path) -> None:
     assert load(checkpoint, "prior", CPU, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_the_fingerprint_tells_vaes_apart_and_ignores_the_prior(model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_differs_between_vaes_and_ignores_the_prior(model: Path, tmp_path: Path) -> None:
     space = Checkpoint.open(model).space
     assert re.fullmatch("[0-9a-f]{16}", space)
     assert Checkpoint.open(write_checkpoint(tmp_path / "other_prior", dit={"num_layers": 1})).space == space

@@ -46,7 +46,7 @@ def failure(done, code=1):
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_a_checkpoint_arrives_whole_goes_on_after_a_break_and_is_checked(hub, tmp_path):
+def test_a_checkpoint_arrives_whole_also_after_a_break_and_is_checked(hub, tmp_path):
     target, size = tmp_path / "model", len(hub.files[LONG])
     hub.cut[LONG] = size - 1000
     first = pull(hub, target)

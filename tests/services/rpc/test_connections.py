@@ -57,7 +57,7 @@ async def test_services_are_called_past_a_proxy_of_the_environment(monkeypatch):
         assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=30)
 
 
-async def test_a_connection_is_reached_when_a_replica_serves_and_not_waited_for_longer_than_told():
+async def test_a_connection_is_reached_when_a_replica_serves_and_not_waited_for_longer_than_asked():
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(running(ready=False)) for _ in range(2)]
         target = ",".join(f"localhost:{replica.port}" for replica in replicas)
@@ -118,7 +118,7 @@ async def followed_certificate(authority):
             await connection.close()
 
 
-async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_running_calls_go_on(authority):
+async def test_a_renewed_client_certificate_is_shown_without_a_restart_and_running_calls_continue(authority):
     async with followed_certificate(authority) as (it, connection):
         it.servicer.gate.clear()
         early = asyncio.ensure_future(connection.stub.Encode(ONE, wait_for_ready=True, timeout=10))
@@ -206,7 +206,7 @@ async def found(target, settings=None, began=lambda: None):
         await replicas.close()
 
 
-async def test_each_replica_is_called_by_itself_and_tells_whether_it_serves():
+async def test_each_replica_is_called_by_itself_and_reports_whether_it_serves():
     began = asyncio.Event()
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(running()) for _ in range(2)]

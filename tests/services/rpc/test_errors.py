@@ -46,7 +46,7 @@ def test_the_table_names_every_error_that_a_call_can_end_with():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the password is x"), errors.CheckpointError("/secret/path")])
-def test_other_errors_are_internal_and_tell_nothing(error):
+def test_other_errors_are_internal_and_reveal_nothing(error):
     assert grpc_code(error) == grpc.StatusCode.INTERNAL
     assert http_status(error) == 500
     status = status_proto(error)

@@ -180,7 +180,7 @@ def opened(*ids):
     return decoder_pb2.DecodeRequest(open={"history_ids": ids})
 
 
-async def test_both_sides_of_a_bidirectional_stream_take_turns(connect):
+async def test_both_sides_of_a_bidirectional_stream_alternate(connect):
     servicer = Decoder()
     async with connect(servicer, *DECODER) as stub:
         call = stub.Decode()

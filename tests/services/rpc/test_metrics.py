@@ -54,14 +54,14 @@ def test_the_endpoint_serves_what_is_counted_and_frees_its_port():
     MetricsEndpoint.start(metrics, MetricsSettings(port=endpoint.port)).close()
 
 
-def test_a_process_tells_its_cpu_seconds_memory_and_open_files_on_demand():
+def test_a_process_reports_its_cpu_seconds_memory_and_open_files_on_demand():
     metrics = Metrics()
     metrics.watch_process()
     for name in ("process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"):
         assert metrics.registry.get_sample_value(name) > 0
 
 
-def test_aliases_sum_queues_and_tell_the_fullest_cache():
+def test_aliases_sum_queues_and_report_the_fullest_cache():
     metrics = Metrics()
     for stage, waiting, usage in (("prior", 3, 0.5), ("decoder", 1, 0.75)):
         metrics.queue_depth.labels(stage).set(waiting)

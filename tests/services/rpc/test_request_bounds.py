@@ -180,7 +180,7 @@ async def test_calls_that_send_nothing_take_no_slots():
         await asyncio.gather(*silent, return_exceptions=True)
 
 
-async def test_a_call_that_ends_without_its_message_is_told_so():
+async def test_a_call_that_ends_without_its_message_is_refused():
     async with running() as it:
         call = opened(it.channel)
         await call.done_writing()

@@ -190,7 +190,7 @@ def test_a_key_file_without_a_key_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("limits", [AdmissionLimits(max_calls=2), AdmissionLimits(max_calls_per_client=2)])
-async def test_one_call_too_many_is_refused_at_once_while_health_and_running_calls_go_on(limits):
+async def test_one_call_too_many_is_refused_at_once_while_health_and_running_calls_continue(limits):
     async with running(ServerSettings(admission=limits)) as it:
         it.servicer.gate.clear()
         calls = [asyncio.ensure_future(it.stub.Encode(ONE)) for _ in range(2)]
@@ -209,7 +209,7 @@ async def test_one_call_too_many_is_refused_at_once_while_health_and_running_cal
         assert [(s.labels["stage"], s.value) for s in counted] == [("encoder", 1.0)]
 
 
-async def test_a_client_that_calls_too_often_is_told_when_to_come_back():
+async def test_a_client_that_calls_too_often_hears_when_to_come_back():
     async with running(ServerSettings(admission=AdmissionLimits(max_rate_per_client=0.5))) as it:
         await it.stub.Encode(ONE)
         error = await refusal(it.stub.Encode(ONE))

@@ -80,7 +80,7 @@ def test_what_is_no_tokenizer_is_one_clear_line(content: bytes | None, message: 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
 @example("a<|im_end|>")
-def test_any_text_comes_back_and_never_has_fewer_tokens_than_its_length_tells(text: str):
+def test_any_text_comes_back_and_never_has_fewer_tokens_than_its_length_implies(text: str):
     ids = PLAIN.encode(text)
     assert PLAIN.decode(ids) == text
     assert PLAIN.fewest_tokens(text) <= len(ids)
