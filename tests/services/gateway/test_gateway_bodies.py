@@ -28,45 +28,35 @@ def body_of(before: str, item: str, count: int, after: str) -> str:
     return before + ",".join([item] * count) + after
 
 
+CHATTING, PARTS = '{"messages": [', '{"messages": [{"role": "user", "content": ['
+
+
 @pytest.mark.parametrize(
-    ("path", "before", "item", "after", "param"),
-    [
-        (COMPLETIONS, '{"prompt": "x", "stop": [', "0", "]}", "stop"),
-        (COMPLETIONS, '{"prompt": [', "null", "]}", "prompt"),
-        (COMPLETIONS, '{"prompt": [1, "a", ', "-1", "]}", "prompt"),
-        (COMPLETIONS, '{"prompt": "x", "guidance_interval": [', "2", "]}", "guidance_interval"),
-        (CHAT, '{"messages": [', "0", "]}", "messages[0]"),
-        (CHAT, '{"messages": [{"role": "user", "content": [', "0", "]}]}", "messages[0].content[0]"),
-        (CHAT, '{"messages": [{"role": "user", "content": "x"}], "tools": [', "0", "]}", "tools"),
-        ("/tokenize", '{"messages": [', "0", "]}", "messages[0]"),
-        ("/detokenize", '{"tokens": [', '"a"', "]}", "tokens[0]"),
+    ("path", "before", "item", "count", "after", "param"),
+    [  # many wrong items, of which the first ends the check
+        (COMPLETIONS, '{"prompt": "x", "stop": [', "0", MANY, "]}", "stop"),
+        (COMPLETIONS, '{"prompt": [', "null", MANY, "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": [1, "a", ', "-1", MANY, "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": "x", "guidance_interval": [', "2", MANY, "]}", "guidance_interval"),
+        (CHAT, CHATTING, "0", MANY, "]}", "messages[0]"),
+        (CHAT, PARTS, "0", MANY, "]}]}", "messages[0].content[0]"),
+        (CHAT, '{"messages": [{"role": "user", "content": "x"}], "tools": [', "0", MANY, "]}", "tools"),
+        ("/tokenize", CHATTING, "0", MANY, "]}", "messages[0]"),
+        ("/detokenize", '{"tokens": [', '"a"', MANY, "]}", "tokens[0]"),
+        # one item too many
+        (COMPLETIONS, '{"prompt": "x", "stop": [', '"s"', 4 + 1, "]}", "stop"),
+        (COMPLETIONS, '{"prompt": [', '"p"', MOST_PROMPTS + 1, "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": [', "[1]", MOST_PROMPTS + 1, "]}", "prompt"),
+        (COMPLETIONS, '{"prompt": [', "1", MOST_IDS + 1, "]}", "prompt"),
+        (CHAT, CHATTING, '{"role":"user","content":"x"}', MOST_MESSAGES + 1, "]}", "messages"),
+        (CHAT, PARTS, '{"type":"text","text":"x"}', MOST_MESSAGES + 1, "]}]}", "messages[0].content"),
+        ("/detokenize", '{"tokens": [', "1", MOST_IDS + 1, "]}", "tokens"),
     ],
 )
-async def test_the_first_wrong_item_of_many_ends_the_check(
-    gateway: Running, path: str, before: str, item: str, after: str, param: str
+async def test_a_list_is_refused_at_its_first_wrong_item_or_by_its_length(
+    gateway: Running, path: str, before: str, item: str, count: int, after: str, param: str
 ):
-    answer = await gateway.http.post(path, content=body_of(before, item, MANY, after), headers=JSON)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-    assert len(answer.content) < 1000
-
-
-@pytest.mark.parametrize(
-    ("path", "before", "item", "most", "after", "param"),
-    [
-        (COMPLETIONS, '{"prompt": "x", "stop": [', '"s"', 4, "]}", "stop"),
-        (COMPLETIONS, '{"prompt": [', '"p"', MOST_PROMPTS, "]}", "prompt"),
-        (COMPLETIONS, '{"prompt": [', "[1]", MOST_PROMPTS, "]}", "prompt"),
-        (COMPLETIONS, '{"prompt": [', "1", MOST_IDS, "]}", "prompt"),
-        (CHAT, '{"messages": [', '{"role":"user","content":"x"}', MOST_MESSAGES, "]}", "messages"),
-        (CHAT, '{"messages": [{"role": "user", "content": [', '{"type":"text","text":"x"}', MOST_MESSAGES, "]}]}",
-         "messages[0].content"),
-        ("/detokenize", '{"tokens": [', "1", MOST_IDS, "]}", "tokens"),
-    ],
-)  # fmt: skip
-async def test_every_list_has_a_maximal_length(
-    gateway: Running, path: str, before: str, item: str, most: int, after: str, param: str
-):
-    answer = await gateway.http.post(path, content=body_of(before, item, most + 1, after), headers=JSON)
+    answer = await gateway.http.post(path, content=body_of(before, item, count, after), headers=JSON)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert len(answer.content) < 1000
 

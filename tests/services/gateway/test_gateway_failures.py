@@ -115,10 +115,10 @@ async def test_a_client_that_goes_away_cancels_its_generations(gateway: Running,
 
 
 async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_event(fake: FakeGeneration):
-    fake.says = "ever and " * 100_000
-    settings = GatewaySettings(bounds=Bounds(unread_seconds=0.2))
+    fake.says, fake.model_name = "ever and " * 100_000, "long" * 2500  # so are the events, which bear it
+    settings, body = GatewaySettings(bounds=Bounds(unread_seconds=0.2)), {**BODY, "model": None, "max_tokens": 900_000}
     async with running(fake, settings) as gateway:
-        async with gateway.http.stream("POST", COMPLETIONS, json=BODY | {"max_tokens": 900_000}) as response:
+        async with gateway.http.stream("POST", COMPLETIONS, json=body) as response:
             lines = response.aiter_lines()
             await anext(lines)
             asked = fake.infos
