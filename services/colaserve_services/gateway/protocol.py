@@ -1,9 +1,9 @@
 """One HTTP connection: uvicorn's, with a limited time for the head of a request and errors in the documented shape.
 
 A client that shuts down its sending side after a request, as `nc -N` does, still gets its answer. On the wire this
-looks like a client that left, so an interim response is sent: a client skips it, and one that has left answers it with
-a reset. HTTP/1.0 gets it too, although its clients need not skip it: proxies speak 1.0, and what they left must not run
-on.
+looks like a client that left, so an interim response is sent, or a comment in a stream of events that has begun: a
+client skips it, and one that has left answers it with a reset. HTTP/1.0 gets the interim response too, although its
+clients need not skip it: proxies speak 1.0, and what they left must not run on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from colaserve_services.rpc.requests import REQUEST_ID
 
 LONGEST_HEAD: Final = 16 * 1024  # bytes; a longer one is a 431
 _LOOKS: Final = (0.02, 0.1, 0.5, 2.0)  # seconds after the end of a client's sending, to see whether it has left
+
+_COMMENT: Final = b":\n\n"  # in a stream of events; every write before it ends with an event
 
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what the kernel still has to send
 
@@ -75,6 +77,8 @@ class HttpProtocol(H11Protocol):
         self.cycle.keep_alive = False
         if not self.cycle.response_started:
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
+        elif self._streaming():
+            self.transport.write(self.conn.send(h11.Data(data=_COMMENT)) or b"")
         for seconds in _LOOKS:
             self.loop.call_later(seconds, self._look_for_reset)
         return True
@@ -91,8 +95,7 @@ class HttpProtocol(H11Protocol):
     def look_at_reader(self) -> None:
         """Called every so often: cut off a client that has read nothing for `answer_seconds` of what is left of whole
         answers. A stream that is not read has a time of its own."""
-        streaming = self._answering() and self.cycle.response_started and not self.transport.is_closing()
-        unread, before = 0 if streaming else self.transport.get_write_buffer_size(), self._unread
+        unread, before = 0 if self._streaming() else self.transport.get_write_buffer_size(), self._unread
         self._unread = unread
         if not before or unread < before:
             self._unread_since = self.loop.time()
@@ -103,6 +106,10 @@ class HttpProtocol(H11Protocol):
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _streaming(self) -> bool:
+        """Whether a stream of events has begun: whole answers are written at once."""
+        return self._answering() and self.cycle.response_started and not self.transport.is_closing()
 
     def _begin_head(self) -> None:
         if self._head_timer is None:

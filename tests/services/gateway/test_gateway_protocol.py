@@ -126,6 +126,37 @@ async def test_a_client_that_has_left_is_distinguished_from_one_that_listens(gat
     assert gateway.fake.seen[0].cancelled
 
 
+class AfterFirst:
+    """Lets one block through, and the others once it is opened."""
+
+    def __init__(self) -> None:
+        self.first, self.opened = True, asyncio.Event()
+
+    async def wait(self) -> None:
+        if not self.first:
+            await self.opened.wait()
+        self.first = False
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_so_it_is_in_a_stream_that_has_begun_and_says_nothing(gateway: Running, leaves: bool):
+    gateway.fake.gate = gate = AfterFirst()
+    body = BODY[:-1] + b', "stream": true}'
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.server.port)
+    writer.write(POST % (len(body), body))
+    await asyncio.wait_for(reader.readuntil(b"data: "), PATIENCE)
+    if leaves:
+        writer.close()
+        await eventually(lambda: gateway.fake.running == 0)
+        assert gateway.fake.seen[0].cancelled
+    else:
+        writer.write_eof()
+        assert b":\n\n" in await asyncio.wait_for(reader.readuntil(b"\r\n:\n\n"), PATIENCE)
+        gate.opened.set()
+        assert b"data: [DONE]" in await asyncio.wait_for(reader.read(), PATIENCE)
+        writer.close()
+
+
 async def test_a_request_cut_off_in_its_body_gets_nothing(gateway: Running):
     assert await said(gateway, POST % (1000, b"{"), end=True) == b""
     assert not gateway.fake.seen
