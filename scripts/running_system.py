@@ -25,7 +25,7 @@ def colaserve(model: Path, folder: Path, *more: str) -> Iterator[dict[str, dict[
     """`colaserve up --split`, with more options; the addresses by role and kind."""
     file = folder / "ports.json"
     arguments = ["up", "--split", f"--model={model}", "--grpc-port=0", "--http-port=0", "--metrics-port=0"]
-    arguments += ["--threads=1", "--log-level=warning", f"--ports-file={file}", "--drain-seconds=0", *more]
+    arguments += ["--threads=1", "--log=auto:warning", f"--ports-file={file}", "--drain-seconds=0", *more]
     with process([PYTHON, "-m", "colaserve_services.launch", *arguments], folder / "colaserve.log"):
         wait(file.exists, 120, "colaserve to be ready", folder / "colaserve.log")
         yield json.loads(file.read_text(encoding="utf-8"))

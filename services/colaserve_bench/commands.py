@@ -15,7 +15,7 @@ from colaserve_bench.prefix import prefix
 from colaserve_bench.serve import serve
 from colaserve_bench.stall import stall
 from colaserve_bench.verbs import FOLDER
-from colaserve_services.commands import run_or_explain
+from colaserve_services.launch.options import run_or_explain
 
 
 @click.group()

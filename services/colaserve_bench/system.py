@@ -108,7 +108,7 @@ async def _start(system: System, ports: Path) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "colaserve_services.launch", "up", *split, f"--model={compute.model}",
         f"--dtype={compute.dtype}", f"--device={compute.device}", *threads, *free, f"--ports-file={ports}",
-        "--drain-seconds=0", "--log-level=warning", *system.up_options,
+        "--drain-seconds=0", "--log=auto:warning", *system.up_options,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
         env={**os.environ, EXIT_WITH_PARENT: "1"},
         start_new_session=True,  # Ctrl-C reaches this process, which stops that one

@@ -15,7 +15,7 @@ from colaserve_bench.engines import DTYPES, Compute
 from colaserve_bench.report import Report
 from colaserve_client.cli.types import comma_separated
 from colaserve_client.cli.verbs import pip_line
-from colaserve_services.commands import run_or_explain
+from colaserve_services.launch.options import run_or_explain
 from colaserve_services.model.flow import SamplerSettings
 
 POSITIVE = click.IntRange(min=1)

@@ -6,143 +6,96 @@ Importing this module imports neither torch nor a server.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from colaserve_services.errors import ColaserveError, UsageError
-from colaserve_services.launch.options import COORDINATOR, GATEWAY, STAGE, UP, GroupedCommand, options
+from colaserve_services.launch.options import STAGES, RoleCommand
+from colaserve_services.launch.settings import ROLES, CoordinatorSettings, GatewaySettings, UpSettings
 
 
-class _Misuse(click.ClickException):
-    exit_code = 2
+def _up(settings: UpSettings, said: Mapping[str, str]) -> None:
+    if settings.split:
+        from colaserve_services.launch.split import run_split
+
+        run_split(settings, said)
+    else:
+        from colaserve_services.launch.roles import run_all
+
+        run_all(settings)
 
 
-def run_or_explain(work: Callable[[], None]) -> None:
-    """Do the work; an error that is the operator's becomes one line and exit code 1 (2: the options do not fit)."""
-    try:
-        work()
-    except ColaserveError as error:
-        raise (_Misuse if isinstance(error, UsageError) else click.ClickException)(str(error)) from error
+def _coordinator(settings: CoordinatorSettings, said: Mapping[str, str]) -> None:
+    from colaserve_services.launch.roles import run_coordinator
+
+    run_coordinator(settings)
 
 
-@click.command(cls=GroupedCommand)
-@options(*UP)
-@click.pass_context
-def up(context: click.Context, **params: Any) -> None:
-    """Serve a checkpoint: text, latents and OpenAI's API on one machine.
+def _gateway(settings: GatewaySettings, said: Mapping[str, str]) -> None:
+    from colaserve_services.launch.roles import run_gateway
 
-    \b
-    colaserve up                                 # the bundled checkpoint, all in one process
-    colaserve up --model ~/models/Cola-DLM       # another one, fetched with `colaserve pull`
-    colaserve up --split --replicas prior=2      # a process for every role, as in production
-    colaserve up --device cuda --dtype bfloat16
-
-    \b
-    Then:
-    colaserve generate "The capital of France is"
-    curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is"}' -H 'content-type: application/json'
-
-    Ctrl-C stops it.
-    """
-
-    def work() -> None:
-        if params["split"]:
-            from colaserve_services.launch.split import run_split
-            from colaserve_services.launch.split_settings import split_settings
-
-            run_split(split_settings(context, params))
-        else:
-            from colaserve_services.launch.roles import run_all
-
-            run_all(params)
-
-    run_or_explain(work)
+    run_gateway(settings)
 
 
-def _stage_command(stage: str, text: str) -> click.Command:
-    def role(**params: Any) -> None:
-        def work() -> None:
-            from colaserve_services.launch.roles import run_stage
+def _stage(name: str, text: str) -> click.Command:
+    def work(settings: Any, said: Mapping[str, str]) -> None:
+        from colaserve_services.launch.roles import run_stage
 
-            run_stage(stage, params)
+        run_stage(name, settings)
 
-        run_or_explain(work)
-
-    command: click.Command = click.command(stage, cls=GroupedCommand, help=text)(options(*STAGE)(role))
-    return command
+    return RoleCommand(name, ROLES[name], work, text)
 
 
-encoder = _stage_command(
-    "encoder",
-    """Serve the encoder alone: token ids to latents.
+UP = """Serve a checkpoint: text, latents and OpenAI's API on one machine.
 
-    \b
-    colaserve encoder --model DIR --host 0.0.0.0 --grpc-port 50051
-    """,
-)
-prior = _stage_command(
-    "prior",
-    """Serve the prior alone: noise to latents, block by block. The stage that needs the most compute.
+\b
+colaserve up                                 # the bundled checkpoint, all in one process
+colaserve up --model ~/models/Cola-DLM       # another one, fetched with `colaserve pull`
+colaserve up --split --replicas prior=2      # a process for every role, as in production
+colaserve up --device cuda --dtype bfloat16
 
-    \b
-    colaserve prior --model DIR --device cuda --kv-bytes 8589934592
-    """,
-)
-decoder = _stage_command(
-    "decoder",
-    """Serve the decoder alone: latent blocks to token ids.
+\b
+Then:
+colaserve generate "The capital of France is"
+curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is"}' -H 'content-type: application/json'
 
-    \b
-    colaserve decoder --model DIR --grpc-port 50053
-    """,
-)
+Ctrl-C stops it.
+"""
+COORDINATOR = """Serve text over stages that run elsewhere: no network runs here, only the tokenizer of --model.
 
+\b
+colaserve coordinator --model DIR --encoder enc:50051 --prior dns:///prior:50051 --decoder d1:50051,d2:50051
 
-@click.command(cls=GroupedCommand)
-@options(*COORDINATOR)
-def coordinator(**params: Any) -> None:
-    """Serve text over stages that run elsewhere. Runs no network; reads the tokenizer and the defaults of --model.
+Several replicas of a stage share the load; when one fails its work moves to another.
+"""
+GATEWAY = """Serve OpenAI's HTTP API in front of coordinators that run elsewhere.
 
-    \b
-    colaserve coordinator --model DIR --encoder enc:50051 --prior dns:///prior:50051 --decoder d1:50051,d2:50051
+\b
+colaserve gateway --coordinator dns:///coordinator:50051 --http-port 8000 --api-keys-file keys.txt
+"""
+OF_STAGES = {
+    "encoder": """Serve the encoder alone: token ids to latents.
 
-    Several replicas of a stage share the load; when one fails its work moves to another.
-    """
+\b
+colaserve encoder --model DIR --host 0.0.0.0 --grpc-port 50051
+""",
+    "prior": """Serve the prior alone: noise to latents, block by block. The stage that needs the most compute.
 
-    def work() -> None:
-        from colaserve_services.launch.roles import run_coordinator
+\b
+colaserve prior --model DIR --device cuda --kv-bytes 8589934592
+""",
+    "decoder": """Serve the decoder alone: latent blocks to token ids.
 
-        run_coordinator(params)
-
-    run_or_explain(work)
-
-
-@click.command(cls=GroupedCommand)
-@options(*GATEWAY)
-def gateway(**params: Any) -> None:
-    """Serve OpenAI's HTTP API in front of coordinators that run elsewhere.
-
-    \b
-    colaserve gateway --coordinator dns:///coordinator:50051 --http-port 8000 --api-keys-file keys.txt
-    """
-
-    def work() -> None:
-        from colaserve_services.launch.roles import run_gateway
-
-        run_gateway(params)
-
-    run_or_explain(work)
-
-
+\b
+colaserve decoder --model DIR --grpc-port 50053
+""",
+}
 COMMANDS: dict[str, click.Command] = {
-    "up": up,
-    "encoder": encoder,
-    "prior": prior,
-    "decoder": decoder,
-    "coordinator": coordinator,
-    "gateway": gateway,
+    "up": RoleCommand("up", UpSettings, _up, UP),
+    **{stage: _stage(stage, OF_STAGES[stage]) for stage in STAGES},
+    "coordinator": RoleCommand("coordinator", CoordinatorSettings, _coordinator, COORDINATOR),
+    "gateway": RoleCommand("gateway", GatewaySettings, _gateway, GATEWAY),
 }
 
 

@@ -45,7 +45,7 @@ def pull(repository: str, revision: str, directory: Path | None, check: bool) ->
     compared with the Hub's, the configs are read, and every tensor that they ask for must be in the files. HF_ENDPOINT
     names another hub, HF_TOKEN a token for it.
     """
-    from colaserve_services.commands import run_or_explain
+    from colaserve_services.launch.options import run_or_explain
 
     target = directory or Path(repository.rpartition("/")[2])
     run_or_explain(lambda: fetch(repository, revision, target, check))

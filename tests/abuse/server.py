@@ -36,11 +36,13 @@ class Server:
         ports, log = self._folder / "ports", self._folder / "log"
         arguments = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
         ports.unlink(missing_ok=True)
+        keys = self._folder / "keys"
+        keys.write_text(f"{KEY}\n", encoding="utf-8")
         with log.open("wb") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *shlex.split(self._command), *arguments, f"--ports-file={ports}", "--threads=1", "--idle-seconds=3",
                 stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output,
-                env=os.environ | {"COLASERVE_API_KEYS": KEY, "COLASERVE_EXIT_WITH_PARENT": "1"},
+                env=os.environ | {"COLASERVE_API_KEYS_FILE": str(keys), "COLASERVE_EXIT_WITH_PARENT": "1"},
             )  # fmt: skip
         end = time.monotonic() + START_SECONDS
         while not ports.exists():

@@ -19,17 +19,18 @@ HARMS = {
     "corrupt": Harm(corrupt=0.01),
     "all": Harm(delay=0.02, cut=0.005, swallow=0.002, corrupt=0.005),
 }
-KEEPALIVE = ("--keepalive-seconds=2",)  # a connection that swallows all is given up after 3 s
 
 
 @asynccontextmanager
 async def harmed_fleet(settings: FleetSettings) -> AsyncIterator[tuple[Fleet, list[Proxy]]]:
     """A fleet whose coordinators reach each replica of each stage through a proxy of its own, with TLS."""
     authority = make_authority(settings.folder / "tls")
-    authority.issue("server")
+    authority.issue_folder("stages", ca=False)
+    (authority.folder / "coordinators").mkdir()
+    (authority.folder / "coordinators" / "ca.crt").write_bytes(authority.ca.read_bytes())
     ports = {stage: [free_port() for _ in range(settings.sizes[stage])] for stage in STAGES}
     through = {stage: ",".join(f"127.0.0.1:{port}" for port in ports[stage]) for stage in STAGES}
-    fleet = Fleet(replace(settings, through=through, arguments={"coordinator": KEEPALIVE}, tls=authority.folder))
+    fleet = Fleet(replace(settings, through=through, tls=authority.folder))
     async with AsyncExitStack() as stack:
         proxies = [
             await stack.enter_async_context(Proxy(port, replica.port, seed=port))

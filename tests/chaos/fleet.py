@@ -43,7 +43,7 @@ class FleetSettings:
     arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further ones of a role
     through: Mapping[str, str] = field(default_factory=dict)  # stage: address that its callers get instead
     environment: Mapping[str, str] = field(default_factory=dict)
-    tls: Path | None = None  # a folder with ca.pem, server.pem and server.key: the stages are called with TLS
+    tls: Path | None = None  # a folder of stages' and one of coordinators' --tls: the stages are called with TLS
     drain_seconds: float = 2.0
     grace_seconds: float = 20.0
     start_seconds: float = 180.0
@@ -87,9 +87,7 @@ class Replica:
         folder = self.settings.tls
         if folder is None or self.role == "gateway":
             return ()
-        if self.role == "coordinator":
-            return (f"--tls-ca={folder / 'ca.pem'}",)
-        return (f"--tls-cert={folder / 'server.pem'}", f"--tls-key={folder / 'server.key'}")
+        return (f"--tls={folder / ('coordinators' if self.role == 'coordinator' else 'stages')}",)
 
     async def kill(self) -> None:
         """SIGKILL: it says goodbye to nobody."""
@@ -142,7 +140,7 @@ class Replica:
         options = [("grpc.use_local_subchannel_pool", 1)]
         if self.settings.tls is None or self.role not in STAGES:
             return grpc.aio.insecure_channel(self.address, options)
-        ca = (self.settings.tls / "ca.pem").read_bytes()
+        ca = (self.settings.tls / "coordinators" / "ca.crt").read_bytes()
         return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(ca), options)
 
     async def _ready_over_http(self) -> bool:

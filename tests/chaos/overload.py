@@ -11,7 +11,7 @@ from colaserve_bench.requests import Record, Request, closed_loop
 from colaserve_client import AsyncClient
 from tests.chaos.fleet import STAGES, Fleet
 
-SMALL_CACHE = "--prefix-cache-bytes=8000000"  # full before the memory's slope counts
+SMALL_CACHE = "--kv-bytes=64000000"  # its prefix cache is full before the memory's slope counts
 
 
 def answered(records: Sequence[Record], begin: float, until: float) -> float:

@@ -21,10 +21,10 @@ def test_every_alert_has_an_entry_in_the_runbook_and_none_is_left_over():
 
 
 def test_the_options_and_metrics_it_names_exist():
-    from colaserve_services.launch import options
+    from colaserve_services.commands import COMMANDS
 
     assert set(re.findall(r"\bcolaserve_\w+", PAGE)) <= SERIES.keys()
-    flags = {flag for group in options.GROUPS.values() for option in group for flag in option.opts}
+    flags = {flag for command in COMMANDS.values() for option in command.params for flag in option.opts}
     assert set(re.findall(r"`(--[a-z-]+)[^`]*`", PAGE)) - {"--help", "--revision", "--seconds"} <= flags
 
 

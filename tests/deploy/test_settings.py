@@ -6,23 +6,28 @@ import click
 import pytest
 import yaml
 
-from colaserve_services.launch import options, threads
+from colaserve_services.launch import threads
+from colaserve_services.launch.options import sections_of
+from colaserve_services.launch.settings import ROLES as SETTINGS
 from colaserve_services.pull import pull
-from tests.deploy.conftest import DEPLOY, KUBERNETES, ROLES, STAGES, container_of
+from tests.deploy.conftest import DEPLOY, KUBERNETES, ROLES, container_of
 
-GROUPS = dict.fromkeys(STAGES, options.STAGE) | {"coordinator": options.COORDINATOR, "gateway": options.GATEWAY}
 OPENTELEMETRY = {"OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"}  # read by its SDK
-ALL = {option.envvar: option for group in options.GROUPS.values() for option in group}
 
 
 def known(role):
     """Environment variable to option."""
-    return {option.envvar: option for group in GROUPS[role] for option in options.GROUPS[group]}
+    return {option.envvar: option for section in sections_of(SETTINGS[role]).values() for option in section}
+
+
+ALL = {variable: option for role in ROLES for variable, option in known(role).items()}
 
 
 def takes(option, value):
     """The value as the command line would read it; raises click.BadParameter."""
     context = click.Context(click.Command("role"))
+    if isinstance(option.type, click.Path):  # which is in the pod and not here
+        return value
     return option.type.convert(value, option, context)
 
 
@@ -50,7 +55,7 @@ def test_every_file_that_a_role_reads_is_mounted(rendered):
         assert {mount["name"] for mount in container_of(deployment)["volumeMounts"]} <= volumes
         for name, value in rendered.environment(role).items():
             if value and value.startswith("/"):
-                assert any(value.startswith(f"{mount}/") for mount in mounts), f"{role}: {name}={value}"
+                assert any(f"{value}/".startswith(f"{mount}/") for mount in mounts), f"{role}: {name}={value}"
 
 
 def test_init_containers_call_a_command_with_options_that_it_has(rendered):
@@ -66,16 +71,12 @@ def test_a_role_serves_on_the_ports_that_its_probes_services_and_monitors_name(r
     for role, deployment in rendered.deployments().items():
         environment, container = rendered.environment(role), container_of(deployment)
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        defaults = {"grpc": "GRPC_PORT", "health": "HEALTH_PORT", "http": "HTTP_PORT", "metrics": "METRICS_PORT"}
         for name, port in ports.items():
-            variable = f"COLASERVE_{defaults[name]}"
+            variable = f"COLASERVE_{name.upper()}_PORT"
             served = environment.get(variable, known(role)[variable].default)
             assert int(served) == port, f"{role}: {name}"
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
-            probe = container[kind]
-            assert "grpc" not in probe or probe["grpc"]["port"] == ports["health"], role
-            assert "httpGet" not in probe or probe["httpGet"]["port"] in ports, role
-        assert "health" in ports or role == "gateway"
+            assert container[kind]["httpGet"]["port"] in ports, role
 
 
 def test_kubernetes_waits_for_the_longest_stream(rendered):
@@ -99,7 +100,7 @@ def test_the_compose_file_gives_each_role_options_that_it_has():
     for role in ROLES:
         first, *arguments = services[role]["command"]
         assert first == role
-        flags = {flag for group in GROUPS[role] for option in options.GROUPS[group] for flag in option.opts}
+        flags = {flag for option in known(role).values() for flag in option.opts}
         assert {argument.split("=")[0] for argument in arguments if argument.startswith("--")} <= flags
         for name, value in services[role]["environment"].items():
             if name in threads.WAITING:

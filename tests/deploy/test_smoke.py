@@ -21,9 +21,9 @@ def smoke(*arguments, key):
 @pytest.mark.slow
 def test_it_says_what_works_and_what_is_wrong(tmp_path):
     authority = make_authority(tmp_path)
-    cert, key = authority.issue("service")
-    tls = (f"--http-tls-cert={cert}", f"--http-tls-key={key}")
-    with started(tmp_path, "up", *FREE_PORTS, *tls, "--api-keys=k1", model=None) as running:
+    (tmp_path / "keys").write_text("k1\n")
+    secured = (f"--http-tls={authority.issue_folder('service', ca=False)}", f"--api-keys-file={tmp_path / 'keys'}")
+    with started(tmp_path, "up", *FREE_PORTS, *secured, model=None) as running:
         options = (running.http.replace("127.0.0.1", "localhost"), "--ca", authority.ca)
         done = smoke(*options, "--server-name", "localhost", key="k1")
         assert (done.returncode, done.stderr) == (0, "")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colaserve_services.errors import UsageError
-
 
 @dataclass(frozen=True)
 class CoordinatorLimits:
@@ -20,11 +18,3 @@ class CoordinatorLimits:
     idle_seconds: float = 60.0  # that a response may stay unread while other calls wait
     attempts: int = 8  # failures in a row of one stage until a call is given up
     watch_seconds: float = 1.0  # between two looks at the stages
-
-    def __post_init__(self) -> None:
-        for name in ("max_context", "max_message_bytes", "max_running", "attempts"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}, expected 1 or more")
-        for name in ("max_waiting", "queue_seconds", "max_per_key"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name}: got {getattr(self, name)}, expected 0 or more")

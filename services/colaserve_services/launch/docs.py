@@ -8,25 +8,28 @@ import click
 
 from colaserve_client.fields import Field, flat_fields
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
-from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE, UP
+from colaserve_services.launch.options import sections_of
+from colaserve_services.launch.settings import ROLES
 from colaserve_services.rpc.metrics import Metrics
-
-ROLES = {
-    "up": UP,
-    "encoder, prior, decoder": STAGE,
-    "coordinator": COORDINATOR,
-    "gateway": GATEWAY,
-}
 
 HEAD = """# Configuration
 
-<!-- Made by scripts/generate-config-docs from services/colaserve_services/launch/options.py. Change it there. -->
+<!-- Made by scripts/generate-config-docs from services/colaserve_services/launch/settings.py. Change it there. -->
 
 Every option of `colaserve up` and of the roles is also an environment variable. The command line wins over the
 variable, the variable over the default. `colaserve <role> --help` shows the same.
 
-What a request leaves unset is the coordinator's option, else (at a stage that is called directly too) the checkpoint's
-`generation_config.json`, else the value in brackets.
+What a request leaves unset is what the file of `--defaults` says, else (at a stage that is called directly, too) the
+checkpoint's `generation_config.json`, else the default in "Settings of requests" below. Both files are JSON objects of
+these settings, such as `{"steps": 8, "guidance_scale": 3}`, and may have a `chat_frame`, the frame of one chat message
+with `{prompt}` in it.
+
+A folder of `--tls` or `--http-tls` holds `tls.crt` and `tls.key`, as a Secret of Kubernetes does, and may hold
+`ca.crt`: then TLS is mutual, that is, this process shows its certificate to the services that it calls, too, and both
+sides verify each other by that authority. Certificates name the hosts that are called; servers read renewed ones again.
+Without `ca.crt` callers need no certificate, and called services are verified by gRPC's own authorities
+(`GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`). With `ca.crt` alone a coordinator or a gateway verifies the services that it
+calls, and has no certificate of its own.
 
 ## Which role takes what
 
@@ -37,6 +40,7 @@ TAIL = """
 
 | Variable | Meaning |
 |---|---|
+| `COLASERVE_ROLE_KEY` | Key that roles show each other where there is `--api-keys-file`. `up --split` draws one. |
 | `OMP_NUM_THREADS` | Threads of one process when `--threads` is not given. |
 | `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` | How OpenMP threads wait, see below. |
 | `HF_ENDPOINT`, `HF_TOKEN` | Hub and token of `colaserve pull`. |
@@ -63,17 +67,17 @@ Under `up --split` a process that ends while it starts ends all others. Later on
 a minute that it is not alive, is started again on the same ports, at once and then after pauses that double from 1 to
 60 s. Its streams go on with another replica (`--replicas prior=2`), or with the new process when it serves in time.
 
-With `--log-format json` everything is one JSON object a line: the log, the progress of reading weights, the line that
+With `--log json` everything is one JSON object a line: the log, the progress of reading weights, the line that
 says ready (with `addresses`), and the error that ends the process. gRPC's own lines are then left out, unless
 `GRPC_VERBOSITY` is set. Standard output or error that takes no more, a full disk say, stops nothing.
 
 ## Health
 
-gRPC health (`grpc.health.v1`) on the gRPC port, and on `--health-port` without TLS and keys: the name "" and the name
-of each service are SERVING when the role is ready (the coordinator: while its stages are); the name `liveness` is
-SERVING as long as the process answers and can compute, whatever its load (an engine that fails at a step and then at
-its own warm-up row too is neither ready nor alive, until it computes that row again). The gateway has `/ready` and
-`/health` on its HTTP port.
+gRPC health (`grpc.health.v1`) on the gRPC port: the name "" and the name of each service are SERVING when the role is
+ready (the coordinator: while its stages are); the name `liveness` is SERVING as long as the process answers and can
+compute, whatever its load (an engine that fails at a step and then at its own warm-up row too is neither ready nor
+alive, until it computes that row again). `GET /ready` and `GET /live` on the metrics port answer the same with 200 or
+503, without TLS and keys, for probes. The gateway has `/ready` and `/health` on its HTTP port.
 
 ## Metrics
 
@@ -99,11 +103,10 @@ def settings_of_requests(table: Mapping[str, Field]) -> Iterator[str]:
 
 
 def _roles() -> Iterator[str]:
-    yield "| Role | Groups of options |"
+    yield "| Role | Options |"
     yield "|---|---|"
-    for role, groups in ROLES.items():
-        yield f"| `{role}` | {', '.join(groups)} |"
-    yield ""
+    for role, settings in ROLES.items():
+        yield f"| `{role}` | {', '.join(sections_of(settings))} |"
 
 
 def _metrics() -> Iterator[str]:
@@ -114,8 +117,9 @@ def _metrics() -> Iterator[str]:
 
 
 def _groups() -> Iterator[str]:
-    for name, options in GROUPS.items():
-        yield f"## {name}\n"
+    sections = {title: options for settings in ROLES.values() for title, options in sections_of(settings).items()}
+    for title, options in sections.items():
+        yield f"## {title}\n"
         yield "| Option | Variable | Default | Meaning |"
         yield "|---|---|---|---|"
         yield from map(_row, options)
@@ -134,8 +138,8 @@ def _values(option: click.Option) -> str:
     if isinstance(kind, click.Choice):
         return f" {{{','.join(map(str, kind.choices))}}}"
     if isinstance(kind, click.Path):
-        return " PATH"
-    return {"integer": " N", "integer range": " N", "float range": " X"}.get(kind.name, " TEXT")
+        return " PATH" if kind.file_okay else " DIR"
+    return {"integer range": " N", "float range": " X", "text": " TEXT"}.get(kind.name, f" {kind.name}")
 
 
 def _default(option: click.Option) -> str:

@@ -1,292 +1,238 @@
-"""Every option of every role, once. A role's command takes whole groups of them; docs/configuration.md is made of this.
+"""Command-line options out of dataclasses: a field that `option` describes is a flag and the variable COLASERVE_<NAME>.
 
-An option is also the environment variable COLASERVE_<NAME>; the command line wins.
+The command line wins over the variable, the variable over the default.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import click
 
 from colaserve_client.cli.types import Number, Text, Trimmed, TrimmedPath
+from colaserve_services.errors import ColaserveError, UsageError
+from colaserve_services.launch.removed import check_removed
+from colaserve_services.rpc.settings import LogSettings, ServerTls
 
-F = TypeVar("F", bound=Callable[..., Any])
+STAGES: Final = ("encoder", "prior", "decoder")
+MOST_REPLICAS: Final = 64
+TLS_NAMES: Final = ("tls.crt", "tls.key", "ca.crt")
+MOST_SECONDS: Final = 2_000_000.0  # 23 days; in milliseconds still an option of a gRPC channel
 
+S = TypeVar("S")
 
 PORT = click.IntRange(0, 65535)
+TEXT = Text()
 TRIMMED = Trimmed()
 FILE = TrimmedPath(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path)
+DTYPES = click.Choice(["auto", "float32", "bfloat16"])
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
 BYTES = click.IntRange(1, 2**63 - 1)
-CHANNEL = click.IntRange(1, 2**31 - 1)  # what an option of a gRPC channel holds
-MOST_SECONDS = 2_000_000.0  # 23 days; in milliseconds still an option of a gRPC channel
 SECONDS = Number(0, MOST_SECONDS)
-DEMO = Path(__file__).parent.parent / "demo"
+SOME_SECONDS = Number(0, MOST_SECONDS, min_open=True)
 
 
-def _option(name: str, default: Any, text: str, kind: Any = None, **more: Any) -> click.Option:
-    variable = "COLASERVE_" + name.lstrip("-").upper().replace("-", "_")
-    more.setdefault("show_default", default is not None)
-    if kind is None and not more.get("is_flag"):
-        kind = Text()
-    return click.Option([name], default=default, help=text, type=kind, envvar=variable, show_envvar=True, **more)
+class _ByStage(Trimmed):
+    """[STAGE=]VALUE with commas, as {stage: value}; "" is every stage that is not named."""
+
+    def pairs(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Iterator[tuple[str, str]]:
+        text = super().convert(value, param, ctx)
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            stage, sign, found = part.rpartition("=")
+            if sign and stage not in STAGES:
+                self.fail(f"got {part!r}, expected encoder, prior or decoder before the =", param, ctx)
+            yield stage, found
 
 
-GROUPS: dict[str, list[click.Option]] = {
-    "Processes": [
-        _option(
-            "--split", False, "One process a role instead of one for all; one that dies is started again.",
-            is_flag=True,
-        ),
-        _option(
-            "--replicas", "", "With --split: processes of a stage, as in prior=2,decoder=2 [1 each].",
-            show_default=False,
-        ),
-    ],
-    "Model": [
-        _option(
-            "--model", DEMO, "Folder with cola_dlm/ and tokenizer.json.", click.Path(path_type=Path),
-            show_default="the bundled checkpoint",
-        ),
-        _option("--max-context", 8192, "Latents of one session, prompt and generation together.", POSITIVE),
-    ],
-    "Compute": [
-        _option("--device", "cpu", "Where the networks run: cpu, cuda or cuda:N."),
-        _option(
-            "--dtype", "auto", "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA.",
-            click.Choice(["auto", "float32", "bfloat16"]),
-        ),
-        _option(
-            "--threads", None, "CPU threads that compute in one process [OMP_NUM_THREADS, else all cores].",
-            click.IntRange(1, 4096),
-        ),
-    ],
-    "Engine": [
-        _option("--max-running", 32, "Sessions of one stage that share forward passes.", POSITIVE),
-        _option("--max-waiting", 256, "Sessions of one stage that may wait; one more is refused.", COUNT),
-        _option(
-            "--max-waiting-work", float(1 << 24),
-            "Work, in latents * steps * passes, of the sessions of one stage that may wait; more is refused. No "
-            "session counts for more than half of it.",
-            Number(1),
-        ),
-        _option("--kv-bytes", 2 << 30, "Byte budget of one stage's KV cache.", BYTES),
-        _option(
-            "--prefix-cache-bytes", 256 << 20,
-            "Bytes, beside --kv-bytes, in which one stage keeps the KV of leading blocks for sessions that begin "
-            "with them; 0: off.",
-            click.IntRange(0, 2**63 - 1),
-        ),
-        _option("--run-ahead", 2, "Blocks that the prior writes before they are read.", POSITIVE),
-        _option(
-            "--prefill-chunk", 512,
-            "Latents of contexts, or of sequences to encode, that one forward pass takes, in whole blocks. While "
-            "sessions sample, the prior takes fewer.",
-            POSITIVE,
-        ),
-    ],
-    "Idle sessions": [
-        _option(
-            "--idle-seconds", 60.0,
-            "A session that has had nothing to compute for so long (its reader is away, its caller silent), and a "
-            "stream of text or latents that was not read for so long, ends while others wait.",
-            Number(0, MOST_SECONDS, min_open=True),
-        ),
-    ],
-    "Server": [
-        _option("--host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4.", TRIMMED),
-        _option("--max-message-bytes", 64 << 20, "Longest gRPC message; requests have 16 MiB at most.", CHANNEL),
-        _option("--max-calls", 1024, "Calls that one process serves at once; 0: no limit.", COUNT),
-        _option(
-            "--max-calls-per-client", 0,
-            "Calls of one client (key, else address) at once; 0: no limit. With up --split the gateway's alone.", COUNT,
-        ),
-        _option(
-            "--max-rate-per-client", 0.0,
-            "Calls a second that one client may start; 0: no limit. With up --split the gateway's alone.", SECONDS,
-        ),
-        _option("--keepalive-seconds", 30.0, "A silent connection is probed this often.", Number(1, MOST_SECONDS)),
-        _option(
-            "--drain-seconds", 2.0, "After SIGTERM: wait so long, not ready, until balancers look elsewhere.",
-            SECONDS,
-        ),
-        _option("--grace-seconds", 30.0, "After that: time for running calls to end.", SECONDS),
-        _option("--ports-file", None, "Write the ports in use to this file, as JSON.", FILE),
-    ],
-    "gRPC server": [
-        _option("--grpc-port", 50051, "gRPC port; 0 takes a free one.", PORT),
-        _option(
-            "--health-port", None,
-            "One more port for the health service alone, without TLS and keys, for probes that know neither.", PORT,
-        ),
-        _option("--max-concurrent-streams", 1000, "Calls on one gRPC connection.", CHANNEL),
-        _option(
-            "--max-connection-age", 300.0,
-            "Seconds until clients connect anew, and so find new replicas; 0: never.", SECONDS,
-        ),
-        _option("--tls-cert", None, "PEM certificate chain of this server; read again when it changes.", FILE),
-        _option("--tls-key", None, "PEM key of --tls-cert.", FILE),
-        _option("--tls-client-ca", None, "PEM authority; clients must show a certificate of it.", FILE),
-    ],
-    "Keys": [
-        _option(
-            "--api-keys-file", None, "File of bearer keys, KEY or NAME KEY a line; read again when it changes.",
-            FILE,
-        ),
-        _option(
-            "--api-keys", "", "Bearer keys with commas. Better the variable: a command line is seen by all.",
-            show_default=False,
-        ),
-    ],
-    "Calling other services": [
-        _option("--tls-ca", None, "PEM authority that signed the servers' certificates; switches TLS on.", FILE),
-        _option("--tls-client-cert", None, "PEM certificate shown to servers.", FILE),
-        _option("--tls-client-key", None, "PEM key of --tls-client-cert.", FILE),
-        _option(
-            "--tls-server-name", "", "Name in the servers' certificates, when it is not their address.", TRIMMED,
-            show_default=False,
-        ),
-        _option("--upstream-key", "", "Bearer key for the servers. Better the variable.", show_default=False),
-    ],
-    "Stages": [
-        _option(
-            f"--{stage}", None, f"Address of the {stage}: host:port, dns:///host:port or a list with commas.", TRIMMED
-        )
-        for stage in ("encoder", "prior", "decoder")
-    ],
-    "Coordinator": [
-        _option("--served-model-name", "", "Name clients ask for [the model folder's].", show_default=False),
-        _option("--max-generations", 256, "Calls that the coordinator works on at once.", POSITIVE),
-        _option("--max-queued", 512, "Calls that may wait for that; one more is refused.", COUNT),
-        _option("--queue-seconds", 30.0, "A call that waited so long is refused.", SECONDS),
-        _option(
-            "--max-per-key", 0, "Calls of one key, else address, at once, waiting ones included; 0: no limit.", COUNT
-        ),
-        _option("--attempts", 8, "Failures of one stage in a row until a call is given up.", POSITIVE),
-    ],
-    "Defaults of requests": [
-        _option("--max-new-tokens", None, "Tokens to write [generation_config.json, else 32].", POSITIVE),
-        _option("--steps", None, "Steps of the sampler, 1 to 1000 [16].", POSITIVE),
-        _option("--guidance-scale", None, "Classifier-free guidance, 0 to 1000; 1: off [7].", Number()),
-        _option("--solver", None, "Integration rule [euler].", click.Choice(["euler", "ab2", "heun"])),
-        _option("--guidance-start", None, "Guidance is on from this time on, 1 to 0 [1].", Number()),
-        _option("--guidance-end", None, "Guidance is off at and below this time [0].", Number()),
-        _option("--resamples", None, "Times each step runs, 1 to 100 [1].", POSITIVE),
-        _option("--temperature", None, "Of the token draws, 0 to 100 [0].", Number()),
-        _option("--top-k", None, "Keep the k most likely tokens; 0: all [50].", COUNT),
-        _option("--top-p", None, "Keep tokens up to this probability, above 0 to 1 [0.9].", Number()),
-        _option("--repetition-penalty", None, "Of tokens of earlier blocks, above 0 [1.1].", Number()),
-        _option("--chat-frame", None, 'Frame of one chat message, with the place "{prompt}".'),
-    ],
-    "Upstream": [
-        _option(
-            "--coordinator", None, "Address of the coordinators: host:port, dns:///host:port or a list with commas.",
-            TRIMMED,
-        ),
-    ],
-    "Gateway": [
-        _option("--http-port", 8000, "HTTP port; 0 takes a free one.", PORT),
-        _option("--http-tls-cert", None, "PEM certificate chain of the HTTP port.", FILE),
-        _option("--http-tls-key", None, "PEM key of --http-tls-cert.", FILE),
-        _option(
-            "--http-tls-client-ca", None, "PEM authority; HTTP clients, probes too, must show a certificate of it.",
-            FILE,
-        ),
-        _option("--cors-origins", "", "Browsers' origins that may call; * for all.", TRIMMED, show_default=False),
-        _option(
-            "--allow-unknown-fields", False, "Ignore JSON fields that nobody knows instead of refusing them.",
-            is_flag=True,
-        ),
-        _option("--max-body-bytes", 4 << 20, "Longest HTTP request.", BYTES),
-        _option("--max-choices", 128, "Prompts times n of one HTTP request.", POSITIVE),
-        _option("--request-seconds", 600.0, "Longest deadline of an HTTP request.", Number(0.1, MOST_SECONDS)),
-    ],
-    "Watching": [
-        _option("--metrics-port", 9090, "Prometheus port; 0 takes a free one.", PORT),
-        _option(
-            "--metrics-aliases", False, "Also the vllm: names that inference gateways read.", is_flag=True
-        ),
-        _option(
-            "--log-format", "auto", "auto is text on a terminal and JSON elsewhere.",
-            click.Choice(["auto", "json", "text"]),
-        ),
-        _option(
-            "--log-level", "info", "Least level of log lines.", click.Choice(["debug", "info", "warning", "error"])
-        ),
-        _option(
-            "--otlp-endpoint", None,
-            "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs the trace extra.", TRIMMED,
-        ),
-    ],
-}  # fmt: skip
+class Devices(_ByStage):
+    """Where stages compute: {"": "cpu", "prior": "cuda:1"}. Which devices there are is found out later."""
+
+    name = "[STAGE=]DEVICE,.."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The devices by stage."""
+        return value if isinstance(value, Mapping) else {"": "cpu", **dict(self.pairs(value, param, ctx))}
 
 
-STAGE = ("Model", "Compute", "Engine", "Idle sessions", "Server", "gRPC server", "Keys", "Watching")
-COORDINATOR = (
-    "Stages", "Model", "Coordinator", "Idle sessions", "Defaults of requests", "Server", "gRPC server", "Keys",
-    "Calling other services", "Watching",
-)  # fmt: skip
-GATEWAY = ("Upstream", "Gateway", "Idle sessions", "Server", "Keys", "Calling other services", "Watching")
-UP = (
-    "Processes", "Model", "Compute", "Engine", "Idle sessions", "Coordinator", "Defaults of requests", "Gateway",
-    "Server", "gRPC server", "Keys", "Calling other services", "Watching",
-)  # fmt: skip
+class Replicas(_ByStage):
+    """How many processes stages have: {"prior": 2}."""
+
+    name = "STAGE=N,.."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The counts by stage."""
+        if isinstance(value, Mapping):
+            return value
+        found = {}
+        for stage, count in self.pairs(value, param, ctx):
+            if not stage or not (count.isascii() and count.isdecimal()) or not 1 <= int(count) <= MOST_REPLICAS:
+                self.fail(f"got {value!r}, expected STAGE=1 to {MOST_REPLICAS}, as in prior=2,decoder=2", param, ctx)
+            found[stage] = int(count)
+        return found
 
 
-def _given(args: list[str], option: str) -> str | None:
-    """The value of an option on a command line that was not parsed yet."""
-    values = [value for name, value in itertools.pairwise([*args, ""]) if name == option]
-    values += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
-    return values[-1] if values else None
+class Log(Trimmed):
+    """FORMAT[:LEVEL] of log lines."""
+
+    name = "FORMAT[:LEVEL]"
+    FORMATS = ("auto", "json", "text")
+    LEVELS = ("debug", "info", "warning", "error")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The settings."""
+        if isinstance(value, LogSettings):
+            return value
+        format_, _, level = super().convert(value, param, ctx).partition(":")
+        if format_ not in self.FORMATS or (level or "info") not in self.LEVELS:
+            expected = f"one of {', '.join(self.FORMATS)}, and after a colon one of {', '.join(self.LEVELS)}"
+            self.fail(f"got {value!r}, expected {expected}", param, ctx)
+        return LogSettings(format_, level or "info")
 
 
-def options(*names: str) -> Callable[[F], F]:
-    """Decorator: the options of these groups, in their order."""
+@dataclass(frozen=True)
+class TlsFiles:
+    """What a folder of --tls or --http-tls holds."""
 
-    def decorate(function: F) -> F:
-        chosen = [option for name in names for option in GROUPS[name]]
-        function.__click_params__ = chosen[::-1] + getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-        return function
+    cert: Path | None  # PEM, this side's chain; None: it has no certificate
+    key: Path | None
+    ca: Path | None  # PEM, the authority of the other side; None: it is not verified by a certificate
 
-    return decorate
+    @property
+    def server(self) -> ServerTls | None:
+        """How a server uses them."""
+        return None if self.cert is None or self.key is None else ServerTls(self.cert, self.key, self.ca)
 
 
-class GroupedCommand(click.Command):
-    """A command whose help shows its options group by group, examples as they are written. With --log-format json the
-    error that ends it is JSON too."""
+class TlsFolder(TrimmedPath):
+    """A folder with tls.crt and tls.key, ca.crt, or all three, as Kubernetes' Secrets have them."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The files."""
+        if isinstance(value, TlsFiles):
+            return value
+        folder = Path(os.fspath(super().convert(value, param, ctx)))
+        cert, key, ca = (file if (file := folder / name).is_file() else None for name in TLS_NAMES)
+        if (cert is None) != (key is None) or (cert is None and ca is None):
+            self.fail(f"{folder} has no tls.crt and tls.key", param, ctx)
+        return TlsFiles(cert, key, ca)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of a field that is an option."""
+
+    help: str
+    kind: click.ParamType[Any]
+    shown: str  # in place of the default; empty: the default
+
+
+def option(default: Any, text: str, kind: click.ParamType[Any] = TEXT, shown: str = "") -> Any:
+    """A dataclass field that is an option."""
+    made: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**made, metadata={"option": Option(text, kind, shown)})
+
+
+def sections_of(settings: type) -> dict[str, list[click.Option]]:
+    """The options of a role's settings, by what the dataclasses that they are made of say of themselves."""
+    parts = {part: [each for each in fields(part) if each.name in part.__annotations__] for part in _parts(settings)}
+    return {part.__doc__ or "": [_option(each) for each in found] for part, found in parts.items()}
+
+
+def _parts(settings: type) -> list[type]:
+    return [part for part in settings.__mro__ if part is not object and part.__annotations__]
+
+
+def _option(spec: Any) -> click.Option:
+    known: Option = spec.metadata["option"]
+    more: dict[str, Any] = {"is_flag": True, "default": False, "show_default": False}
+    if not isinstance(spec.default, bool):
+        default = spec.default if isinstance(spec.default, int | float | str) else None
+        more = {"type": known.kind, "default": default, "show_default": known.shown or default not in (None, "")}
+    variable = "COLASERVE_" + spec.name.upper()
+    return click.Option(
+        ["--" + spec.name.replace("_", "-")], help=known.help, envvar=variable, show_envvar=True, **more
+    )
+
+
+class RoleCommand(click.Command, Generic[S]):
+    """A command that makes a role's settings of its options. With --log json the error that ends it is JSON too.
+
+    `work` gets the settings, and what the command line says as variables that would say the same.
+    """
+
+    def __init__(self, name: str, settings: type[S], work: Callable[[S, Mapping[str, str]], None], text: str):
+        self.sections = sections_of(settings)
+        options = [each for section in self.sections.values() for each in section]
+        super().__init__(name, params=list(options), help=text, callback=self._run)
+        self._settings, self._work = settings, work
+        self._said: dict[str, str] = {}
+
+    def _run(self, **values: Any) -> None:
+        given = {name: value for name, value in values.items() if value is not None}
+        run_or_explain(lambda: self._work(self._settings(**given), self._said))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse what is no option, or none of its values."""
-        with self._errors(_given(args, "--log-format") or os.environ.get("COLASERVE_LOG_FORMAT")):
+        with self._errors(_given(args, "--log") or os.environ.get("COLASERVE_LOG", "")):
+            run_or_explain(lambda: check_removed(args, os.environ))
+            said: dict[str, Any]
+            said, _, _ = self.make_parser(ctx).parse_args(list(args))
+            names = {each.name: each.envvar for section in self.sections.values() for each in section}
+            self._said = {
+                str(names[name]): value if isinstance(value, str) else "1"
+                for name, value in said.items()
+                if name in names
+            }
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
-        with self._errors(ctx.params.get("log_format")):
+        log = ctx.params.get("log")
+        with self._errors("" if log is None else log.format):
             return super().invoke(ctx)
 
-    def _errors(self, log_format: str | None) -> AbstractContextManager[None]:
-        if log_format != "json":
+    def _errors(self, log: str) -> AbstractContextManager[None]:
+        if log.partition(":")[0] != "json":
             return nullcontext()
         from colaserve_services.launch.announcements import errors_as_json
 
         return errors_as_json("colaserve" if self.name == "up" else self.name or "")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section a group, in the order of the options; what belongs to none comes first."""
-        group_of = {option.name: name for name, known in GROUPS.items() for option in known}
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                sections.setdefault(group_of.get(parameter.name, "Options"), []).append(record)
-        for name in sorted(sections, key=lambda name: name != "Options"):
-            with formatter.section(name):
-                formatter.write_dl(sections[name])
+        """One section after the other; what belongs to none comes first."""
+        own = [each for section in self.sections.values() for each in section]
+        others = [each for each in self.get_params(ctx) if each not in own]
+        sections: dict[str, Sequence[click.Parameter]] = {"Options": others, **self.sections}
+        for title, parameters in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([record for each in parameters if (record := each.get_help_record(ctx))])
+
+
+def _given(args: list[str], name: str) -> str:
+    """The value of an option on a command line that was not parsed yet."""
+    values = [value for flag, value in itertools.pairwise([*args, ""]) if flag == name]
+    values += [arg.removeprefix(f"{name}=") for arg in args if arg.startswith(f"{name}=")]
+    return values[-1] if values else ""
+
+
+class _Misuse(click.ClickException):
+    exit_code = 2
+
+
+def run_or_explain(work: Callable[[], None]) -> None:
+    """Do the work; an error that is the operator's becomes one line and exit code 1 (2: the options do not fit)."""
+    try:
+        work()
+    except ColaserveError as error:
+        raise (_Misuse if isinstance(error, UsageError) else click.ClickException)(str(error)) from error

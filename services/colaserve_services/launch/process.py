@@ -17,19 +17,20 @@ from typing import Any, TypeVar
 
 import grpc
 
+from colaserve_client.reading import Unreadable, read_text
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.announcements import announce, flush_or_drop
-from colaserve_services.launch.settings import WatchSettings
+from colaserve_services.launch.settings import Process
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
-from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.garbage import keep_what_is_there
 from colaserve_services.rpc.metrics import Metrics, MetricsEndpoint
-from colaserve_services.rpc.network import address
+from colaserve_services.rpc.network import address, listen
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
 
+LONGEST_DESCRIPTION = 1000  # characters
 EXIT_WITH_PARENT = "COLASERVE_EXIT_WITH_PARENT"  # set: end when standard input does, which a dead parent closes
 
 T = TypeVar("T")
@@ -40,37 +41,39 @@ _log = logging.getLogger(__name__)
 class Host:
     """What a role is assembled on. Everything entered into `stack` ends after the servers, in reverse order."""
 
-    def __init__(self, role: str, watch: WatchSettings, settings: ServerSettings, keys: Keys | None):
+    def __init__(self, role: str, settings: Process):
         self.role, self.metrics, self.settings = role, Metrics(), settings
         self.stack = contextlib.AsyncExitStack()
         self.addresses: dict[str, str] = {}
         self.description = ""  # of the model; told beside the addresses
         self.started = time.monotonic()
-        self._watch, self._keys = watch, keys
         self._grpc: RpcServer | None = None
         self._http: Any = None
         self._said_ready, self._behind_ready = False, True
         self._following: asyncio.Future[None] | None = None
 
-    async def open_ports(self, grpc: bool) -> None:
+    async def open_ports(self, grpc: ServerSettings | None) -> None:
         """Take the metrics port and, if there is to be one, the gRPC port: a taken one is found before any work."""
+        settings = self.settings
         self.metrics.watch_process()
-        if self._watch.otlp_endpoint is not None:
-            stop_tracing = tracing.start(self._watch.otlp_endpoint, self.role)
+        if settings.otlp_endpoint is not None:
+            stop_tracing = tracing.start(settings.otlp_endpoint, self.role)
             self.stack.push_async_callback(asyncio.to_thread, stop_tracing)
-        endpoint = MetricsEndpoint.start(self.metrics, self._watch.metrics)
+        endpoint = MetricsEndpoint.start(self.metrics, settings.metrics, None if grpc is None else self._serves)
         self.stack.callback(endpoint.close)
-        self.addresses["metrics"] = f"http://{address(self._watch.metrics.host, endpoint.port)}/metrics"
-        if grpc:
-            self._grpc = RpcServer(self.settings, self.metrics, self._keys)
+        self.addresses["metrics"] = f"http://{address(settings.host, endpoint.port)}/metrics"
+        if grpc is not None:
+            self._grpc = RpcServer(grpc, self.metrics, settings.keys)
             self.stack.push_async_callback(self._grpc.stop)
-            self.addresses["grpc"] = address(self.settings.host, self._grpc.bind())
-            if self._grpc.health_port is not None:
-                self.addresses["health"] = address(self.settings.host, self._grpc.health_port)
+            self.addresses["grpc"] = address(grpc.host, self._grpc.bind())
+
+    async def _serves(self, question: str) -> bool:
+        """What probes ask for at the metrics port: "live" or "ready"."""
+        return self._grpc is not None and (self._grpc.alive if question == "live" else self._grpc.ready)
 
     async def serve_grpc(self, *servicers: object, context_bytes: int) -> None:
         """Answer calls; health says NOT_SERVING until `ready`. `context_bytes`: the longest context's latents."""
-        assert self._grpc is not None, "open_ports(grpc=True) comes first"
+        assert self._grpc is not None, "open_ports comes first"
         self._grpc.bound_latents(context_bytes)
         for servicer in servicers:
             self._grpc.add(servicer)
@@ -84,8 +87,8 @@ class Host:
 
     def publish(self) -> None:
         """Write the ports file; `ready` does it too, so this is for those who need the ports earlier."""
-        if self._watch.ports_file is not None:
-            write_ports(self._watch.ports_file, self.addresses)
+        if self.settings.ports_file is not None:
+            write_ports(self.settings.ports_file, self.addresses)
 
     def follow(self, ready: bool) -> None:
         """Say SERVING or NOT_SERVING from now on, as what lies behind comes and goes."""
@@ -107,7 +110,7 @@ class Host:
         where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())
         text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}"
         self.publish()
-        announce(self.role, self._watch.log.format == "json", text, self.description, addresses=self.addresses)
+        announce(self.role, self.settings.log.format == "json", text, self.description, addresses=self.addresses)
 
     async def drain(self, drain_seconds: float) -> None:
         """Not ready; wait; let what runs end within the grace."""
@@ -123,16 +126,16 @@ class Host:
 Assemble = Callable[[Host], Awaitable[None]]
 
 
-def run(role: str, watch: WatchSettings, settings: ServerSettings, keys: Keys | None, assemble: Assemble) -> None:
+def run(role: str, settings: Process, assemble: Assemble) -> None:
     """Assemble a role, serve until SIGTERM, SIGHUP or SIGINT, drain. A second signal ends at once.
 
     Raises what `assemble` raises: CheckpointError and UsageError are for the operator.
     """
-    logs.configure(watch.log, role)
+    logs.configure(settings.log, role)
     if os.environ.pop(EXIT_WITH_PARENT, ""):
         threading.Thread(target=_end_with_stdin, daemon=True, name="parent-watch").start()
     try:
-        asyncio.run(_run(Host(role, watch, settings, keys), assemble))
+        asyncio.run(_run(Host(role, settings), assemble))
     finally:
         flush_or_drop()
 
@@ -191,3 +194,32 @@ def _end_with_stdin() -> None:
     while os.read(0, 1):  # not sys.stdin: its lock would be held at exit
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_ports(settings: Process) -> None:
+    """Raise one UsageError that names every port that cannot be listened on. 0 takes a free one."""
+    ports = {name: getattr(settings, f"{name}_port", 0) for name in ("grpc", "http", "metrics")}
+    with contextlib.ExitStack() as held:  # until all were looked at, so that a port given twice is found
+        faults = [_fault(held, name, settings.host, port) for name, port in ports.items() if port]
+    if found := [fault for fault in faults if fault]:
+        raise UsageError("; ".join(found))
+
+
+def _fault(held: contextlib.ExitStack, name: str, host: str, port: int) -> str:
+    """What is wrong with one; empty when it can be listened on."""
+    try:
+        held.enter_context(contextlib.closing(listen(host, port)))
+    except OSError as error:
+        return f"--{name}-port: cannot listen on {address(host, port)}: {error.strerror or error}"
+    return ""
+
+
+def description(directory: Path) -> str:
+    """What the model can and cannot do: the first paragraph of MODEL_CARD.md; empty where there is none."""
+    try:
+        text = read_text(directory / "MODEL_CARD.md")
+    except Unreadable:  # a card is for people: one that cannot be read stops no server
+        return ""
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    first = next((part for part in paragraphs if part and not part.startswith("#")), "")
+    return first.replace("*", "").replace("`", "")[:LONGEST_DESCRIPTION]

@@ -5,15 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colaserve_services.errors import UsageError
-from colaserve_services.launch import card, ports, settings, threads
+from colaserve_services.errors import CheckpointError, UsageError
+from colaserve_services.launch import threads
 from colaserve_services.launch.observers import CoordinatorMetrics
-from colaserve_services.launch.process import Host, in_thread, run
-from colaserve_services.launch.settings import Params
+from colaserve_services.launch.options import STAGES
+from colaserve_services.launch.process import Host, check_ports, description, in_thread, run
+from colaserve_services.launch.settings import (
+    CoordinatorSettings,
+    DecoderSettings,
+    EncoderSettings,
+    GatewaySettings,
+    Model,
+    PriorSettings,
+    StageSettings,
+    UpSettings,
+    check_stages,
+    check_tls,
+    engine_limits,
+    target,
+)
 from colaserve_services.rpc.connections import Connection, Replicas
 from colaserve_services.rpc.local import LocalStub
 
@@ -21,43 +34,43 @@ if TYPE_CHECKING:
     from colaserve_services.coordinator import Coordinator, Stages
     from colaserve_services.launch.stages import RunningStages
     from colaserve_services.model.checkpoint import Checkpoint
+    from colaserve_services.model.generation_config import GenerationDefaults
 
 PACKAGE = "colaserve.v1"
 
 
-def run_stage(stage: str, params: Params) -> None:
+def run_stage(stage: str, settings: EncoderSettings | PriorSettings | DecoderSettings) -> None:
     """One stage: "encoder", "prior" or "decoder"."""
-    ports.check(params)
-    model, limits = settings.model(params), settings.engine(params)
-    server = settings.server(params)
-    threads.settle(model.threads)
+    check_ports(settings)
+    check_tls(settings)
+    check_stages(settings, stage)
+    threads.settle(settings.threads)
 
     async def assemble(host: Host) -> None:
-        await host.open_ports(grpc=True)
+        await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
-        checkpoint = await _checkpoint(model.directory)
-        stages = await _stages(host, (stage,), model, limits, checkpoint)
-        await host.serve_grpc(stages.services[stage], context_bytes=_context_bytes(params, checkpoint))
+        checkpoint = await _checkpoint(settings.checkpoint)
+        stages = await _stages(host, (stage,), settings, checkpoint)
+        await host.serve_grpc(stages.services[stage], context_bytes=_context_bytes(settings, checkpoint))
         await stages.warm_up()
 
-    run(stage, settings.watch(params), server, settings.keys(params), assemble)
+    run(stage, settings, assemble)
 
 
-def run_coordinator(params: Params) -> None:
+def run_coordinator(settings: CoordinatorSettings) -> None:
     """GenerationService and LatentService over stages elsewhere."""
-    ports.check(params)
-    directory, channel = settings.checkpoint(params), settings.channel(params)
-    targets = {stage: settings.target(params, stage) for stage in ("encoder", "prior", "decoder")}
+    check_ports(settings)
+    targets = {stage: target(getattr(settings, stage), stage) for stage in STAGES}
 
     async def assemble(host: Host) -> None:
         from colaserve_services.coordinator import Stages
 
-        await host.open_ports(grpc=True)
+        await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
-        checkpoint = await _checkpoint(directory)
+        checkpoint = await _checkpoint(settings.checkpoint)
         changed = asyncio.Event()
         replicas = {
-            name: await _replicas(host, f"{name.title()}Service", target, channel, changed.set)
+            name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
             for name, target in targets.items()
         }
         stages = Stages(
@@ -67,55 +80,52 @@ def run_coordinator(params: Params) -> None:
             changed,
             **{f"{stage}_target": target for stage, target in targets.items()},
         )
-        coordinator = _coordinator(host, params, checkpoint, stages)
-        await host.serve_grpc(*_coordinator_services(coordinator), context_bytes=_context_bytes(params, checkpoint))
+        coordinator = _coordinator(host, settings, checkpoint, stages)
+        await host.serve_grpc(*_coordinator_services(coordinator), context_bytes=_context_bytes(settings, checkpoint))
         await _connect(host, coordinator)
 
-    run("coordinator", settings.watch(params), settings.server(params), settings.keys(params), assemble)
+    run("coordinator", settings, assemble)
 
 
-def run_gateway(params: Params) -> None:
+def run_gateway(settings: GatewaySettings) -> None:
     """OpenAI's HTTP in front of coordinators elsewhere."""
-    ports.check(params)
-    channel, target = settings.channel(params), settings.target(params, "coordinator")
-    server = settings.gateway_server(params)
+    check_ports(settings)
+    coordinators = target(settings.coordinator, "coordinator")
 
     async def assemble(host: Host) -> None:
-        await host.open_ports(grpc=False)
-        coordinator = _connection(host, "GenerationService", target, channel)  # and LatentService, on the same channel
-        await _gateway(host, params, coordinator.stub, coordinator.reached)
+        await host.open_ports(None)
+        # LatentService, too, on the same channel
+        coordinator = _connection(host, "GenerationService", coordinators, settings.channel)
+        await _gateway(host, settings, coordinator.stub, coordinator.reached)
 
-    run("gateway", settings.watch(params), server, None, assemble)
+    run("gateway", settings, assemble)
 
 
-def run_all(params: Params) -> None:
+def run_all(settings: UpSettings) -> None:
     """Everything in this process: the stages are called without sockets, one gRPC port serves all five services."""
-    ports.check(params)
-    if settings.replicas(params):
-        raise UsageError("--replicas: needs --split; without it all stages share one process")
-    model, limits = settings.model(params), settings.engine(params)
-    settings.channel(params)  # nothing is called elsewhere, yet what is wrong with it is said
-    threads.settle(model.threads)
+    check_ports(settings)
+    check_tls(settings)
+    threads.settle(settings.threads)
 
     async def assemble(host: Host) -> None:
         from colaserve_services.coordinator import Stages
         from colaserve_services.gateway.backend import coordinator_stub
 
-        await host.open_ports(grpc=True)
-        checkpoint = await _checkpoint(model.directory)
-        host.description = card.description(model.directory)
-        running = await _stages(host, ("encoder", "prior", "decoder"), model, limits, checkpoint)
-        encoder, prior, decoder = (LocalStub(running.services[name]) for name in ("encoder", "prior", "decoder"))
+        await host.open_ports(settings.server(settings.grpc_port))
+        checkpoint = await _checkpoint(settings.checkpoint)
+        host.description = description(settings.checkpoint)
+        running = await _stages(host, STAGES, settings, checkpoint)
+        encoder, prior, decoder = (LocalStub(running.services[name]) for name in STAGES)
         stages = Stages(encoder, prior, decoder)
-        coordinator = _coordinator(host, params, checkpoint, stages)
+        coordinator = _coordinator(host, settings, checkpoint, stages)
         generation, latent = _coordinator_services(coordinator)
         services = generation, latent, *running.services.values()
-        await host.serve_grpc(*services, context_bytes=_context_bytes(params, checkpoint))
+        await host.serve_grpc(*services, context_bytes=_context_bytes(settings, checkpoint))
         await running.warm_up()
         await _connect(host, coordinator)
-        await _gateway(host, params, coordinator_stub(LocalStub(generation), LocalStub(latent)))
+        await _gateway(host, settings, coordinator_stub(LocalStub(generation), LocalStub(latent)))
 
-    run("colaserve", settings.watch(params), settings.server(params), settings.keys(params), assemble)
+    run("colaserve", settings, assemble)
 
 
 async def _checkpoint(directory: Path) -> Checkpoint:
@@ -127,14 +137,12 @@ async def _checkpoint(directory: Path) -> Checkpoint:
     return await in_thread(read)
 
 
-def _context_bytes(params: Params, checkpoint: Checkpoint) -> int:
+def _context_bytes(settings: Model, checkpoint: Checkpoint) -> int:
     """What the latents of the longest context take as float32."""
-    return int(params["max_context"]) * checkpoint.shape.latent_dim * 4
+    return settings.max_context * checkpoint.shape.latent_dim * 4
 
 
-async def _stages(
-    host: Host, names: tuple[str, ...], model: settings.ModelSettings, limits: Any, checkpoint: Checkpoint
-) -> RunningStages:
+async def _stages(host: Host, names: tuple[str, ...], settings: StageSettings, checkpoint: Checkpoint) -> RunningStages:
     loop, at_fault = asyncio.get_running_loop(), set[str]()
 
     async def tell(stage: str, failing: bool) -> None:
@@ -148,34 +156,44 @@ async def _stages(
     def load() -> RunningStages:
         from colaserve_services.launch.stages import load_stages
 
-        return load_stages(names, checkpoint, model, limits, host.settings.max_message_bytes, host.metrics, failing)
+        compute = {stage: (settings.device_of(stage), settings.dtype) for stage in names}
+        return load_stages(checkpoint, compute, engine_limits(settings), host.metrics, failing)
 
     stages = await in_thread(load)
     host.stack.callback(stages.stop)
     return stages
 
 
-def _coordinator(host: Host, params: Params, checkpoint: Checkpoint, stages: Stages) -> Coordinator:
+def _coordinator(
+    host: Host, settings: CoordinatorSettings | UpSettings, checkpoint: Checkpoint, stages: Stages
+) -> Coordinator:
     from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults
     from colaserve_services.text import Tokenizer
 
     limits = CoordinatorLimits(
-        max_context=params["max_context"],
-        max_message_bytes=params["max_message_bytes"],
-        max_running=params["max_generations"],
-        max_waiting=params["max_queued"],
-        queue_seconds=params["queue_seconds"],
-        max_per_key=params["max_per_key"],
-        attempts=params["attempts"],
-        idle_seconds=params["idle_seconds"],
+        max_context=settings.max_context,
+        max_running=settings.max_generations,
+        max_waiting=2 * settings.max_generations,
+        queue_seconds=settings.queue_seconds,
+        max_per_key=settings.max_per_caller,
+        idle_seconds=settings.idle_seconds,
     )
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
-    own = {**checkpoint.defaults.requests, "chat_frame": checkpoint.defaults.chat_frame}
-    defaults = Defaults.of(**(own | settings.request_defaults(params)))
-    name = params["served_model_name"] or checkpoint.name
+    own, file = checkpoint.defaults, _defaults_file(settings.defaults)
+    defaults = Defaults.of(file.chat_frame or own.chat_frame, **{**own.requests, **file.requests})
+    name = settings.served_model_name or checkpoint.name
     observer = CoordinatorMetrics(host.metrics)
-    about = card.description(checkpoint.directory)
+    about = description(checkpoint.directory)
     return Coordinator(stages, tokenizer, defaults, limits, observer, name, checkpoint.space, about)
+
+
+def _defaults_file(path: Path | None) -> GenerationDefaults:
+    from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
+
+    try:
+        return GenerationDefaults() if path is None else read_generation_config(path)
+    except CheckpointError as error:
+        raise UsageError(f"--defaults: {error}") from error
 
 
 def _coordinator_services(coordinator: Coordinator) -> tuple[object, object]:
@@ -233,25 +251,20 @@ def _stub_class(service: str) -> Any:
     }[service]
 
 
-async def _gateway(host: Host, params: Params, stub: Any, reach: Any = None) -> None:
+async def _gateway(host: Host, settings: GatewaySettings | UpSettings, stub: Any, reach: Any = None) -> None:
+    from colaserve_services.gateway import settings as gateway
     from colaserve_services.gateway.app import create_app
     from colaserve_services.gateway.server import serve
-    from colaserve_services.gateway.settings import Bounds, GatewaySettings
 
-    bounds = replace(
-        Bounds(),
-        body_bytes=params["max_body_bytes"],
-        request_seconds=params["request_seconds"],
-        unread_seconds=params["idle_seconds"],
-        choices=params["max_choices"],
-    )
-    gateway = GatewaySettings(
-        keys=settings.keys(params),
-        admission=settings.admission(params),
-        cors_origins=tuple(origin for origin in params["cors_origins"].split(",") if origin),
-        allow_unknown_fields=params["allow_unknown_fields"],
+    bounds = gateway.Bounds(request_seconds=settings.request_seconds, unread_seconds=settings.idle_seconds)
+    told = gateway.GatewaySettings(
+        keys=settings.keys,
+        cors_origins=tuple(origin for origin in settings.cors_origins.split(",") if origin),
+        allow_unknown_fields=settings.allow_unknown_fields,
         bounds=bounds,
     )
-    tls = settings.http_tls(params)
-    app = create_app(stub, gateway, host.metrics, reach)
-    host.serve_http(await serve(app, params["host"], params["http_port"], tls), "https" if tls else "http")
+    app = create_app(stub, told, host.metrics, reach)
+    tls = None if settings.http_tls is None else settings.http_tls.server
+    if settings.http_tls is not None and tls is None:
+        raise UsageError("--http-tls: the folder has no tls.crt and tls.key")
+    host.serve_http(await serve(app, settings.host, settings.http_port, tls), "https" if tls else "http")

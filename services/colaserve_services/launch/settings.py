@@ -1,178 +1,304 @@
-"""Command-line values to settings; what cannot go together is a UsageError here."""
+"""What each role can be told: frozen dataclasses, made of sections, whose fields are its options (options.py)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import click
 
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import UsageError
-from colaserve_services.launch.options import DEMO
+from colaserve_services.launch.options import (
+    BYTES,
+    COUNT,
+    DTYPES,
+    FILE,
+    FOLDER,
+    PORT,
+    POSITIVE,
+    SECONDS,
+    SOME_SECONDS,
+    STAGES,
+    TRIMMED,
+    Devices,
+    Log,
+    Replicas,
+    TlsFiles,
+    TlsFolder,
+    option,
+)
 from colaserve_services.rpc.auth import Keys, checked
 from colaserve_services.rpc.settings import (
-    AdmissionLimits,
     ChannelSettings,
     ClientTls,
     LogSettings,
     MetricsSettings,
     ServerSettings,
-    ServerTls,
 )
 
-Params = Mapping[str, Any]
-STAGES = ("encoder", "prior", "decoder")
-MOST_REPLICAS = 64
-DEFAULTS = (
-    "max_new_tokens", "steps", "guidance_scale", "solver", "guidance_start", "guidance_end", "resamples", "temperature",
-    "top_k", "top_p", "repetition_penalty", "chat_frame",
-)  # fmt: skip
+DEMO = Path(__file__).parent.parent / "demo"
+ROLE_KEY = "COLASERVE_ROLE_KEY"  # a variable alone, since a command line is seen by all
+_ADDRESS = "host:port, dns:///host:port or a list with commas"
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """Which checkpoint, and how it computes."""
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Processes"""
 
-    directory: Path
-    device: str = "cpu"
-    dtype: str = "auto"
-    threads: int | None = None  # None: torch's choice
-
-
-@dataclass(frozen=True)
-class WatchSettings:
-    """How the process is watched."""
-
-    metrics: MetricsSettings
-    log: LogSettings
-    ports_file: Path | None = None
-    otlp_endpoint: str | None = None  # where traces go; None: there are none
+    split: bool = option(False, "Run each role in a process of its own; one that dies is started again.")
+    replicas: Mapping[str, int] = option(
+        dict, "With --split: processes of a stage, as in prior=2.", Replicas(), "1 each"
+    )
 
 
-def model(params: Params) -> ModelSettings:
-    """The checkpoint, and how it computes."""
-    return ModelSettings(checkpoint(params), params["device"], params["dtype"], params["threads"])
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Model"""
+
+    model: Path = option(DEMO, "Folder with cola_dlm/ and tokenizer.json.", FOLDER, "the bundled checkpoint")
+    max_context: int = option(8192, "Latents of one session, prompt and generation together.", POSITIVE)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint's folder; UsageError when the bundled one is asked for and not there."""
+        if self.model == DEMO and not (DEMO / "tokenizer.json").is_file():
+            raise UsageError(f"--model: this installation has no bundled checkpoint ({DEMO}); name a folder")
+        return self.model
 
 
-def checkpoint(params: Params) -> Path:
-    """The checkpoint's folder; UsageError when the bundled one is asked for and not there."""
-    directory: Path = params["model"]
-    if directory == DEMO and not (directory / "tokenizer.json").is_file():
-        raise UsageError(f"--model: this installation has no bundled checkpoint ({directory}); name a folder")
-    return directory
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Compute"""
+
+    device: Mapping[str, str] = option(
+        lambda: {"": "cpu"},
+        "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1.",
+        Devices(),
+        "cpu",
+    )
+    dtype: str = option("auto", "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA.", DTYPES)
+    threads: int | None = option(
+        None, "CPU threads that compute in one process.", click.IntRange(1, 4096), "OMP_NUM_THREADS, else all cores"
+    )
+
+    def device_of(self, stage: str) -> str:
+        """Where a stage computes."""
+        return self.device.get(stage, self.device.get("", "cpu"))
 
 
-def replicas(params: Params) -> dict[str, int]:
-    """How many processes of a stage --replicas asks for."""
-    found = {}
-    for part in filter(None, (part.strip() for part in params["replicas"].split(","))):
-        stage, _, count = part.partition("=")
-        if stage not in STAGES or not count.isascii() or not count.isdecimal() or not 1 <= int(count) <= MOST_REPLICAS:
-            raise UsageError(
-                f"--replicas: got {part!r}, expected encoder, prior or decoder = 1 to {MOST_REPLICAS}, as in prior=2"
-            )
-        found[stage] = int(count)
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Engine"""
+
+    max_running: int = option(32, "Sessions of one stage that share forward passes.", POSITIVE)
+    kv_bytes: int = option(2 << 30, "Byte budget of one stage's KV cache.", BYTES)
 
 
-def engine(params: Params) -> EngineLimits:
-    """Limits of each engine."""
-    names = (
-        "max_context", "max_running", "max_waiting", "max_waiting_work", "kv_bytes", "prefix_cache_bytes", "run_ahead",
-        "prefill_chunk", "idle_seconds",
+@dataclass(frozen=True, kw_only=True)
+class RunAhead:
+    """Prior"""
+
+    run_ahead: int = option(2, "Blocks that the prior writes before they are read.", POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """Idle sessions"""
+
+    idle_seconds: float = option(
+        60.0,
+        "A session with nothing to compute for so long, and a stream that was not read for so long, is evicted when "
+        "others are queued.",
+        SOME_SECONDS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Stages"""
+
+    encoder: str = option("", f"Address of the encoder: {_ADDRESS}.", TRIMMED)
+    prior: str = option("", f"Address of the prior: {_ADDRESS}.", TRIMMED)
+    decoder: str = option("", f"Address of the decoder: {_ADDRESS}.", TRIMMED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Requests"""
+
+    defaults: Path | None = option(
+        None, "JSON file of what requests leave unset, in the form of generation_config.json, which it overrules.", FILE
+    )
+    served_model_name: str = option("", "Name clients ask for.", shown="the model folder's")
+    max_generations: int = option(
+        256, "Calls that the coordinator works on at once; twice as many may be queued.", POSITIVE
+    )
+    queue_seconds: float = option(30.0, "A call that was queued for so long is refused.", SECONDS)
+    max_per_caller: int = option(
+        0, "Calls of one caller (key, else address) at once, queued ones included; 0: no limit.", COUNT
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """Upstream"""
+
+    coordinator: str = option("", f"Address of the coordinators: {_ADDRESS}.", TRIMMED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Http:
+    """HTTP"""
+
+    http_port: int = option(8000, "HTTP port; 0 takes a free one.", PORT)
+    http_tls: TlsFiles | None = option(
+        None, "Folder with tls.crt and tls.key of the HTTP port; with ca.crt, clients must show a certificate of it.",
+        TlsFolder(),
     )  # fmt: skip
-    return EngineLimits(**{name: params[name] for name in names})
+    cors_origins: str = option("", "Browsers' origins that may call, with commas; * for all.", TRIMMED)
+    allow_unknown_fields: bool = option(False, "Ignore JSON fields that nobody knows instead of refusing them.")
+    request_seconds: float = option(600.0, "Longest deadline of an HTTP request.", SOME_SECONDS)
 
 
-def server(params: Params) -> ServerSettings:
-    """The gRPC server."""
-    return ServerSettings(
-        host=params["host"],
-        port=params["grpc_port"],
-        health_port=params["health_port"],
-        tls=_server_tls(params, "tls"),
-        admission=admission(params),
-        max_message_bytes=params["max_message_bytes"],
-        max_concurrent_streams=params["max_concurrent_streams"],
-        max_connection_age=params["max_connection_age"],
-        keepalive_seconds=params["keepalive_seconds"],
-        drain_seconds=params["drain_seconds"],
-        grace_seconds=params["grace_seconds"],
+@dataclass(frozen=True, kw_only=True)
+class Grpc:
+    """gRPC"""
+
+    grpc_port: int = option(50051, "gRPC port; 0 takes a free one.", PORT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Process"""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4.", TRIMMED)
+    metrics_port: int = option(9090, "Prometheus port, which answers probes too; 0 takes a free one.", PORT)
+    metrics_aliases: bool = option(False, "Also the vllm: names that inference gateways read.")
+    tls: TlsFiles | None = option(
+        None,
+        "Folder with tls.crt and tls.key of this process, for gRPC; with ca.crt, the other side of each connection "
+        "must show a certificate of it.",
+        TlsFolder(),
+    )
+    api_keys_file: Path | None = option(
+        None, "File of bearer keys, KEY or NAME KEY a line; read again when it changes.", FILE
+    )
+    ports_file: Path | None = option(None, "Write the ports in use to this file, as JSON.", FILE)
+    drain_seconds: float = option(
+        2.0, "After SIGTERM: wait so long, not ready, until balancers look elsewhere.", SECONDS
+    )
+    grace_seconds: float = option(30.0, "After that: time for running calls to end.", SECONDS)
+    log: LogSettings = option(
+        LogSettings(),
+        "Log lines: auto (text on a terminal, else JSON), json or text; from debug, info, warning or error on.",
+        Log(),
+        "auto:info",
+    )
+    otlp_endpoint: str | None = option(
+        None, "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs the trace extra.", TRIMMED
+    )
+
+    @property
+    def metrics(self) -> MetricsSettings:
+        """The Prometheus endpoint."""
+        return MetricsSettings(self.host, self.metrics_port, self.metrics_aliases)
+
+    @property
+    def keys(self) -> Keys | None:
+        """Who may call; None: everybody."""
+        return Keys.load(self.api_keys_file, role_key())
+
+    def server(self, grpc_port: int = 0) -> ServerSettings:
+        """The gRPC server, and how it drains; without one, how the process does."""
+        return ServerSettings(
+            host=self.host,
+            port=grpc_port,
+            tls=None if self.tls is None else self.tls.server,
+            drain_seconds=self.drain_seconds,
+            grace_seconds=self.grace_seconds,
+        )
+
+    @property
+    def channel(self) -> ChannelSettings:
+        """How other services are called."""
+        tls = None if self.tls is None else ClientTls(self.tls.ca, self.tls.cert, self.tls.key)
+        return ChannelSettings(tls=tls, api_key=role_key())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings(Model, Compute, Engine, Grpc, Process): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings(Model, Compute, Engine, Idle, Grpc, Process): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings(Model, Compute, Engine, RunAhead, Idle, Grpc, Process): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorSettings(Stages, Model, Requests, Idle, Grpc, Process): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(Upstream, Http, Idle, Process): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpSettings(Processes, Model, Compute, Engine, RunAhead, Idle, Requests, Http, Grpc, Process):
+    def __post_init__(self) -> None:
+        if self.replicas and not self.split:
+            raise UsageError("--replicas: needs --split; without it all stages share one process")
+        if self.split and self.tls is not None and self.tls.ca is None:
+            raise UsageError("--tls: with --split the folder needs ca.crt, for the roles to trust each other")
+
+
+ROLES: Mapping[str, type[Process]] = {
+    "up": UpSettings,
+    "encoder": EncoderSettings,
+    "prior": PriorSettings,
+    "decoder": DecoderSettings,
+    "coordinator": CoordinatorSettings,
+    "gateway": GatewaySettings,
+}
+StageSettings = EncoderSettings | PriorSettings | DecoderSettings | UpSettings
+
+
+def engine_limits(settings: StageSettings) -> EngineLimits:
+    """Limits of each engine. Its prefix cache takes an eighth of the KV budget, beside it."""
+    return EngineLimits(
+        max_context=settings.max_context,
+        max_running=settings.max_running,
+        kv_bytes=settings.kv_bytes,
+        prefix_cache_bytes=settings.kv_bytes // 8,
+        run_ahead=getattr(settings, "run_ahead", 2),
+        idle_seconds=getattr(settings, "idle_seconds", 60.0),
     )
 
 
-def gateway_server(params: Params) -> ServerSettings:
-    """What a process without a gRPC server needs of this: how it drains."""
-    return ServerSettings(
-        host=params["host"], drain_seconds=params["drain_seconds"], grace_seconds=params["grace_seconds"]
-    )
+def role_key() -> str:
+    """The key that roles show each other; empty: none."""
+    return checked(os.environ[ROLE_KEY], ROLE_KEY) if os.environ.get(ROLE_KEY) else ""
 
 
-def admission(params: Params) -> AdmissionLimits:
-    """Bounds of the gRPC server, and of the HTTP server."""
-    names = ("max_calls", "max_calls_per_client", "max_rate_per_client")
-    return AdmissionLimits(**{name: params[name] for name in names})
+def target(address: str, name: str) -> str:
+    """The address given by --<name>; UsageError for none."""
+    if not address:
+        raise UsageError(f"--{name}: needed; {_ADDRESS}")
+    return address
 
 
-def keys(params: Params) -> Keys | None:
-    """Who may call; None: everybody."""
-    return Keys.load(params["api_keys_file"], params["api_keys"])
+def check_tls(settings: Process) -> None:
+    """Raise UsageError where --tls would not encrypt what this process serves: it has no certificate."""
+    if settings.tls is not None and settings.tls.server is None:
+        raise UsageError("--tls: the folder has ca.crt alone; this process needs tls.crt and tls.key, too")
 
 
-def channel(params: Params) -> ChannelSettings:
-    """How other services are called."""
-    ca, cert, key = (params[f"tls_{name}"] for name in ("ca", "client_cert", "client_key"))
-    if ca is None and (cert or key or params["tls_server_name"]):
-        raise UsageError("--tls-ca: needed with --tls-client-cert, --tls-client-key and --tls-server-name")
-    tls = None if ca is None else ClientTls(ca, cert, key, params["tls_server_name"])
-    return ChannelSettings(
-        tls=tls,
-        api_key=upstream_key(params),
-        max_message_bytes=params["max_message_bytes"],
-        keepalive_seconds=params["keepalive_seconds"],
-    )
-
-
-def upstream_key(params: Params) -> str:
-    """The key that this process shows to the servers it calls; empty: none."""
-    return checked(params["upstream_key"], "--upstream-key:") if params["upstream_key"] else ""
-
-
-def http_tls(params: Params) -> ServerTls | None:
-    """TLS of the HTTP port."""
-    return _server_tls(params, "http_tls")
-
-
-def watch(params: Params) -> WatchSettings:
-    """Metrics, logs, the file of ports."""
-    return WatchSettings(
-        MetricsSettings(params["host"], params["metrics_port"], params["metrics_aliases"]),
-        LogSettings(params["log_format"], params["log_level"]),
-        params["ports_file"],
-        params["otlp_endpoint"],
-    )
-
-
-def request_defaults(params: Params) -> dict[str, Any]:
-    """What flags say in place of the checkpoint's own defaults."""
-    return {name: params[name] for name in DEFAULTS if params[name] is not None}
-
-
-def target(params: Params, name: str) -> str:
-    """The address given by --<name>."""
-    if not params[name]:
-        raise UsageError(f"--{name}: needed; host:port, dns:///host:port or a list with commas")
-    return str(params[name])
-
-
-def _server_tls(params: Params, prefix: str) -> ServerTls | None:
-    cert, key, client_ca = (params[f"{prefix}_{name}"] for name in ("cert", "key", "client_ca"))
-    flag = "--" + prefix.replace("_", "-")
-    if (cert is None) != (key is None):
-        raise UsageError(f"{flag}-cert and {flag}-key go together")
-    if cert is None:
-        if client_ca is not None:
-            raise UsageError(f"{flag}-client-ca: needs {flag}-cert and {flag}-key")
-        return None
-    return ServerTls(cert, key, client_ca)
+def check_stages(settings: Compute, stage: str) -> None:
+    """Raise UsageError for a device of a stage that this process does not run."""
+    if others := [name for name in settings.device if name in STAGES and name != stage]:
+        raise UsageError(f"--device: names {', '.join(others)}, and this is the {stage}")

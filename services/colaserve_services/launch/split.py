@@ -7,44 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Mapping
 
 from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.children import Child, ChildSettings, reachable
-from colaserve_services.launch.process import keep_grpc, write_ports
-from colaserve_services.launch.settings import STAGES, WatchSettings
+from colaserve_services.launch.options import STAGES
+from colaserve_services.launch.process import check_ports, description, keep_grpc, write_ports
+from colaserve_services.launch.settings import ROLE_KEY, UpSettings, check_tls, role_key
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs
-from colaserve_services.rpc.settings import ChannelSettings
 
 PRIVATE = ("--host=127.0.0.1", "--grpc-port=0", "--metrics-port=0", "--drain-seconds=0")  # not for others
-
-KEY_VARIABLES = {"COLASERVE_API_KEYS", "COLASERVE_API_KEYS_FILE"}  # clients do not reach the stages
-
-Arguments = Mapping[str, Sequence[str]]  # role -> its command-line arguments
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """What the parent itself needs."""
-
-    arguments: Arguments
-    environment: Mapping[str, Mapping[str, str]]  # role -> its keys
-    stop_seconds: float  # a child's drain and grace
-    watch: WatchSettings
-    channel: ChannelSettings  # how the roles reach each other, and this process their health
-    description: str  # of the model
-    replicas: Mapping[str, int] = field(default_factory=dict)  # of stages that have more than one
+KEYS_FILE = "COLASERVE_API_KEYS_FILE"  # clients do not reach the stages
+OWN = ("COLASERVE_PORTS_FILE", "COLASERVE_SPLIT", "COLASERVE_REPLICAS")  # of the process that starts the others
 
 
 class Children:
     """The processes, in the order of their start."""
 
-    def __init__(self, settings: SplitSettings):
+    def __init__(self, settings: UpSettings, said: Mapping[str, str]):
+        """`said`: what the command line says, as variables."""
         self._settings = settings
+        keys = {} if settings.api_keys_file is None else {ROLE_KEY: role_key() or secrets.token_urlsafe(32)}
+        self._environment = {**os.environ, **said, **keys}
         self.stages = {stage: self._replicas(stage) for stage in STAGES}
         self.coordinator, self.gateway = self._child("coordinator"), self._child("gateway", "--metrics-port=0")
 
@@ -53,12 +41,12 @@ class Children:
         names = [stage] if count == 1 else [f"{stage}-{index}" for index in range(count)]
         return [self._child(stage, *PRIVATE, name=name) for name in names]
 
-    def _child(self, role: str, *more: str, name: str = "") -> Child:
+    def _child(self, role: str, *arguments: str, name: str = "") -> Child:
         settings = self._settings
-        shared = {key: value for key, value in os.environ.items() if key not in KEY_VARIABLES}
-        environment = {**shared, **settings.environment.get(role, {})}
-        arguments = [*settings.arguments[role], *more]
-        return Child(ChildSettings(name or role, role, arguments, environment, settings.channel, settings.stop_seconds))
+        kept = {key: value for key, value in self._environment.items() if role not in STAGES or key != KEYS_FILE}
+        environment = {key: value for key, value in kept.items() if key not in OWN}
+        stop_seconds = settings.drain_seconds + settings.grace_seconds
+        return Child(ChildSettings(name or role, role, arguments, environment, settings.channel, stop_seconds))
 
     @property
     def all(self) -> list[Child]:
@@ -108,35 +96,38 @@ class Children:
         await asyncio.gather(*(child.stop(signal.SIGKILL) for child in self.all))
 
 
-def run_split(settings: SplitSettings) -> None:
+def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
     """Run all roles until a signal. Raises ColaserveError when one of them cannot start."""
-    logs.configure(settings.watch.log, "colaserve")
+    check_ports(settings)
+    check_tls(settings)
+    about = description(settings.checkpoint)  # where the bundled one is missing, this says so once
+    logs.configure(settings.log, "colaserve")
     try:
-        asyncio.run(_run(settings))
+        asyncio.run(_run(settings, said, about))
     finally:
         flush_or_drop()
 
 
-async def _run(settings: SplitSettings) -> None:
+async def _run(settings: UpSettings, said: Mapping[str, str], about: str) -> None:
     keep_grpc()
-    children, signals = Children(settings), Signals()
+    children, signals = Children(settings, said), Signals()
     number: int | None = None
     try:
-        number = await signals.ended(_start_and_watch(children, settings))
+        number = await signals.ended(_start_and_watch(children, settings, about))
     finally:
         gentle = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         if await signals.ended(children.stop(gentle)):
             await children.kill()
 
 
-async def _start_and_watch(children: Children, settings: SplitSettings) -> None:
+async def _start_and_watch(children: Children, settings: UpSettings, about: str) -> None:
     started = time.monotonic()
     await children.unless_one_ends(children.start())
-    if settings.watch.ports_file is not None:
-        write_ports(settings.watch.ports_file, children.addresses)
+    if settings.ports_file is not None:
+        write_ports(settings.ports_file, children.addresses)
     lines = [f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:"]
     for name, addresses in children.addresses.items():
         lines.append(f"  {name:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()))
-    as_json, text = settings.watch.log.format == "json", "\n".join(lines)
-    announce("colaserve", as_json, text, settings.description, addresses=children.addresses)
+    as_json, text = settings.log.format == "json", "\n".join(lines)
+    announce("colaserve", as_json, text, about, addresses=children.addresses)
     await children.keep_running()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -24,7 +24,6 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
-from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.model import cpu_attention, loading
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import lacks_bfloat16
@@ -35,6 +34,7 @@ from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.prior.service import PriorService
 from colaserve_services.rpc.about import Identity
 from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.settings import MAX_MESSAGE_BYTES
 from colaserve_services.text import Tokenizer
 
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
@@ -69,21 +69,36 @@ class RunningStages:
 
 
 def load_stages(
-    stages: Sequence[str],
     checkpoint: Checkpoint,
-    settings: ModelSettings,
+    compute: Mapping[str, tuple[str, str]],
     limits: EngineLimits,
-    max_message_bytes: int,
     metrics: Metrics,
     failing: Failing = lambda *_: None,
 ) -> RunningStages:
-    """Read the weights of some stages and start their engines. Blocks; raises CheckpointError and UsageError.
+    """Read the weights of stages and start their engines; `compute` has the names of each one's device and dtype.
 
-    `failing` is called on the device thread when an engine is at fault, and when it computes again.
+    Blocks; raises CheckpointError and UsageError. `failing` is called on the device thread when an engine is at fault,
+    and when it computes again.
     """
-    device, dtype = pick_device(settings.device), pick_dtype(settings.dtype, settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    picked = {stage: (pick_device(device), pick_dtype(dtype, device)) for stage, (device, dtype) in compute.items()}
+    for device, dtype in dict.fromkeys(picked.values()):
+        _prepare(device, dtype)
+    thread = DeviceThread()
+    engines, services = {}, {}
+    for stage in (stage for stage in STAGES if stage in picked):
+        device, dtype = picked[stage]
+        model = _load(stage, checkpoint, device, dtype, metrics)
+        observer = EngineMetrics(metrics, stage, failing)
+        with has_to_fit(f"the {stage}", device):
+            engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
+        weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
+        identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES)
+        services[stage] = _service(stage, engines[stage], identity, checkpoint)
+    thread.start()
+    return RunningStages(engines, services, thread)
+
+
+def _prepare(device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu" and dtype == torch.bfloat16 and (reason := lacks_bfloat16()):
@@ -91,18 +106,6 @@ def load_stages(
             "this CPU has no bfloat16 in hardware: weights take half the memory, and steps more time than in float32",
             extra={"fields": {"reason": reason}},
         )
-    thread = DeviceThread()
-    engines, services = {}, {}
-    for stage in (stage for stage in STAGES if stage in stages):
-        model = _load(stage, checkpoint, device, dtype, metrics)
-        observer = EngineMetrics(metrics, stage, failing)
-        with has_to_fit(f"the {stage}", device):
-            engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
-        weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
-        identity = Identity(checkpoint.space, weights, str(device), kind, max_message_bytes)
-        services[stage] = _service(stage, engines[stage], identity, checkpoint)
-    thread.start()
-    return RunningStages(engines, services, thread)
 
 
 def pick_device(name: str) -> torch.device:

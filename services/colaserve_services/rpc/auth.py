@@ -22,20 +22,18 @@ class Keys:
     """The keys that clients may show. Only their SHA-256 is kept."""
 
     def __init__(self, keys: Iterable[str] = (), file: Path | None = None):
-        self._fixed, self._file = _parse(enumerate(keys, 1), "--api-keys: key"), file
+        self._fixed, self._file = _parse(enumerate(keys, 1), "key"), file
         self._watched, self._looked = WatchedFiles(file), time.monotonic()
         self._from_file = {} if file is None else _read(file)
         if not self._all():
             raise _no_key(file)
 
     @staticmethod
-    def load(file: Path | None, text: str = "") -> Keys | None:
-        """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and of a comma-separated text, or None.
+    def load(file: Path | None, role_key: str = "") -> Keys | None:
+        """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and the one that roles show; None without.
 
-        UsageError for a file, or a text, that is given and holds no key, and for a key that HTTP cannot carry."""
-        if file is None and not text:
-            return None
-        return Keys(re.split(r"[,\n]", text), file)
+        UsageError for a file that holds no key, and for a key that HTTP cannot carry."""
+        return None if file is None else Keys([f"role {role_key}"] if role_key else [], file)
 
     def identify(self, authorization: str) -> str:
         """The name of the key in `authorization` ("Bearer KEY"): given, or from its hash. Else NotAuthenticated."""
@@ -75,7 +73,7 @@ def _read(file: Path) -> dict[bytes, str]:
 
 def _no_key(file: Path | None) -> UsageError:
     if file is None:
-        return UsageError("--api-keys: holds no key; leave it out for a server that everybody may call")
+        return UsageError("there is no key")
     return UsageError(f"--api-keys-file: {file} holds no key; write one a line")
 
 

@@ -94,7 +94,7 @@ def _common_host(target: str) -> str:
     """The host of all addresses in a list, which their certificates must name; empty where there is no list."""
     hosts = {split_address(part)[0] for part in split_target(target)} if "," in target else {""}
     if len(hosts) > 1:
-        raise UsageError(f"--tls-server-name: needed for {target!r}; one name must be in the certificates of all hosts")
+        raise UsageError(f"{target!r}: with TLS, give one name that is looked up as all of these hosts")
     return hosts.pop()
 
 

@@ -6,7 +6,8 @@ import asyncio
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -157,26 +158,34 @@ def exposition(registry: CollectorRegistry) -> bytes:
         sys.setswitchinterval(_USUAL_SWITCH)
 
 
+Health = Callable[[str], Coroutine[Any, Any, bool]]  # of "live" and "ready"
+
+
 class MetricsEndpoint:
     """`GET /metrics` on its own port and thread, so that it answers under any load. All connections share the thread,
-    the text is written once a second at most, and a connection ends with its answer."""
+    the text is written once a second at most, and a connection ends with its answer.
 
-    def __init__(self, metrics: Metrics, listener: socket.socket, answer_seconds: float):
+    `GET /live` and `GET /ready` ask `health`, on the event loop that serves: where that hangs nothing is answered.
+    """
+
+    def __init__(self, metrics: Metrics, listener: socket.socket, answer_seconds: float, health: Health | None):
         self.port: int = listener.getsockname()[1]
         self._registry, self._listener = metrics.registry, listener
-        self._answer_seconds = answer_seconds
+        self._answer_seconds, self._health = answer_seconds, health
+        self._serving_loop = None if health is None else asyncio.get_running_loop()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     @staticmethod
-    def start(metrics: Metrics, settings: MetricsSettings) -> MetricsEndpoint:
-        """Raise UsageError when the port is taken."""
+    def start(metrics: Metrics, settings: MetricsSettings, health: Health | None = None) -> MetricsEndpoint:
+        """Raise UsageError when the port is taken. `health` is asked on the event loop that runs now."""
         prometheus_client.disable_created_metrics()  # a second gauge for every counter; nobody reads them
         if settings.aliases:
             metrics.registry.register(Aliases(metrics))
         try:
-            endpoint = MetricsEndpoint(metrics, network.listen(settings.host, settings.port), settings.answer_seconds)
+            listener = network.listen(settings.host, settings.port)
+            endpoint = MetricsEndpoint(metrics, listener, settings.answer_seconds, health)
         except OSError as error:
             where = network.address(settings.host, settings.port)
             raise UsageError(f"--metrics-port: cannot listen on {where}: {error.strerror or error}") from error
@@ -218,6 +227,10 @@ class MetricsEndpoint:
     async def _answer_to(self, line: list[bytes]) -> tuple[str, bytes]:
         if len(line) != 3 or line[0] not in (b"GET", b"HEAD"):
             return "405 Method Not Allowed", b"GET /metrics\n"
-        if line[1].partition(b"?")[0] not in (b"/metrics", b"/"):
-            return "404 Not Found", b"the metrics are at /metrics\n"
-        return "200 OK", await self._text.get()
+        path = line[1].partition(b"?")[0].decode(errors="replace")
+        if path in ("/metrics", "/"):
+            return "200 OK", await self._text.get()
+        if path in ("/live", "/ready") and self._health is not None and self._serving_loop is not None:
+            asked = asyncio.run_coroutine_threadsafe(self._health(path[1:]), self._serving_loop)
+            return ("200 OK", b"yes\n") if await asyncio.wrap_future(asked) else ("503 Service Unavailable", b"no\n")
+        return "404 Not Found", b"the metrics are at /metrics\n"

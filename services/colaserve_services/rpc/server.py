@@ -53,8 +53,6 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self._port: int | None = None
-        self.health_port: int | None = None  # the probes' port, once bound
-        self._probes = None if settings.health_port is None else _probes(self._health)
         self._draining = self._failing = self._ready = False
 
     def add(self, servicer: object) -> None:
@@ -73,9 +71,7 @@ class RpcServer:
         """Take the port and return it. Raises UsageError when it is taken or a certificate cannot be read."""
         if self._port is None:
             tls = self._settings.tls
-            self._port = self._bind(self._server, "grpc", self._settings.port, server_credentials(tls) if tls else None)
-            if self._probes is not None and self._settings.health_port is not None:
-                self.health_port = self._bind(self._probes, "health", self._settings.health_port)
+            self._port = self._bind(server_credentials(tls) if tls else None)
         return self._port
 
     async def start(self) -> int:
@@ -87,15 +83,23 @@ class RpcServer:
         await self._set_health(NOT_SERVING)
         await self._health.set(LIVENESS, SERVING)
         await self._server.start()
-        if self._probes is not None:
-            await self._probes.start()
         return port
+
+    @property
+    def alive(self) -> bool:
+        """Whether what computes behind it works, as far as it is known."""
+        return not self._failing
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls should come here."""
+        return self._ready and self.alive and not self._draining
 
     async def serving(self, ready: bool = True) -> None:
         """Say SERVING (or NOT_SERVING) for every service and for the whole; a drain has the last word."""
         self._ready = ready
         if not self._draining:
-            await self._set_health(SERVING if ready and not self._failing else NOT_SERVING)
+            await self._set_health(SERVING if self.ready else NOT_SERVING)
 
     async def failing(self, failing: bool) -> None:
         """What computes behind it fails whatever it is given: neither ready nor alive; or it works again."""
@@ -113,19 +117,17 @@ class RpcServer:
     async def stop(self, grace: float = 0.0) -> None:
         """Refuse new calls, give running ones `grace` seconds, then cancel them."""
         await self._server.stop(grace)  # again with less grace: what runs is cut sooner
-        if self._probes is not None:
-            await self._probes.stop(0)  # checks are short
 
     async def _set_health(self, status: Any) -> None:
         for name in (*self._names, ""):
             await self._health.set(name, status)
 
-    def _bind(self, server: grpc.aio.Server, name: str, port: int, tls: grpc.ServerCredentials | None = None) -> int:
-        address = network.address(self._settings.host, port)
+    def _bind(self, tls: grpc.ServerCredentials | None) -> int:
+        address = network.address(self._settings.host, self._settings.port)
         try:
-            return server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
+            return self._server.add_secure_port(address, tls) if tls else self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise UsageError(f"--{name}-port: cannot listen on {address}; is the port taken?") from error
+            raise UsageError(f"--grpc-port: cannot listen on {address}; is the port taken?") from error
 
     def _stage(self) -> str:
         """What refusals are counted for: the coordinator where it is served, else the first stage."""
@@ -139,13 +141,6 @@ def service_descriptor(servicer: object) -> ServiceDescriptor:
         if kind.__module__.endswith("_pb2_grpc") and kind.__name__.endswith("Servicer"):
             return descriptor_pool.Default().FindServiceByName(f"{PACKAGE}.{kind.__name__.removesuffix('Servicer')}")
     raise TypeError(f"{type(servicer).__name__} is no servicer of {PACKAGE}")
-
-
-def _probes(servicer: health.aio.HealthServicer) -> grpc.aio.Server:
-    """A server of the health service alone, without TLS and keys: Kubernetes' gRPC probes know neither."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), network.UNCOMPRESSED], migration_thread_pool=None)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    return server
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

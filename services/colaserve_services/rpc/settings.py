@@ -1,11 +1,11 @@
-"""How a process serves and calls: small frozen settings, made once from the command line (`launch/options.py`)."""
+"""How a process serves and calls: small frozen settings, made once from the command line (`launch/settings.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MIB = 1024 * 1024
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one gRPC message, either way; requests have 16 MiB at most
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,12 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
-    health_port: int | None = None  # the health service alone, without TLS and keys, for probes; 0: a free one
     tls: ServerTls | None = None
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
-    max_message_bytes: int = 64 * MIB  # of one message, either way
+    max_message_bytes: int = MAX_MESSAGE_BYTES  # of one message, either way
     max_concurrent_streams: int = 1000  # of one connection
     first_message_seconds: float = 30.0  # that a connection's handshake, or a call's first message, may take to come
-    max_connection_age: float = 300.0  # seconds, then clients connect anew and find new replicas; 0: for ever
+    max_connection_age: float = 120.0  # seconds, then clients connect anew and find new replicas; 0: for ever
     keepalive_seconds: float = 30.0  # a silent connection is pinged this often and dropped if no answer comes
     drain_seconds: float = 2.0  # between NOT_SERVING and refusing calls, so that balancers see it
     grace_seconds: float = 30.0  # that running calls have to end after that
@@ -60,8 +59,8 @@ class ChannelSettings:
 
     tls: ClientTls | None = None
     api_key: str = field(default="", repr=False)  # sent as a bearer key
-    max_message_bytes: int = 64 * MIB
-    keepalive_seconds: float = 30.0
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    keepalive_seconds: float = 5.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from colaserve_services.coordinator import Call, CoordinatorLimits, CoordinatorObserver
 from colaserve_services.coordinator.admission import Admission
 from colaserve_services.coordinator.call import caller_name
-from colaserve_services.errors import DeadlineExceeded, Overloaded, UsageError
+from colaserve_services.errors import DeadlineExceeded, Overloaded
 
 
 def admission(**limits: Any) -> Admission:
@@ -198,9 +198,3 @@ def test_a_keys_name_does_not_tell_the_key():
 )
 def test_without_a_key_a_caller_is_known_by_its_address(peer: str, name: str):
     assert caller_name("", peer) == name
-
-
-@pytest.mark.parametrize("bad", [{"max_running": 0}, {"max_waiting": -1}, {"max_context": 0}, {"attempts": 0}])
-def test_impossible_limits_are_refused(bad: dict[str, int]):
-    with pytest.raises(UsageError, match=next(iter(bad))):
-        CoordinatorLimits(**bad)

@@ -15,12 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from colaserve_services.commands import COMMANDS
 from colaserve_services.errors import UsageError
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.server import serve
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
-from colaserve_services.launch import settings
 from colaserve_services.rpc import network
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.settings import ServerTls
@@ -165,8 +163,7 @@ async def test_clients_of_an_authority_that_was_replaced_are_refused(start, tmp_
 
 async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(start, tmp_path: Path):
     tls = certificate(tmp_path, "mutual")
-    options = [f"--http-tls-{name}={file}" for name, file in (("cert", tls.cert), ("key", tls.key))]
-    gateway = await start(tls=http_tls(*options, f"--http-tls-client-ca={tls.cert}"))
+    gateway = await start(tls=ServerTls(tls.cert, tls.key, tls.cert))
     context = ssl.create_default_context(cafile=str(tls.cert))
     url = f"https://localhost:{gateway.server.port}"
     async with httpx.AsyncClient(verify=context) as http:
@@ -176,18 +173,6 @@ async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(
     async with httpx.AsyncClient(verify=context) as http:
         answer = await http.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 200})
         assert answer.json()["choices"][0]["text"] == SAYS
-
-
-def http_tls(*options: str) -> ServerTls | None:
-    """What the role takes from its command line."""
-    return settings.http_tls(COMMANDS["gateway"].make_context("gateway", list(options)).params)
-
-
-def test_clients_are_asked_for_certificates_only_where_the_server_has_one():
-    with pytest.raises(UsageError, match="--http-tls-client-ca: needs --http-tls-cert and --http-tls-key"):
-        http_tls("--http-tls-client-ca=/nowhere/ca.pem")
-    with pytest.raises(UsageError, match="--http-tls-cert and --http-tls-key go together"):
-        http_tls("--http-tls-cert=/nowhere/cert.pem")
 
 
 async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):

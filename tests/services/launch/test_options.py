@@ -3,32 +3,64 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from colaserve_client.cli.options import VARIABLES
 from colaserve_services.commands import COMMANDS
+from colaserve_services.errors import UsageError
 from colaserve_services.launch import threads
 from colaserve_services.launch.docs import document
-from colaserve_services.launch.options import COORDINATOR, GATEWAY, GROUPS, STAGE, UP
+from colaserve_services.launch.options import STAGES, RoleCommand, TlsFiles, sections_of
+from colaserve_services.launch.process import LONGEST_DESCRIPTION, description
 from colaserve_services.launch.progress import Progress, size
-from colaserve_services.launch.split_settings import split_settings
+from colaserve_services.launch.removed import REMOVED, check_removed
+from colaserve_services.launch.settings import DEMO, ROLES
+from colaserve_services.launch.split import Children
+from colaserve_services.rpc.settings import LogSettings
 from tests.conftest import GOLDEN
 
-ALL = [option for options in GROUPS.values() for option in options]
-ROLES = ("up", "encoder", "prior", "decoder", "coordinator", "gateway")
+ALL = {each.name: each for settings in ROLES.values() for section in sections_of(settings).values() for each in section}
+# DESIGN.md, section 5.
+OF_UP = """--model --device --dtype --threads --kv-bytes --max-context --max-running --run-ahead --idle-seconds --split
+    --replicas --defaults --served-model-name --max-generations --queue-seconds --max-per-caller --host --grpc-port
+    --http-port --metrics-port --ports-file --drain-seconds --grace-seconds --tls --http-tls --api-keys-file
+    --cors-origins --allow-unknown-fields --request-seconds --log --otlp-endpoint --metrics-aliases"""
 
 
-def test_every_option_is_also_a_variable_and_belongs_to_one_group():
-    assert len({option.name for option in ALL}) == len(ALL)
-    for option in ALL:
+def test_up_has_these_options_and_none_is_hidden():
+    assert {each.opts[0] for each in COMMANDS["up"].params} == set(OF_UP.split())
+    assert not any(each.hidden for command in COMMANDS.values() for each in command.params)
+
+
+def test_every_option_is_also_a_variable_and_told_about():
+    for option in ALL.values():
         assert option.envvar == "COLASERVE_" + option.name.upper()
         assert option.help.endswith((".", "]."))
 
 
-def test_every_group_is_taken_by_a_role():
-    assert set(GROUPS) == {*UP, *STAGE, *COORDINATOR, *GATEWAY}
+@pytest.mark.parametrize(("role", "option"), [("encoder", "--run-ahead=2"), ("gateway", "--grpc-port=1"),
+    ("coordinator", "--device=cpu"), ("prior", "--http-port=1"), ("decoder", "--split")])  # fmt: skip
+def test_an_option_that_does_nothing_for_a_role_is_refused(role, option):
+    done = CliRunner().invoke(COMMANDS[role], [option])
+    assert (done.exit_code, "No such option" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_name_says_what_replaced_it(name):
+    done = CliRunner().invoke(COMMANDS["up"], [f"--{name}=1"])
+    assert (done.exit_code, done.stderr) == (2, f"Error: --{name} is gone: {REMOVED[name]}\n")
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_so_does_a_removed_variable_which_is_not_the_clients(name):
+    variable = "COLASERVE_" + name.upper().replace("-", "_")
+    of_the_client = variable in {f"COLASERVE_{each.upper()}" for each in VARIABLES}
+    with nullcontext() if of_the_client else pytest.raises(UsageError, match=f"{variable} is gone: "):
+        check_removed([], {variable: "1"})
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -56,16 +88,36 @@ def test_all_commands_are_named():
     assert set(COMMANDS) == set(ROLES)
 
 
-def test_the_command_line_wins_over_the_variable(monkeypatch):
+def settings_of(role, *arguments):
+    """What a role would be told."""
+    found = []
+    command = RoleCommand(role, ROLES[role], lambda settings, said: found.append((settings, said)), "")
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def test_the_command_line_wins_over_the_variable_and_that_over_the_default(monkeypatch):
     monkeypatch.setenv("COLASERVE_MAX_RUNNING", "5")
-    seen = []
-    probe = click.Command("probe", params=list(COMMANDS["prior"].params), callback=lambda **p: seen.append(p))
-    CliRunner().invoke(probe, [])
-    CliRunner().invoke(probe, ["--max-running=7"])
-    assert [params["max_running"] for params in seen] == [5, 7]
+    assert settings_of("prior")[0].max_running == 5
+    assert settings_of("prior", "--max-running=7")[0].max_running == 7
+    assert settings_of("prior")[0].run_ahead == 2
 
 
-NUMBERS = [option for option in ALL if option.type.name.endswith("range")]
+def test_settings_that_say_several_things_are_read(tmp_path):
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).write_text("")
+    more = ("--split", "--replicas=prior=2, decoder=3", f"--http-tls={tmp_path} ")
+    up, said = settings_of("up", "--device=cuda,decoder=cpu", "--log", "json:debug", *more)
+    assert [up.device_of(stage) for stage in STAGES] == ["cuda", "cuda", "cpu"]
+    assert up.log == LogSettings("json", "debug")
+    assert up.http_tls == TlsFiles(tmp_path / "tls.crt", tmp_path / "tls.key", None)
+    assert up.replicas == {"prior": 2, "decoder": 3}
+    assert said["COLASERVE_DEVICE"] == "cuda,decoder=cpu"
+    assert said["COLASERVE_SPLIT"] == "1"
+
+
+NUMBERS = [option for option in ALL.values() if option.type.name.endswith("range")]
 OUT_OF_BOUNDS = {"integer range": ["-1", "1099511627776000000000"], "float range": ["nan", "inf", "-inf"]}
 
 
@@ -88,46 +140,21 @@ def test_texts_that_are_no_utf_8_are_refused():
         assert "not UTF-8" in done.stderr
 
 
-def split_arguments(*arguments):
-    """What the processes of `up --split` would be told."""
-    up, found = COMMANDS["up"], []
-
-    @click.pass_context
-    def callback(context, **params):
-        found.append(split_settings(context, params))
-
-    probe = click.Command("up", params=list(up.params), callback=callback)
-    done = CliRunner().invoke(probe, ["--split", f"--model={GOLDEN / 'tiny_b4'}", *arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return found[0]
-
-
-def test_split_tells_each_role_what_it_knows_of_what_was_given():
-    told = split_arguments(
-        "--max-running=7", "--http-port=0", "--steps=9", "--api-keys=k1", "--grpc-port=1234", "--metrics-port=4321"
-    ).arguments
-    assert "--max-running=7" in told["prior"]
-    assert "--max-running=7" not in told["gateway"]
-    assert "--http-port=0" in told["gateway"]
-    assert "--http-port=0" not in told["decoder"]
-    assert "--steps=9" in told["coordinator"]
-    for port in ("--grpc-port=1234", "--metrics-port=4321"):
-        assert [role for role, arguments in told.items() if port in arguments] == ["coordinator"]
-    assert not any("k1" in argument for arguments in told.values() for argument in arguments)
-
-
-def test_split_bounds_single_clients_at_the_gateway_which_is_one_client_to_the_others(monkeypatch):
-    told = split_arguments("--max-calls-per-client=2", "--max-rate-per-client=3", "--api-keys=k1")
-    limits = {"--max-calls-per-client=2", "--max-rate-per-client=3.0"}
-    assert limits <= set(told.arguments["gateway"])
-    for role in ("encoder", "prior", "decoder", "coordinator"):
-        assert not limits & set(told.arguments[role])
-        assert told.environment[role]["COLASERVE_MAX_CALLS_PER_CLIENT"] == "0"
-        assert told.environment[role]["COLASERVE_MAX_RATE_PER_CLIENT"] == "0"
-    assert "COLASERVE_MAX_CALLS_PER_CLIENT" not in told.environment["gateway"]
-    assert (
-        told.environment["gateway"]["COLASERVE_UPSTREAM_KEY"] in told.environment["coordinator"]["COLASERVE_API_KEYS"]
-    )
+def test_split_tells_each_role_what_was_given_and_keys_to_the_edges_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLASERVE_MAX_CONTEXT", "512")
+    keys = tmp_path / "keys"
+    keys.write_text("k1")
+    up, said = settings_of("up", "--split", "--max-running=7", "--grpc-port=1234", f"--api-keys-file={keys}")
+    children = Children(up, said)
+    environments = {child.settings.role: child.settings.environment for child in children.all}
+    assert {each["COLASERVE_MAX_RUNNING"] for each in environments.values()} == {"7"}
+    assert {each["COLASERVE_MAX_CONTEXT"] for each in environments.values()} == {"512"}
+    have_keys = {role for role, each in environments.items() if "COLASERVE_API_KEYS_FILE" in each}
+    assert have_keys == {"coordinator", "gateway"}
+    assert len({each["COLASERVE_ROLE_KEY"] for each in environments.values()}) == 1
+    assert not any("COLASERVE_SPLIT" in each for each in environments.values())
+    private = {child.settings.role for child in children.all if "--grpc-port=0" in child.settings.arguments}
+    assert private == set(STAGES)
 
 
 def test_threads_spin_only_briefly_in_every_mode_unless_told_otherwise(monkeypatch):
@@ -176,3 +203,21 @@ def test_progress_is_silent_about_what_is_quick():
 
 def test_sizes_are_for_eyes():
     assert [size(n) for n in (0, 999, 1500, 123_456_789, 7.3e9)] == ["0 B", "999 B", "1.5 kB", "123 MB", "7.3 GB"]
+
+
+def test_the_first_paragraph_of_the_card_is_the_description(tmp_path):
+    (tmp_path / "MODEL_CARD.md").write_text("# Name\n\n**It knows** sums\nand `names`.\n\nMore.\n")
+    assert description(tmp_path) == "It knows sums and names."
+    (tmp_path / "MODEL_CARD.md").write_text("x" * 5000)
+    assert description(tmp_path) == "x" * LONGEST_DESCRIPTION
+
+
+def test_no_card_or_one_that_is_no_text_is_no_description(tmp_path):
+    assert description(tmp_path) == ""
+    (tmp_path / "MODEL_CARD.md").write_bytes(b"\xff\xfe")
+    assert description(tmp_path) == ""
+
+
+def test_the_bundled_card_says_what_the_model_knows_and_what_it_does_not():
+    assert "197 countries" in description(DEMO)
+    assert "knows nothing else" in description(DEMO)

@@ -57,7 +57,8 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         assert sum(len(response.token_ids) for response in (first, *rest)) == 200
         assert fused.process.wait(120) == 0
     away = {"http_proxy": "http://127.0.0.1:9"}  # a proxy of the environment, which services do not use
-    with started(tmp_path, "up", "--split", *FREE_PORTS, env={"COLASERVE_API_KEYS": KEY, **away}) as split:
+    (tmp_path / "keys").write_text(KEY)
+    with started(tmp_path, "up", "--split", *FREE_PORTS, f"--api-keys-file={tmp_path / 'keys'}", env=away) as split:
         children = split.children()
         assert set(split.ports) == {"encoder", "prior", "decoder", "coordinator", "gateway"}
         assert len(children) == 5
@@ -71,7 +72,7 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
 @pytest.mark.parametrize(("onednn", "aten"), [("AVX2", "avx2"), ("AVX512_CORE", "avx512")])
 def test_bfloat16_is_served_where_it_is_not_in_hardware_and_the_log_says_so(tmp_path, onednn, aten):
     mode = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten}
-    with started(tmp_path, "up", "--dtype=bfloat16", "--log-format=json", *FREE_PORTS, env=mode) as running:
+    with started(tmp_path, "up", "--dtype=bfloat16", "--log=json", *FREE_PORTS, env=mode) as running:
         assert len(generate(running.target)) == 12
         lines = [json.loads(line) for line in running.log.read_text().splitlines() if line.startswith("{")]
     (warning,) = [line for line in lines if "no bfloat16 in hardware" in line["message"]]
@@ -116,15 +117,13 @@ def test_roles_and_replicas_trust_each_other_by_tls(tmp_path, authority):
 
 
 def mutual_tls(authority):
-    cert, key = authority.issue("service")
-    return (f"--tls-cert={cert}", f"--tls-key={key}", f"--tls-client-ca={authority.ca}", f"--tls-ca={authority.ca}",
-            f"--tls-client-cert={cert}", f"--tls-client-key={key}")  # fmt: skip
+    return (f"--tls={authority.issue_folder('service')}",)
 
 
 def test_stages_that_can_never_be_reached_are_told_and_end_it(tmp_path, authority):
-    cert, key = make_authority(tmp_path / "other").issue("other")  # the stages will not take it
-    mine = (f"--tls-client-cert={cert}", f"--tls-client-key={key}")
-    code, said = ended(tmp_path, "up", "--split", *FREE_PORTS, *mutual_tls(authority), *mine)
+    folder = authority.issue_folder("service")
+    (folder / "ca.crt").write_bytes(make_authority(tmp_path / "other").ca.read_bytes())  # which signed nobody
+    code, said = ended(tmp_path, "up", "--split", *FREE_PORTS, f"--tls={folder}")
     assert code == 1
     assert "cannot be reached" in said
 
@@ -196,15 +195,20 @@ def test_a_second_signal_ends_all_at_once_and_leaves_no_file(tmp_path, mode):
             list(stream)
 
 
-def test_with_json_logs_every_line_is_json(tmp_path):
-    with started(tmp_path, "up", "--split", *FREE_PORTS, "--log-format=json") as split:
+def test_with_json_logs_every_line_is_json_and_defaults_come_from_their_file(tmp_path):
+    (tmp_path / "defaults.json").write_text('{"steps": 9, "chat_frame": "Q: {prompt}"}')
+    more = ("--log=json", f"--defaults={tmp_path / 'defaults.json'}")
+    with started(tmp_path, "up", "--split", *FREE_PORTS, *more) as split:
         generate(split.target)
+        with urllib.request.urlopen(f"{split.http}/v1/models", timeout=30) as answer:
+            defaults = json.load(answer)["data"][0]["defaults"]
+        assert (defaults["steps"], defaults["top_k"]) == (9, 50)
         assert split.stop() == 0
         lines = [json.loads(line) for line in split.log.read_text().splitlines()]
     (ready,) = [line for line in lines if line["role"] == "colaserve"]
     assert ready["addresses"] == split.ports
     for role, wrong in (("up", "--device=tpu"), ("prior", "--max-running=0")):
-        code, said = ended(tmp_path, role, *FREE_PORTS[::2], "--log-format", "json", wrong)
+        code, said = ended(tmp_path, role, *FREE_PORTS[::2], "--log", "json", wrong)
         assert code == 2
         assert [json.loads(line)["level"] for line in said.splitlines()] == ["error"]
 

@@ -131,11 +131,6 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     assert "no such folder" in line(start(f"--model={tmp_path / 'absent'}"), 1)
 
 
-def test_a_missing_bundled_checkpoint_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("colaserve_services.launch.settings.DEMO", tmp_path)
-    assert "no bundled checkpoint" in line(start(f"--model={tmp_path}"), 2)
-
-
 @pytest.mark.parametrize("role", ["up", "up --split", "prior", "coordinator", "gateway"])
 def test_taken_ports_are_one_line_that_names_all_before_weights_are_read(role, checkpoint):
     truncate(checkpoint)  # which reading would find
@@ -163,34 +158,48 @@ IMPOSSIBLE = [
     (["--device=tpu"], "expected cpu, cuda or cuda:N"),
     (["--max-context=3"], "less than one block"),
     (["--kv-bytes=1"], "one block of latents needs"),
-    (["--tls-cert=/nowhere/a.pem"], "go together"),
-    (["--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "cannot read /nowhere"),
-    (["--tls-cert= /nowhere/a.pem\n", "--tls-key=/nowhere/b.pem "], "cannot read /nowhere/b.pem: "),
-    (["--tls-client-ca=/nowhere/ca.pem"], "needs --tls-cert"),
-    (["--tls-server-name=x"], "--tls-ca"),
+    (["--device=gateway=cpu"], "--device"),
+    (["--tls=/nowhere"], "/nowhere has no tls.crt and tls.key"),
+    (["--http-tls= /nowhere\n"], "/nowhere has no tls.crt and tls.key"),
     (["--api-keys-file=/nowhere/keys"], "cannot read /nowhere/keys"),
     (["--ports-file=/dev/full"], "--ports-file: cannot write /dev/full: No space left on device"),
     (["--ports-file=/nowhere/ports"], "--ports-file: cannot write /nowhere/ports: No such file"),
-    (["--api-keys= , "], "--api-keys: holds no key"),
-    (["--api-keys=good,schlüssel"], "--api-keys: key 2 has characters that HTTP cannot carry"),
-    (["--upstream-key= "], "--upstream-key: holds no key"),
-    (["--upstream-key=a\nb"], "--upstream-key: has characters that HTTP cannot carry"),
-    (["--top-p=0"], "top_p"),
-    (["--steps=1001"], "steps"),
-    (["--max-new-tokens=1099511627776"], "--max-new-tokens"),
-    (["--chat-frame=hello"], "chat_frame"),
-    (["--split", "--tls-cert=/nowhere/a.pem", "--tls-key=/nowhere/b.pem"], "--tls-ca"),
+    (["--defaults=/nowhere/file"], "--defaults: /nowhere/file: No such file"),
+    (["--log=xml"], "got 'xml', expected one of auto, json, text"),
+    (["--log=text:loud"], "got 'text:loud'"),
     (["--replicas=prior=2"], "--replicas: needs --split"),
     (["--split", "--replicas=gateway=2"], "expected encoder, prior or decoder"),
-    (["--split", "--replicas=prior=0"], "--replicas: got 'prior=0'"),
-    (["--split", "--health-port=0"], "--health-port: not with --split"),
-    (["--split", "--upstream-key=k"], "--upstream-key: not with --split"),
+    (["--split", "--replicas=prior=0"], "got 'prior=0', expected STAGE=1 to 64"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "said"), IMPOSSIBLE, ids=[" ".join(a) for a, _ in IMPOSSIBLE])
 def test_settings_that_do_not_fit_are_one_line(checkpoint, arguments, said):
     assert said in line(start(f"--model={checkpoint}", *arguments), 2)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said"),
+    [({"top_p": 0}, "top_p: got 0, expected above 0"), ({"steps": 1001}, "steps: got 1001, expected 1 to 1000"),
+     ({"max_new_tokens": 2**40}, "max_new_tokens"), ({"chat_frame": "hello"}, "chat_frame lacks"),
+     ({"guidance_start": 0.2, "guidance_end": 0.5}, "guidance_end"), ({"stepz": 1}, "unknown key 'stepz'")],
+)  # fmt: skip
+def test_a_file_of_defaults_that_cannot_be_is_one_line(checkpoint, tmp_path, defaults, said):
+    file = tmp_path / "defaults.json"
+    file.write_text(json.dumps(defaults))
+    assert said in line(start(f"--model={checkpoint}", f"--defaults={file}"), 2)
+
+
+def test_the_key_of_the_roles_is_checked(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("k1")
+    monkeypatch.setenv("COLASERVE_ROLE_KEY", "a\nb")
+    said = line(start(f"--model={checkpoint}", f"--api-keys-file={tmp_path / 'keys'}"), 2)
+    assert "COLASERVE_ROLE_KEY has characters that HTTP cannot carry" in said
+
+
+def test_a_role_takes_no_device_of_another_one(checkpoint):
+    done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=decoder=cpu"])
+    assert "--device: names decoder, and this is the prior" in line(done, 2)
 
 
 def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
@@ -203,7 +212,7 @@ def test_a_model_that_does_not_fit_into_memory_is_one_line():
     program = (
         "import resource\n"
         "from colaserve_services.errors import UsageError\n"
-        "from colaserve_services.launch.settings import DEMO, ModelSettings\n"
+        "from colaserve_services.launch.settings import DEMO\n"
         "from colaserve_services.launch.stages import load_stages\n"
         "from colaserve_services.model.checkpoint import Checkpoint\n"
         "from colaserve_services.model.loading import check\n"
@@ -214,7 +223,7 @@ def test_a_model_that_does_not_fit_into_memory_is_one_line():
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (12 << 20),) * 2)\n"
         "try:\n"
-        "    load_stages(('prior',), checkpoint, ModelSettings(DEMO, threads=1), EngineLimits(), 1, Metrics())\n"
+        "    load_stages(checkpoint, {'prior': ('cpu', 'float32')}, EngineLimits(), Metrics())\n"
         "except UsageError as error:\n"
         "    print(error)\n"
     )

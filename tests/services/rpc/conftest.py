@@ -90,6 +90,16 @@ class Authority:
         )  # fmt: skip
         return cert, key
 
+    def issue_folder(self, name, ca=True):
+        """A folder as --tls takes it."""
+        folder = self.folder / name
+        folder.mkdir()
+        cert, key = self.issue(name)
+        files = {"tls.crt": cert, "tls.key": key, **({"ca.crt": self.ca} if ca else {})}
+        for inside, file in files.items():
+            (folder / inside).write_bytes(file.read_bytes())
+        return folder
+
 
 def _openssl(*arguments):
     subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)

@@ -11,7 +11,6 @@ import torch
 from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.launch.process import keep_grpc
-from colaserve_services.launch.settings import ModelSettings
 from colaserve_services.launch.stages import RunningStages, load_stages
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.rpc import tensors
@@ -86,9 +85,8 @@ async def serving(
     keep_grpc()
     limits = limits or EngineLimits(max_context=256, max_running=4, max_waiting=4)
     metrics, checkpoint = Metrics(), Wrapped(Checkpoint.open(golden.directory), network)
-    settings = ModelSettings(golden.directory, dtype=dtype, threads=1)
-    roles = ("encoder", "prior", "decoder")
-    stages = load_stages(roles, checkpoint, settings, limits, max_message_bytes, metrics, failing)
+    compute = dict.fromkeys(("encoder", "prior", "decoder"), ("cpu", dtype))
+    stages = load_stages(checkpoint, compute, limits, metrics, failing)
     server = RpcServer(ServerSettings(max_message_bytes=max_message_bytes), metrics)
     for service in stages.services.values():
         server.add(service)

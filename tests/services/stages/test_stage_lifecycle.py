@@ -168,7 +168,7 @@ async def test_get_info_tells_model_limits_and_load(tiny):
             assert (info.model.latent_dim, info.model.block_size) == (served.shape.latent_dim, served.shape.block_size)
             assert info.model.parameters > 0
             assert info.limits.max_context == served.limits.max_context
-            assert info.limits.max_message_bytes == 4 << 20
+            assert info.limits.max_message_bytes == 64 << 20
             assert (info.server.device, info.server.dtype) == ("cpu", "float32")
             assert info.server.running == (1 if stage == "prior" else 0)
         call.cancel()
