@@ -1,4 +1,4 @@
-"""docs/configuration.md, out of the options: `scripts/generate-config-docs`."""
+"""docs/reference/configuration.md, out of the options: `scripts/generate-config-docs`."""
 
 from __future__ import annotations
 

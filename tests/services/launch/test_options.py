@@ -73,7 +73,7 @@ def test_help_teaches_with_examples_and_shows_every_option(role):
 
 
 def test_the_page_of_options_is_current():
-    page = (GOLDEN.parents[2] / "docs/configuration.md").read_text(encoding="utf-8")
+    page = (GOLDEN.parents[2] / "docs/reference/configuration.md").read_text(encoding="utf-8")
     assert page == document(), "run scripts/generate-config-docs"
 
 
