@@ -1,6 +1,8 @@
 """Dependencies point one way (docs/architecture.md, "The tree"): each package imports only what it may."""
 
 import ast
+import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,3 +117,9 @@ def test_no_pickle_anywhere() -> None:
         text = path.read_text(encoding="utf-8")
         assert "torch.load(" not in text, f"{path}: torch.load reads pickles; use safetensors"
         assert "torch.save(" not in text, f"{path}: torch.save writes pickles; use safetensors"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="scripts/size counts what git tracks")
+def test_files_and_functions_stay_short() -> None:
+    done = subprocess.run([ROOT / "scripts" / "size"], capture_output=True, text=True, check=True, timeout=60)
+    assert re.findall(r"^(?:files|functions) over .* (\d+)$", done.stdout, re.MULTILINE) == ["0", "0"], done.stdout
