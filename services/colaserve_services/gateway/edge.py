@@ -72,7 +72,7 @@ class Edge:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._garbage = Garbage()
         refused = metrics.refused
-        self._admission = Admission(settings.admission, lambda reason: refused.labels(SERVICE, reason).inc())
+        self._admission = Admission(settings.max_calls, lambda reason: refused.labels(SERVICE, reason).inc())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -125,7 +125,7 @@ class Edge:
         keys, host = self._settings.keys, scope.get("client")
         key = Headers(scope=scope).get(requests.AUTHORIZATION, "")
         record.client = keys.identify(key) if keys is not None else (host[0] if host else "unknown")
-        return self._admission.enter(record.client)
+        return self._admission.enter()
 
     def _end(self, scope: Scope, record: RequestRecord) -> None:
         self._metrics.transfer_bytes.labels("in", SERVICE).inc(record.body_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.auth import Keys
-from colaserve_services.rpc.settings import AdmissionLimits
+from colaserve_services.rpc.settings import MAX_CALLS
 
 
 def _half_of_the_descriptors() -> int:
@@ -41,7 +41,7 @@ class GatewaySettings:
     """Everything that can be set of a gateway."""
 
     keys: Keys | None = None  # None: everybody may call
-    admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # by key, else by address
+    max_calls: int = MAX_CALLS  # requests at once
     cors_origins: tuple[str, ...] = ()  # browsers' origins that may call, "*" for all; none: no CORS headers
     allow_unknown_fields: bool = False  # ignore fields no one knows instead of refusing them
     bounds: Bounds = field(default_factory=Bounds)

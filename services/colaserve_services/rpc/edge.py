@@ -79,9 +79,9 @@ class Edge(grpc.aio.ServerInterceptor):
         metadata = context.invocation_metadata()
         context.set_trailing_metadata(((requests.REQUEST_ID, requests.adopt(metadata)),))
         with tracing.serving(tracing.span_name(method.labels), metadata) as span:
-            async with self._recorded(method, context, span) as client:
+            async with self._recorded(method, context, span):
                 first = [await self._first(received, method)]  # a call without a message takes no slot
-                with self._admission.enter(client) if method.name != "GetInfo" else nullcontext():
+                with self._admission.enter() if method.name != "GetInfo" else nullcontext():
                     request = self._request(first.pop(), received, method)  # its bytes go here
                     await self._answer(request, method, context, span)
 
@@ -145,15 +145,15 @@ class Edge(grpc.aio.ServerInterceptor):
             raise InvalidRequest("request", f"{len(received)} bytes that are no request of {method.name}") from error
 
     @asynccontextmanager
-    async def _recorded(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[str]:
-        """Authenticate the client and give its name; answer with the status of what is raised; count, time and log."""
+    async def _recorded(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[None]:
+        """Authenticate the client; answer with the status of what is raised; count, time and log."""
         running = self._metrics.requests_in_progress.labels(*method.labels)
         running.inc()
         started, code, client = time.perf_counter(), "OK", ""
         try:
             async with status_from_errors(context):
                 client = self._client(context)
-                yield client
+                yield
         except BaseException as error:
             code = _code(context, error)
             raise

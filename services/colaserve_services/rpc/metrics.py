@@ -82,7 +82,7 @@ class Metrics:
         self.weights_load_seconds = gauge("weights_load_seconds", "Seconds that reading the weights took.", "stage")
         self.refused = counter(
             "refused_total",
-            "Calls refused, or ended, at a bound: queue, wait, kv, idle, deadline, calls, key, client, rate.",
+            "Calls refused, or ended, at a bound: queue, wait, kv, idle, deadline, calls, key.",
             "stage", "reason",
         )  # fmt: skip
         self.step_failures = counter(

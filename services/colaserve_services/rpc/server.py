@@ -45,7 +45,7 @@ class RpcServer:
     def __init__(self, settings: ServerSettings, metrics: Metrics, keys: Keys | None = None):
         self._settings = settings
         refused = metrics.refused
-        admission = Admission(settings.admission, lambda reason: refused.labels(self._stage(), reason).inc())
+        admission = Admission(settings.max_calls, lambda reason: refused.labels(self._stage(), reason).inc())
         self._edge = Edge(metrics, admission, keys, settings.first_message_seconds)
         self._server = grpc.aio.server(
             interceptors=[self._edge], options=_options(settings), migration_thread_pool=None

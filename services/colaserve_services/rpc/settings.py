@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MAX_CALLS = 1024
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one gRPC message, either way; requests have 16 MiB at most
 
 
@@ -28,22 +29,13 @@ class ClientTls:
 
 
 @dataclass(frozen=True)
-class AdmissionLimits:
-    """What one server takes at once, whatever the engines behind it could queue. 0: no limit."""
-
-    max_calls: int = 1024  # calls at once; health checks and GetInfo are not counted
-    max_calls_per_client: int = 0  # at once, by key, else by address
-    max_rate_per_client: float = 0.0  # calls a second, bursts of one second's worth
-
-
-@dataclass(frozen=True)
 class ServerSettings:
     """One gRPC server."""
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
     tls: ServerTls | None = None
-    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    max_calls: int = MAX_CALLS  # at once; health checks and GetInfo are not counted
     max_message_bytes: int = MAX_MESSAGE_BYTES  # of one message, either way
     max_concurrent_streams: int = 1000  # of one connection
     first_message_seconds: float = 30.0  # that a connection's handshake, or a call's first message, may take to come

@@ -24,7 +24,6 @@ from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.settings import AdmissionLimits
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 from tests.waiting import eventually
 
@@ -43,9 +42,7 @@ STUBS = {
 @pytest.fixture
 async def served(tokenizer) -> AsyncIterator[Any]:
     fakes = {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
-    stage_server, server = (
-        grpc.aio.server(interceptors=[Edge(Metrics(), Admission(AdmissionLimits()))]) for _ in range(2)
-    )
+    stage_server, server = (grpc.aio.server(interceptors=[Edge(Metrics(), Admission())]) for _ in range(2))
     for name, fake in fakes.items():
         REGISTER[name](fake, stage_server)
     stage_port = stage_server.add_insecure_port("127.0.0.1:0")

@@ -14,7 +14,6 @@ from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.settings import AdmissionLimits
 from tests.waiting import eventually
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
@@ -80,7 +79,7 @@ async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world
         fake.max_context = 65_536
     await world.coordinator._lookout.look()
     world.coordinator._follow_limits()
-    server = grpc.aio.server(interceptors=[Edge(metrics, Admission(AdmissionLimits()))])
+    server = grpc.aio.server(interceptors=[Edge(metrics, Admission())])
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(world.coordinator), server)
     latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(world.coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")

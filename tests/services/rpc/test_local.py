@@ -14,7 +14,6 @@ from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.settings import AdmissionLimits
 from tests.waiting import eventually
 
 
@@ -66,7 +65,7 @@ class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
 
 @asynccontextmanager
 async def grpc_stub(servicer, add, stub):
-    server = grpc.aio.server(interceptors=[Edge(Metrics(), Admission(AdmissionLimits()))])
+    server = grpc.aio.server(interceptors=[Edge(Metrics(), Admission())])
     add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

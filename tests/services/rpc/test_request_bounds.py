@@ -11,7 +11,7 @@ from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthe
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.request_bounds import KIB, MIB, MOST_BYTES, RequestBounds
-from colaserve_services.rpc.settings import AdmissionLimits, ServerSettings
+from colaserve_services.rpc.settings import ServerSettings
 from tests.services.rpc.conftest import ONE, running
 from tests.waiting import PATIENCE, eventually
 
@@ -162,7 +162,7 @@ async def test_metadata_beyond_16_kib_are_refused_and_the_server_lives_on():
 
 
 async def test_calls_that_send_nothing_take_no_slots():
-    async with running(ServerSettings(admission=AdmissionLimits(max_calls=1))) as it:
+    async with running(ServerSettings(max_calls=1)) as it:
         silent = [opened(it.channel) for _ in range(5)]
         labels = {"service": "EncoderService", "method": "Encode"}
         await eventually(
