@@ -21,9 +21,9 @@ LOOK_SECONDS = 1.0  # between two looks at the file
 class Keys:
     """The keys that clients may show. Only their SHA-256 is kept."""
 
-    def __init__(self, keys: Iterable[str] = (), file: Path | None = None):
+    def __init__(self, keys: Iterable[str] = (), file: Path | None = None, look_seconds: float = LOOK_SECONDS):
         self._fixed, self._file = _parse(enumerate(keys, 1), "key"), file
-        self._watched, self._looked = WatchedFiles(file), time.monotonic()
+        self._watched, self._looked, self._look_seconds = WatchedFiles(file), time.monotonic(), look_seconds
         self._from_file = {} if file is None else _read(file)
         if not self._all():
             raise _no_key(file)
@@ -51,7 +51,7 @@ class Keys:
         return self._fixed | self._from_file
 
     def _look(self) -> None:
-        if self._file is None or time.monotonic() - self._looked < LOOK_SECONDS:
+        if self._file is None or time.monotonic() - self._looked < self._look_seconds:
             return
         self._looked = time.monotonic()
         self._from_file = self._watched.read_again(partial(_read_some, self._file)) or self._from_file
