@@ -123,8 +123,10 @@ class Edge:
         if scope["path"] in OPEN:
             return nullcontext()
         keys, host = self._settings.keys, scope.get("client")
-        key = Headers(scope=scope).get(requests.AUTHORIZATION, "")
-        record.client = keys.identify(key) if keys is not None else (host[0] if host else "unknown")
+        shown = Headers(scope=scope).get(requests.AUTHORIZATION, "")
+        key, address = None if keys is None else keys.identify(shown), host[0] if host else "unknown"
+        record.client = address if key is None else key
+        requests.set_caller(key, address)
         return self._admission.enter()
 
     def _end(self, scope: Scope, record: RequestRecord) -> None:

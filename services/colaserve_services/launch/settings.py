@@ -93,7 +93,11 @@ class Compute:
 class Engine:
     """Engine"""
 
-    max_running: int = option(32, "Sessions of one stage that share forward passes.", POSITIVE)
+    max_running: int = option(
+        32,
+        "Sessions of one stage that share forward passes; others wait in the coordinator.",
+        POSITIVE,
+    )
     kv_bytes: int = option(2 << 30, "Byte budget of one stage's KV cache.", BYTES)
 
 
@@ -217,6 +221,7 @@ class Process:
             host=self.host,
             port=grpc_port,
             tls=None if self.tls is None else self.tls.server,
+            role_key=role_key(),
             drain_seconds=self.drain_seconds,
             grace_seconds=self.grace_seconds,
         )

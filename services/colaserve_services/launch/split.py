@@ -31,8 +31,8 @@ class Children:
     def __init__(self, settings: UpSettings, said: Mapping[str, str]):
         """`said`: what the command line says, as variables."""
         self._settings = settings
-        keys = {} if settings.api_keys_file is None else {ROLE_KEY: role_key() or secrets.token_urlsafe(32)}
-        self._environment = {**os.environ, **said, **keys}
+        key = role_key() or secrets.token_urlsafe(32)  # by which the coordinator knows the gateway
+        self._environment = {**os.environ, **said, ROLE_KEY: key}
         self.stages = {stage: self._replicas(stage) for stage in STAGES}
         self.coordinator, self.gateway = self._child("coordinator"), self._child("gateway", "--metrics-port=0")
 

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from colaserve_client.reading import Unreadable, read_lines
 from colaserve_services.errors import NotAuthenticated, UsageError
 from colaserve_services.rpc.watched_files import WatchedFiles
 
+_ROLE_NAME: Final = re.compile(r"(colaserve-)?(gateway|coordinator|encoder|prior|decoder)(\.|$)")
 LOOK_SECONDS = 1.0  # between two looks at the file
 
 
@@ -103,6 +104,22 @@ def checked(key: str, source: str) -> str:
     if not (key.isascii() and key.isprintable()):
         raise UsageError(f"{source} has characters that HTTP cannot carry; a key is of printable ASCII")
     return key
+
+
+def is_role_key(authorization: str, role_key: str) -> bool:
+    """Whether `authorization` shows the key that the roles show each other; False where they have none."""
+    scheme, _, key = authorization.partition(" ")
+    return (
+        scheme.lower() == "bearer" and bool(role_key) and hmac.compare_digest(_digest(key.strip()), _digest(role_key))
+    )
+
+
+def has_role_certificate(context: Any) -> bool:
+    """Whether the other end of a gRPC connection showed a certificate, verified by mutual TLS, of one of our roles:
+    a DNS name of it begins with gateway, coordinator, ..., or with colaserve- before that."""
+    shown = context.auth_context()
+    names = [*shown.get("x509_subject_alternative_name", ()), *shown.get("x509_common_name", ())]
+    return any(_ROLE_NAME.match(name.decode(errors="replace")) for name in names)
 
 
 def _digest(key: str) -> bytes:

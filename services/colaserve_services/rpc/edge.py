@@ -18,7 +18,7 @@ from grpc import StatusCode
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from colaserve_services.rpc import requests, tracing, unread
 from colaserve_services.rpc.admission import Admission
-from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.auth import Keys, has_role_certificate, is_role_key
 from colaserve_services.rpc.errors import status_from_errors
 from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
@@ -51,9 +51,16 @@ class Edge(grpc.aio.ServerInterceptor):
     """Wraps the handler of every method but those of the health service."""
 
     def __init__(
-        self, metrics: Metrics, admission: Admission, keys: Keys | None = None, first_seconds: float = FIRST_SECONDS
+        self,
+        metrics: Metrics,
+        admission: Admission,
+        keys: Keys | None = None,
+        first_seconds: float = FIRST_SECONDS,
+        role_key: str = "",
     ):
+        """`role_key`: the key that the roles show each other."""
         self._metrics, self._admission, self._keys, self._first_seconds = metrics, admission, keys, first_seconds
+        self._role_key = role_key
         self.bounds, self._garbage = RequestBounds(), Garbage()
 
     async def intercept_service(
@@ -163,9 +170,14 @@ class Edge(grpc.aio.ServerInterceptor):
             self._record(method, code, time.perf_counter() - started, client)
 
     def _client(self, context: Any) -> str:
-        if self._keys is not None:
-            return self._keys.identify(requests.value(context.invocation_metadata(), requests.AUTHORIZATION))
-        return str(context.peer()).rpartition(":")[0]
+        """Who calls: the name of its key, else its address. A role may say for whom it calls."""
+        metadata, address = context.invocation_metadata(), str(context.peer()).rpartition(":")[0]
+        shown = requests.value(metadata, requests.AUTHORIZATION)
+        key = None if self._keys is None else self._keys.identify(shown)
+        requests.set_caller(key, address)
+        if is_role_key(shown, self._role_key) or has_role_certificate(context):
+            requests.adopt_caller(metadata)
+        return address if key is None else key
 
     def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
         self._metrics.request_seconds.labels(*method.labels, code).observe(seconds)

@@ -105,6 +105,7 @@ class LocalCall:
 
     async def _serve(self, behavior: Callable[..., Any], method: MethodDescriptor, argument: Any) -> Any:
         requests.adopt(self._metadata)
+        requests.adopt_caller(self._metadata)
         name = tracing.span_name((method.containing_service.name, method.name))
         try:
             with tracing.serving(name, self._metadata) as span:

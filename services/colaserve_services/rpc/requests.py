@@ -9,11 +9,14 @@ from contextvars import ContextVar
 
 REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
+CALLER = "colaserve-caller"  # from a role: on whose behalf it calls
+KEY_CALLER = "key:"  # begins a caller that is a key's name; others are addresses
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 _SAFE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _request_id: ContextVar[str] = ContextVar("colaserve_request_id", default="")
+_caller: ContextVar[str] = ContextVar("colaserve_caller", default="")
 _trace: ContextVar[Metadata] = ContextVar("colaserve_trace", default=())
 
 
@@ -33,10 +36,31 @@ def adopt(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     return chosen
 
 
+def current_caller() -> str:
+    """Who made the call that this task serves: a verified key's name, else an address; empty outside of a call."""
+    return _caller.get()
+
+
+def set_caller(key: str | None, address: str) -> None:
+    """Set it, from the name of the key that was shown and the address at the other end."""
+    _caller.set(address if key is None else f"{KEY_CALLER}{key}")
+
+
+def adopt_caller(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+    """Take over the caller that a role of ours says it calls for; only for one that proved to be a role."""
+    if given := value(metadata, CALLER):
+        _caller.set(given)
+
+
 def outgoing_metadata() -> Metadata:
-    """What a call made while serving another one carries on: the request id and the trace's context."""
-    current = current_request_id()
-    return (((REQUEST_ID, current),) if current else ()) + _trace.get()
+    """What a call made while serving another one carries on: request id, caller and the trace's context."""
+    found = (REQUEST_ID, current_request_id()), (CALLER, _printable(current_caller()))
+    return tuple(pair for pair in found if pair[1]) + _trace.get()
+
+
+def _printable(text: str) -> str:
+    """What metadata can carry."""
+    return text.encode("ascii", "backslashreplace").decode() if text.isprintable() else ascii(text)
 
 
 def carry_trace(headers: Metadata) -> None:

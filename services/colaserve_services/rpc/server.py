@@ -46,7 +46,7 @@ class RpcServer:
         self._settings = settings
         refused = metrics.refused
         admission = Admission(settings.max_calls, lambda reason: refused.labels(self._stage(), reason).inc())
-        self._edge = Edge(metrics, admission, keys, settings.first_message_seconds)
+        self._edge = Edge(metrics, admission, keys, settings.first_message_seconds, settings.role_key)
         self._server = grpc.aio.server(
             interceptors=[self._edge], options=_options(settings), migration_thread_pool=None
         )

@@ -35,6 +35,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
     tls: ServerTls | None = None
+    role_key: str = field(default="", repr=False)  # that the roles show each other; whoever shows it may name a caller
     max_calls: int = MAX_CALLS  # at once; health checks and GetInfo are not counted
     max_message_bytes: int = MAX_MESSAGE_BYTES  # of one message, either way
     max_concurrent_streams: int = 1000  # of one connection
