@@ -173,12 +173,12 @@ class Stress:
         self.outcome.counts[f"{stage}: {'left' if left else 'was to leave, and ended before'}"] += 1
 
     async def _patiently(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Ask again while the queue is full."""
+        """Ask again while the engine is full."""
         while True:
             try:
                 return await ask()
             except Overloaded as error:
-                if "memory" in str(error):
+                if "the device has no memory" in str(error):
                     raise
                 await asyncio.sleep(0.05)
             except DeadlineExceeded as error:
@@ -218,7 +218,7 @@ async def stress(
         networks.append(Network(found, {}))
         return networks[-1]
 
-    limits = EngineLimits(max_context=256, max_running=6, max_waiting=4, kv_bytes=1 << 20, prefill_chunk=32)
+    limits = EngineLimits(max_context=256, max_running=6, kv_bytes=1 << 20, prefill_chunk=32)
     with engines(model, limits, network=network) as stages:
         it = Stress(stages, networks, seed, hang)
         handler = _Tracebacks(it.outcome)

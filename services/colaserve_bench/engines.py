@@ -96,7 +96,7 @@ class StepRecorder(EngineObserver):
     def block(self, seconds: float, first: bool) -> None:
         self._first_blocks += first
 
-    def queued(self, waiting: int, running: int) -> None:
+    def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
         self._is_steady &= running == self._sessions
 
     def stepped(self, seconds: float, rows: int, sessions: int) -> None:

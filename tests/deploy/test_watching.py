@@ -42,7 +42,7 @@ def test_autoscalers_use_series_that_exist_and_the_adapter_serves():
     pattern = re.search(r'__name__=~"([^"]*)"', adapter)[1]
     for scaler in documents(KUBERNETES / "components/autoscaling-hpa/autoscalers.yaml"):
         for metric in scaler["spec"]["metrics"]:
-            asked = metric["pods"]["metric"]
+            asked = metric[metric["type"].lower()]["metric"]
             assert set(asked["selector"]["matchLabels"]) <= SERIES[asked["name"]]
             assert re.fullmatch(pattern, asked["name"])
 

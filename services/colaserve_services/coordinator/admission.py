@@ -1,189 +1,302 @@
-"""Who may work now, who waits, who is turned away at once: a bounded queue in front of the stages.
+"""The one queue of the system: calls wait here, in the coordinator, until a stage takes them.
 
-The queue is here and not in the stages, so that nobody encodes a prompt for a call that is refused later, and a refusal
-comes at once. So the places follow the stages: as many calls work as the prior takes without letting them wait. How
-many that is it tells itself: each generation brings the time that it waited there (`learned`).
+An engine starts a session at its next step or refuses it at once, so whoever it refuses comes back here. The first in
+order is tried again as soon as one of our own sessions there has ended, and now and then, for those of other
+coordinators end unseen. A refusal may also mean that the KV memory is short: smaller sessions are then tried before a
+large one, at most 16 times.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import random
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
 
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.stages import NAMES
 from colaserve_services.errors import Overloaded, Unavailable
 from colaserve_services.rpc import unread
 
-_SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0
-_WEIGHT = 0.1  # of the latest call in the running mean of the pace
-_SHORT_WAIT, _LONG_WAIT = 0.1, 1.0  # seconds in the prior's queue: below, there is room for more; above, for fewer
-_SHRINK = 0.9
-_FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
+COORDINATOR: Final = "coordinator"  # the queue of calls that no stage is the bottleneck of
 
+_PASSES: Final = 16  # later sessions that a stage may take before one that it refused
+_SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0  # seconds
+_LONGEST_PAUSE = 40  # times `retry_seconds`, until a stage that refused is asked again
+_RESUMED_SECONDS = 60.0  # that a run which has made progress waits for a full stage where it has no deadline
+_WEIGHT = 0.1  # of the latest call in the running mean of the pace
+_FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
 _UNREAD_LOOK = 0.2  # seconds between two looks whether anybody waits, at a stream that nobody reads
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Ticket:
+    """One session that a call wants to run at a stage: it waits with it, then holds it until `Admission.leave`."""
+
+    call: Call
+    stage: str
+    size: int = 0  # latents that it needs there
+    first: bool = False  # the call does nothing before it has this one, and is refused when it waits too long
+    resuming: bool = False  # its run has made progress
+    turn: asyncio.Future[None] | None = None  # set while it waits
+    running: bool = False
+    launched: float = 0.0
+    refused: bool = False  # by the stage, since when it waits again
+    taken: bool = False  # by the stage
+    passed: int = 0  # later ones that the stage took since it refused this one
+    waited: float = 0.0  # seconds, of all its waits
+
+    @property
+    def begins(self) -> bool:
+        """Whether its call has done nothing yet."""
+        return self.first and not self.refused
+
+
+@dataclass
+class _Queue:
+    """Those that wait for one stage, and how many of ours it takes."""
+
+    capacity: int  # what its replicas say that they take
+    limit: int  # the same, or what it took when it refused one
+    running: int = 0
+    waiting: list[Ticket] = field(default_factory=list)
+    refused: list[Ticket] = field(default_factory=list)  # by the stage, and not taken since; some are tried again now
+    too_large: float = math.inf  # the least size that was refused since the last session ended
+    probe: Ticket | None = None  # a smaller one that is tried beyond the limit
+    refused_at: float = -math.inf
+    timer: asyncio.TimerHandle | None = None
+
+    def candidates(self) -> list[Ticket]:
+        """Those that may be tried now."""
+        if self.running >= self.limit and (self.too_large == math.inf or self.probe is not None):
+            return []
+        overdue = [ticket for ticket in self.refused if ticket.passed >= _PASSES][:1]
+        return [ticket for ticket in overdue or self.waiting if ticket.size < self.too_large and not ticket.running]
+
+
 class Admission:
-    """First come, first served; nobody waits without end."""
+    """Who works, who waits, who is refused."""
 
     def __init__(self, limits: CoordinatorLimits, observer: CoordinatorObserver):
-        self._limits, self._observer = limits, observer
-        self._running = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._by_key: Counter[str] = Counter()
-        self._pace = 1.0  # seconds between two calls that end, were all places taken; running mean
+        self._limits, self.observer = limits, observer
+        self._queues = {name: _Queue(limits.max_running, limits.max_running) for name in (*NAMES, COORDINATOR)}
+        self._present: Counter[str] = Counter()  # calls by caller, waiting ones included
+        self._working: Counter[str] = Counter()  # those that have begun
+        self._pace = 1.0  # seconds between two calls that end, were all slots taken; running mean
         self._measured = 0  # calls it is the mean of
-        self._places = float(limits.max_running)
-        self._shrunk = 0.0  # when
+        self._reported: tuple[dict[str, int], int] = {}, 0
 
     @property
     def running(self) -> int:
         """Calls at work."""
-        return self._running
+        return self._working.total()
 
     @property
     def waiting(self) -> int:
         """Calls in the queue."""
-        return len(self._waiting)
+        return sum(len(queue.waiting) for queue in self._queues.values())
 
-    def begin_with(self, places: int) -> None:
-        """How many calls may work at once to begin with: what one replica of the prior takes. 0: it did not say."""
-        self._places = float(min(places or self._limits.max_running, self._limits.max_running))
-
-    def learned(self, waited: float, admitted: float) -> None:
-        """A generation that got its place at `admitted` (time.monotonic) waited so many seconds in the prior's queue.
-
-        More calls work at once while none of them waits there and some wait here, fewer while they wait long; once
-        fewer, that counts for the calls admitted from then on."""
-        if waited < _SHORT_WAIT and self._waiting:
-            self._places = min(self._places + 1, self._limits.max_running)
-            _log.debug("places: %.0f", self._places)
-            self._fill()
-        elif waited > _LONG_WAIT and admitted > self._shrunk:
-            self._places = max(self._places * _SHRINK, 1.0)
-            self._shrunk = time.monotonic()
-            _log.debug("places: %.0f, a call waited %.1f s at the prior", self._places, waited)
+    def follow(self, capacities: Mapping[str, int]) -> None:
+        """How many sessions the replicas of each stage take together; 0: they do not say."""
+        for name, told in capacities.items():
+            queue, capacity = self._queues[name], told or self._limits.max_running
+            if queue.capacity != capacity:
+                queue.limit = min(queue.limit + max(capacity - queue.capacity, 0), capacity)
+                queue.capacity = capacity
+        self._dispatch()
 
     @asynccontextmanager
-    async def slot(self, call: Call, brief: bool = False) -> AsyncIterator[None]:
-        """Work inside. Raises Overloaded at once when queue or key are full, or after waiting too long, and
-        DeadlineExceeded when the call's deadline comes first. `brief`: the call tells nothing of how long others take.
-        """
-        self.check(call)
-        self._by_key[call.key] += 1
+    async def slot(
+        self, call: Call, stage: str = COORDINATOR, size: int = 0, brief: bool = False
+    ) -> AsyncIterator[Ticket]:
+        """Work inside, with the ticket for a session of that size at the stage. Raises Overloaded at once when the
+        queue is full or the caller has too many calls, and after waiting too long; DeadlineExceeded when the call's
+        deadline comes first. `brief`: the call tells nothing of how long others take."""
+        self.check(call, stage)
+        self._present[call.caller] += 1
+        ticket = Ticket(call, stage, size, first=True)
         try:
-            await self._enter(call)
-            started, beside = time.monotonic(), self._running
-            try:
-                yield
-                if not brief:
-                    self._learn_pace((time.monotonic() - started) / ((beside + self._running) / 2))
-            finally:
-                self._pass_on()
-                self._tell()
+            await self.enter(ticket)
+            started, beside = time.monotonic(), self.running
+            yield ticket
+            if not brief:
+                self._learn_pace((time.monotonic() - started) / ((beside + self.running) / 2))
         finally:
-            self._by_key[call.key] -= 1
-            if not self._by_key[call.key]:
-                del self._by_key[call.key]
+            self._present -= Counter([call.caller])
+            if ticket.launched:
+                self._working -= Counter([call.caller])
+            self.leave(ticket)
+
+    async def enter(self, ticket: Ticket) -> None:
+        """Wait until it may be tried at its stage; at once while it is."""
+        if ticket.running:
+            return
+        since, ticket.turn = time.monotonic(), asyncio.get_running_loop().create_future()
+        self._queues[ticket.stage].waiting.append(ticket)
+        self._dispatch()
+        try:
+            await asyncio.wait([ticket.turn], timeout=self._patience(ticket))
+            if not ticket.running:
+                ticket.call.left()
+                raise self._refusal("wait", f"{ticket.stage}: no slot was free in time", ticket.stage)
+        except BaseException:
+            self.leave(ticket)
+            raise
+        finally:
+            ticket.turn, waited = None, time.monotonic() - since
+            ticket.waited += waited
+            ticket.call.waited += waited
+
+    def leave(self, ticket: Ticket) -> None:
+        """It waits no more, or its session has ended."""
+        queue = self._queues[ticket.stage]
+        if ticket.running:
+            ticket.running, queue.too_large = False, math.inf
+            queue.running -= 1
+            if queue.probe is ticket:
+                queue.probe = None
+        elif ticket in queue.waiting:
+            queue.waiting.remove(ticket)
+        if ticket in queue.refused:
+            queue.refused.remove(ticket)
+        self._dispatch()
+
+    def taken(self, ticket: Ticket) -> None:
+        """The stage took it, as its first answer tells."""
+        if ticket.taken or not ticket.running:
+            return
+        ticket.taken, queue = True, self._queues[ticket.stage]
+        if ticket in queue.refused:
+            queue.refused.remove(ticket)
+        for other in queue.refused:
+            other.passed += other.call.arrived < ticket.call.arrived
+        if queue.probe is ticket:
+            queue.probe, queue.limit = None, max(queue.limit, queue.running)
+        if ticket.launched > queue.refused_at and queue.waiting:
+            queue.limit = min(queue.limit + 1, queue.capacity)
+        self._dispatch()
+
+    def refused(self, ticket: Ticket, retry_after: float) -> None:
+        """All replicas of the stage refused it; `enter` waits until it is tried again."""
+        queue = self._queues[ticket.stage]
+        ticket.running, ticket.taken, ticket.refused = False, False, True
+        queue.running -= 1
+        queue.limit, queue.too_large = queue.running, min(queue.too_large, ticket.size)
+        queue.refused_at = time.monotonic()
+        if ticket not in queue.refused:
+            queue.refused.append(ticket)
+        if queue.probe is ticket:
+            queue.probe = None
+        if queue.timer is None:
+            pause = max(retry_after, ticket.waited / 2, self._limits.retry_seconds) * random.uniform(0.5, 1.0)
+            pause = min(pause, self._limits.retry_seconds * _LONGEST_PAUSE)
+            queue.timer = asyncio.get_running_loop().call_later(pause, self._try_again, queue)
+        self._dispatch()
+
+    def _try_again(self, queue: _Queue) -> None:
+        """Sessions of other coordinators may have ended."""
+        queue.timer, queue.too_large = None, math.inf
+        queue.limit = min(max(queue.limit, queue.running + 1), queue.capacity) if queue.waiting else queue.capacity
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while ticket := self._next():
+            queue = self._queues[ticket.stage]
+            queue.waiting.remove(ticket)
+            if queue.running >= queue.limit:
+                queue.probe = ticket
+            queue.running += 1
+            ticket.running, ticket.launched = True, time.monotonic()
+            if ticket.begins:
+                self._working[ticket.call.caller] += 1
+            assert ticket.turn is not None, "a ticket that waits has a turn"
+            ticket.turn.set_result(None)
+        self._report()
+
+    def _next(self) -> Ticket | None:
+        """The one that is tried now, of all queues: of the callers with the fewest calls at work the first to come."""
+
+        def order(ticket: Ticket) -> tuple[bool, int, float]:
+            calls = self._working[ticket.call.caller] if ticket.begins else 0
+            return not ticket.resuming, calls, ticket.call.arrived
+
+        may_begin = self.running < self._limits.max_running
+        found = [
+            ticket for queue in self._queues.values() for ticket in queue.candidates() if may_begin or not ticket.begins
+        ]
+        return min(found, key=order, default=None)
+
+    def _report(self) -> None:
+        waiting = {name: len(queue.waiting) for name, queue in self._queues.items()}
+        if self.running >= self._limits.max_running:  # more coordinators are lacking, not more of a stage
+            for name in NAMES:
+                begins = sum(ticket.begins for ticket in self._queues[name].waiting)
+                waiting[name] -= begins
+                waiting[COORDINATOR] += begins
+        if (found := (waiting, self.running)) != self._reported:
+            self._reported = found
+            self.observer.queued(*found)
+
+    def _patience(self, ticket: Ticket) -> float:
+        left = ticket.call.left()
+        if ticket.resuming:
+            return _RESUMED_SECONDS if left is None else left
+        patience = max(self._limits.queue_seconds - ticket.waited, 0.0)
+        return patience if left is None else min(left, patience)
 
     async def read_in_time(self, reading: asyncio.Future[None]) -> None:
-        """Wait until a response is read. Raises Unavailable, and ends the call, once it was not read for so long that
-        its slot is better given to one of those that wait."""
+        """Wait until a response is read. Raises Unavailable, and ends the call, once it was not read for too long while
+        others waited for a slot."""
         seconds = self._limits.idle_seconds
         await asyncio.wait([reading], timeout=seconds)
         while not reading.done():
-            if self._waiting:
+            if self.waiting:
                 error = Unavailable(f"not read for {seconds:g} s while others waited")
-                self._observer.refused("idle")
+                self.observer.refused("idle")
                 unread.end_call(error)
                 raise error
             await asyncio.wait([reading], timeout=_UNREAD_LOOK)
 
-    def retry_after(self) -> float:
-        """Seconds after which a place is likely free for one more."""
-        return min(max(self._wait(), _SHORTEST_HINT), _LONGEST_HINT)
-
-    def check(self, call: Call) -> None:
-        """Raise Overloaded when queue or key are full. `slot` does it too; this is for before the first work."""
-        limits = self._limits
-        if limits.max_per_key and self._by_key[call.key] >= limits.max_per_key:
-            raise self._refusal("key", f"{limits.max_per_key} calls of this client are under way, its limit")
-        if self._running < int(self._places):
+    def check(self, call: Call, stage: str = COORDINATOR) -> None:
+        """Raise Overloaded when queue or caller are full. `slot` does it too; this is for before the first work."""
+        limits, queue = self._limits, self._queues[stage]
+        if limits.max_per_key and self._present[call.caller] >= limits.max_per_key:
+            raise self._refusal("key", f"{limits.max_per_key} calls of this client are under way, its limit", stage)
+        if queue.running < queue.limit and self.running < limits.max_running:
             return
-        if len(self._waiting) >= limits.max_waiting:
-            raise self._refusal("queue", f"{self._running} calls run and {len(self._waiting)} wait, the limits")
-        if self._too_long():
-            raise self._refusal(
-                "queue", f"{self._running} calls run and {len(self._waiting)} wait, which takes too long"
-            )
+        counts = f"{self.running} calls run and {self.waiting} wait"
+        if self.waiting + 1 > limits.max_waiting:
+            raise self._refusal("queue", f"{counts}, the limits", stage)
+        if self._too_long(queue):
+            raise self._refusal("queue", f"{counts}, which takes too long", stage)
 
-    def _too_long(self) -> bool:
+    def _too_long(self, queue: _Queue) -> bool:
         """Whether one more call would likely wait in vain. Estimates err, so half the patience counts; before the first
         call has ended there is none, and one round may wait."""
         if not self._measured:
-            return len(self._waiting) >= max(int(self._places), _FIRST_ROUND)
-        return bool(self._waiting) and self._wait() > self._limits.queue_seconds / 2
+            return len(queue.waiting) >= max(queue.limit, _FIRST_ROUND)
+        return bool(queue.waiting) and self._wait(queue) > self._limits.queue_seconds / 2
 
-    def _wait(self) -> float:
+    def _wait(self, queue: _Queue) -> float:
         """Seconds that one more call would wait: the queue before it, at the mean pace so far."""
-        return (len(self._waiting) + 1) * self._pace
+        return (len(queue.waiting) + 1) * self._pace
 
-    def _refusal(self, reason: str, message: str) -> Overloaded:
-        self._observer.refused(reason)
+    def _refusal(self, reason: str, message: str, stage: str) -> Overloaded:
+        self.observer.refused(reason)
         _log.debug("refused: %s; %s; one ends each %.2f s", reason, message, self._pace)
-        return Overloaded(message, self.retry_after())
-
-    async def _enter(self, call: Call) -> None:
-        if self._running < int(self._places):
-            self._running += 1
-            self._tell()
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        self._tell()
-        try:
-            await self._turn(turn, call)
-        except BaseException:
-            self._give_up(turn)
-            raise
-
-    async def _turn(self, turn: asyncio.Future[None], call: Call) -> None:
-        left = call.left()
-        patience = self._limits.queue_seconds if left is None else min(left, self._limits.queue_seconds)
-        await asyncio.wait([turn], timeout=patience)
-        if not turn.done():
-            call.left()
-            raise self._refusal("wait", f"no place was free within {self._limits.queue_seconds:g} s")
-
-    def _give_up(self, turn: asyncio.Future[None]) -> None:
-        if turn.done():  # its turn came in the same moment: pass it on
-            self._pass_on()
-        else:
-            self._waiting.remove(turn)
-        self._tell()
+        return Overloaded(message, min(max(self._wait(self._queues[stage]), _SHORTEST_HINT), _LONGEST_HINT))
 
     def _learn_pace(self, seconds: float) -> None:
         """A call ended well, its time shared among those that ran beside it. One that was left early tells nothing."""
         self._measured += 1
         self._pace += max(_WEIGHT, 1 / self._measured) * (seconds - self._pace)
-
-    def _pass_on(self) -> None:
-        """A place is free: hand it to whoever waits longest, unless there are to be fewer places."""
-        self._running -= 1
-        self._fill()
-
-    def _fill(self) -> None:
-        while self._waiting and self._running < int(self._places):
-            self._running += 1
-            self._waiting.popleft().set_result(None)
-
-    def _tell(self) -> None:
-        self._observer.queued(len(self._waiting), self._running)

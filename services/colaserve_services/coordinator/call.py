@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from colaserve_services.errors import DeadlineExceeded
 from colaserve_services.rpc import requests
@@ -13,19 +12,21 @@ from colaserve_services.rpc import requests
 ANONYMOUS = "anonymous"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """`deadline` is time.monotonic() seconds, None without one; `key` names the caller, see `caller_name`."""
+    """`deadline` is time.monotonic() seconds, None without one; `caller` is a verified key's name, else an address."""
 
     deadline: float | None = None
-    key: str = ANONYMOUS
+    caller: str = ANONYMOUS
     arrived: float = field(default_factory=time.monotonic)
+    waited: float = 0.0  # seconds in the queue
 
     @classmethod
-    def of(cls, remaining: float | None, metadata: Iterable[tuple[str, str | bytes]] | None, peer: str) -> Call:
-        """The call that gRPC describes by seconds left, metadata and the other end of its connection."""
+    def of(cls, context: Any) -> Call:
+        """The one that gRPC's context, or that of a call in this process, describes."""
+        remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        return cls(deadline, caller_name(requests.value(metadata, requests.AUTHORIZATION), peer))
+        return cls(deadline, requests.current_caller() or ANONYMOUS)
 
     def left(self) -> float | None:
         """Seconds until the deadline; raises DeadlineExceeded when it has passed."""
@@ -40,11 +41,9 @@ class Call:
         """Seconds since the call came."""
         return time.monotonic() - self.arrived
 
-
-def caller_name(authorization: str, peer: str) -> str:
-    """A short name for a caller: "key-" and 8 hex digits of its key's SHA-256, which do not tell the key; without a key
-    its address."""
-    key = authorization.partition(" ")[2].strip() or authorization.strip()
-    if key:
-        return "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
-    return peer.rpartition(":")[0] or ANONYMOUS
+    def cache_salt(self, asked: str) -> str:
+        """What the stages' prefix caches are to be told apart by: what the request asks for, else the caller where
+        that is a key, else nothing. The one never equals the other."""
+        if asked:
+            return f"salt:{asked}"
+        return self.caller if self.caller.startswith(requests.KEY_CALLER) else ""

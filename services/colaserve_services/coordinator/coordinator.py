@@ -2,7 +2,7 @@
 
 coordinator = Coordinator(Stages(encoder, prior, decoder), tokenizer, defaults, limits)
 await coordinator.connect()
-async for response in coordinator.generate(request, Call()): ...
+async for response in generate(coordinator.services, request, Call()): ...
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services import __version__
-from colaserve_services.coordinator import generation, infill, interpolation, latent_space
 from colaserve_services.coordinator.admission import Admission
-from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.core import Core
+from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.defaults import Defaults, resolve_sampler, resolve_sampling
+from colaserve_services.coordinator.health import HealthMonitor
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
-from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.stages import Stages, agree
-from colaserve_services.coordinator.watch import Lookout
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable
-from colaserve_services.offload import offload
 from colaserve_services.text import Tokenizer
-
-R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -56,17 +49,18 @@ class Coordinator:
         self._defaults, self._limits = defaults or Defaults.of(), limits or CoordinatorLimits()
         self._observer = observer or CoordinatorObserver()
         self._admission = Admission(self._limits, self._observer)
-        self._lookout, self._changed = Lookout(stages, self._observer), stages.changed
-        self._core: Core | None = None
+        self._health, self._changed = HealthMonitor(stages, self._observer), stages.changed
+        self._services: ServiceContext | None = None
         self._connected = asyncio.Event()
         self._connected_at = 0.0
         self.model_name, self._description = model_name, description
         self._space = space
 
-    async def connect(self) -> None:
-        """Wait for the stages, however long they take, and check that they serve one model. Raises Unavailable for what
+    async def connect(self, silent_seconds: float = 15.0) -> None:
+        """Wait for the stages, however long they take, and check that they serve one model; the log says which are
+        lacking, each time so many seconds have passed. Raises Unavailable for what
         waiting does not change, ModelMismatch when they differ, CheckpointError when the tokenizer does not fit."""
-        infos = await self._lookout.wait(self._space)
+        infos = await self._health.wait(self._space, silent_seconds)
         model = agree(infos, self._limits.max_context, self._limits.max_message_bytes)
         if self._space and model.space and self._space != model.space:
             raise ModelMismatch(
@@ -78,10 +72,10 @@ class Coordinator:
                 f"tokenizer.json has ids up to {self._tokenizer.vocab_size - 1}, "
                 f"the stages' model takes ids up to {model.vocab_size - 1}"
             )
-        self._lookout.settle(model)
-        self._admission.begin_with(infos["prior"].limits.max_running)
-        self._core = Core(
-            self._lookout.pools, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
+        self._health.settle(model)
+        self._admission.follow(self._health.capacities)
+        self._services = ServiceContext(
+            self._health.pools, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
         )
         self._connected_at = time.monotonic()
         self._connected.set()
@@ -95,20 +89,27 @@ class Coordinator:
     @property
     def ready(self) -> bool:
         """Whether it is connected and every stage answered lately."""
-        return self._core is not None and self._lookout.all_serving
+        return self._services is not None and self._health.all_serving
 
     async def watch(self, changed: Callable[[bool], None]) -> None:
-        """After connect(): look at the stages for ever, follow their limits, tell whenever `ready` changes. Run it as a
-        task, cancel it to stop."""
-        told = True  # as connect() left it
+        """After connect(): look at the stages for ever, follow their limits, report whenever `ready` changes. Run it as
+        a task, cancel it to stop."""
+        reported = True  # as connect() left it
         while True:
             await self._until_next_look()
-            await self._lookout.look()
-            self._follow_limits()
-            if self.ready != told:
-                told = self.ready
-                _log.warning("ready: %s. %s", told, self._lookout.faults())
-                changed(told)
+            await self.look()
+            if self.ready != reported:
+                reported = self.ready
+                _log.warning("ready: %s. %s", reported, self._health.faults())
+                changed(reported)
+
+    async def look(self) -> None:
+        """Look at the stages now. They may have other limits; calls that run keep those they began with."""
+        await self._health.look()
+        self._admission.follow(self._health.capacities)
+        model = self.services.model.within(self._health.infos, self._limits.max_context, self._limits.max_message_bytes)
+        if model != self.services.model:
+            self._services = replace(self.services, model=model)
 
     async def _until_next_look(self) -> None:
         """A replica that began to serve is looked at at once: only then calls go to it."""
@@ -117,85 +118,16 @@ class Coordinator:
                 await self._changed.wait()
         self._changed.clear()
 
-    def _follow_limits(self) -> None:
-        """Stages may come back with other limits; calls that run keep those they began with."""
-        model = self.core.model.within(self._lookout.infos, self._limits.max_context, self._limits.max_message_bytes)
-        if model != self.core.model:
-            self._core = replace(self.core, model=model)
-
     @property
-    def core(self) -> Core:
+    def services(self) -> ServiceContext:
         """What calls work with; Unavailable before connect()."""
-        if self._core is None:
-            raise Unavailable(f"the coordinator waits for its stages: {self._lookout.faults()}")
-        return self._core
-
-    def generate(
-        self, request: generation_pb2.GenerateRequest, call: Call
-    ) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
-        """GenerationService.Generate. Close it (aclosing) when leaving early."""
-        return self._read_in_time(generation.generate(self.core, request, call))
-
-    async def _read_in_time(self, responses: AsyncGenerator[R, None]) -> AsyncGenerator[R, None]:
-        """The responses; their slot is given up when nobody reads them while others wait for it."""
-        async with ReadAhead(responses, self._admission.read_in_time) as ahead:
-            async for response in ahead:
-                yield response
-
-    async def tokenize(self, request: generation_pb2.TokenizeRequest, call: Call) -> generation_pb2.TokenizeResponse:
-        """GenerationService.Tokenize."""
-        async with self._admission.slot(call, brief=True):
-            ids = await self.core.tokenize(request.text, "text")
-            tokens = await offload(self._tokenizer.token_texts, ids)
-        return generation_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
-
-    async def detokenize(
-        self, request: generation_pb2.DetokenizeRequest, call: Call
-    ) -> generation_pb2.DetokenizeResponse:
-        """GenerationService.Detokenize."""
-        async with self._admission.slot(call, brief=True):
-            ids = self.core.checked(request.token_ids, "token_ids")
-            tokens = await offload(self._tokenizer.token_texts, ids)
-            text = await offload(self._tokenizer.decode, ids)
-        return generation_pb2.DetokenizeResponse(text=text, tokens=tokens)
-
-    async def encode_text(
-        self, request: latent_service_pb2.EncodeTextRequest, call: Call
-    ) -> latent_service_pb2.EncodeTextResponse:
-        """LatentService.EncodeText."""
-        return await latent_space.encode_text(self.core, request, call)
-
-    async def decode_latents(
-        self, request: latent_service_pb2.DecodeLatentsRequest, call: Call
-    ) -> latent_service_pb2.DecodeLatentsResponse:
-        """LatentService.DecodeLatents."""
-        return await latent_space.decode_latents(self.core, request, call)
-
-    def sample_latents(
-        self, request: latent_service_pb2.SampleLatentsRequest, call: Call
-    ) -> AsyncGenerator[latent_service_pb2.SampleLatentsResponse, None]:
-        """LatentService.SampleLatents. Close it (aclosing) when leaving early."""
-        return self._read_in_time(latent_space.sample_latents(self.core, request, call))
-
-    async def interpolate(
-        self, request: latent_service_pb2.InterpolateRequest, call: Call
-    ) -> latent_service_pb2.InterpolateResponse:
-        """LatentService.Interpolate."""
-        return await interpolation.interpolate(self.core, request, call)
-
-    async def infill(self, request: latent_service_pb2.InfillRequest, call: Call) -> latent_service_pb2.InfillResponse:
-        """LatentService.Infill."""
-        return await infill.infill(self.core, request, call)
-
-    async def reconstruct(
-        self, request: latent_service_pb2.ReconstructRequest, call: Call
-    ) -> latent_service_pb2.ReconstructResponse:
-        """LatentService.Reconstruct."""
-        return await latent_space.reconstruct(self.core, request, call)
+        if self._services is None:
+            raise Unavailable(f"the coordinator waits for its stages: {self._health.faults()}")
+        return self._services
 
     async def generation_info(self) -> generation_pb2.GenerationServiceGetInfoResponse:
         """GenerationService.GetInfo; the stages as the last look found them."""
-        model = self.core.model
+        model = self.services.model
         return generation_pb2.GenerationServiceGetInfoResponse(
             model_name=self.model_name,
             model=model.shape(),
@@ -208,19 +140,19 @@ class Coordinator:
             chat_frame=self._defaults.chat_frame,
             end_ids=sorted(self._tokenizer.special.end),
             pad_id=self._tokenizer.special.pad,
-            stages=self._lookout.messages(),
+            stages=self._health.messages(),
             description=self._description,
         )
 
     async def latent_info(self) -> latent_service_pb2.LatentServiceGetInfoResponse:
         """LatentService.GetInfo."""
-        model = self.core.model
+        model = self.services.model
         return latent_service_pb2.LatentServiceGetInfoResponse(
             model=model.shape(), space=model.space, limits=self._limit_message(), server=self._server_message()
         )
 
     def _limit_message(self) -> types_pb2.Limits:
-        model, limits = self.core.model, self._limits
+        model, limits = self.services.model, self._limits
         return types_pb2.Limits(
             max_context=model.max_context,
             max_message_bytes=model.max_message_bytes,

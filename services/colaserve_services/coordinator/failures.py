@@ -7,11 +7,13 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Final
 
 import grpc
 from grpc import StatusCode
 
+from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.checks import StageFault
 from colaserve_services.coordinator.observer import CoordinatorObserver
@@ -46,8 +48,7 @@ _EARLY: Final = 1.0  # seconds before the deadline, which stages see a little so
 _LOST: Final = (StatusCode.INTERNAL, "Internal error from Core"), (StatusCode.UNKNOWN, "Stream removed (")
 # Texts of gRPC, and of an engine that takes no runs.
 _UNREACHED: Final = ("failed to connect to all addresses", "connections to all backends failing", AT_FAULT)
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds
-_LONGEST_PATIENCE = 60.0  # seconds
+_LONGEST_PAUSE = 40  # times the first one
 
 _log = logging.getLogger(__name__)
 
@@ -57,41 +58,65 @@ STAGE_ERRORS: Final = (grpc.RpcError, StageFault, NoReplica)
 
 @dataclass
 class Attempts:
-    """The replicas that one run of a stage goes to, and its failures in a row: `stub` gives the replica of the next
-    attempt, `progressed` and `failed` tell how it went. `failed` either waits for the next attempt or raises."""
+    """The replicas that one run of a stage goes to, and its failures in a row: `stub` waits for the next attempt's turn
+    and gives its replica, `progressed` and `failed` say how it went. `failed` returns when another attempt is to
+    follow. Leaving the context gives the run's slot back."""
 
     pool: Pool
-    call: Call
+    ticket: Ticket
+    admission: Admission
     most: int
+    retry_seconds: float
     observer: CoordinatorObserver
-    resuming: bool = False  # work was done already: an overloaded replica is then waited for, not passed on
-    failures: int = 0
-    broken: int = 0  # of them: streams that broke, not refusals of a stage that is full
-    doubtful: int = 0  # of those
-    refused_since: float | None = None  # since when a full stage is waited for
+    failures: int = 0  # streams that broke; refusals of a stage that is full do not count
+    doubtful: int = 0  # of them
     brand: Brand | None = None  # of the replica that began the run
     choice: Choice | None = None  # the replica of this attempt
     avoided: set[str] = field(default_factory=set)  # addresses of those that failed
     lost: list[Choice] = field(default_factory=list)  # those that the run was in flight in when it broke
+
+    def __enter__(self) -> Attempts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     @property
     def stage(self) -> str:
         """Its name."""
         return self.pool.stage
 
-    def stub(self) -> Any:
-        """The stub of the next attempt's replica, of the weights and dtype that began the run. Raises NoReplica."""
+    @property
+    def call(self) -> Call:
+        """Which it is made for."""
+        return self.ticket.call
+
+    async def stub(self) -> Any:
+        """The stub of the next attempt's replica, of the weights and dtype that began the run. Raises NoReplica, and
+        Overloaded when the stage was full for too long."""
         self.choice = None
+        try:
+            await self.admission.enter(self.ticket)
+        except Overloaded as error:
+            self._gave_up(error)
+            raise
         self.choice = self.pool.choose(self.brand, self.avoided)
         return self.choice.replica.stub
 
+    def release(self) -> None:
+        """The run needs no slot now; the next attempt waits for one again."""
+        self.admission.leave(self.ticket)
+
     def progressed(self) -> None:
         """The stage answered."""
-        if self.broken:
+        if self.failures:
             self.observer.failover(self.stage, "resumed")
         if self.choice is not None and self.brand is None:
             self.brand = self.choice.brand
-        self.failures, self.broken, self.doubtful, self.refused_since, self.resuming = 0, 0, 0, None, True
+        self.failures, self.doubtful, self.ticket.resuming = 0, 0, True
+        self.admission.taken(self.ticket)
         self.avoided.clear()
         self.lost.clear()
 
@@ -102,11 +127,13 @@ class Attempts:
         if isinstance(error, StageFault):
             self.fault(error)
         ours = stage_error(self.stage, error)
-        self.failures += 1
-        self.broken += _code(error) in _BROKEN | _DOUBTFUL
-        self.doubtful += _code(error) in _DOUBTFUL
         self._left(error)
-        pause = self._patience(ours) if isinstance(ours, Overloaded) and self.resuming else self._pause(error, ours)
+        if isinstance(ours, Overloaded):
+            self._refused_by_full(ours)
+            return
+        self.failures += _code(error) in _BROKEN | _DOUBTFUL
+        self.doubtful += _code(error) in _DOUBTFUL
+        pause = self._pause(error, ours)
         if pause is None or pause >= (self.call.left() or float("inf")):
             self._gave_up(ours)
             raise ours from error
@@ -121,6 +148,12 @@ class Attempts:
         if code == StatusCode.DEADLINE_EXCEEDED:
             return self.call.deadline is None or self.call.deadline - time.monotonic() > _EARLY
         return code in _REFUSED
+
+    def _refused_by_full(self, refusal: Overloaded) -> None:
+        """Another replica may take it; else it waits in the queue again."""
+        if not self.pool.offers(self.brand, self.avoided):
+            self.avoided.clear()
+            self.admission.refused(self.ticket, refusal.retry_after)
 
     def _left(self, error: Exception) -> None:
         """Remember the replica that failed."""
@@ -147,27 +180,14 @@ class Attempts:
         most = self.most if _code(error) in _BROKEN | _DOUBTFUL else 0
         if isinstance(ours, StepFailed):  # it would fail wherever it goes, and may take others with it
             return None
-        if isinstance(ours, Overloaded):
-            most = 2
         if self.failures >= most or self.doubtful >= _DOUBTFUL_ATTEMPTS:
             return None
         if self.failures == 1:
             return 0.0  # another replica may be there at once
-        return float(min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE)) * random.uniform(0.5, 1.0)
-
-    def _patience(self, ours: Overloaded) -> float | None:
-        """The same while a full stage is waited for: until the deadline, for a minute where there is none."""
-        now = time.monotonic()
-        if self.refused_since is None:
-            self.refused_since = now
-        waited = now - self.refused_since
-        if self.call.left() is None and waited > _LONGEST_PATIENCE:
-            return None
-        pause = min(max(ours.retry_after, waited / 2, _FIRST_PAUSE), _LONGEST_PAUSE)
-        return float(pause * random.uniform(0.5, 1.0))
+        return self.retry_seconds * min(2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
     def _gave_up(self, ours: ColaserveError) -> None:
-        if isinstance(ours, Unavailable) or self.broken:
+        if isinstance(ours, Unavailable) or self.failures:
             self.observer.failover(self.stage, "failed")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from colaserve.v1 import decoder_pb2, generation_pb2, prior_pb2, types_pb2
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.core import Core, add_timing
+from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.plan import Plan, plan_generation
 from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.writer import Piece, Writer
@@ -18,28 +17,28 @@ from colaserve_services.text import Tokenizer
 Response = generation_pb2.GenerateResponse
 
 
-async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Call) -> AsyncGenerator[Response, None]:
+async def generate(
+    services: ServiceContext, request: generation_pb2.GenerateRequest, call: Call
+) -> AsyncGenerator[Response, None]:
     """Continue a prompt, a response a block. All that the stages hold for it is freed before the last response, and
     when the iteration is left early."""
-    core.admission.check(call)
-    plan = await plan_generation(core, request)
-    watch = _Watch(core, call)
-    async with core.admission.slot(call):
-        watch.admitted()
-        prompt = await _encode(core, plan, call, watch)
+    services.admission.check(call, "prior")
+    plan = await plan_generation(services, request)
+    watch = _Watch(services, call)
+    async with services.admission.slot(call, "prior", plan.positions(services.model)) as ticket:
+        prompt = await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
-        writer = plan.writer(core.tokenizer)
-        decoder = core.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs)
-        run = core.prior(prompt, plan.blocks, plan.sampler, plan.seed, call, on_wait=decoder.prior_waits)
+        writer = plan.writer(services.tokenizer)
+        decoder = services.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs)
+        run = services.prior(prompt, plan.blocks, plan.sampler, plan.seed, ticket, on_wait=decoder.prior_waits)
         prior = ReadAhead(run.blocks())
         try:
             async with prior, decoder:
                 while True:
                     block = await prior.next()
-                    watch.written(block.timing)
                     decoded = await decoder.decode(block.latents)
                     piece = writer.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
-                    response = _response(plan, core.tokenizer, block, decoded, piece)
+                    response = _response(plan, services.tokenizer, block, decoded, piece)
                     watch.block(response.timing)
                     if writer.finish_reason:
                         break
@@ -49,10 +48,10 @@ async def generate(core: Core, request: generation_pb2.GenerateRequest, call: Ca
     yield _last(response, writer.finish_reason, usage, watch.total, plan.seed)
 
 
-async def _encode(core: Core, plan: Plan, call: Call, watch: _Watch) -> types_pb2.Latents:
+async def _encode(services: ServiceContext, plan: Plan, call: Call, watch: _Watch) -> types_pb2.Latents:
     if not plan.prompt_ids:
-        return core.no_latents()
-    answer = await core.encode([plan.prompt_ids], call)
+        return services.no_latents()
+    answer = await services.encode([plan.prompt_ids], call)
     add_timing(watch.total, answer.timing)
     return answer.encodings[0].latents
 
@@ -95,22 +94,10 @@ def _last(
 class _Watch:
     """Where a generation's time goes, and what it used."""
 
-    def __init__(self, core: Core, call: Call):
-        self._observer, self._admission, self._call = core.observer, core.admission, call
-        self._admitted: float | None = None
+    def __init__(self, services: ServiceContext, call: Call):
+        self._observer, self._call = services.observer, call
         self._last, self._blocks = 0.0, 0
         self.total = types_pb2.Timing()
-
-    def admitted(self) -> None:
-        """The call left the coordinator's own queue."""
-        self._admitted = time.monotonic()
-        self.total.queue_us += round(self._call.age() * 1e6)
-
-    def written(self, timing: types_pb2.Timing) -> None:
-        """The prior wrote a block; the first one tells how long the call waited there."""
-        if self._admitted is not None:
-            self._admission.learned(timing.queue_us / 1e6, self._admitted)
-            self._admitted = None
 
     def block(self, timing: types_pb2.Timing) -> None:
         """A block is decoded."""
@@ -126,6 +113,7 @@ class _Watch:
         """The generation is over, well or not; `received` blocks came from the prior. Those of a text that was left or
         failed before its end are not wasted by running ahead."""
         wasted = received - self._blocks if writer.finish_reason else 0
+        self.total.queue_us += round(self._call.waited * 1e6)
         self._observer.tokens(prompt, writer.sent)
         if wasted:
             self._observer.wasted(wasted)

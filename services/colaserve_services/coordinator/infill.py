@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_services.coordinator import rows
+from colaserve_services.coordinator.admission import Ticket
 from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.core import Core, add_timing
+from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
-from colaserve_services.coordinator.latent_space import check_room
-from colaserve_services.coordinator.prior_run import Span, context_blocks
+from colaserve_services.coordinator.latent_space import check_fits
 from colaserve_services.coordinator.read_ahead import ReadAhead
+from colaserve_services.coordinator.runs import Span, context_blocks
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.text import join
 
@@ -43,34 +44,34 @@ class Layout:
         return [segment for segment in self.segments if segment.kept is None]
 
 
-async def infill(core: Core, request: pb.InfillRequest, call: Call) -> pb.InfillResponse:
+async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call) -> pb.InfillResponse:
     """LatentService.Infill."""
-    core.admission.check(call)
-    layout = await lay_out(core, request.segments)
-    sampler = resolve_sampler(request.sampler, core.defaults)
+    services.admission.check(call, "prior")
+    layout = await lay_out(services, request.segments)
+    sampler = resolve_sampler(request.sampler, services.defaults)
     blocks = layout.end - layout.context
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
-    sampling = resolve_sampling(request.sampling, core.defaults, sampling_seed(seed))
+    sampling = resolve_sampling(request.sampling, services.defaults, sampling_seed(seed))
     timing = types_pb2.Timing()
-    async with core.admission.slot(call):
-        answer = await core.encode([layout.ids], call)
+    async with services.admission.slot(call, "prior", layout.end * services.model.block_size) as ticket:
+        answer = await services.encode([layout.ids], call)
         add_timing(timing, answer.timing)
-        written = await _write(core, layout, answer.encodings[0].latents, sampler, sampling, seed, call, timing)
-    return _response(core, layout, written, seed, timing)
+        written = await _write(services, layout, answer.encodings[0].latents, sampler, sampling, seed, ticket, timing)
+    return _response(services, layout, written, seed, timing)
 
 
-async def lay_out(core: Core, segments: Sequence[pb.InfillSegment]) -> Layout:
+async def lay_out(services: ServiceContext, segments: Sequence[pb.InfillSegment]) -> Layout:
     """Tokenize what is kept and find what is open. Raises InvalidRequest naming the segment."""
     ids: list[int] = []
     parts = []
     for index, segment in enumerate(segments):
         start = len(ids)
-        kept = await _extend(core, ids, segment, f"segments[{index}]")
+        kept = await _extend(services, ids, segment, f"segments[{index}]")
         parts.append(Segment(kept, start, len(ids)))
     if all(part.kept is not None for part in parts):
         raise InvalidRequest("segments", f"got {len(parts)} segments without a hole, expected one hole or more")
-    spans = open_spans(parts, core.model.patch_size)
-    positions, size = core.model.positions(len(ids)), core.model.block_size
+    spans = open_spans(parts, services.model.patch_size)
+    positions, size = services.model.positions(len(ids)), services.model.block_size
     return Layout(parts, ids, spans, context_blocks(positions, spans, size), -(-spans[-1][1] // size))
 
 
@@ -88,37 +89,37 @@ def open_spans(segments: Sequence[Segment], patch_size: int) -> list[Span]:
     return spans
 
 
-async def _extend(core: Core, ids: list[int], segment: pb.InfillSegment, field: str) -> str | None:
+async def _extend(services: ServiceContext, ids: list[int], segment: pb.InfillSegment, field: str) -> str | None:
     """Append a segment's ids; return its text, None for a hole."""
     kind = segment.WhichOneof("segment")
     if kind == "text" and segment.text:
-        ids += await core.tokenize(segment.text, f"{field}.text")
-        check_room(core, field, core.model.positions(len(ids)))
+        ids += await services.tokenize(segment.text, f"{field}.text")
+        check_fits(services, field, services.model.positions(len(ids)))
         return segment.text
     if kind == "token_count" and segment.token_count:
-        check_room(core, field, core.model.positions(len(ids) + segment.token_count))
-        ids += [core.tokenizer.special.pad] * segment.token_count
+        check_fits(services, field, services.model.positions(len(ids) + segment.token_count))
+        ids += [services.tokenizer.special.pad] * segment.token_count
         return None
     expected = "expected a text that is not empty, or a token_count of 1 or more"
     raise InvalidRequest(field if kind is None else f"{field}.{kind}", f"got nothing to keep or write, {expected}")
 
 
 async def _write(
-    core: Core,
+    services: ServiceContext,
     layout: Layout,
     latents: types_pb2.Latents,
     sampler: types_pb2.Sampler,
     sampling: types_pb2.Sampling,
     seed: types_pb2.NoiseSeed,
-    call: Call,
+    ticket: Ticket,
     timing: types_pb2.Timing,
 ) -> list[int]:
     """The sampled ids of the blocks from the context on."""
-    size, blocks = core.model.block_size, layout.end - layout.context
+    size, blocks = services.model.block_size, layout.end - layout.context
     canvas = rows.take(latents, 0, layout.end * size)
     prefix = rows.take(latents, 0, layout.context * size)
-    decoder = core.decoder(prefix, blocks, sampling, call)
-    run = core.prior(canvas, blocks, sampler, seed, call, layout.open_spans, decoder.prior_waits)
+    decoder = services.decoder(prefix, blocks, sampling, ticket.call)
+    run = services.prior(canvas, blocks, sampler, seed, ticket, layout.open_spans, decoder.prior_waits)
     ids: list[int] = []
     async with ReadAhead(run.blocks()) as prior, decoder:
         for _ in range(blocks):
@@ -130,18 +131,18 @@ async def _write(
 
 
 def _response(
-    core: Core, layout: Layout, written: list[int], seed: types_pb2.NoiseSeed, timing: types_pb2.Timing
+    services: ServiceContext, layout: Layout, written: list[int], seed: types_pb2.NoiseSeed, timing: types_pb2.Timing
 ) -> pb.InfillResponse:
     ids, texts, reasons = list(layout.ids), [], []
-    offset = layout.context * core.model.block_tokens  # token position of written[0]
+    offset = layout.context * services.model.block_tokens  # token position of written[0]
     for segment in layout.segments:
         if segment.kept is not None:
             texts.append(segment.kept)
             continue
         hole = written[segment.start - offset : segment.end - offset]
         ids[segment.start : segment.end] = hole
-        kept = core.tokenizer.before_end(hole)
-        texts.append(_text_after(core, ids[: segment.start], kept))
+        kept = services.tokenizer.before_end(hole)
+        texts.append(_text_after(services, ids[: segment.start], kept))
         reasons.append(types_pb2.FINISH_REASON_LENGTH if kept == hole else types_pb2.FINISH_REASON_STOP)
     filled = sum(segment.end - segment.start for segment in layout.holes)
     usage = types_pb2.Usage(
@@ -151,7 +152,7 @@ def _response(
         text="".join(texts),
         segments=texts,
         token_ids=ids,
-        tokens=core.tokenizer.token_texts(ids),
+        tokens=services.tokenizer.token_texts(ids),
         usage=usage,
         seed=seed,
         timing=timing,
@@ -159,6 +160,6 @@ def _response(
     )
 
 
-def _text_after(core: Core, before: list[int], ids: list[int]) -> str:
+def _text_after(services: ServiceContext, before: list[int], ids: list[int]) -> str:
     """What ids add to the text of those before them."""
-    return join(core.tokenizer.detokenizer(before), ids)
+    return join(services.tokenizer.detokenizer(before), ids)

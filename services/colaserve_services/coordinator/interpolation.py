@@ -12,7 +12,7 @@ from colaserve.v1 import types_pb2
 from colaserve_client.arrays import lerp, slerp
 from colaserve_services.bounds import LATENT, check
 from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.core import Core, add_timing, side_by_side
+from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.latent_space import (
     check_size,
     decode_all,
@@ -28,30 +28,32 @@ MOST_POINTS: Final = 256
 _LERP, _SLERP = pb.INTERPOLATION_LERP, pb.INTERPOLATION_SLERP
 
 
-async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) -> pb.InterpolateResponse:
+async def interpolate(services: ServiceContext, request: pb.InterpolateRequest, call: Call) -> pb.InterpolateResponse:
     """LatentService.Interpolate."""
-    core.admission.check(call)
+    services.admission.check(call)
     if not 2 <= request.points <= MOST_POINTS:
         raise InvalidRequest("points", f"got {request.points}, expected 2 to {MOST_POINTS}")
     if request.interpolation not in (pb.INTERPOLATION_UNSPECIFIED, _LERP, _SLERP):
         raise InvalidRequest("interpolation", f"got {request.interpolation}, expected lerp (1) or slerp (2)")
     between = lerp if request.interpolation == _LERP else slerp
-    sampling = decode_sampling(core, request.sampling)
+    sampling = decode_sampling(services, request.sampling)
     response = pb.InterpolateResponse()
     weights = np.linspace(0, 1, request.points, dtype=np.float32)
-    async with core.admission.slot(call):
-        start, end = await _ends(core, request, call, response.timing)
-        check_size(core, "points", request.points * len(start))
+    async with services.admission.slot(call):
+        start, end = await _ends(services, request, call, response.timing)
+        check_size(services, "points", request.points * len(start))
         messages = []
         for weight in weights:
             latents = between(start, end, float(weight))
             check(LATENT, "interpolation", float(np.abs(latents).max()))  # an arc may lead beyond its ends
-            messages.append(arrays.latents_to_message(latents, core.model.space))
-            await asyncio.sleep(0)  # 256 long points take their time; others have a turn between them
-        decoded = await side_by_side([decode_all(core, message, sampling, call, patient=True) for message in messages])
+            messages.append(arrays.latents_to_message(latents, services.model.space))
+            await asyncio.sleep(0)  # 256 long points take their time; other tasks run between them
+        decoded = await side_by_side(
+            [decode_all(services, message, sampling, call, patient=True) for message in messages]
+        )
     for weight, message, one in zip(weights, messages, decoded, strict=True):
-        ids = core.tokenizer.before_end(one.ids)
-        text, tokens = core.tokenizer.decode(ids), core.tokenizer.token_texts(ids)
+        ids = services.tokenizer.before_end(one.ids)
+        text, tokens = services.tokenizer.decode(ids), services.tokenizer.token_texts(ids)
         response.points.add(weight=weight, latents=message, text=text, token_ids=ids, tokens=tokens)
         add_timing(response.timing, one.timing)
         await asyncio.sleep(0)
@@ -59,26 +61,26 @@ async def interpolate(core: Core, request: pb.InterpolateRequest, call: Call) ->
 
 
 async def _ends(
-    core: Core, request: pb.InterpolateRequest, call: Call, timing: types_pb2.Timing
+    services: ServiceContext, request: pb.InterpolateRequest, call: Call, timing: types_pb2.Timing
 ) -> tuple[FloatArray, FloatArray]:
     points = {"start": request.start, "end": request.end}
     ids = {
-        name: await tokenize_text(core, point.text, f"{name}.text")
+        name: await tokenize_text(services, point.text, f"{name}.text")
         for name, point in points.items()
         if _kind(point, name) == "text"
     }
     longest = max(map(len, ids.values()), default=0)
-    padded = [one + [core.tokenizer.special.pad] * (longest - len(one)) for one in ids.values()]
+    padded = [one + [services.tokenizer.special.pad] * (longest - len(one)) for one in ids.values()]
     ends: dict[str, types_pb2.Latents] = {
-        name: given_latents(core, point.latents, f"{name}.latents", least=1)
+        name: given_latents(services, point.latents, f"{name}.latents", least=1)
         for name, point in points.items()
         if name not in ids
     }
     if ids:
-        answer = await core.encode(padded, call)
+        answer = await services.encode(padded, call)
         add_timing(timing, answer.timing)
         ends |= {name: encoding.latents for name, encoding in zip(ids, answer.encodings, strict=True)}
-    start, end = (arrays.from_message(ends[name].values, name, (None, core.model.latent_dim)) for name in points)
+    start, end = (arrays.from_message(ends[name].values, name, (None, services.model.latent_dim)) for name in points)
     if len(start) != len(end):
         raise InvalidRequest("end", f"got {len(end)} latents, expected as many as start has ({len(start)})")
     return start, end

@@ -12,7 +12,7 @@ from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.core import Core, add_timing, side_by_side
+from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed
 from colaserve_services.coordinator.plan import checked_top_logprobs
 from colaserve_services.errors import InvalidRequest
@@ -33,65 +33,68 @@ class Decoded:
     timing: types_pb2.Timing = field(default_factory=types_pb2.Timing)
 
 
-async def encode_text(core: Core, request: pb.EncodeTextRequest, call: Call) -> pb.EncodeTextResponse:
+async def encode_text(services: ServiceContext, request: pb.EncodeTextRequest, call: Call) -> pb.EncodeTextResponse:
     """LatentService.EncodeText."""
-    core.admission.check(call)
-    if request.with_variance and not core.model.has_variance:
+    services.admission.check(call)
+    if request.with_variance and not services.model.has_variance:
         raise InvalidRequest("with_variance", "this checkpoint's encoder has no variance (use_variation is false)")
-    ids = await tokenize_texts(core, request.texts)
-    positions = sum(core.model.positions(len(one)) for one in ids)
-    check_size(core, "texts", positions * (2 if request.with_variance else 1))
-    async with core.admission.slot(call):
-        answer = await core.encode(ids, call, request.with_variance)
+    ids = await tokenize_texts(services, request.texts)
+    positions = sum(services.model.positions(len(one)) for one in ids)
+    check_size(services, "texts", positions * (2 if request.with_variance else 1))
+    async with services.admission.slot(call):
+        answer = await services.encode(ids, call, request.with_variance)
     response = pb.EncodeTextResponse(timing=answer.timing)
     for encoding, tokens in zip(answer.encodings, ids, strict=True):
         variance = encoding.log_variance if request.with_variance else None
-        texts = core.tokenizer.token_texts(tokens)
+        texts = services.tokenizer.token_texts(tokens)
         response.encodings.add(latents=encoding.latents, log_variance=variance, token_ids=tokens, tokens=texts)
     return response
 
 
-async def decode_latents(core: Core, request: pb.DecodeLatentsRequest, call: Call) -> pb.DecodeLatentsResponse:
+async def decode_latents(
+    services: ServiceContext, request: pb.DecodeLatentsRequest, call: Call
+) -> pb.DecodeLatentsResponse:
     """LatentService.DecodeLatents."""
-    latents = given_latents(core, request.latents, "latents", least=1)
-    most = rows.count(latents) * core.model.patch_size
+    latents = given_latents(services, request.latents, "latents", least=1)
+    most = rows.count(latents) * services.model.patch_size
     if request.token_count > most:
         raise InvalidRequest("token_count", f"got {request.token_count}, expected 0 to {most} (n * P)")
     if len(request.target_ids) > most:
         raise InvalidRequest("target_ids", f"got {len(request.target_ids)} ids, expected at most {most} (n * P)")
-    targets = core.tokenizer.checked(request.target_ids, "target_ids")
+    targets = services.tokenizer.checked(request.target_ids, "target_ids")
     top = checked_top_logprobs(request.top_logprobs)
-    sampling = decode_sampling(core, request.sampling)
-    async with core.admission.slot(call):
-        decoded = await decode_all(core, latents, sampling, call, top, targets)
-    ids = decoded.ids[: request.token_count] if request.token_count else core.tokenizer.before_end(decoded.ids)
+    sampling = decode_sampling(services, request.sampling)
+    async with services.admission.slot(call):
+        decoded = await decode_all(services, latents, sampling, call, top, targets)
+    ids = decoded.ids[: request.token_count] if request.token_count else services.tokenizer.before_end(decoded.ids)
     response = pb.DecodeLatentsResponse(
-        text=core.tokenizer.decode(ids),
+        text=services.tokenizer.decode(ids),
         token_ids=ids,
-        tokens=core.tokenizer.token_texts(ids),
+        tokens=services.tokenizer.token_texts(ids),
         logprobs=decoded.logprobs[: len(ids)] if request.HasField("top_logprobs") else (),
         top_logprobs=decoded.top[: len(ids)],
         target_logprobs=decoded.target_logprobs,
         timing=decoded.timing,
     )
     for before, likely in zip([None, *ids], response.top_logprobs, strict=False):
-        likely.tokens.extend(core.tokenizer.token_text(id_, before) for id_ in likely.token_ids)
+        likely.tokens.extend(services.tokenizer.token_text(id_, before) for id_ in likely.token_ids)
     return response
 
 
 async def sample_latents(
-    core: Core, request: pb.SampleLatentsRequest, call: Call
+    services: ServiceContext, request: pb.SampleLatentsRequest, call: Call
 ) -> AsyncGenerator[pb.SampleLatentsResponse, None]:
     """LatentService.SampleLatents."""
-    prefix = given_latents(core, request.prefix, "prefix", least=0)
+    prefix = given_latents(services, request.prefix, "prefix", least=0)
     if request.max_blocks < 1:
         raise InvalidRequest("max_blocks", f"got {request.max_blocks}, expected 1 or more")
-    size = core.model.block_size
-    check_room(core, "max_blocks", (rows.count(prefix) // size + request.max_blocks) * size)
-    sampler = resolve_sampler(request.sampler, core.defaults)
+    size = services.model.block_size
+    positions = (rows.count(prefix) // size + request.max_blocks) * size
+    check_fits(services, "max_blocks", positions)
+    sampler = resolve_sampler(request.sampler, services.defaults)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, request.max_blocks)
-    async with core.admission.slot(call):
-        blocks = core.prior(prefix, request.max_blocks, sampler, seed, call).blocks()
+    async with services.admission.slot(call, "prior", positions) as ticket:
+        blocks = services.prior(prefix, request.max_blocks, sampler, seed, ticket).blocks()
         try:
             async for block in blocks:
                 yield pb.SampleLatentsResponse(
@@ -101,34 +104,34 @@ async def sample_latents(
             await blocks.aclose()
 
 
-async def reconstruct(core: Core, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:
+async def reconstruct(services: ServiceContext, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:
     """LatentService.Reconstruct."""
-    core.admission.check(call)
-    ids = await tokenize_texts(core, request.texts)
+    services.admission.check(call)
+    ids = await tokenize_texts(services, request.texts)
     greedy = types_pb2.Sampling(temperature=0, repetition_penalty=1)
-    sampling = resolve_sampling(greedy, core.defaults, 0)
-    async with core.admission.slot(call):
-        answer = await core.encode(ids, call)
+    sampling = resolve_sampling(greedy, services.defaults, 0)
+    async with services.admission.slot(call):
+        answer = await services.encode(ids, call)
         works = [
-            decode_all(core, encoding.latents, sampling, call, targets=one, patient=True)
+            decode_all(services, encoding.latents, sampling, call, targets=one, patient=True)
             for encoding, one in zip(answer.encodings, ids, strict=True)
         ]
         decoded = await side_by_side(works)
     response = pb.ReconstructResponse(timing=answer.timing)
     for one, original in zip(decoded, ids, strict=True):
-        response.reconstructions.append(_reconstruction(core, one, original))
+        response.reconstructions.append(_reconstruction(services, one, original))
         add_timing(response.timing, one.timing)
-        await asyncio.sleep(0)  # 256 long texts take their time; others have a turn between them
+        await asyncio.sleep(0)  # 256 long texts take their time; other tasks run between them
     return response
 
 
-def _reconstruction(core: Core, decoded: Decoded, original: Sequence[int]) -> pb.Reconstruction:
+def _reconstruction(services: ServiceContext, decoded: Decoded, original: Sequence[int]) -> pb.Reconstruction:
     ids = decoded.ids[: len(original)]
     agreeing = sum(ours == theirs for ours, theirs in zip(ids, original, strict=True))
     return pb.Reconstruction(
-        text=core.tokenizer.decode(ids),
+        text=services.tokenizer.decode(ids),
         token_ids=ids,
-        tokens=core.tokenizer.token_texts(ids),
+        tokens=services.tokenizer.token_texts(ids),
         original_ids=original,
         token_accuracy=agreeing / len(original),
         bits_per_token=-sum(decoded.target_logprobs) / len(original) / math.log(2),
@@ -136,7 +139,7 @@ def _reconstruction(core: Core, decoded: Decoded, original: Sequence[int]) -> pb
 
 
 async def decode_all(
-    core: Core,
+    services: ServiceContext,
     latents: types_pb2.Latents,
     sampling: types_pb2.Sampling,
     call: Call,
@@ -145,12 +148,14 @@ async def decode_all(
     patient: bool = False,
 ) -> Decoded:
     """Decode latents (n, d), float32, from the beginning; the last block is filled with zeros."""
-    model, positions = core.model, rows.count(latents)
+    model, positions = services.model, rows.count(latents)
     blocks = model.blocks(positions)
     filling = rows.zeros(blocks * model.block_size - positions, model.latent_dim, model.space)
     whole = rows.join([latents, filling], model.latent_dim, model.space)
     out = Decoded()
-    async with core.decoder(core.no_latents(), blocks, sampling, call, top_logprobs, targets, patient) as decoder:
+    async with services.decoder(
+        services.no_latents(), blocks, sampling, call, top_logprobs, targets, patient
+    ) as decoder:
         for index in range(blocks):
             block = rows.take(whole, index * model.block_size, (index + 1) * model.block_size)
             answer = await decoder.decode(block)
@@ -163,56 +168,56 @@ async def decode_all(
     return out
 
 
-def decode_sampling(core: Core, sampling: types_pb2.Sampling) -> types_pb2.Sampling:
+def decode_sampling(services: ServiceContext, sampling: types_pb2.Sampling) -> types_pb2.Sampling:
     """Sampling of latents that were not generated by this run: no repetition penalty and seed 0 unless asked for."""
-    return resolve_sampling(sampling, core.defaults, 0, repetition_penalty=1.0)
+    return resolve_sampling(sampling, services.defaults, 0, repetition_penalty=1.0)
 
 
-async def tokenize_texts(core: Core, texts: Sequence[str]) -> list[list[int]]:
+async def tokenize_texts(services: ServiceContext, texts: Sequence[str]) -> list[list[int]]:
     """Ids of 1 to 256 texts, none empty, each within the context."""
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise InvalidRequest("texts", f"got {len(texts)} texts, expected 1 to {MOST_TEXTS}")
-    return await _tokenize(core, texts, [f"texts[{index}]" for index in range(len(texts))])
+    return await _tokenize(services, texts, [f"texts[{index}]" for index in range(len(texts))])
 
 
-async def tokenize_text(core: Core, text: str, field: str) -> list[int]:
+async def tokenize_text(services: ServiceContext, text: str, field: str) -> list[int]:
     """Ids of a text that is not empty and fits into the context."""
-    [ids] = await _tokenize(core, [text], [field])
+    [ids] = await _tokenize(services, [text], [field])
     return ids
 
 
-async def _tokenize(core: Core, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+async def _tokenize(services: ServiceContext, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
     for text, field_ in zip(texts, fields, strict=True):
         if not text:
             raise InvalidRequest(field_, "got an empty text, expected one character or more")
-    found = await core.tokenize_all(texts, fields)
+    found = await services.tokenize_all(texts, fields)
     for ids, field_ in zip(found, fields, strict=True):
         if not ids:
             raise InvalidRequest(field_, "got a text without tokens")
-        check_room(core, field_, core.model.positions(len(ids)))
+        check_fits(services, field_, services.model.positions(len(ids)))
     return found
 
 
-def given_latents(core: Core, latents: types_pb2.Latents, field: str, least: int) -> types_pb2.Latents:
+def given_latents(services: ServiceContext, latents: types_pb2.Latents, field: str, least: int) -> types_pb2.Latents:
     """A caller's latents, checked, as float32 of this space."""
-    model = core.model
+    model = services.model
     if len(latents.values.shape) == 2:  # before anything is made of what cannot fit
-        check_room(core, field, latents.values.shape[0])
+        check_fits(services, field, latents.values.shape[0])
     values = arrays.latents_from_message(latents, field, model.latent_dim, model.space)
     if len(values) < least:
         raise InvalidRequest(field, f"got {len(values)} latents, expected {least} or more")
     return arrays.latents_to_message(values, model.space)
 
 
-def check_room(core: Core, field: str, positions: int) -> None:
+def check_fits(services: ServiceContext, field: str, positions: int) -> None:
     """InvalidRequest when a session would be longer than the context."""
-    most = core.model.max_context
-    if core.model.blocks(positions) * core.model.block_size > most:
+    most = services.model.max_context
+    if services.model.blocks(positions) * services.model.block_size > most:
         raise InvalidRequest(field, f"needs {positions} latent positions, at most {most} fit (max_context)")
 
 
-def check_size(core: Core, field: str, positions: int) -> None:
+def check_size(services: ServiceContext, field: str, positions: int) -> None:
     """InvalidRequest when the answer would be larger than a message may be."""
-    needed, most = positions * core.model.latent_dim * _FLOAT_BYTES, core.model.max_message_bytes
+    needed, most = positions * services.model.latent_dim * _FLOAT_BYTES, services.model.max_message_bytes
     if needed > most:
         raise InvalidRequest(field, f"needs {needed} bytes of latents in one answer, at most {most} fit; ask for fewer")

@@ -1,16 +1,18 @@
-"""What the coordinator tells whoever measures it. rpc/metrics.py implements this for Prometheus."""
+"""What the coordinator reports to whoever measures it. launch/observers.py implements this for Prometheus."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class CoordinatorObserver:
-    """Hears what happens; does nothing. Called on the event loop, so implementations must not block."""
+    """Does nothing; subclasses record. Called on the event loop, so implementations must not block."""
 
-    def queued(self, waiting: int, running: int) -> None:
-        """The admission's load changed: calls that wait, and that run, now."""
+    def queued(self, waiting: Mapping[str, int], running: int) -> None:
+        """Calls that wait now, by the stage that they wait for, "coordinator" included; calls at work."""
 
     def refused(self, reason: str) -> None:
-        """A call was turned away: "queue" (full), "wait" (queued too long), "key" (its key runs too many)."""
+        """A call was refused: "queue" (full), "wait" (queued too long), "key" (its caller has too many), "idle"."""
 
     def first_block(self, seconds: float) -> None:
         """A generation's first block is out, `seconds` after its arrival."""
@@ -28,4 +30,4 @@ class CoordinatorObserver:
         """A stage answered wrongly; `kind` is one of checks.KINDS."""
 
     def failover(self, stage: str, outcome: str) -> None:
-        """A call to "encoder", "prior" or "decoder" had broken: "resumed" (another attempt went on) or "failed"."""
+        """A call to "encoder", "prior" or "decoder" had broken: "resumed" (another attempt succeeded) or "failed"."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
 from colaserve_services.bounds import MAX_NEW_TOKENS, TOP_LOGPROBS, check
-from colaserve_services.coordinator.core import Core
+from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.defaults import (
     resolve_sampler,
     resolve_sampling,
@@ -42,6 +42,10 @@ class Plan:
     logprobs: bool
     top_logprobs: int
 
+    def positions(self, model: Model) -> int:
+        """Latents of the prompt and of what is to be written."""
+        return self.context + self.blocks * model.block_size
+
     def writer(self, tokenizer: Tokenizer) -> Writer:
         """What turns this generation's ids into text."""
         end_ids = frozenset() if self.ignore_end else tokenizer.special.end
@@ -51,18 +55,18 @@ class Plan:
         return Writer(detokenizer, self.stop, end_ids, self.max_new_tokens, self.redecoded, unprinted, before)
 
 
-async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -> Plan:
+async def plan_generation(services: ServiceContext, request: generation_pb2.GenerateRequest) -> Plan:
     """Raises InvalidRequest naming the field that cannot be honoured."""
-    prompt_ids = await _prompt_ids(core, request)
-    context, redecoded = split_prompt(len(prompt_ids), core.model)
+    prompt_ids = await _prompt_ids(services, request)
+    context, redecoded = split_prompt(len(prompt_ids), services.model)
     if request.HasField("max_new_tokens"):
         budget = request.max_new_tokens
     else:  # nobody asked for so many
-        room = (core.model.max_context - context) * core.model.patch_size - redecoded
-        budget = min(core.defaults.max_new_tokens, max(room, 1))
+        most = (services.model.max_context - context) * services.model.patch_size - redecoded
+        budget = min(services.defaults.max_new_tokens, max(most, 1))
     check(MAX_NEW_TOKENS, "max_new_tokens", budget)
-    blocks = -(-(redecoded + budget) // core.model.block_tokens)
-    _check_room(core.model, len(prompt_ids), budget, context + blocks * core.model.block_size)
+    blocks = -(-(redecoded + budget) // services.model.block_tokens)
+    _check_fits(services.model, len(prompt_ids), budget, context + blocks * services.model.block_size)
     _check_stops(request.stop)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
     return Plan(
@@ -71,8 +75,8 @@ async def plan_generation(core: Core, request: generation_pb2.GenerateRequest) -
         redecoded=redecoded,
         blocks=blocks,
         max_new_tokens=budget,
-        sampler=resolve_sampler(request.sampler, core.defaults),
-        sampling=resolve_sampling(request.sampling, core.defaults, sampling_seed(seed)),
+        sampler=resolve_sampler(request.sampler, services.defaults),
+        sampling=resolve_sampling(request.sampling, services.defaults, sampling_seed(seed)),
         seed=seed,
         stop=tuple(request.stop),
         ignore_end=request.ignore_end,
@@ -100,15 +104,15 @@ def checked_top_logprobs(count: int) -> int:
     return count
 
 
-async def _prompt_ids(core: Core, request: generation_pb2.GenerateRequest) -> list[int]:
+async def _prompt_ids(services: ServiceContext, request: generation_pb2.GenerateRequest) -> list[int]:
     if not request.HasField("prompt_ids"):
-        return await core.tokenize(request.prompt, "prompt")
+        return await services.tokenize(request.prompt, "prompt")
     if request.prompt:
         raise InvalidRequest("prompt_ids", "got both prompt and prompt_ids, expected one of them")
-    return core.checked(request.prompt_ids.ids, "prompt_ids")
+    return services.checked(request.prompt_ids.ids, "prompt_ids")
 
 
-def _check_room(model: Model, prompt: int, budget: int, needed: int) -> None:
+def _check_fits(model: Model, prompt: int, budget: int, needed: int) -> None:
     if needed > model.max_context:
         field = "prompt" if model.positions(prompt) >= model.max_context else "max_new_tokens"
         raise InvalidRequest(

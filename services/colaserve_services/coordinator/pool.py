@@ -75,7 +75,7 @@ class Pool:
         self.model: Model | None = None  # that a replica must serve to be chosen; None: any
         self._replicas, self._observer = replicas, observer
         self._views: dict[str, View] = {}  # by address
-        self._turn = 0
+        self._next = 0
 
     @property
     def infos(self) -> list[Any]:
@@ -121,9 +121,21 @@ class Pool:
         if not fitting:
             kept = " of the weights and dtype that began this run" if brand else ""
             raise NoReplica(f"no replica of the {self.stage}{kept} is ready")
-        self._turn += not avoided  # a failure does not send the next call there again
-        chosen = fitting[self._turn % len(fitting)]
+        self._next += not avoided  # a failure does not send the next call there again
+        chosen = fitting[self._next % len(fitting)]
         return Choice(chosen, self._views[chosen.address].brand, time.monotonic())
+
+    def offers(self, brand: Brand | None, avoided: Collection[str]) -> bool:
+        """Whether a replica that answers, and is none of the `avoided`, can take a call of a run of that brand."""
+        return any(
+            each.address not in avoided and self._can_take(each, brand) and self._views[each.address].answers
+            for each in self._replicas
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Sessions that its replicas take together; 0: they do not say."""
+        return sum(info.limits.max_running for info in self.infos)
 
     async def outlived(self, choice: Choice) -> bool:
         """Whether the replica serves on, and is the same process that the call was sent to."""
@@ -131,7 +143,7 @@ class Pool:
             info = await self._info(choice.replica)
         except grpc.RpcError:
             return False
-        uptime = info.server.uptime_seconds  # 0: not told
+        uptime = info.server.uptime_seconds  # 0: it does not say
         return not uptime or uptime >= time.monotonic() - choice.at
 
     def _can_take(self, replica: Replica, brand: Brand | None) -> bool:

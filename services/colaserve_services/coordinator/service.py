@@ -2,106 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
+from colaserve_services.coordinator import generation, infill, interpolation, latent_space
 from colaserve_services.coordinator.call import Call
+from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.coordinator import Coordinator
+from colaserve_services.coordinator.read_ahead import ReadAhead
+from colaserve_services.offload import offload
 
 CONNECTED_SECONDS: Final = 3.0  # that a call waits for a coordinator which has just started, and is refused after
 
 
-class _OfCoordinator:
+class _Servicer:
     """What delegates to a coordinator."""
 
-    def __init__(self, coordinator: Coordinator):
-        self._coordinator = coordinator
+    def __init__(self, coordinator: Coordinator, connected_seconds: float = CONNECTED_SECONDS):
+        self._coordinator, self._connected_seconds = coordinator, connected_seconds
 
-    async def _connected(self) -> Coordinator:
-        await self._coordinator.connected(CONNECTED_SECONDS)
+    async def connected(self) -> Coordinator:
+        """The coordinator, once it is connected; after a while even if it is not."""
+        await self._coordinator.connected(self._connected_seconds)
         return self._coordinator
 
 
-class GenerationServicer(_OfCoordinator, generation_pb2_grpc.GenerationServiceServicer):
-    """Text in, text out."""
+def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
+    async def serve(self: _Servicer, request: Any, context: Any) -> Any:
+        return await work((await self.connected()).services, request, Call.of(context))
 
-    async def Generate(
-        self, request: generation_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """A response a block; the call's end, however it comes, frees what it holds in the stages."""
-        coordinator = await self._connected()
-        async with aclosing(coordinator.generate(request, call_of(context))) as responses:
-            async for response in responses:
+    return serve
+
+
+def _streaming(work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]]) -> Any:
+    """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away."""
+
+    async def serve(self: _Servicer, request: Any, context: Any) -> AsyncIterator[Any]:
+        services = (await self.connected()).services
+        responses = work(services, request, Call.of(context))
+        async with ReadAhead(responses, services.admission.read_in_time) as ahead:
+            async for response in ahead:
                 yield response
 
-    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
-        """Text to ids."""
-        return await (await self._connected()).tokenize(request, call_of(context))
+    return serve
 
-    async def Detokenize(
-        self, request: generation_pb2.DetokenizeRequest, context: Any
-    ) -> generation_pb2.DetokenizeResponse:
-        """Ids to text."""
-        return await (await self._connected()).detokenize(request, call_of(context))
+
+async def tokenize(
+    services: ServiceContext, request: generation_pb2.TokenizeRequest, call: Call
+) -> generation_pb2.TokenizeResponse:
+    """Text to ids."""
+    async with services.admission.slot(call, brief=True):
+        ids = await services.tokenize(request.text, "text")
+        tokens = await offload(services.tokenizer.token_texts, ids)
+    return generation_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
+
+
+async def detokenize(
+    services: ServiceContext, request: generation_pb2.DetokenizeRequest, call: Call
+) -> generation_pb2.DetokenizeResponse:
+    """Ids to text."""
+    async with services.admission.slot(call, brief=True):
+        ids = services.checked(request.token_ids, "token_ids")
+        tokens = await offload(services.tokenizer.token_texts, ids)
+        text = await offload(services.tokenizer.decode, ids)
+    return generation_pb2.DetokenizeResponse(text=text, tokens=tokens)
+
+
+class GenerationServicer(_Servicer, generation_pb2_grpc.GenerationServiceServicer):
+    """Text in, text out."""
+
+    Generate = _streaming(generation.generate)
+    Tokenize = _unary(tokenize)
+    Detokenize = _unary(detokenize)
 
     async def GetInfo(
         self, request: generation_pb2.GenerationServiceGetInfoRequest, context: Any
     ) -> generation_pb2.GenerationServiceGetInfoResponse:
         """The model, its defaults, its limits, the stages and the load."""
-        return await (await self._connected()).generation_info()
+        return await (await self.connected()).generation_info()
 
 
-class LatentServicer(_OfCoordinator, latent_service_pb2_grpc.LatentServiceServicer):
+class LatentServicer(_Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     """The latent space for programs."""
 
-    async def EncodeText(
-        self, request: latent_service_pb2.EncodeTextRequest, context: Any
-    ) -> latent_service_pb2.EncodeTextResponse:
-        """Texts to latents."""
-        return await (await self._connected()).encode_text(request, call_of(context))
-
-    async def DecodeLatents(
-        self, request: latent_service_pb2.DecodeLatentsRequest, context: Any
-    ) -> latent_service_pb2.DecodeLatentsResponse:
-        """Latents to text."""
-        return await (await self._connected()).decode_latents(request, call_of(context))
-
-    async def SampleLatents(
-        self, request: latent_service_pb2.SampleLatentsRequest, context: Any
-    ) -> AsyncIterator[latent_service_pb2.SampleLatentsResponse]:
-        """Latents continued, a response a block."""
-        coordinator = await self._connected()
-        async with aclosing(coordinator.sample_latents(request, call_of(context))) as responses:
-            async for response in responses:
-                yield response
-
-    async def Interpolate(
-        self, request: latent_service_pb2.InterpolateRequest, context: Any
-    ) -> latent_service_pb2.InterpolateResponse:
-        """The points between two texts or latents."""
-        return await (await self._connected()).interpolate(request, call_of(context))
-
-    async def Infill(
-        self, request: latent_service_pb2.InfillRequest, context: Any
-    ) -> latent_service_pb2.InfillResponse:
-        """A text's holes written."""
-        return await (await self._connected()).infill(request, call_of(context))
-
-    async def Reconstruct(
-        self, request: latent_service_pb2.ReconstructRequest, context: Any
-    ) -> latent_service_pb2.ReconstructResponse:
-        """Texts there and back."""
-        return await (await self._connected()).reconstruct(request, call_of(context))
+    EncodeText = _unary(latent_space.encode_text)
+    DecodeLatents = _unary(latent_space.decode_latents)
+    SampleLatents = _streaming(latent_space.sample_latents)
+    Interpolate = _unary(interpolation.interpolate)
+    Infill = _unary(infill.infill)
+    Reconstruct = _unary(latent_space.reconstruct)
 
     async def GetInfo(
         self, request: latent_service_pb2.LatentServiceGetInfoRequest, context: Any
     ) -> latent_service_pb2.LatentServiceGetInfoResponse:
         """The space and its limits."""
-        return await (await self._connected()).latent_info()
-
-
-def call_of(context: Any) -> Call:
-    """The deadline and the caller of a gRPC call."""
-    return Call.of(context.time_remaining(), context.invocation_metadata(), str(context.peer()))
+        return await (await self.connected()).latent_info()

@@ -19,9 +19,7 @@ from colaserve_services.engine.engine import Engine
 from colaserve_services.engine.failures import NotFinite, check_finite
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.engine.prefix_cache import Prefixes
-from colaserve_services.engine.session import Session
-from colaserve_services.engine.timings import Timings
+from colaserve_services.engine.session import Session, Timings
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
@@ -44,6 +42,7 @@ class DecodeJob:
     top_logprobs: int = 0
     target_ids: Sequence[int] = ()
     max_latents: int = 0  # positions to reserve KV for; 0: max_context
+    cache_salt: str = ""  # leading blocks are shared with runs of the same salt
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,7 @@ class DecoderSession(Session[DecodedBlock]):
     def __init__(self, engine: "DecoderEngine", job: DecodeJob, deadline: float | None):
         self._engine, self.job = engine, job
         self.capacity = job.max_latents or engine.limits.max_context
-        super().__init__(
-            kv_bytes=engine.kv_shape.nbytes(self.capacity),
-            work=self.capacity,
-            deadline=deadline,
-            on_read=engine.wake,
-        )
+        super().__init__(kv_bytes=engine.kv_shape.nbytes(self.capacity), deadline=deadline, on_read=engine.wake)
         self.pending: deque[tuple[Tensor, float]] = deque()  # blocks to decode, each with its arrival
         self.seen = set(job.history_ids)
         self.sampled = len(job.history_ids)
@@ -105,15 +99,16 @@ class DecoderSession(Session[DecodedBlock]):
         B, prefixes = self._engine.shape.block_size, self._engine.prefixes
         if self.prefix is None:
             self.prefix = self.job.prefix.to(self._engine.kv_shape.device)
-            self._keys = prefixes.keys(block.numpy().tobytes() for block in self.job.prefix.split(B) if len(block))
+            blocks = (block.numpy().tobytes() for block in self.job.prefix.split(B) if len(block))
+            self._keys = prefixes.keys(blocks, self.job.cache_salt)
             self._engine.observer.tokens(len(self.prefix), 0)
         self._remembered = not self._keys
         self.position = B * prefixes.restore(self._keys, self.cache)[0]
 
-    def pausable(self) -> bool:
+    def preemptible(self) -> bool:
         return len(self._taken) > 0 or not self.ready()
 
-    def pause(self) -> None:
+    def preempt(self) -> None:
         assert self.prefix is not None, "a session that runs has started"
         self.prefix, self._taken = torch.cat((self.prefix, *self._taken)), []
         self.free()
@@ -133,14 +128,14 @@ class DecoderSession(Session[DecodedBlock]):
         return 0 if self.prefix is None else len(self.prefix) - self.position
 
     def remaining_prefix(self) -> Tensor:
-        assert self.prefix is not None, "a session with a turn has started"
+        assert self.prefix is not None, "a session that is scheduled has started"
         return self.prefix[self.position :]
 
-    def advance(self, turn: "_Turn") -> None:
-        """What a turn sent is in the cache; keep a copy once the prefix is complete."""
-        self.position += turn.rows
-        if turn.block is not None:
-            self._taken.append(turn.block)
+    def advance(self, scheduled: "_ScheduledSession") -> None:
+        """What a pass took of it is in the cache; keep a copy once the prefix is complete."""
+        self.position += scheduled.rows
+        if scheduled.block is not None:
+            self._taken.append(scheduled.block)
         if not self._remembered and self.prefix_complete and self.cache is not None:
             self._engine.prefixes.remember(self._keys, self.cache)
             self._remembered = True
@@ -152,7 +147,7 @@ class DecoderSession(Session[DecodedBlock]):
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _ScheduledSession:
     """What one session sends through a pass: latents of its prefix, then, once that is in, its next block."""
 
     session: DecoderSession
@@ -173,7 +168,7 @@ class _Answer:
     logprobs: list[float]
 
 
-class DecoderEngine(Engine[DecoderSession, _Turn]):
+class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
     """Continuous batching over decode streams."""
 
     def __init__(
@@ -186,22 +181,20 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
     ):
         config = model.config
         self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
-        limits = limits.fitting(shape.block_size, self.kv_shape.nbytes)
-        super().__init__(device, limits, observer or EngineObserver())
+        super().__init__(shape.block_size, self.kv_shape.nbytes, device, limits, observer)
         self.model, self.shape = model, shape
-        self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
         check_job(job, self.shape, self.limits)
         return self._admitted(DecoderSession(self, job, deadline))
 
-    def _compute(self, turns: list[_Turn]) -> list[_Answer | None]:
+    def _compute(self, scheduled: list[_ScheduledSession]) -> list[_Answer | None]:
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
-        hidden = self._hidden(turns)
-        answered = [turn.session for turn in turns if turn.block is not None]
+        hidden = self._hidden(scheduled)
+        answered = [each.session for each in scheduled if each.block is not None]
         answers = iter(self._answers(answered, hidden) if answered else ())
-        return [None if turn.block is None else next(answers) for turn in turns]
+        return [None if each.block is None else next(answers) for each in scheduled]
 
     def _answers(self, answered: list[DecoderSession], hidden: Tensor) -> list[_Answer]:
         B, P = self.shape.block_size, self.shape.patch_size
@@ -215,10 +208,10 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
         waited_for = drawn.tolist(), chosen.tolist()  # for all at once
         return [_Answer(*each) for each in zip(logits, *waited_for, strict=True)]
 
-    def _take(self, turn: _Turn, result: _Answer | None) -> None:
-        turn.session.advance(turn)
+    def _take(self, scheduled: _ScheduledSession, result: _Answer | None) -> None:
+        scheduled.session.advance(scheduled)
         if result is not None:
-            self._answer(turn.session, result)
+            self._answer(scheduled.session, result)
 
     def _warm_up_row(self) -> tuple[Tensor, ...]:
         B, d, model = self.shape.block_size, self.shape.latent_dim, self.model
@@ -227,25 +220,26 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
         latents = torch.zeros(rows, d, device=model.device)
         return (model(latents, torch.arange(rows, device=model.device), attend),)
 
-    def _turns(self, ready: list[DecoderSession]) -> list[_Turn]:
-        turns, room = [], self.limits.prefill_chunk
+    def _schedule(self, ready: list[DecoderSession]) -> list[_ScheduledSession]:
+        scheduled, capacity = [], self.limits.prefill_chunk
         if any(session.prefix_complete for session in ready):  # their blocks are waited for
-            room = min(room, -(-_BESIDE_BLOCKS // self.shape.block_size) * self.shape.block_size)
+            capacity = min(capacity, -(-_BESIDE_BLOCKS // self.shape.block_size) * self.shape.block_size)
         for session in ready:
-            prefix = session.remaining_prefix()[: max(0, room)]
+            prefix = session.remaining_prefix()[: max(0, capacity)]
             complete = len(prefix) == len(session.remaining_prefix())
-            room -= len(prefix)
+            capacity -= len(prefix)
             block = session.pending[0][0] if complete and session.pending else None
             if len(prefix) or block is not None:
                 with self._alone(session):  # the device may lack the memory
-                    turns.append(_Turn(session, prefix, None if block is None else to_device(block, self.model.device)))
-        return turns
+                    moved = None if block is None else to_device(block, self.model.device)
+                    scheduled.append(_ScheduledSession(session, prefix, moved))
+        return scheduled
 
-    def _hidden(self, turns: list[_Turn]) -> Tensor:
+    def _hidden(self, scheduled: list[_ScheduledSession]) -> Tensor:
         """One pass; rows after the last layer of the blocks to answer, (blocks * B, D)."""
         model = self.model
-        segments = [Segment(turn.rows, turn.session.position, turn.session.cache) for turn in turns]
-        latents = torch.cat([part for turn in turns for part in (turn.prefix, turn.block) if part is not None])
+        segments = [Segment(each.rows, each.session.position, each.session.cache) for each in scheduled]
+        latents = torch.cat([part for each in scheduled for part in (each.prefix, each.block) if part is not None])
         rows = len(latents)
         if extra := model.padding(rows):
             latents = F.pad(latents, (0, 0, 0, extra))
@@ -253,7 +247,7 @@ class DecoderEngine(Engine[DecoderSession, _Turn]):
         positions = to_device(torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]), model.device)
         attend = RaggedAttention(segments, model.config.block_size, model.device)
         hidden = model.transform(model.in_layer(latents), positions, attend)[:rows]
-        wanted = torch.cat([torch.arange(turn.rows) >= len(turn.prefix) for turn in turns]).nonzero()[:, 0]
+        wanted = torch.cat([torch.arange(each.rows) >= len(each.prefix) for each in scheduled]).nonzero()[:, 0]
         return hidden.index_select(0, to_device(wanted, model.device))
 
     def _drawn(self, session: DecoderSession, logits: Tensor) -> Tensor:

@@ -15,20 +15,18 @@ class EngineLimits:
     """Bounds of one engine."""
 
     max_context: int = 8192  # latent positions of a session, prompt and generation together
-    max_running: int = 32  # sessions that share forward passes
-    max_waiting: int = 256  # sessions that may wait; one more is refused
-    max_waiting_work: float = float(1 << 24)  # their work, latents * steps * passes; more is refused
+    max_running: int = 32  # sessions that share forward passes; one more is refused
     kv_bytes: int = 2 << 30  # KV budget in bytes
     run_ahead: int = 2  # blocks that may wait unread before a session pauses
     prefix_cache_bytes: int = 256 << 20  # for KV of identical leading blocks, beside kv_bytes; 0 switches it off
-    idle_seconds: float = 60.0  # that a running session may have nothing to compute while others wait
+    idle_seconds: float = 60.0  # that a session may have nothing to compute while newcomers lack its slot or its KV
     look_again_seconds: float = 5.0  # between two looks of an engine at fault whether it computes again
     prefill_chunk: int = 512  # latents of contexts in one pass; the prior takes fewer while a session samples
 
     def fitting(self, block_size: int, kv_bytes: Callable[[int], int]) -> "EngineLimits":
-        """The same with whole blocks, and as long a context as the KV budget has room for.
+        """The same with whole blocks, and as long a context as fits the KV budget.
 
-        `kv_bytes`: of a session with so many latents. Raises UsageError when there is no room for a block.
+        `kv_bytes`: of a session with so many latents. Raises UsageError when not even a block fits.
         """
         asked = self.max_context // block_size
         if not asked:
@@ -37,7 +35,7 @@ class EngineLimits:
         if not fit:
             raise UsageError(f"--kv-bytes: got {self.kv_bytes}, one block of latents needs {kv_bytes(block_size)}")
         if fit < asked:
-            _log.warning("--kv-bytes has room for contexts of %d latents, not %d", block_size * fit, self.max_context)
+            _log.warning("--kv-bytes fits contexts of %d latents, not %d", block_size * fit, self.max_context)
         # Within a block all positions see each other: none may be cut.
         chunk = max(block_size, self.prefill_chunk // block_size * block_size)
         return replace(self, max_context=block_size * fit, prefill_chunk=chunk)
@@ -48,5 +46,4 @@ class Load:
     """How busy an engine is at this moment."""
 
     running: int
-    waiting: int
     kv_bytes_used: int

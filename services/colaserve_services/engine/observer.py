@@ -7,11 +7,8 @@ class EngineObserver:
     def stepped(self, seconds: float, rows: int, sessions: int) -> None:
         """One forward pass over `rows` latent positions of `sessions` sessions took `seconds`."""
 
-    def queued(self, waiting: int, running: int) -> None:
-        """The queue or the set of running sessions changed."""
-
-    def kv(self, used_bytes: int, budget_bytes: int) -> None:
-        """KV memory was reserved or freed."""
+    def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
+        """A session started or ended: how many run, the bytes of KV that they reserve, and the budget for it."""
 
     def block(self, seconds: float, first: bool) -> None:
         """A block was finished: seconds since the session arrived (first) or since its block before."""
@@ -29,4 +26,4 @@ class EngineObserver:
         """The engine is at fault: it does not compute its warm-up row; or it does again."""
 
     def refused(self, reason: str) -> None:
-        """A session was turned away: "queue", "kv", "deadline" or "idle"."""
+        """A session was refused or ended at a bound: "slots", "kv", "deadline" or "idle"."""

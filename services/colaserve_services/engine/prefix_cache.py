@@ -22,9 +22,9 @@ class Cache(Protocol):
     def fill_from(self, other: Any, stop: int) -> None: ...
 
 
-def chain_keys(blocks: Iterable[bytes]) -> list[bytes]:
-    """One key for each block that stands for it and all blocks before it."""
-    digest, keys = hashlib.sha256(), []
+def chain_keys(blocks: Iterable[bytes], salt: str = "") -> list[bytes]:
+    """One key for each block that stands for it and all blocks before it; other salts give other keys."""
+    digest, keys = hashlib.sha256(hashlib.sha256(salt.encode()).digest()), []
     for block in blocks:
         digest.update(block)
         keys.append(digest.digest())
@@ -105,9 +105,9 @@ class Prefixes:
         self._cache: PrefixCache[tuple[Any, Any]] = PrefixCache(budget_bytes)
         self._block_size, self._observer = block_size, observer
 
-    def keys(self, blocks: Iterable[bytes]) -> list[bytes]:
+    def keys(self, blocks: Iterable[bytes], salt: str) -> list[bytes]:
         """Keys of a session's leading blocks; none when nothing is kept."""
-        return chain_keys(blocks) if self._cache.enabled else []
+        return chain_keys(blocks, salt) if self._cache.enabled else []
 
     def restore(self, keys: Sequence[bytes], cache: Cache) -> tuple[int, Any]:
         """Fill a new session's cache as far as its leading blocks are known: their number, and what was kept beside."""

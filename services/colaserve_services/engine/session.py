@@ -8,11 +8,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from colaserve_services.engine.timings import Timings
-
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a piece of work went, in microseconds."""
+
+    queue_us: int
+    compute_us: int
 
 
 class Outbox(Generic[T]):
@@ -59,24 +66,24 @@ class Outbox(Generic[T]):
 
 
 class Session(Generic[T]):
-    """Base of the engines' sessions. Made on the event loop; everything but `cancel` then belongs to the device thread.
+    """Base of the engines' sessions. Made on the event loop; everything but `cancel` and `evict` then belongs to the
+    device thread. `kv_bytes` is what the session reserves while it runs."""
 
-    `kv_bytes` is what the session reserves while it runs, `work` how much it will compute in the engine's own unit.
-    """
-
-    def __init__(self, *, kv_bytes: int, work: float, deadline: float | None, on_read: Callable[[], None]):
-        self.kv_bytes, self.work, self.deadline = kv_bytes, work, deadline
+    def __init__(self, *, kv_bytes: int, deadline: float | None, on_read: Callable[[], None]):
+        self.kv_bytes, self.deadline = kv_bytes, deadline
         self.outbox: Outbox[T] = Outbox(on_read)
         self._call = contextvars.copy_context()  # of the call that it serves
         self.end_call: Callable[[Exception], None] = lambda error: None  # wherever that call waits; in its context
         self.arrived = time.monotonic()
         self.started: float | None = None
-        self.holds_since = 0.0  # when its KV was reserved last
+        self.reserves = False  # whether its KV counts against the budget
+        self.holds_kv = False  # whether it has started since it last got that
+        self.holds_since = math.inf  # when it did (time.monotonic)
         self.served = 0  # number of the last pass that took part of its context or prefix in; 0: none yet
-        self.passed = 0  # sessions that came later and started before it, since KV for it was lacking
+        self.passed = 0  # newcomers that were taken since it was preempted
         self.cancelled = False
         self.finished = False
-        self.idle_since = math.inf  # when a pass could last have brought it on (time.monotonic); inf: it can
+        self.idle_since = math.inf  # when a pass could last have computed for it (time.monotonic); inf: one can now
 
     @property
     def wanted(self) -> bool:
@@ -87,38 +94,39 @@ class Session(Generic[T]):
         """A line of the log that bears the request id of the session's call; `of`: whose traceback goes with it."""
         self._call.run(logger.log, level, message, *values, exc_info=of)
 
-    def give_up(self, error: Exception) -> None:
-        """Fail, and end its call too: that may wait for a caller who neither sends nor reads."""
+    def evict(self, error: Exception) -> None:
+        """Fail, and end its call too: that may wait for a caller who neither sends nor reads. Any thread."""
         self.outbox.fail(error)
         self.outbox.soon(self._call.run, self.end_call, error)
+        self.cancel()
 
     def cancel(self) -> None:
         """The caller is gone. Any thread; the device thread frees the session before its next step."""
         self.cancelled = True
 
     def start(self) -> None:
-        """Take memory; called when the session is admitted to the running set, at first and after each `pause`."""
+        """Take memory; called before the first step, and after each `preempt` once there is KV again."""
 
-    def pausable(self) -> bool:
-        """Whether it has come far enough since `start` that `pause` costs little of what it did."""
+    def preemptible(self) -> bool:
+        """Whether it has come far enough since `start` that `preempt` costs little of what it did."""
         return False
 
-    def pause(self) -> None:
-        """Give memory back, and keep what is needed to write it again. The session then waits."""
+    def preempt(self) -> None:
+        """Give memory back, and keep what is needed to write it again."""
 
     def free(self) -> None:
         """Give memory back; called once, also for a session that never started."""
 
     def ready(self) -> bool:
-        """Whether a forward pass would bring this session on."""
+        """Whether a forward pass would compute something for this session."""
         return True
 
     def remaining(self) -> int:
         """How much of its context is still to be computed, in the engine's own unit."""
         return 0
 
-    def went_on(self) -> None:
-        """It had nothing to compute, and has again."""
+    def resumed(self) -> None:
+        """It was idle, and has something to compute again."""
 
     def timings(self, since: float) -> Timings:
         """Of a result finished now whose work was first possible at `since`."""

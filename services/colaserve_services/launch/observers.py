@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from colaserve_services.coordinator import checks
 from colaserve_services.coordinator.observer import CoordinatorObserver
@@ -17,7 +17,7 @@ class EngineMetrics(EngineObserver):
 
     def __init__(self, metrics: Metrics, stage: str, failing: Failing = lambda *_: None):
         self._refused, self._stage, self._failing = metrics.refused, stage, failing
-        self._queue, self._running = metrics.queue_depth.labels(stage), metrics.running.labels(stage)
+        self._running = metrics.running.labels(stage)
         self._rows, self._step = metrics.batch_rows.labels(stage), metrics.step_seconds.labels(stage)
         self._kv, self._budget = metrics.kv_bytes.labels(stage), metrics.kv_budget_bytes.labels(stage)
         self._utilization = metrics.kv_utilization.labels(stage)
@@ -31,14 +31,11 @@ class EngineMetrics(EngineObserver):
         self._step.observe(seconds)
         self._rows.observe(rows)
 
-    def queued(self, waiting: int, running: int) -> None:
-        self._queue.set(waiting)
+    def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
         self._running.set(running)
-
-    def kv(self, used_bytes: int, budget_bytes: int) -> None:
-        self._kv.set(used_bytes)
-        self._budget.set(budget_bytes)
-        self._utilization.set(used_bytes / budget_bytes if budget_bytes else 0.0)
+        self._kv.set(kv_bytes)
+        self._budget.set(kv_budget)
+        self._utilization.set(kv_bytes / kv_budget if kv_budget else 0.0)
 
     def block(self, seconds: float, first: bool) -> None:
         (self._first if first else self._next).observe(seconds)
@@ -73,8 +70,9 @@ class CoordinatorMetrics(CoordinatorObserver):
             for kind in checks.KINDS:
                 metrics.stage_faults.labels(stage, kind)
 
-    def queued(self, waiting: int, running: int) -> None:
-        self._metrics.queue_depth.labels("coordinator").set(waiting)
+    def queued(self, waiting: Mapping[str, int], running: int) -> None:
+        for stage, count in waiting.items():
+            self._metrics.queue_depth.labels(stage).set(count)
         self._metrics.running.labels("coordinator").set(running)
 
     def refused(self, reason: str) -> None:

@@ -151,7 +151,7 @@ def _engine(
     stage: str, model: Any, checkpoint: Checkpoint, thread: DeviceThread, limits: EngineLimits, observer: EngineMetrics
 ) -> Any:
     shape = checkpoint.shape_of(stage)
-    observer.kv(0, limits.kv_bytes)
+    observer.load(0, 0, limits.kv_bytes)
     if stage == "encoder":
         tokenizer = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults)
         return EncoderEngine(model, shape, thread, limits, tokenizer.special.pad, observer)

@@ -55,11 +55,6 @@ class SamplerSettings:
         per_step = 2 if self.solver == "heun" else 1
         return self.resamples * (per_step * self.steps - (per_step - 1))
 
-    def passes(self) -> float:
-        """Rows of B latents that one block sends through the network, both branches counted."""
-        guided = sum(self.guided(t) for t in schedule(self.steps)[:-1]) / self.steps
-        return self.evaluations() * (1 + guided)
-
 
 def schedule(steps: int) -> list[float]:
     """t_k = T (1 - k / S) for k = 0..S."""

@@ -13,9 +13,7 @@ from colaserve_services.engine.engine import Engine
 from colaserve_services.engine.failures import check_latents
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.engine.prefix_cache import Prefixes
-from colaserve_services.engine.session import Session
-from colaserve_services.engine.timings import Timings
+from colaserve_services.engine.session import Session, Timings
 from colaserve_services.model import cpu_attention
 from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.config import ModelShape
@@ -52,12 +50,7 @@ class PriorSession(Session[SampledBlock]):
         B = engine.shape.block_size
         context = context_blocks(job, B)
         self._positions = B * (context + job.max_blocks)
-        super().__init__(
-            kv_bytes=engine.kv_bytes(self._positions),
-            work=B * (context + job.max_blocks * job.sampler.passes()),
-            deadline=deadline,
-            on_read=engine.wake,
-        )
+        super().__init__(kv_bytes=engine.kv_bytes(self._positions), deadline=deadline, on_read=engine.wake)
         self.cache: KVCache | None = None
         self._begun = self._wrote = False  # whether it has ever started; whether it wrote a block since it did last
         self._since = self.arrived  # when work on the current block became possible
@@ -67,7 +60,8 @@ class PriorSession(Session[SampledBlock]):
         if not self._begun:
             canvas = Canvas.of(self.job, B)
             self.run = SamplingRun(self.job, canvas, engine.kv_shape.device)
-            self._keys = engine.prefixes.keys(block.numpy().tobytes() for block in canvas.context)
+            blocks = (block.numpy().tobytes() for block in canvas.context)
+            self._keys = engine.prefixes.keys(blocks, self.job.cache_salt)
             engine.table.prepare(schedule(self.job.sampler.steps))  # ends with the time of commits, 0
             engine.observer.tokens(canvas.context.shape[0] * B, 0)
             self._begun = True
@@ -79,16 +73,16 @@ class PriorSession(Session[SampledBlock]):
     def remaining(self) -> int:
         return len(self.run.uncommitted)
 
-    def pausable(self) -> bool:
+    def preemptible(self) -> bool:
         return self._wrote or not self.ready()
 
-    def pause(self) -> None:
+    def preempt(self) -> None:
         self.free()
         self.run.rewind()
 
     def grow(self, count: int) -> None:
-        """Make room for so many more blocks."""
-        assert self.cache is not None, "a session with a turn has started"
+        """Enlarge the cache by so many blocks."""
+        assert self.cache is not None, "a session that is scheduled has started"
         B, held = self.run.block_size, self.run.committed
         cache = self._engine.kv_pool.grown(self.cache, B * held, B * (held + count))
         if cache is not self.cache:
@@ -104,7 +98,7 @@ class PriorSession(Session[SampledBlock]):
     def ready(self) -> bool:
         return not self.finished and self.outbox.unread < self._engine.limits.run_ahead
 
-    def went_on(self) -> None:
+    def resumed(self) -> None:
         self._since = time.monotonic()  # its reader had been away
 
     def remember_context(self) -> None:
@@ -135,7 +129,7 @@ class PriorSession(Session[SampledBlock]):
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _ScheduledSession:
     """What one session sends through a pass: blocks to commit, then, once all are in, its current point."""
 
     session: PriorSession
@@ -150,7 +144,7 @@ class _Turn:
         return self.committing.rows + self.evaluated.rows * ((self.point is not None) + self.guided)
 
     @classmethod
-    def of(cls, session: PriorSession, count: int) -> "_Turn":
+    def of(cls, session: PriorSession, count: int) -> "_ScheduledSession":
         session.grow(count)
         run, cache = session.run, session.cache
         B, complete = run.block_size, count == len(run.uncommitted)
@@ -159,10 +153,10 @@ class _Turn:
         point = run.current_latents() if complete else None
         return cls(session, run.uncommitted[:count], committing, point, evaluated, complete and run.guided)
 
-    def place(self) -> tuple[int, int]:
-        """Orders a pass so that turns which one product can serve are neighbours."""
+    def slot_order(self) -> tuple[int, int]:
+        """Orders a pass so that sessions which one product can serve are neighbours."""
         cache = self.session.cache
-        assert cache is not None, "a session with a turn has started"
+        assert cache is not None, "a session that is scheduled has started"
         return cache.slab.number, cache.slot
 
 
@@ -175,7 +169,7 @@ class _Layout:
     attend: Attend
 
 
-class PriorEngine(Engine[PriorSession, _Turn]):
+class PriorEngine(Engine[PriorSession, _ScheduledSession]):
     """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
 
     def __init__(
@@ -191,10 +185,8 @@ class PriorEngine(Engine[PriorSession, _Turn]):
             config.num_layers, config.heads, config.head_dim, model.dtype, model.device, shape.block_size
         )
         self.kv_pool = KVPool(self.kv_shape)
-        limits = limits.fitting(shape.block_size, self.kv_bytes)
-        super().__init__(device, limits, observer or EngineObserver())
+        super().__init__(shape.block_size, self.kv_bytes, device, limits, observer)
         self.model, self.shape = model, shape
-        self.prefixes = Prefixes(limits.prefix_cache_bytes, shape.block_size, self.observer)
         self.layout: _Layout | None = None  # of the last pass
         compiled = cpu_attention.takes(model.device, model.dtype, config.head_dim)
         cost = _COMPILED_COST if compiled else _ATTENTION_COST
@@ -211,19 +203,19 @@ class PriorEngine(Engine[PriorSession, _Turn]):
         check_job(job, self.shape, self.limits)
         return self._admitted(PriorSession(self, job, deadline))
 
-    def _compute(self, turns: list[_Turn]) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _compute(self, scheduled: list[_ScheduledSession]) -> list[tuple[Tensor | None, Tensor | None]]:
         """The heartbeat: one pass for what every session needs next; its velocities, conditional and not."""
-        velocities = self._velocities(turns)
-        evaluated = sum(turn.point is not None for turn in turns)
+        velocities = self._velocities(scheduled)
+        evaluated = sum(each.point is not None for each in scheduled)
         conditional, unconditional = iter(velocities[:evaluated]), iter(velocities[evaluated:])
         return [
-            (None if turn.point is None else next(conditional), next(unconditional) if turn.guided else None)
-            for turn in turns
+            (None if each.point is None else next(conditional), next(unconditional) if each.guided else None)
+            for each in scheduled
         ]
 
-    def _take(self, turn: _Turn, result: tuple[Tensor | None, Tensor | None]) -> None:
-        session, (conditional, unconditional) = turn.session, result
-        session.run.commit(len(turn.commits))
+    def _take(self, scheduled: _ScheduledSession, result: tuple[Tensor | None, Tensor | None]) -> None:
+        session, (conditional, unconditional) = scheduled.session, result
+        session.run.commit(len(scheduled.commits))
         session.remember_context()
         if conditional is not None:
             session.run.advance(conditional, unconditional)
@@ -239,39 +231,39 @@ class PriorEngine(Engine[PriorSession, _Turn]):
         attend = RaggedAttention([Segment(B)], B, model.device)
         return (model(z, t, torch.arange(B, device=model.device), attend),)
 
-    def _turns(self, ready: list[PriorSession]) -> list[_Turn]:
-        """Every sampling session; contexts share what room a pass has for them, in the order of `ready`.
+    def _schedule(self, ready: list[PriorSession]) -> list[_ScheduledSession]:
+        """Every sampling session; contexts share the budget that a pass has for them, in the order of `ready`.
 
         While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
-        time. The unit is a block of rows over no keys; each context gets a block at least while there is room.
+        time. The unit is a block of rows over no keys; each context gets a block at least while some budget is left.
         """
         sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
         least = _LEAST_ROWS[self.model.device.type] / B
-        room = max(_CONTEXT_SHARE * 2 * sampling, least) if sampling else self.limits.prefill_chunk / B
+        budget = max(_CONTEXT_SHARE * 2 * sampling, least) if sampling else self.limits.prefill_chunk / B
         fewest = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B)
-        turns = []
+        scheduled = []
         for session in ready:
             count = len(session.run.uncommitted)
             if count > 1:
                 cost = 1 + session.run.committed * self._key_cost
-                count = min(count, max(fewest, int(room / cost))) if room > 0 else 0
-                room -= count * cost
+                count = min(count, max(fewest, int(budget / cost))) if budget > 0 else 0
+                budget -= count * cost
             if count or not session.run.uncommitted:
                 with self._alone(session):  # it may need more memory
-                    turns.append(_Turn.of(session, count))
-        return sorted(turns, key=_Turn.place)
+                    scheduled.append(_ScheduledSession.of(session, count))
+        return sorted(scheduled, key=_ScheduledSession.slot_order)
 
-    def _velocities(self, turns: list[_Turn]) -> Tensor:
+    def _velocities(self, scheduled: list[_ScheduledSession]) -> Tensor:
         """One pass. Block rows: all commits, all points, the unconditional ones again. (points, B, d), float32."""
         model, B = self.model, self.shape.block_size
-        committing = sorted((turn for turn in turns if turn.commits), key=lambda turn: len(turn.commits))
-        commits = [block for turn in committing for block in turn.commits]
-        evaluated = [turn for turn in turns if turn.point is not None]
-        alone = [turn for turn in evaluated if turn.guided]
-        points = [turn.point for turn in (*evaluated, *alone) if turn.point is not None]
-        segments = [turn.committing for turn in committing] + [turn.evaluated for turn in evaluated]
+        committing = sorted((each for each in scheduled if each.commits), key=lambda each: len(each.commits))
+        commits = [block for each in committing for block in each.commits]
+        evaluated = [each for each in scheduled if each.point is not None]
+        alone = [each for each in evaluated if each.guided]
+        points = [each.point for each in (*evaluated, *alone) if each.point is not None]
+        segments = [each.committing for each in committing] + [each.evaluated for each in evaluated]
         layout = self._laid_out(segments + [Segment(B)] * len(alone))
-        index = self._times(len(commits), [turn.session.run for turn in (*evaluated, *alone)])
+        index = self._times(len(commits), [each.session.run for each in (*evaluated, *alone)])
 
         x = model.txt_in(torch.stack(commits + points)).float()
         for block, modulation in zip(model.blocks, self.table.layers(index), strict=True):

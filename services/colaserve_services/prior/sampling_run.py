@@ -10,13 +10,7 @@ from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed, check
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.config import ModelShape
-from colaserve_services.model.flow import (
-    Evaluation,
-    Renoise,
-    SamplerSettings,
-    guide,
-    solve,
-)
+from colaserve_services.model.flow import Evaluation, Renoise, SamplerSettings, guide, solve
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,7 @@ class SampleJob:
     base_seed: int | None = None
     sample_id: int = 0
     noise: Tensor | None = None  # (max_blocks, B, d) float32, instead of base_seed
+    cache_salt: str = ""  # leading blocks are shared with runs of the same salt
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ class Metrics:
 
     def _engines(self) -> None:
         gauge, histogram, counter = self._gauge, self._histogram, self._counter
-        self.queue_depth = gauge("engine_queue_depth", "Sessions or calls that wait to be run.", "stage")
+        self.queue_depth = gauge(
+            "engine_queue_depth", "Sessions that wait in this coordinator, by the stage they wait for.", "stage"
+        )
         self.running = gauge("engine_running", "Sessions or calls that run.", "stage")
         self.batch_rows = histogram("engine_batch_rows", "Latent positions in one forward pass.", ROWS, "stage")
         self.step_seconds = histogram("engine_step_seconds", "Seconds of one forward pass.", STEP_SECONDS, "stage")
@@ -82,7 +84,7 @@ class Metrics:
         self.weights_load_seconds = gauge("weights_load_seconds", "Seconds that reading the weights took.", "stage")
         self.refused = counter(
             "refused_total",
-            "Calls refused, or ended, at a bound: queue, wait, kv, idle, deadline, calls, key.",
+            "Calls refused, or ended, at a bound: queue, wait, slots, kv, idle, deadline, calls, key.",
             "stage", "reason",
         )  # fmt: skip
         self.step_failures = counter(
@@ -144,7 +146,9 @@ class Aliases(Collector):
             [sample.value for family in gauge.collect() for sample in family.samples]
             for gauge in (metrics.queue_depth, metrics.running, metrics.kv_utilization)
         )
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Alias: waiting sessions.", sum(waiting))
+        yield GaugeMetricFamily(
+            "vllm:num_requests_waiting", "Alias: waiting sessions; 0 at a stage, which has no queue.", sum(waiting)
+        )
         yield GaugeMetricFamily("vllm:num_requests_running", "Alias: running sessions.", sum(running))
         yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Alias: share of KV in use.", max(usage, default=0.0))
 

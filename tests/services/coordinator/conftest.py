@@ -1,15 +1,17 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, CoordinatorObserver, Defaults, Stages
+from colaserve_services.coordinator.generation import generate
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 
+T = TypeVar("T")
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
 
@@ -33,12 +35,20 @@ class World:
 
     def __init__(self, coordinator: Coordinator, encoder: FakeEncoder, prior: FakePrior, decoder: FakeDecoder):
         self.coordinator, self.encoder, self.prior, self.decoder = coordinator, encoder, prior, decoder
-        self.heard = coordinator._observer
-        self.tokenizer = coordinator._tokenizer
+        self.heard: Heard = coordinator.services.observer  # type: ignore[assignment]
+        self.tokenizer = coordinator.services.tokenizer
+
+    def ask(self, work: Callable[..., T], request: Any, call: Call | None = None) -> T:
+        """One of the coordinator's calls, such as `generate` or `infill`."""
+        return work(self.coordinator.services, request, call or Call())
 
     async def generate(self, call: Call | None = None, **fields: Any) -> list[generation_pb2.GenerateResponse]:
-        request = generation_pb2.GenerateRequest(**fields)
-        return [response async for response in self.coordinator.generate(request, call or Call())]
+        return [response async for response in self.ask(generate, generation_pb2.GenerateRequest(**fields), call)]
+
+    @property
+    def running(self) -> tuple[int, int]:
+        """Sessions of the prior and of the decoder."""
+        return self.prior.running, self.decoder.running
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +73,7 @@ async def make_world(tokenizer: Tokenizer) -> Callable[..., Any]:
             Stages(*map(LocalStub, fakes)),
             text or tokenizer,
             defaults,
-            CoordinatorLimits(**limits),
+            CoordinatorLimits(**{"retry_seconds": 0.001} | limits),
             Heard(),
             "fake",
         )

@@ -19,7 +19,7 @@ from colaserve.v1 import (
     prior_pb2_grpc,
     types_pb2,
 )
-from colaserve_services.errors import AT_FAULT, Unavailable
+from colaserve_services.errors import AT_FAULT, Overloaded, Unavailable
 from colaserve_services.rpc import arrays
 
 Fault = grpc.StatusCode | Exception
@@ -34,6 +34,7 @@ class Fake:
     """Counts calls and sessions; breaks or refuses as `faults` say: {number of the call: fault}."""
 
     patch_size, block_size, max_context = 1, B, 256
+    max_running = 0  # sessions; one more is refused; 0: any number
 
     def __init__(self, **changes: Any):
         self.calls: list[Any] = []
@@ -72,7 +73,7 @@ class Fake:
             latent_dim=D, block_size=self.block_size, vae_block_size=1, patch_size=self.patch_size,
             vocab_size=VOCAB, parameters=10,
         )  # fmt: skip
-        limits = types_pb2.Limits(max_context=self.max_context)
+        limits = types_pb2.Limits(max_context=self.max_context, max_running=self.max_running)
         server = types_pb2.ServerInfo(dtype=self.dtype)
         return kind(model=shape, space=self.space, weights=self.weights, limits=limits, server=server, **more)
 
@@ -109,6 +110,8 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
 
     async def Sample(self, request: prior_pb2.SampleRequest, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
         fault, call = self.begin(request, context), len(self.calls) - 1
+        if self.max_running and self.running >= self.max_running:
+            raise Overloaded("full", 0.01)
         self.running += 1
         try:
             canvas = arrays.latents_from_message(request.canvas.latents, "canvas", D, SPACE)

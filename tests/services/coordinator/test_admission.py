@@ -1,28 +1,40 @@
+"""The queue: who works, who waits for which stage, who is refused; fairness between callers and between sizes."""
+
 import asyncio
 import time
 from typing import Any
 
 import pytest
 
-from colaserve_services.coordinator import Call, CoordinatorLimits, CoordinatorObserver
-from colaserve_services.coordinator.admission import Admission
-from colaserve_services.coordinator.call import caller_name
+from colaserve.v1 import generation_pb2
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator.admission import Admission, Ticket
+from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import DeadlineExceeded, Overloaded
+from colaserve_services.rpc.local import LocalStub
+from tests.services.coordinator.conftest import Heard
+from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.waiting import eventually
+
+IDLE = {"encoder": 0, "prior": 0, "decoder": 0, "coordinator": 0}
 
 
-def admission(**limits: Any) -> Admission:
-    return Admission(CoordinatorLimits(**limits), CoordinatorObserver())
+def admission(capacity: int = 0, **limits: Any) -> Admission:
+    """`capacity`: sessions that the prior takes."""
+    gate = Admission(CoordinatorLimits(**{"retry_seconds": 0.001} | limits), Heard())
+    gate.follow({"prior": capacity})
+    return gate
 
 
 class Worker:
     """A call that works until it is told to end."""
 
-    def __init__(self, gate: Admission, call: Call | None = None):
+    def __init__(self, gate: Admission, call: Call | None = None, **slot: Any):
         self.working, self.end = asyncio.Event(), asyncio.Event()
-        self.task = asyncio.create_task(self._work(gate, call or Call()))
+        self.task = asyncio.create_task(self._work(gate, call or Call(), slot))
 
-    async def _work(self, gate: Admission, call: Call) -> None:
-        async with gate.slot(call):
+    async def _work(self, gate: Admission, call: Call, slot: dict[str, Any]) -> None:
+        async with gate.slot(call, **slot):
             self.working.set()
             await self.end.wait()
 
@@ -38,25 +50,37 @@ async def end(*workers: Worker) -> None:
     await asyncio.gather(*(worker.task for worker in workers), return_exceptions=True)
 
 
-async def test_calls_run_up_to_the_limit_wait_in_order_and_are_refused_beyond():
+def at_work(workers: list[Worker]) -> list[bool]:
+    return [worker.working.is_set() for worker in workers]
+
+
+@pytest.mark.parametrize("slot", [{}, {"stage": "prior"}])
+async def test_calls_run_up_to_the_limit_wait_in_order_and_are_refused_beyond(slot: dict[str, str]):
     gate = admission(max_running=2, max_waiting=2)
-    workers = [Worker(gate) for _ in range(4)]
+    workers = [Worker(gate, **slot) for _ in range(4)]
     await settle()
-    assert [worker.working.is_set() for worker in workers] == [True, True, False, False]
-    with pytest.raises(Overloaded):
-        async with gate.slot(Call()):
-            pass
+    assert at_work(workers) == [True, True, False, False]
+    for _ in range(100):  # each at once
+        with pytest.raises(Overloaded) as caught:
+            async with gate.slot(Call(), **slot):
+                pass
+    assert 0 < caught.value.retry_after <= 60
     await end(workers[0])
     await settle()
-    assert (workers[2].working.is_set(), workers[3].working.is_set()) == (True, False)
+    assert at_work(workers) == [True, True, True, False]
     await end(*workers)
     assert (gate.running, gate.waiting) == (0, 0)
 
 
-async def test_a_call_that_goes_away_while_it_waits_takes_no_place():
+@pytest.mark.parametrize("given", [False, True])
+async def test_a_call_that_goes_away_while_it_waits_takes_no_slot(given: bool):
+    """`given`: in the moment in which its slot is given to it."""
     gate = admission(max_running=1, max_waiting=5)
     first, second, third = (Worker(gate) for _ in range(3))
     await settle()
+    if given:
+        first.end.set()
+        await first.task
     second.task.cancel()
     await end(second, first)
     await settle()
@@ -65,80 +89,56 @@ async def test_a_call_that_goes_away_while_it_waits_takes_no_place():
     assert (gate.running, gate.waiting) == (0, 0)
 
 
-async def test_a_place_given_to_a_call_that_goes_away_in_that_moment_is_passed_on():
-    gate = admission(max_running=1, max_waiting=5)
-    first, second, third = (Worker(gate) for _ in range(3))
-    await settle()
-    first.end.set()
-    await first.task  # its place is second's now, which has not run yet
-    second.task.cancel()
-    await settle()
-    assert third.working.is_set()
-    await end(second, third)
-    assert (gate.running, gate.waiting) == (0, 0)
-
-
-async def test_a_call_that_waited_too_long_is_refused():
+@pytest.mark.parametrize(("seconds", "error"), [(None, Overloaded), (0.001, DeadlineExceeded)])
+async def test_a_call_waits_until_its_deadline_or_not_for_ever(seconds: float | None, error: type[Exception]):
     gate = admission(max_running=1, queue_seconds=0.05)
     first = Worker(gate)
     await settle()
-    with pytest.raises(Overloaded, match=r"0\.05 s"):
-        async with gate.slot(Call()):
+    with pytest.raises(error):
+        async with gate.slot(Call(None if seconds is None else time.monotonic() + seconds)):
             pass
     await end(first)
     assert (gate.running, gate.waiting) == (0, 0)
 
 
-async def test_a_deadline_ends_the_wait():
-    gate = admission(max_running=1, queue_seconds=30)
-    first = Worker(gate)
-    await settle()
-    with pytest.raises(DeadlineExceeded):
-        async with gate.slot(Call(deadline=time.monotonic() + 0.05)):
-            pass
-    await end(first)
-    assert (gate.running, gate.waiting) == (0, 0)
-
-
-async def test_one_key_cannot_take_all_places():
+async def test_one_caller_cannot_have_more_calls_than_its_share():
     gate = admission(max_running=10, max_per_key=2)
-    greedy = [Worker(gate, Call(key="a")) for _ in range(2)]
+    greedy = [Worker(gate, Call(caller="a")) for _ in range(2)]
     await settle()
     with pytest.raises(Overloaded, match="of this client"):
-        async with gate.slot(Call(key="a")):
+        async with gate.slot(Call(caller="a")):
             pass
-    async with gate.slot(Call(key="b")):
+    async with gate.slot(Call(caller="b")):
         pass
     await end(*greedy)
-    async with gate.slot(Call(key="a")):
+    async with gate.slot(Call(caller="a")):
         pass
-    assert not gate._by_key
 
 
-async def test_the_hint_grows_with_the_queue():
-    gate = admission(max_running=1, max_waiting=50)
-    gate._pace = 2.0
-    workers = [Worker(gate)]
-    hints = []
-    for _ in range(4):
-        await settle()
-        hints.append(gate.retry_after())
-        workers.append(Worker(gate))
-    await end(*workers)
-    assert hints == [2, 4, 6, 8]
+async def test_the_caller_with_the_fewest_calls_at_work_is_next():
+    gate = admission(capacity=2)
+    greedy = [Worker(gate, Call(caller="a"), stage="prior") for _ in range(6)]
+    await settle()
+    modest = [Worker(gate, Call(caller="b"), stage="prior") for _ in range(2)]
+    await settle()
+    await end(greedy[0])
+    await settle()
+    assert (at_work(greedy), at_work(modest)) == ([True, True] + [False] * 4, [True, False])
+    await end(*greedy, *modest)
 
 
-async def test_nobody_waits_in_vain_where_the_pace_is_known():
-    gate = admission(max_running=2, max_waiting=1000, queue_seconds=20)
-    gate._pace, gate._measured = 2.0, 10
+async def test_the_hint_and_the_refusals_follow_the_pace_of_the_calls_that_ended():
+    gate = admission(max_running=2, max_waiting=1000, queue_seconds=0.8)
+    for _ in range(20):
+        slow = [Worker(gate) for _ in range(2)]
+        await asyncio.sleep(0.02)
+        await end(*slow)
     workers = [Worker(gate) for _ in range(100)]
     await settle()
     with pytest.raises(Overloaded, match="takes too long") as refusal:
         gate.check(Call())
-    assert sum(not worker.task.done() for worker in workers) == 2 + 5  # at 2 s each these fit into half the patience
-    assert refusal.value.retry_after == 12
-    for worker in workers:
-        worker.end.set()
+    assert 4 <= gate.waiting < 60  # some 0.01 s each, of half the patience
+    assert 0.1 <= refusal.value.retry_after < 2
     await end(*workers)
     assert (gate.running, gate.waiting) == (0, 0)
 
@@ -152,49 +152,78 @@ async def test_before_the_first_call_has_ended_one_round_may_wait():
     await end(*workers)
 
 
-async def test_as_many_calls_work_as_the_prior_takes_without_letting_them_wait():
-    gate = admission(max_running=64)
-    gate.begin_with(4)
-    workers = [Worker(gate) for _ in range(12)]
+async def test_calls_are_counted_at_the_stage_that_they_wait_for():
+    gate = admission(capacity=2, max_running=3)
+    seen = gate.observer.events  # type: ignore[attr-defined]
+    writing = [Worker(gate, stage="prior") for _ in range(4)]
     await settle()
-    assert (gate.running, gate.waiting) == (4, 8)
-    for _ in range(3):
-        gate.learned(0.0, time.monotonic())
-    assert gate.running == 7
-    gate.learned(5.0, time.monotonic())
-    late = time.monotonic() - 1  # admitted before there were fewer places
-    gate.learned(5.0, late)
-    await end(workers[0])
+    assert seen[-1] == ("queued", IDLE | {"prior": 2}, 2)
+    others = [Worker(gate) for _ in range(2)]
+    await settle()  # all that this coordinator may work on is under way: another stage would not help
+    assert seen[-1] == ("queued", IDLE | {"coordinator": 3}, 3)
+    gate.follow({"prior": 4})
+    await end(others[0])
     await settle()
-    assert gate.running == 6
-    await end(*workers)
-    assert (gate.running, gate.waiting) == (0, 0)
+    assert seen[-1] == ("queued", IDLE | {"coordinator": 2}, 3)
+    await end(*writing, others[1])
+    assert seen[-1] == ("queued", IDLE, 0)
 
 
-async def test_a_refusal_comes_at_once_and_harms_nobody():
-    gate = admission(max_running=1, max_waiting=0)
-    first = Worker(gate)
+class Memory:
+    """What a stage's sessions share."""
+
+    def __init__(self, free: int):
+        self.free, self.taken = free, list[str]()
+
+    async def run(self, gate: Admission, name: str, size: int, leave: asyncio.Event) -> None:
+        """A session from its wait to its end."""
+        ticket = Ticket(Call(), "prior", size)
+        await gate.enter(ticket)
+        while size > self.free:
+            gate.refused(ticket, 0.01)
+            await gate.enter(ticket)
+        self.free -= size
+        self.taken.append(name)
+        gate.taken(ticket)
+        await leave.wait()
+        self.free += size
+        gate.leave(ticket)
+
+
+async def test_small_ones_pass_a_large_one_that_does_not_fit_and_only_so_often():
+    gate, memory, leave, ends = admission(), Memory(10), asyncio.Event(), asyncio.Event()
+    leave.set()
+    runs = [asyncio.create_task(memory.run(gate, "holds", 5, ends))]
     await settle()
-    for _ in range(100):
-        with pytest.raises(Overloaded) as caught:
-            async with gate.slot(Call()):
-                pass
-    assert caught.value.retry_after > 0
-    assert first.working.is_set()
-    await end(first)
-    async with gate.slot(Call()):
-        assert gate.running == 1
+    runs.append(asyncio.create_task(memory.run(gate, "large", 8, leave)))
+    for number in range(20):
+        await settle()
+        runs.append(asyncio.create_task(memory.run(gate, f"small {number}", 1, leave)))
+    await eventually(lambda: len(memory.taken) == 1 + 16)
+    await asyncio.sleep(0.1)  # in which others would be tried
+    assert len(memory.taken) == 1 + 16
+    ends.set()
+    await asyncio.gather(*runs)
+    assert memory.taken[17] == "large"
+    assert gate.waiting == 0
 
 
-def test_a_keys_name_does_not_tell_the_key():
-    name = caller_name("Bearer secret-key", "ipv4:10.0.0.1:555")
-    assert "secret" not in name
-    assert name == caller_name("Bearer secret-key", "ipv4:10.0.0.2:555") != caller_name("Bearer other", "")
+async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail_none(tokenizer):
+    fakes = {"encoder": FakeEncoder(), "prior": FakePrior(max_running=3), "decoder": FakeDecoder()}
+    stubs, limits = {name: LocalStub(fake) for name, fake in fakes.items()}, CoordinatorLimits(retry_seconds=0.001)
+    coordinators = [Coordinator(Stages(**stubs), tokenizer, limits=limits, observer=Heard()) for _ in range(2)]
+    for coordinator in coordinators:
+        await coordinator.connect()
 
+    async def ask(coordinator: Coordinator) -> Any:
+        request = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=8, ignore_end=True)
+        return [response async for response in generate(coordinator.services, request, Call())][-1]
 
-@pytest.mark.parametrize(
-    ("peer", "name"),
-    [("ipv4:10.0.0.1:555", "ipv4:10.0.0.1"), ("ipv6:%5B::1%5D:555", "ipv6:%5B::1%5D"), ("in-process", "anonymous")],
-)
-def test_without_a_key_a_caller_is_known_by_its_address(peer: str, name: str):
-    assert caller_name("", peer) == name
+    fakes["prior"].gate.clear()
+    asked = [asyncio.create_task(ask(coordinator)) for _ in range(8) for coordinator in coordinators]
+    waiting = [coordinator.services.admission for coordinator in coordinators]
+    await eventually(lambda: sum(gate.waiting for gate in waiting) == 13)
+    fakes["prior"].gate.set()
+    assert all(last.usage.completion_tokens == 8 for last in await asyncio.gather(*asked))
+    for coordinator in coordinators:
+        assert coordinator.services.observer.events[-1] == ("queued", IDLE, 0)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages, service, watch
+from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.coordinator.stages import Local
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
@@ -83,11 +83,10 @@ async def test_stages_that_are_still_starting_are_waited_for(tokenizer):
     assert coordinator.ready
 
 
-async def test_the_log_says_which_stage_is_waited_for(tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(watch, "_SILENT_SECONDS", 0.0)
+async def test_the_log_says_which_stage_is_waited_for(tokenizer, caplog):
     stages = fakes()
     starting = Starting(stages["prior"])
-    connecting = asyncio.create_task(over(stages, tokenizer).connect())
+    connecting = asyncio.create_task(over(stages, tokenizer).connect(silent_seconds=0))
     await eventually(lambda: caplog.messages)
     starting.up = True
     await connecting
@@ -118,7 +117,7 @@ async def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
 
 async def test_before_connecting_calls_are_refused(tokenizer):
     with pytest.raises(Unavailable, match="waits for its stages"):
-        over(fakes(), tokenizer).generate(None, Call())
+        _ = over(fakes(), tokenizer).services
 
 
 async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
@@ -139,10 +138,10 @@ async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
     assert (await early[1]).space == (await early[2]).space
 
 
-async def test_served_calls_do_not_wait_for_ever_for_connecting(tokenizer, monkeypatch):
-    monkeypatch.setattr(service, "CONNECTED_SECONDS", 0.01)
+async def test_served_calls_do_not_wait_for_ever_for_connecting(tokenizer):
+    servicer = GenerationServicer(over(fakes(), tokenizer), connected_seconds=0.01)
     with pytest.raises(Unavailable, match="waits for its stages"):
-        await GenerationServicer(over(fakes(), tokenizer)).Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT)
+        await servicer.Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT)
 
 
 async def test_the_least_context_and_message_size_hold(tokenizer):
@@ -150,7 +149,7 @@ async def test_the_least_context_and_message_size_hold(tokenizer):
     stages["prior"].max_context = 102
     coordinator = over(stages, tokenizer, max_context=1000, max_message_bytes=777)
     await coordinator.connect()
-    assert (coordinator.core.model.max_context, coordinator.core.model.max_message_bytes) == (100, 777)
+    assert (coordinator.services.model.max_context, coordinator.services.model.max_message_bytes) == (100, 777)
 
 
 async def test_readiness_follows_the_stages(tokenizer):
@@ -202,7 +201,7 @@ async def test_limits_follow_the_stages(tokenizer):
     watching = asyncio.create_task(coordinator.watch(lambda ready: None))
     for theirs, least in ((50, 48), (150, 148), (300, 200)):
         stages["decoder"].max_context = theirs
-        await eventually(lambda least=least: coordinator.core.model.max_context == least)
+        await eventually(lambda least=least: coordinator.services.model.max_context == least)
         assert (await coordinator.generation_info()).limits.max_context == least
     watching.cancel()
 

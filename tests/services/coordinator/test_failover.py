@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colaserve.v1 import latent_service_pb2, types_pb2
-from colaserve_services.coordinator import Call, CoordinatorObserver
+from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.admission import Ticket
 from colaserve_services.coordinator.failures import Attempts
-from colaserve_services.coordinator.pool import Pool
-from colaserve_services.coordinator.prior_run import PriorRun
+from colaserve_services.coordinator.infill import infill
+from colaserve_services.coordinator.latent_space import decode_latents
+from colaserve_services.coordinator.runs import PriorRun
+from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import (
     ColaserveError,
     DeadlineExceeded,
@@ -32,12 +35,6 @@ BROKEN = [StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.CANCELLED, Sta
 
 def told(responses: list[Any]) -> list[Any]:
     return [(r.text, list(r.token_ids), r.latents, r.finish_reason, r.usage.completion_tokens) for r in responses]
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.002)
 
 
 @pytest.mark.parametrize("code", BROKEN, ids=lambda code: code.name)
@@ -97,9 +94,8 @@ async def test_attempts_are_bounded(make_world, stage: str):
     await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
 
 
-async def test_attempts_end_with_the_deadline(world, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 60.0)
-    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 100.0)
+async def test_attempts_end_with_the_deadline(make_world):
+    world = await make_world(retry_seconds=60)
     world.prior.faults = dict.fromkeys(range(100), (0, StatusCode.UNAVAILABLE))
     started = time.monotonic()
     with pytest.raises(ColaserveError):
@@ -115,9 +111,8 @@ async def test_a_bug_in_a_stage_is_not_tried_for_long(world):
 
 
 @pytest.mark.parametrize("bugs", [2, 3])
-async def test_replicas_that_died_do_not_count_as_bugs(world, monkeypatch: pytest.MonkeyPatch, bugs: int):
+async def test_replicas_that_died_do_not_count_as_bugs(world, bugs: int):
     """Three failures that may be bugs end a call, however many replicas died before them."""
-    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.001)
     codes = [StatusCode.UNAVAILABLE] * 3 + [StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.INTERNAL][:bugs]
     world.prior.faults = {number: (0, code) for number, code in enumerate(codes)}
     if bugs == 2:
@@ -129,16 +124,21 @@ async def test_replicas_that_died_do_not_count_as_bugs(world, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
-async def test_an_overloaded_stage_is_tried_once_more_and_then_passed_on(world, stage: str):
+async def test_a_call_waits_for_a_full_stage_as_long_as_calls_may_be_queued(make_world, stage: str):
+    world = await make_world(queue_seconds=0.3)
     fake = getattr(world, stage)
-    fake.faults = {0: (0, StatusCode.RESOURCE_EXHAUSTED)}
+    fake.faults = {0: (0, FULL), 1: (0, FULL)}
     undisturbed = told(await world.generate(**REQUEST))
-    fake.faults = dict.fromkeys(range(2, 100), (0, StatusCode.RESOURCE_EXHAUSTED))
+    assert len(fake.calls) == 3
+    fake.faults = dict.fromkeys(range(3, 1000), (0, FULL))
     with pytest.raises(Overloaded, match=stage) as caught:
         await world.generate(**REQUEST)
-    assert len(fake.calls) == 4
-    assert undisturbed
+    assert len(fake.calls) > 5
     assert caught.value.retry_after > 0
+    fake.faults = {}
+    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert world.heard.of("failover") == []
+    assert world.heard.of("queued")[-1] == ({"encoder": 0, "prior": 0, "decoder": 0, "coordinator": 0}, 0)
 
 
 async def test_a_run_in_its_middle_waits_for_an_overloaded_replica(world):
@@ -155,22 +155,6 @@ async def test_a_run_in_its_middle_waits_for_a_full_stage_until_its_deadline(wor
         await world.generate(**REQUEST, call=Call(deadline=started + 0.5))
     assert time.monotonic() - started > 0.4
     assert len(world.decoder.calls) > 10
-
-
-async def test_without_a_deadline_it_does_not_wait_for_ever(world, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PATIENCE", 0.1)
-    world.decoder.faults = {0: (1, StatusCode.UNAVAILABLE), **dict.fromkeys(range(1, 10_000), (0, FULL))}
-    with pytest.raises(Overloaded, match="decoder"):
-        await world.generate(**REQUEST)
-
-
-async def test_refusals_of_a_full_stage_are_no_failovers(world):
-    world.prior.faults = {0: (0, FULL)}
-    await world.generate(**REQUEST)
-    world.prior.faults = dict.fromkeys(range(2, 100), (0, FULL))
-    with pytest.raises(Overloaded):
-        await world.generate(**REQUEST)
-    assert world.heard.of("failover") == []
 
 
 async def test_no_decoder_is_held_before_the_prior_has_written(world):
@@ -205,11 +189,11 @@ async def test_no_decoder_is_held_while_a_broken_prior_is_carried_on(world):
 async def test_decoded_latents_keep_their_target_logprobs(world, after: int):
     values = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=(10, 2), data=bytes(80))
     fields = {"latents": types_pb2.Latents(values=values), "token_count": 10}
-    plain = await world.coordinator.decode_latents(latent_service_pb2.DecodeLatentsRequest(**fields), Call())
+    plain = await world.ask(decode_latents, latent_service_pb2.DecodeLatentsRequest(**fields))
     targets = [id_ + (index % 2) for index, id_ in enumerate(plain.token_ids)]
     world.decoder.faults[1] = (after, StatusCode.UNAVAILABLE)
     request = latent_service_pb2.DecodeLatentsRequest(**fields, target_ids=targets)
-    again = await world.coordinator.decode_latents(request, Call())
+    again = await world.ask(decode_latents, request)
     assert again.token_ids == plain.token_ids
     assert list(again.target_logprobs) == [-1.0, -3.0] * 5
 
@@ -223,12 +207,12 @@ async def test_an_infill_goes_on_over_known_blocks(make_world):
         latent_service_pb2.InfillSegment(token_count=6),
     ]
     request = latent_service_pb2.InfillRequest(segments=segments, seed=SEED)
-    undisturbed = await world.coordinator.infill(request, Call())
+    undisturbed = await world.ask(infill, request)
     blocks = undisturbed.usage.blocks
     for stage in (world.prior, world.decoder):
         for after in range(blocks):
             stage.faults = {len(stage.calls): (after, StatusCode.UNAVAILABLE)}
-            again = await world.coordinator.infill(request, Call())
+            again = await world.ask(infill, request)
             assert (again.text, again.token_ids) == (undisturbed.text, undisturbed.token_ids)
 
 
@@ -260,12 +244,6 @@ def latents(count: int) -> types_pb2.Latents:
     return types_pb2.Latents(values=values, space="s")
 
 
-def _model() -> Any:
-    from colaserve_services.coordinator.stages import Model
-
-    return Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True)
-
-
 @pytest.mark.parametrize(
     ("code", "details"),
     [
@@ -276,12 +254,13 @@ def _model() -> Any:
 async def test_a_stream_whose_connection_was_lost_counts_as_one_that_broke(world, code, details):
     nothing = grpc.aio.Metadata()
     lost = grpc.aio.AioRpcError(code, nothing, nothing, details)
-    attempts = Attempts(world.coordinator.core.pools["decoder"], Call(), 5, world.heard)
+    services = world.coordinator.services
+    attempts = Attempts(services.pools["decoder"], Ticket(Call(), "decoder"), services.admission, 5, 0.001, world.heard)
     for _ in range(4):  # a fault of the stage's own gets fewer
         await attempts.failed(lost)
     with pytest.raises(Unavailable, match="the decoder is not available"):
         await attempts.failed(lost)
 
 
-MODEL, SAMPLER = _model(), types_pb2.Sampler()
-ATTEMPTS = Attempts(Pool("prior", [], "", CoordinatorObserver()), Call(), 1, CoordinatorObserver())
+MODEL, SAMPLER = Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True), types_pb2.Sampler()
+ATTEMPTS: Any = None  # nothing is asked

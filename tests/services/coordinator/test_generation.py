@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from colaserve.v1 import generation_pb2, types_pb2
 from colaserve_services.coordinator import Call, Defaults
 from colaserve_services.coordinator.defaults import sampling_seed
+from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, StepFailed
 from colaserve_services.text import SpecialIds, Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder
@@ -317,7 +318,7 @@ async def test_blocks_of_a_text_that_did_not_come_to_its_end_are_not_wasted(worl
     if ending == "failed":
         world.decoder.faults = {0: (4, StepFailed("it cannot be computed"))}
     with suppress(StepFailed):
-        async with aclosing(world.coordinator.generate(request, Call())) as responses:
+        async with aclosing(world.ask(generate, request)) as responses:
             await anext(responses)
             await asyncio.sleep(0.05)  # the prior runs ahead meanwhile
             while ending == "failed":
@@ -328,7 +329,7 @@ async def test_blocks_of_a_text_that_did_not_come_to_its_end_are_not_wasted(worl
 
 async def test_leaving_early_frees_the_stages(world):
     async def reading() -> None:
-        async for _ in world.coordinator.generate(request, Call()):
+        async for _ in world.ask(generate, request):
             first.set()
             await asyncio.sleep(60)
 
@@ -339,7 +340,7 @@ async def test_leaving_early_frees_the_stages(world):
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
-    assert world.coordinator._admission.running == 0
+    assert world.coordinator.services.admission.running == 0
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
-from colaserve_services.coordinator import Call
-from colaserve_services.coordinator.infill import Segment, open_spans
+from colaserve_services.coordinator.infill import Segment, infill, open_spans
 from colaserve_services.errors import InvalidRequest
 
 SEED = types_pb2.NoiseSeed(base_seed=5)
@@ -19,9 +18,9 @@ def segments(*parts: str | int) -> list[pb.InfillSegment]:
     ]
 
 
-async def infill(world: Any, *parts: str | int, **fields: Any) -> pb.InfillResponse:
+async def filled(world: Any, *parts: str | int, **fields: Any) -> pb.InfillResponse:
     request = pb.InfillRequest(segments=segments(*parts), seed=SEED, **fields)
-    return await world.coordinator.infill(request, Call())
+    return await world.ask(infill, request)
 
 
 parts = st.lists(st.one_of(st.text(min_size=1, max_size=9), st.integers(1, 9)), min_size=1, max_size=6).filter(
@@ -33,7 +32,7 @@ parts = st.lists(st.one_of(st.text(min_size=1, max_size=9), st.integers(1, 9)), 
 @given(parts, st.sampled_from([1, 2, 3]))
 async def test_kept_text_comes_back_as_it_was_and_holes_have_the_tokens_asked_for(make_world, parts, patch_size):
     world = await make_world(patch_size=patch_size)
-    response = await infill(world, *parts)
+    response = await filled(world, *parts)
     assert len(response.segments) == len(parts)
     assert response.text == "".join(response.segments)
     ids, rest = list(response.token_ids), []
@@ -52,7 +51,7 @@ async def test_kept_text_comes_back_as_it_was_and_holes_have_the_tokens_asked_fo
 
 
 async def test_the_kept_text_is_encoded_once_with_pad_ids_in_the_holes(world):
-    await infill(world, "ab", 3, "cd")
+    await filled(world, "ab", 3, "cd")
     before, after = (world.tokenizer.encode(text) for text in ("ab", "cd"))
     assert list(world.encoder.calls[0].sequences[0].ids) == [*before, 2, 2, 2, *after]
     canvas = world.prior.calls[0].canvas
@@ -62,7 +61,7 @@ async def test_the_kept_text_is_encoded_once_with_pad_ids_in_the_holes(world):
 
 async def test_blocks_after_the_last_hole_are_not_run(world):
     long = "he looked at the river and then he said nothing"
-    response = await infill(world, "abcde", 2, long)
+    response = await filled(world, "abcde", 2, long)
     sample = world.prior.calls[0]
     assert (sample.max_blocks, sample.canvas.latents.values.shape[0]) == (1, 8)
     assert world.decoder.calls[0].prefix.values.shape[0] == 4
@@ -89,17 +88,17 @@ def test_a_latent_that_covers_kept_and_hole_tokens_is_open(patch_size, pieces, e
 
 
 async def test_a_seed_repeats_an_infill_and_is_returned(world):
-    first = await infill(world, "ab", 6, "cd")
+    first = await filled(world, "ab", 6, "cd")
     assert first.seed == SEED
-    assert (await infill(world, "ab", 6, "cd")).token_ids == first.token_ids
-    drawn = await world.coordinator.infill(pb.InfillRequest(segments=segments("ab", 6)), Call())
-    again = await world.coordinator.infill(pb.InfillRequest(segments=segments("ab", 6), seed=drawn.seed), Call())
+    assert (await filled(world, "ab", 6, "cd")).token_ids == first.token_ids
+    drawn = await world.ask(infill, pb.InfillRequest(segments=segments("ab", 6)))
+    again = await world.ask(infill, pb.InfillRequest(segments=segments("ab", 6), seed=drawn.seed))
     assert again.token_ids == drawn.token_ids
 
 
 async def test_sampler_and_sampling_reach_the_stages(world):
     sampler = types_pb2.Sampler(steps=2, resamples=3)
-    await infill(world, "ab", 2, sampler=sampler, sampling=types_pb2.Sampling(temperature=0.5))
+    await filled(world, "ab", 2, sampler=sampler, sampling=types_pb2.Sampling(temperature=0.5))
     assert (world.prior.calls[0].sampler.steps, world.prior.calls[0].sampler.resamples) == (2, 3)
     assert world.decoder.calls[0].sampling.temperature == 0.5
 
@@ -107,12 +106,12 @@ async def test_sampler_and_sampling_reach_the_stages(world):
 async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_told_in_full(make_world):
     world = await make_world()
     world.decoder.script = [20, 1, 21, 22]
-    response = await infill(world, 4)
+    response = await filled(world, 4)
     assert list(response.token_ids) == [20, 1, 21, 22]
     assert response.text == world.tokenizer.decode([20])
     assert list(response.tokens) == world.tokenizer.token_texts([20, 1, 21, 22])
     assert response.finish_reasons == [types_pb2.FINISH_REASON_STOP]
-    assert (await infill(world, 1)).finish_reasons == [types_pb2.FINISH_REASON_LENGTH]
+    assert (await filled(world, 1)).finish_reasons == [types_pb2.FINISH_REASON_LENGTH]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +129,6 @@ async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_told_in
 )
 async def test_bad_segments_are_named(world, given_segments, field: str):
     with pytest.raises(InvalidRequest) as caught:
-        await world.coordinator.infill(pb.InfillRequest(segments=given_segments), Call())
+        await world.ask(infill, pb.InfillRequest(segments=given_segments))
     assert caught.value.field == field
     assert not world.encoder.calls

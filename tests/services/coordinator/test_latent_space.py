@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import lerp, slerp
-from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.interpolation import interpolate
+from colaserve_services.coordinator.latent_space import decode_latents, encode_text, reconstruct, sample_latents
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
 from tests.services.coordinator.stage_fakes import SPACE, D, EchoDecoder
@@ -38,7 +39,7 @@ async def echo(make_world):
 
 async def test_texts_become_latents_with_their_ids(world):
     texts = ["a", TEXT, "日本語"]
-    response = await world.coordinator.encode_text(pb.EncodeTextRequest(texts=texts), Call())
+    response = await world.ask(encode_text, pb.EncodeTextRequest(texts=texts))
     for text, encoding in zip(texts, response.encodings, strict=True):
         assert list(encoding.token_ids) == world.tokenizer.encode(text)
         assert list(encoding.tokens) == world.tokenizer.token_texts(encoding.token_ids)
@@ -49,29 +50,29 @@ async def test_texts_become_latents_with_their_ids(world):
 async def test_variance_comes_when_asked_for_and_is_refused_without_one(make_world):
     world = await make_world()
     request = pb.EncodeTextRequest(texts=["ab"], with_variance=True)
-    response = await world.coordinator.encode_text(request, Call())
+    response = await world.ask(encode_text, request)
     assert response.encodings[0].HasField("log_variance")
     world.encoder.has_variance = False
     await world.coordinator.connect()
     with pytest.raises(InvalidRequest, match="with_variance"):
-        await world.coordinator.encode_text(request, Call())
+        await world.ask(encode_text, request)
 
 
 @pytest.mark.parametrize(
     ("texts", "field"),
     [([], "texts"), (["a"] * 257, "texts"), (["a", ""], r"texts\[1\]"), (["ab " * 300], r"texts\[0\]")],
 )
-@pytest.mark.parametrize("method", ["encode_text", "reconstruct"])
-async def test_bad_texts_are_named(world, method: str, texts: list[str], field: str):
-    kind = pb.EncodeTextRequest if method == "encode_text" else pb.ReconstructRequest
+@pytest.mark.parametrize("method", [encode_text, reconstruct])
+async def test_bad_texts_are_named(world, method: Any, texts: list[str], field: str):
+    kind = pb.EncodeTextRequest if method is encode_text else pb.ReconstructRequest
     with pytest.raises(InvalidRequest, match=field):
-        await getattr(world.coordinator, method)(kind(texts=texts), Call())
+        await world.ask(method, kind(texts=texts))
 
 
 async def test_an_answer_that_would_not_fit_into_a_message_is_refused_before(make_world):
     world = await make_world(max_message_bytes=4096)
     with pytest.raises(InvalidRequest, match=r"texts: needs .* at most 4096 fit"):
-        await world.coordinator.encode_text(pb.EncodeTextRequest(texts=[TEXT * 5] * 20), Call())
+        await world.ask(encode_text, pb.EncodeTextRequest(texts=[TEXT * 5] * 20))
     assert not world.encoder.calls
 
 
@@ -80,7 +81,7 @@ async def test_latents_become_text_the_last_block_filled_with_zeros(echo, length
     ids = list(range(20, 20 + length))
     latents = message(echo.encoder.encode(ids))
     request = pb.DecodeLatentsRequest(latents=latents, top_logprobs=2, target_ids=[*ids[:-1], 7])
-    response = await echo.coordinator.decode_latents(request, Call())
+    response = await echo.ask(decode_latents, request)
     assert list(response.token_ids) == ids
     assert response.text == echo.tokenizer.decode(ids)
     assert len(response.logprobs) == len(response.top_logprobs) == length
@@ -93,15 +94,15 @@ async def test_decoded_latents_have_n_times_p_tokens(make_world, count: int):
     world = await make_world(patch_size=2)
     world.decoder.script = list(range(100, 120))
     request = pb.DecodeLatentsRequest(latents=message(np.ones((count, D))))
-    response = await world.coordinator.decode_latents(request, Call())
+    response = await world.ask(decode_latents, request)
     assert list(response.token_ids) == list(range(100, 100 + 2 * count))
 
 
 async def test_decoding_is_by_the_defaults_but_without_a_penalty_unless_set(world):
     latents = message([1, 2])
-    await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents), Call())
+    await world.ask(decode_latents, pb.DecodeLatentsRequest(latents=latents))
     sampling = types_pb2.Sampling(repetition_penalty=1.3, temperature=0.7, seed=9)
-    await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, sampling=sampling), Call())
+    await world.ask(decode_latents, pb.DecodeLatentsRequest(latents=latents, sampling=sampling))
     first, second = (call.sampling for call in world.decoder.calls)
     assert first == types_pb2.Sampling(temperature=0, top_k=50, top_p=0.9, repetition_penalty=1, seed=0)
     assert second == types_pb2.Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=9)
@@ -110,8 +111,8 @@ async def test_decoding_is_by_the_defaults_but_without_a_penalty_unless_set(worl
 async def test_decoded_text_ends_before_an_end_or_pad_id_unless_a_count_is_given(echo, tokenizer):
     ids = [20, 21, 2, 22, 1]
     latents = message(echo.encoder.encode(ids))
-    open_ended = await echo.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents), Call())
-    counted = await echo.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, token_count=4), Call())
+    open_ended = await echo.ask(decode_latents, pb.DecodeLatentsRequest(latents=latents))
+    counted = await echo.ask(decode_latents, pb.DecodeLatentsRequest(latents=latents, token_count=4))
     assert list(open_ended.token_ids) == [20, 21]
     assert list(open_ended.tokens) == tokenizer.token_texts([20, 21])
     assert list(counted.token_ids) == ids[:4]
@@ -132,33 +133,32 @@ async def test_decoded_text_ends_before_an_end_or_pad_id_unless_a_count_is_given
 async def test_bad_decode_fields_are_named(world, fields: dict[str, Any], field: str):
     latents = message([[1, 2], [3, 4]]) if fields else None
     with pytest.raises(InvalidRequest) as caught:
-        await world.coordinator.decode_latents(pb.DecodeLatentsRequest(latents=latents, **fields), Call())
+        await world.ask(decode_latents, pb.DecodeLatentsRequest(latents=latents, **fields))
     assert caught.value.field == field
     assert not world.decoder.calls
 
 
 async def test_latents_of_another_space_are_refused_everywhere(world):
     other = message([[1, 2]], "fedcba9876543210")
-    coordinator = world.coordinator
     with pytest.raises(ModelMismatch):
-        await coordinator.decode_latents(pb.DecodeLatentsRequest(latents=other), Call())
+        await world.ask(decode_latents, pb.DecodeLatentsRequest(latents=other))
     with pytest.raises(ModelMismatch):
-        await anext(coordinator.sample_latents(pb.SampleLatentsRequest(prefix=other, max_blocks=1), Call()))
+        await anext(world.ask(sample_latents, pb.SampleLatentsRequest(prefix=other, max_blocks=1)))
     request = pb.InterpolateRequest(start=pb.Endpoint(latents=other), end=pb.Endpoint(latents=other), points=2)
     with pytest.raises(ModelMismatch):
-        await coordinator.interpolate(request, Call())
+        await world.ask(interpolate, request)
     unnamed = message([[1, 2]], "")
-    assert await coordinator.decode_latents(pb.DecodeLatentsRequest(latents=unnamed), Call())
+    assert await world.ask(decode_latents, pb.DecodeLatentsRequest(latents=unnamed))
 
 
 @pytest.mark.parametrize("value", [1e20, -10_001.0])
 async def test_latents_out_of_bounds_are_refused_everywhere_by_their_position(world, value: float):
-    wild, coordinator = message([[1, 2], [3, value]]), world.coordinator
+    wild = message([[1, 2], [3, value]])
     walk = pb.InterpolateRequest(start=pb.Endpoint(text=TEXT), end=pb.Endpoint(latents=wild), points=2)
     for field, call in {
-        "latents": lambda: coordinator.decode_latents(pb.DecodeLatentsRequest(latents=wild), Call()),
-        "prefix": lambda: anext(coordinator.sample_latents(pb.SampleLatentsRequest(prefix=wild, max_blocks=1), Call())),
-        "end.latents": lambda: coordinator.interpolate(walk, Call()),
+        "latents": lambda: world.ask(decode_latents, pb.DecodeLatentsRequest(latents=wild)),
+        "prefix": lambda: anext(world.ask(sample_latents, pb.SampleLatentsRequest(prefix=wild, max_blocks=1))),
+        "end.latents": lambda: world.ask(interpolate, walk),
     }.items():
         with pytest.raises(InvalidRequest, match=r"at \[1, 1\], expected finite values from -10000 to 10000") as caught:
             await call()
@@ -169,10 +169,10 @@ async def test_an_arc_that_leads_out_of_bounds_is_the_callers_and_no_stage_hears
     start, end = (pb.Endpoint(latents=message([[9_000, y]])) for y in (9_000, -9_000))
     request = pb.InterpolateRequest(start=start, end=end, points=3, interpolation=pb.INTERPOLATION_SLERP)
     with pytest.raises(InvalidRequest, match=r"interpolation: got 12727\.9, expected -10000 to 10000"):
-        await world.coordinator.interpolate(request, Call())
+        await world.ask(interpolate, request)
     assert world.decoder.calls == []
     request.interpolation = pb.INTERPOLATION_LERP
-    assert len((await world.coordinator.interpolate(request, Call())).points) == 3
+    assert len((await world.ask(interpolate, request)).points) == 3
 
 
 async def test_sampling_continues_latents_and_repeats_with_its_seed(world):
@@ -180,7 +180,7 @@ async def test_sampling_continues_latents_and_repeats_with_its_seed(world):
 
     async def sample(**fields: Any) -> list[pb.SampleLatentsResponse]:
         request = pb.SampleLatentsRequest(prefix=prefix, max_blocks=3, **fields)
-        return [response async for response in world.coordinator.sample_latents(request, Call())]
+        return [response async for response in world.ask(sample_latents, request)]
 
     first = await sample()
     again = await sample(seed=first[0].seed)
@@ -192,17 +192,17 @@ async def test_sampling_continues_latents_and_repeats_with_its_seed(world):
 
 async def test_sampling_from_nothing_is_free_generation(world):
     request = pb.SampleLatentsRequest(max_blocks=2, seed=SEED)
-    assert len([r async for r in world.coordinator.sample_latents(request, Call())]) == 2
+    assert len([r async for r in world.ask(sample_latents, request)]) == 2
 
 
 @pytest.mark.parametrize("blocks", [0, 65, 2**32 - 1])
 async def test_blocks_that_cannot_be_written_are_refused(world, blocks: int):
     with pytest.raises(InvalidRequest, match="max_blocks"):
-        await anext(world.coordinator.sample_latents(pb.SampleLatentsRequest(max_blocks=blocks), Call()))
+        await anext(world.ask(sample_latents, pb.SampleLatentsRequest(max_blocks=blocks)))
 
 
 async def test_a_faithful_round_trip_has_full_accuracy(echo):
-    response = await echo.coordinator.reconstruct(pb.ReconstructRequest(texts=[TEXT, "b"]), Call())
+    response = await echo.ask(reconstruct, pb.ReconstructRequest(texts=[TEXT, "b"]))
     for text, one in zip([TEXT, "b"], response.reconstructions, strict=True):
         assert (one.text, one.token_accuracy) == (text, 1.0)
         assert list(one.token_ids) == list(one.original_ids) == echo.tokenizer.encode(text)
@@ -214,7 +214,7 @@ async def test_an_unfaithful_round_trip_is_told_in_share_and_bits(make_world):
     world = await make_world(EchoDecoder())
     draw = world.decoder.draw
     world.decoder.draw = lambda *args: [id_ if id_ % 2 else id_ + 1 for id_ in draw(*args)]
-    one = (await world.coordinator.reconstruct(pb.ReconstructRequest(texts=[TEXT]), Call())).reconstructions[0]
+    one = (await world.ask(reconstruct, pb.ReconstructRequest(texts=[TEXT]))).reconstructions[0]
     right = [a == b for a, b in zip(one.token_ids, one.original_ids, strict=True)]
     assert any(right)
     assert not all(right)
@@ -225,7 +225,7 @@ async def test_an_unfaithful_round_trip_is_told_in_share_and_bits(make_world):
 
 async def test_a_round_trip_is_greedy_and_without_penalty(make_world):
     world = await make_world()
-    await world.coordinator.reconstruct(pb.ReconstructRequest(texts=["a"]), Call())
+    await world.ask(reconstruct, pb.ReconstructRequest(texts=["a"]))
     sampling = world.decoder.calls[0].sampling
     assert (sampling.temperature, sampling.repetition_penalty) == (0, 1)
 
@@ -236,7 +236,7 @@ async def test_the_ends_of_a_walk_between_texts_are_the_texts(echo, interpolatio
     request = pb.InterpolateRequest(
         start=pb.Endpoint(text=start), end=pb.Endpoint(text=end), points=5, interpolation=interpolation
     )
-    points = (await echo.coordinator.interpolate(request, Call())).points
+    points = (await echo.ask(interpolate, request)).points
     assert [point.weight for point in points] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert (points[0].text, points[-1].text) == (start, end)
     length = len(echo.tokenizer.encode(end))
@@ -249,12 +249,12 @@ async def test_a_walk_between_latents_and_a_text_needs_as_many_positions(echo):
     count = len(echo.tokenizer.encode(TEXT))
     latents = message(np.ones((count, D)))
     request = pb.InterpolateRequest(start=pb.Endpoint(latents=latents), end=pb.Endpoint(text=TEXT), points=2)
-    points = (await echo.coordinator.interpolate(request, Call())).points
+    points = (await echo.ask(interpolate, request)).points
     assert points[0].latents == latents
     assert points[1].text == TEXT
     request.start.latents.CopyFrom(message(np.ones((count + 1, D))))
     with pytest.raises(InvalidRequest, match=rf"end: got {count} latents, expected .* \({count + 1}\)"):
-        await echo.coordinator.interpolate(request, Call())
+        await echo.ask(interpolate, request)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ async def test_a_walk_between_latents_and_a_text_needs_as_many_positions(echo):
 async def test_bad_walks_are_named(world, fields: dict[str, Any], field: str):
     good = {"start": pb.Endpoint(text="a"), "end": pb.Endpoint(text="b"), "points": 3}
     with pytest.raises(InvalidRequest) as caught:
-        await world.coordinator.interpolate(pb.InterpolateRequest(**{**good, **fields}), Call())
+        await world.ask(interpolate, pb.InterpolateRequest(**{**good, **fields}))
     assert caught.value.field == field
 
 

@@ -9,6 +9,7 @@ from grpc import StatusCode
 
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
@@ -46,21 +47,19 @@ class Fleet:
         }
         self.heard = Heard()
         self.coordinator = Coordinator(
-            Stages(**self.replicas), tokenizer, limits=CoordinatorLimits(**limits), observer=self.heard, space=SPACE
+            Stages(**self.replicas),
+            tokenizer,
+            limits=CoordinatorLimits(retry_seconds=0.001, **limits),
+            observer=self.heard,
+            space=SPACE,
         )
 
     async def generate(self) -> list[generation_pb2.GenerateResponse]:
         request = generation_pb2.GenerateRequest(**REQUEST)
-        return [response async for response in self.coordinator.generate(request, Call())]
+        return [response async for response in generate(self.coordinator.services, request, Call())]
 
     def calls(self, stage: str) -> list[int]:
         return [len(replica.fake.calls) for replica in self.replicas[stage]]
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colaserve_services.coordinator.failures._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("colaserve_services.coordinator.failures._LONGEST_PAUSE", 0.002)
 
 
 @pytest.fixture
@@ -145,7 +144,7 @@ async def test_a_run_stays_with_the_weights_and_dtype_that_began_it(tokenizer, s
 async def test_a_run_whose_brand_is_gone_ends_and_new_ones_run_on_the_others(fleet: Fleet):
     for replica in fleet.replicas["prior"]:
         replica.fake.weights = "a" * 16
-    await fleet.coordinator._lookout.look()
+    await fleet.coordinator.look()
     old = [replica.fake for replica in fleet.replicas["prior"]]
     for fake in old:
         fake.faults = {0: (1, StatusCode.UNAVAILABLE)}
@@ -154,7 +153,7 @@ async def test_a_run_whose_brand_is_gone_ends_and_new_ones_run_on_the_others(fle
     await eventually(lambda: sum(fleet.calls("prior")) == 1)
     for replica in fleet.replicas["prior"]:
         replica.begin_anew(FakePrior(weights="b" * 16))
-    await fleet.coordinator._lookout.look()
+    await fleet.coordinator.look()
     for fake in old:
         fake.gate.set()
     with pytest.raises(Unavailable, match="of the weights and dtype that began this run is ready"):
@@ -166,7 +165,7 @@ async def test_replicas_that_tell_no_weights_are_trusted(fleet: Fleet):
     undisturbed = told(await fleet.generate())
     first, second = fleet.replicas["prior"]
     first.begin_anew(FakePrior(weights="a" * 16, dtype="float32"))
-    await fleet.coordinator._lookout.look()
+    await fleet.coordinator.look()
     for replica in (first, second):
         replica.fake.faults = {len(replica.fake.calls): (1, StatusCode.UNAVAILABLE)}
     assert told(await fleet.generate()) == undisturbed
@@ -192,7 +191,7 @@ async def test_a_run_that_took_two_replicas_with_it_is_not_carried_to_a_third(to
         await fleet.generate()
     assert sorted(fleet.calls(stage)) == [0, 1, 1]
     assert [replica.serving for replica in fleet.replicas[stage]].count(True) == 1
-    assert fleet.coordinator._admission.running == 0
+    assert fleet.coordinator.services.admission.running == 0
 
 
 @pytest.mark.parametrize("stage", KINDS)
@@ -230,7 +229,7 @@ async def test_a_run_whose_two_replicas_ended_at_different_blocks_goes_on(tokeni
     undisturbed = told(await fleet.generate())
     for replica in fleet.replicas[stage]:
         replica.begin_anew(type(replica.fake)())
-    await fleet.coordinator._lookout.look()
+    await fleet.coordinator.look()
     for replica, after in zip(fleet.replicas[stage], (1, 1, 99), strict=True):
         ends_with_the_run(replica, after)
     assert told(await fleet.generate()) == undisturbed

@@ -10,6 +10,7 @@ from grpc import StatusCode
 from colaserve.v1 import latent_service_pb2, types_pb2
 from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.checks import KINDS
+from colaserve_services.coordinator.latent_space import encode_text, sample_latents
 from colaserve_services.errors import DeadlineExceeded, StepFailed, Unavailable
 from colaserve_services.rpc.errors import http_status
 from tests.services.coordinator.test_failover import REQUEST, told
@@ -136,9 +137,9 @@ async def test_a_variance_that_is_not_finite_is_the_encoders_fault(world):
         response.encodings[0].log_variance.data = NAN * 2 * response.encodings[0].log_variance.shape[0]
 
     request = latent_service_pb2.EncodeTextRequest(texts=["he looked"], with_variance=True)
-    undisturbed = await world.coordinator.encode_text(request, Call())
+    undisturbed = await world.ask(encode_text, request)
     world.encoder.spoils[1] = spoil
-    assert await world.coordinator.encode_text(request, Call()) == undisturbed
+    assert await world.ask(encode_text, request) == undisturbed
     assert world.heard.of("stage_fault") == [("encoder", "not_finite")]
 
 
@@ -148,16 +149,14 @@ async def test_a_variance_has_no_bounds(world):
         variance.data = struct.pack("<f", -20_000) * (len(variance.data) // 4)
 
     world.encoder.spoils[0] = spoil
-    await world.coordinator.encode_text(
-        latent_service_pb2.EncodeTextRequest(texts=["he looked"], with_variance=True), Call()
-    )
+    await world.ask(encode_text, latent_service_pb2.EncodeTextRequest(texts=["he looked"], with_variance=True))
     assert world.heard.of("stage_fault") == []
 
 
 async def test_a_block_too_many_does_not_reach_the_caller(world):
     world.prior.extra = 1
     request = latent_service_pb2.SampleLatentsRequest(max_blocks=3)
-    found = [response.block_index async for response in world.coordinator.sample_latents(request, Call())]
+    found = [response.block_index async for response in world.ask(sample_latents, request)]
     assert found == [0, 1, 2]
     assert world.heard.of("stage_fault") == [("prior", "count")]
 

@@ -39,7 +39,7 @@ async def drained(call: Any) -> int:
 async def test_a_stream_that_nobody_reads_ends_while_others_wait(make_world, method: str):
     world = await make_world(max_running=1, idle_seconds=0.1)
     call = streams(world)[method]()
-    await eventually(lambda: world.coordinator._admission.running == 1)
+    await eventually(lambda: world.coordinator.services.admission.running == 1)
     answer = await asyncio.wait_for(world.generate(prompt="he", max_new_tokens=4), 10)
     assert answer[-1].finish_reason
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -53,7 +53,7 @@ async def test_a_stream_that_nobody_reads_ends_while_others_wait(make_world, met
 async def test_a_stream_that_nobody_waits_for_keeps_its_slot(make_world):
     world = await make_world(max_running=1, idle_seconds=0.05)
     call = streams(world)["Generate"]()
-    await eventually(lambda: world.coordinator._admission.running == 1)
+    await eventually(lambda: world.coordinator.services.admission.running == 1)
     await asyncio.sleep(0.3)
     assert await drained(call) == 51
     assert world.heard.of("refused") == []
@@ -77,8 +77,7 @@ async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world
     metrics = Metrics()
     for fake in (world.encoder, world.prior, world.decoder):
         fake.max_context = 65_536
-    await world.coordinator._lookout.look()
-    world.coordinator._follow_limits()
+    await world.coordinator.look()
     server = grpc.aio.server(interceptors=[Edge(metrics, Admission())])
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(world.coordinator), server)
     latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(world.coordinator), server)
@@ -88,7 +87,7 @@ async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", SMALL_WINDOW) as channel:
             request = latent_service_pb2.SampleLatentsRequest(max_blocks=16_000)
             call = latent_service_pb2_grpc.LatentServiceStub(channel).SampleLatents(request)
-            await eventually(lambda: world.coordinator._admission.running == 1)
+            await eventually(lambda: world.coordinator.services.admission.running == 1)
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             assert [response async for response in stub.Generate(SHORT, timeout=20)]
             held = metrics.requests_in_progress.labels("LatentService", "SampleLatents")

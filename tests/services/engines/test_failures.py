@@ -110,15 +110,6 @@ async def test_an_engine_that_fails_at_its_warm_up_row_too_is_at_fault_until_it_
         await freed(stages)
 
 
-async def test_those_who_wait_for_an_engine_at_fault_go_elsewhere_too(tiny: Golden) -> None:
-    everything: dict[float | None, faults.Fault] = {None: faults.raises}
-    limits = EngineLimits(max_context=512, max_running=1)
-    with engines(tiny.directory, limits, network=lambda x: Network(x, everything)) as stages:
-        ended = await asyncio.gather(*(write(stages, seed, None) for seed in range(3)), return_exceptions=True)
-        assert [type(error) for error in ended] == [Unavailable] * 3
-        await freed(stages)
-
-
 async def test_a_caller_that_left_leaves_no_traceback(tiny: Golden, caplog: pytest.LogCaptureFixture) -> None:
     slow = faults.hangs(0.3)
 

@@ -186,8 +186,8 @@ async def test_a_block_beyond_the_reservation_is_refused(tiny: Golden) -> None:
         await freed(stages)
 
 
-async def test_a_call_of_many_sequences_is_admitted_as_one(tiny: Golden) -> None:
-    limits = EngineLimits(max_context=512, max_running=2, max_waiting=1)
+async def test_a_call_of_many_sequences_takes_one_slot(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, max_running=1)
     with engines(tiny.directory, limits) as stages:
         for _ in range(5):
             results, _ = await stages.encoder.encode([[i] for i in range(40)])

@@ -83,7 +83,7 @@ async def serving(
 ):
     torch.set_num_threads(1)
     keep_grpc()
-    limits = limits or EngineLimits(max_context=256, max_running=4, max_waiting=4)
+    limits = limits or EngineLimits(max_context=256)
     metrics, checkpoint = Metrics(), Wrapped(Checkpoint.open(golden.directory), network)
     compute = dict.fromkeys(("encoder", "prior", "decoder"), ("cpu", dtype))
     stages = load_stages(checkpoint, compute, limits, metrics, failing)

@@ -9,6 +9,7 @@ import pytest
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, latent_service_pb2, prior_pb2
 from colaserve_services.coordinator import Call, Coordinator, Stages
+from colaserve_services.coordinator.latent_space import sample_latents
 from colaserve_services.coordinator.stages import Local
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
@@ -21,7 +22,7 @@ from tests.services.stages.serving import serving
 from tests.waiting import eventually
 
 STAGES = ("encoder", "prior", "decoder")
-LIMITS = EngineLimits(max_context=256, max_running=4, max_waiting=4, look_again_seconds=0.05)
+LIMITS = EngineLimits(max_context=256, max_running=4, look_again_seconds=0.05)
 
 
 async def encode(served, marked):
@@ -101,7 +102,7 @@ async def test_an_engine_at_fault_is_told_and_so_is_that_it_computes_again(tiny)
 
 async def test_an_engine_that_is_busy_is_not_at_fault(tiny):
     told = []
-    limits = EngineLimits(max_context=256, max_running=1, max_waiting=0)
+    limits = EngineLimits(max_context=256, max_running=1)
     async with serving(tiny, limits, failing=lambda *x: told.append(x)) as served:
         async with asyncio.TaskGroup() as group:
             for _ in range(4):
@@ -127,11 +128,11 @@ async def test_a_run_that_breaks_one_device_after_another_ends_with_the_second(t
         await coordinator.connect()
         request = latent_service_pb2.SampleLatentsRequest(prefix=first.latents(5, value=MARK_LATENT), max_blocks=1)
         with pytest.raises(StepFailed, match="two replicas of the prior failed or ended"):
-            await anext(coordinator.sample_latents(request, Call()))
+            await anext(sample_latents(coordinator.services, request, Call()))
         at_fault = [await _at_fault(each) for each in fleet]
         assert sorted(at_fault) == [False, True, True]
         request.prefix.CopyFrom(first.latents(5))
-        assert (await anext(coordinator.sample_latents(request, Call()))).block_index == 0
+        assert (await anext(sample_latents(coordinator.services, request, Call()))).block_index == 0
 
 
 async def _at_fault(served):

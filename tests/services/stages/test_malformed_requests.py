@@ -118,7 +118,7 @@ def server():
 def wait_until_free(engine):
     def is_free():
         load = engine.load()
-        return load.running == load.waiting == load.kv_bytes_used == 0
+        return load.running == load.kv_bytes_used == 0
 
     wait_until(is_free)
 

@@ -17,6 +17,7 @@ from colaserve_services.rpc import tensors
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.settings import ChannelSettings
+from tests.services.engines.runs import patiently
 from tests.services.stages.serving import serving
 from tests.waiting import eventually
 
@@ -101,23 +102,22 @@ async def test_a_deadline_is_kept_between_steps_and_frees_the_kv(tiny):
 
 
 async def test_one_session_too_many_is_refused_at_once_with_a_hint_and_harms_nobody(tiny):
-    limits, long = EngineLimits(max_context=512, max_running=1, max_waiting=1), {"blocks": 60, "steps": 200}
+    limits, long = EngineLimits(max_context=512, max_running=1), {"blocks": 60, "steps": 200}
     async with serving(tiny, limits) as served:
         engine = served.stages.engines["prior"]
         undisturbed = await _two_blocks(served.prior.Sample(served.run(**long)))
         await eventually(lambda: engine.load().running == 0)
         running = served.prior.Sample(served.run(**long))
         await eventually(lambda: engine.load().running == 1)
-        waiting = served.prior.Sample(served.run(blocks=1))
-        await eventually(lambda: engine.load().waiting == 1)
         started = time.monotonic()
         error = await refused(served.prior.Sample(served.run(blocks=1)).read())
         assert isinstance(error, Overloaded)
         assert error.retry_after > 0
         assert time.monotonic() - started < 15
+        info = await served.prior.GetInfo(_info_request("prior"))
+        assert (info.limits.max_running, info.limits.max_waiting, info.server.waiting) == (1, 0, 0)
         assert await _two_blocks(running) == undisturbed
-        assert (await waiting.read()).block_index == 0
-        refusals = {"stage": "prior", "reason": "queue"}
+        refusals = {"stage": "prior", "reason": "slots"}
         assert served.metrics.registry.get_sample_value("colaserve_refused_total", refusals) == 1
 
 
@@ -125,21 +125,6 @@ async def _two_blocks(call):
     blocks = [(await call.read()).latents for _ in range(2)]
     call.cancel()
     return blocks
-
-
-async def test_a_waiting_session_that_leaves_makes_room(tiny):
-    limits = EngineLimits(max_context=512, max_running=1, max_waiting=1)
-    async with serving(tiny, limits) as served:
-        running = await sampling(served)
-        waiting = served.prior.Sample(served.run(blocks=1))
-        engine = served.stages.engines["prior"]
-        await eventually(lambda: engine.load().waiting == 1)
-        waiting.cancel()
-        await eventually(lambda: engine.load().waiting == 0)
-        next_one = served.prior.Sample(served.run(blocks=1))
-        await eventually(lambda: engine.load().waiting == 1)
-        running.cancel()
-        assert (await next_one.read()).block_index == 0
 
 
 async def test_an_unread_stream_does_not_run_away_and_goes_on_when_read(tiny):
@@ -181,8 +166,8 @@ def _info_request(stage):
     return getattr(module, f"{stage.title()}ServiceGetInfoRequest")()
 
 
-async def test_liveness_and_info_answer_while_every_place_is_taken(tiny):
-    limits = EngineLimits(max_context=512, max_running=1, max_waiting=0)
+async def test_liveness_and_info_answer_while_every_slot_is_taken(tiny):
+    limits = EngineLimits(max_context=512, max_running=1)
     async with serving(tiny, limits) as served:
         call = await sampling(served)
         for _ in range(20):
@@ -221,17 +206,25 @@ async def ended(call):
         pass
 
 
-@pytest.mark.parametrize(("stage", "method"), [("prior", "Sample"), ("decoder", "Decode")])
-async def test_a_stream_that_loses_its_place_ends_though_it_neither_sends_nor_reads(tiny, stage, method):
-    limits = EngineLimits(max_running=1, max_waiting=4, idle_seconds=0.2)
-    window = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
-    async with serving(tiny, limits) as served, grpc.aio.insecure_channel(served.target, window) as channel:
-        silent = await (decoding(served) if stage == "decoder" else unread(served, channel))
-        await eventually(lambda: served.stages.engines[stage].load().running == 1)
+async def newcomer(served, stage):
+    """A call that takes the slot of an idle one, as a coordinator would send it."""
+    try:
         if stage == "decoder":
             (await decoding(served)).cancel()
         else:
             await ended(served.prior.Sample(served.run(blocks=1)))
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+@pytest.mark.parametrize(("stage", "method"), [("prior", "Sample"), ("decoder", "Decode")])
+async def test_a_stream_that_is_evicted_ends_though_it_neither_sends_nor_reads(tiny, stage, method):
+    limits = EngineLimits(max_running=1, idle_seconds=0.2)
+    window = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+    async with serving(tiny, limits) as served, grpc.aio.insecure_channel(served.target, window) as channel:
+        silent = await (decoding(served) if stage == "decoder" else unread(served, channel))
+        await eventually(lambda: served.stages.engines[stage].load().running == 1)
+        await patiently(lambda: newcomer(served, stage))
         held = served.metrics.requests_in_progress.labels(f"{stage.title()}Service", method)
         await eventually(lambda: held._value.get() == 0)
         with pytest.raises(grpc.aio.AioRpcError, match="nothing to compute for") as caught:

@@ -9,15 +9,14 @@ from typing import Any, Final, TypeVar
 
 from colaserve.v1 import encoder_pb2, types_pb2
 from colaserve_services.coordinator import checks, rows
-from colaserve_services.coordinator.admission import Admission
+from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.decoder_run import DecoderRun
 from colaserve_services.coordinator.defaults import Defaults
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.pool import Pool
-from colaserve_services.coordinator.prior_run import PriorRun, Span
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun, Span
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.offload import offload
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Core:
+class ServiceContext:
     """Made when the stages are connected; every call works with one."""
 
     pools: Mapping[str, Pool]
@@ -48,7 +47,7 @@ class Core:
         return self.model.max_context * self.model.patch_size
 
     async def tokenize(self, text: str, field: str) -> list[int]:
-        """Ids of a text. Raises InvalidRequest for one of which even a look at its length tells that it cannot fit."""
+        """Ids of a text. Raises InvalidRequest for one whose length alone shows that it cannot fit."""
         [ids] = await self.tokenize_all([text], [field])
         return ids
 
@@ -72,12 +71,13 @@ class Core:
     async def encode(
         self, sequences: Sequence[Sequence[int]], call: Call, with_variance: bool = False
     ) -> encoder_pb2.EncodeResponse:
-        """The encodings of all sequences, a few at a time, so that one call does not fill the encoder's queue."""
-        whole, attempts = encoder_pb2.EncodeResponse(), self.attempts("encoder", call)
-        for start in range(0, len(sequences), ENCODED_AT_ONCE):
-            part = await self._encode(sequences[start : start + ENCODED_AT_ONCE], with_variance, attempts)
-            whole.encodings.extend(part.encodings)
-            add_timing(whole.timing, part.timing)
+        """The encodings of all sequences, a few at a time, so that one call does not keep the encoder to itself."""
+        whole, size = encoder_pb2.EncodeResponse(), max(map(len, sequences))
+        with self._attempts(Ticket(call, "encoder", size)) as attempts:
+            for start in range(0, len(sequences), ENCODED_AT_ONCE):
+                part = await self._encode(sequences[start : start + ENCODED_AT_ONCE], with_variance, attempts)
+                whole.encodings.extend(part.encodings)
+                add_timing(whole.timing, part.timing)
         return whole
 
     async def _encode(
@@ -87,8 +87,8 @@ class Core:
         request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance)
         while True:
             try:
-                timeout = attempts.call.left()
-                response: encoder_pb2.EncodeResponse = await attempts.stub().Encode(request, timeout=timeout)
+                stub = await attempts.stub()
+                response: encoder_pb2.EncodeResponse = await stub.Encode(request, timeout=attempts.call.left())
                 checks.encodings(response, sequences, with_variance, self.model, attempts.call)
                 attempts.progressed()
                 return response
@@ -101,13 +101,13 @@ class Core:
         blocks: int,
         sampler: types_pb2.Sampler,
         seed: types_pb2.NoiseSeed,
-        call: Call,
+        ticket: Ticket,
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
     ) -> PriorRun:
-        """A run of the prior over a canvas. `on_wait` hears True when it must wait for another replica, False when
-        that writes."""
-        attempts = self.attempts("prior", call)
+        """A run of the prior over a canvas, with the ticket of the call's slot. `on_wait` hears True when it must wait
+        for another replica, False when that writes."""
+        attempts = self._attempts(ticket)
         return PriorRun(self.model, latents, blocks, sampler, seed, attempts, open_spans, on_wait)
 
     def decoder(
@@ -120,14 +120,16 @@ class Core:
         target_ids: Sequence[int] = (),
         patient: bool = False,
     ) -> DecoderRun:
-        """A run of the decoder. `patient`: it belongs to a call that has got on already, so it waits for an overloaded
-        decoder where it would else be refused."""
-        attempts = self.attempts("decoder", call, patient)
+        """A run of the decoder. `patient`: it belongs to a call that has made progress already, so it waits longer for
+        a full decoder."""
+        size = rows.count(prefix) + blocks * self.model.block_size
+        attempts = self._attempts(Ticket(call, "decoder", size, resuming=patient))
         return DecoderRun(self.model, prefix, blocks, sampling, attempts, top_logprobs, target_ids)
 
-    def attempts(self, stage: str, call: Call, patient: bool = False) -> Attempts:
+    def _attempts(self, ticket: Ticket) -> Attempts:
         """The retry policy of one run."""
-        return Attempts(self.pools[stage], call, self.limits.attempts, self.observer, resuming=patient)
+        limits, pool = self.limits, self.pools[ticket.stage]
+        return Attempts(pool, ticket, self.admission, limits.attempts, limits.retry_seconds, self.observer)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""
@@ -144,10 +146,10 @@ def add_timing(total: types_pb2.Timing, *parts: types_pb2.Timing) -> types_pb2.T
 
 async def side_by_side(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results in order, a few at work at once; the first failure ends the others and is raised."""
-    places = asyncio.Semaphore(SIDE_BY_SIDE)
+    slots = asyncio.Semaphore(SIDE_BY_SIDE)
 
     async def run(work: Coroutine[Any, Any, T]) -> T:
-        async with places:
+        async with slots:
             return await work
 
     tasks = [asyncio.create_task(run(work)) for work in works]

@@ -1,10 +1,11 @@
-"""Who runs, who waits, who is evicted: readers that stay away and full engines."""
+"""Which sessions run, which are refused, evicted or preempted: readers that stay away and full engines."""
 
 import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,10 @@ from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.prior.engine import PriorSession
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
-from tests.services.engines.runs import freed, job, noise, sample
+from tests.services.engines.runs import freed, job, noise, patiently, sample
 from tests.waiting import eventually
 
 
@@ -47,11 +47,11 @@ async def test_a_passed_deadline_ends_a_run_and_frees_it(tiny: Golden) -> None:
         await freed(stages)
 
 
-async def test_a_full_queue_refuses_at_once_and_harms_nobody(tiny: Golden) -> None:
-    limits = EngineLimits(max_context=512, max_running=1, max_waiting=1, run_ahead=1)
+async def test_a_full_engine_refuses_at_once_and_harms_nobody(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, max_running=2, run_ahead=1)
     with engines(tiny.directory, limits) as stages:
         async with stages.prior.session(job(1)) as first, stages.prior.session(job(2)) as second:
-            with pytest.raises(Overloaded) as refused:
+            with pytest.raises(Overloaded, match="2 sessions run, and there is no slot") as refused:
                 async with stages.prior.session(job(3)):
                     pass
             assert 0 < refused.value.retry_after <= 60
@@ -60,24 +60,26 @@ async def test_a_full_queue_refuses_at_once_and_harms_nobody(tiny: Golden) -> No
         await freed(stages)
 
 
-async def test_runs_wait_for_cache_and_start_when_it_is_free(tiny: Golden) -> None:
+async def test_a_session_for_which_there_is_no_kv_is_refused_until_there_is(tiny: Golden) -> None:
     with engines(tiny.directory) as probe:
-        need = probe.prior.kv_shape.nbytes(4 + 2 * 4)
+        need = probe.prior.kv_bytes(4 + 2 * 4)
     limits = EngineLimits(max_context=512, kv_bytes=2 * need, run_ahead=1)
     with engines(tiny.directory, limits) as stages:
-        results = await asyncio.gather(*(sample(stages, job(seed)) for seed in range(6)))
+        async with stages.prior.session(job(1)), stages.prior.session(job(2)):
+            with pytest.raises(Overloaded, match="no KV memory"):
+                await sample(stages, job(3))
+        wanted = [job(seed) for seed in range(6)]
+        results = await asyncio.gather(*(patiently(partial(sample, stages, each)) for each in wanted))
         assert [len(blocks) for blocks in results] == [2] * 6
         await freed(stages)
 
 
-async def test_contexts_are_as_long_as_the_kv_budget_has_room_for(
-    tiny: Golden, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_contexts_are_as_long_as_fits_the_kv_budget(tiny: Golden, caplog: pytest.LogCaptureFixture) -> None:
     with engines(tiny.directory) as probe:
         B, room = probe.prior.shape.block_size, probe.prior.kv_bytes(12 * 4)
     with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room)) as stages:
         assert stages.prior.limits.max_context == 12 * B
-        assert f"--kv-bytes has room for contexts of {12 * B} latents, not 512" in caplog.messages
+        assert f"--kv-bytes fits contexts of {12 * B} latents, not 512" in caplog.messages
         assert len(await sample(stages, job(blocks=11))) == 11  # behind a block of context
         with pytest.raises(InvalidRequest, match="max_context is 48"):
             async with stages.prior.session(job(blocks=12)):
@@ -86,33 +88,13 @@ async def test_contexts_are_as_long_as_the_kv_budget_has_room_for(
         EngineLimits(kv_bytes=1).fitting(B, lambda positions: positions)
 
 
-async def test_work_that_waits_is_bounded_too(tiny: Golden) -> None:
-    with engines(tiny.directory) as probe:
-        work = PriorSession(probe.prior, job(blocks=2), None).work
-    limits = EngineLimits(max_context=512, max_running=1, max_waiting_work=2 * work)
-    with engines(tiny.directory, limits) as stages:
-        async with AsyncExitStack() as held:
-            large = await held.enter_async_context(stages.prior.session(job(blocks=20)))  # nothing waits: any work may
-            await eventually(lambda: stages.prior.load().running == 1)
-            gone = stages.prior.session(job(blocks=20))
-            await gone.__aenter__()
-            await held.enter_async_context(stages.prior.session(job(1)))  # one that waits takes half at most
-            await gone.__aexit__(None, None, None)  # and nothing once nobody wants it
-            await held.enter_async_context(stages.prior.session(job(2)))
-            with pytest.raises(Overloaded, match=rf"^{2 * work:.0f} units of work .* wait already"):
-                async with stages.prior.session(job(3)):
-                    pass
-            assert large.finished is False
-        await freed(stages)
-
-
 async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
     with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
         async with stages.prior.session(job(blocks=6)) as unread:
             await eventually(lambda: unread.outbox.unread == 2)
             await asyncio.sleep(0.5)  # while nobody waits
             assert stages.prior.load().running == 1
-            assert len(await sample(stages, job(1))) == 2
+            assert len(await patiently(lambda: sample(stages, job(1)))) == 2
             got = aiter(unread)
             assert [(await anext(got)).index for _ in range(2)] == [0, 1]  # what was written is not lost
             with pytest.raises(Unavailable, match=r"nothing to compute for 0\.3 s while others wait"):
@@ -125,11 +107,15 @@ async def test_who_sends_nothing_keeps_others_waiting_only_so_long(tiny: Golden)
     with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
         async with stages.decoder.session(wanted) as silent:
             await silent.decode(noise(4))
-            async with stages.decoder.session(wanted) as other:
-                await asyncio.wait_for(other.decode(noise(4)), 20)
+            await patiently(lambda: decode_one(stages, wanted))
             with pytest.raises(Unavailable, match="nothing to compute"):
                 await silent.decode(noise(4))
         await freed(stages)
+
+
+async def decode_one(stages: Engines, wanted: DecodeJob) -> None:
+    async with stages.decoder.session(wanted) as session:
+        await session.decode(noise(4))
 
 
 async def test_time_in_which_a_reader_is_away_is_not_counted_as_computing(tiny: Golden) -> None:
@@ -163,7 +149,7 @@ async def test_a_run_that_holds_most_of_the_kv_is_paused_for_others_and_ends_und
             blocks = aiter(session)
             got = [await anext(blocks)]
             for _ in range(2):
-                other = await asyncio.wait_for(sample(stages, short), 20)
+                other = await patiently(lambda: sample(stages, short))
                 assert [(a.latents - b.latents).abs().max() < 1e-4 for a, b in zip(other, of_short, strict=True)] == [
                     True
                 ] * 2
@@ -196,36 +182,29 @@ async def test_a_decode_stream_that_holds_most_of_the_kv_is_paused_too(tiny: Gol
     with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=need)) as stages:
 
         async def other() -> None:
-            async with stages.decoder.session(DecodeJob(noise(4), max_latents=16)) as session:
-                await asyncio.wait_for(session.decode(noise(4)), 20)
+            await patiently(lambda: decode_one(stages, DecodeJob(noise(4), max_latents=16)))
 
         assert await decode(stages, other) == alone
         await freed(stages)
 
 
-async def test_small_runs_pass_a_large_one_that_does_not_fit_and_only_so_often(tiny: Golden) -> None:
+async def test_newcomers_take_the_kv_of_a_preempted_session_only_so_often(tiny: Golden) -> None:
     with engines(tiny.directory) as probe:
-        small, large = probe.prior.kv_bytes(4 + 4), probe.prior.kv_bytes(8 + 4 * 60)
-    limits = EngineLimits(max_context=512, kv_bytes=large + small, max_running=4)
-    order: list[str] = []
-
-    async def run(name: str, wanted: SampleJob) -> None:
-        async with stages.prior.session(wanted) as session:
-            await anext(aiter(session))
-            order.append(name)
-
+        small, large = probe.prior.kv_bytes(4 + 4 * 3), probe.prior.kv_bytes(8 + 4 * 60)
+    limits = EngineLimits(max_context=512, kv_bytes=large + small - 1, max_running=4)
     with engines(tiny.directory, limits) as stages:
-        async with stages.prior.session(job(0, context=4, blocks=3)) as unread, asyncio.TaskGroup() as group:
-            await eventually(lambda: unread.outbox.unread == 2)  # it keeps what the large one lacks
-            group.create_task(run("large", job(1, context=8, blocks=60)))
-            await eventually(lambda: stages.prior.load().waiting == 1)
-            tasks = [group.create_task(run("small", job(n, context=4, blocks=1))) for n in range(20)]
-            await asyncio.wait(tasks[:16], return_when=asyncio.FIRST_EXCEPTION, timeout=20)
-            await eventually(lambda: len(order) == 16)
-            assert order == ["small"] * 16
-            async for _ in unread:
-                pass
-        assert order[16] == "large"
+        async with stages.prior.session(job(1, context=8, blocks=60)) as session:
+            await anext(aiter(session))
+            taken = 0
+            async with AsyncExitStack() as held:
+                newcomer = job(0, context=4, blocks=3)
+                await patiently(lambda: held.enter_async_context(stages.prior.session(newcomer)))
+                with suppress(Overloaded):
+                    while taken <= 17:
+                        async with stages.prior.session(job(taken, context=4, blocks=1)):
+                            taken += 1
+            assert taken == 16
+            assert len([block async for block in session]) == 59
         await freed(stages)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from typing import Any, Final
+from typing import Any
 
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator.observer import CoordinatorObserver
@@ -14,12 +14,10 @@ from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.stages import NAMES, Model, Stages
 from colaserve_services.errors import Unavailable
 
-_SILENT_SECONDS: Final = 15.0  # between two lines of the log about stages that are waited for
-
 _log = logging.getLogger(__name__)
 
 
-class Lookout:
+class HealthMonitor:
     """The pools of all stages."""
 
     def __init__(self, stages: Stages, observer: CoordinatorObserver):
@@ -35,16 +33,22 @@ class Lookout:
         """The latest answers of all stages' replicas that serve the model; of a stage that is down, its last one."""
         return [info for pool in self.pools.values() for info in pool.infos or filter(None, [pool.last])]
 
+    @property
+    def capacities(self) -> dict[str, int]:
+        """Sessions that the replicas of each stage take together; 0: they do not say."""
+        return {name: pool.capacity for name, pool in self.pools.items()}
+
     async def look(self) -> None:
         """Ask all replicas of all stages at once."""
         await asyncio.gather(*(pool.look() for pool in self.pools.values()))
 
-    async def wait(self, space: str) -> dict[str, Any]:
+    async def wait(self, space: str, silent_seconds: float) -> dict[str, Any]:
         """An answer of each stage, of a replica of that latent space where there is one (empty: of the space that most
         replicas tell), once all have answered.
 
-        The log says now and again who is waited for. Raises Unavailable for an answer that waiting does not change."""
-        tell_at, pause = time.monotonic() + _SILENT_SECONDS, 0.05
+        The log says every so many seconds which stages are waited for. Raises Unavailable for an answer that waiting
+        does not change."""
+        tell_at, pause = time.monotonic() + silent_seconds, 0.05
         while True:
             await self.look()
             if self._settled(space):
@@ -54,7 +58,7 @@ class Lookout:
                     raise Unavailable(f"{pool.stage} at {pool.target} answers {refusal}")
             if time.monotonic() >= tell_at:
                 _log.warning("waiting for the stages: %s", self.faults())
-                tell_at = time.monotonic() + _SILENT_SECONDS
+                tell_at = time.monotonic() + silent_seconds
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
 

@@ -1,0 +1,240 @@
+"""Runs of the prior and of the decoder that go on with another replica when one breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from colaserve.v1 import decoder_pb2, prior_pb2, types_pb2
+from colaserve_services.coordinator import checks, rows
+from colaserve_services.coordinator.checks import StageFault
+from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
+from colaserve_services.coordinator.stages import Model
+
+Span = tuple[int, int]
+
+
+class PriorRun:
+    """`blocks()` yields each written block, in order; none is lost or written twice. Leaving it cancels the stream.
+
+    `latents` (float32) are the given positions, `open_spans` those of them that are to be written; leading blocks
+    without one are context. When the stream breaks it is opened again with the blocks so far as part of the canvas.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        latents: types_pb2.Latents,
+        blocks: int,
+        sampler: types_pb2.Sampler,
+        seed: types_pb2.NoiseSeed,
+        attempts: Attempts,
+        open_spans: Sequence[Span] = (),
+        on_wait: Callable[[bool], None] = lambda waits: None,
+    ):
+        self._model, self._attempts = model, attempts
+        self._latents, self._open, self._blocks = latents, tuple(open_spans), blocks
+        self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
+        self.context = context_blocks(rows.count(latents), open_spans, model.block_size)  # blocks
+        self._written: list[types_pb2.Latents] = []
+
+    async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
+        """Each written block, in order."""
+        with self._attempts:
+            while len(self._written) < self._blocks:
+                if self._written and self._is_known(len(self._written)):  # a replica would take it for context
+                    yield self._keep(self._known_block(len(self._written)))
+                    continue
+                try:
+                    async with aclosing(self._stream()) as stream:
+                        async for response in stream:
+                            yield self._keep(response)
+                except STAGE_ERRORS as error:
+                    self._on_wait(True)
+                    await self._attempts.failed(error)
+
+    async def _stream(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
+        stub = await self._attempts.stub()
+        call = stub.Sample(self.request(), timeout=self._attempts.call.left())
+        try:
+            async for response in call:
+                if len(self._written) == self._blocks:  # the run is complete
+                    self._attempts.fault(StageFault("count", "it sent a block too many"))
+                    return
+                checks.block(response, len(self._written), self._model, self._attempts.call)
+                self._attempts.progressed()
+                self._on_wait(False)
+                yield response
+            if len(self._written) < self._blocks:
+                raise StageFault("count", "it ended its stream before the last block")
+        finally:
+            call.cancel()
+
+    def request(self) -> prior_pb2.SampleRequest:
+        """What a replica is asked, given the blocks written so far."""
+        done = len(self._written)
+        canvas = types_pb2.Canvas(latents=self._canvas())
+        border = (self.context + done) * self._model.block_size if done else 0
+        for start, end in self._open:
+            if end > border:
+                canvas.open.add(start=max(start, border), end=end)
+        return prior_pb2.SampleRequest(
+            canvas=canvas,
+            max_blocks=self._blocks - done,
+            first_block=done,
+            sampler=self._sampler,
+            seed=self._seed,
+        )
+
+    def _canvas(self) -> types_pb2.Latents:
+        if not self._written:
+            return self._latents
+        size = self._model.block_size
+        start, end = self.context * size, (self.context + len(self._written)) * size
+        parts = [rows.take(self._latents, 0, start), *self._written]
+        parts.append(rows.take(self._latents, end, max(end, rows.count(self._latents))))
+        return rows.join(parts, self._model.latent_dim, self._model.space)
+
+    def _is_known(self, index: int) -> bool:
+        """Whether a block to be written has no open position."""
+        start = (self.context + index) * self._model.block_size
+        end = start + self._model.block_size
+        return end <= rows.count(self._latents) and not any(a < end and b > start for a, b in self._open)
+
+    def _known_block(self, index: int) -> prior_pb2.SampleResponse:
+        start = (self.context + index) * self._model.block_size
+        latents = rows.take(self._latents, start, start + self._model.block_size)
+        return prior_pb2.SampleResponse(block_index=index, latents=latents)
+
+    def _keep(self, response: prior_pb2.SampleResponse) -> prior_pb2.SampleResponse:
+        self._written.append(response.latents)
+        return response
+
+
+class DecoderRun:
+    """`async with DecoderRun(...) as decoder: await decoder.decode(latents)`; leaving frees the stage's session.
+
+    The stream is opened with the first block. When it breaks it is opened again with the latents and ids so far, and
+    the block is sent once more.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prefix: types_pb2.Latents,
+        blocks: int,
+        sampling: types_pb2.Sampling,
+        attempts: Attempts,
+        top_logprobs: int = 0,
+        target_ids: Sequence[int] = (),
+    ):
+        self._model, self._attempts = model, attempts
+        self._latents = [prefix]
+        self._sampling, self._top, self._targets = sampling, top_logprobs, list(target_ids)
+        self._max_latents = rows.count(prefix) + blocks * model.block_size
+        self._ids: list[int] = []  # sampled so far, untrimmed
+        self._call: Any = None
+        self._decoding = self._let_go = False
+
+    async def __aenter__(self) -> DecoderRun:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    async def decode(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
+        """The ids of the next block, B * P of them."""
+        self._decoding = True
+        try:
+            response = await self._answered(latents)
+        finally:
+            self._decoding = False
+        self._latents.append(latents)
+        self._ids += response.token_ids
+        if self._let_go:
+            self._close()
+        return response
+
+    def prior_waits(self, waits: bool) -> None:
+        """While the run's prior waits for a replica, free the stage's session after every block; the next opens one.
+
+        A call that waits for a prior holds no decoder: calls that hold all slots of the one and wait for the other
+        would wait for ever.
+        """
+        self._let_go = waits
+        if waits and not self._decoding:
+            self._close()
+
+    async def _answered(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
+        while True:
+            try:
+                response = await self._exchange(latents)
+            except STAGE_ERRORS as error:
+                self._cancel()
+                await self._attempts.failed(error)
+            else:
+                self._attempts.progressed()
+                return response
+
+    def request(self) -> decoder_pb2.OpenDecode:
+        """What a replica is asked, given the blocks decoded so far."""
+        return decoder_pb2.OpenDecode(
+            prefix=rows.join(self._latents, self._model.latent_dim, self._model.space),
+            sampling=self._sampling,
+            history_ids=self._ids,
+            top_logprobs=self._top,
+            target_ids=self._targets[len(self._ids) :],
+            max_latents=self._max_latents,
+        )
+
+    async def _exchange(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
+        try:
+            if self._call is None:
+                await self._open()
+            await self._call.write(decoder_pb2.DecodeRequest(block=latents))
+        except asyncio.InvalidStateError as error:  # it ended before: read tells how
+            await self._read_end(error)
+        response = await self._call.read()
+        if response is grpc.aio.EOF:
+            raise StageFault("count", "it ended its stream before the last block")
+        self._check(response)
+        return response
+
+    async def _open(self) -> None:
+        stub = await self._attempts.stub()
+        self._call = stub.Decode(timeout=self._attempts.call.left())
+        await self._call.write(decoder_pb2.DecodeRequest(open=self.request()))
+
+    async def _read_end(self, error: Exception) -> None:
+        code = await self._call.code()
+        if code != grpc.StatusCode.OK:
+            details, trailing = await self._call.details(), await self._call.trailing_metadata()
+            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details, None) from error
+        raise StageFault("count", "it ended its stream before the last block") from error
+
+    def _check(self, response: decoder_pb2.DecodeResponse) -> None:
+        size, done = self._model.block_tokens, len(self._ids)
+        targets = min(size, max(len(self._targets) - done, 0))
+        checks.decoded(response, done // size, self._top, targets, self._model, self._attempts.call)
+
+    def _close(self) -> None:
+        self._cancel()
+        self._attempts.release()
+
+    def _cancel(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+
+def context_blocks(positions: int, open_spans: Sequence[Span], block_size: int) -> int:
+    """Leading blocks of a canvas without an open position."""
+    first_open = min((start for start, _ in open_spans), default=positions)
+    return min(first_open, positions) // block_size

@@ -1,0 +1,137 @@
+"""The sessions that an engine holds: it takes a newcomer at once or refuses it, since it has no queue."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+from colaserve_services.engine.limits import EngineLimits, Load
+from colaserve_services.engine.session import Session
+from colaserve_services.errors import Overloaded, Unavailable
+
+S = TypeVar("S", bound=Session[Any])
+
+HOLDS_AT_LEAST: Final = 1.0  # seconds that a session keeps its KV though a newcomer lacks it
+_MUCH_MORE: Final = 4  # times the KV of a newcomer: a session of that size is preempted for it
+_PASSES: Final = 16  # newcomers that may take KV while a preempted session lacks it
+_SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0  # seconds
+_SMOOTHING = 0.1  # weight of a session that ended in the running mean of their durations
+
+
+@dataclass(frozen=True)
+class _Plan(Generic[S]):
+    """How a newcomer gets in: who is evicted for it, and who is preempted. Or why it does not."""
+
+    evicted: list[S] = field(default_factory=list)
+    preempted: S | None = None
+    refusal: str = ""  # "slots" or "kv"
+
+
+class Sessions(Generic[S]):
+    """Slots and the KV budget of one engine. A preempted session keeps its slot and gets KV again when there is some.
+
+    Newcomers are taken on their callers' threads; all else happens on the device thread."""
+
+    def __init__(self, limits: EngineLimits, refused: Callable[[str], None]):
+        self._limits, self._refused = limits, refused
+        self._lock = threading.Lock()
+        self._held: list[S] = []  # in order of arrival
+        self._mean_seconds = 1.0  # that sessions last
+
+    @property
+    def all(self) -> list[S]:
+        """Those that are held now."""
+        with self._lock:
+            return [*self._held]
+
+    def load(self) -> Load:
+        """How many there are, and what they reserve."""
+        with self._lock:
+            return Load(len(self._held), sum(session.kv_bytes for session in self._held if session.reserves))
+
+    def add(self, session: S, check: Callable[[], None]) -> None:
+        """Take a newcomer, for which idle or large sessions may have to go; Overloaded when it does not fit.
+
+        `check` may raise; nobody is added between that and this."""
+        with self._lock:
+            check()
+            wanted = [each for each in self._held if each.wanted]
+            plan = self._plan(session, wanted)
+            hint = min(max(self._mean_seconds / max(len(wanted), 1), _SHORTEST_HINT), _LONGEST_HINT)
+            if not plan.refusal:
+                self._carry_out(plan)
+                session.reserves = True
+                self._held.append(session)
+        if plan.refusal:
+            self._refused(plan.refusal)
+            lacking = "slot" if plan.refusal == "slots" else "KV memory"
+            raise Overloaded(f"{len(wanted)} sessions run, and there is no {lacking} for another one", hint)
+
+    def remove(self, session: S) -> None:
+        """Its slot and its KV are free."""
+        with self._lock:
+            self._held.remove(session)
+            if session.started is not None:
+                lasted = time.monotonic() - session.started
+                self._mean_seconds += _SMOOTHING * (lasted - self._mean_seconds)
+
+    def reserve_again(self) -> None:
+        """Give KV back to preempted sessions, as far as there is some, in order of arrival."""
+        with self._lock:
+            free = self._free([each for each in self._held if each.wanted])
+            for session in self._held:
+                if session.wanted and not session.reserves and not session.holds_kv:
+                    if session.kv_bytes > free:
+                        return
+                    session.reserves, session.passed = True, 0
+                    free -= session.kv_bytes
+
+    def _free(self, wanted: list[S]) -> int:
+        return self._limits.kv_bytes - sum(session.kv_bytes for session in wanted if session.reserves)
+
+    def _plan(self, newcomer: S, wanted: list[S]) -> _Plan[S]:
+        """Idle sessions are evicted first, and no more of them than it takes."""
+        kept_back = max((each.kv_bytes for each in wanted if each.passed >= _PASSES), default=0)
+        free, slots, evicted = self._free(wanted) - kept_back, self._limits.max_running - len(wanted), list[S]()
+        idle = iter(self._idle(wanted))
+        while slots < 1 or free < newcomer.kv_bytes:
+            if (session := next(idle, None)) is None:
+                break
+            evicted.append(session)
+            slots, free = slots + 1, free + session.kv_bytes * session.reserves
+        if slots < 1:
+            return _Plan(refusal="slots")
+        if free >= newcomer.kv_bytes:
+            return _Plan(evicted)
+        preempted = self._to_preempt([each for each in wanted if each not in evicted], newcomer.kv_bytes, free)
+        return _Plan(evicted, preempted) if preempted else _Plan(refusal="kv")
+
+    def _idle(self, wanted: list[S]) -> list[S]:
+        """Sessions that have had nothing to compute for too long, the longest first: their reader is away, or sends
+        nothing. Their caller may go on with another session."""
+        since = time.monotonic() - self._limits.idle_seconds
+        idle = [each for each in wanted if each.idle_since <= since and not each.ready()]
+        return sorted(idle, key=lambda each: each.idle_since)
+
+    def _to_preempt(self, running: list[S], needed: int, free: int) -> S | None:
+        """A session that has held more than half of the budget, or much more than is needed, for a while."""
+        latest = time.monotonic() - HOLDS_AT_LEAST
+        for session in sorted(running, key=lambda each: each.kv_bytes, reverse=True):
+            held = session.kv_bytes
+            large = held > needed and (held > self._limits.kv_bytes / 2 or held >= _MUCH_MORE * needed)
+            enough = session.reserves and free + held >= needed
+            if large and enough and session.holds_since <= latest and session.preemptible():
+                return session
+        return None
+
+    def _carry_out(self, plan: _Plan[S]) -> None:
+        for session in plan.evicted:
+            idle = self._limits.idle_seconds
+            session.evict(Unavailable(f"nothing to compute for {idle:g} s while others wait"))
+            self._refused("idle")
+        for session in self._held:
+            session.passed += session.wanted and not session.reserves
+        if plan.preempted:
+            plan.preempted.reserves, plan.preempted.idle_since = False, math.inf
