@@ -13,11 +13,12 @@ import grpc
 
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import network, requests
-from colaserve_services.rpc.settings import ChannelSettings
+from colaserve_services.rpc.settings import MAX_MESSAGE_BYTES, ChannelSettings
 from colaserve_services.rpc.tls import channel_credentials
 
 _HOST = re.compile(r"[\w.:%-]+|\[[\w.:%]+\]")  # a name or an address
 PRIOR = "colaserve.v1.PriorService"
+KEEPALIVE_SECONDS = 5.0  # a silent connection is pinged this often and dropped if no answer comes
 # Messages are taken from the network as they are read. By default it would hold hundreds of unread blocks, and the
 # prior, which pauses when its blocks are not read, would never pause.
 SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
@@ -30,11 +31,11 @@ def open_channel(target: str, settings: ChannelSettings, service: str, host: str
     connection is lost or reaches its maximum age; names in a list are looked up once, now. `host` is the name that a
     target which is an address was looked up by: certificates are for names.
     """
-    options = [*_options(settings, service), *(SMALL_WINDOW if service == PRIOR else ())]
+    options = [*_options(service), *(SMALL_WINDOW if service == PRIOR else ())]
     address = resolve(target)
     if settings.tls is None:
         return grpc.aio.insecure_channel(address, options)
-    if name := settings.tls.server_name or host or _common_host(target):
+    if name := host or _common_host(target):
         options.append(("grpc.ssl_target_name_override", name))
     return grpc.aio.secure_channel(address, channel_credentials(settings.tls), options)
 
@@ -115,10 +116,10 @@ def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IP
     return ipaddress.ip_address(found[0][4][0]), port
 
 
-def _options(settings: ChannelSettings, service: str) -> list[tuple[str, Any]]:
+def _options(service: str) -> list[tuple[str, Any]]:
     config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
     return [
-        *network.options(settings.max_message_bytes, settings.max_message_bytes, settings.keepalive_seconds),
+        *network.options(MAX_MESSAGE_BYTES, KEEPALIVE_SECONDS),
         ("grpc.enable_http_proxy", 0),  # services call each other directly, whatever http_proxy says
         ("grpc.service_config", json.dumps(config)),
         ("grpc.initial_reconnect_backoff_ms", 200),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+from colaserve_services.rpc.settings import MAX_MESSAGE_BYTES
+
 UNCOMPRESSED = ("grpc.compression_enabled_algorithms_bitset", 1)  # others: UNIMPLEMENTED, and nothing is inflated
 
 
@@ -22,12 +24,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def options(most_received: int, most_sent: int, keepalive_seconds: float) -> list[tuple[str, int]]:
-    """Options of gRPC for either end of a connection; messages in bytes."""
+def options(most_received: int, keepalive_seconds: float) -> list[tuple[str, int]]:
+    """Options of gRPC for either end of a connection; `most_received` is the bytes of one message."""
     keepalive = round(keepalive_seconds * 1000)
     return [
         ("grpc.max_receive_message_length", most_received),
-        ("grpc.max_send_message_length", most_sent),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", max(keepalive // 2, 1000)),  # without a byte
         ("grpc.http2.ping_timeout_ms", max(keepalive // 2, 1000)),  # without the answer; by default a minute

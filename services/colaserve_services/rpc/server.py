@@ -26,6 +26,7 @@ from colaserve_services.rpc.tls import server_credentials
 PACKAGE: Final = "colaserve.v1"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+KEEPALIVE_SECONDS = 30.0  # a silent connection is pinged this often and dropped if no answer comes
 LIVENESS = "liveness"  # a health name for liveness probes: SERVING as long as the process answers and can compute
 
 _log = logging.getLogger(__name__)
@@ -145,12 +146,10 @@ def service_descriptor(servicer: object) -> ServiceDescriptor:
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     options = [
-        *network.options(
-            min(settings.max_message_bytes, MOST_BYTES), settings.max_message_bytes, settings.keepalive_seconds
-        ),
+        *network.options(MOST_BYTES, KEEPALIVE_SECONDS),
         network.UNCOMPRESSED,
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
-        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        ("grpc.max_concurrent_streams", 1000),  # of one connection
         ("grpc.server_handshake_timeout_ms", round(settings.first_message_seconds * 1000)),  # by default two minutes
         ("grpc.http2.min_ping_interval_without_data_ms", 500),  # a client may probe each second,
         ("grpc.http2.max_ping_strikes", 20),  # not flood: so many pings that come sooner end its connection

@@ -25,7 +25,6 @@ class ClientTls:
     ca: Path | None = None  # PEM; None: the system's authorities
     cert: Path | None = None  # PEM, shown to servers that ask for it
     key: Path | None = None
-    server_name: str = ""  # expected in the server's certificate; empty: the host that is called
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,8 @@ class ServerSettings:
     tls: ServerTls | None = None
     role_key: str = field(default="", repr=False)  # that the roles show each other; whoever shows it may name a caller
     max_calls: int = MAX_CALLS  # at once; health checks and GetInfo are not counted
-    max_message_bytes: int = MAX_MESSAGE_BYTES  # of one message, either way
-    max_concurrent_streams: int = 1000  # of one connection
     first_message_seconds: float = 30.0  # that a connection's handshake, or a call's first message, may take to come
     max_connection_age: float = 120.0  # seconds, then clients connect anew and find new replicas; 0: for ever
-    keepalive_seconds: float = 30.0  # a silent connection is pinged this often and dropped if no answer comes
     drain_seconds: float = 2.0  # between NOT_SERVING and refusing calls, so that balancers see it
     grace_seconds: float = 30.0  # that running calls have to end after that
 
@@ -52,8 +48,6 @@ class ChannelSettings:
 
     tls: ClientTls | None = None
     api_key: str = field(default="", repr=False)  # sent as a bearer key
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-    keepalive_seconds: float = 5.0
 
 
 @dataclass(frozen=True)

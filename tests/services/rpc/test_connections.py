@@ -93,11 +93,10 @@ async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority
     cert, key = authority.issue("server")
     mine, my_key = authority.issue("client", "client")
     async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
-        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key, server_name="localhost"))
-        async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE) as channel:
+        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key))
+        async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE, host="localhost") as channel:
             await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=30)
-        stranger = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key, server_name="elsewhere"))
-        async with open_channel(f"127.0.0.1:{it.port}", stranger, SERVICE) as channel:
+        async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE, host="elsewhere") as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=30)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE

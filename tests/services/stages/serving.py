@@ -78,16 +78,14 @@ class Wrapped:
 
 
 @asynccontextmanager
-async def serving(
-    golden, limits=None, max_message_bytes=4 << 20, dtype="float32", network=lambda x: x, failing=lambda *_: None
-):
+async def serving(golden, limits=None, dtype="float32", network=lambda x: x, failing=lambda *_: None):
     torch.set_num_threads(1)
     keep_grpc()
     limits = limits or EngineLimits(max_context=256)
     metrics, checkpoint = Metrics(), Wrapped(Checkpoint.open(golden.directory), network)
     compute = dict.fromkeys(("encoder", "prior", "decoder"), ("cpu", dtype))
     stages = load_stages(checkpoint, compute, limits, metrics, failing)
-    server = RpcServer(ServerSettings(max_message_bytes=max_message_bytes), metrics)
+    server = RpcServer(ServerSettings(), metrics)
     for service in stages.services.values():
         server.add(service)
     port = await server.start()
