@@ -213,7 +213,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 class _BySignal(click.ClickException):
     def __init__(self, stopped: Stopped):
-        super().__init__(f"{stopped}; the same command with --resume goes on from there")
+        super().__init__(f"{stopped}; the same command with --resume continues from there")
         self.exit_code = stopped.exit_code  # type: ignore[misc]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -93,14 +92,15 @@ def make_demo(
         for network, weights in trainer.result().items():
             objective.get_submodule(network).load_state_dict(weights)
 
-    seed_everything(seed)
+    repeatable()
+    torch.manual_seed(seed)
     tokenizer = train_tokenizer(tokenizer_text(seed), recipe.vocab_size)
     vae = new_vae(PRESETS["demo"].vae_config(tokenizer.get_vocab_size()))
     rows, noisy = CorpusSource(Corpus(), tokenizer, seed), Corpus(recipe.polish_disturbance)
     texts = VaeSource(Corpus(), tokenizer, seed)
     train("vae", VaeObjective(vae, recipe.vae_loss, PAD_ID, 4), texts, replace(recipe.vae, seed=seed))
     vae.to(torch.bfloat16).float()  # the prior learns the space of the weights as they are served
-    seed_everything(seed + 1)
+    torch.manual_seed(seed + 1)
     dit = new_dit(PRESETS["demo"].dit_config())
     prior = PriorObjective(dit, vae, recipe.flow, PAD_ID)
     train("prior", prior, rows, replace(recipe.prior, seed=seed))
@@ -113,13 +113,6 @@ def make_demo(
         write_dit(dit.config, dit.state_dict(), draft, "bfloat16")
     for name in RUNS:
         plot_losses(work / name)
-
-
-def seed_everything(seed: int) -> None:
-    """Every random generator there is; and only deterministic kernels from here on."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    repeatable()
 
 
 def load_generator(folder: Path, sampling: Sampling | None = None) -> Generator:

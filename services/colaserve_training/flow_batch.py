@@ -84,7 +84,7 @@ class _Copy:
 
 
 def _plan(latents: int, prompt: int, block_size: int, flow: FlowConfig, rng: random.Random) -> list[_Copy]:
-    """The copies of one row: its blocks from the one that holds the prompt's end, in turn, from a random one on."""
+    """The copies of one row: its blocks from the one that holds the prompt's end, round robin from a random one."""
     first, last = prompt // block_size, (latents - 1) // block_size
     blocks = list(range(first, last + 1))
     count = min(max(flow.copies, len(blocks)), flow.max_copies)

@@ -45,7 +45,7 @@ class Generator:
         self._size, self._patch, self._device = dit.config.block_size, vae.config.patch_size, dit.device
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """What each prompt goes on with, up to its end token."""
+        """What the model writes after each prompt, up to its end token."""
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
         return [self.tokenizer.decode(row) for row in self.tokens(ids)]
 

@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(ColaserveError):
-    """A signal ended the run; its state was saved. The message says how to go on."""
+    """A signal ended the run; its state was saved. The message says how to continue."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)

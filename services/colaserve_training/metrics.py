@@ -6,8 +6,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -38,10 +40,10 @@ class Metrics:
         kept = [row for row in _rows(self.path) if row["step"] < start]
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(f"{json.dumps(row)}\n" for row in kept)
-        hidden = quiet or not sys.stderr.isatty()
-        self._bar = tqdm(total=run.steps, initial=start, desc=title, unit="step", disable=hidden)
-        self._title, self._run, self._quiet, self._lines = title, run, quiet, hidden and not quiet
-        self._failed = False
+        self._title, self._run, self._quiet, self._failed = title, run, quiet, False
+        self._bar = tqdm(
+            total=run.steps, initial=start, desc=title, unit="step", disable=quiet or not sys.stderr.isatty()
+        )
         self._start, self._began, self._last = start, time.perf_counter(), time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -58,24 +60,22 @@ class Metrics:
         seconds, self._last = now - self._last, now
         self._write({"step": step, **values, "seconds": round(seconds, 4)})
         self._bar.update(1)
-        if step % self._run.log_every == 0 or step + 1 == self._run.steps:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            if self._lines:
-                parts = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-                say(f"{self._title} {step + 1}/{self._run.steps}  {parts}  {self._pace(step + 1, now)}")
-
-    def say(self, text: str) -> None:
-        """A line beside the progress."""
-        if not self._quiet:
-            say(text)
+        if self._quiet or (step % self._run.log_every and step + 1 < self._run.steps):
+            return
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        if self._bar.disable:
+            parts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            say(f"{self._title} {step + 1}/{self._run.steps}  {parts}  {self._pace(step + 1, now)}")
+        else:
+            self._bar.set_postfix(shown)
 
     def _write(self, row: dict[str, float]) -> None:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            if not self._failed:
-                self.say(f"warning: {self.path}: cannot be written ({error.strerror}); training goes on without")
+            if not (self._failed or self._quiet):
+                say(f"warning: {self.path}: cannot be written ({error.strerror}); training continues without it")
             self._failed = True
 
     def _pace(self, done: int, now: float) -> str:
@@ -114,7 +114,7 @@ def _plot(rows: list[dict[str, float]], image: Path) -> None:
     for name in dict.fromkeys(name for row in rows for name in row if name not in _NO_LOSS):
         curve = [(row["step"], row[name]) for row in rows if name in row]
         steps, values = zip(*curve, strict=True)
-        axes.plot(steps, _smooth(values) if name != "validation" else values, label=name)
+        axes.plot(steps, values if name == "validation" else _smooth(values), label=name)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -122,9 +122,5 @@ def _plot(rows: list[dict[str, float]], image: Path) -> None:
     pyplot.close(figure)
 
 
-def _smooth(values: tuple[float, ...], decay: float = 0.95) -> list[float]:
-    out, mean = [], values[0]
-    for value in values:
-        mean = decay * mean + (1 - decay) * value
-        out.append(mean)
-    return out
+def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
+    return list(accumulate(values, lambda mean, value: decay * mean + (1 - decay) * value))

@@ -23,7 +23,7 @@ from colaserve_training.rows import Row
 T = TypeVar("T")
 MODES = ("ddp", "fsdp")
 # A thread of gloo's may still be releasing the tensors of the last operation. If that takes the interpreter's lock
-# when the interpreter has ended, the process aborts, with its work done; nothing tells when the thread is through.
+# when the interpreter has ended, the process aborts, with its work done; nothing says when the thread is done.
 _RELEASE_SECONDS = 0.5
 
 

@@ -55,7 +55,9 @@ def claim(out: Path, runs: Sequence[Path], resume: bool, overwrite: bool) -> Non
         raise UsageError(f"{out}: holds a checkpoint; name another --out, or replace it with --overwrite")
     states = [state for run in runs for state in stored_states(run / "state")]
     if states and not resume:
-        raise UsageError(f"{states[0]}: a state of an earlier run; go on with --resume, or forget it with --overwrite")
+        raise UsageError(
+            f"{states[0]}: a state of an earlier run; continue it with --resume, or delete it with --overwrite"
+        )
 
 
 def load_vae(directory: Path) -> TextVAE:
@@ -155,7 +157,7 @@ def write_companions(source: Path, out: Path, words: Tokenizer, special: Special
 
 @contextmanager
 def new_checkpoint(out: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint into; at the end what is in it takes its place in `out`, the weights last."""
+    """A folder to write a checkpoint into; at the end its content is moved to `out`, the weights last."""
     draft = out / ".checkpoint.part"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

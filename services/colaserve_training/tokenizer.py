@@ -21,7 +21,7 @@ SMALLEST = len(SPECIAL_TOKENS) + 256  # the special tokens and one token a byte
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of at most `vocab_size` entries that can encode any text; the same texts give the same bytes.
 
-    Raises UsageError when `vocab_size` has no room for the bytes and the special tokens.
+    Raises UsageError when `vocab_size` is too small for the bytes and the special tokens.
     """
     if vocab_size < SMALLEST:
         raise UsageError(f"vocab_size: got {vocab_size}, expected at least {SMALLEST} (256 bytes and 3 specials)")

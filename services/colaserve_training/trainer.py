@@ -198,7 +198,7 @@ class Trainer:
         if self.parallel.largest(step) != step or self.parallel.largest(-step) != -step:
             raise UsageError(f"{self.job.folder}: the processes found different states; give them one shared folder")
         if found is None:
-            self._say(f"{self.objective.name}: no state in {self.job.folder}; starting anew")
+            self._say(f"{self.objective.name}: no state in {self.job.folder}; starting from the first step")
             return
         path, state = found
         _refuse_other_settings(state.settings, self._settings(), path)

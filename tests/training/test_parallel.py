@@ -95,7 +95,7 @@ def test_two_processes_train_stop_continue_and_are_served(vae, tmp_path):
     state, first = out / "run" / "state", command(tmp_path, *options)
     wait_until(lambda: first.poll() is not None or list(state.glob("step-*")), 120)
     first.send_signal(signal.SIGTERM)
-    assert "the same command with --resume goes on from there" in output_of(first, 1)
+    assert "the same command with --resume continues from there" in output_of(first, 1)
     assert not (out / "cola_dlm").exists()
     second = output_of(command(tmp_path, *options, "--resume"))
     assert f"prior: resuming from {state}" in second
