@@ -60,22 +60,17 @@ def test_a_checkpoint_made_by_the_commands_is_served_and_writes(base):
     assert (base / "run" / "loss.png").exists()
 
 
-def test_pairs_fine_tune_the_prior_and_leave_the_vae(base, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "changed"),
+    [(["prior"], {"cola_dit"}), (["prior", "--joint"], {"cola_vae", "cola_dit"}), (["vae"], {"cola_vae"})],
+)
+def test_fine_tuning_changes_the_networks_that_it_trains_and_no_other(base, tmp_path, verb, changed):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"say {k}", "response": " river"}) + "\n" for k in range(8)))
-    output = run("prior", "--init", base, "--data", pairs, *TINY, "--steps", 2, "--out", tmp_path / "tuned")
+    output = run(*verb, "--init", base, "--data", pairs, *TINY, "--steps", 2, "--out", tmp_path / "tuned")
     assert "data: 8 rows" in output
-    assert same(base, tmp_path / "tuned", "cola_vae")
-    assert not same(base, tmp_path / "tuned", "cola_dit")
+    assert {part for part in ("cola_vae", "cola_dit") if not same(base, tmp_path / "tuned", part)} == changed
     assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-
-
-def test_joint_training_changes_both(base, tmp_path):
-    text = tmp_path / "more.txt"
-    text.write_text("another river\n\nanother capital\n")
-    run("prior", "--init", base, "--joint", "--data", text, *TINY, "--steps", 2, "--out", tmp_path / "tuned")
-    assert not same(base, tmp_path / "tuned", "cola_vae")
-    assert not same(base, tmp_path / "tuned", "cola_dit")
 
 
 def test_the_bundled_checkpoint_is_fine_tuned_by_its_name(tmp_path):
@@ -131,16 +126,16 @@ def test_a_finished_checkpoint_is_replaced_only_when_that_is_asked_for(base, tmp
 
 
 @pytest.mark.timeout(300)
-def test_ctrl_c_saves_a_state_that_is_neither_overwritten_nor_forgotten(base, tmp_path):
+def test_ctrl_c_saves_a_state_that_is_neither_overwritten_nor_ignored(base, tmp_path):
     out = tmp_path / "out"
     long = ["prior", "--init", base, *TINY, "--steps", 60, "--out", out]
     metrics = out / "run" / "metrics.jsonl"
     with when(lambda: metrics.exists() and metrics.stat().st_size, lambda: os.kill(os.getpid(), signal.SIGINT)):
         output = run(*long, code=130)
     step, path = re.search(r"Error: stopped after step (\d+) of 60; saved as (\S+);", output).groups()
-    assert "the same command with --resume goes on from there" in output
+    assert "the same command with --resume continues from there" in output
     assert not (out / "cola_dlm").exists()
-    assert "a state of an earlier run; go on with --resume" in run(*long, code=1)
+    assert "a state of an earlier run; continue it with --resume" in run(*long, code=1)
     assert f"prior: resuming from {path} (step {step} of 60)" in run(*long, "--resume")
     Checkpoint.open(out)
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(60))
@@ -166,14 +161,6 @@ def test_a_share_of_the_rows_is_held_out_and_validates(base, tmp_path):
     assert "10 rows held out" in output
     assert re.search(r"prior 2/2 .*validation \d", output)
     assert output.count("  step 2: 'r") == 3
-
-
-def test_the_vae_is_fine_tuned_alone(base, tmp_path):
-    text = tmp_path / "more.txt"
-    text.write_text("another river\n")
-    run("vae", "--init", base, "--data", text, *TINY, "--steps", 2, "--out", tmp_path / "tuned")
-    assert not same(base, tmp_path / "tuned", "cola_vae")
-    assert same(base, tmp_path / "tuned", "cola_dit")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ distribution when nothing is known of block 0 (rotary positions being relative, 
 apart). A tiny DiT learns all situations at once: without history, after one, and with the first position pinned.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -36,30 +36,26 @@ def latents(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([first, MEAN + (first - MEAN) @ A.T + noise], dim=1).view(count, 4, DIM)
 
 
-def learned(flow: FlowConfig, steps: int = STEPS) -> DiT:
-    torch.manual_seed(0)
-    dit = new_dit(dit_config(dim=32, layers=2, latent_dim=DIM, block_size=SIZE))
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=8e-3, weight_decay=0)
-    generator = torch.Generator().manual_seed(1)
-    rows = [Row((3, 4, 5, 6), prompt=SIZE)] * ROWS  # block 0 is given: only empty histories train a block alone
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 8e-3 * rate_at(step, steps, OptimizerConfig(warmup=20))
-        batch = draw_batch(rows, SIZE, DIM, 2, flow, f"toy:{step}")
-        z = latents(ROWS, generator)
-        optimizer.zero_grad()
-        flow_loss(dit, z, z, batch).backward()
-        optimizer.step()
-    return dit.eval()
-
-
 FLOW = FlowConfig(copies=4, empty_history=0.25, history_noise=0, pin=0.5, pure_noise=0.05)
 
 
 @pytest.fixture(scope="module")
 def dit() -> DiT:
     torch.set_num_threads(1)
-    return learned(FLOW)
+    torch.manual_seed(0)
+    dit = new_dit(dit_config(dim=32, layers=2, latent_dim=DIM, block_size=SIZE))
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=8e-3, weight_decay=0)
+    generator = torch.Generator().manual_seed(1)
+    rows = [Row((3, 4, 5, 6), prompt=SIZE)] * ROWS  # block 0 is given: only empty histories train a block alone
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 8e-3 * rate_at(step, STEPS, OptimizerConfig(warmup=20))
+        batch = draw_batch(rows, SIZE, DIM, 2, FLOW, f"toy:{step}")
+        z = latents(ROWS, generator)
+        optimizer.zero_grad()
+        flow_loss(dit, z, z, batch).backward()
+        optimizer.step()
+    return dit.eval()
 
 
 def exact(z: Tensor, t: float, mean: Tensor, cov: Tensor) -> Tensor:
@@ -130,28 +126,6 @@ def distance(dit: DiT, case: Situation) -> float:
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_the_learned_velocity_is_close_to_the_closed_form(dit, name):
     assert distance(dit, SITUATIONS[name]) < BOUND
-
-
-@pytest.mark.parametrize("name", SITUATIONS)
-def test_samples_have_the_mean_and_covariance_of_the_latents(dit, name):
-    case, generator = SITUATIONS[name], torch.Generator().manual_seed(7)
-    z = latents(1, generator).expand(3000, -1, -1)
-    mean, cov = case.posterior(z)
-    x, steps = torch.randn(mean.shape, generator=generator), 40
-    for k in range(steps):
-        x = x - case.answer(dit, z, x, 1 - k / steps) / steps
-    assert (x.mean(0) - mean[0]).abs().max() < 0.25
-    assert (torch.cov(x.T) - cov).abs().max() < 0.25
-
-
-def test_without_pinned_positions_in_training_the_pinned_velocity_is_wrong():
-    assert distance(learned(replace(FLOW, pin=0), 250), SITUATIONS["pinned after a history"]) > 2 * BOUND
-
-
-def test_without_empty_histories_in_training_a_later_block_alone_is_wrong():
-    assert (
-        distance(learned(replace(FLOW, empty_history=0), 250), SITUATIONS["a later block without history"]) > 2 * BOUND
-    )
 
 
 def test_one_steps_loss_is_the_equation_written_out():

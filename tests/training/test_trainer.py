@@ -80,20 +80,14 @@ def test_a_signal_ends_the_run_after_its_step_with_a_state_that_continues_exactl
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
-    run = trainer(tmp_path, at=11, stop=Stop())
-    run.run()
-    assert run.step == 12
-
-
-def test_what_is_resumed_is_said_and_a_run_without_a_state_says_that_it_starts_anew(tmp_path, capsys):
-    trainer(tmp_path, resume=True, quiet=False).run()
-    assert f"prior: no state in {tmp_path}; starting anew" in capsys.readouterr().out
+def test_what_is_resumed_is_said_and_that_a_run_without_a_state_starts_from_the_first_step(tmp_path, capsys):
+    trainer(tmp_path, resume=True, quiet=False, at=11, stop=Stop()).run()  # a signal in the last step changes nothing
+    assert f"prior: no state in {tmp_path}; starting from the first step" in capsys.readouterr().out
     trainer(tmp_path, resume=True, quiet=False).run()
     assert f"prior: resuming from {tmp_path}/state/step-00000012 (step 12 of 12)" in capsys.readouterr().out
 
 
-def test_a_run_that_starts_anew_leaves_no_state_of_another_one(tmp_path):
+def test_a_new_run_leaves_no_state_of_another_one(tmp_path):
     killed(tmp_path, 9)
     killed(tmp_path, 1)
     assert not (tmp_path / "state").exists()
@@ -155,17 +149,13 @@ def test_held_out_rows_give_a_validation_loss_of_the_averaged_weights(tmp_path):
     assert rows[-1]["validation"] == pytest.approx(sum(parts) / 2, rel=1e-5)
 
 
-def test_sample_texts_are_written_every_so_many_steps(tmp_path, capsys):
-    run = replace(RUN, check_every=6)
+def test_progress_tells_the_time_left_and_sample_texts_every_so_many_steps(tmp_path, capsys):
+    run = replace(RUN, check_every=6, log_every=5)
     trainer(tmp_path, run, quiet=False, samples=lambda: ["a text", "another"]).run()
     output = capsys.readouterr().out
     assert "  step 6: 'a text'\n  step 6: 'another'" in output
     assert output.count("a text") == 2
-
-
-def test_progress_says_how_long_it_will_take(tmp_path, capsys):
-    trainer(tmp_path, replace(RUN, log_every=5), quiet=False).run()
-    assert re.search(r"prior 6/12 .* step/s  ETA 0:00:\d\d", capsys.readouterr().out)
+    assert re.search(r"prior 6/12 .* step/s  ETA 0:00:\d\d", output)
 
 
 def test_states_are_safetensors_and_json_and_only_the_newest_are_kept(tmp_path):
