@@ -102,7 +102,7 @@ async def test_stages_of_another_model_than_the_coordinators_are_refused_naming_
         await Coordinator(Stages(**stubs), tokenizer, space="ffff").connect()
 
 
-async def test_a_stage_that_waiting_will_not_change_is_told_at_once(tokenizer):
+async def test_a_stage_that_waiting_will_not_change_is_reported_at_once(tokenizer):
     stages = fakes()
     Starting(stages["prior"], StatusCode.UNAUTHENTICATED)
     with pytest.raises(Unavailable, match=r"prior at prior\.test:1 answers UNAUTHENTICATED"):
@@ -185,7 +185,7 @@ async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer)
     assert not told
 
 
-async def test_what_the_stages_are_is_told_from_the_last_look_and_not_asked_anew(tokenizer):
+async def test_what_the_stages_are_is_answered_from_the_last_look(tokenizer):
     stages = fakes()
     prior, coordinator = Looked(stages["prior"]), over(stages, tokenizer)
     await coordinator.connect()
@@ -218,7 +218,7 @@ async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokeniz
     assert not prior.serving
 
 
-async def test_info_tells_model_defaults_limits_and_stages(make_world):
+async def test_info_reports_model_defaults_limits_and_stages(make_world):
     world = await make_world(defaults=Defaults.of(steps=9, chat_frame="Q: {prompt}\nA:"), max_running=3, max_waiting=5)
     info = await world.coordinator.generation_info()
     assert (info.model_name, info.space) == ("fake", "0123456789abcdef")

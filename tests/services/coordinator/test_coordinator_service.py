@@ -130,7 +130,7 @@ async def test_a_deadline_of_the_client_ends_all(served):
     await eventually(lambda: served.prior.running == served.decoder.running == 0)
 
 
-async def test_overload_is_told_at_once_with_a_hint_and_running_calls_go_on(served):
+async def test_overload_is_reported_at_once_with_a_hint_and_running_calls_continue(served):
     served.prior.gate.clear()
     running = [asyncio.create_task(generate(served)) for _ in range(3)]
     await eventually(lambda: served.coordinator.services.admission.waiting == 1)

@@ -40,7 +40,7 @@ def told(responses: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("code", BROKEN, ids=lambda code: code.name)
 @pytest.mark.parametrize("after", range(5))
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-async def test_a_stream_that_breaks_goes_on_elsewhere_with_the_same_tokens(world, stage: str, after: int, code):
+async def test_a_stream_that_breaks_continues_elsewhere_with_the_same_tokens(world, stage: str, after: int, code):
     undisturbed = told(await world.generate(**REQUEST))
     fake = getattr(world, stage)
     fake.faults[1] = (after, code)
@@ -57,7 +57,7 @@ async def test_streams_that_break_again_and_again_still_end_the_same(world):
     assert told(await world.generate(**REQUEST)) == undisturbed
 
 
-async def test_the_resumed_prior_is_told_what_was_written(world):
+async def test_the_resumed_prior_gets_what_was_written(world):
     world.prior.faults[0] = (2, StatusCode.UNAVAILABLE)
     responses = await world.generate(**REQUEST)
     first, second = world.prior.calls
@@ -68,7 +68,7 @@ async def test_the_resumed_prior_is_told_what_was_written(world):
     assert (second.sampler, second.seed) == (first.sampler, first.seed)
 
 
-async def test_the_resumed_decoder_is_told_latents_and_untrimmed_ids(world):
+async def test_the_resumed_decoder_gets_latents_and_untrimmed_ids(world):
     world.decoder.faults[0] = (2, StatusCode.UNAVAILABLE)
     await world.generate(**REQUEST)
     first, second = world.decoder.calls
@@ -198,7 +198,7 @@ async def test_decoded_latents_keep_their_target_logprobs(world, after: int):
     assert list(again.target_logprobs) == [-1.0, -3.0] * 5
 
 
-async def test_an_infill_goes_on_over_known_blocks(make_world):
+async def test_an_infill_continues_over_known_blocks(make_world):
     world = await make_world()
     segments = [
         latent_service_pb2.InfillSegment(text="abcdefg"),

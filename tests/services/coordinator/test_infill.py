@@ -103,7 +103,7 @@ async def test_sampler_and_sampling_reach_the_stages(world):
     assert world.decoder.calls[0].sampling.temperature == 0.5
 
 
-async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_told_in_full(make_world):
+async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_reported_in_full(make_world):
     world = await make_world()
     world.decoder.script = [20, 1, 21, 22]
     response = await filled(world, 4)

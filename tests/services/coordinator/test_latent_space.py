@@ -210,7 +210,7 @@ async def test_a_faithful_round_trip_has_full_accuracy(echo):
         assert one.bits_per_token == pytest.approx(1 / math.log(2))
 
 
-async def test_an_unfaithful_round_trip_is_told_in_share_and_bits(make_world):
+async def test_an_unfaithful_round_trip_is_reported_in_share_and_bits(make_world):
     world = await make_world(EchoDecoder())
     draw = world.decoder.draw
     world.decoder.draw = lambda *args: [id_ if id_ % 2 else id_ + 1 for id_ in draw(*args)]

@@ -161,7 +161,7 @@ async def test_a_run_whose_brand_is_gone_ends_and_new_ones_run_on_the_others(fle
     assert await fleet.generate()
 
 
-async def test_replicas_that_tell_no_weights_are_trusted(fleet: Fleet):
+async def test_replicas_that_name_no_weights_are_trusted(fleet: Fleet):
     undisturbed = told(await fleet.generate())
     first, second = fleet.replicas["prior"]
     first.begin_anew(FakePrior(weights="a" * 16, dtype="float32"))
@@ -223,7 +223,7 @@ async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_gu
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-async def test_a_run_whose_two_replicas_ended_at_different_blocks_goes_on(tokenizer, stage: str):
+async def test_a_run_whose_two_replicas_ended_at_different_blocks_continues(tokenizer, stage: str):
     fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
     await fleet.coordinator.connect()
     undisturbed = told(await fleet.generate())

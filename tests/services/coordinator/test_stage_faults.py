@@ -89,7 +89,7 @@ ALL = [(stage, spoil, kind) for stage, spoils in WRONG.items() for spoil, kind i
 
 
 @pytest.mark.parametrize(("stage", "spoil", "kind"), ALL)
-async def test_a_wrong_answer_is_not_used_and_the_call_goes_on_elsewhere(world, stage: str, spoil: Any, kind: str):
+async def test_a_wrong_answer_is_not_used_and_the_call_continues_elsewhere(world, stage: str, spoil: Any, kind: str):
     request = {**REQUEST, "top_logprobs": 2}
     undisturbed = told(await world.generate(**request))
     fake = getattr(world, stage)
@@ -161,7 +161,7 @@ async def test_a_block_too_many_does_not_reach_the_caller(world):
     assert world.heard.of("stage_fault") == [("prior", "count")]
 
 
-async def test_a_decoder_that_tells_no_index_is_trusted(world):
+async def test_a_decoder_that_names_no_index_is_trusted(world):
     undisturbed = told(await world.generate(**REQUEST))
     world.decoder.index = lambda ids: None
     assert told(await world.generate(**REQUEST)) == undisturbed

@@ -59,7 +59,7 @@ async def test_a_stream_that_nobody_waits_for_keeps_its_slot(make_world):
     assert world.heard.of("refused") == []
 
 
-async def test_a_stream_that_is_read_now_and_then_goes_on_while_others_wait(make_world):
+async def test_a_stream_that_is_read_now_and_then_continues_while_others_wait(make_world):
     world = await make_world(max_running=1, idle_seconds=0.2)
     call = LocalStub(GenerationServicer(world.coordinator)).Generate(LONG)
     assert await call.read() is not grpc.aio.EOF

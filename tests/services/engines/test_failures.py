@@ -190,7 +190,7 @@ async def test_a_pass_without_memory_gives_up_what_is_only_kept(tiny: Golden) ->
         assert stages.prior.prefixes._cache.nbytes == 0
 
 
-def test_memory_that_ran_out_is_told_from_other_errors() -> None:
+def test_memory_that_ran_out_is_distinguished_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as real:
         torch.empty(1 << 50)
     for error in (real.value, MemoryError(), torch.OutOfMemoryError(), OSError(12, "Cannot allocate memory")):

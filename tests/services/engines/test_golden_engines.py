@@ -95,7 +95,7 @@ async def check_generation(stages: Engines, golden: Golden, case: dict, sample_i
     assert tokens[dropped:] == case["tokens"][sample_id]
 
 
-async def test_a_run_resumed_after_k_blocks_goes_on_as_if_nothing_had_happened(golden: Golden) -> None:
+async def test_a_run_resumed_after_k_blocks_continues_as_if_nothing_had_happened(golden: Golden) -> None:
     case = golden.meta["cases"][0]
     with engines(golden.directory) as stages:
         ids = tokenize(golden, case["prompts"][1])

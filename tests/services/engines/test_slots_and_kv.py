@@ -23,7 +23,7 @@ from tests.services.engines.runs import freed, job, noise, patiently, sample
 from tests.waiting import eventually
 
 
-async def test_an_unread_run_pauses_and_goes_on_when_read(tiny: Golden) -> None:
+async def test_an_unread_run_pauses_and_continues_when_read(tiny: Golden) -> None:
     with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
         async with stages.prior.session(job(blocks=6)) as session:
             await eventually(lambda: session.outbox.unread == 2)

@@ -124,7 +124,7 @@ async def test_a_logprob_prints_as_the_float32_that_it_is_and_as_json_can_say(
     assert choice["logprobs"]["top_logprobs"] == [{" ": printed}]
 
 
-async def test_completion_logprobs_tell_where_each_token_begins(gateway: Running):
+async def test_completion_logprobs_report_where_each_token_begins(gateway: Running):
     [choice] = (await gateway.complete(logprobs=1, max_tokens=3)).json()["choices"]
     assert choice["logprobs"] == {
         "tokens": [" ", "P", "a"],

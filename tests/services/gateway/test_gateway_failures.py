@@ -327,7 +327,7 @@ async def test_browsers_may_call_where_their_origin_is_allowed_and_errors_reach_
     assert "access-control-allow-origin" not in other.headers
 
 
-async def test_logs_tell_of_the_request_and_never_its_text(gateway: Running, caplog: pytest.LogCaptureFixture):
+async def test_logs_describe_the_request_and_never_its_text(gateway: Running, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     await gateway.complete("TOP SECRET", user="zoe")
     await gateway.complete("TOP SECRET", tools=[{"x": "TOP SECRET"}])

@@ -29,7 +29,7 @@ async def test_a_suffix_makes_a_hole_of_max_tokens_whose_text_is_the_answer(gate
     assert not gateway.fake.seen
 
 
-async def test_a_coordinator_of_an_earlier_version_tells_no_reason_and_the_hole_counts_as_full(gateway: Running):
+async def test_a_coordinator_of_an_earlier_version_names_no_reason_and_the_hole_counts_as_full(gateway: Running):
     gateway.fake.infill.older = True
     [choice] = (await gateway.complete("a", suffix="b", max_tokens=3)).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("___", "length")

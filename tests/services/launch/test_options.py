@@ -140,7 +140,7 @@ def test_texts_that_are_no_utf_8_are_refused():
         assert "not UTF-8" in done.stderr
 
 
-def test_split_tells_each_role_what_was_given_and_keys_to_the_edges_alone(tmp_path, monkeypatch):
+def test_split_gives_each_role_what_was_given_and_keys_to_the_edges_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("COLASERVE_MAX_CONTEXT", "512")
     keys = tmp_path / "keys"
     keys.write_text("k1")
@@ -157,7 +157,7 @@ def test_split_tells_each_role_what_was_given_and_keys_to_the_edges_alone(tmp_pa
     assert private == set(STAGES)
 
 
-def test_threads_spin_only_briefly_in_every_mode_unless_told_otherwise(monkeypatch):
+def test_threads_spin_only_briefly_in_every_mode_unless_set_otherwise(monkeypatch):
     for variable, value in ((None, None), ("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "7")):
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", {variable: value} if variable else {})

@@ -120,7 +120,7 @@ def mutual_tls(authority):
     return (f"--tls={authority.issue_folder('service')}",)
 
 
-def test_stages_that_can_never_be_reached_are_told_and_end_it(tmp_path, authority):
+def test_stages_that_can_never_be_reached_are_reported_and_end_it(tmp_path, authority):
     folder = authority.issue_folder("service")
     (folder / "ca.crt").write_bytes(make_authority(tmp_path / "other").ca.read_bytes())  # which signed nobody
     code, said = ended(tmp_path, "up", "--split", *FREE_PORTS, f"--tls={folder}")

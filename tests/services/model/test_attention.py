@@ -132,7 +132,7 @@ def test_a_slab_is_given_up_with_its_last_sequence():
     assert caches.take(48, 48).slab is not first.slab
 
 
-def test_more_sequences_than_a_slab_has_room_for_take_another():
+def test_more_sequences_than_a_slab_can_hold_take_another():
     caches = pool()
     taken = [caches.take(48, 48) for _ in range(40)]
     assert len({(cache.slab.number, cache.slot) for cache in taken}) == 40

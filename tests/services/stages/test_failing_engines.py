@@ -55,7 +55,7 @@ async def failure(asked):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", [faults.raises, faults.not_finite])
-async def test_a_step_that_fails_with_one_session_is_told_counted_and_no_reason_to_be_unready(tiny, stage, fault):
+async def test_a_step_that_fails_with_one_session_is_reported_counted_and_no_reason_to_be_unready(tiny, stage, fault):
     told = []
     marks = {MARK_LATENT: fault, MARK_TOKEN: fault}
     async with serving(tiny, LIMITS, network=lambda x: Network(x, marks), failing=lambda *x: told.append(x)) as served:
@@ -85,7 +85,7 @@ async def test_a_failed_step_is_logged_under_the_request_id_of_its_call(tiny):
     assert seen == [("a step failed with one session alone: Broken", "call-7")]
 
 
-async def test_an_engine_at_fault_is_told_and_so_is_that_it_computes_again(tiny):
+async def test_an_engine_at_fault_is_reported_and_so_is_its_recovery(tiny):
     told, everything = [], {}
     async with serving(
         tiny, LIMITS, network=lambda x: Network(x, everything), failing=lambda *x: told.append(x)

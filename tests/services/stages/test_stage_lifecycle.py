@@ -127,7 +127,7 @@ async def _two_blocks(call):
     return blocks
 
 
-async def test_an_unread_stream_does_not_run_away_and_goes_on_when_read(tiny):
+async def test_an_unread_stream_does_not_run_away_and_continues_when_read(tiny):
     async with serving(tiny, EngineLimits(max_context=2048, run_ahead=2)) as served:
         channel = open_channel(served.target, ChannelSettings(), "colaserve.v1.PriorService")
         try:
@@ -141,7 +141,7 @@ async def test_an_unread_stream_does_not_run_away_and_goes_on_when_read(tiny):
             await channel.close()
 
 
-async def test_get_info_tells_model_limits_and_load(tiny):
+async def test_get_info_reports_model_limits_and_load(tiny):
     async with serving(tiny) as served:
         call = await sampling(served)
         prior_folder = WeightFolder(tiny.directory / "cola_dlm" / "cola_dit")
