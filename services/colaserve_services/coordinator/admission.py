@@ -24,7 +24,7 @@ from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.stages import NAMES
 from colaserve_services.errors import Overloaded, Unavailable
-from colaserve_services.rpc import unread
+from colaserve_services.rpc import cancellation
 
 COORDINATOR: Final = "coordinator"  # the queue of calls that no stage is the bottleneck of
 
@@ -263,7 +263,7 @@ class Admission:
             if self.waiting:
                 error = Unavailable(f"not read for {seconds:g} s while others waited")
                 self.observer.refused("idle")
-                unread.end_call(error)
+                cancellation.end_call(error)
                 raise error
             await asyncio.wait([reading], timeout=_UNREAD_LOOK)
 

@@ -13,7 +13,7 @@ from colaserve_services.bounds import SAMPLING, given
 from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEngine
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.rpc import about, tensors, unread
+from colaserve_services.rpc import about, cancellation, tensors
 
 
 class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
@@ -32,7 +32,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             raise InvalidRequest("request", "the first request of a Decode stream must set `open`")
         job = self._job(first.open)
         async with self._engine.session(job, deadline=about.deadline(context)) as session:
-            session.end_call = unread.end_call
+            session.end_call = cancellation.end_call
             async for request in requests:
                 yield _message(await session.decode(self._block(request)))
 

@@ -14,7 +14,7 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.rpc import about, tensors, unread
+from colaserve_services.rpc import about, cancellation, tensors
 
 
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
@@ -28,7 +28,7 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
         """Write the blocks of a canvas; leaving the session, however that happens, frees its KV."""
         job = self._job(request)
         async with self._engine.session(job, deadline=about.deadline(context)) as session:
-            session.end_call = unread.end_call
+            session.end_call = cancellation.end_call
             async for block in session:
                 yield prior_pb2.SampleResponse(
                     block_index=block.index,

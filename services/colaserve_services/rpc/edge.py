@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
-from colaserve_services.rpc import requests, tracing, unread
+from colaserve_services.rpc import cancellation, requests, tracing
 from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys, has_role_certificate, is_role_key
 from colaserve_services.rpc.errors import status_from_errors
@@ -100,7 +100,7 @@ class Edge(grpc.aio.ServerInterceptor):
             return
         behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
         begun = False
-        with unread.endable():
+        with cancellation.endable():
             async with aclosing(behavior(request, context)) as responses:  # however the call ends
                 async for response in responses:
                     if not begun:  # by itself: grpc.aio would send a first write that is broken off with the status

@@ -21,7 +21,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc.aio import AioRpcError, Metadata
 
 from colaserve_services.errors import DeadlineExceeded
-from colaserve_services.rpc import requests, tracing, unread
+from colaserve_services.rpc import cancellation, requests, tracing
 from colaserve_services.rpc.errors import rpc_error
 from colaserve_services.rpc.server import service_descriptor
 
@@ -112,7 +112,7 @@ class LocalCall:
                 async with asyncio.timeout(self.time_remaining()) as timer:
                     if not method.server_streaming:
                         return await behavior(argument, self)
-                    with unread.endable():
+                    with cancellation.endable():
                         async with aclosing(behavior(argument, self)) as responses:
                             async for response in responses:
                                 span.block(response)  # before its reader may leave
