@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from colaserve_services.rpc.settings import MAX_MESSAGE_BYTES
@@ -18,7 +19,10 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 takes a free one. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, where = found[0]
-    listener = socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6)
+    try:
+        listener = socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:  # whose text has the address, as those who call this say it anyway
+        raise OSError(error.errno, os.strerror(error.errno or 0)) from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
     listener.setblocking(False)
     return listener
