@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,28 +159,17 @@ async def _run(host: Host, assemble: Assemble) -> None:
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
     """Run blocking work in a thread that does not keep the process alive when a signal ends it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    future: Future[T] = Future()
 
     def body() -> None:
+        future.set_running_or_notify_cancel()
         try:
-            result, error = work(*arguments), None
-        except BaseException as caught:
-            result, error = None, caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(_settle, future, result, error)
+            future.set_result(work(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
 
     threading.Thread(target=body, daemon=True, name="start").start()
-    return await future
-
-
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
+    return await asyncio.wrap_future(future)
 
 
 def write_ports(path: Path, ports: Mapping[str, Any]) -> None:

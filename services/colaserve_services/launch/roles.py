@@ -8,7 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colaserve.v1.decoder_pb2_grpc import DecoderServiceStub
+from colaserve.v1.encoder_pb2_grpc import EncoderServiceStub
+from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
+from colaserve.v1.latent_service_pb2_grpc import LatentServiceStub
+from colaserve.v1.prior_pb2_grpc import PriorServiceStub
+from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults, Stages
+from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.errors import CheckpointError, UsageError
+from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.launch import threads
 from colaserve_services.launch.observers import CoordinatorMetrics
 from colaserve_services.launch.options import STAGES
@@ -27,16 +35,22 @@ from colaserve_services.launch.settings import (
     engine_limits,
     target,
 )
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
 from colaserve_services.rpc.connections import Connection, Replicas
 from colaserve_services.rpc.local import LocalStub
+from colaserve_services.text import Tokenizer
 
 if TYPE_CHECKING:
-    from colaserve_services.coordinator import Coordinator, Stages
     from colaserve_services.launch.stages import RunningStages
-    from colaserve_services.model.checkpoint import Checkpoint
-    from colaserve_services.model.generation_config import GenerationDefaults
 
 PACKAGE = "colaserve.v1"
+STUBS: dict[str, Callable[[Any], Any]] = {
+    "EncoderService": EncoderServiceStub,
+    "PriorService": PriorServiceStub,
+    "DecoderService": DecoderServiceStub,
+    "GenerationService": lambda channel: coordinator_stub(GenerationServiceStub(channel), LatentServiceStub(channel)),
+}
 
 
 def run_stage(stage: str, settings: EncoderSettings | PriorSettings | DecoderSettings) -> None:
@@ -49,7 +63,7 @@ def run_stage(stage: str, settings: EncoderSettings | PriorSettings | DecoderSet
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
-        checkpoint = await _checkpoint(settings.checkpoint)
+        checkpoint = await in_thread(Checkpoint.open, settings.checkpoint)
         stages = await _stages(host, (stage,), settings, checkpoint)
         await host.serve_grpc(stages.services[stage], context_bytes=_context_bytes(settings, checkpoint))
         await stages.warm_up()
@@ -63,11 +77,9 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
     targets = {stage: target(getattr(settings, stage), stage) for stage in STAGES}
 
     async def assemble(host: Host) -> None:
-        from colaserve_services.coordinator import Stages
-
         await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
-        checkpoint = await _checkpoint(settings.checkpoint)
+        checkpoint = await in_thread(Checkpoint.open, settings.checkpoint)
         changed = asyncio.Event()
         replicas = {
             name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
@@ -81,7 +93,8 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
             **{f"{stage}_target": target for stage, target in targets.items()},
         )
         coordinator = _coordinator(host, settings, checkpoint, stages)
-        await host.serve_grpc(*_coordinator_services(coordinator), context_bytes=_context_bytes(settings, checkpoint))
+        servicers = GenerationServicer(coordinator), LatentServicer(coordinator)
+        await host.serve_grpc(*servicers, context_bytes=_context_bytes(settings, checkpoint))
         await _connect(host, coordinator)
 
     run("coordinator", settings, assemble)
@@ -108,17 +121,14 @@ def run_all(settings: UpSettings) -> None:
     threads.settle(settings.threads)
 
     async def assemble(host: Host) -> None:
-        from colaserve_services.coordinator import Stages
-        from colaserve_services.gateway.backend import coordinator_stub
-
         await host.open_ports(settings.server(settings.grpc_port))
-        checkpoint = await _checkpoint(settings.checkpoint)
+        checkpoint = await in_thread(Checkpoint.open, settings.checkpoint)
         host.description = description(settings.checkpoint)
         running = await _stages(host, STAGES, settings, checkpoint)
         encoder, prior, decoder = (LocalStub(running.services[name]) for name in STAGES)
         stages = Stages(encoder, prior, decoder)
         coordinator = _coordinator(host, settings, checkpoint, stages)
-        generation, latent = _coordinator_services(coordinator)
+        generation, latent = GenerationServicer(coordinator), LatentServicer(coordinator)
         services = generation, latent, *running.services.values()
         await host.serve_grpc(*services, context_bytes=_context_bytes(settings, checkpoint))
         await running.warm_up()
@@ -126,15 +136,6 @@ def run_all(settings: UpSettings) -> None:
         await _gateway(host, settings, coordinator_stub(LocalStub(generation), LocalStub(latent)))
 
     run("colaserve", settings, assemble)
-
-
-async def _checkpoint(directory: Path) -> Checkpoint:
-    def read() -> Checkpoint:
-        from colaserve_services.model.checkpoint import Checkpoint
-
-        return Checkpoint.open(directory)
-
-    return await in_thread(read)
 
 
 def _context_bytes(settings: Model, checkpoint: Checkpoint) -> int:
@@ -167,9 +168,6 @@ async def _stages(host: Host, names: tuple[str, ...], settings: StageSettings, c
 def _coordinator(
     host: Host, settings: CoordinatorSettings | UpSettings, checkpoint: Checkpoint, stages: Stages
 ) -> Coordinator:
-    from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults
-    from colaserve_services.text import Tokenizer
-
     limits = CoordinatorLimits(
         max_context=settings.max_context,
         max_running=settings.max_generations,
@@ -188,18 +186,10 @@ def _coordinator(
 
 
 def _defaults_file(path: Path | None) -> GenerationDefaults:
-    from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
-
     try:
         return GenerationDefaults() if path is None else read_generation_config(path)
     except CheckpointError as error:
         raise UsageError(f"--defaults: {error}") from error
-
-
-def _coordinator_services(coordinator: Coordinator) -> tuple[object, object]:
-    from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
-
-    return GenerationServicer(coordinator), LatentServicer(coordinator)
 
 
 async def _connect(host: Host, coordinator: Coordinator) -> None:
@@ -211,7 +201,7 @@ async def _connect(host: Host, coordinator: Coordinator) -> None:
 
 def _connection(host: Host, service: str, target: str, channel: Any) -> Connection:
     """To a service elsewhere; closed at the end."""
-    connection = Connection(_stub_class(service), target, channel, f"{PACKAGE}.{service}")
+    connection = Connection(STUBS[service], target, channel, f"{PACKAGE}.{service}")
     host.stack.push_async_callback(connection.close)
     connection.follow()
     return connection
@@ -221,34 +211,11 @@ async def _replicas(
     host: Host, service: str, target: str, channel: Any, began_to_serve: Callable[[], None]
 ) -> Replicas:
     """The replicas of a service elsewhere; closed at the end."""
-    replicas = Replicas(_stub_class(service), target, channel, f"{PACKAGE}.{service}", began_to_serve)
+    replicas = Replicas(STUBS[service], target, channel, f"{PACKAGE}.{service}", began_to_serve)
     host.stack.push_async_callback(replicas.close)
     await replicas.find()
     replicas.follow()
     return replicas
-
-
-def _stub_class(service: str) -> Any:
-    from colaserve.v1 import (
-        decoder_pb2_grpc,
-        encoder_pb2_grpc,
-        generation_pb2_grpc,
-        latent_service_pb2_grpc,
-        prior_pb2_grpc,
-    )
-    from colaserve_services.gateway.backend import coordinator_stub
-
-    def coordinator(channel: Any) -> Any:
-        return coordinator_stub(
-            generation_pb2_grpc.GenerationServiceStub(channel), latent_service_pb2_grpc.LatentServiceStub(channel)
-        )
-
-    return {
-        "EncoderService": encoder_pb2_grpc.EncoderServiceStub,
-        "PriorService": prior_pb2_grpc.PriorServiceStub,
-        "DecoderService": decoder_pb2_grpc.DecoderServiceStub,
-        "GenerationService": coordinator,
-    }[service]
 
 
 async def _gateway(host: Host, settings: GatewaySettings | UpSettings, stub: Any, reach: Any = None) -> None:
