@@ -198,13 +198,15 @@ def test_the_key_of_the_roles_is_checked(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_role_takes_no_device_of_another_one(checkpoint):
-    done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=decoder=cpu"])
+    ports = ("--grpc-port=0", "--metrics-port=0")
+    done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=decoder=cpu", *ports])
     assert "--device: names decoder, and this is the prior" in line(done, 2)
 
 
 def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
-    assert "--encoder" in line(CliRunner().invoke(COMMANDS["coordinator"], [f"--model={checkpoint}"]), 2)
-    assert "--coordinator" in line(CliRunner().invoke(COMMANDS["gateway"]), 2)
+    ports = ("--grpc-port=0", "--metrics-port=0")
+    assert "--encoder" in line(CliRunner().invoke(COMMANDS["coordinator"], [f"--model={checkpoint}", *ports]), 2)
+    assert "--coordinator" in line(CliRunner().invoke(COMMANDS["gateway"], ["--http-port=0", "--metrics-port=0"]), 2)
 
 
 def test_a_model_that_does_not_fit_into_memory_is_one_line():
