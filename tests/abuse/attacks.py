@@ -299,7 +299,7 @@ UNREAD_SECONDS = 60.0
 _SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))  # the server writes no more unread
 
 
-@attack("44 gRPC streams that nobody reads")
+@attack("44 gRPC streams that nobody reads", sessions=44)
 async def _(target: Target) -> None:
     async with contextlib.AsyncExitStack() as stack:
         calls = []
@@ -318,7 +318,7 @@ async def _(target: Target) -> None:
             call.cancel()
 
 
-@attack("44 HTTP streams that nobody reads")
+@attack("44 HTTP streams that nobody reads", sessions=44)
 async def _(target: Target) -> None:
     body = json.dumps({"prompt": "Once", "max_tokens": 6000, "stream": True, "ignore_eos": True}).encode()
     for _ in range(44):

@@ -35,6 +35,7 @@ _RESUMED_SECONDS = 60.0  # that a run which has made progress waits for a full s
 _WEIGHT = 0.1  # of the latest call in the running mean of the pace
 _FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
 _UNREAD_LOOK = 0.2  # seconds between two looks whether anybody waits, at a stream that nobody reads
+_MUCH_SMALLER = 4  # times, what a session that has had its slice is preempted for
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Ticket:
     launched: float = 0.0
     refused: bool = False  # by the stage, since when it waits again
     taken: bool = False  # by the stage
+    preempted: bool = False  # its session was ended for others, until it is launched again
     passed: int = 0  # later ones that the stage took since it refused this one
     waited: float = 0.0  # seconds, of all its waits
 
@@ -80,8 +82,10 @@ class _Queue:
         """Those that may be tried now."""
         if self.running >= self.limit and (self.too_large == math.inf or self.probe is not None):
             return []
-        overdue = [ticket for ticket in self.refused if ticket.passed >= _PASSES][:1]
-        return [ticket for ticket in overdue or self.waiting if ticket.size < self.too_large and not ticket.running]
+        here = [ticket for ticket in self.refused if ticket.turn is not None or not ticket.preempted]
+        overdue = [ticket for ticket in here if ticket.passed >= _PASSES][:1]  # it may be on its way to the queue
+        found = [ticket for ticket in overdue or self.waiting if ticket.turn is not None and not ticket.running]
+        return [ticket for ticket in found if ticket.size < self.too_large]
 
 
 class Admission:
@@ -133,7 +137,7 @@ class Admission:
                 self._learn_pace((time.monotonic() - started) / ((beside + self.running) / 2))
         finally:
             self._present -= Counter([call.caller])
-            if ticket.launched:
+            if ticket.launched and not ticket.preempted:
                 self._working -= Counter([call.caller])
             self.leave(ticket)
 
@@ -157,7 +161,7 @@ class Admission:
             ticket.waited += waited
             ticket.call.waited += waited
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: Ticket, for_good: bool = True) -> None:
         """It waits no more, or its session has ended."""
         queue = self._queues[ticket.stage]
         if ticket.running:
@@ -167,9 +171,26 @@ class Admission:
                 queue.probe = None
         elif ticket in queue.waiting:
             queue.waiting.remove(ticket)
-        if ticket in queue.refused:
+        if ticket in queue.refused and for_good:
             queue.refused.remove(ticket)
         self._dispatch()
+
+    def outlasts(self, ticket: Ticket) -> bool:
+        """Whether a session should be preempted: it has had its slice, and a much smaller one waits for a slot."""
+        if time.monotonic() - ticket.launched < self._limits.slice_seconds:
+            return False
+        waiting = self._queues[ticket.stage].waiting
+        return any(_MUCH_SMALLER * other.size <= ticket.size and not other.preempted for other in waiting)
+
+    def preempt(self, ticket: Ticket) -> None:
+        """Its session has ended so that others get its slot; `enter` waits for another one. At most 16 later sessions
+        are launched before it."""
+        queue = self._queues[ticket.stage]
+        ticket.preempted, ticket.taken, ticket.passed = True, False, 0
+        self._working -= Counter([ticket.call.caller])
+        if ticket not in queue.refused:
+            queue.refused.append(ticket)
+        self.leave(ticket, for_good=False)
 
     def taken(self, ticket: Ticket) -> None:
         """The stage took it, as its first answer tells."""
@@ -217,8 +238,9 @@ class Admission:
                 queue.probe = ticket
             queue.running += 1
             ticket.running, ticket.launched = True, time.monotonic()
-            if ticket.begins:
+            if ticket.begins or ticket.preempted:
                 self._working[ticket.call.caller] += 1
+            ticket.preempted = False
             assert ticket.turn is not None, "a ticket that waits has a turn"
             ticket.turn.set_result(None)
         self._report()
@@ -226,13 +248,16 @@ class Admission:
     def _next(self) -> Ticket | None:
         """The one that is tried now, of all queues: of the callers with the fewest calls at work the first to come."""
 
-        def order(ticket: Ticket) -> tuple[bool, int, float]:
+        def order(ticket: Ticket) -> tuple[bool, bool, int, float]:
             calls = self._working[ticket.call.caller] if ticket.begins else 0
-            return not ticket.resuming, calls, ticket.call.arrived
+            return not ticket.resuming or ticket.preempted, ticket.preempted, calls, ticket.call.arrived
 
         may_begin = self.running < self._limits.max_running
         found = [
-            ticket for queue in self._queues.values() for ticket in queue.candidates() if may_begin or not ticket.begins
+            ticket
+            for queue in self._queues.values()
+            for ticket in queue.candidates()
+            if may_begin or not (ticket.begins or ticket.preempted)
         ]
         return min(found, key=order, default=None)
 
@@ -247,25 +272,29 @@ class Admission:
             self._reported = found
             self.observer.queued(*found)
 
-    def _patience(self, ticket: Ticket) -> float:
+    def _patience(self, ticket: Ticket) -> float | None:
         left = ticket.call.left()
         if ticket.resuming:
-            return _RESUMED_SECONDS if left is None else left
+            return _RESUMED_SECONDS if left is None and not ticket.preempted else left
         patience = max(self._limits.queue_seconds - ticket.waited, 0.0)
         return patience if left is None else min(left, patience)
 
-    async def read_in_time(self, reading: asyncio.Future[None]) -> None:
-        """Wait until a response is read. Raises Unavailable, and ends the call, once it was not read for too long while
-        others waited for a slot."""
-        seconds = self._limits.idle_seconds
-        await asyncio.wait([reading], timeout=seconds)
+    async def read_in_time(self, call: Call, reading: asyncio.Future[None]) -> None:
+        """Wait until a response of the call is read. While it is not and others wait, its sessions are preempted; once
+        that has lasted for `idle_seconds` this raises Unavailable, and the call ends."""
+        seconds, since, preempted = self._limits.idle_seconds, time.monotonic(), False
         while not reading.done():
-            if self.waiting:
+            await asyncio.wait([reading], timeout=min(_UNREAD_LOOK, seconds))
+            if reading.done():
+                return
+            if self.waiting and not preempted:
+                preempted = True
+                call.preempt()
+            if preempted and time.monotonic() - since >= seconds:
                 error = Unavailable(f"not read for {seconds:g} s while others waited")
                 self.observer.refused("idle")
                 cancellation.end_call(error)
                 raise error
-            await asyncio.wait([reading], timeout=_UNREAD_LOOK)
 
     def check(self, call: Call, stage: str = COORDINATOR) -> None:
         """Raise Overloaded when queue or caller are full. `slot` does it too; this is for before the first work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ class Call:
     caller: str = ANONYMOUS
     arrived: float = field(default_factory=time.monotonic)
     waited: float = 0.0  # seconds in the queue
+    preempt: Callable[[], None] = lambda: None  # ends its sessions at the stages until it is read again
 
     @classmethod
     def of(cls, context: Any) -> Call:

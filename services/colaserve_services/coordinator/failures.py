@@ -109,6 +109,14 @@ class Attempts:
         """The run needs no slot now; the next attempt waits for one again."""
         self.admission.leave(self.ticket)
 
+    def outlasts(self) -> bool:
+        """Whether the run should give its slot to a much smaller one."""
+        return self.admission.outlasts(self.ticket)
+
+    def preempt(self) -> None:
+        """Its session has ended for others; the next attempt waits for a slot."""
+        self.admission.preempt(self.ticket)
+
     def progressed(self) -> None:
         """The stage answered."""
         if self.failures:

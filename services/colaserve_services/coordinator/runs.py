@@ -23,7 +23,8 @@ class PriorRun:
     """`blocks()` yields each written block, in order; none is lost or written twice. Leaving it cancels the stream.
 
     `latents` (float32) are the given positions, `open_spans` those of them that are to be written; leading blocks
-    without one are context. When the stream breaks it is opened again with the blocks so far as part of the canvas.
+    without one are context. When the stream breaks it is opened again with the blocks so far as part of the canvas;
+    so it is when the run was preempted, for a much smaller one that waited or because nobody read it.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class PriorRun:
         self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
         self.context = context_blocks(rows.count(latents), open_spans, model.block_size)  # blocks
         self._written: list[types_pb2.Latents] = []
+        self._unread: Any = None  # the stream, while a block of it is handed over
 
     async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
         """Each written block, in order."""
+        self._attempts.call.preempt = self._preempt_unread
         with self._attempts:
             while len(self._written) < self._blocks:
                 if self._written and self._is_known(len(self._written)):  # a replica would take it for context
@@ -69,11 +72,28 @@ class PriorRun:
                 checks.block(response, len(self._written), self._model, self._attempts.call)
                 self._attempts.progressed()
                 self._on_wait(False)
+                self._unread = call
                 yield response
+                if self._unread is None:
+                    return
+                self._unread = None
+                if len(self._written) < self._blocks and self._attempts.outlasts():
+                    self._preempt()
+                    return
             if len(self._written) < self._blocks:
                 raise StageFault("count", "it ended its stream before the last block")
         finally:
             call.cancel()
+
+    def _preempt_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+            self._preempt()
+
+    def _preempt(self) -> None:
+        self._on_wait(True)
+        self._attempts.preempt()
 
     def request(self) -> prior_pb2.SampleRequest:
         """What a replica is asked, given the blocks written so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
@@ -39,9 +40,9 @@ def _streaming(work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, N
     """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away."""
 
     async def serve(self: _Servicer, request: Any, context: Any) -> AsyncIterator[Any]:
-        services = (await self.connected()).services
-        responses = work(services, request, Call.of(context))
-        async with ReadAhead(responses, services.admission.read_in_time) as ahead:
+        services, call = (await self.connected()).services, Call.of(context)
+        responses = work(services, request, call)
+        async with ReadAhead(responses, partial(services.admission.read_in_time, call)) as ahead:
             async for response in ahead:
                 yield response
 
