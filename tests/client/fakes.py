@@ -66,9 +66,37 @@ def tops(ids: Any, count: int, logprob: float = -0.5) -> list[types_pb2.TopLogpr
     ]
 
 
-class Generation(generation_pb2_grpc.GenerationServiceServicer):
+class Fake:
+    """What all of them share."""
+
+    info: Any  # what GetInfo answers beside what is the same for all
+
     def __init__(self, behaviour: Behaviour):
         self.behaviour = behaviour
+
+    def GetInfo(self, request, context):
+        self.behaviour.enter(request, context)
+        about = type(self.info)(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
+        about.MergeFrom(self.info)
+        return about
+
+
+class Generation(Fake, generation_pb2_grpc.GenerationServiceServicer):
+    info = generation_pb2.GenerationServiceGetInfoResponse(
+        model_name="fake",
+        default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER),
+        default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.9),
+        default_max_new_tokens=32,
+        chat_frame="Question: {prompt} Answer:",
+        end_ids=[0],
+        pad_id=1,
+        stages=[
+            generation_pb2.StageInfo(
+                stage=name, serving=True, server=SERVER, limits=LIMITS, space=SPACE, target="in-process"
+            )
+            for name in ("encoder", "prior", "decoder")
+        ],
+    )
 
     def Generate(self, request, context):
         self.behaviour.enter(request, context)
@@ -116,28 +144,9 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         self.behaviour.enter(request, context)
         return generation_pb2.DetokenizeResponse(text=text_of(request.token_ids))
 
-    def GetInfo(self, request, context):
-        self.behaviour.enter(request, context)
-        stage = {"serving": True, "server": SERVER, "limits": LIMITS, "space": SPACE, "target": "in-process"}
-        return generation_pb2.GenerationServiceGetInfoResponse(
-            model_name="fake",
-            model=SHAPE,
-            space=SPACE,
-            limits=LIMITS,
-            server=SERVER,
-            default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER),
-            default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.9),
-            default_max_new_tokens=32,
-            chat_frame="Question: {prompt} Answer:",
-            end_ids=[0],
-            pad_id=1,
-            stages=[generation_pb2.StageInfo(stage=name, **stage) for name in ("encoder", "prior", "decoder")],
-        )
 
-
-class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
-    def __init__(self, behaviour: Behaviour):
-        self.behaviour = behaviour
+class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
+    info = latent_service_pb2.LatentServiceGetInfoResponse()
 
     def EncodeText(self, request, context):
         self.behaviour.enter(request, context)
@@ -227,30 +236,18 @@ class LatentSpace(latent_service_pb2_grpc.LatentServiceServicer):
             timing=TIMING,
         )
 
-    def GetInfo(self, request, context):
-        self.behaviour.enter(request, context)
-        return latent_service_pb2.LatentServiceGetInfoResponse(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
 
-
-class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
-    def __init__(self, behaviour: Behaviour):
-        self.behaviour = behaviour
+class Encoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):
+    info = encoder_pb2.EncoderServiceGetInfoResponse(has_variance=True)
 
     def Encode(self, request, context):
         self.behaviour.enter(request, context)
         encodings = [encoder_pb2.Encoding(latents=latents_of(each.ids)) for each in request.sequences]
         return self.behaviour.sent(encoder_pb2.EncodeResponse(encodings=encodings, timing=TIMING))
 
-    def GetInfo(self, request, context):
-        self.behaviour.enter(request, context)
-        return encoder_pb2.EncoderServiceGetInfoResponse(
-            model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER, has_variance=True
-        )
 
-
-class Prior(prior_pb2_grpc.PriorServiceServicer):
-    def __init__(self, behaviour: Behaviour):
-        self.behaviour = behaviour
+class Prior(Fake, prior_pb2_grpc.PriorServiceServicer):
+    info = prior_pb2.PriorServiceGetInfoResponse()
 
     def Sample(self, request, context):
         self.behaviour.enter(request, context)
@@ -264,14 +261,9 @@ class Prior(prior_pb2_grpc.PriorServiceServicer):
         )
         yield from self.behaviour.messages(blocks, context)
 
-    def GetInfo(self, request, context):
-        self.behaviour.enter(request, context)
-        return prior_pb2.PriorServiceGetInfoResponse(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
 
-
-class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
-    def __init__(self, behaviour: Behaviour):
-        self.behaviour = behaviour
+class Decoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
+    info = decoder_pb2.DecoderServiceGetInfoResponse()
 
     def Decode(self, request_iterator, context):
         opening = next(request_iterator)
@@ -290,10 +282,6 @@ class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
             logits=latents_of(ids).values if opening.with_logits else None,
             timing=TIMING,
         )
-
-    def GetInfo(self, request, context):
-        self.behaviour.enter(request, context)
-        return decoder_pb2.DecoderServiceGetInfoResponse(model=SHAPE, space=SPACE, limits=LIMITS, server=SERVER)
 
 
 @dataclass

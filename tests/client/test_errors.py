@@ -111,11 +111,11 @@ def test_a_failed_step_is_never_tried_again(client: Client, behaviour: Behaviour
     assert behaviour.calls == 2
 
 
-def test_attempts_are_bounded(client: Client, behaviour: Behaviour) -> None:
+def test_attempts_are_bounded_and_numbers_of_numpy_are_numbers(client: Client, behaviour: Behaviour) -> None:
     behaviour.failures.extend([Failure(Code.UNAVAILABLE)] * 10)
     with pytest.raises(Unavailable):
-        client.tokenize("a")
-    assert behaviour.calls == 4
+        client.generate("a", seed=np.int64(3), max_new_tokens=np.int32(4), timeout=1e12)
+    assert [request.seed.base_seed for request in behaviour.requests] == [3] * 4
 
 
 def test_a_stream_is_not_tried_again_after_its_first_message(client: Client, behaviour: Behaviour) -> None:
@@ -167,12 +167,6 @@ def test_the_deadline_ends_a_call_of_one_answer(client: Client, behaviour: Behav
         session = decoder.session()
         with pytest.raises(DeadlineExceeded):
             session.decode(Latents([[97.0, 0.0]]))
-
-
-def test_the_clients_timeout_is_the_default(server: FakeServer, behaviour: Behaviour) -> None:
-    behaviour.wait_after = 1
-    with Client(server.target, timeout=0.2) as client, pytest.raises(DeadlineExceeded):
-        client.generate("a")
 
 
 # Connecting
@@ -292,11 +286,6 @@ def test_arguments_of_another_kind_are_invalid_requests(
     with pytest.raises(InvalidRequest) as caught:
         call(client)
     assert (caught.value.field, behaviour.calls) == (field, 0)
-
-
-def test_numbers_of_numpy_are_numbers(client: Client, behaviour: Behaviour) -> None:
-    client.generate("a", seed=np.int64(3), max_new_tokens=np.int32(4), timeout=1e12)  # type: ignore[arg-type]
-    assert behaviour.requests[0].seed.base_seed == 3
 
 
 def test_a_server_is_asked_once_even_without_time(server: FakeServer) -> None:
