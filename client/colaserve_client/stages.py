@@ -2,7 +2,6 @@
 """The asyncio clients of the three stages, for those who call them directly."""
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Unpack
 
 from numpy.typing import ArrayLike
@@ -150,11 +149,8 @@ class AsyncDecoderClient(AsyncBaseClient):
             max_latents=max_latents or None,
             **merged(settings, sampling=sampling),
         )
-        return AsyncDecodeSession(
-            self._transport.exchange(
-                decoder_pb2.DecodeRequest(open=opening), responses.decoded_block, timeout, request_id
-            )
-        )
+        request = decoder_pb2.DecodeRequest(open=opening)
+        return self._transport.exchange(AsyncDecodeSession, request, responses.decoded_block, timeout, request_id)
 
     async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
         """The model, its limits and its load."""
@@ -162,32 +158,12 @@ class AsyncDecoderClient(AsyncBaseClient):
         return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
 
 
-class AsyncDecodeSession:
+class AsyncDecodeSession(AsyncExchange[decoder_pb2.DecodeRequest, DecodedBlock]):
     """An open session of a decoder; `AsyncDecoderClient.session` makes it."""
-
-    def __init__(self, exchange: AsyncExchange[decoder_pb2.DecodeRequest, DecodedBlock]) -> None:
-        self._exchange = exchange
-
-    @property
-    def request_id(self) -> str:
-        """The session's x-request-id."""
-        return self._exchange.request_id
 
     async def decode(self, block: LatentsLike) -> DecodedBlock:
         """Decode the next block, (B, d)."""
-        return await self._exchange.ask(decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto()))
-
-    async def close(self) -> None:
-        """End the session and free what it holds."""
-        self._exchange.close()
-
-    async def __aenter__(self) -> "AsyncDecodeSession":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
+        return await self._ask(decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto()))
 
 
 def _canvas(latents: LatentsLike | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:

@@ -21,6 +21,7 @@ from colaserve_client.loop import LOOP
 Q = TypeVar("Q")
 S = TypeVar("S")
 T = TypeVar("T")
+E = TypeVar("E", bound="AsyncExchange[Any, Any]")
 _EOF: Any = getattr(grpc.aio, "EOF")  # noqa: B009 - type stubs do not know it
 # Where a stream has ended before grpc.aio writes to it and the event loop has not yet heard of it, its true status is
 # lost for one of INTERNAL with this text. A busy loop hears of it in three rounds.
@@ -84,12 +85,12 @@ class AsyncTransport:
         return stream
 
     def exchange(
-        self, opening: Message, convert: Callable[[Any], T], timeout: float | None = None, request_id: str = ""
-    ) -> "AsyncExchange[Any, T]":
+        self, kind: type[E], opening: Message, convert: Callable[[Any], Any], timeout: float | None, request_id: str
+    ) -> E:
         """A session: it is opened by a request without an answer, then each request gets one, converted."""
         self._connected()
         attempts = self._attempts(timeout, request_id)
-        exchange: AsyncExchange[Any, T] = AsyncExchange(
+        exchange = kind(
             lambda: self._start("stream_stream", opening, **attempts.arguments()), opening, convert, attempts
         )
         self._calls.add(exchange)
@@ -271,7 +272,7 @@ class AsyncExchange(Generic[Q, T]):
         """The session's x-request-id."""
         return self._attempts.request_id
 
-    async def ask(self, request: Q) -> T:
+    async def _ask(self, request: Q) -> T:
         """The answer to a request."""
         LOOP.check()
         while True:
@@ -282,7 +283,7 @@ class AsyncExchange(Generic[Q, T]):
             except grpc.aio.AioRpcError as failure:
                 await self._again(failure)
             except BaseException as failure:  # the next answer would be that to this request
-                self.close()
+                self._close()
                 if _is_cancelled() or not isinstance(failure, asyncio.CancelledError):
                     raise
                 raise Cancelled("the session was closed", Details(request_id=self.request_id)) from None
@@ -320,16 +321,27 @@ class AsyncExchange(Generic[Q, T]):
         try:
             await asyncio.sleep(self._attempts.pause(failure, started=self._received))
         except BaseException:
-            self.close()
+            self._close()
             raise
         self._call = None
 
     def _is_open(self) -> bool:
         return self._call is not None
 
-    def close(self) -> None:
-        """End the session; the server frees what it holds."""
+    def _close(self) -> None:
         self._closed = True
         call, self._call = self._call, None
         if call is not None and not LOOP.is_lost:  # a forked child leaves its parent's call alone
             call.cancel()
+
+    async def close(self) -> None:
+        """End the session and free what it holds."""
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from colaserve.v1 import types_pb2
+from colaserve.v1.decoder_pb2 import DecodeRequest
 from colaserve_client import (
     AsyncDecoderClient,
+    AsyncDecodeSession,
     Cancelled,
     Client,
     DecoderClient,
@@ -31,7 +33,6 @@ from colaserve_client import (
 )
 from colaserve_client.calls import Attempts
 from colaserve_client.channel import ClientConfig
-from colaserve_client.transport import AsyncExchange
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import SPACE, FakeServer
 
@@ -256,17 +257,17 @@ async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None
         return calls[-1]
 
     config = ClientConfig("localhost:1", retry=Retry(attempts=3, first_pause=0))
-    exchange: AsyncExchange = AsyncExchange(start, "open", str, Attempts(config, None, ""))
+    session = AsyncDecodeSession(start, DecodeRequest(), lambda answer: answer, Attempts(config, None, ""))
     with pytest.raises(Unavailable, match="while a request was being sent"):
-        await exchange.ask("block")
+        await session.decode(LETTERS)
     assert len(calls) == 3
 
 
 class LosesItsStatus:
     """A call of grpc.aio whose stream has ended just before it is written to."""
 
-    async def write(self, request: object) -> None:
-        if request == "block":
+    async def write(self, request: DecodeRequest) -> None:
+        if request.HasField("block"):
             metadata = grpc.aio.Metadata()
             raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, "Internal error from Core")
 
