@@ -11,8 +11,9 @@ import atexit
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
@@ -26,7 +27,10 @@ T = TypeVar("T")
 
 _SIGNAL_CHECK_SECONDS = 0.2  # a signal just before a wait does not end that wait, so waits are no longer than this
 _STOP_SECONDS = 5.0
+_WAIT_SECONDS = 1.0  # how long a fork waits for the calls of other threads
+_SETTLE_SECONDS = 0.02  # what gRPC's own threads have for the rest of their work after the last channel
 _POLLING = "(_poll_wrapper)"  # the name of grpc.aio's thread ends so
+_NOBODY = "ipv4:127.0.0.1:1"
 _OFF = {"0", "false", "no", "n", "f"}
 _FORKED = (
     "this process was forked from one in which a call was running or an asyncio client was connected, which gRPC does "
@@ -57,14 +61,33 @@ class LoopThread:
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()  # held while a process forks; a signal handler may interrupt its owner
         self._running: set[Future[Any]] = set()
-        self._used = self._unsafe = False
+        self._used = self._unsafe = self._unproven = False
         self._refusal = ""
+        self._parents: Any = None  # what a parent had is kept, since gRPC's lost calls cannot be given up
 
     def check(self) -> None:
         """Raises `Unavailable` in a forked process where a call would hang; called before every call of any client."""
+        if self._unproven:
+            self._prove()
         if self._refusal:
             raise Unavailable(self._refusal)
         self._used = True
+
+    def _prove(self) -> None:
+        """In a forked process: look that gRPC works, which it does not where its own threads were busy at the fork."""
+        with self._lock:
+            if not self._unproven:
+                return
+            try:
+                asyncio.run_coroutine_threadsafe(_short_call(), self._started()).result(_STOP_SECONDS)
+            except TimeoutError:
+                self._loop = self._thread = None
+                self._refuse(_FORKED)
+            self._unproven = False
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        grpc.aio.init_grpc_aio()  # counts one user more, so that the child's end does not wait for the lost thread
 
     @property
     def is_lost(self) -> bool:
@@ -140,10 +163,12 @@ class LoopThread:
 
     def before_fork(self) -> None:
         """Disconnect where nothing runs; look whether the child will be able to use gRPC."""
-        self._lock.acquire()
-        busy = not all(future.done() for future in self._running) or any(each.is_busy() for each in self.connected)
+        self._lock.acquire()  # no call begins meanwhile
+        running = wait(list(self._running), timeout=_WAIT_SECONDS).not_done
+        busy = bool(running) or any(each.is_busy() for each in self.connected)
         if self._loop is not None and not busy:
             self.stop()
+            time.sleep(_SETTLE_SECONDS)
             if _grpc_polls():
                 gc.collect()  # errors that were kept may hold a call, and so its channel
         self._unsafe = _grpc_polls()
@@ -155,13 +180,21 @@ class LoopThread:
     def after_fork_in_child(self) -> None:
         """Leave to the parent what is the parent's."""
         self._lock = threading.RLock()
-        self._loop = self._thread = None
-        self._running.clear()
+        self._parents = (self._parents, self._loop, self._running)
+        self._loop, self._thread, self._running = None, None, set()
+        self._unproven = self._used and not self._unsafe
         if self._unsafe:
-            self._refusal = _FORKED
-            grpc.aio.init_grpc_aio()  # counts one user more, so that the child's end does not wait for the lost thread
+            gc.freeze()  # the collector does not give up the parent's calls, which would crash
+            self._refuse(_FORKED)
         elif self._used and os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in _OFF:
-            self._refusal = _NO_SUPPORT
+            self._refusal, self._unproven = _NO_SUPPORT, False
+
+
+async def _short_call() -> None:
+    """A call that ends within a moment where gRPC's threads run: with its deadline, since nobody answers."""
+    async with grpc.aio.insecure_channel(_NOBODY) as channel:
+        call = channel.unary_unary("/nobody/answers")(b"", timeout=0.001, wait_for_ready=True)
+        await call.code()
 
 
 def _grpc_polls() -> bool:

@@ -150,3 +150,26 @@ def test_where_grpc_does_not_survive_a_fork_the_child_is_refused_at_once(server:
     [said] = lines_of(program, server.target, GRPC_ENABLE_FORK_SUPPORT=value)
     assert said["child"] == "Unavailable"
     assert "GRPC_ENABLE_FORK_SUPPORT" in said["message"]
+
+
+def test_a_fork_waits_for_the_calls_of_other_threads(server: FakeServer) -> None:
+    program = """
+import threading
+done, failures = threading.Event(), []
+def keep_calling():
+    while not done.is_set():
+        try:
+            text(client)
+        except ColaserveError as error:
+            failures.append(str(error))
+callers = [threading.Thread(target=keep_calling) for _ in range(2)]
+for caller in callers:
+    caller.start()
+for _ in range(3):
+    in_child(lambda: text(client))
+done.set()
+for caller in callers:
+    caller.join()
+say(failures=failures)
+"""
+    assert lines_of(program, server.target) == [{"child": " the"}] * 3 + [{"failures": []}]
