@@ -74,11 +74,12 @@ def load_stages(
     limits: EngineLimits,
     metrics: Metrics,
     failing: Failing = lambda *_: None,
+    network: Callable[[Any], Any] = lambda network: network,
 ) -> RunningStages:
     """Read the weights of stages and start their engines; `compute` has the names of each one's device and dtype.
 
     Blocks; raises CheckpointError and UsageError. `failing` is called on the device thread when an engine is at fault,
-    and when it computes again.
+    and when it computes again. `network` wraps those that the engines compute with.
     """
     picked = {stage: (pick_device(device), pick_dtype(dtype, device)) for stage, (device, dtype) in compute.items()}
     for device, dtype in dict.fromkeys(picked.values()):
@@ -90,7 +91,7 @@ def load_stages(
         model = _load(stage, checkpoint, device, dtype, metrics)
         observer = EngineMetrics(metrics, stage, failing)
         with has_to_fit(f"the {stage}", device):
-            engines[stage] = _engine(stage, model, checkpoint, thread, limits, observer)
+            engines[stage] = _engine(stage, network(model), checkpoint, thread, limits, observer)
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
         identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES)
         services[stage] = _service(stage, engines[stage], identity, checkpoint)

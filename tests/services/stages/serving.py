@@ -1,6 +1,5 @@
 """The three stages of a golden checkpoint behind one real gRPC server, and small helpers to call them."""
 
-from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,25 +65,14 @@ class Served:
         )
 
 
-class Wrapped:
-    """A checkpoint whose networks stand behind something."""
-
-    def __init__(self, checkpoint: Checkpoint, network: Callable[[Any], Any]):
-        self._checkpoint, self._network = checkpoint, network
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._checkpoint, name)
-        return (lambda *given: self._network(found(*given))) if name.startswith("load_") else found
-
-
 @asynccontextmanager
 async def serving(golden, limits=None, dtype="float32", network=lambda x: x, failing=lambda *_: None):
     torch.set_num_threads(1)
     keep_grpc()
     limits = limits or EngineLimits(max_context=256)
-    metrics, checkpoint = Metrics(), Wrapped(Checkpoint.open(golden.directory), network)
+    metrics, checkpoint = Metrics(), Checkpoint.open(golden.directory)
     compute = dict.fromkeys(("encoder", "prior", "decoder"), ("cpu", dtype))
-    stages = load_stages(checkpoint, compute, limits, metrics, failing)
+    stages = load_stages(checkpoint, compute, limits, metrics, failing, network)
     server = RpcServer(ServerSettings(), metrics)
     for service in stages.services.values():
         server.add(service)
