@@ -79,6 +79,7 @@ class AsyncClient(AsyncBaseClient):
             with_latents: also return the latents of the written blocks.
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
             print_special: print end and pad tokens in the text; otherwise they have none.
+            cache_salt: share what servers keep of prompts only with requests of the same salt, up to 256 characters.
 
         >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"], temperature=0.7)
         >>> result.text, result.finish_reason, result.seed

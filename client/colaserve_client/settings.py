@@ -214,6 +214,7 @@ class GenerationRequest:
         int | None, Field("Return log-probabilities, and those of so many likely tokens.", Range(0, 20))
     ] = None
     print_special: Annotated[bool, Field("Print end and pad tokens in the text.")] = False
+    cache_salt: Annotated[str, Field("Share cached prefixes only with requests of the same salt.")] = ""
 
 
 class GenerationFields(WritingFields, total=False):
@@ -228,3 +229,4 @@ class GenerationFields(WritingFields, total=False):
     with_latents: bool
     top_logprobs: int | None
     print_special: bool
+    cache_salt: str

@@ -98,6 +98,7 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour, 
         with_latents=True,
         top_logprobs=0,
         print_special=True,
+        cache_salt="mine",
         **settings,
     )
     request = behaviour.requests[-1]
@@ -116,7 +117,7 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour, 
     assert request.seed == types_pb2.NoiseSeed(base_seed=5, sample_id=6)
     assert (list(request.stop), request.ignore_end, request.with_latents) == (["a", "b"], True, True)
     assert request.HasField("top_logprobs")
-    assert request.print_special
+    assert (request.print_special, request.cache_salt) == (True, "mine")
     assert request.max_new_tokens == 5
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from colaserve_services.errors import DeadlineExceeded
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from colaserve_services.rpc import requests
 
 ANONYMOUS = "anonymous"
+LONGEST_SALT = 256  # characters
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Call:
     caller: str = ANONYMOUS
     arrived: float = field(default_factory=time.monotonic)
     waited: float = 0.0  # seconds in the queue
+    salt: str = ""  # of the stages' prefix caches
     preempt: Callable[[], None] = lambda: None  # ends its sessions at the stages until it is read again
 
     @classmethod
@@ -28,7 +30,8 @@ class Call:
         """The one that gRPC's context, or that of a call in this process, describes."""
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        return cls(deadline, requests.current_caller() or ANONYMOUS)
+        caller = requests.current_caller() or ANONYMOUS
+        return cls(deadline, caller, salt=caller if caller.startswith(requests.KEY_CALLER) else "")
 
     def left(self) -> float | None:
         """Seconds until the deadline; raises DeadlineExceeded when it has passed."""
@@ -43,9 +46,9 @@ class Call:
         """Seconds since the call came."""
         return time.monotonic() - self.arrived
 
-    def cache_salt(self, asked: str) -> str:
-        """What the stages' prefix caches are to be told apart by: what the request asks for, else the caller where
-        that is a key, else nothing. The one never equals the other."""
+    def use_salt(self, asked: str) -> None:
+        """Take the salt that the request asks for, if any, in place of the caller's key; it never equals a key's."""
+        if len(asked) > LONGEST_SALT:
+            raise InvalidRequest("cache_salt", f"got {len(asked)} characters, expected at most {LONGEST_SALT}")
         if asked:
-            return f"salt:{asked}"
-        return self.caller if self.caller.startswith(requests.KEY_CALLER) else ""
+            self.salt = f"salt:{asked}"

@@ -84,7 +84,8 @@ class ServiceContext:
         self, sequences: Sequence[Sequence[int]], with_variance: bool, attempts: Attempts
     ) -> encoder_pb2.EncodeResponse:
         ids = [types_pb2.TokenIds(ids=sequence) for sequence in sequences]
-        request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance)
+        salt = attempts.call.salt
+        request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance, cache_salt=salt)
         while True:
             try:
                 stub = await attempts.stub()

@@ -23,6 +23,7 @@ async def generate(
     """Continue a prompt, a response a block. All that the stages hold for it is freed before the last response, and
     when the iteration is left early."""
     services.admission.check(call, "prior")
+    call.use_salt(request.cache_salt)
     plan = await plan_generation(services, request)
     watch = _Watch(services, call)
     async with services.admission.slot(call, "prior", plan.positions(services.model)) as ticket:

@@ -47,6 +47,7 @@ class Layout:
 async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call) -> pb.InfillResponse:
     """LatentService.Infill."""
     services.admission.check(call, "prior")
+    call.use_salt(request.cache_salt)
     layout = await lay_out(services, request.segments)
     sampler = resolve_sampler(request.sampler, services.defaults)
     blocks = layout.end - layout.context

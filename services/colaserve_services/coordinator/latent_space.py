@@ -85,6 +85,7 @@ async def sample_latents(
     services: ServiceContext, request: pb.SampleLatentsRequest, call: Call
 ) -> AsyncGenerator[pb.SampleLatentsResponse, None]:
     """LatentService.SampleLatents."""
+    call.use_salt(request.cache_salt)
     prefix = given_latents(services, request.prefix, "prefix", least=0)
     if request.max_blocks < 1:
         raise InvalidRequest("max_blocks", f"got {request.max_blocks}, expected 1 or more")

@@ -109,6 +109,7 @@ class PriorRun:
             first_block=done,
             sampler=self._sampler,
             seed=self._seed,
+            cache_salt=self._attempts.call.salt,
         )
 
     def _canvas(self) -> types_pb2.Latents:
@@ -212,6 +213,7 @@ class DecoderRun:
             top_logprobs=self._top,
             target_ids=self._targets[len(self._ids) :],
             max_latents=self._max_latents,
+            cache_salt=self._attempts.call.salt,
         )
 
     async def _exchange(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:

@@ -53,6 +53,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             top_logprobs=message.top_logprobs,
             target_ids=message.target_ids,
             max_latents=message.max_latents,
+            cache_salt=message.cache_salt,
         )
 
     def _block(self, request: decoder_pb2.DecodeRequest) -> Tensor:

@@ -20,6 +20,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         encoded, timings = await self._engine.encode(
             [sequence.ids for sequence in request.sequences],
             with_variance=request.with_variance,
+            cache_salt=request.cache_salt,
             deadline=about.deadline(context),
         )
         encodings = [self._message(one) for one in encoded]

@@ -114,6 +114,9 @@ class GenerationFields(Strict):
     )
     ignore_eos: bool | None = Field(None, description="Write on after an end token.")
     skip_special_tokens: bool | None = Field(None, description="False prints end and pad tokens, too; true.")
+    cache_salt: Text | None = Field(
+        None, max_length=256, description="Cached prefixes are shared only among requests of the same salt."
+    )
 
 
 class TextPart(Strict):

@@ -84,6 +84,7 @@ def generate_request(prompt: GenerateRequest, fields: ChatRequest | CompletionRe
     request.stop.extend([fields.stop] if isinstance(fields.stop, str) else fields.stop or [])
     request.ignore_end = bool(fields.ignore_eos)
     request.print_special = fields.skip_special_tokens is False
+    request.cache_salt = fields.cache_salt or ""
     _set_sampling(request, fields)
     return request
 
@@ -131,7 +132,8 @@ def infill_request(body: CompletionRequest, info: Info) -> InfillRequest:
     for name, neutral in _BESIDE.items():
         if getattr(body, name) not in neutral:
             raise invalid(name, "not together with suffix", "unsupported_parameter")
-    request = InfillRequest(segments=[InfillSegment(**segment) for segment in _segments(body, info).values()])
+    segments = [InfillSegment(**segment) for segment in _segments(body, info).values()]
+    request = InfillRequest(segments=segments, cache_salt=body.cache_salt or "")
     if body.seed is not None:
         request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=body.seed))
     _set_sampling(request, body)

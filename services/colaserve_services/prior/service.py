@@ -60,6 +60,7 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             base_seed=request.seed.base_seed if seeded else None,
             sample_id=request.seed.sample_id,
             noise=self._noise(request),
+            cache_salt=request.cache_salt,
         )
 
     def _noise(self, request: prior_pb2.SampleRequest) -> Tensor | None:

@@ -20,10 +20,15 @@ from colaserve.v1 import (
 )
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.rpc import requests
 from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.errors import error_from_rpc
+from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
+from colaserve_services.rpc.server import RpcServer
+from colaserve_services.rpc.settings import ServerSettings
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 from tests.waiting import eventually
 
@@ -208,3 +213,40 @@ async def test_tokenizing_shares_the_queue_of_generations(served):
     served.prior.gate.set()
     await eventually(lambda: served.coordinator.services.admission.running == 0)
     assert (await served.generation.Tokenize(generation_pb2.TokenizeRequest(text="he"))).token_ids
+
+
+def metadata(key: str, caller: str = "") -> tuple[tuple[str, str], ...]:
+    found = ((requests.AUTHORIZATION, f"Bearer {key}"),)
+    return (*found, (requests.CALLER, caller)) if caller else found
+
+
+@pytest.mark.parametrize(
+    ("shown", "salt"),
+    [
+        (metadata("k1"), "key:one"),
+        (metadata("k1", "key:two"), "key:one"),  # only a role is believed
+        (metadata("role-key", "key:two"), "key:two"),
+        (metadata("role-key", "10.0.0.1"), ""),
+    ],
+)
+async def test_prefixes_are_kept_for_the_verified_caller_unless_a_salt_is_asked_for(tmp_path, tokenizer, shown, salt):
+    file = tmp_path / "keys"
+    file.write_text("one k1\ntwo k2\n")
+    fakes = {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
+    coordinator = Coordinator(Stages(**{name: LocalStub(fake) for name, fake in fakes.items()}), tokenizer)
+    await coordinator.connect()
+    server = RpcServer(ServerSettings(role_key="role-key"), Metrics(), Keys.load(file, "role-key"))
+    server.add(GenerationServicer(coordinator))
+    port = await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            for asked, expected in (("", salt), ("key:two", "salt:key:two")):
+                request = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=4, cache_salt=asked)
+                assert [response async for response in stub.Generate(request, metadata=shown)]
+                assert {fake.calls[-1].cache_salt for fake in fakes.values()} == {expected}
+            too_long = generation_pb2.GenerateRequest(prompt="he", cache_salt="x" * 257)
+            with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: got 257 characters"):
+                await stub.Generate(too_long, metadata=shown).read()
+    finally:
+        await server.stop()

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -154,7 +155,7 @@ async def test_a_run_in_its_middle_waits_for_a_full_stage_until_its_deadline(wor
     with pytest.raises((Overloaded, DeadlineExceeded)):
         await world.generate(**REQUEST, call=Call(deadline=started + 0.5))
     assert time.monotonic() - started > 0.4
-    assert len(world.decoder.calls) > 10
+    assert len(world.decoder.calls) > 2
 
 
 async def test_no_decoder_is_held_before_the_prior_has_written(world):
@@ -263,4 +264,4 @@ async def test_a_stream_whose_connection_was_lost_counts_as_one_that_broke(world
 
 
 MODEL, SAMPLER = Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True), types_pb2.Sampler()
-ATTEMPTS: Any = None  # nothing is asked
+ATTEMPTS: Any = SimpleNamespace(call=Call())  # nothing is asked

@@ -119,6 +119,34 @@ async def test_a_budget_of_zero_keeps_nothing(tiny: Golden) -> None:
         assert watch.hits == []
 
 
+async def test_leading_blocks_are_shared_only_among_equal_salts(tiny: Golden) -> None:
+    hits: list[int] = []
+
+    class Hits(EngineObserver):
+        def prefix_cache(self, hits_: int, misses: int, bytes_held: int) -> None:
+            if hits_ or misses:
+                hits.append(hits_)
+
+    async def encode(salt: str) -> None:
+        await stages.encoder.encode([IDS], cache_salt=salt)
+
+    async def write(salt: str) -> None:
+        async with stages.prior.session(SampleJob(LATENTS, 1, base_seed=1, cache_salt=salt)) as session:
+            assert len([block async for block in session]) == 1
+
+    async def decode(salt: str) -> None:
+        async with stages.decoder.session(DecodeJob(LATENTS, cache_salt=salt)) as session:
+            await session.decode(LATENTS[:4])
+
+    with engines(tiny.directory, observer=Hits) as stages:
+        for ask, blocks in ((encode, 18), (write, 16), (decode, 16)):
+            for salt in ("a", "b", "a"):
+                await ask(salt)
+                await settled(stages)
+            assert hits == [0, 0, blocks]
+            hits.clear()
+
+
 def keys(text: str) -> list[bytes]:
     return chain_keys(letter.encode() for letter in text)
 

@@ -40,6 +40,7 @@ BOTH: list[tuple[dict[str, Any], GenerateRequest]] = [
     ({"guidance_interval": [0.25, 0.75]}, GenerateRequest(sampler=HALF)),
     ({"ignore_eos": True}, GenerateRequest(ignore_end=True)),
     ({"skip_special_tokens": False}, GenerateRequest(print_special=True)),
+    ({"cache_salt": "mine"}, GenerateRequest(cache_salt="mine")),
 ]
 MADE = {
     CHAT: [

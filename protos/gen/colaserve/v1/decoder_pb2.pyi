@@ -15,7 +15,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., block: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
 
 class OpenDecode(_message.Message):
-    __slots__ = ("prefix", "sampling", "history_ids", "with_logits", "top_logprobs", "target_ids", "max_latents")
+    __slots__ = ("prefix", "sampling", "history_ids", "with_logits", "top_logprobs", "target_ids", "max_latents", "cache_salt")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     HISTORY_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class OpenDecode(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_LATENTS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     prefix: _types_pb2.Latents
     sampling: _types_pb2.Sampling
     history_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -30,7 +31,8 @@ class OpenDecode(_message.Message):
     top_logprobs: int
     target_ids: _containers.RepeatedScalarFieldContainer[int]
     max_latents: int
-    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., history_ids: _Optional[_Iterable[int]] = ..., with_logits: bool = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., max_latents: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., history_ids: _Optional[_Iterable[int]] = ..., with_logits: bool = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., max_latents: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("token_ids", "logprobs", "top_logprobs", "logits", "target_logprobs", "timing", "block_index")

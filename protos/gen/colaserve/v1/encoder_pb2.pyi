@@ -7,12 +7,14 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("sequences", "with_variance")
+    __slots__ = ("sequences", "with_variance", "cache_salt")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WITH_VARIANCE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenIds]
     with_variance: bool
-    def __init__(self, sequences: _Optional[_Iterable[_Union[_types_pb2.TokenIds, _Mapping]]] = ..., with_variance: bool = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, sequences: _Optional[_Iterable[_Union[_types_pb2.TokenIds, _Mapping]]] = ..., with_variance: bool = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("encodings", "timing")

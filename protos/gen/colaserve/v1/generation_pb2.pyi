@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "max_new_tokens", "sampler", "sampling", "seed", "stop", "ignore_end", "with_latents", "top_logprobs", "prompt_ids", "print_special")
+    __slots__ = ("prompt", "max_new_tokens", "sampler", "sampling", "seed", "stop", "ignore_end", "with_latents", "top_logprobs", "prompt_ids", "print_special", "cache_salt")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class GenerateRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     PRINT_SPECIAL_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     max_new_tokens: int
     sampler: _types_pb2.Sampler
@@ -30,7 +31,8 @@ class GenerateRequest(_message.Message):
     top_logprobs: int
     prompt_ids: _types_pb2.TokenIds
     print_special: bool
-    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., print_special: bool = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., print_special: bool = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed", "tokens", "text_offsets")

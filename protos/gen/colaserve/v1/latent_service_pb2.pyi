@@ -77,16 +77,18 @@ class DecodeLatentsResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SampleLatentsRequest(_message.Message):
-    __slots__ = ("prefix", "max_blocks", "sampler", "seed")
+    __slots__ = ("prefix", "max_blocks", "sampler", "seed", "cache_salt")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     prefix: _types_pb2.Latents
     max_blocks: int
     sampler: _types_pb2.Sampler
     seed: _types_pb2.NoiseSeed
-    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., max_blocks: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., max_blocks: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class SampleLatentsResponse(_message.Message):
     __slots__ = ("block_index", "latents", "timing", "seed")
@@ -153,16 +155,18 @@ class InfillSegment(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_count: _Optional[int] = ...) -> None: ...
 
 class InfillRequest(_message.Message):
-    __slots__ = ("segments", "sampler", "sampling", "seed")
+    __slots__ = ("segments", "sampler", "sampling", "seed", "cache_salt")
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     segments: _containers.RepeatedCompositeFieldContainer[InfillSegment]
     sampler: _types_pb2.Sampler
     sampling: _types_pb2.Sampling
     seed: _types_pb2.NoiseSeed
-    def __init__(self, segments: _Optional[_Iterable[_Union[InfillSegment, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, segments: _Optional[_Iterable[_Union[InfillSegment, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class InfillResponse(_message.Message):
     __slots__ = ("text", "segments", "token_ids", "usage", "seed", "timing", "finish_reasons", "tokens")

@@ -6,20 +6,22 @@ from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Opti
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SampleRequest(_message.Message):
-    __slots__ = ("canvas", "max_blocks", "first_block", "sampler", "seed", "noise")
+    __slots__ = ("canvas", "max_blocks", "first_block", "sampler", "seed", "noise", "cache_salt")
     CANVAS_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     canvas: _types_pb2.Canvas
     max_blocks: int
     first_block: int
     sampler: _types_pb2.Sampler
     seed: _types_pb2.NoiseSeed
     noise: _types_pb2.Tensor
-    def __init__(self, canvas: _Optional[_Union[_types_pb2.Canvas, _Mapping]] = ..., max_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, canvas: _Optional[_Union[_types_pb2.Canvas, _Mapping]] = ..., max_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class SampleResponse(_message.Message):
     __slots__ = ("block_index", "latents", "timing")
