@@ -228,13 +228,15 @@ class AsyncClient(AsyncBaseClient):
         max_blocks: int,
         sampler: Sampler | None = None,
         seed: int | NoiseSeed | None = None,
+        cache_salt: str = "",
         timeout: float | None = None,
         request_id: str = "",
         **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
 
-        The positions of a partial last block of the prefix are kept, and that block counts.
+        The positions of a partial last block of the prefix are kept, and that block counts. `cache_salt`: as in
+        `generate`.
 
         >>> async with client.sample_latents(max_blocks=2, seed=7) as blocks:
         ...     print([(block.index, block.latents.values.shape) async for block in blocks])
@@ -245,6 +247,7 @@ class AsyncClient(AsyncBaseClient):
             prefix=prefix,
             max_blocks=max_blocks,
             seed=seed,
+            cache_salt=cache_salt,
             **merged(settings, sampler=sampler),
         )
         return self._transport.stream(request, responses.latent_block, timeout, request_id)
@@ -287,13 +290,14 @@ class AsyncClient(AsyncBaseClient):
         sampler: Sampler | None = None,
         sampling: Sampling | None = None,
         seed: int | NoiseSeed | None = None,
+        cache_salt: str = "",
         timeout: float | None = None,
         request_id: str = "",
         **settings: Unpack[WritingFields],
     ) -> InfillResult:
         """Write the holes of a text. A string is kept byte for byte, a number is a hole of so many tokens.
 
-        A hole sees what is left of it and what is in its own block.
+        A hole sees what is left of it and what is in its own block. `cache_salt` as in `generate`.
 
         >>> result = await client.infill(["My name is ", 3, "."], seed=7)
         >>> result.text, result.segments
@@ -303,6 +307,7 @@ class AsyncClient(AsyncBaseClient):
             latent_service_pb2.InfillRequest,
             segments=_segments(segments),
             seed=seed,
+            cache_salt=cache_salt,
             **merged(settings, sampler=sampler, sampling=sampling),
         )
         return await self._transport.unary(request, responses.one(InfillResult), timeout, request_id)

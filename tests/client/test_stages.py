@@ -132,10 +132,14 @@ def test_interpolation_takes_texts_and_latents(client: Client, behaviour: Behavi
         client.interpolate("a", "b", interpolation="cubic")  # type: ignore[arg-type]
 
 
-def test_infill_keeps_texts_and_counts_holes(client: Client, behaviour: Behaviour) -> None:
+def test_infill_keeps_texts_counts_holes_and_passes_a_salt(client: Client, behaviour: Behaviour) -> None:
     result = client.infill(["a", 2, "b", 1], seed=NoiseSeed(3, 4), sampler=Sampler(resamples=2))
     assert (result.text, result.seed, result.usage.completion_tokens) == ("a__b_", NoiseSeed(3, 4), 3)
     assert behaviour.requests[-1].sampler.resamples == 2
+    client.infill(["a", 2], cache_salt="mine")
+    assert behaviour.requests[-1].cache_salt == "mine"
+    list(client.sample_latents(max_blocks=1, cache_salt="ours"))
+    assert behaviour.requests[-1].cache_salt == "ours"
     with pytest.raises(InvalidRequest) as caught:
         client.infill(["a", -1])
     assert caught.value.field == "segments[1].token_count"
