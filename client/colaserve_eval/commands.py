@@ -59,8 +59,8 @@ def run(asking: Asking, sampler: Sampler, as_json: bool) -> None:
 
     \b
     colaserve eval run race.jsonl mmlu.jsonl --output out
-    colaserve eval run raw/race.jsonl --template race --output out
-    colaserve eval run --demo --output out
+    colaserve eval run raw/race.jsonl --template race --output raw-out
+    colaserve eval run --demo --output demo-out
     """
     speed = _ask(asking, {asking.output: sampler})
     if speed.answers:

@@ -37,7 +37,7 @@ def pull(repository: str, revision: str, directory: Path | None, check: bool) ->
     """Fetch a checkpoint from the Hugging Face Hub and check it.
 
     \b
-    colaserve pull                                    the released Cola-DLM, about 9 GB
+    colaserve pull                               # the released Cola-DLM, about 9 GB
     colaserve pull someone/their-model --dir models/theirs --revision v2
     colaserve up --model Cola-DLM
 

@@ -13,9 +13,9 @@ def completion(context: click.Context, shell: str) -> None:
     """Print a script that completes verbs and options in your SHELL.
 
     \b
-      bash:  eval "$(colaserve completion bash)"                                  in ~/.bashrc
-      zsh:   eval "$(colaserve completion zsh)"                                   in ~/.zshrc
-      fish:  colaserve completion fish > ~/.config/fish/completions/colaserve.fish
+      eval "$(colaserve completion bash)"      # in ~/.bashrc
+      eval "$(colaserve completion zsh)"       # in ~/.zshrc
+      colaserve completion fish >~/.config/fish/completions/colaserve.fish
     """
     kind = get_completion_class(shell)
     assert kind is not None

@@ -93,6 +93,7 @@ def decode(
     """Turn the latents in FILE (safetensors, as `colaserve encode --output` writes it) into text.
 
     \b
+      colaserve encode "The capital of France is Paris." --output france.safetensors
       colaserve decode france.safetensors
     """
     latents = _load(file, name)

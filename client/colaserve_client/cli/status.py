@@ -28,7 +28,7 @@ def info(*, client: Client, as_json: bool) -> None:
 
     \b
       colaserve info
-      colaserve info --json | jq .space
+      colaserve info --json | python -m json.tool
     """
     found = client.info()
     if as_json:

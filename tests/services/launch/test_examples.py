@@ -1,103 +1,202 @@
-"""Every example of the README, of docs/cli.md and of the help runs as it is written, on the bundled checkpoint."""
+"""Every example of the documentation and of the help texts succeeds on the bundled checkpoint.
 
-import io
+A block of code is run when its fence names no language, or `sh` or `python`. Lines that serve, train, measure or fetch
+take long or need other machines: of these the options are read. The README's first steps start the server for all.
+"""
+
+import ast
+import asyncio
+import json
+import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
 import pytest
 
-from colaserve_client.cli import verbs
-from colaserve_client.cli.main import cli, main
-from tests.client.cli.test_program import CLIENT_VERBS
+from colaserve_client import AsyncClient
+from colaserve_client.cli.main import cli
 
-ROOT = Path(__file__).parents[3]
-# What an answer must hold where the example names it: the checkpoint knows these.
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "decisions.md"})
+
+FIRST_STEPS = "source .venv/bin/activate"
+CANNOT_RUN = {  # by page and first line, with the reason
+    ("README.md", "make demo"): "sets up an environment of its own and runs all tests",
+    ("README.md", FIRST_STEPS): "run to start the server",
+    ("cli.md", 'eval "$(colaserve completion bash)"'): "for the start files of three shells",
+    ("operations.md", "# URL: PyTorch's index of CPU wheels"): "needs Docker and Kubernetes",
+    ("operations.md", "kubectl create namespace colaserve"): "needs Kubernetes",
+    ("operations.md", "kubectl diff -k ."): "needs Kubernetes",
+    ("operations.md", "kubectl -n colaserve create secret generic colaserve-prior-tls"): "needs Kubernetes",
+    ("operations.md", "kubectl -n colaserve get pods -l app.kubernetes.io/component=ROLE -o wide"): "needs Kubernetes",
+    ("operations.md", "scripts/capacity measure --model DIR"): "measures for minutes",
+    ("operations.md", "$ scripts/capacity measure --model tests/data/golden/tiny_b4"): "measures for minutes",
+}
+# What an answer must hold where an example asks for it: the checkpoint knows these.
 KNOWN = {
     'capital of France is"': "Paris",
     "capital of Japan?": "Tokyo",
     "capital of France?": "Paris",
     "[[1]]": "Paris",
 }
-ELSEWHERE = ("prior-0:50051", "colaserve chat", "jq ", "completion")  # other hosts, a keyboard, another program
+SERVING = ("up", "coordinator", "gateway", "encoder", "prior", "decoder", "pull", "bench", "train")
+ONLY_READ = (*SERVING, "eval sweep", "status --target prior-0")  # the last one needs another machine
+FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
+INLINE = re.compile(r"(?:`colaserve |^\| `(?=bench ))([a-z][^`]*)`", re.MULTILINE)
+
+
+def blocks() -> Iterator[tuple[Path, str, str]]:
+    """Page, language and text of what is to run; prompts (`>>>`) are the other tests'."""
+    for page in PAGES:
+        for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+            first = text.partition("\n")[0]
+            marked = any(page.name == name and first.startswith(line) for name, line in CANNOT_RUN)
+            if language in ("", "sh", "python") and not marked and not text.startswith(">>>"):
+                yield page, language, text
+
+
+def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for below in command.list_commands(click.Context(command)):
+            found = command.get_command(click.Context(command), below)
+            assert found is not None
+            yield from commands(found, f"{name} {below}")
+
+
+def helps() -> Iterator[tuple[str, str]]:
+    """Name and example lines of each help text that has some."""
+    for name, command in commands(cli, "colaserve"):
+        lines = [line.strip() for line in (command.help or "").splitlines()]
+        shown = [line for line in lines if re.match(r"(colaserve (?!completion)[a-z]|echo |curl )", line)]
+        if shown:
+            yield name, "\n".join(shown)
+
 
 pytestmark = pytest.mark.slow
+BLOCKS = list(blocks())
+HELPS = dict(helps())
 
 
-def helped(name):
-    command = verbs.VERBS[name].load(name)
-    return click.Context(command, info_name=name).command.help or ""
-
-
-def examples(text):
-    """The lines that call a verb of the client."""
-    lines = [line.strip() for line in text.splitlines()]
-    called = re.compile(rf"(echo .*\| )?colaserve ({'|'.join(CLIENT_VERBS)})\b")
-    return [line for line in lines if called.match(line) and not any(part in line for part in ELSEWHERE)]
-
-
-def sources():
-    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    yield from (line for block in blocks for line in examples(block))
-    yield from examples(cli.help)
-    for name in CLIENT_VERBS:
-        yield from examples(helped(name))
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in taken]
-
-
-def test_the_readme_and_every_example_run_when_pasted(tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The capital of France is"}\n')
-    (tmp_path / "letter.txt").write_text("France is a country in Europe. Its capital is[[1]].")
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where the README's first steps serve, by the address that the documentation uses."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
     grpc, http = free_ports(2)
-    ports = {"COLASERVE_GRPC_PORT": grpc, "COLASERVE_HTTP_PORT": http, "COLASERVE_METRICS_PORT": 0,
-             "COLASERVE_TARGET": f"127.0.0.1:{grpc}", "COLASERVE_DRAIN_SECONDS": 0}  # fmt: skip
+    ports = {"GRPC_PORT": grpc, "HTTP_PORT": http, "METRICS_PORT": 0, "TARGET": f"127.0.0.1:{grpc}", "DRAIN_SECONDS": 0}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{f"COLASERVE_{key}": str(ports[key]) for key in ports}}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"## Use it\n.*?```sh\n(.*?)```", readme, re.DOTALL)
-    script = f"{block}\necho; echo PID $!".replace("localhost:8000", f"localhost:{http}")
-    for name, value in {**ports, "OMP_NUM_THREADS": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.chdir(tmp_path)
-    with (tmp_path / "out.txt").open("w+") as output:
-        done = subprocess.run(["bash", "-e", "-c", script], stdout=output, stderr=output, timeout=100)
-    said = (tmp_path / "out.txt").read_text()
+    (block,) = re.findall(rf"```sh\n({FIRST_STEPS}.*?)```", readme, re.DOTALL)
+    script = f"trap 'echo; echo PID $!' EXIT\n{block}".replace("localhost:8000", f"localhost:{http}")
+    with (folder / "out.txt").open("w") as output:
+        shell = ["bash", "-e", "-c", script]
+        done = subprocess.run(shell, stdout=output, stderr=output, timeout=100, env=environment, cwd=folder)
+    said = (folder / "out.txt").read_text()
     server = psutil.Process(int(re.findall(r"^PID (\d+)$", said, re.MULTILINE)[0]))
     try:
         assert done.returncode == 0, said
         for known in ("It has memorised facts", "Tokyo", "capital is Paris. Its currency", '"text":" Paris"'):
             assert known in said
-        run_examples(capsys, monkeypatch)
+        yield {"127.0.0.1:50051": f"127.0.0.1:{grpc}", "localhost:8000": f"localhost:{http}"}
     finally:
         server.terminate()
         server.wait(30)
 
 
-def run_examples(capsys, monkeypatch):
-    lines = list(dict.fromkeys(sources()))
-    assert len(lines) > 15
-    for line in lines:
-        capsys.readouterr()
-        if "--output texts" in line and "--resume" not in line:
-            Path("texts.jsonl").unlink(missing_ok=True)
-        for command in line.split(" && "):
-            piped = re.match(r"echo \"(.*)\" \| ", command)
-            if piped:
-                monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{piped[1]}\n".encode())))
-            words = shlex.split(command[piped.end() if piped else 0 :], comments=True)
-            code, shown = main(words[1:]), capsys.readouterr()
-            assert code == 0, f"{line}: {shown.err}"
-        for asked, known in KNOWN.items():
-            assert asked not in line or known in shown.out, f"{line}: {shown.out}"
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in taken]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that examples name, in the folder where they run."""
+    monkeypatch.chdir(tmp_path)
+    question = {"prompt": "Question: What is the capital of Japan? Answer:", "ground_truth": "B"}
+    asked = json.dumps({"id": 1, "choices": ["Paris", "Tokyo"], **question})
+    record = {"id": 1, "article": "It is old.", "question": "What is?", "options": ["It", "He"], "answer": "A"}
+    (jsonl,) = re.findall(r"^```json\n(.*?)```", (ROOT / "docs/cli.md").read_text(), re.DOTALL | re.MULTILINE)
+    files = {"prompts.jsonl": jsonl, "letter.txt": "The capital of France is[[2]]", "held-out.txt": "It is old."}
+    files |= {"race.jsonl": asked, "mmlu.jsonl": asked, "raw/race.jsonl": json.dumps(record)}
+    (tmp_path / "raw").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", HELPS)
+def test_examples_of_help_texts_succeed(name: str, addresses: dict[str, str], folder: Path) -> None:
+    run_lines(HELPS[name], addresses)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0].name}-{block[2].partition(chr(10))[0][:40]}")
+def test_blocks_of_pages_succeed(block: tuple[Path, str, str], addresses: dict[str, str], folder: Path) -> None:
+    _, language, text = block
+    if language == "python":
+        run_python(text, addresses)
+    else:
+        run_lines(text, addresses)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences_have_these_options(page: Path) -> None:
+    for words in INLINE.findall(page.read_text(encoding="utf-8")):
+        read(words.replace("\n", " ").replace("...", "").replace("\\|", "|"))
+
+
+def test_marks_are_for_blocks_that_exist() -> None:
+    for page, line in CANNOT_RUN:
+        (path,) = [each for each in PAGES if each.name == page]
+        assert any(text.startswith(line) for _, text in FENCE.findall(path.read_text(encoding="utf-8"))), line
+
+
+def run_lines(text: str, addresses: dict[str, str]) -> None:
+    """Run them as one script, without those that are only read."""
+    lines = text.replace("\\\n", " ").splitlines()
+    only_read = [line for line in lines if line.startswith(tuple(f"colaserve {words}" for words in ONLY_READ))]
+    for line in only_read:
+        read(" ".join(shlex.split(line, comments=True)[1:]).removesuffix(" &"))
+    left = [line for line in lines if line not in only_read]
+    script = "\n".join(["set -e", *left]).replace(" --demo", " --demo --limit 1").replace("curl ", "curl --fail ")
+    script = script.replace("localhost:8000", addresses["localhost:8000"])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLASERVE_TARGET": addresses["127.0.0.1:50051"]}
+    shell = ["bash", "-c", script]
+    ran = subprocess.run(shell, input="Hello?\n", env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, f"{script}\n{ran.stdout}{ran.stderr}"
+    for asked, known in KNOWN.items():
+        assert asked not in script or known in ran.stdout, f"{script}\n{ran.stdout}"
+
+
+def run_python(text: str, addresses: dict[str, str]) -> None:
+    for shown, actual in addresses.items():
+        text = text.replace(shown, actual)
+    code = compile(text, "<example>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    result: Any = eval(code, {"AsyncClient": AsyncClient, "target": addresses["127.0.0.1:50051"]})
+    if asyncio.iscoroutine(result):
+        asyncio.run(result)
+
+
+def read(line: str) -> None:
+    """Parse a command line without `colaserve`: its verbs and options exist."""
+    verbs, *rest = shlex.split(line)
+    for verb in verbs.split("|"):
+        command, arguments = cli.get_command(click.Context(cli), verb), list(rest)
+        while isinstance(command, click.Group) and arguments:
+            command = command.get_command(click.Context(command), arguments.pop(0))
+        assert command is not None, line
+        if arguments:
+            _, unknown, _ = command.make_parser(click.Context(command)).parse_args(arguments)
+            assert not unknown, line
