@@ -56,7 +56,8 @@ class HttpServer:
         """
         self._app.state.draining = True
         await asyncio.sleep(notice)
-        self._server.config.timeout_graceful_shutdown = max(grace, 0)  # type: ignore[assignment]  # seconds, whole or not
+        grace = max(grace, 0.1)  # uvicorn takes 0 as exceeded, and logs that as an error, even when nothing runs
+        self._server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]  # seconds, whole or not
         await self._server.shutdown([self._listener])
         if late := set(self._server.server_state.tasks):  # cancelled; they still have their last word
             await asyncio.wait(late, timeout=self._bounds.last_word_seconds)
