@@ -237,7 +237,7 @@ async def test_a_session_reports_how_it_ended_though_its_loop_is_busy(
     server: FakeServer, behaviour: Behaviour, pause: float
 ) -> None:
     """grpc.aio forgets the status of a stream that ended while the loop did something else."""
-    behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * 8)
+    behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * 100)
 
     async def keep_busy() -> None:
         while True:
@@ -245,7 +245,7 @@ async def test_a_session_reports_how_it_ended_though_its_loop_is_busy(
             await asyncio.sleep(0)
 
     busy = asyncio.create_task(keep_busy())
-    async with AsyncDecoderClient(server.target, retry=replace(FAST, attempts=8)) as decoder:
+    async with AsyncDecoderClient(server.target, retry=replace(FAST, attempts=25)) as decoder:
         for _ in range(4):
             async with decoder.session() as session:
                 with pytest.raises(InvalidRequest, match="no block"):
