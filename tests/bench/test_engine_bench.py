@@ -54,10 +54,10 @@ def test_steps_count_from_the_last_first_block_until_the_first_session_has_ended
     recorder.block(0.0, first=True)
     recorder.stepped(1.0, 4, 2)  # completes the last first block
     for rows in (8, 9):
-        recorder.queued(0, 2)
+        recorder.load(2, 0, 0)
         recorder.block(0.0, first=False)
         recorder.stepped(1.0, rows, 2)
-    recorder.queued(0, 1)
+    recorder.load(1, 0, 0)
     recorder.stepped(1.0, 10, 1)
     assert [step.rows for step in recorder.steady] == [8, 9]
 
