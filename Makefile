@@ -46,6 +46,7 @@ $(VENV)/.serve: $(VENV)/.python pyproject.toml client/pyproject.toml constraints
 	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two). pip shows the progress:'
 	@$(PIP) install $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --constraint constraints.txt --editable client --editable '.[serve]'
+	@test -x $(BIN)/colaserve || $(PIP) install --no-deps --force-reinstall --editable client  # an older colaserve took its command along
 	@test -e $(LIBRARY) || echo '==> attention in bfloat16 on the CPU was not compiled (that takes Linux on x86-64 and gcc): it works, and is slower'
 	@touch $@
 
