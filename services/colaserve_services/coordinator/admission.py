@@ -1,7 +1,7 @@
 """The one queue of the system: calls wait here, in the coordinator, until a stage takes them.
 
-An engine starts a session at its next step or refuses it at once, so whoever it refuses comes back here. The first in
-order is tried again as soon as one of our own sessions there has ended, and now and then, for those of other
+An engine starts a session at its next step or refuses it at once, and then the session is queued here again. The first
+in order is tried again as soon as one of our own sessions there has ended, and now and then, since those of other
 coordinators end unseen. A refusal may also mean that the KV memory is short: smaller sessions are then tried before a
 large one, at most 16 times.
 """
@@ -49,7 +49,7 @@ class Ticket:
     size: int = 0  # latents that it needs there
     first: bool = False  # the call does nothing before it has this one, and is refused when it waits too long
     resuming: bool = False  # its run has made progress
-    turn: asyncio.Future[None] | None = None  # set while it waits
+    granted: asyncio.Future[None] | None = None  # set while it waits; done once it is launched
     running: bool = False
     launched: float = 0.0
     refused: bool = False  # by the stage, since when it waits again
@@ -62,6 +62,11 @@ class Ticket:
     def begins(self) -> bool:
         """Whether its call has done nothing yet."""
         return self.first and not self.refused
+
+    @property
+    def adds_work(self) -> bool:
+        """Whether its call is not among those at work before it is launched."""
+        return self.begins or self.preempted
 
 
 @dataclass
@@ -82,14 +87,14 @@ class _Queue:
         """Those that may be tried now."""
         if self.running >= self.limit and (self.too_large == math.inf or self.probe is not None):
             return []
-        here = [ticket for ticket in self.refused if ticket.turn is not None or not ticket.preempted]
+        here = [ticket for ticket in self.refused if ticket.granted is not None or not ticket.preempted]
         overdue = [ticket for ticket in here if ticket.passed >= _PASSES][:1]  # it may be on its way to the queue
-        found = [ticket for ticket in overdue or self.waiting if ticket.turn is not None and not ticket.running]
+        found = [ticket for ticket in overdue or self.waiting if ticket.granted is not None and not ticket.running]
         return [ticket for ticket in found if ticket.size < self.too_large]
 
 
 class Admission:
-    """Who works, who waits, who is refused."""
+    """Decides which calls start now, which are queued, and which are refused."""
 
     def __init__(self, limits: CoordinatorLimits, observer: CoordinatorObserver):
         self._limits, self.observer = limits, observer
@@ -112,8 +117,8 @@ class Admission:
 
     def follow(self, capacities: Mapping[str, int]) -> None:
         """How many sessions the replicas of each stage take together; 0: they do not say."""
-        for name, told in capacities.items():
-            queue, capacity = self._queues[name], told or self._limits.max_running
+        for name, reported in capacities.items():
+            queue, capacity = self._queues[name], reported or self._limits.max_running
             if queue.capacity != capacity:
                 queue.limit = min(queue.limit + max(capacity - queue.capacity, 0), capacity)
                 queue.capacity = capacity
@@ -145,11 +150,11 @@ class Admission:
         """Wait until it may be tried at its stage; at once while it is."""
         if ticket.running:
             return
-        since, ticket.turn = time.monotonic(), asyncio.get_running_loop().create_future()
+        since, ticket.granted = time.monotonic(), asyncio.get_running_loop().create_future()
         self._queues[ticket.stage].waiting.append(ticket)
         self._dispatch()
         try:
-            await asyncio.wait([ticket.turn], timeout=self._patience(ticket))
+            await asyncio.wait([ticket.granted], timeout=self._patience(ticket))
             if not ticket.running:
                 ticket.call.left()
                 raise self._refusal("wait", f"{ticket.stage}: no slot was free in time", ticket.stage)
@@ -157,11 +162,11 @@ class Admission:
             self.leave(ticket)
             raise
         finally:
-            ticket.turn, waited = None, time.monotonic() - since
+            ticket.granted, waited = None, time.monotonic() - since
             ticket.waited += waited
             ticket.call.waited += waited
 
-    def leave(self, ticket: Ticket, for_good: bool = True) -> None:
+    def leave(self, ticket: Ticket) -> None:
         """It waits no more, or its session has ended."""
         queue = self._queues[ticket.stage]
         if ticket.running:
@@ -171,7 +176,7 @@ class Admission:
                 queue.probe = None
         elif ticket in queue.waiting:
             queue.waiting.remove(ticket)
-        if ticket in queue.refused and for_good:
+        if ticket in queue.refused:
             queue.refused.remove(ticket)
         self._dispatch()
 
@@ -185,12 +190,10 @@ class Admission:
     def preempt(self, ticket: Ticket) -> None:
         """Its session has ended so that others get its slot; `enter` waits for another one. At most 16 later sessions
         are launched before it."""
-        queue = self._queues[ticket.stage]
         ticket.preempted, ticket.taken, ticket.passed = True, False, 0
         self._working -= Counter([ticket.call.caller])
-        if ticket not in queue.refused:
-            queue.refused.append(ticket)
-        self.leave(ticket, for_good=False)
+        self.leave(ticket)
+        self._queues[ticket.stage].refused.append(ticket)
 
     def taken(self, ticket: Ticket) -> None:
         """The stage took it, as its first answer tells."""
@@ -238,11 +241,11 @@ class Admission:
                 queue.probe = ticket
             queue.running += 1
             ticket.running, ticket.launched = True, time.monotonic()
-            if ticket.begins or ticket.preempted:
+            if ticket.adds_work:
                 self._working[ticket.call.caller] += 1
             ticket.preempted = False
-            assert ticket.turn is not None, "a ticket that waits has a turn"
-            ticket.turn.set_result(None)
+            assert ticket.granted is not None, "a ticket that waits has a future"
+            ticket.granted.set_result(None)
         self._report()
 
     def _next(self) -> Ticket | None:
@@ -257,7 +260,7 @@ class Admission:
             ticket
             for queue in self._queues.values()
             for ticket in queue.candidates()
-            if may_begin or not (ticket.begins or ticket.preempted)
+            if may_begin or not ticket.adds_work
         ]
         return min(found, key=order, default=None)
 

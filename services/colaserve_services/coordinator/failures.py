@@ -58,9 +58,9 @@ STAGE_ERRORS: Final = (grpc.RpcError, StageFault, NoReplica)
 
 @dataclass
 class Attempts:
-    """The replicas that one run of a stage goes to, and its failures in a row: `stub` waits for the next attempt's turn
-    and gives its replica, `progressed` and `failed` say how it went. `failed` returns when another attempt is to
-    follow. Leaving the context gives the run's slot back."""
+    """The replicas that one run of a stage goes to, and its failures in a row: `stub` waits until the next attempt
+    may start and gives its replica, `progressed` and `failed` say how it went. `failed` returns when another attempt is
+    to follow. Leaving the context gives the run's slot back."""
 
     pool: Pool
     ticket: Ticket
@@ -108,14 +108,6 @@ class Attempts:
     def release(self) -> None:
         """The run needs no slot now; the next attempt waits for one again."""
         self.admission.leave(self.ticket)
-
-    def outlasts(self) -> bool:
-        """Whether the run should give its slot to a much smaller one."""
-        return self.admission.outlasts(self.ticket)
-
-    def preempt(self) -> None:
-        """Its session has ended for others; the next attempt waits for a slot."""
-        self.admission.preempt(self.ticket)
 
     def progressed(self) -> None:
         """The stage answered."""

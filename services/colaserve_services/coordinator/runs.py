@@ -77,7 +77,7 @@ class PriorRun:
                 if self._unread is None:
                     return
                 self._unread = None
-                if len(self._written) < self._blocks and self._attempts.outlasts():
+                if len(self._written) < self._blocks and self._attempts.admission.outlasts(self._attempts.ticket):
                     self._preempt()
                     return
             if len(self._written) < self._blocks:
@@ -93,7 +93,7 @@ class PriorRun:
 
     def _preempt(self) -> None:
         self._on_wait(True)
-        self._attempts.preempt()
+        self._attempts.admission.preempt(self._attempts.ticket)
 
     def request(self) -> prior_pb2.SampleRequest:
         """What a replica is asked, given the blocks written so far."""
