@@ -45,7 +45,9 @@ STUBS = {
 
 
 @pytest.fixture
-async def served(tokenizer) -> AsyncIterator[Any]:
+async def served(tokenizer, tmp_path, request) -> AsyncIterator[Any]:
+    """A coordinator on two ports, of which one is a Unix socket, over three fakes; `param`: more of its limits."""
+    limits = {"max_running": 2, "max_waiting": 1, "retry_seconds": 0.001} | getattr(request, "param", {})
     fakes = {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
     stage_server, server = (grpc.aio.server(interceptors=[Edge(Metrics(), Admission())]) for _ in range(2))
     for name, fake in fakes.items():
@@ -54,18 +56,18 @@ async def served(tokenizer) -> AsyncIterator[Any]:
     await stage_server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{stage_port}") as stage_channel:
         stubs = {name: stub(stage_channel) for name, stub in STUBS.items()}
-        coordinator = Coordinator(
-            Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_running=2, max_waiting=1, retry_seconds=0.001)
-        )
+        coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(**limits))
         await coordinator.connect()
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(coordinator), server)
         latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(coordinator), server)
         port = server.add_insecure_port("127.0.0.1:0")
+        server.add_insecure_port(socket := f"unix:{tmp_path / 'socket'}")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield SimpleNamespace(
                 **fakes,
                 coordinator=coordinator,
+                socket=socket,
                 stage_server=stage_server,
                 generation=generation_pb2_grpc.GenerationServiceStub(channel),
                 latents=latent_service_pb2_grpc.LatentServiceStub(channel),
@@ -116,12 +118,20 @@ async def test_a_client_that_goes_away_frees_coordinator_and_stages(served):
     assert served.coordinator.services.admission.running == 0
 
 
-async def test_a_client_without_a_key_is_counted_by_its_address(served):
+@pytest.mark.parametrize("served", [{"max_per_key": 1}], indirect=True)
+async def test_clients_without_a_key_are_counted_by_their_addresses(served):
+    admission = served.coordinator.services.admission
     served.prior.gate.clear()
-    running = asyncio.create_task(generate(served))
-    await eventually(lambda: served.coordinator.services.admission.running == 1)
-    served.prior.gate.set()
-    await running
+    async with grpc.aio.insecure_channel(served.socket) as channel:
+        calls = [asyncio.create_task(generate(served))]
+        await eventually(lambda: admission.running == 1)
+        with pytest.raises(grpc.aio.AioRpcError, match="1 calls of this client are under way"):
+            await generate(served)
+        elsewhere = SimpleNamespace(generation=generation_pb2_grpc.GenerationServiceStub(channel))
+        calls.append(asyncio.create_task(generate(elsewhere)))
+        await eventually(lambda: admission.running == 2)
+        served.prior.gate.set()
+        assert all(await asyncio.gather(*calls))
 
 
 async def test_a_deadline_of_the_client_ends_all(served):

@@ -232,6 +232,7 @@ async def test_a_client_that_reads_no_whole_answer_loses_its_connection(start):
         with unread(gateway, (request + b"\r\n") * 200 + request + last + b"\r\n"):
             await eventually(lambda: gateway.server.connections == 1)
             await eventually(lambda: gateway.server.connections == 0)
+    assert (await gateway.http.get("/health")).status_code == 200
 
 
 async def test_a_closed_connection_that_is_read_on_gets_all_of_its_answers(start):
