@@ -1,4 +1,4 @@
-"""The queue: who works, who waits for which stage, who is refused; fairness between callers and between sizes."""
+"""The queue: which calls start, which are queued for which stage, which are refused; fairness of callers and sizes."""
 
 import asyncio
 import time
