@@ -1,4 +1,4 @@
-"""Every example in a docstring, in docs/client.md and in the README runs as it stands."""
+"""Every example in a docstring and in docs/client.md runs as it stands."""
 
 import ast
 import asyncio
@@ -6,7 +6,6 @@ import doctest
 import importlib
 import io
 import pkgutil
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -17,7 +16,7 @@ import pytest
 
 import colaserve_client
 from colaserve_client import Client, Latents
-from tests.client.fakes import SPACE, STORY, FakeServer
+from tests.client.fakes import FakeServer
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = ("colaserve_eval", "colaserve_client.cli", "colaserve_client.__main__")
@@ -76,12 +75,3 @@ def test_the_guide_does_what_it_shows(server: FakeServer, client: Client, tmp_pa
     test = doctest.DocTestParser().get_doctest(text, names, "docs/client.md", None, 0)
     assert len(test.examples) > 10
     assert doctest.DocTestRunner(verbose=False).run(test, out=sys.stdout.write).failed == 0
-
-
-def test_the_readmes_client_runs_as_it_stands(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert "127.0.0.1:50051" in code
-    exec(code.replace("127.0.0.1:50051", server.target), {})
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{STORY.decode()}Latents([[ 84.,   0.],\n")
-    assert printed.endswith(f"n=31, d=2, space='{SPACE}')\n")
