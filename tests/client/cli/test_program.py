@@ -61,6 +61,14 @@ def test_help_lists_every_verb_and_imports_none(capsys: pytest.CaptureFixture[st
         assert f"{code}  {meaning}" in shown
 
 
+@pytest.mark.parametrize(("verb", "hint"), [("genrate", " Did you mean 'generate'?"), ("zzzz", "")])
+def test_an_unknown_verb_is_named_with_the_nearest_one(
+    verb: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb]) == exits.USAGE
+    assert capsys.readouterr().err == f"colaserve: No such command '{verb}'.{hint} (see colaserve --help)\n"
+
+
 def test_no_verb_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) in (0, 2)  # click before 8.2 says 0
     shown = capsys.readouterr()
