@@ -46,7 +46,7 @@ class Host:
         self.role, self.metrics, self.settings = role, Metrics(), settings
         self.stack = contextlib.AsyncExitStack()
         self.addresses: dict[str, str] = {}
-        self.description = ""  # of the model; told beside the addresses
+        self.description = ""  # of the model; announced with the addresses
         self.started = time.monotonic()
         self._grpc: RpcServer | None = None
         self._http: Any = None
@@ -115,7 +115,8 @@ class Host:
 
     async def drain(self, drain_seconds: float) -> None:
         """Not ready; wait; let what runs end within the grace."""
-        _log.info("draining", extra={"fields": {"drain_seconds": drain_seconds}})
+        message = "draining: running calls have %g s to end, a second signal ends them at once"
+        _log.info(message, self.settings.grace_seconds, extra={"fields": {"drain_seconds": drain_seconds}})
         works: list[Awaitable[None]] = []
         if self._grpc is not None:
             works.append(self._grpc.drain(drain_seconds))
