@@ -9,7 +9,7 @@ from inspect import cleandoc
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T", bound=type)
-_LARGE = 2**31  # bounds from here on say what a number's type holds, and are not told in help
+_LARGE = 2**31  # bounds from here on say what a number's type holds, and are left out of the help
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def flat_fields(*kinds: type) -> dict[str, Field]:
 
 def documented(kind: T) -> T:
     """Class decorator: add the table of fields to the docstring, behind what it says of other fields."""
-    told = cleandoc(kind.__doc__ or "")
+    text = cleandoc(kind.__doc__ or "")
     lines = [f"    {name}: {_default(field)}{field.help}" for name, field in fields_of(kind).items()]
-    kind.__doc__ = "\n".join([told, *([] if "Attributes:" in told else ["", "Attributes:"]), *lines])
+    kind.__doc__ = "\n".join([text, *([] if "Attributes:" in text else ["", "Attributes:"]), *lines])
     return kind
 
 

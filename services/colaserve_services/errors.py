@@ -2,11 +2,11 @@
 
 from typing import Final
 
-AT_FAULT: Final = "the engine is at fault: it does not compute its warm-up row"  # whoever comes hears it
+AT_FAULT: Final = "the engine is at fault: it does not compute its warm-up row"  # every new call gets it
 
 
 class ColaserveError(Exception):
-    """Base of all errors that a caller or an operator is told about; the message says what to do."""
+    """Base of all errors that a caller or an operator gets to see; the message says what to do."""
 
 
 class InvalidRequest(ColaserveError):

@@ -80,8 +80,8 @@ def test_everything_public_says_what_it_is() -> None:
 def test_every_field_is_documented_where_help_shows_it() -> None:
     kinds = [getattr(colaserve_client, name) for name in sorted(PUBLIC)]
     for kind in filter(dataclasses.is_dataclass, kinds):
-        told = inspect.getdoc(kind) or ""
-        assert [each.name for each in dataclasses.fields(kind) if f"\n    {each.name}: " not in told] == [], kind
+        reported = inspect.getdoc(kind) or ""
+        assert [each.name for each in dataclasses.fields(kind) if f"\n    {each.name}: " not in reported] == [], kind
 
 
 def test_the_version_is_the_packages() -> None:

@@ -128,14 +128,14 @@ def test_leaving_early_frees_the_cache(
 
 
 def test_the_command_line_does_the_same(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(*arguments: str) -> str:
+    def reported(*arguments: str) -> str:
         assert main([*arguments, "--target", target]) == 0
         return capsys.readouterr().out
 
     seed = ("--seed", str(GOLDEN["noise_base_seed"]), "--steps", "16", "--guidance-scale", "7", "--ignore-end")
-    written = json.loads(told("generate", GOLDEN["prompts"][0], *seed, "--max-new-tokens", "15", "--json"))
+    written = json.loads(reported("generate", GOLDEN["prompts"][0], *seed, "--max-new-tokens", "15", "--json"))
     assert tuple(written["token_ids"]) == expected(0)
-    rows = json.loads(told("status", "--wait", "5", "--json"))
+    rows = json.loads(reported("status", "--wait", "5", "--json"))
     assert [row["service"] for row in rows] == ["coordinator", "encoder", "prior", "decoder"]
     assert len({row["space"] for row in rows}) == 1
-    assert "walked in" in told("infill", "A guardian [[3]] walked in")
+    assert "walked in" in reported("infill", "A guardian [[3]] walked in")

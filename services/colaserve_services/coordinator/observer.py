@@ -1,4 +1,4 @@
-"""What the coordinator reports to whoever measures it. launch/observers.py implements this for Prometheus."""
+"""What the coordinator reports for metrics. launch/observers.py implements this for Prometheus."""
 
 from __future__ import annotations
 

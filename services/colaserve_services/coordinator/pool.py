@@ -34,7 +34,7 @@ class Brand(NamedTuple):
     dtype: str
 
     def suits(self, other: Brand) -> bool:
-        """Whether they are the same, as far as both are told: earlier versions do not tell their weights."""
+        """Whether they are the same, as far as both report them: earlier versions do not report their weights."""
         return all(ours == theirs or not ours or not theirs for ours, theirs in zip(self, other, strict=True))
 
 
@@ -63,7 +63,7 @@ class View:
 
     @property
     def brand(self) -> Brand:
-        """As it was told."""
+        """Its weights and dtype, as it reported them last."""
         return Brand(self.info.weights, self.info.server.dtype)
 
 

@@ -69,7 +69,7 @@ class Child:
         self._pipes = contextlib.ExitStack()
         self._ready: asyncio.Future[None] | None = None
 
-    def told(self, *arguments: str) -> None:
+    def add_arguments(self, *arguments: str) -> None:
         """More arguments, for the process and for those that take its place."""
         self.settings = replace(self.settings, arguments=[*self.settings.arguments, *arguments])
 
@@ -83,12 +83,12 @@ class Child:
         )
         self._pipes.callback(pipe.close)
         await self._execute(writing)
-        told = (await reader.read(1 << 16)).decode()
-        if not told:
+        text = (await reader.read(1 << 16)).decode()
+        if not text:
             await self.ended()
             raise self.fault()
-        self.addresses, end = json.JSONDecoder().raw_decode(told)
-        self._ready = asyncio.ensure_future(_more(reader, told[end:]))
+        self.addresses, end = json.JSONDecoder().raw_decode(text)
+        self._ready = asyncio.ensure_future(_more(reader, text[end:]))
         self._pipes.callback(self._ready.cancel)
 
     async def _execute(self, writing: int) -> None:
@@ -107,7 +107,7 @@ class Child:
         self._running.set()
 
     def _same_ports(self) -> list[str]:
-        """The ports that it had: others were told of them."""
+        """The ports that it had: others know them."""
         ports = {kind: re.search(r":(\d+)(?:/|$)", address) for kind, address in self.addresses.items()}
         return [f"--{kind}-port={found[1]}" for kind, found in ports.items() if found]
 

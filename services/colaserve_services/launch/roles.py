@@ -224,13 +224,13 @@ async def _gateway(host: Host, settings: GatewaySettings | UpSettings, stub: Any
     from colaserve_services.gateway.server import serve
 
     bounds = gateway.Bounds(request_seconds=settings.request_seconds, unread_seconds=settings.idle_seconds)
-    told = gateway.GatewaySettings(
+    made = gateway.GatewaySettings(
         keys=settings.keys,
         cors_origins=tuple(origin for origin in settings.cors_origins.split(",") if origin),
         allow_unknown_fields=settings.allow_unknown_fields,
         bounds=bounds,
     )
-    app = create_app(stub, told, host.metrics, reach)
+    app = create_app(stub, made, host.metrics, reach)
     tls = None if settings.http_tls is None else settings.http_tls.server
     if settings.http_tls is not None and tls is None:
         raise UsageError("--http-tls: the folder has no tls.crt and tls.key")

@@ -1,4 +1,4 @@
-"""What each role can be told: frozen dataclasses, made of sections, whose fields are its options (options.py)."""
+"""The settings of each role: frozen dataclasses, made of sections, whose fields are its options (options.py)."""
 
 from __future__ import annotations
 

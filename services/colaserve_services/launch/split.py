@@ -62,9 +62,9 @@ class Children:
         """Start all and return when they serve. Raises what the first one that fails says."""
         await asyncio.gather(*(child.start() for stage in self.stages.values() for child in stage))
         for stage, replicas in self.stages.items():
-            self.coordinator.told(f"--{stage}={','.join(child.addresses['grpc'] for child in replicas)}")
+            self.coordinator.add_arguments(f"--{stage}={','.join(child.addresses['grpc'] for child in replicas)}")
         await self.coordinator.start()
-        self.gateway.told(f"--coordinator={reachable(self.coordinator.addresses['grpc'])}")
+        self.gateway.add_arguments(f"--coordinator={reachable(self.coordinator.addresses['grpc'])}")
         await self.gateway.start()
         await asyncio.gather(*(child.serving() for child in self.all if "grpc" in child.addresses))
 

@@ -28,13 +28,15 @@ def test_a_text_may_begin_with_a_dash_behind_two(run: Run, behaviour: Behaviour)
 
 
 def test_generate_gives_machines_everything(run: Run) -> None:
-    told = run("generate", "Once", "--json", "--seed", "7", "--sample-id", "2", "--latents", "--top-logprobs", "1").json
-    assert (told["prompt"], told["text"], told["finish_reason"]) == ("Once", STORY_TEXT, "stop")
-    assert told["seed"] == {"base_seed": 7, "sample_id": 2}
-    assert told["latents"]["space"] == SPACE
-    assert told["latents"]["shape"] == [len(STORY), 2]
-    assert told["logprobs"][0]["top"] == [{"token_id": STORY[0], "logprob": -0.5, "text": " "}]
-    assert "".join(told["tokens"]) == STORY_TEXT
+    reported = run(
+        "generate", "Once", "--json", "--seed", "7", "--sample-id", "2", "--latents", "--top-logprobs", "1"
+    ).json
+    assert (reported["prompt"], reported["text"], reported["finish_reason"]) == ("Once", STORY_TEXT, "stop")
+    assert reported["seed"] == {"base_seed": 7, "sample_id": 2}
+    assert reported["latents"]["space"] == SPACE
+    assert reported["latents"]["shape"] == [len(STORY), 2]
+    assert reported["logprobs"][0]["top"] == [{"token_id": STORY[0], "logprob": -0.5, "text": " "}]
+    assert "".join(reported["tokens"]) == STORY_TEXT
 
 
 def test_stats_go_to_standard_error(run: Run) -> None:
@@ -169,8 +171,8 @@ def test_interpolate_walks_between_texts_or_files(run: Run, tmp_path: Path) -> N
 def test_infill_writes_the_holes(run: Run, behaviour: Behaviour, tmp_path: Path) -> None:
     assert run("infill", "[[2]]a[[1]][[1]] [3]").out == "__a__ [3]\n"
     (tmp_path / "text").write_text("a[[2]]\n")
-    told = run("infill", "--file", tmp_path / "text", "--json", "--seed", "7", "--resamples", "4").json
-    assert told["segments"] == ["a", "__", "\n"]
+    reported = run("infill", "--file", tmp_path / "text", "--json", "--seed", "7", "--resamples", "4").json
+    assert reported["segments"] == ["a", "__", "\n"]
     assert (behaviour.requests[-1].seed.base_seed, behaviour.requests[-1].sampler.resamples) == (7, 4)
 
 

@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
 
 class Heard(CoordinatorObserver):
-    """Remembers what it was told."""
+    """Remembers what was reported to it."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -27,7 +27,7 @@ class Heard(CoordinatorObserver):
     def __getattribute__(self, name: str) -> Any:
         if name in ("events", "of") or name.startswith("__"):
             return super().__getattribute__(name)
-        return lambda *told: self.events.append((name, *told))
+        return lambda *reported: self.events.append((name, *reported))
 
 
 class World:

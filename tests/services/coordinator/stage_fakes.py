@@ -1,4 +1,4 @@
-"""Tiny deterministic stages. What each answers depends on all that it was told, so a wrong resume shows."""
+"""Tiny deterministic stages. What each answers depends on all of its requests, so a wrong resume shows."""
 
 from __future__ import annotations
 

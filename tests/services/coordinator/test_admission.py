@@ -27,7 +27,7 @@ def admission(capacity: int = 0, **limits: Any) -> Admission:
 
 
 class Worker:
-    """A call that works until it is told to end."""
+    """A call that works until `end` is set."""
 
     def __init__(self, gate: Admission, call: Call | None = None, **slot: Any):
         self.working, self.end = asyncio.Event(), asyncio.Event()

@@ -158,13 +158,13 @@ async def test_readiness_follows_the_stages(tokenizer):
     decoder.up = True
     coordinator = over(stages, tokenizer, watch_seconds=0.01)
     await coordinator.connect()
-    told: list[bool] = []
-    watching = asyncio.create_task(coordinator.watch(told.append))
+    reported: list[bool] = []
+    watching = asyncio.create_task(coordinator.watch(reported.append))
     decoder.up = False
-    await eventually(lambda: told == [False])
+    await eventually(lambda: reported == [False])
     assert not coordinator.ready
     decoder.up = True
-    await eventually(lambda: told == [False, True])
+    await eventually(lambda: reported == [False, True])
     assert coordinator.ready
     watching.cancel()
 
@@ -177,12 +177,12 @@ async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer)
         Stages(**stubs | {"prior": replicas}), tokenizer, limits=CoordinatorLimits(watch_seconds=0)
     )
     await coordinator.connect()
-    told: list[bool] = []
-    watching = asyncio.create_task(coordinator.watch(told.append))
+    reported: list[bool] = []
+    watching = asyncio.create_task(coordinator.watch(reported.append))
     await eventually(lambda: prior.looks >= 30)
     watching.cancel()
     assert coordinator.ready
-    assert not told
+    assert not reported
 
 
 async def test_what_the_stages_are_is_answered_from_the_last_look(tokenizer):

@@ -34,7 +34,7 @@ FULL = StatusCode.RESOURCE_EXHAUSTED
 BROKEN = [StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.CANCELLED, StatusCode.UNKNOWN]
 
 
-def told(responses: list[Any]) -> list[Any]:
+def reported(responses: list[Any]) -> list[Any]:
     return [(r.text, list(r.token_ids), r.latents, r.finish_reason, r.usage.completion_tokens) for r in responses]
 
 
@@ -42,20 +42,20 @@ def told(responses: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("after", range(5))
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 async def test_a_stream_that_breaks_continues_elsewhere_with_the_same_tokens(world, stage: str, after: int, code):
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     fake = getattr(world, stage)
     fake.faults[1] = (after, code)
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
     assert len(fake.calls) == 3
     assert (stage, "resumed") in world.heard.of("failover")
 
 
 async def test_streams_that_break_again_and_again_still_end_the_same(world):
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     broken = {call: (call % 2, StatusCode.UNAVAILABLE) for call in range(1, 12)}
     world.prior.faults, world.decoder.faults = broken, broken
     world.encoder.faults = dict.fromkeys(range(1, 4), (0, StatusCode.UNAVAILABLE))
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
 
 
 async def test_the_resumed_prior_gets_what_was_written(world):
@@ -79,9 +79,9 @@ async def test_the_resumed_decoder_gets_latents_and_untrimmed_ids(world):
 
 
 async def test_the_encoder_is_asked_again(world):
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     world.encoder.faults = {1: (0, StatusCode.UNAVAILABLE), 2: (0, StatusCode.UNAVAILABLE)}
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
@@ -129,7 +129,7 @@ async def test_a_call_waits_for_a_full_stage_as_long_as_calls_may_be_queued(make
     world = await make_world(queue_seconds=0.3)
     fake = getattr(world, stage)
     fake.faults = {0: (0, FULL), 1: (0, FULL)}
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     assert len(fake.calls) == 3
     fake.faults = dict.fromkeys(range(3, 1000), (0, FULL))
     with pytest.raises(Overloaded, match=stage) as caught:
@@ -137,16 +137,16 @@ async def test_a_call_waits_for_a_full_stage_as_long_as_calls_may_be_queued(make
     assert len(fake.calls) > 5
     assert caught.value.retry_after > 0
     fake.faults = {}
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
     assert world.heard.of("failover") == []
     assert world.heard.of("queued")[-1] == ({"encoder": 0, "prior": 0, "decoder": 0, "coordinator": 0}, 0)
 
 
 async def test_a_run_in_its_middle_waits_for_an_overloaded_replica(world):
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     full = dict.fromkeys(range(2, 6), (0, StatusCode.RESOURCE_EXHAUSTED))
     world.decoder.faults = {1: (2, StatusCode.UNAVAILABLE), **full}
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
 
 
 async def test_a_run_in_its_middle_waits_for_a_full_stage_until_its_deadline(world):
@@ -170,7 +170,7 @@ async def test_no_decoder_is_held_before_the_prior_has_written(world):
 
 
 async def test_no_decoder_is_held_while_a_broken_prior_is_carried_on(world):
-    undisturbed, begin = told(await world.generate(**REQUEST)), world.prior.begin
+    undisturbed, begin = reported(await world.generate(**REQUEST)), world.prior.begin
 
     def begin_and_wait(request: Any, context: Any) -> Any:
         if len(world.prior.calls) == 2:
@@ -182,7 +182,7 @@ async def test_no_decoder_is_held_while_a_broken_prior_is_carried_on(world):
     await eventually(lambda: len(world.prior.calls) == 3 and len(world.decoder.calls) == 3)
     await eventually(lambda: world.decoder.running == 0)  # it had opened one a block, for the two that were written
     world.prior.gate.set()
-    assert told(await generating) == undisturbed
+    assert reported(await generating) == undisturbed
     assert len(world.decoder.calls) == 4
 
 

@@ -194,7 +194,7 @@ async def test_a_stop_string_ends_the_text_before_it_across_blocks(make_world, t
     expected = text[: min(text.find(one) for one in stop if one in text)]
     assert (text_of(responses), responses[-1].finish_reason) == (expected, STOP)
     ids = ids_of(responses)
-    assert any(one in tokenizer.decode(ids) for one in stop), "the token that completes it is told"
+    assert any(one in tokenizer.decode(ids) for one in stop), "the token that completes it is reported"
     assert not any(one in tokenizer.decode(ids[:-1]) for one in stop), "and none after it"
     assert responses[-1].usage.completion_tokens == len(ids)
 

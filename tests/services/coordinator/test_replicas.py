@@ -15,7 +15,7 @@ from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
 from tests.services.coordinator.conftest import Heard
 from tests.services.coordinator.stage_fakes import SPACE, Fake, FakeDecoder, FakeEncoder, FakePrior
-from tests.services.coordinator.test_failover import REQUEST, told
+from tests.services.coordinator.test_failover import REQUEST, reported
 from tests.waiting import eventually
 
 KINDS = {"encoder": FakeEncoder, "prior": FakePrior, "decoder": FakeDecoder}
@@ -81,23 +81,23 @@ async def test_calls_go_round_over_the_replicas_that_serve(fleet: Fleet):
 
 @pytest.mark.parametrize("stage", KINDS)
 async def test_another_attempt_goes_to_another_replica(fleet: Fleet, stage: str):
-    undisturbed = told(await fleet.generate())
+    undisturbed = reported(await fleet.generate())
     fleet.replicas[stage][0].fake.spoils = dict.fromkeys(
         range(100), lambda response: setattr(response.timing, "queue_us", 2**60)
     )
     for _ in range(4):
-        assert told(await fleet.generate()) == undisturbed
+        assert reported(await fleet.generate()) == undisturbed
     assert len(fleet.heard.of("stage_fault")) == 2  # of the four, those that began there
 
 
 async def test_a_replica_of_another_checkpoint_is_left_out_and_the_fleet_stays_ready(fleet: Fleet):
-    undisturbed, told_ready = told(await fleet.generate()), list[bool]()
+    undisturbed, told_ready = reported(await fleet.generate()), list[bool]()
     watching = asyncio.create_task(fleet.coordinator.watch(told_ready.append))
     for replicas in fleet.replicas.values():
         replicas[0].begin_anew(type(replicas[0].fake)(space="f" * 16))
     await eventually(lambda: {stage for stage, kind in fleet.heard.of("stage_fault") if kind == "model"} == set(KINDS))
     for _ in range(4):
-        assert told(await fleet.generate()) == undisturbed
+        assert reported(await fleet.generate()) == undisturbed
     assert fleet.coordinator.ready
     assert told_ready == []
     assert [fleet.calls(stage)[0] for stage in KINDS] == [0] * 3
@@ -162,13 +162,13 @@ async def test_a_run_whose_brand_is_gone_ends_and_new_ones_run_on_the_others(fle
 
 
 async def test_replicas_that_name_no_weights_are_trusted(fleet: Fleet):
-    undisturbed = told(await fleet.generate())
+    undisturbed = reported(await fleet.generate())
     first, second = fleet.replicas["prior"]
     first.begin_anew(FakePrior(weights="a" * 16, dtype="float32"))
     await fleet.coordinator.look()
     for replica in (first, second):
         replica.fake.faults = {len(replica.fake.calls): (1, StatusCode.UNAVAILABLE)}
-    assert told(await fleet.generate()) == undisturbed
+    assert reported(await fleet.generate()) == undisturbed
 
 
 async def test_what_a_replica_said_counts_until_its_connection_changes(fleet: Fleet):
@@ -210,7 +210,7 @@ async def test_a_run_that_two_engines_were_at_fault_with_is_not_carried_to_a_thi
 async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_guilty(tokenizer, stage: str):
     fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
     await fleet.coordinator.connect()
-    undisturbed, answers = told(await fleet.generate()), ["the engine is at fault: Broken", AT_FAULT]
+    undisturbed, answers = reported(await fleet.generate()), ["the engine is at fault: Broken", AT_FAULT]
 
     async def fail(fault: Any, context: Any) -> None:
         if answers:
@@ -218,7 +218,7 @@ async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_gu
 
     for fake in (replica.fake for replica in fleet.replicas[stage]):
         fake.faults, fake.fail, fake.at_fault_after = {len(fake.calls): (0, True)}, fail, len(fake.calls) + 1
-    assert told(await fleet.generate()) == undisturbed
+    assert reported(await fleet.generate()) == undisturbed
     assert sum(fleet.calls(stage)) == 4
 
 
@@ -226,20 +226,20 @@ async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_gu
 async def test_a_run_whose_two_replicas_ended_at_different_blocks_continues(tokenizer, stage: str):
     fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
     await fleet.coordinator.connect()
-    undisturbed = told(await fleet.generate())
+    undisturbed = reported(await fleet.generate())
     for replica in fleet.replicas[stage]:
         replica.begin_anew(type(replica.fake)())
     await fleet.coordinator.look()
     for replica, after in zip(fleet.replicas[stage], (1, 1, 99), strict=True):
         ends_with_the_run(replica, after)
-    assert told(await fleet.generate()) == undisturbed
+    assert reported(await fleet.generate()) == undisturbed
 
 
 async def test_connections_that_break_do_not_make_a_run_guilty(fleet: Fleet):
-    undisturbed = told(await fleet.generate())
+    undisturbed = reported(await fleet.generate())
     for replica in fleet.replicas["prior"]:
         replica.fake.faults = dict.fromkeys(range(1, 4), (0, StatusCode.UNAVAILABLE))
-    assert told(await fleet.generate()) == undisturbed
+    assert reported(await fleet.generate()) == undisturbed
 
 
 def ends_with_the_run(replica: FakeReplica, after: int = 0) -> None:

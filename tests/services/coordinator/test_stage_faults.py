@@ -13,7 +13,7 @@ from colaserve_services.coordinator.checks import KINDS
 from colaserve_services.coordinator.latent_space import encode_text, sample_latents
 from colaserve_services.errors import DeadlineExceeded, StepFailed, Unavailable
 from colaserve_services.rpc.errors import http_status
-from tests.services.coordinator.test_failover import REQUEST, told
+from tests.services.coordinator.test_failover import REQUEST, reported
 
 NAN = struct.pack("<f", float("nan"))
 
@@ -91,10 +91,10 @@ ALL = [(stage, spoil, kind) for stage, spoils in WRONG.items() for spoil, kind i
 @pytest.mark.parametrize(("stage", "spoil", "kind"), ALL)
 async def test_a_wrong_answer_is_not_used_and_the_call_continues_elsewhere(world, stage: str, spoil: Any, kind: str):
     request = {**REQUEST, "top_logprobs": 2}
-    undisturbed = told(await world.generate(**request))
+    undisturbed = reported(await world.generate(**request))
     fake = getattr(world, stage)
     fake.spoils[1] = spoil
-    assert told(await world.generate(**request)) == undisturbed
+    assert reported(await world.generate(**request)) == undisturbed
     assert world.heard.of("stage_fault") == [(stage, kind)]
     assert kind in KINDS
 
@@ -108,9 +108,9 @@ async def test_a_wrong_answer_is_not_used_and_the_call_continues_elsewhere(world
 )  # fmt: skip
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
 async def test_a_refusal_of_what_was_checked_is_the_stages_fault(world, stage: str, code: StatusCode):
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     getattr(world, stage).faults[1] = (1, code)
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
     assert world.heard.of("stage_fault") == [(stage, "refused")]
 
 
@@ -162,9 +162,9 @@ async def test_a_block_too_many_does_not_reach_the_caller(world):
 
 
 async def test_a_decoder_that_names_no_index_is_trusted(world):
-    undisturbed = told(await world.generate(**REQUEST))
+    undisturbed = reported(await world.generate(**REQUEST))
     world.decoder.index = lambda ids: None
-    assert told(await world.generate(**REQUEST)) == undisturbed
+    assert reported(await world.generate(**REQUEST)) == undisturbed
     assert world.heard.of("stage_fault") == []
 
 

@@ -55,13 +55,13 @@ class Watch(EngineObserver):
     made: list["Watch"]
 
     def __init__(self) -> None:
-        self.alone, self.told = 0, list[bool]()
+        self.alone, self.reported = 0, list[bool]()
 
     def step_failed(self) -> None:
         self.alone += 1
 
     def failing(self, failing: bool) -> None:
-        self.told.append(failing)
+        self.reported.append(failing)
 
 
 def close(got: list[Any], expected: list[Any]) -> bool:
@@ -86,7 +86,7 @@ async def test_the_session_that_fails_is_ended_and_the_others_end_undisturbed(
         for got, undisturbed in zip(innocent, alone, strict=True):
             assert not isinstance(got, BaseException)
             assert close(got, undisturbed)
-        assert (engine.observer.alone, engine.observer.told) == (0 if expected is Overloaded else 2, [])
+        assert (engine.observer.alone, engine.observer.reported) == (0 if expected is Overloaded else 2, [])
         await freed(stages)
 
 
@@ -100,12 +100,12 @@ async def test_an_engine_that_fails_at_its_warm_up_row_too_is_at_fault_until_it_
         engine, ask = getattr(stages, stage), ASK[stage]
         ended = await asyncio.gather(*(ask(stages, seed, None) for seed in range(4)), return_exceptions=True)
         assert [type(error) for error in ended] == [Unavailable] * 4
-        assert engine.observer.told == [True]
+        assert engine.observer.reported == [True]
         with pytest.raises(Unavailable, match="at fault"):  # at once
             await ask(stages, 0, None)
         await freed(stages)
         everything.clear()
-        await eventually(lambda: engine.observer.told == [True, False])
+        await eventually(lambda: engine.observer.reported == [True, False])
         assert len(await ask(stages, 0, None)) > 0
         await freed(stages)
 
@@ -174,7 +174,7 @@ async def test_latents_that_no_stage_would_take_end_their_session_alone(tiny: Go
         engine = getattr(stages, stage)
         with pytest.raises(StepFailed, match=r"the latents.*beyond -10000 to 10000"):
             await ASK[stage](stages, 0, None)
-        assert (engine.observer.alone, engine.observer.told) == (1, [])
+        assert (engine.observer.alone, engine.observer.reported) == (1, [])
         await freed(stages)
 
 

@@ -58,7 +58,7 @@ async def encode(stages: Engines, ids: list[int]) -> torch.Tensor:
 
 
 async def settled(stages: Engines) -> None:
-    """The observer is told after the result is out, and before the session is let go."""
+    """The observer hears of it after the result is out, and before the session is let go."""
     engines_ = (stages.encoder, stages.decoder, stages.prior)
     await eventually(lambda: all(engine.load().running == 0 for engine in engines_))
 

@@ -89,7 +89,7 @@ def test_all_commands_are_named():
 
 
 def settings_of(role, *arguments):
-    """What a role would be told."""
+    """What a role would be given."""
     found = []
     command = RoleCommand(role, ROLES[role], lambda settings, said: found.append((settings, said)), "")
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)

@@ -94,7 +94,7 @@ def maps_torch(process):
 
 
 def check_keys(split, tokens, text):
-    """Both edges ask for the key, the roles do not ask each other, and it is told nowhere."""
+    """Both edges ask for the key, the roles do not ask each other, and it is printed nowhere."""
     with pytest.raises(grpc.RpcError) as refused:
         generate(split.target)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED

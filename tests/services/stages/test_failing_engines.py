@@ -56,15 +56,17 @@ async def failure(asked):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", [faults.raises, faults.not_finite])
 async def test_a_step_that_fails_with_one_session_is_reported_counted_and_no_reason_to_be_unready(tiny, stage, fault):
-    told = []
+    reported = []
     marks = {MARK_LATENT: fault, MARK_TOKEN: fault}
-    async with serving(tiny, LIMITS, network=lambda x: Network(x, marks), failing=lambda *x: told.append(x)) as served:
+    async with serving(
+        tiny, LIMITS, network=lambda x: Network(x, marks), failing=lambda *x: reported.append(x)
+    ) as served:
         error, _ = await asyncio.gather(failure(ASK[stage](served, True)), ASK[stage](served, False))
         assert isinstance(error, StepFailed)
         value = served.metrics.registry.get_sample_value
         for each in STAGES:
             assert value("colaserve_step_failures_total", {"stage": each}) == (each == stage)
-        assert told == []
+        assert reported == []
 
 
 async def test_a_failed_step_is_logged_under_the_request_id_of_its_call(tiny):
@@ -86,28 +88,28 @@ async def test_a_failed_step_is_logged_under_the_request_id_of_its_call(tiny):
 
 
 async def test_an_engine_at_fault_is_reported_and_so_is_its_recovery(tiny):
-    told, everything = [], {}
+    reported, everything = [], {}
     async with serving(
-        tiny, LIMITS, network=lambda x: Network(x, everything), failing=lambda *x: told.append(x)
+        tiny, LIMITS, network=lambda x: Network(x, everything), failing=lambda *x: reported.append(x)
     ) as served:
         everything[None] = faults.raises
         assert isinstance(await failure(sample(served, False)), Unavailable)
-        assert told == [("prior", True)]
+        assert reported == [("prior", True)]
         assert isinstance(await failure(served.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest())), Unavailable)
         assert str(await failure(sample(served, False))) == AT_FAULT
         everything.clear()
-        await eventually(lambda: told == [("prior", True), ("prior", False)])
+        await eventually(lambda: reported == [("prior", True), ("prior", False)])
         await sample(served, False)
 
 
 async def test_an_engine_that_is_busy_is_not_at_fault(tiny):
-    told = []
+    reported = []
     limits = EngineLimits(max_context=256, max_running=1)
-    async with serving(tiny, limits, failing=lambda *x: told.append(x)) as served:
+    async with serving(tiny, limits, failing=lambda *x: reported.append(x)) as served:
         async with asyncio.TaskGroup() as group:
             for _ in range(4):
                 group.create_task(asyncio.wait([asyncio.ensure_future(sample(served, False))]))
-        assert told == []
+        assert reported == []
 
 
 async def test_a_run_that_breaks_one_device_after_another_ends_with_the_second(tiny):
