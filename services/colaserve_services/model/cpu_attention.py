@@ -1,13 +1,11 @@
 """The compiled attention for CPUs with AVX512-BF16 (cpu_attention.c): built at installation where a C compiler is."""
 
 import ctypes
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from colaserve_services.model.cpu_features import lacks_bfloat16
 
@@ -56,6 +54,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, begin: int, ends: Tensor, out: Tenso
         assert (x.dtype, x.shape, x.stride(3)) == (out.dtype, (sequences, heads, k.shape[2], head_dim), 1)
     arrays = (x.data_ptr() for x in (q, k, v, out, ends))
     sizes = (sequences, n, heads, head_dim, *k.stride()[:3], *v.stride()[:3])
-    watched = torch.autograd._profiler_enabled()  # entering a record takes 6 us even when nobody looks
-    with record_function("colaserve::attention") if watched else nullcontext():
-        _library().colaserve_attention(*arrays, begin, *sizes)
+    _library().colaserve_attention(*arrays, begin, *sizes)

@@ -119,14 +119,6 @@ def test_an_installation_with_a_compiler_has_it() -> None:
     assert cpu_attention.missing() is None
 
 
-@needs_it
-def test_a_profiler_sees_it() -> None:
-    q, k, v, ends = drawn(1, 16, 2, 50, 64)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        attended(q, k, v, 0, ends)
-    assert "colaserve::attention" in {event.name for event in profile.events()}
-
-
 def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for content, message in ((None, "compiler"), (b"no library", "cannot be loaded")):
         library = tmp_path / f"{message.replace(' ', '_')}.so"
