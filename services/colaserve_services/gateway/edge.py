@@ -1,4 +1,4 @@
-"""What happens to every HTTP request: request id, key, admission, errors in one shape, metrics, one log line."""
+"""What happens to every HTTP request: request id, key, call limit, errors in one shape, metrics, one log line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc import requests, tracing
-from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
@@ -72,7 +72,7 @@ class Edge:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._garbage = Garbage()
         refused = metrics.refused
-        self._admission = Admission(settings.max_calls, lambda reason: refused.labels(SERVICE, reason).inc())
+        self._call_limit = CallLimit(settings.max_calls, lambda reason: refused.labels(SERVICE, reason).inc())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -127,7 +127,7 @@ class Edge:
         key, address = None if keys is None else keys.identify(shown), host[0] if host else "unknown"
         record.client = address if key is None else key
         requests.set_caller(key, address)
-        return self._admission.enter()
+        return self._call_limit.enter()
 
     def _end(self, scope: Scope, record: RequestRecord) -> None:
         self._metrics.transfer_bytes.labels("in", SERVICE).inc(record.body_bytes)

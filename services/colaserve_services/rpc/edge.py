@@ -1,4 +1,4 @@
-"""What happens to every call at a server's edge: request id, key, admission, metrics, one log line, status."""
+"""What happens to every call at a server's edge: request id, key, call limit, metrics, one log line, status."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from grpc import StatusCode
 
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from colaserve_services.rpc import cancellation, requests, tracing
-from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys, has_role_certificate, is_role_key
+from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.errors import status_from_errors
 from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
@@ -53,13 +53,13 @@ class Edge(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         metrics: Metrics,
-        admission: Admission,
+        call_limit: CallLimit,
         keys: Keys | None = None,
         first_seconds: float = FIRST_SECONDS,
         role_key: str = "",
     ):
         """`role_key`: the key that the roles show each other."""
-        self._metrics, self._admission, self._keys, self._first_seconds = metrics, admission, keys, first_seconds
+        self._metrics, self._call_limit, self._keys, self._first_seconds = metrics, call_limit, keys, first_seconds
         self._role_key = role_key
         self.bounds, self._garbage = RequestBounds(), Garbage()
 
@@ -88,7 +88,7 @@ class Edge(grpc.aio.ServerInterceptor):
         with tracing.serving(tracing.span_name(method.labels), metadata) as span:
             async with self._recorded(method, context, span):
                 first = [await self._first(received, method)]  # a call without a message takes no slot
-                with self._admission.enter() if method.name != "GetInfo" else nullcontext():
+                with self._call_limit.enter() if method.name != "GetInfo" else nullcontext():
                     request = self._request(first.pop(), received, method)  # its bytes go here
                     await self._answer(request, method, context, span)
 

@@ -15,8 +15,8 @@ from grpc_reflection.v1alpha import reflection
 
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import network
-from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.request_bounds import MOST_BYTES, RequestBounds
@@ -46,8 +46,8 @@ class RpcServer:
     def __init__(self, settings: ServerSettings, metrics: Metrics, keys: Keys | None = None):
         self._settings = settings
         refused = metrics.refused
-        admission = Admission(settings.max_calls, lambda reason: refused.labels(self._stage(), reason).inc())
-        self._edge = Edge(metrics, admission, keys, settings.first_message_seconds, settings.role_key)
+        call_limit = CallLimit(settings.max_calls, lambda reason: refused.labels(self._stage(), reason).inc())
+        self._edge = Edge(metrics, call_limit, keys, settings.first_message_seconds, settings.role_key)
         self._server = grpc.aio.server(
             interceptors=[self._edge], options=_options(settings), migration_thread_pool=None
         )

@@ -21,8 +21,8 @@ from colaserve.v1 import (
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.rpc import requests
-from colaserve_services.rpc.admission import Admission
 from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.local import LocalStub
@@ -49,7 +49,7 @@ async def served(tokenizer, tmp_path, request) -> AsyncIterator[Any]:
     """A coordinator on two ports, of which one is a Unix socket, over three fakes; `param`: more of its limits."""
     limits = {"max_running": 2, "max_waiting": 1, "retry_seconds": 0.001} | getattr(request, "param", {})
     fakes = {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
-    stage_server, server = (grpc.aio.server(interceptors=[Edge(Metrics(), Admission())]) for _ in range(2))
+    stage_server, server = (grpc.aio.server(interceptors=[Edge(Metrics(), CallLimit())]) for _ in range(2))
     for name, fake in fakes.items():
         REGISTER[name](fake, stage_server)
     stage_port = stage_server.add_insecure_port("127.0.0.1:0")

@@ -10,7 +10,7 @@ from grpc import StatusCode
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
-from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
@@ -78,7 +78,7 @@ async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world
     for fake in (world.encoder, world.prior, world.decoder):
         fake.max_context = 65_536
     await world.coordinator.look()
-    server = grpc.aio.server(interceptors=[Edge(metrics, Admission())])
+    server = grpc.aio.server(interceptors=[Edge(metrics, CallLimit())])
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(world.coordinator), server)
     latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(world.coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")

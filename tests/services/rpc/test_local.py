@@ -9,7 +9,7 @@ import pytest
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
 from colaserve_services.errors import ColaserveError, InvalidRequest, Overloaded
 from colaserve_services.rpc import requests
-from colaserve_services.rpc.admission import Admission
+from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.local import LocalStub
@@ -65,7 +65,7 @@ class Decoder(decoder_pb2_grpc.DecoderServiceServicer):
 
 @asynccontextmanager
 async def grpc_stub(servicer, add, stub):
-    server = grpc.aio.server(interceptors=[Edge(Metrics(), Admission())])
+    server = grpc.aio.server(interceptors=[Edge(Metrics(), CallLimit())])
     add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

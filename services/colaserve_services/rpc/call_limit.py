@@ -9,7 +9,7 @@ from colaserve_services.errors import Overloaded
 from colaserve_services.rpc.settings import MAX_CALLS
 
 
-class Admission:
+class CallLimit:
     """Counts the calls of one server. `refused` is called with the reason, "calls", for one too many."""
 
     def __init__(self, max_calls: int = MAX_CALLS, refused: Callable[[str], None] = lambda reason: None):
