@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.launch.processes import FREE_PORTS, started
+from tests.services.launch.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = "c185997"
+STAGES = ("encoder", "prior", "decoder")
 CALL = """
 import sys
 import colaserve_client
@@ -47,23 +48,23 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 
 @pytest.fixture(scope="module")
 def systems(older: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
-    """What is under test: its address."""
-    up = ("up", *FREE_PORTS)
+    """What is under test: its address. The older gateway's framework is no dependency any more, so no gateway runs."""
+    ports = ("--grpc-port=0", "--metrics-port=0")
     with ExitStack() as stack:
 
         def start(environment: Mapping[str, str], *arguments: str) -> str:
-            return stack.enter_context(started(tmp_path_factory.mktemp("role"), *arguments, env=environment)).target
+            folder = tmp_path_factory.mktemp("role")
+            return stack.enter_context(started(folder, *arguments, *ports, env=environment)).target
 
-        def over(address: str) -> tuple[str, ...]:
-            ports = ("--grpc-port=0", "--metrics-port=0")
-            return ("coordinator", *ports, *(f"--{stage}={address}" for stage in ("encoder", "prior", "decoder")))
+        def coordinator(environment: Mapping[str, str], stages: Mapping[str, str]) -> str:
+            return start(environment, "coordinator", *(f"--{stage}={address}" for stage, address in stages.items()))
 
-        today, before = start({}, *up), start(older, *up)
+        today, before = ({stage: start(build, stage) for stage in STAGES} for build in ({}, older))
         yield {
-            "today's": today,
-            "older": before,
-            "older coordinator, today's stages": start(older, *over(today)),
-            "today's coordinator, older stages": start({}, *over(before)),
+            "today's": coordinator({}, today),
+            "older": coordinator(older, before),
+            "older coordinator, today's stages": coordinator(older, today),
+            "today's coordinator, older stages": coordinator({}, before),
         }
 
 
