@@ -84,7 +84,7 @@ async def routes() -> list[str]:
 
 
 def gateway_source() -> str:
-    return "".join(path.read_text() for path in (ROOT / "services/colaserve_services/gateway").glob("*.py"))
+    return "".join(path.read_text() for path in (ROOT / "services/colaserve_services/gateway").rglob("*.py"))
 
 
 def pages() -> str:

@@ -19,7 +19,7 @@ from colaserve_client.settings import Sampler
 from colaserve_services import bounds
 from colaserve_services.errors import CheckpointError
 from colaserve_services.errors import InvalidRequest as Refused
-from colaserve_services.gateway.schemas import with_settings
+from colaserve_services.gateway.dialects.fields import with_settings
 from colaserve_services.launch.docs import settings_of_requests
 from colaserve_services.model.generation_config import read_generation_config
 

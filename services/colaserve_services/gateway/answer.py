@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
 
@@ -18,11 +18,10 @@ from starlette.types import Receive, Scope, Send
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, TokenTexts
-from colaserve_services.gateway.dialects import REASONS, Dialect
+from colaserve_services.gateway.dialects.base import Dialect, Usage
 from colaserve_services.gateway.edge import RequestRecord
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.settings import Bounds
-from colaserve_services.gateway.shapes import Usage
 
 _UNREAD_LOOK: Final = 1.0  # seconds between two looks whether calls are queued, while a stream is not read
 _EVENT_HEADERS: Final = (
@@ -45,11 +44,8 @@ class Answer:
     record: RequestRecord
     calls: Sequence[StartCall]  # choice i of prompt p is number p * per_prompt + i
     per_prompt: int
-    dialect: Dialect
+    dialect: Dialect[Any]
     deadline: float  # time.monotonic() seconds
-    stream: bool = False
-    usage_chunk: bool = False  # the last event carries the usage, all others "usage": null
-    names: Mapping[str, str] = field(default_factory=dict)  # what the client calls the coordinator's fields, for errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = EventStream(send)
@@ -58,11 +54,11 @@ class Answer:
             async with asyncio.timeout_at(end):
                 choices = await self._run(receive, events)
             usage = self._usage(choices)
-            if not self.stream:
+            if not self.dialect.body.stream:
                 await json_response(self.dialect.answer(choices, usage))(scope, receive, send)
                 return
-            if self.usage_chunk:
-                await events.send(self._chunk([], usage))
+            for event in self.dialect.last_events(choices, usage):
+                await events.send(event)
             await events.end()
         except ClientDisconnect:
             raise
@@ -70,7 +66,7 @@ class Answer:
             error = Unavailable("the server went down before the text was complete; a retry may succeed")
             await self._give_up(events, api_error(error))
         except Exception as error:
-            await self._give_up(events, api_error(error, self.names))
+            await self._give_up(events, api_error(error, self.dialect.names()))
 
     async def _run(self, receive: Receive, events: EventStream) -> list[GenerateResponse]:
         """Run all calls, sending events if there is a stream. Returns each choice as one message, of a stream the last
@@ -81,9 +77,9 @@ class Answer:
         async def take(index: int, message: GenerateResponse) -> None:
             self.record.saw_block()
             await texts[index].fill_in(message)
-            if self.stream:
-                for choice in self.dialect.deltas(index, message):
-                    await self._read_in_time(events.send(self._chunk([choice])))
+            if self.dialect.body.stream:
+                for event in self.dialect.events(index, message):
+                    await self._read_in_time(events.send(event))
                 choices[index] = message
                 return
             text = choices[index].text + message.text
@@ -93,10 +89,6 @@ class Answer:
         calls = [partial(start, self.deadline) for start in self.calls]
         await side_by_side(calls, self.bounds.parallel_choices, take, receive)
         return choices
-
-    def _chunk(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None = None) -> bytes:
-        chunk = self.dialect.chunk(choices)
-        return to_json({**chunk, "usage": usage} if self.usage_chunk else chunk)
 
     async def _read_in_time(self, sending: Coroutine[Any, Any, None]) -> None:
         """Send. Raises Unavailable when the client does not read for so long that its slot is better given to others
@@ -116,11 +108,11 @@ class Answer:
         if not events.begun:
             raise error
         self.record.failed_with = error.status
-        await events.fail(error, self.bounds.last_word_seconds)
+        await events.fail(self.dialect.failure(error), self.bounds.last_word_seconds)
 
     def _usage(self, last: Sequence[GenerateResponse]) -> Usage:
         """Of all choices, from the last message of each; a prompt counts once, however often it was continued."""
-        if any(message.finish_reason not in REASONS for message in last):
+        if not all(message.finish_reason for message in last):
             raise Unavailable("a generation ended without saying why; a retry may succeed")
         prompt = sum(message.usage.prompt_tokens for message in last[:: self.per_prompt])
         completion = sum(message.usage.completion_tokens for message in last)
@@ -135,24 +127,21 @@ class EventStream:
         self._send = send
         self.begun = False
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, event: bytes) -> None:
         """Send an event."""
-        await self._body(b"data: " + data + b"\n\n", more=True)
+        await self._body(event, more=True)
 
     async def end(self) -> None:
-        """End a complete stream."""
-        await self.send(b"[DONE]")
+        """End the stream."""
         await self._body(b"", more=False)
 
-    async def fail(self, error: ApiError, seconds: float) -> None:
-        """End a begun stream with an error event; no [DONE] follows, so that no reader takes it for complete.
-
-        A client that does not read within `seconds` is not waited for: the connection is then closed.
-        """
+    async def fail(self, event: bytes, seconds: float) -> None:
+        """End a begun stream with an event that says why. A client that does not read within `seconds` is not waited
+        for: the connection is then closed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self.send(error.body())
-                await self._body(b"", more=False)
+                await self.send(event)
+                await self.end()
 
     async def _body(self, data: bytes, more: bool) -> None:
         if not self.begun:

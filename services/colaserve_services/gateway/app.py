@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints in front of a GenerationService.
+"""The HTTP application: the endpoints of several APIs in front of a GenerationService.
 
 app = create_app(coordinator_stub(...), GatewaySettings())
 server = await serve(app, "127.0.0.1", 8000)
@@ -19,16 +19,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from colaserve_services.gateway import shapes
-from colaserve_services.gateway.answer import json_response
+from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Reach
 from colaserve_services.gateway.body import checked_body
+from colaserve_services.gateway.dialects import DIALECTS
+from colaserve_services.gateway.dialects.base import Dialect
+from colaserve_services.gateway.dialects.fields import GenerationFields
+from colaserve_services.gateway.dialects.refusals import refuse_extras
 from colaserve_services.gateway.edge import Edge
 from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.gateway import Gateway
 from colaserve_services.gateway.openapi import JSON, Endpoint, document
-from colaserve_services.gateway.refusals import refuse_extras
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.gateway.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.requests import REQUEST_ID
 
@@ -67,14 +70,12 @@ def create_app(
 def _endpoints(gateway: Gateway) -> list[Endpoint]:
     health: dict[str, Any] = {"answers": {JSON: shapes.Health}, "errors": {}}
     ready = {"200": "Requests should come here.", "503": "They should not."}
-    chat, completion = ({JSON: kind, "text/event-stream": str} for kind in (shapes.ChatCompletion, shapes.Completion))
     return [
-        Endpoint("POST", "/v1/chat/completions", gateway.create_chat_completion, ChatRequest, chat),
-        Endpoint("POST", "/v1/completions", gateway.create_completion, CompletionRequest, completion),
+        *(_generation(gateway, dialect) for dialect in DIALECTS),
         Endpoint("GET", "/v1/models", gateway.list_models, answers={JSON: shapes.ModelList}),
         Endpoint("GET", "/v1/models/{model_id:path}", gateway.get_model, answers={JSON: shapes.Model}),
-        Endpoint("POST", "/tokenize", gateway.tokenize, TokenizeRequest, {JSON: shapes.Tokenized}),
-        Endpoint("POST", "/detokenize", gateway.detokenize, DetokenizeRequest, {JSON: shapes.Detokenized}),
+        Endpoint("POST", "/tokenize", gateway.tokenize, TokenizeRequest, {JSON: Tokenized}),
+        Endpoint("POST", "/detokenize", gateway.detokenize, DetokenizeRequest, {JSON: Detokenized}),
         Endpoint("GET", "/health", gateway.health, **health),
         Endpoint("GET", "/ready", gateway.ready, statuses=ready, **health),
         Endpoint("GET", "/metrics", gateway.metrics, answers={"text/plain": str}, errors={}),
@@ -82,6 +83,15 @@ def _endpoints(gateway: Gateway) -> list[Endpoint]:
         Endpoint("GET", "/docs", gateway.docs),
         Endpoint("GET", "/openapi.json", gateway.openapi),
     ]
+
+
+def _generation(gateway: Gateway, dialect: type[Dialect[Any]]) -> Endpoint:
+    async def handle(request: Request, body: GenerationFields) -> Answer:
+        return await gateway.generate(dialect, request, body)
+
+    handle.__name__, handle.__doc__ = dialect.operation, dialect.__doc__
+    answers = {JSON: dialect.whole, "text/event-stream": str}
+    return Endpoint("POST", dialect.path, handle, dialect.schema, answers, error=dialect.error)
 
 
 def _route(endpoint: Endpoint, settings: GatewaySettings) -> Route:

@@ -17,9 +17,9 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from colaserve_services.gateway.dialects.fields import NAMES
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, invalid
-from colaserve_services.gateway.schemas import ALL_NAMES, UNIONS
 from colaserve_services.gateway.settings import Bounds
 from colaserve_services.offload import offload
 
@@ -74,7 +74,7 @@ def parse(body: bytes, model: type[M]) -> M:
     except json.JSONDecodeError as error:
         raise _no_json(f"is not valid JSON: {error.msg} at position {error.pos}") from None
     except ValidationError as error:
-        raise _validation_error(error.errors(include_url=False)) from None
+        raise _validation_error(error.errors(include_url=False), getattr(model, "unions", {})) from None
     except UnicodeDecodeError as error:
         raise _no_json(f"is not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -108,15 +108,15 @@ def _no_json(what: str) -> ApiError:
     return ApiError(400, f"the body {what}", code="invalid_json")
 
 
-def _validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+def _validation_error(faults: Sequence[Mapping[str, Any]], unions: Mapping[str, str]) -> ApiError:
     """An error that names the first fault; of a union's several faults the one deepest inside."""
     first = faults[0]["loc"][:1]
     same_field = [fault for fault in faults if fault["loc"][:1] == first]
     field = _param(first)
-    if len(same_field) > 1 and field in UNIONS:
+    if len(same_field) > 1 and field in unions:
         if found := next((fault for fault in same_field if fault["type"] == "value_error"), None):  # not of its kind
             return invalid(_param(found["loc"]), _sentence(found))
-        return invalid(field, UNIONS[field])
+        return invalid(field, unions[field])
     worst = max(same_field, key=lambda fault: len(fault["loc"]))
     if not _param(worst["loc"]):
         return _no_json("must be a JSON object, sent with content-type application/json")
@@ -126,7 +126,7 @@ def _validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
 def _param(location: Sequence[int | str]) -> str:
     """The name of a field by pydantic's location of it, whose union tags are left out:
     ("messages", 0, "content", "list[TextPart]", 1, "type") is messages[0].content[1].type."""
-    steps = [step for step in location if isinstance(step, int) or step in ALL_NAMES]
+    steps = [step for step in location if isinstance(step, int) or step in NAMES]
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from starlette.responses import Response
@@ -59,14 +59,14 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
 
-    def body(self) -> bytes:
-        """The JSON, in ASCII: a message may quote anything a client sent."""
+    def content(self) -> dict[str, Any]:
+        """As OpenAI has it."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}).encode()
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, "application/json")
+        """The JSON, in ASCII: a message may quote anything a client sent."""
+        return Response(json.dumps(self.content()), self.status, self.headers, "application/json")
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

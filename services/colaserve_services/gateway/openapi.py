@@ -40,6 +40,7 @@ class Endpoint:
     answers: Mapping[str, Any] = field(default_factory=dict)  # media type -> kind; none: it is not in the document
     statuses: Mapping[str, str] = field(default_factory=lambda: {"200": "The answer."})  # that have these answers
     errors: Mapping[str, str] = field(default_factory=lambda: _ERRORS)
+    error: Any = ErrorAnswer  # the kind of their answers
 
 
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
@@ -65,13 +66,13 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
 def _kinds(endpoint: Endpoint) -> Iterator[tuple[Any, JsonSchemaMode]]:
     if endpoint.body is not None:
         yield endpoint.body, "validation"
-    for kind in (*endpoint.answers.values(), ErrorAnswer):
+    for kind in (*endpoint.answers.values(), endpoint.error):
         yield kind, "serialization"
 
 
 def _operation(endpoint: Endpoint, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     answer = {media: {"schema": schemas[kind]} for media, kind in endpoint.answers.items()}
-    error = {JSON: {"schema": schemas[ErrorAnswer]}}
+    error = {JSON: {"schema": schemas[endpoint.error]}}
     operation = {
         "operationId": getattr(endpoint.handle, "__name__", ""),
         "description": inspect.getdoc(endpoint.handle),

@@ -131,7 +131,7 @@ class HttpProtocol(H11Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer, unless an answer has begun, and end the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = ApiError(status, message, code=_CODES.get(status, "invalid_http")).body()
+            body = bytes(ApiError(status, message, code=_CODES.get(status, "invalid_http")).response().body)
             headers = [("content-type", "application/json"), ("content-length", str(len(body))),
                        (REQUEST_ID, uuid.uuid4().hex), ("connection", "close")]  # fmt: skip
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):

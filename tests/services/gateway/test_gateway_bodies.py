@@ -12,8 +12,9 @@ from pydantic import BaseModel, field_validator
 from starlette.requests import Request
 
 from colaserve_services.gateway.body import MOST_ITEMS, MOST_PARTS, checked_body
+from colaserve_services.gateway.dialects.completions import MOST_PROMPTS
+from colaserve_services.gateway.dialects.fields import MOST_IDS, MOST_MESSAGES
 from colaserve_services.gateway.edge import RequestRecord
-from colaserve_services.gateway.schemas import MOST_IDS, MOST_MESSAGES, MOST_PROMPTS
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from tests.services.gateway.fake_generation import SAYS

@@ -11,8 +11,11 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services import bounds
-from colaserve_services.gateway.refusals import UNSUPPORTED
-from colaserve_services.gateway.schemas import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart
+from colaserve_services.gateway.dialects.chat import ChatRequest, Message
+from colaserve_services.gateway.dialects.completions import CompletionRequest
+from colaserve_services.gateway.dialects.fields import TextPart
+from colaserve_services.gateway.dialects.openai import StreamOptions
+from colaserve_services.gateway.dialects.refusals import UNSUPPORTED
 from colaserve_services.gateway.settings import GatewaySettings
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, running

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from colaserve_services.gateway.schemas import Message
-from colaserve_services.gateway.translate import chat_prompt
+from colaserve_services.gateway.dialects.chat import Message, turns_of
+from colaserve_services.gateway.dialects.transcript import chat_prompt
 
 SEVERAL = [("system", "Be short."), ("user", "Hi"), ("assistant", " Hello."), ("user", "Bye")]
 
@@ -27,4 +27,4 @@ def test_one_message_of_an_unnamed_user_is_the_prompt_and_others_make_a_transcri
     messages: list[tuple], frame: str, prompt: str
 ):
     made = [Message(**dict(zip(("role", "content", "name"), one, strict=False))) for one in messages]
-    assert chat_prompt(made, frame) == prompt
+    assert chat_prompt(turns_of(made), frame) == prompt

@@ -1,0 +1,81 @@
+"""What an HTTP API for text is to the gateway: one module each, with its schema, its calls, its answers and events."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic_core import to_json
+from typing_extensions import TypedDict
+
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+from colaserve_services.gateway.backend import Backend, Info
+from colaserve_services.gateway.dialects.fields import GenerationFields, generate_request
+from colaserve_services.gateway.errors import ApiError
+from colaserve_services.gateway.shapes import ErrorAnswer
+
+Body = TypeVar("Body", bound=GenerationFields)
+Start = Callable[[int, float], AsyncIterator[GenerateResponse]]  # of a sample, with its deadline (time.monotonic())
+
+
+class Usage(TypedDict):
+    """Tokens used: prompts count once each, completions all."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Dialect(ABC, Generic[Body]):
+    """One request of an API: what is asked of the coordinator for it, and how it is answered. The docstring of a
+    subclass describes its path. Each choice's messages come in order."""
+
+    path: ClassVar[str]
+    operation: ClassVar[str]  # its name in the OpenAPI document
+    schema: ClassVar[type[GenerationFields]]
+    whole: ClassVar[Any]  # the kind of a whole answer
+    error: ClassVar[Any] = ErrorAnswer  # and of one of status 400 and above
+
+    def __init__(self, body: Body, info: Info, request_id: str):
+        self.body, self.info, self.request_id = body, info, request_id
+
+    @abstractmethod
+    def prompts(self, backend: Backend) -> Sequence[Start]:
+        """What starts the samples of each prompt."""
+
+    def names(self) -> Mapping[str, str]:
+        """What the client calls the coordinator's fields, where it is not as in errors.FIELD_NAMES."""
+        return {}
+
+    @abstractmethod
+    def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> Mapping[str, Any]:
+        """The whole answer; each choice is all of its messages merged."""
+
+    @abstractmethod
+    def events(self, index: int, message: GenerateResponse) -> Iterator[bytes]:
+        """What a message adds to the stream of a choice."""
+
+    @abstractmethod
+    def last_events(self, last: Sequence[GenerateResponse], usage: Usage) -> Iterator[bytes]:
+        """What ends a complete stream; `last` has the last message of each choice."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> bytes:
+        """The event that ends a begun stream which cannot go on, so that no reader takes it for complete."""
+
+    def generations(self, backend: Backend, prompt: GenerateRequest) -> Start:
+        """Continues a prompt with what else the client set."""
+        return partial(self._generate, backend, prompt)
+
+    def _generate(
+        self, backend: Backend, prompt: GenerateRequest, sample: int, deadline: float
+    ) -> AsyncIterator[GenerateResponse]:
+        return backend.generate(generate_request(prompt, self.body, sample), deadline)  # late: prompts may be large
+
+
+def event(data: Mapping[str, Any], name: str = "") -> bytes:
+    """A server-sent event."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + to_json(data) + b"\n\n"

@@ -1,0 +1,141 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+from colaserve_services.gateway.backend import Backend, Info
+from colaserve_services.gateway.dialects.base import Start, Usage
+from colaserve_services.gateway.dialects.fields import MOST_MESSAGES, Budget, Strict, Text, TextPart, at_most
+from colaserve_services.gateway.dialects.logprobs import TokenLogprob, positions_of
+from colaserve_services.gateway.dialects.openai import MOST_LOGPROBS, REASONS, ChoiceDialect, ChoiceFields, Reason
+from colaserve_services.gateway.dialects.transcript import Turn, chat_prompt, text_of
+from colaserve_services.gateway.errors import invalid
+
+
+class Message(Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], at_most(MOST_MESSAGES)] = Field(
+        description="Text, or parts of type text, which are joined as they are."
+    )
+    name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$", description="Distinguishes speakers of one role.")
+    type: Literal["text"] | None = Field(None, description="Sent by some clients; has no effect.")
+
+
+class ChatRequest(ChoiceFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    max_completion_tokens: Budget | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Return each token's log-probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="And those of this many likely tokens; above 0 it needs logprobs."
+    )
+
+    def budget(self) -> int | None:
+        newer = self.max_completion_tokens
+        if newer is not None and self.max_tokens not in (None, newer):
+            raise invalid("max_completion_tokens", f"got {newer}, and max_tokens {self.max_tokens}: set one of them")
+        return self.max_tokens if newer is None else newer
+
+    def alternatives(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason
+
+
+class ChatCompletion(TypedDict):
+    """The answer to POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Chat(ChoiceDialect[ChatRequest]):
+    """Answer a chat. With `stream`, server-sent events of `chat.completion.chunk` objects. An answer's text comes
+    without its first space."""
+
+    path, operation = "/v1/chat/completions", "create_chat_completion"
+    schema, whole = ChatRequest, ChatCompletion
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, info: Info, request_id: str):
+        super().__init__(body, info, request_id)
+        self._opened: set[int] = set()  # choices that have their first chunk
+        self._begun: set[int] = set()  # choices that have text
+
+    def prompts(self, backend: Backend) -> Sequence[Start]:
+        prompt = chat_prompt(turns_of(self.body.messages), self.info.chat_frame)
+        return [self.generations(backend, GenerateRequest(prompt=prompt))]
+
+    def names(self) -> Mapping[str, str]:
+        newer = self.body.max_completion_tokens is not None
+        return {"prompt": "messages", "max_new_tokens": "max_completion_tokens" if newer else "max_tokens"}
+
+    def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
+        answer: AnswerMessage = {"role": "assistant", "content": message.text.removeprefix(" "), "refusal": None}
+        logprobs = _chat_logprobs(positions_of(message)) if self._logprobs else None
+        reason = REASONS[message.finish_reason]
+        return {"index": index, "message": answer, "logprobs": logprobs, "finish_reason": reason}
+
+    def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
+        if index not in self._opened:
+            self._opened.add(index)
+            yield self._delta(index, {"role": "assistant", "content": ""})
+        text = message.text if index in self._begun else message.text.removeprefix(" ")
+        if message.text:
+            self._begun.add(index)
+        positions = positions_of(message)
+        if text or positions:
+            yield self._delta(index, {"content": text}, positions)
+        if reason := REASONS.get(message.finish_reason):
+            yield self._delta(index, {}, reason=reason)
+
+    def _delta(
+        self,
+        index: int,
+        delta: Mapping[str, str],
+        positions: Sequence[TokenLogprob] = (),
+        reason: Reason | None = None,
+    ) -> Mapping[str, Any]:
+        logprobs = _chat_logprobs(positions) if self._logprobs and positions else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def turns_of(messages: Sequence[Message]) -> list[Turn]:
+    """Messages as the transcript has them."""
+    return [Turn(one.role, text_of(one.content), one.name) for one in messages]
+
+
+def _chat_logprobs(positions: Sequence[TokenLogprob]) -> ChatLogprobs:
+    return {"content": list(positions), "refusal": None}

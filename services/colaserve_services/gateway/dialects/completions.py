@@ -1,0 +1,204 @@
+"""POST /v1/completions. A completion with `suffix` is an infill: the prompt, a hole of max_tokens and the suffix."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from colaserve.v1 import types_pb2
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment
+from colaserve_services.gateway.backend import Backend, Info
+from colaserve_services.gateway.dialects.base import Start, Usage
+from colaserve_services.gateway.dialects.fields import Text, TokenIds, at_most, set_sampling
+from colaserve_services.gateway.dialects.logprobs import positions_of
+from colaserve_services.gateway.dialects.openai import (
+    MOST_LOGPROBS,
+    REASONS,
+    STOPS,
+    ChoiceDialect,
+    ChoiceFields,
+    Reason,
+)
+from colaserve_services.gateway.errors import invalid
+
+MOST_PROMPTS: Final = 1_024
+_BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill cannot honour -> values that ask for nothing
+    "n": (None, 1),
+    "logprobs": (None,),
+    "echo": (None, False),
+    "stop": (None, []),
+    "ignore_eos": (None, False),
+    "skip_special_tokens": (None, True),
+}
+
+
+class CompletionRequest(ChoiceFields):
+    """POST /v1/completions."""
+
+    unions: ClassVar[Mapping[str, str]] = {
+        "prompt": "expected a string, a list of strings, a list of token ids or a list of lists of token ids",
+        "stop": STOPS,
+    }
+
+    prompt: (
+        Text
+        | Annotated[list[Text], at_most(MOST_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], at_most(MOST_PROMPTS)]
+    ) = Field(description="One prompt or several, as text or as token ids. An empty text is unconditional.")
+    suffix: Text | None = Field(
+        None,
+        description="The text is a hole of max_tokens between the prompt and this; without n, logprobs, echo, stop.",
+    )
+    best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
+    echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="Return log-probabilities, of this many likely tokens too."
+    )
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+class CompletionLogprobs(TypedDict):
+    """Column by column. `text_offset` counts characters from the beginning of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Reason | None
+
+
+class Completion(TypedDict):
+    """The answer to POST /v1/completions, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Completions(ChoiceDialect[CompletionRequest]):
+    """Continue one or several prompts. With `stream`, server-sent events of `text_completion` objects."""
+
+    path, operation = "/v1/completions", "create_completion"
+    schema, whole = CompletionRequest, Completion
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, body: CompletionRequest, info: Info, request_id: str):
+        super().__init__(body, info, request_id)
+        if body.best_of not in (None, body.choices()):
+            what = f"got {body.best_of}, expected the value of n, {body.choices()}"
+            raise invalid("best_of", what, "unsupported_parameter")
+        if body.echo and body.logprobs is not None:
+            raise invalid("echo", "not together with logprobs: prompts are not scored", "unsupported_parameter")
+
+    def prompts(self, backend: Backend) -> Sequence[Start]:
+        if self.body.suffix:
+            request = infill_request(self.body, self.info)
+            return [lambda _, deadline: backend.infill(request, deadline)]
+        each = completion_prompts(self.body.prompt, self.info.model.vocab_size)
+        starts = [self.generations(backend, prompt) for prompt in each]
+        if self.body.echo:
+            return [partial(_echoed, backend, prompt, start) for prompt, start in zip(each, starts, strict=True)]
+        return starts
+
+    def names(self) -> Mapping[str, str]:
+        return infill_names(self.body, self.info) if self.body.suffix else {"top_logprobs": "logprobs"}
+
+    def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
+        logprobs = _completion_logprobs(message) if self._logprobs else None
+        reason = REASONS.get(message.finish_reason)
+        return {"index": index, "text": message.text, "logprobs": logprobs, "finish_reason": reason}
+
+    def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
+        if message.text or message.logprobs or message.finish_reason:
+            yield self.choice(index, message)
+
+
+async def _echoed(
+    backend: Backend, prompt: GenerateRequest, start: Start, sample: int, deadline: float
+) -> AsyncIterator[GenerateResponse]:
+    """A generation whose first message is its prompt."""
+    ids = prompt.prompt_ids.ids
+    echo: str | None = (await backend.detokenize(ids)).text if ids else prompt.prompt
+    async for message in start(sample, deadline):
+        if echo is not None:  # with the first block: what fails before it has a status of its own
+            yield GenerateResponse(text=echo)
+            echo = None
+        yield message
+
+
+def _completion_logprobs(message: GenerateResponse) -> CompletionLogprobs:
+    positions = positions_of(message)
+    return {
+        "tokens": [one["token"] for one in positions],
+        "token_logprobs": [one["logprob"] for one in positions],
+        "top_logprobs": [
+            {token["token"]: token["logprob"] for token in (*one["top_logprobs"], one)} for one in positions
+        ],
+        "text_offset": list(message.text_offsets),
+    }
+
+
+def completion_prompts(prompt: str | list[Any], vocab_size: int) -> list[GenerateRequest]:
+    """One request for each prompt, with nothing but the prompt in it."""
+    if prompt == []:
+        raise invalid("prompt", "the list is empty, expected at least one prompt or token id")
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    each = {"prompt": prompt} if single else {f"prompt[{index}]": one for index, one in enumerate(prompt)}
+    return [_one_prompt(one, where, vocab_size) for where, one in each.items()]
+
+
+def _one_prompt(prompt: str | list[int], where: str, vocab_size: int) -> GenerateRequest:
+    if isinstance(prompt, str):
+        return GenerateRequest(prompt=prompt)
+    if not prompt:
+        raise invalid(where, "no token ids, expected at least one")
+    if (worst := max(prompt)) >= vocab_size:
+        raise invalid(where, f"token id {worst} is outside the vocabulary of {vocab_size}")
+    return GenerateRequest(prompt_ids=types_pb2.TokenIds(ids=prompt))
+
+
+def infill_request(body: CompletionRequest, info: Info) -> InfillRequest:
+    """The request that a completion with a suffix stands for; a 400 names what cannot be honoured beside it."""
+    for name, neutral in _BESIDE.items():
+        if getattr(body, name) not in neutral:
+            raise invalid(name, "not together with suffix", "unsupported_parameter")
+    segments = [InfillSegment(**segment) for segment in _segments(body, info).values()]
+    request = InfillRequest(segments=segments, cache_salt=body.cache_salt or "")
+    if body.seed is not None:
+        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=body.seed))
+    set_sampling(request, body)
+    return request
+
+
+def infill_names(body: CompletionRequest, info: Info) -> Mapping[str, str]:
+    """What the client calls the fields of the request, so that an error names what it sent."""
+    names = enumerate(_segments(body, info))
+    return {f"segments[{index}]{end}": name for index, name in names for end in ("", ".text", ".token_count")}
+
+
+def _segments(body: CompletionRequest, info: Info) -> dict[str, dict[str, Any]]:
+    """By the field that each comes of."""
+    prompt = body.prompt[0] if isinstance(body.prompt, list) and len(body.prompt) == 1 else body.prompt
+    if not isinstance(prompt, str):
+        raise invalid("prompt", "expected one text beside suffix", "unsupported_parameter")
+    hole = body.max_tokens or info.default_max_new_tokens
+    kept = {"prompt": {"text": prompt}} if prompt else {}
+    return {**kept, "max_tokens": {"token_count": hole}, "suffix": {"text": body.suffix}}
