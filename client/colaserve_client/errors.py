@@ -116,10 +116,10 @@ def error_from_rpc(failure: grpc.RpcError, request_id: str = "") -> ColaserveErr
     kind = ERROR_BY_CODE.get(code, ServerError)
     if kind is Overloaded and _TOO_LARGE in message:
         kind = MessageTooLarge
-    return kind(" ".join(message.split()) or code.name, _details(failure, request_id))
+    return kind(" ".join(message.split()) or code.name, details_of(failure, request_id))
 
 
-def _details(failure: grpc.RpcError, request_id: str) -> Details:
+def details_of(failure: grpc.RpcError, request_id: str = "") -> Details:
     """What google.rpc.BadRequest, RetryInfo and ErrorInfo in the trailing metadata say."""
     field, retry_after, reason = "", None, ""
     for packed in _packed_details(failure):

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, types_pb2
@@ -13,7 +14,7 @@ from colaserve_services.bounds import SAMPLING, given
 from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEngine
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.rpc import about, cancellation, tensors
+from colaserve_services.rpc import about, arrays, cancellation
 
 
 class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
@@ -44,9 +45,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
 
     def _job(self, message: decoder_pb2.OpenDecode) -> DecodeJob:
         return DecodeJob(
-            prefix=tensors.latents_from_message(
-                message.prefix, "open.prefix", self._engine.shape.latent_dim, self._identity.space
-            ),
+            prefix=self._latents(message.prefix, "open.prefix"),
             sampling=replace(self._defaults, **given(message.sampling, SAMPLING, "sampling.")),
             history_ids=message.history_ids,
             with_logits=message.with_logits,
@@ -57,12 +56,13 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
         )
 
     def _block(self, request: decoder_pb2.DecodeRequest) -> Tensor:
-        shape = self._engine.shape
         if request.WhichOneof("request") != "block":
             raise InvalidRequest("request", "a Decode stream is opened once; every later request must set `block`")
-        return tensors.latents_from_message(
-            request.block, "block", shape.latent_dim, self._identity.space, shape.block_size
-        )
+        return self._latents(request.block, "block", self._engine.shape.block_size)
+
+    def _latents(self, message: types_pb2.Latents, field: str, positions: int | None = None) -> Tensor:
+        dim, space = self._engine.shape.latent_dim, self._identity.space
+        return torch.from_numpy(arrays.latents_from_message(message, field, dim, space, positions))
 
 
 def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
@@ -71,7 +71,7 @@ def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
         token_ids=block.token_ids,
         logprobs=block.logprobs,
         top_logprobs=[types_pb2.TopLogprobs(token_ids=ids, logprobs=values) for ids, values in block.top],
-        logits=None if block.logits is None else tensors.to_message(block.logits),
+        logits=None if block.logits is None else arrays.to_message(block.logits.float().numpy()),
         target_logprobs=block.target_logprobs,
         timing=about.timing(block.timings),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.encoder.engine import Encoded, EncoderEngine
-from colaserve_services.rpc import about, tensors
+from colaserve_services.rpc import about, arrays
 
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
@@ -36,6 +36,6 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     def _message(self, encoded: Encoded) -> encoder_pb2.Encoding:
         variance = encoded.log_variance
         return encoder_pb2.Encoding(
-            latents=tensors.latents_to_message(encoded.latents, self._identity.space),
-            log_variance=None if variance is None else tensors.to_message(variance),
+            latents=arrays.latents_to_message(encoded.latents.numpy(), self._identity.space),
+            log_variance=None if variance is None else arrays.to_message(variance.float().numpy()),
         )

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from colaserve.v1 import prior_pb2, prior_pb2_grpc
@@ -14,7 +15,7 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.rpc import about, cancellation, tensors
+from colaserve_services.rpc import about, arrays, cancellation
 
 
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
@@ -32,7 +33,7 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             async for block in session:
                 yield prior_pb2.SampleResponse(
                     block_index=block.index,
-                    latents=tensors.latents_to_message(block.latents, self._identity.space),
+                    latents=arrays.latents_to_message(block.latents.numpy(), self._identity.space),
                     timing=about.timing(block.timings),
                 )
 
@@ -48,11 +49,10 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             raise InvalidRequest(
                 "canvas.open", f"got {len(canvas.open)} spans for {self._engine.limits.max_context} positions at most"
             )
-        seeded = request.WhichOneof("noise_source") == "seed"
+        space, seeded = self._identity.space, request.WhichOneof("noise_source") == "seed"
+        latents = arrays.latents_from_message(canvas.latents, "canvas.latents", shape.latent_dim, space)
         return SampleJob(
-            latents=tensors.latents_from_message(
-                canvas.latents, "canvas.latents", shape.latent_dim, self._identity.space
-            ),
+            latents=torch.from_numpy(latents),
             open=[(span.start, span.end) for span in canvas.open],
             max_blocks=request.max_blocks,
             first_block=request.first_block,
@@ -67,4 +67,5 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
         if request.WhichOneof("noise_source") != "noise":
             return None
         shape = self._engine.shape
-        return tensors.from_message(request.noise, "noise", (request.max_blocks, shape.block_size, shape.latent_dim))
+        rows = request.max_blocks, shape.block_size, shape.latent_dim
+        return torch.from_numpy(arrays.from_message(request.noise, "noise", rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -14,8 +14,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
-from grpc_status import rpc_status
 
+from colaserve_client.errors import STEP_FAILED, details_of
 from colaserve_services.errors import (
     Cancelled,
     ColaserveError,
@@ -40,7 +40,6 @@ TABLE: Final[dict[type[ColaserveError], tuple[StatusCode, int]]] = {
     StepFailed: (StatusCode.INTERNAL, 500),  # other errors of this status carry no ErrorInfo
 }
 INTERNAL: Final = (StatusCode.INTERNAL, 500)
-STEP_FAILED: Final = "STEP_FAILED"  # reason of the google.rpc.ErrorInfo that a StepFailed carries
 DETAILS_KEY: Final = "grpc-status-details-bin"
 STATUS_SECONDS: Final = 2.0  # that the sending of a status may take
 LONGEST_MESSAGE: Final = 1000  # characters; a status travels in a header, whose size is bounded
@@ -70,14 +69,14 @@ def status_proto(error: Exception) -> status_pb2.Status:
 def error_from_rpc(error: Any) -> ColaserveError:
     """Our error for the grpc.RpcError that another service answered with, its details kept; `raise ... from error`."""
     code, text = error.code(), error.details() or error.code().name
-    field, retry_after, reason = _read_details(error)
+    details = details_of(error)
     if code == StatusCode.INVALID_ARGUMENT:
-        named = text.removeprefix(f"{field}: ") if field else text
-        return InvalidRequest(field or "request", named)
+        named = text.removeprefix(f"{details.field}: ") if details.field else text
+        return InvalidRequest(details.field or "request", named)
     if code == StatusCode.RESOURCE_EXHAUSTED:
-        return Overloaded(text, retry_after)
+        return Overloaded(text, 1.0 if details.retry_after is None else details.retry_after)
     if code == StatusCode.INTERNAL:
-        return StepFailed(text) if reason == STEP_FAILED else ColaserveError(f"{code.name}: {text}")
+        return StepFailed(text) if details.reason == STEP_FAILED else ColaserveError(f"{code.name}: {text}")
     for kind, (known, _) in TABLE.items():
         if known == code:
             return kind(text)
@@ -148,25 +147,3 @@ def _detail(error: Exception) -> Any:
     if _known(error) not in TABLE:
         return error_details_pb2.RequestInfo(request_id=current_request_id())
     return None
-
-
-def _read_details(error: Any) -> tuple[str, float, str]:
-    """(field, retry_after in seconds, ErrorInfo's reason) of a status; ("", 1, "") where it does not say."""
-    field, retry_after, reason = "", 1.0, ""
-    for detail in _details(error):
-        if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-            message = error_details_pb2.BadRequest.FromString(detail.value)
-            field = message.field_violations[0].field if message.field_violations else field
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry_after = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
-        elif detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
-    return field, retry_after, reason
-
-
-def _details(error: Any) -> Sequence[Any]:
-    try:
-        status = rpc_status.from_call(error)
-    except ValueError:  # details that contradict the status: another server's matter
-        return ()
-    return status.details if status else ()

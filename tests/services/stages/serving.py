@@ -7,12 +7,12 @@ from typing import Any
 import grpc
 import torch
 
-from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc, types_pb2
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.launch.process import keep_grpc
 from colaserve_services.launch.stages import RunningStages, load_stages
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.rpc import tensors
+from colaserve_services.rpc import arrays
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
@@ -53,7 +53,7 @@ class Served:
         values = torch.randn(count, self.shape.latent_dim, generator=torch.Generator().manual_seed(seed))
         if value is not None:
             values.fill_(value)
-        return tensors.latents_to_message(values, self.space)
+        return arrays.latents_to_message(values.numpy(), self.space)
 
     def run(
         self, known: int = 0, blocks: int = 2, steps: int = 2, value: float | None = None, **more: Any
@@ -85,3 +85,8 @@ async def serving(golden, limits=None, dtype="float32", network=lambda x: x, fai
     finally:
         await server.stop()
         stages.stop()
+
+
+def tensor_of(message: types_pb2.Tensor) -> torch.Tensor:
+    """The rows of a message."""
+    return torch.from_numpy(arrays.from_message(message, "rows", (None, None)))

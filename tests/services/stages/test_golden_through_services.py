@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
-from colaserve_services.rpc import tensors
-from tests.services.stages.serving import serving
+from colaserve_services.rpc import arrays
+from tests.services.stages.serving import serving, tensor_of
 
 
 def relative(got, expected):
@@ -16,7 +16,7 @@ def relative(got, expected):
 
 
 def values(message):
-    return tensors.from_message(message.values, "latents", (None, None))
+    return tensor_of(message.values)
 
 
 async def test_every_recorded_generation_is_repeated(golden):
@@ -42,14 +42,14 @@ async def run(served, golden, case, sample_id, ids, latents, explicit):
     )
     if explicit:
         noise = torch.stack([recorded[f"{name}.noise.{b}"][sample_id] for b in range(case["n_blocks"])])
-        request.noise.CopyFrom(tensors.to_message(noise))
+        request.noise.CopyFrom(arrays.to_message(noise.numpy()))
     else:
         request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=case["noise_base_seed"], sample_id=sample_id))
     given = values(latents) if ids else torch.zeros(0, served.shape.latent_dim)
     prefix = len(given) // B * B
     decode = served.decoder.Decode()
     opening = {
-        "prefix": tensors.latents_to_message(given[:prefix], served.space),
+        "prefix": arrays.latents_to_message(given[:prefix].numpy(), served.space),
         "sampling": {"repetition_penalty": params.get("repetition_penalty", 1.1)},
         "max_latents": prefix + B * case["n_blocks"],
     }
@@ -83,7 +83,7 @@ async def test_encode_gives_the_recorded_latents_and_variances(golden, with_vari
         assert relative(values(encoding.latents), normalise(golden.tensors[f"encode.mean.{i}"])) < 5e-6
         assert encoding.HasField("log_variance") is with_variance
         if with_variance:
-            variance = tensors.from_message(encoding.log_variance, "v", (None, None))
+            variance = tensor_of(encoding.log_variance)
             assert relative(variance, golden.tensors[f"encode.logvar.{i}"]) < 5e-6
 
 
@@ -97,10 +97,10 @@ async def test_decode_returns_logits_and_logprobs_that_belong_together(tiny):
         opening = {"with_logits": True, "top_logprobs": 5, "target_ids": targets, "sampling": {"repetition_penalty": 1}}
         await call.write(decoder_pb2.DecodeRequest(open=opening))
         for start in range(0, lengths[0], B):
-            block = tensors.latents_to_message(latents[start : start + B], "")
+            block = arrays.latents_to_message(latents[start : start + B].numpy(), "")
             await call.write(decoder_pb2.DecodeRequest(block=block))
             answer = await call.read()
-            got = tensors.from_message(answer.logits, "logits", (B * P, served.shape.vocab_size))
+            got = tensor_of(answer.logits)
             assert relative(got, logits[start * P : (start + B) * P]) < 5e-6
             expected = got.log_softmax(-1)
             assert list(answer.token_ids) == got.argmax(-1).tolist()

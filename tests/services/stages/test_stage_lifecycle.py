@@ -13,12 +13,11 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.session import Session
 from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.model.weights import WeightFolder
-from colaserve_services.rpc import tensors
 from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.settings import ChannelSettings
 from tests.services.engines.runs import patiently
-from tests.services.stages.serving import serving
+from tests.services.stages.serving import serving, tensor_of
 from tests.waiting import eventually
 
 LONG = {"blocks": 60, "steps": 1000}  # minutes of work
@@ -177,7 +176,7 @@ async def test_liveness_and_info_answer_while_every_slot_is_taken(tiny):
 
 
 def _first(response):
-    return tensors.from_message(response.encodings[0].latents.values, "latents", (None, None))
+    return tensor_of(response.encodings[0].latents.values)
 
 
 async def test_encoding_many_at_once_gives_what_one_by_one_gives(tiny):
@@ -186,9 +185,7 @@ async def test_encoding_many_at_once_gives_what_one_by_one_gives(tiny):
         alone = [await served.encoder.Encode(request) for request in requests]
         together = await asyncio.gather(*(served.encoder.Encode(request) for request in requests))
         for one, other in zip(alone, together, strict=True):
-            expected, got = (
-                tensors.from_message(r.encodings[0].latents.values, "z", (None, None)) for r in (one, other)
-            )
+            expected, got = (tensor_of(r.encodings[0].latents.values) for r in (one, other))
             torch.testing.assert_close(got, expected)
         with suppress(grpc.aio.AioRpcError):
             await served.encoder.Encode(requests[0], timeout=0.0001)

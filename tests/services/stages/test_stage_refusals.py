@@ -7,16 +7,16 @@ import torch
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest, ModelMismatch
-from colaserve_services.rpc import tensors
+from colaserve_services.rpc import arrays
 from colaserve_services.rpc.errors import error_from_rpc
-from tests.services.stages.serving import serving
+from tests.services.stages.serving import serving, tensor_of
 from tests.waiting import eventually
 
 NAN, HUGE = float("nan"), 2**32 - 1
 
 
 def tensor(*shape, value=0.0, **changes):
-    message = tensors.to_message(torch.full(shape, value))
+    message = arrays.to_message(torch.full(shape, value).numpy())
     for name, changed in changes.items():
         setattr(message, name, changed)
     return message
@@ -179,8 +179,8 @@ async def test_half_precision_is_accepted(tiny):
         for dtype, name in ((torch.bfloat16, "DATA_TYPE_BFLOAT16"), (torch.float16, "DATA_TYPE_FLOAT16")):
             values = torch.randn(B, D).to(dtype)
             half = types_pb2.Tensor(dtype=name, shape=[B, D], data=values.view(torch.uint16).numpy().tobytes())
-            whole = tensors.to_message(values)
+            whole = arrays.to_message(values.float().numpy())
             both = [sample_request({"canvas": canvas(message), "max_blocks": 1}) for message in (half, whole)]
             (one,), (other,) = [[b.latents async for b in served.prior.Sample(r)] for r in both]
-            got, expected = (tensors.from_message(x.values, "latents", (B, D)) for x in (one, other))
+            got, expected = (tensor_of(x.values) for x in (one, other))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
