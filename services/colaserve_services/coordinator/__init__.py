@@ -4,7 +4,6 @@ from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.coordinator import Coordinator
 from colaserve_services.coordinator.defaults import Defaults
 from colaserve_services.coordinator.limits import CoordinatorLimits
-from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.stages import Stages
 
-__all__ = ["Call", "Coordinator", "CoordinatorLimits", "CoordinatorObserver", "Defaults", "Stages"]
+__all__ = ["Call", "Coordinator", "CoordinatorLimits", "Defaults", "Stages"]

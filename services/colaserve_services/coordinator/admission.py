@@ -21,10 +21,10 @@ from typing import Final
 
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.limits import CoordinatorLimits
-from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.stages import NAMES
 from colaserve_services.errors import Overloaded, Unavailable
 from colaserve_services.rpc import cancellation
+from colaserve_services.rpc.metrics import Metrics
 
 COORDINATOR: Final = "coordinator"  # the queue of calls that no stage is the bottleneck of
 
@@ -96,14 +96,15 @@ class _Queue:
 class Admission:
     """Decides which calls start now, which are queued, and which are refused."""
 
-    def __init__(self, limits: CoordinatorLimits, observer: CoordinatorObserver):
-        self._limits, self.observer = limits, observer
+    def __init__(self, limits: CoordinatorLimits, metrics: Metrics):
+        self._limits, self._refusals = limits, metrics.refused
         self._queues = {name: _Queue(limits.max_running, limits.max_running) for name in (*NAMES, COORDINATOR)}
         self._present: Counter[str] = Counter()  # calls by caller, waiting ones included
         self._working: Counter[str] = Counter()  # those that have begun
         self._pace = 1.0  # seconds between two calls that end, were all slots taken; running mean
         self._measured = 0  # calls it is the mean of
-        self._reported: tuple[dict[str, int], int] = {}, 0
+        self._depths = {name: metrics.queue_depth.labels(name) for name in self._queues}
+        self._gauge = metrics.running.labels(COORDINATOR)
 
     @property
     def running(self) -> int:
@@ -271,9 +272,9 @@ class Admission:
                 begins = sum(ticket.begins for ticket in self._queues[name].waiting)
                 waiting[name] -= begins
                 waiting[COORDINATOR] += begins
-        if (found := (waiting, self.running)) != self._reported:
-            self._reported = found
-            self.observer.queued(*found)
+        for name, count in waiting.items():
+            self._depths[name].set(count)
+        self._gauge.set(self.running)
 
     def _patience(self, ticket: Ticket) -> float | None:
         left = ticket.call.left()
@@ -295,7 +296,7 @@ class Admission:
                 call.preempt()
             if preempted and time.monotonic() - since >= seconds:
                 error = Unavailable(f"not read for {seconds:g} s while others waited")
-                self.observer.refused("idle")
+                self._refusals.labels(COORDINATOR, "idle").inc()
                 cancellation.end_call(error)
                 raise error
 
@@ -324,7 +325,7 @@ class Admission:
         return (len(queue.waiting) + 1) * self._pace
 
     def _refusal(self, reason: str, message: str, stage: str) -> Overloaded:
-        self.observer.refused(reason)
+        self._refusals.labels(COORDINATOR, reason).inc()
         _log.debug("refused: %s; %s; one ends each %.2f s", reason, message, self._pace)
         return Overloaded(message, min(max(self._wait(self._queues[stage]), _SHORTEST_HINT), _LONGEST_HINT))
 

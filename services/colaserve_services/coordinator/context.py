@@ -14,12 +14,12 @@ from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.defaults import Defaults
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.limits import CoordinatorLimits
-from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.runs import DecoderRun, PriorRun, Span
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.offload import offload
+from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.text import Tokenizer
 
 SIDE_BY_SIDE: Final = 8  # runs of one call at once
@@ -38,7 +38,7 @@ class ServiceContext:
     tokenizer: Tokenizer
     defaults: Defaults
     limits: CoordinatorLimits
-    observer: CoordinatorObserver
+    metrics: Metrics
     admission: Admission
 
     @property
@@ -129,8 +129,7 @@ class ServiceContext:
 
     def _attempts(self, ticket: Ticket) -> Attempts:
         """The retry policy of one run."""
-        limits, pool = self.limits, self.pools[ticket.stage]
-        return Attempts(pool, ticket, self.admission, limits.attempts, limits.retry_seconds, self.observer)
+        return Attempts(self.pools[ticket.stage], ticket, self.admission, self.limits, self.metrics)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""

@@ -16,14 +16,16 @@ from dataclasses import replace
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services import __version__
+from colaserve_services.coordinator import checks
 from colaserve_services.coordinator.admission import Admission
 from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.defaults import Defaults, resolve_sampler, resolve_sampling
 from colaserve_services.coordinator.health import HealthMonitor
 from colaserve_services.coordinator.limits import CoordinatorLimits
-from colaserve_services.coordinator.observer import CoordinatorObserver
-from colaserve_services.coordinator.stages import Stages, agree
+from colaserve_services.coordinator.stages import NAMES, Stages, agree
 from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable
+from colaserve_services.rpc.about import shape_message
+from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class Coordinator:
         tokenizer: Tokenizer,
         defaults: Defaults | None = None,
         limits: CoordinatorLimits | None = None,
-        observer: CoordinatorObserver | None = None,
+        metrics: Metrics | None = None,
         model_name: str = "",
         space: str = "",
         description: str = "",
@@ -47,9 +49,14 @@ class Coordinator:
         `description`: what its model can and cannot do."""
         self._tokenizer = tokenizer
         self._defaults, self._limits = defaults or Defaults.of(), limits or CoordinatorLimits()
-        self._observer = observer or CoordinatorObserver()
-        self._admission = Admission(self._limits, self._observer)
-        self._health, self._changed = HealthMonitor(stages, self._observer), stages.changed
+        self._metrics = metrics or Metrics()
+        for stage in NAMES:  # at 0, so that the first failure is an increase
+            for outcome in ("resumed", "failed"):
+                self._metrics.failovers.labels(stage, outcome)
+            for kind in checks.KINDS:
+                self._metrics.stage_faults.labels(stage, kind)
+        self._admission = Admission(self._limits, self._metrics)
+        self._health, self._changed = HealthMonitor(stages, self._metrics), stages.changed
         self._services: ServiceContext | None = None
         self._connected = asyncio.Event()
         self._connected_at = 0.0
@@ -75,7 +82,7 @@ class Coordinator:
         self._health.settle(model)
         self._admission.follow(self._health.capacities)
         self._services = ServiceContext(
-            self._health.pools, model, self._tokenizer, self._defaults, self._limits, self._observer, self._admission
+            self._health.pools, model, self._tokenizer, self._defaults, self._limits, self._metrics, self._admission
         )
         self._connected_at = time.monotonic()
         self._connected.set()
@@ -130,7 +137,7 @@ class Coordinator:
         model = self.services.model
         return generation_pb2.GenerationServiceGetInfoResponse(
             model_name=self.model_name,
-            model=model.shape(),
+            model=shape_message(model),
             space=model.space,
             limits=self._limit_message(),
             server=self._server_message(),
@@ -148,7 +155,7 @@ class Coordinator:
         """LatentService.GetInfo."""
         model = self.services.model
         return latent_service_pb2.LatentServiceGetInfoResponse(
-            model=model.shape(), space=model.space, limits=self._limit_message(), server=self._server_message()
+            model=shape_message(model), space=model.space, limits=self._limit_message(), server=self._server_message()
         )
 
     def _limit_message(self) -> types_pb2.Limits:

@@ -16,7 +16,7 @@ from grpc import StatusCode
 from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.checks import StageFault
-from colaserve_services.coordinator.observer import CoordinatorObserver
+from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.pool import Brand, Choice, NoReplica, Pool
 from colaserve_services.errors import (
     AT_FAULT,
@@ -27,6 +27,7 @@ from colaserve_services.errors import (
     Unavailable,
 )
 from colaserve_services.rpc.errors import error_from_rpc, grpc_code
+from colaserve_services.rpc.metrics import Metrics
 
 # A replica that died, drains or was cut off. INTERNAL and UNKNOWN are also what a bug in the stage answers, so they
 # get fewer attempts.
@@ -65,9 +66,8 @@ class Attempts:
     pool: Pool
     ticket: Ticket
     admission: Admission
-    most: int
-    retry_seconds: float
-    observer: CoordinatorObserver
+    limits: CoordinatorLimits
+    metrics: Metrics
     failures: int = 0  # streams that broke; refusals of a stage that is full do not count
     doubtful: int = 0  # of them
     brand: Brand | None = None  # of the replica that began the run
@@ -112,7 +112,7 @@ class Attempts:
     def progressed(self) -> None:
         """The stage answered."""
         if self.failures:
-            self.observer.failover(self.stage, "resumed")
+            self.metrics.failovers.labels(self.stage, "resumed").inc()
         if self.choice is not None and self.brand is None:
             self.brand = self.choice.brand
         self.failures, self.doubtful, self.ticket.resuming = 0, 0, True
@@ -173,22 +173,22 @@ class Attempts:
 
     def fault(self, fault: StageFault) -> None:
         """Count an answer that is the stage's fault."""
-        self.observer.stage_fault(self.stage, fault.kind)
+        self.metrics.stage_faults.labels(self.stage, fault.kind).inc()
 
     def _pause(self, error: Exception, ours: ColaserveError) -> float | None:
         """Seconds to wait before the next attempt; None for none."""
-        most = self.most if _code(error) in _BROKEN | _DOUBTFUL else 0
+        most = self.limits.attempts if _code(error) in _BROKEN | _DOUBTFUL else 0
         if isinstance(ours, StepFailed):  # it would fail wherever it goes, and may take others with it
             return None
         if self.failures >= most or self.doubtful >= _DOUBTFUL_ATTEMPTS:
             return None
         if self.failures == 1:
             return 0.0  # another replica may be there at once
-        return self.retry_seconds * min(2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        return self.limits.retry_seconds * min(2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
     def _gave_up(self, ours: ColaserveError) -> None:
         if isinstance(ours, Unavailable) or self.failures:
-            self.observer.failover(self.stage, "failed")
+            self.metrics.failovers.labels(self.stage, "failed").inc()
 
 
 def stage_error(stage: str, error: Exception) -> ColaserveError:

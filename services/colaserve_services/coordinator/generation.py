@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from colaserve.v1 import decoder_pb2, generation_pb2, prior_pb2, types_pb2
 from colaserve_services.coordinator import rows
@@ -30,7 +29,7 @@ async def generate(
         prompt = await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(services.tokenizer)
-        decoder = services.decoder(prefix, plan.blocks, plan.sampling, call, plan.top_logprobs)
+        decoder = services.decoder(prefix, plan.blocks, plan.sampling, call, request.top_logprobs)
         run = services.prior(prompt, plan.blocks, plan.sampler, plan.seed, ticket, on_wait=decoder.prior_waits)
         prior = ReadAhead(run.blocks())
         try:
@@ -46,7 +45,9 @@ async def generate(
                     yield response
         finally:
             usage = watch.ended(len(plan.prompt_ids), writer, prior.received)
-    yield _last(response, writer.finish_reason, usage, watch.total, plan.seed)
+    end = Response(finish_reason=writer.finish_reason, usage=usage, timing=watch.total, seed=plan.seed)
+    response.MergeFrom(end)
+    yield response
 
 
 async def _encode(services: ServiceContext, plan: Plan, call: Call, watch: _Watch) -> types_pb2.Latents:
@@ -70,25 +71,15 @@ def _response(
         tokens=[tokenizer.token_text(token.id, token.before) for token in piece.tokens],
         text_offsets=[token.text_start for token in piece.tokens],
     )
-    if plan.logprobs:
+    if plan.request.HasField("top_logprobs"):
         response.logprobs.extend(token.logprob for token in piece.tokens)
-    if plan.top_logprobs:
+    if plan.request.top_logprobs:
         response.top_logprobs.extend(token.top for token in piece.tokens)
         for top, token in zip(response.top_logprobs, piece.tokens, strict=True):
             top.tokens.extend(tokenizer.token_text(id_, token.before) for id_ in top.token_ids)
-    if plan.with_latents:
+    if plan.request.with_latents:
         response.latents.CopyFrom(block.latents)
     add_timing(response.timing, block.timing, decoded.timing)
-    return response
-
-
-def _last(
-    response: Response, reason: Any, usage: types_pb2.Usage, total: types_pb2.Timing, seed: types_pb2.NoiseSeed
-) -> Response:
-    response.finish_reason = reason
-    response.usage.CopyFrom(usage)
-    response.timing.CopyFrom(total)
-    response.seed.CopyFrom(seed)
     return response
 
 
@@ -96,7 +87,7 @@ class _Watch:
     """Where a generation's time goes, and what it used."""
 
     def __init__(self, services: ServiceContext, call: Call):
-        self._observer, self._call = services.observer, call
+        self._metrics, self._call = services.metrics, call
         self._last, self._blocks = 0.0, 0
         self.total = types_pb2.Timing()
 
@@ -104,10 +95,7 @@ class _Watch:
         """A block is decoded."""
         add_timing(self.total, timing)
         age = self._call.age()
-        if self._blocks:
-            self._observer.next_block(age - self._last)
-        else:
-            self._observer.first_block(age)
+        (self._metrics.inter_block if self._blocks else self._metrics.first_block).observe(age - self._last)
         self._last, self._blocks = age, self._blocks + 1
 
     def ended(self, prompt: int, writer: Writer, received: int) -> types_pb2.Usage:
@@ -115,9 +103,9 @@ class _Watch:
         failed before its end are not wasted by running ahead."""
         wasted = received - self._blocks if writer.finish_reason else 0
         self.total.queue_us += round(self._call.waited * 1e6)
-        self._observer.tokens(prompt, writer.sent)
-        if wasted:
-            self._observer.wasted(wasted)
+        self._metrics.tokens.labels("prompt").inc(prompt)
+        self._metrics.tokens.labels("completion").inc(writer.sent)
+        self._metrics.wasted_blocks.inc(wasted)
         return types_pb2.Usage(
             prompt_tokens=prompt, completion_tokens=writer.sent, blocks=received, wasted_blocks=wasted
         )

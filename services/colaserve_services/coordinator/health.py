@@ -9,10 +9,10 @@ from collections import Counter
 from typing import Any
 
 from colaserve.v1 import generation_pb2
-from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.stages import NAMES, Model, Stages
 from colaserve_services.errors import Unavailable
+from colaserve_services.rpc.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 class HealthMonitor:
     """The pools of all stages."""
 
-    def __init__(self, stages: Stages, observer: CoordinatorObserver):
-        self.pools = {name: Pool(name, stages.replicas[name], stages.targets[name], observer) for name in NAMES}
+    def __init__(self, stages: Stages, metrics: Metrics):
+        self.pools = {name: Pool(name, stages.replicas[name], stages.targets[name], metrics) for name in NAMES}
 
     @property
     def all_serving(self) -> bool:

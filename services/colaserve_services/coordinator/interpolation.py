@@ -18,7 +18,7 @@ from colaserve_services.coordinator.latent_space import (
     decode_all,
     decode_sampling,
     given_latents,
-    tokenize_text,
+    tokenize_whole,
 )
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
@@ -64,22 +64,19 @@ async def _ends(
     services: ServiceContext, request: pb.InterpolateRequest, call: Call, timing: types_pb2.Timing
 ) -> tuple[FloatArray, FloatArray]:
     points = {"start": request.start, "end": request.end}
-    ids = {
-        name: await tokenize_text(services, point.text, f"{name}.text")
-        for name, point in points.items()
-        if _kind(point, name) == "text"
-    }
-    longest = max(map(len, ids.values()), default=0)
-    padded = [one + [services.tokenizer.special.pad] * (longest - len(one)) for one in ids.values()]
+    texts = {name: point.text for name, point in points.items() if _kind(point, name) == "text"}
+    ids = await tokenize_whole(services, list(texts.values()), [f"{name}.text" for name in texts])
+    longest = max(map(len, ids), default=0)
+    padded = [one + [services.tokenizer.special.pad] * (longest - len(one)) for one in ids]
     ends: dict[str, types_pb2.Latents] = {
         name: given_latents(services, point.latents, f"{name}.latents", least=1)
         for name, point in points.items()
-        if name not in ids
+        if name not in texts
     }
-    if ids:
+    if texts:
         answer = await services.encode(padded, call)
         add_timing(timing, answer.timing)
-        ends |= {name: encoding.latents for name, encoding in zip(ids, answer.encodings, strict=True)}
+        ends |= {name: encoding.latents for name, encoding in zip(texts, answer.encodings, strict=True)}
     start, end = (arrays.from_message(ends[name].values, name, (None, services.model.latent_dim)) for name in points)
     if len(start) != len(end):
         raise InvalidRequest("end", f"got {len(end)} latents, expected as many as start has ({len(start)})")

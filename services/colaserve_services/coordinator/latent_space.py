@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
+from colaserve_services.bounds import TOP_LOGPROBS, check
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed
-from colaserve_services.coordinator.plan import checked_top_logprobs
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
 
@@ -38,7 +38,7 @@ async def encode_text(services: ServiceContext, request: pb.EncodeTextRequest, c
     services.admission.check(call)
     if request.with_variance and not services.model.has_variance:
         raise InvalidRequest("with_variance", "this checkpoint's encoder has no variance (use_variation is false)")
-    ids = await tokenize_texts(services, request.texts)
+    ids = await _tokenize_many(services, request.texts)
     positions = sum(services.model.positions(len(one)) for one in ids)
     check_size(services, "texts", positions * (2 if request.with_variance else 1))
     async with services.admission.slot(call):
@@ -62,10 +62,10 @@ async def decode_latents(
     if len(request.target_ids) > most:
         raise InvalidRequest("target_ids", f"got {len(request.target_ids)} ids, expected at most {most} (n * P)")
     targets = services.tokenizer.checked(request.target_ids, "target_ids")
-    top = checked_top_logprobs(request.top_logprobs)
+    check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
     sampling = decode_sampling(services, request.sampling)
     async with services.admission.slot(call):
-        decoded = await decode_all(services, latents, sampling, call, top, targets)
+        decoded = await decode_all(services, latents, sampling, call, request.top_logprobs, targets)
     ids = decoded.ids[: request.token_count] if request.token_count else services.tokenizer.before_end(decoded.ids)
     response = pb.DecodeLatentsResponse(
         text=services.tokenizer.decode(ids),
@@ -108,7 +108,7 @@ async def sample_latents(
 async def reconstruct(services: ServiceContext, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:
     """LatentService.Reconstruct."""
     services.admission.check(call)
-    ids = await tokenize_texts(services, request.texts)
+    ids = await _tokenize_many(services, request.texts)
     greedy = types_pb2.Sampling(temperature=0, repetition_penalty=1)
     sampling = resolve_sampling(greedy, services.defaults, 0)
     async with services.admission.slot(call):
@@ -174,20 +174,14 @@ def decode_sampling(services: ServiceContext, sampling: types_pb2.Sampling) -> t
     return resolve_sampling(sampling, services.defaults, 0, repetition_penalty=1.0)
 
 
-async def tokenize_texts(services: ServiceContext, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of 1 to 256 texts, none empty, each within the context."""
+async def _tokenize_many(services: ServiceContext, texts: Sequence[str]) -> list[list[int]]:
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise InvalidRequest("texts", f"got {len(texts)} texts, expected 1 to {MOST_TEXTS}")
-    return await _tokenize(services, texts, [f"texts[{index}]" for index in range(len(texts))])
+    return await tokenize_whole(services, texts, [f"texts[{index}]" for index in range(len(texts))])
 
 
-async def tokenize_text(services: ServiceContext, text: str, field: str) -> list[int]:
-    """Ids of a text that is not empty and fits into the context."""
-    [ids] = await _tokenize(services, [text], [field])
-    return ids
-
-
-async def _tokenize(services: ServiceContext, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+async def tokenize_whole(services: ServiceContext, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+    """Ids of texts of these fields, none empty, each within the context."""
     for text, field_ in zip(texts, fields, strict=True):
         if not text:
             raise InvalidRequest(field_, "got an empty text, expected one character or more")

@@ -9,12 +9,7 @@ from typing import Final
 from colaserve.v1 import generation_pb2, types_pb2
 from colaserve_services.bounds import MAX_NEW_TOKENS, TOP_LOGPROBS, check
 from colaserve_services.coordinator.context import ServiceContext
-from colaserve_services.coordinator.defaults import (
-    resolve_sampler,
-    resolve_sampling,
-    resolve_seed,
-    sampling_seed,
-)
+from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.coordinator.writer import Writer
 from colaserve_services.errors import InvalidRequest
@@ -27,6 +22,7 @@ MOST_STOPS: Final = 16
 class Plan:
     """One generation."""
 
+    request: generation_pb2.GenerateRequest
     prompt_ids: Sequence[int]
     context: int  # latents of the prompt that fill whole blocks
     redecoded: int  # leading sampled ids that repeat the prompt's tail
@@ -35,12 +31,6 @@ class Plan:
     sampler: types_pb2.Sampler
     sampling: types_pb2.Sampling
     seed: types_pb2.NoiseSeed
-    stop: Sequence[str]
-    ignore_end: bool
-    print_special: bool
-    with_latents: bool
-    logprobs: bool
-    top_logprobs: int
 
     def positions(self, model: Model) -> int:
         """Latents of the prompt and of what is to be written."""
@@ -48,11 +38,12 @@ class Plan:
 
     def writer(self, tokenizer: Tokenizer) -> Writer:
         """What turns this generation's ids into text."""
-        end_ids = frozenset() if self.ignore_end else tokenizer.special.end
-        unprinted = frozenset() if self.print_special else tokenizer.special.end | {tokenizer.special.pad}
+        end_ids = frozenset() if self.request.ignore_end else tokenizer.special.end
+        unprinted = frozenset() if self.request.print_special else tokenizer.special.end | {tokenizer.special.pad}
         before = self.prompt_ids[-1] if self.prompt_ids else None
         detokenizer = tokenizer.detokenizer(self.prompt_ids)
-        return Writer(detokenizer, self.stop, end_ids, self.max_new_tokens, self.redecoded, unprinted, before)
+        stops, budget = self.request.stop, self.max_new_tokens
+        return Writer(detokenizer, stops, end_ids, budget, self.redecoded, unprinted, before)
 
 
 async def plan_generation(services: ServiceContext, request: generation_pb2.GenerateRequest) -> Plan:
@@ -68,8 +59,10 @@ async def plan_generation(services: ServiceContext, request: generation_pb2.Gene
     blocks = -(-(redecoded + budget) // services.model.block_tokens)
     _check_fits(services.model, len(prompt_ids), budget, context + blocks * services.model.block_size)
     _check_stops(request.stop)
+    check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
     return Plan(
+        request=request,
         prompt_ids=prompt_ids,
         context=context,
         redecoded=redecoded,
@@ -78,12 +71,6 @@ async def plan_generation(services: ServiceContext, request: generation_pb2.Gene
         sampler=resolve_sampler(request.sampler, services.defaults),
         sampling=resolve_sampling(request.sampling, services.defaults, sampling_seed(seed)),
         seed=seed,
-        stop=tuple(request.stop),
-        ignore_end=request.ignore_end,
-        print_special=request.print_special,
-        with_latents=request.with_latents,
-        logprobs=request.HasField("top_logprobs"),
-        top_logprobs=checked_top_logprobs(request.top_logprobs),
     )
 
 
@@ -96,12 +83,6 @@ def split_prompt(tokens: int, model: Model) -> tuple[int, int]:
     positions = model.positions(tokens)
     context = positions // model.block_size * model.block_size
     return context, tokens - context * model.patch_size if positions > context else 0
-
-
-def checked_top_logprobs(count: int) -> int:
-    """The count, or InvalidRequest when it is too large."""
-    check(TOP_LOGPROBS, "top_logprobs", count)
-    return count
 
 
 async def _prompt_ids(services: ServiceContext, request: generation_pb2.GenerateRequest) -> list[int]:

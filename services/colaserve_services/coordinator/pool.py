@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 import grpc
 from grpc import StatusCode
 
-from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.coordinator.stages import INFO_REQUESTS, Model, Replica
 from colaserve_services.errors import Unavailable
+from colaserve_services.rpc.metrics import Metrics
 
 _LOOK_SECONDS: Final = 2.5  # that a replica has to describe itself
 _MISSES: Final = 2  # looks in a row without an answer until a replica counts as silent
@@ -70,10 +70,10 @@ class View:
 class Pool:
     """`await pool.look()` now and again; `pool.choose(...)` for each call."""
 
-    def __init__(self, stage: str, replicas: Iterable[Replica], target: str, observer: CoordinatorObserver):
+    def __init__(self, stage: str, replicas: Iterable[Replica], target: str, metrics: Metrics):
         self.stage, self.target = stage, target
         self.model: Model | None = None  # that a replica must serve to be chosen; None: any
-        self._replicas, self._observer = replicas, observer
+        self._replicas, self._faults = replicas, metrics.stage_faults
         self._views: dict[str, View] = {}  # by address
         self._next = 0
 
@@ -154,7 +154,7 @@ class Pool:
         return self._suits(view) and (brand is None or brand.suits(view.brand))
 
     def _suits(self, view: View) -> bool:
-        return self.model is None or self.model.suits(view.info)
+        return self.model is None or self.model.difference(view.info) is None
 
     async def _ask(self, replica: Replica, view: View) -> None:
         life = replica.lives
@@ -167,7 +167,7 @@ class Pool:
         before, view.fault = view.fault, ""
         if not self._suits(view):
             view.fault = f"{replica.address} serves another checkpoint (space {info.space})"
-            self._observer.stage_fault(self.stage, "model")
+            self._faults.labels(self.stage, "model").inc()
             if view.fault != before:
                 _log.warning("the %s at %s; it is left out", self.stage, view.fault)
 

@@ -37,12 +37,14 @@ class PriorRun:
         attempts: Attempts,
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
+        written: Sequence[types_pb2.Latents] = (),
     ):
+        """`written`: its first blocks, where it goes on with what another run began."""
         self._model, self._attempts = model, attempts
         self._latents, self._open, self._blocks = latents, tuple(open_spans), blocks
         self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
         self.context = context_blocks(rows.count(latents), open_spans, model.block_size)  # blocks
-        self._written: list[types_pb2.Latents] = []
+        self._written = list(written)
         self._unread: Any = None  # the stream, while a block of it is handed over
 
     async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
@@ -50,7 +52,7 @@ class PriorRun:
         self._attempts.call.preempt = self._preempt_unread
         with self._attempts:
             while len(self._written) < self._blocks:
-                if self._written and self._is_known(len(self._written)):  # a replica would take it for context
+                if self._written and self.is_known(len(self._written)):  # a replica would take it for context
                     yield self._keep(self._known_block(len(self._written)))
                     continue
                 try:
@@ -121,7 +123,7 @@ class PriorRun:
         parts.append(rows.take(self._latents, end, max(end, rows.count(self._latents))))
         return rows.join(parts, self._model.latent_dim, self._model.space)
 
-    def _is_known(self, index: int) -> bool:
+    def is_known(self, index: int) -> bool:
         """Whether a block to be written has no open position."""
         start = (self.context + index) * self._model.block_size
         end = start + self._model.block_size

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
 from colaserve_services.errors import ModelMismatch
-from colaserve_services.rpc.about import shape_message
 
 NAMES: Final = ("encoder", "prior", "decoder")
 IN_PROCESS: Final = "in-process"
@@ -86,10 +85,6 @@ class Model:
         """Blocks that so many latents need."""
         return -(-positions // self.block_size)
 
-    def suits(self, info: Any) -> bool:
-        """Whether a stage that says so of itself serves this model."""
-        return self.difference(info) is None
-
     def difference(self, info: Any) -> tuple[str, Any, Any] | None:
         """What a stage says otherwise of itself: name, its value, ours. One that says nothing (0 or "") agrees."""
         said = {"space": info.space, **{name: getattr(info.model, name) for name in SHAPE}}
@@ -107,10 +102,6 @@ class Model:
             max_context=context // self.block_size * self.block_size,
             max_message_bytes=_least(infos, "max_message_bytes", max_message_bytes),
         )
-
-    def shape(self) -> types_pb2.ModelShape:
-        """As a message."""
-        return shape_message(self)
 
 
 def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Model:

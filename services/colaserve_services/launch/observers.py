@@ -1,11 +1,9 @@
-"""What engines and the coordinator report, as Prometheus metrics. No torch."""
+"""What engines report, as Prometheus metrics. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from colaserve_services.coordinator import checks
-from colaserve_services.coordinator.observer import CoordinatorObserver
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.rpc.metrics import Metrics
 
@@ -57,42 +55,3 @@ class EngineMetrics(EngineObserver):
 
     def refused(self, reason: str) -> None:
         self._refused.labels(self._stage, reason).inc()
-
-
-class CoordinatorMetrics(CoordinatorObserver):
-    """Of the coordinator."""
-
-    def __init__(self, metrics: Metrics):
-        self._metrics = metrics
-        for stage in ("encoder", "prior", "decoder"):  # at 0, so that the first failure is an increase
-            for outcome in ("resumed", "failed"):
-                metrics.failovers.labels(stage, outcome)
-            for kind in checks.KINDS:
-                metrics.stage_faults.labels(stage, kind)
-
-    def queued(self, waiting: Mapping[str, int], running: int) -> None:
-        for stage, count in waiting.items():
-            self._metrics.queue_depth.labels(stage).set(count)
-        self._metrics.running.labels("coordinator").set(running)
-
-    def refused(self, reason: str) -> None:
-        self._metrics.refused.labels("coordinator", reason).inc()
-
-    def first_block(self, seconds: float) -> None:
-        self._metrics.first_block.observe(seconds)
-
-    def next_block(self, seconds: float) -> None:
-        self._metrics.inter_block.observe(seconds)
-
-    def tokens(self, prompt: int, completion: int) -> None:
-        self._metrics.tokens.labels("prompt").inc(prompt)
-        self._metrics.tokens.labels("completion").inc(completion)
-
-    def wasted(self, blocks: int) -> None:
-        self._metrics.wasted_blocks.inc(blocks)
-
-    def stage_fault(self, stage: str, kind: str) -> None:
-        self._metrics.stage_faults.labels(stage, kind).inc()
-
-    def failover(self, stage: str, outcome: str) -> None:
-        self._metrics.failovers.labels(stage, outcome).inc()

@@ -18,7 +18,6 @@ from colaserve_services.coordinator.service import GenerationServicer, LatentSer
 from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.launch import threads
-from colaserve_services.launch.observers import CoordinatorMetrics
 from colaserve_services.launch.options import STAGES
 from colaserve_services.launch.process import Host, check_ports, description, in_thread, run
 from colaserve_services.launch.settings import (
@@ -180,9 +179,8 @@ def _coordinator(
     own, file = checkpoint.defaults, _defaults_file(settings.defaults)
     defaults = Defaults.of(file.chat_frame or own.chat_frame, **{**own.requests, **file.requests})
     name = settings.served_model_name or checkpoint.name
-    observer = CoordinatorMetrics(host.metrics)
     about = description(checkpoint.directory)
-    return Coordinator(stages, tokenizer, defaults, limits, observer, name, checkpoint.space, about)
+    return Coordinator(stages, tokenizer, defaults, limits, host.metrics, name, checkpoint.space, about)
 
 
 def _defaults_file(path: Path | None) -> GenerationDefaults:

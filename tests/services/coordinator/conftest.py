@@ -5,9 +5,10 @@ from typing import Any, TypeVar
 import pytest
 
 from colaserve.v1 import generation_pb2
-from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, CoordinatorObserver, Defaults, Stages
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Defaults, Stages
 from colaserve_services.coordinator.generation import generate
 from colaserve_services.rpc.local import LocalStub
+from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.text import Tokenizer
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 
@@ -15,19 +16,12 @@ T = TypeVar("T")
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
 
 
-class Heard(CoordinatorObserver):
-    """Remembers what was reported to it."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[Any, ...]] = []
-
-    def of(self, kind: str) -> list[tuple[Any, ...]]:
-        return [event[1:] for event in self.events if event[0] == kind]
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("events", "of") or name.startswith("__"):
-            return super().__getattribute__(name)
-        return lambda *reported: self.events.append((name, *reported))
+def counted(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
+    """What a metric has counted, by its labels, where that is not 0."""
+    samples = (sample for family in metrics.registry.collect() for sample in family.samples)
+    return {
+        tuple(each.labels.values()): each.value for each in samples if each.name == f"colaserve_{name}" and each.value
+    }
 
 
 class World:
@@ -35,7 +29,7 @@ class World:
 
     def __init__(self, coordinator: Coordinator, encoder: FakeEncoder, prior: FakePrior, decoder: FakeDecoder):
         self.coordinator, self.encoder, self.prior, self.decoder = coordinator, encoder, prior, decoder
-        self.heard: Heard = coordinator.services.observer  # type: ignore[assignment]
+        self.metrics = coordinator.services.metrics
         self.tokenizer = coordinator.services.tokenizer
 
     def ask(self, work: Callable[..., T], request: Any, call: Call | None = None) -> T:
@@ -44,6 +38,9 @@ class World:
 
     async def generate(self, call: Call | None = None, **fields: Any) -> list[generation_pb2.GenerateResponse]:
         return [response async for response in self.ask(generate, generation_pb2.GenerateRequest(**fields), call)]
+
+    def counted(self, name: str) -> dict[tuple[str, ...], float]:
+        return counted(self.metrics, name)
 
     @property
     def running(self) -> tuple[int, int]:
@@ -74,8 +71,7 @@ async def make_world(tokenizer: Tokenizer) -> Callable[..., Any]:
             text or tokenizer,
             defaults,
             CoordinatorLimits(**{"retry_seconds": 0.001} | limits),
-            Heard(),
-            "fake",
+            model_name="fake",
         )
         await coordinator.connect()
         return World(coordinator, *fakes)

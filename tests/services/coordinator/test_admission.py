@@ -12,16 +12,15 @@ from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.rpc.local import LocalStub
-from tests.services.coordinator.conftest import Heard
+from colaserve_services.rpc.metrics import Metrics
+from tests.services.coordinator.conftest import counted
 from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
 from tests.waiting import eventually
 
-IDLE = {"encoder": 0, "prior": 0, "decoder": 0, "coordinator": 0}
 
-
-def admission(capacity: int = 0, **limits: Any) -> Admission:
+def admission(capacity: int = 0, metrics: Metrics | None = None, **limits: Any) -> Admission:
     """`capacity`: sessions that the prior takes."""
-    gate = Admission(CoordinatorLimits(**{"retry_seconds": 0.001} | limits), Heard())
+    gate = Admission(CoordinatorLimits(**{"retry_seconds": 0.001} | limits), metrics or Metrics())
     gate.follow({"prior": capacity})
     return gate
 
@@ -153,20 +152,21 @@ async def test_before_the_first_call_has_ended_one_round_may_wait():
 
 
 async def test_calls_are_counted_at_the_stage_that_they_wait_for():
-    gate = admission(capacity=2, max_running=3)
-    seen = gate.observer.events  # type: ignore[attr-defined]
+    metrics = Metrics()
+    gate = admission(2, metrics, max_running=3)
     writing = [Worker(gate, stage="prior") for _ in range(4)]
     await settle()
-    assert seen[-1] == ("queued", IDLE | {"prior": 2}, 2)
+    assert counted(metrics, "engine_queue_depth") == {("prior",): 2}
     others = [Worker(gate) for _ in range(2)]
     await settle()  # all that this coordinator may work on is under way: another stage would not help
-    assert seen[-1] == ("queued", IDLE | {"coordinator": 3}, 3)
+    assert counted(metrics, "engine_queue_depth") == {("coordinator",): 3}
     gate.follow({"prior": 4})
     await end(others[0])
     await settle()
-    assert seen[-1] == ("queued", IDLE | {"coordinator": 2}, 3)
+    assert counted(metrics, "engine_queue_depth") == {("coordinator",): 2}
+    assert counted(metrics, "engine_running") == {("coordinator",): 3}
     await end(*writing, others[1])
-    assert seen[-1] == ("queued", IDLE, 0)
+    assert counted(metrics, "engine_queue_depth") == counted(metrics, "engine_running") == {}
 
 
 class Memory:
@@ -211,7 +211,7 @@ async def test_small_ones_pass_a_large_one_that_does_not_fit_and_only_so_often()
 async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail_none(tokenizer):
     fakes = {"encoder": FakeEncoder(), "prior": FakePrior(max_running=3), "decoder": FakeDecoder()}
     stubs, limits = {name: LocalStub(fake) for name, fake in fakes.items()}, CoordinatorLimits(retry_seconds=0.001)
-    coordinators = [Coordinator(Stages(**stubs), tokenizer, limits=limits, observer=Heard()) for _ in range(2)]
+    coordinators = [Coordinator(Stages(**stubs), tokenizer, limits=limits) for _ in range(2)]
     for coordinator in coordinators:
         await coordinator.connect()
 
@@ -226,4 +226,4 @@ async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail
     fakes["prior"].gate.set()
     assert all(last.usage.completion_tokens == 8 for last in await asyncio.gather(*asked))
     for coordinator in coordinators:
-        assert coordinator.services.observer.events[-1] == ("queued", IDLE, 0)  # type: ignore[attr-defined]
+        assert counted(coordinator.services.metrics, "engine_queue_depth") == {}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colaserve.v1 import latent_service_pb2, types_pb2
-from colaserve_services.coordinator import Call
+from colaserve_services.coordinator import Call, CoordinatorLimits
 from colaserve_services.coordinator.admission import Ticket
 from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.infill import infill
@@ -25,6 +25,7 @@ from colaserve_services.errors import (
     Overloaded,
     Unavailable,
 )
+from colaserve_services.rpc.metrics import Metrics
 from tests.waiting import eventually
 
 PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again
@@ -47,7 +48,7 @@ async def test_a_stream_that_breaks_continues_elsewhere_with_the_same_tokens(wor
     fake.faults[1] = (after, code)
     assert reported(await world.generate(**REQUEST)) == undisturbed
     assert len(fake.calls) == 3
-    assert (stage, "resumed") in world.heard.of("failover")
+    assert world.counted("failovers_total") == {(stage, "resumed"): 1}
 
 
 async def test_streams_that_break_again_and_again_still_end_the_same(world):
@@ -91,7 +92,7 @@ async def test_attempts_are_bounded(make_world, stage: str):
     with pytest.raises(Unavailable, match=stage):
         await world.generate(**REQUEST)
     assert len(getattr(world, stage).calls) == 4
-    assert (stage, "failed") in world.heard.of("failover")
+    assert world.counted("failovers_total") == {(stage, "failed"): 1}
     await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
 
 
@@ -138,8 +139,7 @@ async def test_a_call_waits_for_a_full_stage_as_long_as_calls_may_be_queued(make
     assert caught.value.retry_after > 0
     fake.faults = {}
     assert reported(await world.generate(**REQUEST)) == undisturbed
-    assert world.heard.of("failover") == []
-    assert world.heard.of("queued")[-1] == ({"encoder": 0, "prior": 0, "decoder": 0, "coordinator": 0}, 0)
+    assert world.counted("failovers_total") == world.counted("engine_queue_depth") == {}
 
 
 async def test_a_run_in_its_middle_waits_for_an_overloaded_replica(world):
@@ -228,16 +228,15 @@ def test_a_resumed_request_always_fits_the_contract(data: st.DataObject):
     blocks = -(-length // 4) - run.context
     if blocks < 1:
         return
-    run = PriorRun(MODEL, latents(length), blocks, SAMPLER, SEED, ATTEMPTS, spans)
     for done in range(1, blocks):
-        run._written = [latents(4)] * done
+        run = PriorRun(MODEL, latents(length), blocks, SAMPLER, SEED, ATTEMPTS, spans, written=[latents(4)] * done)
         request = run.request()
         border = (run.context + done) * 4
         assert request.canvas.latents.values.shape[0] == max(border, length)
         opened = {i for span in request.canvas.open for i in range(span.start, span.end)}
         assert opened == {i for i in range(border, length) if flags[i]}
         first_open = min([max(border, length), *opened])
-        assert first_open // 4 == run.context + done or run._is_known(done)
+        assert first_open // 4 == run.context + done or run.is_known(done)
 
 
 def latents(count: int) -> types_pb2.Latents:
@@ -255,8 +254,8 @@ def latents(count: int) -> types_pb2.Latents:
 async def test_a_stream_whose_connection_was_lost_counts_as_one_that_broke(world, code, details):
     nothing = grpc.aio.Metadata()
     lost = grpc.aio.AioRpcError(code, nothing, nothing, details)
-    services = world.coordinator.services
-    attempts = Attempts(services.pools["decoder"], Ticket(Call(), "decoder"), services.admission, 5, 0.001, world.heard)
+    services, limits = world.coordinator.services, CoordinatorLimits(attempts=5, retry_seconds=0.001)
+    attempts = Attempts(services.pools["decoder"], Ticket(Call(), "decoder"), services.admission, limits, Metrics())
     for _ in range(4):  # a fault of the stage's own gets fewer
         await attempts.failed(lost)
     with pytest.raises(Unavailable, match="the decoder is not available"):

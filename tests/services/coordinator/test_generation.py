@@ -308,7 +308,7 @@ async def test_the_prior_runs_ahead_while_the_decoder_works_and_is_cancelled_at_
     last = (await running)[-1]
     assert last.usage.wasted_blocks >= 1
     assert last.usage.blocks == last.usage.wasted_blocks + 1 < 6
-    assert world.heard.of("wasted") == [(last.usage.wasted_blocks,)]
+    assert world.counted("wasted_blocks_total") == {(): last.usage.wasted_blocks}
     assert (world.prior.running, world.decoder.running) == (0, 0)
 
 
@@ -323,8 +323,8 @@ async def test_blocks_of_a_text_that_did_not_come_to_its_end_are_not_wasted(worl
             await asyncio.sleep(0.05)  # the prior runs ahead meanwhile
             while ending == "failed":
                 await anext(responses)
-    assert world.heard.of("tokens")
-    assert world.heard.of("wasted") == []
+    assert world.counted("tokens_total")
+    assert world.counted("wasted_blocks_total") == {}
 
 
 async def test_leaving_early_frees_the_stages(world):
@@ -367,11 +367,12 @@ async def test_concurrent_generations_give_the_tokens_of_single_ones(world):
     assert [ids_of(responses) for responses in together] == alone
 
 
-async def test_the_observer_hears_blocks_and_tokens(world):
+async def test_blocks_and_tokens_are_counted(world):
     responses = await world.generate(prompt=PROMPT, max_new_tokens=12, ignore_end=True)
-    assert len(world.heard.of("first_block")) == 1
-    assert len(world.heard.of("next_block")) == len(responses) - 1
-    assert world.heard.of("tokens") == [(len(world.tokenizer.encode(PROMPT)), 12)]
+    prompt = len(world.tokenizer.encode(PROMPT))
+    assert world.counted("time_to_first_block_seconds_count") == {(): 1}
+    assert world.counted("inter_block_seconds_count") == {(): len(responses) - 1}
+    assert world.counted("tokens_total") == {("prompt",): prompt, ("completion",): 12}
 
 
 @given(st.integers(0, 2**62), st.integers(0, 9999))

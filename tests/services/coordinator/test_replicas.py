@@ -13,7 +13,7 @@ from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
-from tests.services.coordinator.conftest import Heard
+from tests.services.coordinator.conftest import counted
 from tests.services.coordinator.stage_fakes import SPACE, Fake, FakeDecoder, FakeEncoder, FakePrior
 from tests.services.coordinator.test_failover import REQUEST, reported
 from tests.waiting import eventually
@@ -45,18 +45,19 @@ class Fleet:
         self.replicas = {
             stage: [FakeReplica(kind(), f"{stage}-{index}") for index in range(count)] for stage, kind in KINDS.items()
         }
-        self.heard = Heard()
         self.coordinator = Coordinator(
             Stages(**self.replicas),
             tokenizer,
             limits=CoordinatorLimits(retry_seconds=0.001, **limits),
-            observer=self.heard,
             space=SPACE,
         )
 
     async def generate(self) -> list[generation_pb2.GenerateResponse]:
         request = generation_pb2.GenerateRequest(**REQUEST)
         return [response async for response in generate(self.coordinator.services, request, Call())]
+
+    def faults(self) -> dict[tuple[str, ...], float]:
+        return counted(self.coordinator.services.metrics, "stage_faults_total")
 
     def calls(self, stage: str) -> list[int]:
         return [len(replica.fake.calls) for replica in self.replicas[stage]]
@@ -87,7 +88,7 @@ async def test_another_attempt_goes_to_another_replica(fleet: Fleet, stage: str)
     )
     for _ in range(4):
         assert reported(await fleet.generate()) == undisturbed
-    assert len(fleet.heard.of("stage_fault")) == 2  # of the four, those that began there
+    assert fleet.faults() == {(stage, "timing"): 2}  # of the four, those that began there
 
 
 async def test_a_replica_of_another_checkpoint_is_left_out_and_the_fleet_stays_ready(fleet: Fleet):
@@ -95,7 +96,7 @@ async def test_a_replica_of_another_checkpoint_is_left_out_and_the_fleet_stays_r
     watching = asyncio.create_task(fleet.coordinator.watch(told_ready.append))
     for replicas in fleet.replicas.values():
         replicas[0].begin_anew(type(replicas[0].fake)(space="f" * 16))
-    await eventually(lambda: {stage for stage, kind in fleet.heard.of("stage_fault") if kind == "model"} == set(KINDS))
+    await eventually(lambda: fleet.faults().keys() == {(stage, "model") for stage in KINDS})
     for _ in range(4):
         assert reported(await fleet.generate()) == undisturbed
     assert fleet.coordinator.ready

@@ -95,7 +95,7 @@ async def test_a_wrong_answer_is_not_used_and_the_call_continues_elsewhere(world
     fake = getattr(world, stage)
     fake.spoils[1] = spoil
     assert reported(await world.generate(**request)) == undisturbed
-    assert world.heard.of("stage_fault") == [(stage, kind)]
+    assert world.counted("stage_faults_total") == {(stage, kind): 1}
     assert kind in KINDS
 
 
@@ -111,7 +111,7 @@ async def test_a_refusal_of_what_was_checked_is_the_stages_fault(world, stage: s
     undisturbed = reported(await world.generate(**REQUEST))
     getattr(world, stage).faults[1] = (1, code)
     assert reported(await world.generate(**REQUEST)) == undisturbed
-    assert world.heard.of("stage_fault") == [(stage, "refused")]
+    assert world.counted("stage_faults_total") == {(stage, "refused"): 1}
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
@@ -119,7 +119,7 @@ async def test_a_stage_that_gives_up_close_to_the_deadline_is_not_at_fault(world
     getattr(world, stage).faults[0] = (0, StatusCode.DEADLINE_EXCEEDED)
     with pytest.raises(DeadlineExceeded):
         await world.generate(**REQUEST, call=Call(deadline=time.monotonic() + 0.9))
-    assert world.heard.of("stage_fault") == []
+    assert world.counted("stage_faults_total") == {}
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
@@ -129,7 +129,7 @@ async def test_a_stage_that_is_wrong_everywhere_is_not_available(make_world, sta
     with pytest.raises(Unavailable, match=stage) as caught:
         await world.generate(**REQUEST)
     assert http_status(caught.value) == 503
-    assert len(world.heard.of("stage_fault")) == 2
+    assert world.counted("stage_faults_total") == {(stage, "timing"): 2}
 
 
 async def test_a_variance_that_is_not_finite_is_the_encoders_fault(world):
@@ -140,7 +140,7 @@ async def test_a_variance_that_is_not_finite_is_the_encoders_fault(world):
     undisturbed = await world.ask(encode_text, request)
     world.encoder.spoils[1] = spoil
     assert await world.ask(encode_text, request) == undisturbed
-    assert world.heard.of("stage_fault") == [("encoder", "not_finite")]
+    assert world.counted("stage_faults_total") == {("encoder", "not_finite"): 1}
 
 
 async def test_a_variance_has_no_bounds(world):
@@ -150,7 +150,7 @@ async def test_a_variance_has_no_bounds(world):
 
     world.encoder.spoils[0] = spoil
     await world.ask(encode_text, latent_service_pb2.EncodeTextRequest(texts=["he looked"], with_variance=True))
-    assert world.heard.of("stage_fault") == []
+    assert world.counted("stage_faults_total") == {}
 
 
 async def test_a_block_too_many_does_not_reach_the_caller(world):
@@ -158,14 +158,14 @@ async def test_a_block_too_many_does_not_reach_the_caller(world):
     request = latent_service_pb2.SampleLatentsRequest(max_blocks=3)
     found = [response.block_index async for response in world.ask(sample_latents, request)]
     assert found == [0, 1, 2]
-    assert world.heard.of("stage_fault") == [("prior", "count")]
+    assert world.counted("stage_faults_total") == {("prior", "count"): 1}
 
 
 async def test_a_decoder_that_names_no_index_is_trusted(world):
     undisturbed = reported(await world.generate(**REQUEST))
     world.decoder.index = lambda ids: None
     assert reported(await world.generate(**REQUEST)) == undisturbed
-    assert world.heard.of("stage_fault") == []
+    assert world.counted("stage_faults_total") == {}
 
 
 @pytest.mark.parametrize("after", range(2))

@@ -46,7 +46,7 @@ async def test_a_stream_that_nobody_reads_ends_while_others_wait(make_world, met
         await drained(call)
     assert caught.value.code() == StatusCode.UNAVAILABLE
     assert caught.value.details() == "not read for 0.1 s while others waited"
-    assert ("idle",) in world.heard.of("refused")
+    assert world.counted("refused_total") == {("coordinator", "idle"): 1}
     await eventually(lambda: world.prior.running == world.decoder.running == 0)
 
 
@@ -56,7 +56,7 @@ async def test_a_stream_that_nobody_waits_for_keeps_its_slot(make_world):
     await eventually(lambda: world.coordinator.services.admission.running == 1)
     await asyncio.sleep(0.3)
     assert await drained(call) == 51
-    assert world.heard.of("refused") == []
+    assert world.counted("refused_total") == {}
 
 
 async def test_a_stream_that_is_read_now_and_then_continues_while_others_wait(make_world):
