@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -15,7 +15,6 @@ from colaserve_services.coordinator.defaults import Defaults
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.pool import Pool
-from colaserve_services.coordinator.runs import DecoderRun, PriorRun, Span
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.offload import offload
@@ -73,7 +72,7 @@ class ServiceContext:
     ) -> encoder_pb2.EncodeResponse:
         """The encodings of all sequences, a few at a time, so that one call does not keep the encoder to itself."""
         whole, size = encoder_pb2.EncodeResponse(), max(map(len, sequences))
-        with self._attempts(Ticket(call, "encoder", size)) as attempts:
+        with Attempts(self, Ticket(call, "encoder", size)) as attempts:
             for start in range(0, len(sequences), ENCODED_AT_ONCE):
                 part = await self._encode(sequences[start : start + ENCODED_AT_ONCE], with_variance, attempts)
                 whole.encodings.extend(part.encodings)
@@ -95,41 +94,6 @@ class ServiceContext:
                 return response
             except STAGE_ERRORS as error:
                 await attempts.failed(error)
-
-    def prior(
-        self,
-        latents: types_pb2.Latents,
-        blocks: int,
-        sampler: types_pb2.Sampler,
-        seed: types_pb2.NoiseSeed,
-        ticket: Ticket,
-        open_spans: Sequence[Span] = (),
-        on_wait: Callable[[bool], None] = lambda waits: None,
-    ) -> PriorRun:
-        """A run of the prior over a canvas, with the ticket of the call's slot. `on_wait` hears True when it must wait
-        for another replica, False when that writes."""
-        attempts = self._attempts(ticket)
-        return PriorRun(self.model, latents, blocks, sampler, seed, attempts, open_spans, on_wait)
-
-    def decoder(
-        self,
-        prefix: types_pb2.Latents,
-        blocks: int,
-        sampling: types_pb2.Sampling,
-        call: Call,
-        top_logprobs: int = 0,
-        target_ids: Sequence[int] = (),
-        patient: bool = False,
-    ) -> DecoderRun:
-        """A run of the decoder. `patient`: it belongs to a call that has made progress already, so it waits longer for
-        a full decoder."""
-        size = rows.count(prefix) + blocks * self.model.block_size
-        attempts = self._attempts(Ticket(call, "decoder", size, resuming=patient))
-        return DecoderRun(self.model, prefix, blocks, sampling, attempts, top_logprobs, target_ids)
-
-    def _attempts(self, ticket: Ticket) -> Attempts:
-        """The retry policy of one run."""
-        return Attempts(self.pools[ticket.stage], ticket, self.admission, self.limits, self.metrics)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""

@@ -65,8 +65,8 @@ class Coordinator:
 
     async def connect(self, silent_seconds: float = 15.0) -> None:
         """Wait for the stages, however long they take, and check that they serve one model; the log says which are
-        lacking, each time so many seconds have passed. Raises Unavailable for what
-        waiting does not change, ModelMismatch when they differ, CheckpointError when the tokenizer does not fit."""
+        lacking, each time so many seconds have passed. Raises Unavailable for what waiting does not change,
+        ModelMismatch when they differ, CheckpointError when the tokenizer does not fit."""
         infos = await self._health.wait(self._space, silent_seconds)
         model = agree(infos, self._limits.max_context, self._limits.max_message_bytes)
         if self._space and model.space and self._space != model.space:
@@ -89,9 +89,7 @@ class Coordinator:
 
     async def connected(self, seconds: float) -> None:
         """Return as soon as connect() is done; after so many seconds even if it is not."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._connected.wait()
+        await _set_within(self._connected, seconds)
 
     @property
     def ready(self) -> bool:
@@ -103,7 +101,8 @@ class Coordinator:
         a task, cancel it to stop."""
         reported = True  # as connect() left it
         while True:
-            await self._until_next_look()
+            await _set_within(self._changed, self._limits.watch_seconds)  # a replica that began to serve may be called
+            self._changed.clear()
             await self.look()
             if self.ready != reported:
                 reported = self.ready
@@ -117,13 +116,6 @@ class Coordinator:
         model = self.services.model.within(self._health.infos, self._limits.max_context, self._limits.max_message_bytes)
         if model != self.services.model:
             self._services = replace(self.services, model=model)
-
-    async def _until_next_look(self) -> None:
-        """A replica that began to serve is looked at at once: only then calls go to it."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.watch_seconds):
-                await self._changed.wait()
-        self._changed.clear()
 
     @property
     def services(self) -> ServiceContext:
@@ -174,6 +166,13 @@ class Coordinator:
             waiting=self._admission.waiting,
             uptime_seconds=time.monotonic() - self._connected_at,
         )
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> None:
+    """Return as soon as it is set; after so many seconds even if it is not."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _without_seed(sampling: types_pb2.Sampling) -> types_pb2.Sampling:

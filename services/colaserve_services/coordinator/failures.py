@@ -8,15 +8,14 @@ import random
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc import StatusCode
 
-from colaserve_services.coordinator.admission import Admission, Ticket
+from colaserve_services.coordinator.admission import Ticket
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.checks import StageFault
-from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.pool import Brand, Choice, NoReplica, Pool
 from colaserve_services.errors import (
     AT_FAULT,
@@ -27,7 +26,9 @@ from colaserve_services.errors import (
     Unavailable,
 )
 from colaserve_services.rpc.errors import error_from_rpc, grpc_code
-from colaserve_services.rpc.metrics import Metrics
+
+if TYPE_CHECKING:
+    from colaserve_services.coordinator.context import ServiceContext
 
 # A replica that died, drains or was cut off. INTERNAL and UNKNOWN are also what a bug in the stage answers, so they
 # get fewer attempts.
@@ -63,11 +64,8 @@ class Attempts:
     may start and gives its replica, `progressed` and `failed` say how it went. `failed` returns when another attempt is
     to follow. Leaving the context gives the run's slot back."""
 
-    pool: Pool
+    services: ServiceContext
     ticket: Ticket
-    admission: Admission
-    limits: CoordinatorLimits
-    metrics: Metrics
     failures: int = 0  # streams that broke; refusals of a stage that is full do not count
     doubtful: int = 0  # of them
     brand: Brand | None = None  # of the replica that began the run
@@ -86,7 +84,12 @@ class Attempts:
     @property
     def stage(self) -> str:
         """Its name."""
-        return self.pool.stage
+        return self.ticket.stage
+
+    @property
+    def pool(self) -> Pool:
+        """The stage's replicas."""
+        return self.services.pools[self.stage]
 
     @property
     def call(self) -> Call:
@@ -98,7 +101,7 @@ class Attempts:
         Overloaded when the stage was full for too long."""
         self.choice = None
         try:
-            await self.admission.enter(self.ticket)
+            await self.services.admission.enter(self.ticket)
         except Overloaded as error:
             self._gave_up(error)
             raise
@@ -107,16 +110,16 @@ class Attempts:
 
     def release(self) -> None:
         """The run needs no slot now; the next attempt waits for one again."""
-        self.admission.leave(self.ticket)
+        self.services.admission.leave(self.ticket)
 
     def progressed(self) -> None:
         """The stage answered."""
         if self.failures:
-            self.metrics.failovers.labels(self.stage, "resumed").inc()
+            self.services.metrics.failovers.labels(self.stage, "resumed").inc()
         if self.choice is not None and self.brand is None:
             self.brand = self.choice.brand
         self.failures, self.doubtful, self.ticket.resuming = 0, 0, True
-        self.admission.taken(self.ticket)
+        self.services.admission.taken(self.ticket)
         self.avoided.clear()
         self.lost.clear()
 
@@ -131,7 +134,7 @@ class Attempts:
         if isinstance(ours, Overloaded):
             self._refused_by_full(ours)
             return
-        self.failures += _code(error) in _BROKEN | _DOUBTFUL
+        self.failures += _broke(error)
         self.doubtful += _code(error) in _DOUBTFUL
         pause = self._pause(error, ours)
         if pause is None or pause >= (self.call.left() or float("inf")):
@@ -153,7 +156,7 @@ class Attempts:
         """Another replica may take it; else it waits in the queue again."""
         if not self.pool.offers(self.brand, self.avoided):
             self.avoided.clear()
-            self.admission.refused(self.ticket, refusal.retry_after)
+            self.services.admission.refused(self.ticket, refusal.retry_after)
 
     def _left(self, error: Exception) -> None:
         """Remember the replica that failed."""
@@ -173,22 +176,22 @@ class Attempts:
 
     def fault(self, fault: StageFault) -> None:
         """Count an answer that is the stage's fault."""
-        self.metrics.stage_faults.labels(self.stage, fault.kind).inc()
+        self.services.metrics.stage_faults.labels(self.stage, fault.kind).inc()
 
     def _pause(self, error: Exception, ours: ColaserveError) -> float | None:
         """Seconds to wait before the next attempt; None for none."""
-        most = self.limits.attempts if _code(error) in _BROKEN | _DOUBTFUL else 0
+        limits = self.services.limits
         if isinstance(ours, StepFailed):  # it would fail wherever it goes, and may take others with it
             return None
-        if self.failures >= most or self.doubtful >= _DOUBTFUL_ATTEMPTS:
+        if not _broke(error) or self.failures >= limits.attempts or self.doubtful >= _DOUBTFUL_ATTEMPTS:
             return None
         if self.failures == 1:
             return 0.0  # another replica may be there at once
-        return self.limits.retry_seconds * min(2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        return limits.retry_seconds * min(2 ** (self.failures - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
     def _gave_up(self, ours: ColaserveError) -> None:
         if isinstance(ours, Unavailable) or self.failures:
-            self.metrics.failovers.labels(self.stage, "failed").inc()
+            self.services.metrics.failovers.labels(self.stage, "failed").inc()
 
 
 def stage_error(stage: str, error: Exception) -> ColaserveError:
@@ -205,9 +208,12 @@ def stage_error(stage: str, error: Exception) -> ColaserveError:
 
 def _was_in_flight(error: Exception) -> bool:
     """Whether a call broke after a replica had begun with it."""
-    if not isinstance(error, grpc.RpcError) or _code(error) not in _BROKEN | _DOUBTFUL:
-        return False
-    return not (error.details() or "").startswith(_UNREACHED)
+    return isinstance(error, grpc.RpcError) and _broke(error) and not (error.details() or "").startswith(_UNREACHED)
+
+
+def _broke(error: Exception) -> bool:
+    """Whether another replica may do what this one did not."""
+    return _code(error) in _BROKEN | _DOUBTFUL
 
 
 def _code(error: Exception) -> StatusCode:

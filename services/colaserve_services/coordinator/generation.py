@@ -10,6 +10,7 @@ from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.plan import Plan, plan_generation
 from colaserve_services.coordinator.read_ahead import ReadAhead
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun
 from colaserve_services.coordinator.writer import Piece, Writer
 from colaserve_services.text import Tokenizer
 
@@ -29,8 +30,8 @@ async def generate(
         prompt = await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(services.tokenizer)
-        decoder = services.decoder(prefix, plan.blocks, plan.sampling, call, request.top_logprobs)
-        run = services.prior(prompt, plan.blocks, plan.sampler, plan.seed, ticket, on_wait=decoder.prior_waits)
+        decoder = DecoderRun(services, call, prefix, plan.blocks, plan.sampling, request.top_logprobs)
+        run = PriorRun(services, ticket, prompt, plan.blocks, plan.sampler, plan.seed, on_wait=decoder.prior_waits)
         prior = ReadAhead(run.blocks())
         try:
             async with prior, decoder:

@@ -14,7 +14,7 @@ from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
 from colaserve_services.coordinator.latent_space import check_fits
 from colaserve_services.coordinator.read_ahead import ReadAhead
-from colaserve_services.coordinator.runs import Span, context_blocks
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun, Span, context_blocks
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.text import join
 
@@ -119,8 +119,8 @@ async def _write(
     size, blocks = services.model.block_size, layout.end - layout.context
     canvas = rows.take(latents, 0, layout.end * size)
     prefix = rows.take(latents, 0, layout.context * size)
-    decoder = services.decoder(prefix, blocks, sampling, ticket.call)
-    run = services.prior(canvas, blocks, sampler, seed, ticket, layout.open_spans, decoder.prior_waits)
+    decoder = DecoderRun(services, ticket.call, prefix, blocks, sampling)
+    run = PriorRun(services, ticket, canvas, blocks, sampler, seed, layout.open_spans, decoder.prior_waits)
     ids: list[int] = []
     async with ReadAhead(run.blocks()) as prior, decoder:
         for _ in range(blocks):

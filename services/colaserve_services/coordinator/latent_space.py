@@ -15,6 +15,7 @@ from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
 
@@ -95,7 +96,7 @@ async def sample_latents(
     sampler = resolve_sampler(request.sampler, services.defaults)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, request.max_blocks)
     async with services.admission.slot(call, "prior", positions) as ticket:
-        blocks = services.prior(prefix, request.max_blocks, sampler, seed, ticket).blocks()
+        blocks = PriorRun(services, ticket, prefix, request.max_blocks, sampler, seed).blocks()
         try:
             async for block in blocks:
                 yield pb.SampleLatentsResponse(
@@ -154,9 +155,8 @@ async def decode_all(
     filling = rows.zeros(blocks * model.block_size - positions, model.latent_dim, model.space)
     whole = rows.join([latents, filling], model.latent_dim, model.space)
     out = Decoded()
-    async with services.decoder(
-        services.no_latents(), blocks, sampling, call, top_logprobs, targets, patient
-    ) as decoder:
+    prefix = services.no_latents()
+    async with DecoderRun(services, call, prefix, blocks, sampling, top_logprobs, targets, patient) as decoder:
         for index in range(blocks):
             block = rows.take(whole, index * model.block_size, (index + 1) * model.block_size)
             answer = await decoder.decode(block)

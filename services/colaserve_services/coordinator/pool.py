@@ -113,11 +113,8 @@ class Pool:
         """The next replica in turn that can take a call of a run of that brand (None: of any). While there are others,
         it is none of the `avoided` (addresses) and none that is silent. Raises NoReplica."""
         fitting = [each for each in self._replicas if self._can_take(each, brand)]
-        for better in (
-            [each for each in fitting if each.address not in avoided],
-            [each for each in fitting if each.address not in avoided and self._views[each.address].answers],
-        ):
-            fitting = better or fitting
+        fresh = [each for each in fitting if each.address not in avoided]
+        fitting = self.offers(brand, avoided) or fresh or fitting
         if not fitting:
             kept = " of the weights and dtype that began this run" if brand else ""
             raise NoReplica(f"no replica of the {self.stage}{kept} is ready")
@@ -125,12 +122,10 @@ class Pool:
         chosen = fitting[self._next % len(fitting)]
         return Choice(chosen, self._views[chosen.address].brand, time.monotonic())
 
-    def offers(self, brand: Brand | None, avoided: Collection[str]) -> bool:
-        """Whether a replica that answers, and is none of the `avoided`, can take a call of a run of that brand."""
-        return any(
-            each.address not in avoided and self._can_take(each, brand) and self._views[each.address].answers
-            for each in self._replicas
-        )
+    def offers(self, brand: Brand | None, avoided: Collection[str]) -> list[Replica]:
+        """The replicas that answer, are none of the `avoided` and can take a call of a run of that brand."""
+        taking = [each for each in self._replicas if each.address not in avoided and self._can_take(each, brand)]
+        return [each for each in taking if self._views[each.address].answers]
 
     @property
     def capacity(self) -> int:

@@ -6,15 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from colaserve.v1 import decoder_pb2, prior_pb2, types_pb2
 from colaserve_services.coordinator import checks, rows
+from colaserve_services.coordinator.admission import Ticket
+from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.checks import StageFault
 from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
-from colaserve_services.coordinator.stages import Model
+
+if TYPE_CHECKING:
+    from colaserve_services.coordinator.context import ServiceContext
 
 Span = tuple[int, int]
 
@@ -29,21 +33,23 @@ class PriorRun:
 
     def __init__(
         self,
-        model: Model,
+        services: ServiceContext,
+        ticket: Ticket,
         latents: types_pb2.Latents,
         blocks: int,
         sampler: types_pb2.Sampler,
         seed: types_pb2.NoiseSeed,
-        attempts: Attempts,
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
         written: Sequence[types_pb2.Latents] = (),
     ):
-        """`written`: its first blocks, where it goes on with what another run began."""
-        self._model, self._attempts = model, attempts
+        """`ticket`: of the call's slot. `on_wait` hears True when the run must wait for another replica, False when
+        that writes. `written`: its first blocks, where it goes on with what another run began."""
+        self._model, self._attempts = services.model, Attempts(services, ticket)
+        self._admission, self._ticket = services.admission, ticket
         self._latents, self._open, self._blocks = latents, tuple(open_spans), blocks
         self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
-        self.context = context_blocks(rows.count(latents), open_spans, model.block_size)  # blocks
+        self.context = context_blocks(rows.count(latents), open_spans, self._model.block_size)  # blocks
         self._written = list(written)
         self._unread: Any = None  # the stream, while a block of it is handed over
 
@@ -79,7 +85,7 @@ class PriorRun:
                 if self._unread is None:
                     return
                 self._unread = None
-                if len(self._written) < self._blocks and self._attempts.admission.outlasts(self._attempts.ticket):
+                if len(self._written) < self._blocks and self._admission.outlasts(self._ticket):
                     self._preempt()
                     return
             if len(self._written) < self._blocks:
@@ -95,7 +101,7 @@ class PriorRun:
 
     def _preempt(self) -> None:
         self._on_wait(True)
-        self._attempts.admission.preempt(self._attempts.ticket)
+        self._admission.preempt(self._ticket)
 
     def request(self) -> prior_pb2.SampleRequest:
         """What a replica is asked, given the blocks written so far."""
@@ -148,18 +154,20 @@ class DecoderRun:
 
     def __init__(
         self,
-        model: Model,
+        services: ServiceContext,
+        call: Call,
         prefix: types_pb2.Latents,
         blocks: int,
         sampling: types_pb2.Sampling,
-        attempts: Attempts,
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
+        patient: bool = False,
     ):
-        self._model, self._attempts = model, attempts
-        self._latents = [prefix]
+        """`patient`: the call has made progress already, so it waits longer for a full decoder."""
+        self._model, self._latents = services.model, [prefix]
         self._sampling, self._top, self._targets = sampling, top_logprobs, list(target_ids)
-        self._max_latents = rows.count(prefix) + blocks * model.block_size
+        self._max_latents = rows.count(prefix) + blocks * self._model.block_size
+        self._attempts = Attempts(services, Ticket(call, "decoder", self._max_latents, resuming=patient))
         self._ids: list[int] = []  # sampled so far, untrimmed
         self._call: Any = None
         self._decoding = self._let_go = False

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,6 @@ from colaserve_services.errors import (
     Overloaded,
     Unavailable,
 )
-from colaserve_services.rpc.metrics import Metrics
 from tests.waiting import eventually
 
 PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again
@@ -224,12 +224,13 @@ def test_a_resumed_request_always_fits_the_contract(data: st.DataObject):
     length = data.draw(st.integers(1, 40))
     flags = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     spans = [(i, i + 1) for i, is_open in enumerate(flags) if is_open]
-    run = PriorRun(MODEL, latents(length), 1, SAMPLER, SEED, ATTEMPTS, spans)
+    given_run = SERVICES, Ticket(Call(), "prior"), latents(length)
+    run = PriorRun(*given_run, 1, SAMPLER, SEED, spans)
     blocks = -(-length // 4) - run.context
     if blocks < 1:
         return
     for done in range(1, blocks):
-        run = PriorRun(MODEL, latents(length), blocks, SAMPLER, SEED, ATTEMPTS, spans, written=[latents(4)] * done)
+        run = PriorRun(*given_run, blocks, SAMPLER, SEED, spans, written=[latents(4)] * done)
         request = run.request()
         border = (run.context + done) * 4
         assert request.canvas.latents.values.shape[0] == max(border, length)
@@ -254,13 +255,14 @@ def latents(count: int) -> types_pb2.Latents:
 async def test_a_stream_whose_connection_was_lost_counts_as_one_that_broke(world, code, details):
     nothing = grpc.aio.Metadata()
     lost = grpc.aio.AioRpcError(code, nothing, nothing, details)
-    services, limits = world.coordinator.services, CoordinatorLimits(attempts=5, retry_seconds=0.001)
-    attempts = Attempts(services.pools["decoder"], Ticket(Call(), "decoder"), services.admission, limits, Metrics())
+    limits = CoordinatorLimits(attempts=5, retry_seconds=0.001)
+    attempts = Attempts(replace(world.coordinator.services, limits=limits), Ticket(Call(), "decoder"))
     for _ in range(4):  # a fault of the stage's own gets fewer
         await attempts.failed(lost)
     with pytest.raises(Unavailable, match="the decoder is not available"):
         await attempts.failed(lost)
 
 
-MODEL, SAMPLER = Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True), types_pb2.Sampler()
-ATTEMPTS: Any = SimpleNamespace(call=Call())  # nothing is asked
+SAMPLER = types_pb2.Sampler()
+MODEL = Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True)
+SERVICES: Any = SimpleNamespace(model=MODEL, admission=None)  # nothing is asked
