@@ -109,6 +109,15 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
             },
         ),
         "Reconstruct": (pb.ReconstructRequest, texts, {"texts": {"texts": [OTHER]}}),
+        "Logprobs": (
+            pb.LogprobsRequest,
+            {"text": ONE},
+            {
+                "text": {"text": OTHER},
+                "ids": {"text": "", "ids": {"ids": [77, 78, 79]}},
+                "top_logprobs": {"top_logprobs": 2},
+            },
+        ),
     }  # fmt: skip
 
 
@@ -126,7 +135,7 @@ def test_the_walk_covers_every_method_and_field() -> None:
     assert {*found, "GetInfo"} == {"Generate", *(method.name for method in service.methods)}
     # See the test below; what a salt changes is time, see test_prefix_cache.py.
     elsewhere = {"Generate": {"ignore_end", "print_special"}}
-    salted = {"Generate", "SampleLatents", "Infill"}
+    salted = {"Generate", "SampleLatents", "Infill", "Logprobs"}
     for method, (request, _, changes) in found.items():
         changed = set(changes) | elsewhere.get(method, set()) | ({"cache_salt"} if method in salted else set())
         assert changed == set(leaves(request.DESCRIPTOR)), method

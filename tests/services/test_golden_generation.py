@@ -144,6 +144,10 @@ async def test_the_latent_calls_work_on_a_real_model(golden):
             assert list(decoded.token_ids) == list(one.token_ids)
             bits = -np.mean(decoded.target_logprobs) / np.log(2)
             assert bits == pytest.approx(one.bits_per_token, rel=1e-5)
+            ids = {"ids": list(encoding.token_ids)}
+            scored = await served.latents.Logprobs(pb.LogprobsRequest(ids=ids, top_logprobs=3))
+            assert list(scored.logprobs) == list(decoded.target_logprobs)
+            assert [top.token_ids[0] for top in scored.top_logprobs] == list(one.token_ids)
         ends = {"start": {"text": texts[0]}, "end": {"text": texts[3]}, "points": 3}
         points = (await served.latents.Interpolate(pb.InterpolateRequest(**ends))).points
         assert points[-1].token_ids == served.tokenizer.before_end(rebuilt.reconstructions[3].token_ids)

@@ -48,6 +48,7 @@ async def generate(
             usage = watch.ended(len(plan.prompt_ids), writer, prior.received)
     end = Response(finish_reason=writer.finish_reason, usage=usage, timing=watch.total, seed=plan.seed)
     response.MergeFrom(end)
+    response.stop_string = writer.stop_string
     yield response
 
 

@@ -77,8 +77,7 @@ async def decode_latents(
         target_logprobs=decoded.target_logprobs,
         timing=decoded.timing,
     )
-    for before, likely in zip([None, *ids], response.top_logprobs, strict=False):
-        likely.tokens.extend(services.tokenizer.token_text(id_, before) for id_ in likely.token_ids)
+    _name_likely(services, response)
     return response
 
 
@@ -125,6 +124,43 @@ async def reconstruct(services: ServiceContext, request: pb.ReconstructRequest, 
         add_timing(response.timing, one.timing)
         await asyncio.sleep(0)  # 256 long texts take their time; other tasks run between them
     return response
+
+
+async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: Call) -> pb.LogprobsResponse:
+    """LatentService.Logprobs."""
+    services.admission.check(call)
+    call.use_salt(request.cache_salt)
+    if bool(request.text) == request.HasField("ids"):
+        raise InvalidRequest("text", "expected either a text that is not empty or ids")
+    check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
+    if request.HasField("ids"):
+        ids = services.checked(request.ids.ids, "ids")
+        if not ids:
+            raise InvalidRequest("ids", "got no ids, expected one or more")
+        check_fits(services, "ids", services.model.positions(len(ids)))
+    else:
+        [ids] = await tokenize_whole(services, [request.text], ["text"])
+    async with services.admission.slot(call):
+        answer = await services.encode([ids], call)
+        latents, sampling = answer.encodings[0].latents, decode_sampling(services, types_pb2.Sampling(temperature=0))
+        decoded = await decode_all(services, latents, sampling, call, request.top_logprobs, ids, patient=True)
+    response = pb.LogprobsResponse(
+        text=services.tokenizer.decode(ids),
+        token_ids=ids,
+        logprobs=decoded.target_logprobs,
+        top_logprobs=decoded.top[: len(ids)],
+        tokens=services.tokenizer.token_texts(ids),
+        text_offsets=services.tokenizer.offsets(ids),
+        timing=add_timing(answer.timing, decoded.timing),
+    )
+    _name_likely(services, response)
+    return response
+
+
+def _name_likely(services: ServiceContext, response: pb.DecodeLatentsResponse | pb.LogprobsResponse) -> None:
+    """Add the texts of the likely ids beside each id."""
+    for before, likely in zip([None, *response.token_ids], response.top_logprobs, strict=False):
+        likely.tokens.extend(services.tokenizer.token_text(id_, before) for id_ in likely.token_ids)
 
 
 def _reconstruction(services: ServiceContext, decoded: Decoded, original: Sequence[int]) -> pb.Reconstruction:

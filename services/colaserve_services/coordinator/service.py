@@ -93,6 +93,7 @@ class LatentServicer(_Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     Interpolate = _unary(interpolation.interpolate)
     Infill = _unary(infill.infill)
     Reconstruct = _unary(latent_space.reconstruct)
+    Logprobs = _unary(latent_space.logprobs)
 
     async def GetInfo(
         self, request: latent_service_pb2.LatentServiceGetInfoRequest, context: Any

@@ -56,6 +56,11 @@ class Writer:
         self.sent = 0
         self.finish_reason: Any = types_pb2.FINISH_REASON_UNSPECIFIED
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; empty: none did."""
+        return self._stops.hit.stop if self._stops.hit else ""
+
     def append(self, ids: Sequence[int], logprobs: Sequence[float] = (), tops: Sequence[Any] = ()) -> Piece:
         """Take a block's ids, untrimmed; return what is certain now. In the last block: all the rest."""
         skip, self._skip = min(self._skip, len(ids)), max(self._skip - len(ids), 0)

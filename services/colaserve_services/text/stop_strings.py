@@ -16,10 +16,11 @@ LONGEST: Final = 1000
 
 @dataclass(frozen=True)
 class Hit:
-    """An occurrence: characters [start, end) of the text pushed so far."""
+    """An occurrence: characters [start, end) of the text pushed so far, and the string found there."""
 
     start: int
     end: int
+    stop: str
 
 
 class StopStrings:
@@ -42,10 +43,10 @@ class StopStrings:
             return ""
         self._tail += text
         certain = len(self._tail) - max((_begun(stop, self._tail) for stop in self._stops), default=0)
-        found = [(start, start + len(stop)) for stop in self._stops if (start := self._tail.find(stop)) >= 0]
+        found = [(start, start + len(stop), stop) for stop in self._stops if (start := self._tail.find(stop)) >= 0]
         if found:
-            start, end = min(found)
-            self.hit, self.ended = Hit(self._passed + start, self._passed + end), start <= certain
+            start, end, stop = min(found)
+            self.hit, self.ended = Hit(self._passed + start, self._passed + end, stop), start <= certain
             certain = min(certain, start)
         return self._pass(certain)
 

@@ -93,6 +93,14 @@ class Tokenizer:
         """The text of each of a text's ids."""
         return [self.token_text(id_, before) for before, id_ in zip([None, *ids], ids, strict=False)]
 
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """Where each of a text's ids begins, in characters; a part of a character begins where that does."""
+        detokenizer, offsets, length = self.detokenizer(), [], 0
+        for id_ in ids:
+            offsets.append(length)
+            length += len(detokenizer.push(id_))
+        return offsets
+
     def before_end(self, ids: Sequence[int]) -> list[int]:
         """The ids before the first end or pad id."""
         ends = self.special.end | {self.special.pad}

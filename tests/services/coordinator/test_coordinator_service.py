@@ -193,6 +193,7 @@ async def test_every_latent_call_answers_over_the_wire(served):
     segments = [pb.InfillSegment(text="he "), pb.InfillSegment(token_count=3)]
     assert (await latents.Infill(pb.InfillRequest(segments=segments))).text.startswith("he ")
     assert (await latents.Reconstruct(pb.ReconstructRequest(texts=["he"]))).reconstructions
+    assert (await latents.Logprobs(pb.LogprobsRequest(text="he"))).logprobs
     assert (await latents.GetInfo(pb.LatentServiceGetInfoRequest())).space == served.prior.space
     assert (await served.generation.GetInfo(generation_pb2.GenerationServiceGetInfoRequest())).stages
 

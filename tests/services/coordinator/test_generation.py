@@ -192,6 +192,8 @@ async def test_a_stop_string_ends_the_text_before_it_across_blocks(make_world, t
     world = await make_world(scripted(tokenizer, text))
     responses = await world.generate(max_new_tokens=60, stop=stop)
     expected = text[: min(text.find(one) for one in stop if one in text)]
+    assert text[len(expected) :].startswith(responses[-1].stop_string)
+    assert [response.stop_string in stop for response in responses] == [False] * (len(responses) - 1) + [True]
     assert (text_of(responses), responses[-1].finish_reason) == (expected, STOP)
     ids = ids_of(responses)
     assert any(one in tokenizer.decode(ids) for one in stop), "the token that completes it is reported"

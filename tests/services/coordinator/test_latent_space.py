@@ -11,7 +11,13 @@ from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import lerp, slerp
 from colaserve_services.coordinator.interpolation import interpolate
-from colaserve_services.coordinator.latent_space import decode_latents, encode_text, reconstruct, sample_latents
+from colaserve_services.coordinator.latent_space import (
+    decode_latents,
+    encode_text,
+    logprobs,
+    reconstruct,
+    sample_latents,
+)
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
 from tests.services.coordinator.stage_fakes import SPACE, D, EchoDecoder
@@ -228,6 +234,31 @@ async def test_a_round_trip_is_greedy_and_without_penalty(make_world):
     await world.ask(reconstruct, pb.ReconstructRequest(texts=["a"]))
     sampling = world.decoder.calls[0].sampling
     assert (sampling.temperature, sampling.repetition_penalty) == (0, 1)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_each_token_of_a_text_has_its_log_probability_its_likely_ones_and_its_place(echo, as_ids: bool):
+    text = "He looked, 日本"
+    ids = echo.tokenizer.encode(text)
+    given = {"ids": types_pb2.TokenIds(ids=ids)} if as_ids else {"text": text}
+    response = await echo.ask(logprobs, pb.LogprobsRequest(top_logprobs=2, **given))
+    assert (response.text, list(response.token_ids)) == (text, ids)
+    assert list(response.logprobs) == [-1.0] * len(ids)
+    assert [len(top.token_ids) for top in response.top_logprobs] == [len(top.tokens) for top in response.top_logprobs]
+    assert len(response.top_logprobs) == len(response.tokens) == len(ids)
+    for token, offset in zip(response.tokens, response.text_offsets, strict=True):
+        assert "\ufffd" in token or text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [({}, "text"), ({"text": "a", "ids": {"ids": [5]}}, "text"), ({"ids": {"ids": []}}, "ids: got no ids"),
+     ({"ids": {"ids": [10**6]}}, "ids: token id"), ({"ids": {"ids": [5] * 1000}}, "ids"),
+     ({"text": "ab " * 300}, "text"), ({"text": "a", "top_logprobs": 21}, "top_logprobs")],
+)  # fmt: skip
+async def test_what_cannot_be_scored_is_named(world, fields: dict[str, Any], match: str):
+    with pytest.raises(InvalidRequest, match=match):
+        await world.ask(logprobs, pb.LogprobsRequest(**fields))
 
 
 @pytest.mark.parametrize("interpolation", ["INTERPOLATION_LERP", "INTERPOLATION_SLERP", "INTERPOLATION_UNSPECIFIED"])

@@ -35,7 +35,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., print_special: bool = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed", "tokens", "text_offsets")
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed", "tokens", "text_offsets", "stop_string")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class GenerateResponse(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEXT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRING_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -58,7 +59,8 @@ class GenerateResponse(_message.Message):
     seed: _types_pb2.NoiseSeed
     tokens: _containers.RepeatedScalarFieldContainer[str]
     text_offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    stop_string: str
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., stop_string: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text",)

@@ -218,6 +218,36 @@ class Reconstruction(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., original_ids: _Optional[_Iterable[int]] = ..., token_accuracy: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class LogprobsRequest(_message.Message):
+    __slots__ = ("text", "ids", "top_logprobs", "cache_salt")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    ids: _types_pb2.TokenIds
+    top_logprobs: int
+    cache_salt: str
+    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class LogprobsResponse(_message.Message):
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "tokens", "text_offsets", "timing")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TopLogprobs]
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    text_offsets: _containers.RepeatedScalarFieldContainer[int]
+    timing: _types_pb2.Timing
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
 class LatentServiceGetInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

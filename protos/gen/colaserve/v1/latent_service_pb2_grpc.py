@@ -66,6 +66,11 @@ class LatentServiceStub(object):
                 request_serializer=colaserve_dot_v1_dot_latent__service__pb2.ReconstructRequest.SerializeToString,
                 response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.ReconstructResponse.FromString,
                 _registered_method=True)
+        self.Logprobs = channel.unary_unary(
+                '/colaserve.v1.LatentService/Logprobs',
+                request_serializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsRequest.SerializeToString,
+                response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/colaserve.v1.LatentService/GetInfo',
                 request_serializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceGetInfoRequest.SerializeToString,
@@ -120,6 +125,15 @@ class LatentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Logprobs(self, request, context):
+        """Log-probabilities of a given text's tokens, as the model's own reconstruction gives them: the text is encoded, the
+        decoder decodes the latents block by block with those before them, and its raw logits are looked up at the given
+        ids. This says how well the latent space keeps each token, not how likely the prior finds the text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """Describes the space and its limits.
         """
@@ -159,6 +173,11 @@ def add_LatentServiceServicer_to_server(servicer, server):
                     servicer.Reconstruct,
                     request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.ReconstructRequest.FromString,
                     response_serializer=colaserve_dot_v1_dot_latent__service__pb2.ReconstructResponse.SerializeToString,
+            ),
+            'Logprobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.Logprobs,
+                    request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsRequest.FromString,
+                    response_serializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -330,6 +349,33 @@ class LatentService(object):
             '/colaserve.v1.LatentService/Reconstruct',
             colaserve_dot_v1_dot_latent__service__pb2.ReconstructRequest.SerializeToString,
             colaserve_dot_v1_dot_latent__service__pb2.ReconstructResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Logprobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/colaserve.v1.LatentService/Logprobs',
+            colaserve_dot_v1_dot_latent__service__pb2.LogprobsRequest.SerializeToString,
+            colaserve_dot_v1_dot_latent__service__pb2.LogprobsResponse.FromString,
             options,
             channel_credentials,
             insecure,
