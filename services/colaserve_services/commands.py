@@ -51,7 +51,7 @@ UP = """Serve a checkpoint: text, latents and OpenAI's API on one machine.
 
 \b
 colaserve up                                 # the bundled checkpoint, all in one process
-colaserve up --model ~/models/Cola-DLM       # another one, fetched with `colaserve pull`
+colaserve up ByteDance-Seed/Cola-DLM         # one of the Hugging Face Hub, or a folder
 colaserve up --split --replicas prior=2      # a process for every role, as in production
 colaserve up --device cuda --dtype bfloat16
 

@@ -31,7 +31,7 @@ PORT = click.IntRange(0, 65535)
 TEXT = Text()
 TRIMMED = Trimmed()
 FILE = TrimmedPath(path_type=Path, dir_okay=False)
-FOLDER = click.Path(path_type=Path)
+MODEL = click.Path()
 DTYPES = click.Choice(["auto", "float32", "bfloat16"])
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
@@ -174,7 +174,9 @@ class RoleCommand(click.Command, Generic[S]):
     def __init__(self, name: str, settings: type[S], work: Callable[[S, Mapping[str, str]], None], text: str):
         self.sections = sections_of(settings)
         options = [each for section in self.sections.values() for each in section]
-        super().__init__(name, params=list(options), help=text, callback=self._run)
+        # `colaserve up MODEL` is `colaserve up --model MODEL`
+        arguments = [click.Argument(["checkpoint"], type=MODEL, required=False, metavar="[MODEL]")] * (name == "up")
+        super().__init__(name, params=[*arguments, *options], help=text, callback=self._run)
         self._settings, self._work = settings, work
         self._said: dict[str, str] = {}
 
@@ -194,7 +196,12 @@ class RoleCommand(click.Command, Generic[S]):
                 for name, value in said.items()
                 if name in names
             }
-            return super().parse_args(ctx, args)
+            left = super().parse_args(ctx, args)
+            if model := ctx.params.pop("checkpoint", None):
+                if "model" in said:
+                    raise click.UsageError("the model is given twice, as an argument and with --model", ctx)
+                ctx.params["model"] = model
+            return left
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,25 +17,29 @@ LINE_SECONDS = 5.0  # between two log lines
 _log = logging.getLogger(__name__)
 
 
-class Progress:
-    """Callable with (bytes done, bytes in all)."""
+class Progress(tqdm):
+    """Called with (bytes done, bytes in all), or updated as a tqdm bar by a library that makes it."""
 
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic):
-        self._what, self._clock, self._said = what, clock, clock()
+    def __init__(self, desc: str = "", clock: Callable[[], float] = time.monotonic, **given: Any):
+        self._what, self._clock, self._said = desc, clock, clock()
         off = True if logs.are_json() else None  # None: off where there is no terminal
-        self._bar = tqdm(desc=what, unit="B", unit_scale=True, delay=QUIET_SECONDS, leave=False, disable=off)
+        given |= {"unit": "B", "unit_scale": True, "delay": QUIET_SECONDS, "leave": False, "disable": off}
+        super().__init__(desc=desc, **given)
 
     def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        now = self._clock()
-        if self._bar.disable and now - self._said > LINE_SECONDS:
-            self._said, share = now, round(done / max(total, 1), 2)
-            _log.info("%s: %d%% of %s", self._what, 100 * share, size(total), extra={"fields": {"share": share}})
+        self.total = total
+        self.update(done - self.n)
 
-    def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
+    def update(self, n: float | None = 1) -> bool | None:
+        """So many bytes more."""
+        if not self.disable:
+            return super().update(n)
+        self.n += n or 0
+        now, total = self._clock(), self.total or 0
+        if now - self._said > LINE_SECONDS:
+            self._said, share = now, round(self.n / max(total, 1), 2)
+            _log.info("%s: %d%% of %s", self._what, 100 * share, size(total), extra={"fields": {"share": share}})
+        return None
 
 
 def size(count: float) -> str:

@@ -62,7 +62,7 @@ def run_stage(stage: str, settings: EncoderSettings | PriorSettings | DecoderSet
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
-        checkpoint = await in_thread(Checkpoint.open, settings.checkpoint)
+        checkpoint = await _checkpoint(settings)
         stages = await _stages(host, (stage,), settings, checkpoint)
         await host.serve_grpc(stages.services[stage], context_bytes=_context_bytes(settings, checkpoint))
         await stages.warm_up()
@@ -78,7 +78,7 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
-        checkpoint = await in_thread(Checkpoint.open, settings.checkpoint)
+        checkpoint = await _checkpoint(settings)
         changed = asyncio.Event()
         replicas = {
             name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
@@ -121,8 +121,8 @@ def run_all(settings: UpSettings) -> None:
 
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
-        checkpoint = await in_thread(Checkpoint.open, settings.checkpoint)
-        host.description = description(settings.checkpoint)
+        checkpoint = await _checkpoint(settings)
+        host.description = description(checkpoint.directory)
         running = await _stages(host, STAGES, settings, checkpoint)
         encoder, prior, decoder = (LocalStub(running.services[name]) for name in STAGES)
         stages = Stages(encoder, prior, decoder)
@@ -135,6 +135,10 @@ def run_all(settings: UpSettings) -> None:
         await _gateway(host, settings, coordinator_stub(LocalStub(generation), LocalStub(latent)))
 
     run("colaserve", settings, assemble)
+
+
+async def _checkpoint(settings: Model) -> Checkpoint:
+    return await in_thread(lambda: Checkpoint.open(settings.folder()))
 
 
 def _context_bytes(settings: Model, checkpoint: Checkpoint) -> int:

@@ -11,12 +11,13 @@ import click
 
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import UsageError
+from colaserve_services.launch.hub import checkpoint_folder
 from colaserve_services.launch.options import (
     BYTES,
     COUNT,
     DTYPES,
     FILE,
-    FOLDER,
+    MODEL,
     PORT,
     POSITIVE,
     SECONDS,
@@ -58,15 +59,22 @@ class Processes:
 class Model:
     """Model"""
 
-    model: Path = option(DEMO, "Folder with cola_dlm/ and tokenizer.json.", FOLDER, "the bundled checkpoint")
+    model: str = option(
+        "",
+        "Folder with cola_dlm/ and tokenizer.json, or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
+        MODEL,
+        "the bundled checkpoint",
+    )
     max_context: int = option(8192, "Latents of one session, prompt and generation together.", POSITIVE)
 
-    @property
-    def checkpoint(self) -> Path:
-        """The checkpoint's folder; UsageError when the bundled one is asked for and not there."""
-        if self.model == DEMO and not (DEMO / "tokenizer.json").is_file():
-            raise UsageError(f"--model: this installation has no bundled checkpoint ({DEMO}); name a folder")
-        return self.model
+    def folder(self) -> Path:
+        """The checkpoint's folder, fetched from the Hub if need be; blocks. Raises UsageError, Unavailable and
+        CheckpointError."""
+        if self.model:
+            return checkpoint_folder(self.model)
+        if not (DEMO / "tokenizer.json").is_file():
+            raise UsageError(f"--model: this installation has no bundled checkpoint ({DEMO}); name one")
+        return DEMO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +144,7 @@ class Requests:
     defaults: Path | None = option(
         None, "JSON file of what requests leave unset, in the form of generation_config.json, which it overrules.", FILE
     )
-    served_model_name: str = option("", "Name clients ask for.", shown="the model folder's")
+    served_model_name: str = option("", "Name clients ask for.", shown="the Hub's, else the folder's")
     max_generations: int = option(
         256, "Calls that the coordinator works on at once; twice as many may be queued.", POSITIVE
     )

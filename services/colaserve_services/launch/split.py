@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Mapping
 from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.children import Child, ChildSettings, reachable
 from colaserve_services.launch.options import STAGES
-from colaserve_services.launch.process import check_ports, description, keep_grpc, write_ports
+from colaserve_services.launch.process import check_ports, description, in_thread, keep_grpc, write_ports
 from colaserve_services.launch.settings import ROLE_KEY, UpSettings, check_tls, role_key
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs
@@ -100,28 +100,30 @@ def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
     """Run all roles until a signal. Raises ColaserveError when one of them cannot start."""
     check_ports(settings)
     check_tls(settings)
-    about = description(settings.checkpoint)  # where the bundled one is missing, this says so once
     logs.configure(settings.log, "colaserve")
     try:
-        asyncio.run(_run(settings, said, about))
+        asyncio.run(_run(settings, said))
     finally:
         flush_or_drop()
 
 
-async def _run(settings: UpSettings, said: Mapping[str, str], about: str) -> None:
+async def _run(settings: UpSettings, said: Mapping[str, str]) -> None:
     keep_grpc()
     children, signals = Children(settings, said), Signals()
     number: int | None = None
     try:
-        number = await signals.ended(_start_and_watch(children, settings, about))
+        number = await signals.ended(_start_and_watch(children, settings))
     finally:
         gentle = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         if await signals.ended(children.stop(gentle)):
             await children.kill()
 
 
-async def _start_and_watch(children: Children, settings: UpSettings, about: str) -> None:
+async def _start_and_watch(children: Children, settings: UpSettings) -> None:
     started = time.monotonic()
+    folder = await in_thread(settings.folder)  # fetched once; where the bundled one is missing, this says so once
+    for child in children.all[:-1]:  # all but the gateway
+        child.add_arguments(f"--model={folder}")
     await children.unless_one_ends(children.start())
     if settings.ports_file is not None:
         write_ports(settings.ports_file, children.addresses)
@@ -129,5 +131,5 @@ async def _start_and_watch(children: Children, settings: UpSettings, about: str)
     for name, addresses in children.addresses.items():
         lines.append(f"  {name:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()))
     as_json, text = settings.log.format == "json", "\n".join(lines)
-    announce("colaserve", as_json, text, about, addresses=children.addresses)
+    announce("colaserve", as_json, text, description(folder), addresses=children.addresses)
     await children.keep_running()

@@ -22,7 +22,7 @@ class Checkpoint:
         self.directory = directory
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such folder")
-        self.name = directory.resolve().name
+        self.name = _name(directory.resolve())
         self.tokenizer_path = directory / "tokenizer.json"
         if not self.tokenizer_path.is_file():
             raise CheckpointError(f"{self.tokenizer_path}: no such file")
@@ -58,3 +58,11 @@ class Checkpoint:
         return ModelShape(
             vae.latent_dim, dit.block_size, vae.block_size, vae.patch_size, vae.vocab_size, parameters=parameters
         )
+
+
+def _name(folder: Path) -> str:
+    """The folder's, or the Hub id of a snapshot in the Hub's cache: models--OWNER--NAME/snapshots/COMMIT."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name

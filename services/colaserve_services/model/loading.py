@@ -44,7 +44,7 @@ def load(
             if isinstance(owner, Linear) and not any(each.is_meta for each in owner.parameters(recurse=False)):
                 owner.pack()
             done += folder.entries[name].nbytes
-            if progress:
+            if progress is not None:
                 progress(done, total)
     return model.eval()
 

@@ -8,10 +8,15 @@ from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/tiny"
+BELOW = "/mirror/hub"  # as a registry that mirrors the Hub has it
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of a folder. `cut` ends a download after so many bytes; `asked` lists (method, path, range)."""
+    """Serves the files of a folder below a path; `asked` lists (method, path, range).
+
+    `token`, where set, must be sent. `cut` ends a download after so many bytes, `wrong` has other bytes in place of a
+    file's, and the last byte of the file `stall` never comes.
+    """
 
     daemon_threads = True
 
@@ -19,13 +24,17 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
         self.cut: dict[str, int] = {}
+        self.wrong: dict[str, bytes] = {}
+        self.token: str | None = None
+        self.stalled = threading.Event()
+        self.stall = ""
         self.asked: list[tuple[str, str, str | None]] = []
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"http://127.0.0.1:{self.server_port}{BELOW}"
 
     def close(self):
         self.shutdown()
@@ -72,7 +81,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body):
         path = self.path.partition("?")[0]
         self.server.asked.append((self.command, path, self.headers.get("range")))
-        if path.startswith("/api/models/"):
+        below, path = path[: len(BELOW)], path[len(BELOW) :]
+        if below != BELOW:
+            self._send(404, b"not below the path", {}, body)
+        elif self.server.token and self.headers.get("authorization") != f"Bearer {self.server.token}":
+            self._send(401, b"{}", {"x-error-code": "RepoNotFound"}, body)
+        elif path.startswith("/api/models/"):
             self._model(path.removeprefix("/api/models/"), body)
         elif path.startswith(f"/{REPOSITORY}/resolve/{COMMIT}/"):
             self._file(path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/"), body)
@@ -97,12 +111,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", {"x-error-code": "EntryNotFound"}, body)
         tag = sha256(data) if path.endswith(".safetensors") else git_hash(data)
         headers = {"etag": f'"{tag}"', "x-repo-commit": COMMIT, "accept-ranges": "bytes"}
+        data = self.server.wrong.get(path, data)
         begin = int((self.headers.get("range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if begin:
             headers["content-range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
-        return self._send(
-            206 if begin else 200, data[begin:], headers, body, self.server.cut.pop(path, None) if body else None
+        cut = self.server.cut.pop(path, None) if body else None
+        self._send(
+            206 if begin else 200, data[begin:], headers, body, len(data) - 1 if path == self.server.stall else cut
         )
+        if body and path == self.server.stall:
+            self.server.stalled.set()
+            self.rfile.read(1)  # until the other side ends
+        return None
 
     def _send(self, status, data, headers, body, cut=None):
         self.send_response(status)

@@ -1,114 +1,193 @@
-"""Fetching a checkpoint from a hub: it arrives whole, also after a break, and what is wrong is one line."""
+"""Fetching a checkpoint from a hub, with `pull` and with --model: it arrives whole and is compared, also after a break;
+what is in the Hub's cache is served without asking; what is wrong is one line."""
 
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 
+import httpx
 import pytest
-from click.testing import CliRunner
 
-from colaserve_services.pull import pull as command
-from colaserve_services.pull import wanted
+from colaserve_services.launch.hub import HubId
+from colaserve_services.model.checkpoint import Checkpoint
 from tests.conftest import GOLDEN
-from tests.services.pull.hub import REPOSITORY, Hub
+from tests.services.launch.processes import FREE_PORTS, started
+from tests.services.pull.hub import COMMIT, REPOSITORY, Hub
+from tests.waiting import wait_until
 
 LONG = "README.md"
 WEIGHTS = "cola_dlm/cola_dit/model.safetensors"
+NOT_WANTED = (
+    "pytorch_model.bin", "run.py", "examples/tokenizer.json", "golden.json", "golden.safetensors",
+    "cola_dlm/cola_dit/optimizer.pt", "cola_dlm/cola_dit/old/model.safetensors",
+)  # fmt: skip
+PULL = [sys.executable, "-c", "from colaserve_services.pull import pull; pull()"]
+ROLE = [sys.executable, "-m", "colaserve_services.launch"]
+NOTHING = "http://127.0.0.1:9"
 
 
 @pytest.fixture
-def source(tmp_path):
-    """The tiny checkpoint with some files that nobody should fetch."""
+def hub(tmp_path):
+    """Has the tiny checkpoint with some files that nobody should fetch."""
     folder = tmp_path / "source"
     shutil.copytree(GOLDEN / "tiny_b4", folder)
-    for name in ("pytorch_model.bin", "cola_dlm/cola_dit/optimizer.pt", "run.py"):
+    for name in NOT_WANTED:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not wanted")
     (folder / LONG).write_bytes(b"about it\n" * 2_500_000)  # longer than what the library writes at a time
-    for name in ("golden.json", "golden.safetensors"):
-        (folder / name).unlink()
-    return folder
-
-
-@pytest.fixture
-def hub(source):
-    made = Hub(source)
+    made = Hub(folder)
     yield made
     made.close()
 
 
-def pull(hub, target, *arguments, repository=REPOSITORY):
-    environment = {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": str(target.parent / "hf")}
-    return CliRunner().invoke(command, [repository, "--dir", str(target), *arguments], env=environment)
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "hf"
+
+
+def environment(hub, home, **more):
+    url = hub if isinstance(hub, str) else hub.url
+    return {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
+
+
+def run(command, *arguments, **settings):
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=100, **settings)
 
 
 def failure(done, code=1):
-    """The one line that says why, after the line that says what is fetched."""
-    assert done.exit_code == code, done.output
-    assert isinstance(done.exception, SystemExit)
+    """The one line that says why, after the lines that say what is done."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_a_checkpoint_arrives_whole_also_after_a_break_and_is_checked(hub, tmp_path):
-    target, size = tmp_path / "model", len(hub.files[LONG])
+def files_asked(hub, since=0):
+    return [path for method, path, _ in hub.asked[since:] if method == "GET" and "/resolve/" in path]
+
+
+def test_a_checkpoint_arrives_whole_also_after_a_break_and_is_checked(hub, home, tmp_path):
+    target, size, env = tmp_path / "model", len(hub.files[LONG]), environment(hub, home)
     hub.cut[LONG] = size - 1000
-    first = pull(hub, target)
-    if first.exit_code:  # the client library may also go on by itself
-        failure(first)
-        assert pull(hub, target).exit_code == 0
-    ranges = [asked for method, path, asked in hub.asked if method == "GET" and path.endswith(LONG)]
-    resumed = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges if asked]
-    assert resumed
-    assert resumed[0] >= size // 2
+    done = run(PULL, REPOSITORY, "--dir", target, env=env)
+    assert done.returncode == 0, done.stderr
+    assert f"colaserve up {target}" in done.stdout
+    resumed = [asked for method, path, asked in hub.asked if method == "GET" and path.endswith(LONG) and asked]
+    assert int(resumed[0].removeprefix("bytes=").partition("-")[0]) >= size // 2
     for name, data in hub.files.items():
-        assert (target / name).is_file() is wanted(name), name
-        if wanted(name):
+        assert (target / name).is_file() is (name not in NOT_WANTED), name
+        if name not in NOT_WANTED:
             assert (target / name).read_bytes() == data
 
     before = len(hub.asked)
-    again = pull(hub, target)
-    assert again.exit_code == 0
-    assert "colaserve up --model" in again.stdout
-    assert not [path for method, path, _ in hub.asked[before:] if method == "GET" and "resolve" in path]
-
     with (target / WEIGHTS).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    assert f"{target / WEIGHTS}: is not the Hub's file" in failure(pull(hub, target, "--check"))
-    (target / "tokenizer.json").write_text("{}")
+    check = (PULL, REPOSITORY, "--dir", target, "--check")
+    assert f"{target / WEIGHTS}: is not the Hub's" in failure(run(*check, env=env))
     (target / WEIGHTS).write_bytes(hub.files[WEIGHTS])
-    assert "tokenizer.json: is not the Hub's file" in failure(pull(hub, target, "--check"))
     (target / "tokenizer.json").unlink()
-    assert "tokenizer.json: missing" in failure(pull(hub, target, "--check"))
+    assert "tokenizer.json: missing" in failure(run(*check, env=env))
+    assert not files_asked(hub, before)
 
 
-def test_a_repository_whose_files_do_not_make_a_model_is_refused(source, tmp_path):
-    shutil.copy(source / "cola_dlm/cola_vae/model.safetensors", source / WEIGHTS)
-    hub = Hub(source)
+def test_up_takes_an_id_fetches_it_into_the_cache_and_is_called_by_it(hub, home, tmp_path):
+    hub.token = "hf_secret"
+    env = environment(f"{hub.url}/", home, HF_TOKEN=hub.token)
+    with started(tmp_path, "up", REPOSITORY, *FREE_PORTS, model=None, env=env) as running:
+        assert served_names(running) == [REPOSITORY]
+    assert f"someone/tiny at main is {COMMIT}" in (tmp_path / "log.txt").read_text()
+    before = len(hub.asked)
+    with started(tmp_path, "up", *FREE_PORTS, model=f"{REPOSITORY}@main", env=env | {"HF_HUB_OFFLINE": "1"}) as running:
+        assert served_names(running) == [REPOSITORY]
+    assert len(hub.asked) == before
+
+    [snapshot] = (home / "hub/models--someone--tiny/snapshots").iterdir()
+    assert (snapshot / WEIGHTS).is_symlink()
+    (tmp_path / "link").symlink_to(snapshot)
+    assert {Checkpoint.open(folder).name for folder in (snapshot, tmp_path / "link")} == {REPOSITORY}
+
+
+def served_names(running):
+    return [model["id"] for model in httpx.get(f"{running.http}/v1/models").json()["data"]]
+
+
+def test_bytes_that_are_not_the_hubs_are_never_served(hub, home):
+    env, role = environment(hub, home), ("encoder", *FREE_PORTS[::2], "--model", REPOSITORY)
+    hub.wrong[WEIGHTS] = hub.files[WEIGHTS][:-1] + b"\xff"
+    for _ in range(2):
+        line = failure(run(ROLE, *role, env=env))
+        assert f"is not the Hub's {WEIGHTS}" in line
+    blob = line.split(": is not")[0].removeprefix("Error: ")
+    os.unlink(blob)
+    hub.wrong.clear()
+    before = len(hub.asked)
+    assert run(PULL, REPOSITORY, env=env).returncode == 0
+    assert [path.partition(COMMIT)[2] for path in files_asked(hub, before)] == [f"/{WEIGHTS}"]
+
+
+def test_a_signal_ends_a_role_that_fetches_at_once(hub, home, tmp_path):
+    hub.stall = WEIGHTS
+    with (tmp_path / "log.txt").open("w") as log:
+        command = [*ROLE, "prior", *FREE_PORTS[::2], "--model", REPOSITORY]
+        process = subprocess.Popen(command, stderr=log, env=environment(hub, home))
     try:
-        assert "is missing" in failure(pull(hub, tmp_path / "model"))
+        wait_until(hub.stalled.is_set, 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
     finally:
-        hub.close()
+        process.kill()
+        process.wait()
 
 
-def test_what_is_not_there_is_said_in_one_line(hub, tmp_path):
-    target = tmp_path / "model"
-    assert "no such repository" in failure(pull(hub, target, repository="someone/else"), 2)
-    assert "has no 'v9'" in failure(pull(hub, target, "--revision", "v9"), 2)
-    assert "no repository's name" in failure(pull(hub, target, repository="a/b/c/d"), 2)
-    assert "cannot be reached" in failure(pull("http://127.0.0.1:9", target))
-    assert "model: no such folder" in failure(pull(hub, target, "--check"))
-    assert not target.exists()
+def test_what_the_hub_does_not_have_or_say_is_said_in_one_line(hub, home, tmp_path):
+    env = environment(hub, home)
+    role = (ROLE, "encoder", *FREE_PORTS[::2], "--model")
+    assert "--model: someone/else is no folder here; someone/else: no such repository" in failure(
+        run(*role, "someone/else", env=env), 2
+    )
+    assert "someone/tiny has no revision 'v9'" in failure(run(*role, f"{REPOSITORY}@v9", env=env), 2)
+    assert "no repository's name" in failure(run(PULL, "a/b/c/d", env=env), 2)
+    assert "a/b/c: no such folder" in failure(run(*role, "a/b/c", env=env))
+    hub_is_away = failure(run(*role, REPOSITORY, env=environment(NOTHING, home)))
+    assert "the Hub cannot be reached for someone/tiny" in hub_is_away
+    assert "HF_HUB_OFFLINE" in failure(run(*role, REPOSITORY, env=env | {"HF_HUB_OFFLINE": "1"}))
+    assert "no such folder" in failure(run(PULL, REPOSITORY, "--check", env=env))
+    hub.files = {name: data for name, data in hub.files.items() if not name.endswith(".safetensors")}
+    assert "is it a Cola-DLM checkpoint?" in failure(run(PULL, REPOSITORY, env=env))
+    assert "given twice" in failure(run(ROLE, "up", REPOSITORY, "--model", REPOSITORY, env=env), 2)
+
+
+def test_a_failure_of_the_disk_is_not_said_to_be_the_hubs(hub, home, tmp_path):
+    def bound():  # bytes of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+
+    line = failure(run(PULL, REPOSITORY, env=environment(hub, home), preexec_fn=bound), 2)
+    assert "cannot be written: File too large" in line
+    home.parent.joinpath("file").write_text("")
+    line = failure(run(PULL, REPOSITORY, env=environment(hub, home.parent / "file")), 2)
+    assert f"{home.parent / 'file'}" in line
+    assert "cannot be written: Not a directory" in line
+
+
+def test_a_repository_whose_files_do_not_make_a_model_is_refused(hub, home):
+    hub.files[WEIGHTS] = hub.files["cola_dlm/cola_vae/model.safetensors"]
+    assert "is missing" in failure(run(PULL, REPOSITORY, env=environment(hub, home)))
 
 
 @pytest.mark.parametrize(
-    ("path", "is_wanted"),
+    ("text", "expected"),
     [
-        ("tokenizer.json", True),
-        ("cola_dlm/cola_vae/config.json", True),
-        ("cola_dlm/cola_dit/model-00001-of-00004.safetensors", True),
-        ("cola_dlm/cola_dit/model.safetensors.index.json", True),
-        ("cola_dlm/cola_dit/pytorch_model.bin", False),
-        ("cola_dlm/cola_dit/old/model.safetensors", False),
-        ("examples/tokenizer.json", False),
+        ("ByteDance-Seed/Cola-DLM", ("ByteDance-Seed/Cola-DLM", "main")),
+        ("a/b@refs/pr/1", ("a/b", "refs/pr/1")),
+        ("a/b@", None),
+        ("model", None),
+        ("./models/theirs", None),
+        ("/models/theirs", None),
+        ("a/b/c", None),
     ],
 )
-def test_only_what_is_served_is_fetched(path, is_wanted):
-    assert wanted(path) is is_wanted
+def test_an_id_is_an_owner_and_a_name_and_no_path(text, expected):
+    assert HubId.parse(text) == expected
