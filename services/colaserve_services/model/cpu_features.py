@@ -26,6 +26,8 @@ def lacks_bfloat16() -> str | None:
     return None
 
 
-def packs_bfloat16() -> bool:
-    """Whether weights in oneDNN's blocked layout make products of bfloat16 faster: its reorder is tuned for x86."""
-    return lacks_bfloat16() is None and platform.machine() == "x86_64"
+def packs(dtype: torch.dtype) -> bool:
+    """Whether weights in oneDNN's blocked layout make products faster: its reorder is tuned for x86."""
+    if platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and lacks_bfloat16() is None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from colaserve_services.model.cpu_features import lacks_bfloat16, packs_bfloat16
+from colaserve_services.model.cpu_features import lacks_bfloat16, packs
 
 # attend(layer, q, k, v) -> output: mixes rows. Queries, keys and values are (..., heads, head_dim), after norm and
 # rotary; the leading dimensions are those of the rows that the network was called with. Queries and keys may be float32
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self._packed is not None:
-            x = x.to(torch.bfloat16)
+            x = x.to(self.weight.dtype)
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *_FUSED[self.activation])
         if self._widens:
             return self._widened(x)
@@ -52,18 +52,18 @@ class Linear(nn.Linear):
         return _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
 
     def pack(self) -> None:
-        """Choose the fastest way to multiply with a bfloat16 weight on this CPU; nothing in other dtypes or on GPUs.
+        """Choose the fastest way to multiply with a float32 or bfloat16 weight on this CPU; nothing on GPUs.
 
-        oneDNN's blocked layout alone is kept, tuned for a few rows, where that is to be had.
+        Where oneDNN's blocked layout makes it faster, that alone is kept, tuned for a few rows.
         """
         weight = self.weight.detach()
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        if weight.device.type != "cpu":
             return
-        if packs_bfloat16():
+        if packs(weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
             self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
         else:
-            self._widens = lacks_bfloat16() is not None
+            self._widens = weight.dtype == torch.bfloat16 and lacks_bfloat16() is not None
 
     def _widened(self, x: Tensor) -> Tensor:
         """Computed in float32, some rows of the weight at a time: without the hardware bfloat16 takes ten times that.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model import cpu_attention
-from colaserve_services.model.cpu_features import lacks_bfloat16, packs_bfloat16
+from colaserve_services.model.cpu_features import lacks_bfloat16, packs
 
 CPU = torch.device("cpu")
 needs_it = pytest.mark.skipif(
@@ -112,7 +112,7 @@ def test_it_takes_what_it_can_compute_and_leaves_the_rest() -> None:
     assert not cpu_attention.takes(torch.device("cuda"), torch.bfloat16, 64)
 
 
-@pytest.mark.skipif(not packs_bfloat16(), reason=f"no AVX512-BF16: {lacks_bfloat16()}")
+@pytest.mark.skipif(not packs(torch.bfloat16), reason=f"no AVX512-BF16: {lacks_bfloat16()}")
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_an_installation_with_a_compiler_has_it() -> None:
     """Elsewhere in these tests it may be missing; here it may not."""
