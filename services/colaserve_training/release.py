@@ -28,7 +28,7 @@ from colaserve_services.model.text_vae import PatchEmbedder, TextVAE
 from colaserve_services.model.weights import WeightFolder
 from colaserve_services.text.special_ids import SpecialIds
 from colaserve_training.state import publish, stored_states
-from colaserve_training.tokenizer import END_ID, IM_END_ID, PAD_ID, save_tokenizer
+from colaserve_training.tokenizer import OWN_IDS, save_tokenizer, write_tokenizer_config
 
 # Keys that the released files have beside those that change the numbers.
 VAE_FIXED: dict[str, Any] = {
@@ -37,7 +37,6 @@ VAE_FIXED: dict[str, Any] = {
     "model_type": "cola_text_vae", "shared_heads_kv": 1, "use_emb": True,
 }  # fmt: skip
 DIT_FIXED: dict[str, Any] = {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "patch_size": 1}
-OWN_IDS = SpecialIds(PAD_ID, END_ID, IM_END_ID)
 GENERATION: dict[str, Any] = {"steps": 16, "guidance_scale": 2.0, "max_new_tokens": 64}  # good for small networks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -144,13 +143,15 @@ def write_generation_config(out: Path, special: SpecialIds = OWN_IDS, **defaults
 
 
 def write_companions(source: Path, out: Path, words: Tokenizer, special: SpecialIds) -> None:
-    """tokenizer.json and generation_config.json: those of `source`, or new ones where it has none."""
+    """tokenizer.json, tokenizer_config.json and generation_config.json: those of `source`, else new ones."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if not (out / "tokenizer.json").exists():
         save_tokenizer(words, out)
+    if not (out / "tokenizer_config.json").exists():
+        write_tokenizer_config(words, out, special)
     if not (out / "generation_config.json").exists():
         write_generation_config(out, special, **GENERATION)
 

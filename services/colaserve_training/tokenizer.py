@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
+from colaserve_services.text.special_ids import SpecialIds
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|pad|>")
 END_ID, IM_END_ID, PAD_ID = range(3)
+OWN_IDS = SpecialIds(PAD_ID, END_ID, IM_END_ID)
 # A word with what joins its parts ("Port-au-Prince", "N'Djamena", "D.C"), but without a possessive 's; a number; other
 # signs; white space. One space belongs to what follows it.
 PIECE = r"'s\b| ?\p{L}+(?:['\-.](?!s\b)\p{L}+)*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -42,8 +45,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write tokenizer.json into `folder` (made if missing) and return its path."""
+    """Write tokenizer.json and tokenizer_config.json into `folder` (made if missing); return the path of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
     write_file(path, tokenizer.to_str(pretty=False))
+    write_tokenizer_config(tokenizer, folder)
     return path
+
+
+def write_tokenizer_config(tokenizer: Tokenizer, folder: Path, special: SpecialIds = OWN_IDS) -> None:
+    """Write tokenizer_config.json, which the AutoTokenizer of transformers reads beside tokenizer.json."""
+    ids = {"eos_token": special.end_of_text, "pad_token": special.pad}
+    tokens = {name: tokenizer.id_to_token(id_) for name, id_ in ids.items() if id_ is not None}
+    content = {"clean_up_tokenization_spaces": False, **tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_file(folder / "tokenizer_config.json", json.dumps(content, indent=2) + "\n")

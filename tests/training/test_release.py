@@ -79,6 +79,12 @@ def test_a_loaded_model_trains_everything_but_the_table_of_frequencies(golden):
     assert all(value.requires_grad for value in load_vae(golden.directory).parameters())
 
 
+def test_a_written_checkpoint_names_its_special_tokens_for_other_libraries(golden, written):
+    config = json.loads((written / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(golden.directory / "tokenizer.json"))
+    assert tokenizer.token_to_id(config["eos_token"]) == OWN_IDS.end_of_text
+
+
 def test_bfloat16_weights_are_half_the_size_and_are_served(tmp_path, golden, words):
     write(load_vae(golden.directory), load_dit(Checkpoint.open(golden.directory)), tmp_path, "bfloat16")
     write_companions(golden.directory, tmp_path, words, OWN_IDS)

@@ -1,14 +1,20 @@
 """The tokenizer trainer."""
 
+import json
+from importlib.resources import files
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from colaserve_services.errors import UsageError
 from colaserve_training.corpus import countries, tokenizer_text
 from colaserve_training.demo import DemoRecipe
 from colaserve_training.tokenizer import save_tokenizer, train_tokenizer
 from tests.training.conftest import WORDS
+
+DEMO = files("colaserve_services").joinpath("demo")
 
 
 def test_special_tokens_have_their_ids(words):
@@ -24,6 +30,14 @@ def test_any_text_comes_back_as_it_was(words, text):
 def test_the_same_text_gives_the_same_bytes(tmp_path):
     one, two = (save_tokenizer(train_tokenizer(WORDS, 290), tmp_path / name) for name in "ab")
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_bundled_tokenizer_has_the_configuration_that_the_trainer_writes(tmp_path):
+    save_tokenizer(Tokenizer.from_file(str(DEMO / "tokenizer.json")), tmp_path)
+    written = (tmp_path / "tokenizer_config.json").read_text()
+    assert written == (DEMO / "tokenizer_config.json").read_text()
+    config = json.loads(written)
+    assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|pad|>")
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
