@@ -16,7 +16,16 @@ EVAL = ROOT / "client" / "colaserve_eval"
 TRAINING = ROOT / "services" / "colaserve_training"
 BENCH = ROOT / "services" / "colaserve_bench"
 
-WIRE = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.protobuf", "google.rpc", "colaserve.v1")
+WIRE = (
+    "grpc",
+    "grpc_health",
+    "grpc_reflection",
+    "grpc_status",
+    "google.protobuf",
+    "google.rpc",
+    "colaserve.v1",
+    "colaserve_services.inference",
+)
 OWN = "colaserve_services"
 MEASURING = ("colaserve_training", "colaserve_bench", "colaserve_eval")  # what neither serves nor calls
 
@@ -34,6 +43,7 @@ FORBIDDEN: dict[Path, tuple[str, ...]] = {
     SERVICES / "engine": (*WIRE, *own("rpc model encoder prior decoder coordinator gateway")),
     SERVICES / "text": (*WIRE, "torch"),
     SERVICES / "coordinator": ("torch", *own("gateway model encoder prior decoder engine")),
+    SERVICES / "inference": ("torch", *own("gateway model encoder prior decoder engine launch")),
     SERVICES / "gateway": ("torch", *own("model encoder prior decoder engine coordinator text")),
     SERVICES / "encoder" / "engine.py": WIRE,
     SERVICES / "decoder" / "engine.py": WIRE,

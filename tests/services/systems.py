@@ -7,10 +7,12 @@ from typing import Any
 
 import grpc
 
-from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2_grpc
+from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.inference.service import InferenceServicer
+from colaserve_services.launch.roles import COORDINATOR
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
@@ -27,6 +29,7 @@ class System:
     tokenizer: Tokenizer
     generation: Any
     latents: Any
+    inference: Any
     stages: Served
 
     async def generate(self, **fields: Any) -> list[generation_pb2.GenerateResponse]:
@@ -43,7 +46,8 @@ async def system(golden: Any, split: bool, max_context: int = 256) -> AsyncItera
         stubs = {name: getattr(served, name) for name in fused} if split else fused
         coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_context=max_context))
         await coordinator.connect()
-        servicers = GenerationServicer(coordinator), LatentServicer(coordinator)
+        inference = InferenceServicer(coordinator, lambda: True)
+        servicers = GenerationServicer(coordinator), LatentServicer(coordinator), inference
         if not split:
             yield System(coordinator, tokenizer, *map(LocalStub, servicers), served)
             return
@@ -53,10 +57,7 @@ async def system(golden: Any, split: bool, max_context: int = 256) -> AsyncItera
         port = await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                generation = generation_pb2_grpc.GenerationServiceStub(channel)
-                yield System(
-                    coordinator, tokenizer, generation, latent_service_pb2_grpc.LatentServiceStub(channel), served
-                )
+                yield System(coordinator, tokenizer, *(stub(channel) for stub in COORDINATOR), served)
         finally:
             await server.stop()
 

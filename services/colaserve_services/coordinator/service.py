@@ -17,7 +17,7 @@ from colaserve_services.offload import offload
 CONNECTED_SECONDS: Final = 3.0  # that a call waits for a coordinator which has just started, and is refused after
 
 
-class _Servicer:
+class Servicer:
     """What delegates to a coordinator."""
 
     def __init__(self, coordinator: Coordinator, connected_seconds: float = CONNECTED_SECONDS):
@@ -30,7 +30,7 @@ class _Servicer:
 
 
 def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
-    async def serve(self: _Servicer, request: Any, context: Any) -> Any:
+    async def serve(self: Servicer, request: Any, context: Any) -> Any:
         return await work((await self.connected()).services, request, Call.of(context))
 
     return serve
@@ -39,7 +39,7 @@ def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
 def _streaming(work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]]) -> Any:
     """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away."""
 
-    async def serve(self: _Servicer, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def serve(self: Servicer, request: Any, context: Any) -> AsyncIterator[Any]:
         services, call = (await self.connected()).services, Call.of(context)
         responses = work(services, request, call)
         async with ReadAhead(responses, partial(services.admission.read_in_time, call)) as ahead:
@@ -70,7 +70,7 @@ async def detokenize(
     return generation_pb2.DetokenizeResponse(text=text, tokens=tokens)
 
 
-class GenerationServicer(_Servicer, generation_pb2_grpc.GenerationServiceServicer):
+class GenerationServicer(Servicer, generation_pb2_grpc.GenerationServiceServicer):
     """Text in, text out."""
 
     Generate = _streaming(generation.generate)
@@ -84,7 +84,7 @@ class GenerationServicer(_Servicer, generation_pb2_grpc.GenerationServiceService
         return await (await self.connected()).generation_info()
 
 
-class LatentServicer(_Servicer, latent_service_pb2_grpc.LatentServiceServicer):
+class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     """The latent space for programs."""
 
     EncodeText = _unary(latent_space.encode_text)

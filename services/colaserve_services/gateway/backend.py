@@ -24,9 +24,10 @@ Reach = Callable[[], Awaitable[None]]
 Info = pb.GenerationServiceGetInfoResponse
 
 
-def coordinator_stub(generation: Any, latent: Any) -> Any:
-    """One stub out of those of GenerationService and LatentService, of grpc.aio or in this process."""
-    return SimpleNamespace(**vars(generation), Infill=latent.Infill)
+def coordinator_stub(*stubs: Any) -> Any:
+    """One stub out of those of GenerationService and the coordinator's other services, of grpc.aio or in this process.
+    Where several have a method of one name, the first one's counts."""
+    return SimpleNamespace(**dict(item for stub in reversed(stubs) for item in vars(stub).items()))
 
 
 def most_tokens(info: Info) -> int:

@@ -68,9 +68,13 @@ class Host:
             self.stack.push_async_callback(self._grpc.stop)
             self.addresses["grpc"] = address(grpc.host, self._grpc.bind())
 
+    def is_ready(self) -> bool:
+        """Whether calls should come to the gRPC port."""
+        return self._grpc is not None and self._grpc.ready
+
     async def _serves(self, question: str) -> bool:
         """What probes ask for at the metrics port: "live" or "ready"."""
-        return self._grpc is not None and (self._grpc.alive if question == "live" else self._grpc.ready)
+        return self.is_ready() if question == "ready" else self._grpc is not None and self._grpc.alive
 
     async def serve_grpc(self, *servicers: object, context_bytes: int) -> None:
         """Answer calls; health says NOT_SERVING until `ready`. `context_bytes`: the longest context's latents."""

@@ -17,6 +17,8 @@ from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defau
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.gateway.backend import coordinator_stub
+from colaserve_services.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from colaserve_services.inference.service import InferenceServicer
 from colaserve_services.launch import threads
 from colaserve_services.launch.options import STAGES
 from colaserve_services.launch.process import Host, check_ports, description, in_thread, run
@@ -44,11 +46,12 @@ if TYPE_CHECKING:
     from colaserve_services.launch.stages import RunningStages
 
 PACKAGE = "colaserve.v1"
+COORDINATOR = (GenerationServiceStub, LatentServiceStub, GRPCInferenceServiceStub)
 STUBS: dict[str, Callable[[Any], Any]] = {
     "EncoderService": EncoderServiceStub,
     "PriorService": PriorServiceStub,
     "DecoderService": DecoderServiceStub,
-    "GenerationService": lambda channel: coordinator_stub(GenerationServiceStub(channel), LatentServiceStub(channel)),
+    "GenerationService": lambda channel: coordinator_stub(*(stub(channel) for stub in COORDINATOR)),
 }
 
 
@@ -92,8 +95,7 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
             **{f"{stage}_target": target for stage, target in targets.items()},
         )
         coordinator = _coordinator(host, settings, checkpoint, stages)
-        servicers = GenerationServicer(coordinator), LatentServicer(coordinator)
-        await host.serve_grpc(*servicers, context_bytes=_context_bytes(settings, checkpoint))
+        await host.serve_grpc(*_servicers(coordinator, host), context_bytes=_context_bytes(settings, checkpoint))
         await _connect(host, coordinator)
 
     run("coordinator", settings, assemble)
@@ -106,7 +108,7 @@ def run_gateway(settings: GatewaySettings) -> None:
 
     async def assemble(host: Host) -> None:
         await host.open_ports(None)
-        # LatentService, too, on the same channel
+        # the other services, too, on the same channel
         coordinator = _connection(host, "GenerationService", coordinators, settings.channel)
         await _gateway(host, settings, coordinator.stub, coordinator.reached)
 
@@ -114,7 +116,7 @@ def run_gateway(settings: GatewaySettings) -> None:
 
 
 def run_all(settings: UpSettings) -> None:
-    """Everything in this process: the stages are called without sockets, one gRPC port serves all five services."""
+    """Everything in this process: the stages are called without sockets, one gRPC port serves all six services."""
     check_ports(settings)
     check_tls(settings)
     threads.settle(settings.threads)
@@ -127,12 +129,12 @@ def run_all(settings: UpSettings) -> None:
         encoder, prior, decoder = (LocalStub(running.services[name]) for name in STAGES)
         stages = Stages(encoder, prior, decoder)
         coordinator = _coordinator(host, settings, checkpoint, stages)
-        generation, latent = GenerationServicer(coordinator), LatentServicer(coordinator)
-        services = generation, latent, *running.services.values()
+        servicers = _servicers(coordinator, host)
+        services = *servicers, *running.services.values()
         await host.serve_grpc(*services, context_bytes=_context_bytes(settings, checkpoint))
         await running.warm_up()
         await _connect(host, coordinator)
-        await _gateway(host, settings, coordinator_stub(LocalStub(generation), LocalStub(latent)))
+        await _gateway(host, settings, coordinator_stub(*map(LocalStub, servicers)))
 
     run("colaserve", settings, assemble)
 
@@ -185,6 +187,12 @@ def _coordinator(
     name = settings.served_model_name or checkpoint.name
     about = description(checkpoint.directory)
     return Coordinator(stages, tokenizer, defaults, limits, host.metrics, name, checkpoint.space, about)
+
+
+def _servicers(coordinator: Coordinator, host: Host) -> tuple[object, ...]:
+    """The services of a coordinator, in the order of COORDINATOR."""
+    inference = InferenceServicer(coordinator, host.is_ready)
+    return GenerationServicer(coordinator), LatentServicer(coordinator), inference
 
 
 def _defaults_file(path: Path | None) -> GenerationDefaults:

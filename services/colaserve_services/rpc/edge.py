@@ -88,7 +88,7 @@ class Edge(grpc.aio.ServerInterceptor):
         with tracing.serving(tracing.span_name(method.labels), metadata) as span:
             async with self._recorded(method, context, span):
                 first = [await self._first(received, method)]  # a call without a message takes no slot
-                with self._call_limit.enter() if method.name != "GetInfo" else nullcontext():
+                with self._call_limit.enter() if method.name not in requests.PROBES else nullcontext():
                     request = self._request(first.pop(), received, method)  # its bytes go here
                     await self._answer(request, method, context, span)
 
@@ -182,7 +182,7 @@ class Edge(grpc.aio.ServerInterceptor):
     def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
         self._metrics.request_seconds.labels(*method.labels, code).observe(seconds)
         fields = {"service": method.service, "method": method.name, "code": code, "seconds": round(seconds, 4)}
-        level = logging.DEBUG if method.name == "GetInfo" and code == "OK" else logging.INFO  # asked every second
+        level = logging.DEBUG if method.name in requests.PROBES and code == "OK" else logging.INFO
         access.log(level, "call", extra={"fields": fields | {"client": client}})
 
 

@@ -11,11 +11,16 @@ MOST_BYTES: Final = 16 * MIB  # of any message; gRPC itself refuses more
 
 _TEXT: Final = 4 * MIB
 _BESIDE_LATENTS: Final = MIB  # for all fields beside the latents
+_INFER: Final = ("ModelInfer", "ModelStreamInfer")  # text or latents
 _LATENTS: Final = {"Sample": 1, "Decode": 1, "DecodeLatents": 1, "SampleLatents": 1, "Interpolate": 2}  # its contexts
-_OTHERS: Final = {"GetInfo": KIB, "Encode": 8 * MIB}
+_ASKED: Final = ("GetInfo", "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata")
+_OTHERS: Final = {**dict.fromkeys(_ASKED, KIB), "Encode": 8 * MIB}
 
 _FIELDS: Final = 16_384  # at the top level of a message; a packed list counts as one
-_FEWER_FIELDS: Final = {"Encode": 300, "EncodeText": 300, "Reconstruct": 300}  # 256 sequences or texts, and the rest
+_FEWER_FIELDS: Final = {
+    **dict.fromkeys(("Encode", "EncodeText", "Reconstruct"), 300),  # 256 sequences or texts, and the rest
+    **dict.fromkeys(_INFER, 100),  # inputs, outputs and parameters, of which few are known
+}
 
 
 class RequestBounds:
@@ -35,6 +40,8 @@ class RequestBounds:
 
     def most_bytes(self, method: str) -> int:
         """Of one request message."""
+        if method in _INFER:
+            return min(max(_TEXT, self.context_bytes + _BESIDE_LATENTS), MOST_BYTES)
         contexts = _LATENTS.get(method)
         bound = _OTHERS.get(method, _TEXT) if contexts is None else contexts * self.context_bytes + _BESIDE_LATENTS
         return min(bound, MOST_BYTES)

@@ -11,6 +11,7 @@ REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
 CALLER = "colaserve-caller"  # from a role: on whose behalf it calls
 KEY_CALLER = "key:"  # begins a caller that is a key's name; others are addresses
+PROBES = frozenset({"GetInfo", "ServerLive", "ServerReady", "ModelReady"})  # methods that are asked all the time
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import Any, Final
+from typing import Any
 
 import grpc
-from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -23,7 +22,6 @@ from colaserve_services.rpc.request_bounds import MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import ServerSettings
 from colaserve_services.rpc.tls import server_credentials
 
-PACKAGE: Final = "colaserve.v1"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 KEEPALIVE_SECONDS = 30.0  # a silent connection is pinged this often and dropped if no answer comes
@@ -140,8 +138,10 @@ def service_descriptor(servicer: object) -> ServiceDescriptor:
     """The service that an object of a generated `<Service>Servicer` class implements."""
     for kind in type(servicer).__mro__:
         if kind.__module__.endswith("_pb2_grpc") and kind.__name__.endswith("Servicer"):
-            return descriptor_pool.Default().FindServiceByName(f"{PACKAGE}.{kind.__name__.removesuffix('Servicer')}")
-    raise TypeError(f"{type(servicer).__name__} is no servicer of {PACKAGE}")
+            messages: Any = sys.modules[kind.__module__.removesuffix("_grpc")]
+            found: ServiceDescriptor = messages.DESCRIPTOR.services_by_name[kind.__name__.removesuffix("Servicer")]
+            return found
+    raise TypeError(f"{type(servicer).__name__} is no servicer")
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

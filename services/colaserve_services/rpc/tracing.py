@@ -80,9 +80,9 @@ class CallSpan:
 
 
 def span_name(method: Iterable[str]) -> str:
-    """A call's span is called Service/Method; GetInfo, which is asked all the time, has none."""
-    path = "/".join(method)
-    return "" if path.endswith("/GetInfo") else path
+    """A call's span is called Service/Method; what is asked all the time has none."""
+    service, name = method
+    return "" if name in requests.PROBES else f"{service}/{name}"
 
 
 @contextmanager

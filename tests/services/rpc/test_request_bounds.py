@@ -30,6 +30,10 @@ BOUNDS = {
     "EncodeText": 4 * MIB,
     "Infill": 4 * MIB,
     "Reconstruct": 4 * MIB,
+    "ModelInfer": 4 * MIB,
+    "ModelStreamInfer": 4 * MIB,
+    "ModelMetadata": KIB,
+    "ServerReady": KIB,
     "GetInfo": KIB,
 }
 
@@ -57,11 +61,12 @@ def test_each_method_has_its_bound(method: str, most: int):
 
 
 def test_no_bound_exceeds_what_the_server_takes():
-    assert RequestBounds(2**40).most_bytes("Sample") == MOST_BYTES
+    assert {RequestBounds(2**40).most_bytes(method) for method in ("Sample", "ModelInfer")} == {MOST_BYTES}
 
 
 def test_what_is_not_too_long_yet_has_too_many_parts_is_refused_before_it_is_read():
-    for method, most in (("Encode", 300), ("EncodeText", 300), ("Reconstruct", 300), ("Infill", 16_384)):
+    most_fields = {"Encode": 300, "EncodeText": 300, "Reconstruct": 300, "Infill": 16_384, "ModelInfer": 100}
+    for method, most in most_fields.items():
         assert not refusal(method, b"\x0a\x00" * most)
         assert f"more than {most} fields" in refusal(method, b"\x0a\x00" * (most + 1))
 
