@@ -11,6 +11,7 @@ docs/client.md is the guide.
 """
 
 from colaserve_client.blocking import Client, DecoderClient, DecodeSession, EncoderClient, PriorClient, Stream
+from colaserve_client.calls import AsyncStream
 from colaserve_client.channel import client_version
 from colaserve_client.client import AsyncClient
 from colaserve_client.errors import (
@@ -65,7 +66,6 @@ from colaserve_client.settings import (
     Tls,
 )
 from colaserve_client.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
-from colaserve_client.transport import AsyncStream
 
 __version__ = client_version()
 

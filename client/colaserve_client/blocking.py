@@ -9,21 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import closing
 from functools import partial, wraps
-from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from colaserve_client.base import AsyncBaseClient
-from colaserve_client.client import AsyncClient, outcome
+from colaserve_client.calls import AsyncStream, Call
+from colaserve_client.client import AsyncClient, bounded, outcome, started_ahead
+from colaserve_client.errors import ColaserveError
 from colaserve_client.latents import LatentsLike
 from colaserve_client.loop import LOOP
 from colaserve_client.results import DecodedBlock, GenerationOutcome
-from colaserve_client.settings import DEFAULT_TARGET, Connection, GenerationRequest, Prompt, Retry, Tls
+from colaserve_client.settings import GenerationRequest, Prompt
 from colaserve_client.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
-from colaserve_client.transport import AsyncStream, bounded, started_ahead
 
 A = TypeVar("A", bound=AsyncBaseClient)
 C_co = TypeVar("C_co", bound=AsyncBaseClient, covariant=True)
 F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K", bound=Call[Any, Any])
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
@@ -42,6 +43,13 @@ def _described_by(method: Callable[..., Any]) -> Callable[[F], F]:
         return function
 
     return describe
+
+
+def _taking(
+    method: Callable[Concatenate[Any, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Decorator: the signature of an asyncio client's constructor."""
+    return wraps(method)
 
 
 def _blocking(
@@ -81,9 +89,7 @@ class _Closing(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -92,18 +98,10 @@ class BaseClient(_Closing, Generic[C_co]):
 
     _kind: type[C_co]
 
-    def __init__(
-        self,
-        target: str = DEFAULT_TARGET,
-        *,
-        key: str | None = None,
-        tls: Tls | None = None,
-        timeout: float | None = None,
-        retry: Retry | None = None,
-        connection: Connection | None = None,
-    ) -> None:
-        self._client = self._kind(target, key=key, tls=tls, timeout=timeout, retry=retry, connection=connection)
-        LOOP.connected.add(self._client._transport)
+    @_taking(AsyncBaseClient.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._client = self._kind(*args, **kwargs)
+        LOOP.connected.add(self._client)
         weakref.finalize(self, LOOP.spawn, self._client.close).atexit = False
 
     @property
@@ -120,74 +118,60 @@ class BaseClient(_Closing, Generic[C_co]):
             LOOP.run(self._client.close)
 
 
-class Stream(_Closing, Generic[T]):
-    """The answers of a call as they come. Leaving early (break, `close`, end of `with`, Ctrl-C) cancels the call."""
+class _Opened(_Closing, Generic[K]):
+    """What a call has opened. Its client stays connected as long as it is used."""
 
-    def __init__(self, stream: AsyncStream[T], client: BaseClient[Any]) -> None:
-        self._stream, self._client = stream, client  # which stays connected as long as its streams are read
-        self._closed = False
+    def __init__(self, call: K, client: BaseClient[Any]) -> None:
+        self._call, self._client = call, client
 
     @property
     def request_id(self) -> str:
         """The call's x-request-id."""
-        return self._stream.request_id
+        return self._call.request_id
+
+    def _wait_for(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return LOOP.run(function, *args, **kwargs)
+        except ColaserveError:
+            raise
+        except BaseException:  # such as Ctrl-C
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the call and free what it holds; there is nothing more to read."""
+        LOOP.call_soon(self._call._end)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Stream(_Opened[AsyncStream[T]]):
+    """The answers of a call as they come. Leaving early (break, `close`, end of `with`, Ctrl-C) cancels the call."""
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
-        if self._closed:
-            raise StopIteration
-        try:
-            item = LOOP.run(self._next)
-        except BaseException:
-            self.close()
-            raise
+        item = self._wait_for(self._next)
         if item is _END:
             raise StopIteration
         return item
 
     async def _next(self) -> T:
-        return await anext(self._stream, _END)
+        return await anext(self._call, _END)
 
     def cancel(self) -> None:
         """Cancel the call, from any thread; the server frees what it holds. Whoever reads on gets `Cancelled`."""
-        LOOP.call_soon(self._stream.cancel)
-
-    def close(self) -> None:
-        """Cancel the call, unless it has ended; there is nothing more to read."""
-        self._closed = True
-        self.cancel()
-
-    def __del__(self) -> None:
-        self.cancel()
+        LOOP.call_soon(self._call.cancel)
 
 
-class DecodeSession(_Closing):
+class DecodeSession(_Opened[AsyncDecodeSession]):
     """An open session of a decoder; `DecoderClient.session` makes it."""
-
-    def __init__(self, session: AsyncDecodeSession, client: BaseClient[Any]) -> None:
-        self._session, self._client = session, client
-
-    @property
-    def request_id(self) -> str:
-        """The session's x-request-id."""
-        return self._session.request_id
 
     def decode(self, block: LatentsLike) -> DecodedBlock:
         """Decode the next block, (B, d)."""
-        try:
-            return LOOP.run(self._session.decode, block)
-        except KeyboardInterrupt:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End the session and free what it holds."""
-        LOOP.spawn(self._session.close)
-
-    def __del__(self) -> None:
-        self.close()
+        return self._wait_for(self._call.decode, block)
 
 
 class Client(BaseClient[AsyncClient]):

@@ -3,18 +3,16 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
-from numbers import Real
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
 from colaserve_client.errors import invalid
-from colaserve_client.settings import Connection, Retry, Tls
+from colaserve_client.settings import Connection, Tls
 
 _HOST_AND_PORT = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]):\d{1,5}")
 _RESOLVED_BY_GRPC = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
@@ -29,52 +27,30 @@ def client_version() -> str:
         return "unknown"
 
 
-@dataclass(frozen=True)
-class ClientConfig:
-    """How a client reaches its server."""
-
-    target: str
-    key: str | None = field(default=None, repr=False)  # sent as "authorization: Bearer KEY"
-    tls: Tls | None = None  # None: not encrypted
-    timeout: float | None = None  # seconds, of calls that give none; None: no deadline
-    retry: Retry = field(default_factory=Retry)
-    connection: Connection = field(default_factory=Connection)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "target", _checked_target(self.target.strip()))
-        check_timeout(self.timeout)
-        if self.key is not None:  # of a file or a variable, which often ends with a newline
-            object.__setattr__(self, "key", _checked_key(self.key))
-
-
-def check_timeout(timeout: float | None) -> None:
-    """`InvalidRequest` for what is no number of seconds above 0."""
-    if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
-        raise invalid("timeout", f"expected more than 0 seconds, got {timeout!r}")
-
-
-def _checked_key(key: str) -> str:
+def checked_key(key: str) -> str:
     """The key without the blanks around it; `InvalidRequest` for none, and for one that HTTP cannot carry."""
-    key = key.strip()
+    key = key.strip()  # of a file or a variable, which often ends with a newline
     if not (key and key.isascii() and key.isprintable()):
         raise invalid("key", "expected printable ASCII characters")
     return key
 
 
-def _checked_target(target: str) -> str:
-    """The target itself; `InvalidRequest` when gRPC could not make sense of it."""
+def checked_target(target: str) -> str:
+    """The target without the blanks around it; `InvalidRequest` when gRPC could not make sense of it."""
+    target = target.strip()
     plain = _HOST_AND_PORT.fullmatch(target) and int(target.rpartition(":")[2]) < 65536
     if plain or target.startswith(_RESOLVED_BY_GRPC):
         return target
     raise invalid("target", f'expected "host:port" or a gRPC name such as "dns:///host:port", got {target!r}')
 
 
-def open_channel(config: ClientConfig) -> Callable[[], grpc.aio.Channel]:
+def channel_to(target: str, tls: Tls | None, connection: Connection) -> Callable[[], grpc.aio.Channel]:
     """What opens a channel for the running event loop; files that cannot be read are an `InvalidRequest` at once."""
-    options = _channel_options(config.target, config.connection, config.tls)
-    if config.tls is None:
-        return partial(grpc.aio.insecure_channel, config.target, options)
-    return partial(grpc.aio.secure_channel, config.target, _credentials(config.tls), options)
+    options = _channel_options(target, connection, tls)
+    if tls is None:
+        return partial(grpc.aio.insecure_channel, target, options)
+    files = (_pem(tls.ca, "tls.ca"), _pem(tls.key, "tls.key"), _pem(tls.cert, "tls.cert"))
+    return partial(grpc.aio.secure_channel, target, grpc.ssl_channel_credentials(*files), options)
 
 
 def _channel_options(target: str, connection: Connection, tls: Tls | None) -> list[tuple[str, str | int]]:
@@ -100,11 +76,9 @@ def _channel_options(target: str, connection: Connection, tls: Tls | None) -> li
 
 
 def _is_loopback(target: str) -> bool:
-    """Whether a target is on this machine: a proxy of the environment is then passed by."""
-    if target.startswith("unix"):
-        return True
-    host = target.rpartition("/")[2].removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0]
-    if host in ("localhost", "ip6-localhost"):
+    """Whether a target is on this machine: a proxy of the environment is then bypassed."""
+    host = re.sub(r".*/|^(?:dns|ipv4|ipv6):", "", target).rpartition(":")[0]
+    if target.startswith("unix") or host in ("localhost", "ip6-localhost"):
         return True
     try:
         return ip_address(host.strip("[]")).is_loopback
@@ -114,14 +88,6 @@ def _is_loopback(target: str) -> bool:
 
 def _milliseconds(seconds: float) -> int:
     return int(min(seconds * 1000, 2**31 - 1))  # gRPC's most, which it takes for never
-
-
-def _credentials(tls: Tls) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(
-        root_certificates=_pem(tls.ca, "tls.ca"),
-        private_key=_pem(tls.key, "tls.key"),
-        certificate_chain=_pem(tls.cert, "tls.cert"),
-    )
 
 
 def _pem(path: str | Path | None, field: str) -> bytes | None:

@@ -2,19 +2,20 @@
 """The asyncio client of a coordinator: text and latents in, text and latents out."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from operator import attrgetter
-from typing import Unpack
+from typing import Any, Protocol, TypeVar, Unpack
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_client import requests, responses
 from colaserve_client.base import AsyncBaseClient
-from colaserve_client.errors import ColaserveError, invalid
+from colaserve_client.calls import AsyncStream, converted
+from colaserve_client.errors import ColaserveError, Details, ServerError, invalid
 from colaserve_client.latents import Latents, LatentsLike
-from colaserve_client.requests import build, merged
+from colaserve_client.messages import build, of_kind, one, request, several, strings
 from colaserve_client.results import (
     DecodedLatents,
     GenerationChunk,
@@ -30,18 +31,19 @@ from colaserve_client.results import (
     Tokens,
 )
 from colaserve_client.settings import (
+    CallFields,
     GenerationFields,
     GenerationRequest,
     Interpolation,
     NoiseSeed,
     Prompt,
-    Sampler,
     SamplerFields,
-    Sampling,
     SamplingFields,
     WritingFields,
 )
-from colaserve_client.transport import AsyncStream, bounded, started_ahead
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class AsyncClient(AsyncBaseClient):
@@ -58,14 +60,7 @@ class AsyncClient(AsyncBaseClient):
     ('length', 12)
     """
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        *,
-        timeout: float | None = None,
-        request_id: str = "",
-        **settings: Unpack[GenerationFields],
-    ) -> GenerationResult:
+    async def generate(self, prompt: Prompt, **settings: Unpack[GenerationFields]) -> GenerationResult:
         """Continue a prompt and return the whole text.
 
         Args:
@@ -85,18 +80,11 @@ class AsyncClient(AsyncBaseClient):
         >>> result.text, result.finish_reason, result.seed
         (' there was a ', 'stop', NoiseSeed(base_seed=7, sample_id=0))
         """
-        async with self.stream(prompt, timeout=timeout, request_id=request_id, **settings) as stream:
+        async with self.stream(prompt, **settings) as stream:
             chunks = [chunk async for chunk in stream]
-        return responses.generation_result(chunks, stream.request_id)
+        return generation_result(chunks, stream.request_id)
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        timeout: float | None = None,
-        request_id: str = "",
-        **settings: Unpack[GenerationFields],
-    ) -> AsyncStream[GenerationChunk]:
+    def stream(self, prompt: Prompt, **settings: Unpack[GenerationFields]) -> AsyncStream[GenerationChunk]:
         """Continue a prompt and yield the text block by block, as `generate` otherwise.
 
         Leaving the stream early cancels the generation: `async with` does so at the end of its block, `break` alone
@@ -109,8 +97,12 @@ class AsyncClient(AsyncBaseClient):
         're w' None
         'as a' length
         """
-        request = requests.generate(requests.generation(prompt, settings))
-        return self._transport.stream(request, responses.generation_chunk, timeout, request_id)
+        if prompt is None:
+            raise invalid("prompt", "expected a text or token ids, got None")
+        strings(settings.get("stop", ()), "stop")
+        texts, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        message = request(generation_pb2.GenerateRequest, settings, prompt=texts, prompt_ids=ids)
+        return self._stream(message, one(GenerationChunk), settings)
 
     async def generate_many(
         self, prompts: Iterable[Prompt | GenerationRequest], *, concurrency: int = 8, timeout: float | None = None
@@ -132,45 +124,43 @@ class AsyncClient(AsyncBaseClient):
             for task in tasks:
                 yield await task
 
-    async def tokenize(self, text: str, *, timeout: float | None = None, request_id: str = "") -> Tokens:
+    async def tokenize(self, text: str, **call: Unpack[CallFields]) -> Tokens:
         """Text to token ids, as generate does it.
 
         >>> await client.tokenize("fox")
         Tokens(ids=(102, 111, 120), texts=('f', 'o', 'x'))
         """
-        request = build(generation_pb2.TokenizeRequest, text=requests.of_kind(text, str, "text"))
-        return await self._transport.unary(request, responses.tokens, timeout, request_id)
+        message = request(generation_pb2.TokenizeRequest, call, text=of_kind(text, str, "text"))
+        return await self._unary(message, one(Tokens), call)
 
-    async def detokenize(self, ids: Sequence[int], *, timeout: float | None = None, request_id: str = "") -> str:
+    async def detokenize(self, ids: Sequence[int], **call: Unpack[CallFields]) -> str:
         """Token ids to text, as generate does it; special tokens included.
 
         >>> await client.detokenize([102, 111, 120])
         'fox'
         """
-        request = build(generation_pb2.DetokenizeRequest, token_ids=ids)
-        return await self._transport.unary(request, attrgetter("text"), timeout, request_id)
+        message = request(generation_pb2.DetokenizeRequest, call, token_ids=ids)
+        return await self._unary(message, attrgetter("text"), call)
 
-    async def info(self, *, timeout: float | None = None, request_id: str = "") -> ModelInfo:
+    async def info(self, **call: Unpack[CallFields]) -> ModelInfo:
         """The model, its defaults, the server's limits and load, and the stages behind it.
 
         >>> info = await client.info()
         >>> info.model.block_size, info.default_max_new_tokens, [stage.stage for stage in info.stages]
         (4, 32, ['encoder', 'prior', 'decoder'])
         """
-        request = generation_pb2.GenerationServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.model_info, timeout, request_id)
+        return await self._unary(request(generation_pb2.GenerationServiceGetInfoRequest, call), one(ModelInfo), call)
 
-    async def latent_info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+    async def latent_info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The latent space, its limits and the server's load.
 
         >>> (await client.latent_info()).space
         '0123456789abcdef'
         """
-        request = latent_service_pb2.LatentServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
+        return await self._unary(request(latent_service_pb2.LatentServiceGetInfoRequest, call), one(ServiceInfo), call)
 
     async def encode_text(
-        self, texts: Sequence[str], *, with_variance: bool = False, timeout: float | None = None, request_id: str = ""
+        self, texts: Sequence[str], *, with_variance: bool = False, **call: Unpack[CallFields]
     ) -> list[TextEncoding]:
         """Texts (1 to 256, none empty) to latents, with the log variance of the posterior on request.
 
@@ -178,24 +168,17 @@ class AsyncClient(AsyncBaseClient):
         >>> [encoding.latents.shape for encoding in encodings]
         [(3, 2), (5, 2)]
         """
-        request = build(
-            latent_service_pb2.EncodeTextRequest,
-            texts=requests.strings(texts, "texts"),
-            with_variance=with_variance or None,
-        )
-        answer = responses.several(TextEncoding, "encodings")
-        return await self._transport.unary(request, answer, timeout, request_id)
+        found = strings(texts, "texts")
+        message = request(latent_service_pb2.EncodeTextRequest, call, texts=found, with_variance=with_variance)
+        return await self._unary(message, several(TextEncoding, "encodings"), call)
 
     async def decode_latents(
         self,
         latents: LatentsLike,
         *,
-        sampling: Sampling | None = None,
         top_logprobs: int | None = None,
         target_ids: Sequence[int] = (),
         token_count: int | None = None,
-        timeout: float | None = None,
-        request_id: str = "",
         **settings: Unpack[SamplingFields],
     ) -> DecodedLatents:
         """Latents to text.
@@ -211,26 +194,23 @@ class AsyncClient(AsyncBaseClient):
         >>> (await client.decode_latents(encoding.latents)).text
         'fox'
         """
-        request = build(
+        message = request(
             latent_service_pb2.DecodeLatentsRequest,
+            settings,
             latents=Latents.of(latents),
             top_logprobs=top_logprobs,
             target_ids=target_ids,
             token_count=token_count,
-            **merged(settings, sampling=sampling),
         )
-        return await self._transport.unary(request, responses.decoded_latents, timeout, request_id)
+        return await self._unary(message, one(DecodedLatents), settings)
 
     def sample_latents(
         self,
         prefix: LatentsLike | None = None,
         *,
         max_blocks: int,
-        sampler: Sampler | None = None,
         seed: int | NoiseSeed | None = None,
         cache_salt: str = "",
-        timeout: float | None = None,
-        request_id: str = "",
         **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
@@ -242,15 +222,9 @@ class AsyncClient(AsyncBaseClient):
         ...     print([(block.index, block.latents.values.shape) async for block in blocks])
         [(0, (4, 2)), (1, (4, 2))]
         """
-        request = build(
-            latent_service_pb2.SampleLatentsRequest,
-            prefix=prefix,
-            max_blocks=max_blocks,
-            seed=seed,
-            cache_salt=cache_salt,
-            **merged(settings, sampler=sampler),
-        )
-        return self._transport.stream(request, responses.latent_block, timeout, request_id)
+        given = {"prefix": prefix, "max_blocks": max_blocks, "seed": seed, "cache_salt": cache_salt}
+        message = request(latent_service_pb2.SampleLatentsRequest, settings, **given)
+        return self._stream(message, one(LatentBlock), settings)
 
     async def interpolate(
         self,
@@ -259,9 +233,6 @@ class AsyncClient(AsyncBaseClient):
         *,
         points: int = 5,
         interpolation: Interpolation | None = None,
-        sampling: Sampling | None = None,
-        timeout: float | None = None,
-        request_id: str = "",
         **settings: Unpack[SamplingFields],
     ) -> list[InterpolationPoint]:
         """Walk between two texts or latents and decode 2 to 256 points of the way, both ends included.
@@ -271,30 +242,17 @@ class AsyncClient(AsyncBaseClient):
         >>> [point.text for point in await client.interpolate("aaa", "ccc", points=3, interpolation="lerp")]
         ['aaa', 'bbb', 'ccc']
         """
-        request = build(
+        message = request(
             latent_service_pb2.InterpolateRequest,
+            settings,
             start=_endpoint(start, "start"),
             end=_endpoint(end, "end"),
             points=points,
             interpolation=interpolation,
-            **merged(settings, sampling=sampling),
         )
-        return await self._transport.unary(
-            request, responses.several(InterpolationPoint, "points"), timeout, request_id
-        )
+        return await self._unary(message, several(InterpolationPoint, "points"), settings)
 
-    async def infill(
-        self,
-        segments: Sequence[str | int],
-        *,
-        sampler: Sampler | None = None,
-        sampling: Sampling | None = None,
-        seed: int | NoiseSeed | None = None,
-        cache_salt: str = "",
-        timeout: float | None = None,
-        request_id: str = "",
-        **settings: Unpack[WritingFields],
-    ) -> InfillResult:
+    async def infill(self, segments: Sequence[str | int], **settings: Unpack[WritingFields]) -> InfillResult:
         """Write the holes of a text. A string is kept byte for byte, a number is a hole of so many tokens.
 
         A hole sees what is left of it and what is in its own block. `cache_salt` as in `generate`.
@@ -303,28 +261,18 @@ class AsyncClient(AsyncBaseClient):
         >>> result.text, result.segments
         ('My name is ___.', ('My name is ', '___', '.'))
         """
-        request = build(
-            latent_service_pb2.InfillRequest,
-            segments=_segments(segments),
-            seed=seed,
-            cache_salt=cache_salt,
-            **merged(settings, sampler=sampler, sampling=sampling),
-        )
-        return await self._transport.unary(request, responses.one(InfillResult), timeout, request_id)
+        message = request(latent_service_pb2.InfillRequest, settings, segments=_segments(segments))
+        return await self._unary(message, one(InfillResult), settings)
 
-    async def reconstruct(
-        self, texts: Sequence[str], *, timeout: float | None = None, request_id: str = ""
-    ) -> list[Reconstruction]:
+    async def reconstruct(self, texts: Sequence[str], **call: Unpack[CallFields]) -> list[Reconstruction]:
         """Texts (1 to 256, none empty) to latents and back: how faithful the latent space is.
 
         >>> [reconstruction] = await client.reconstruct(["fox"])
         >>> reconstruction.text, reconstruction.token_accuracy
         ('fox', 1.0)
         """
-        request = build(latent_service_pb2.ReconstructRequest, texts=requests.strings(texts, "texts"))
-        return await self._transport.unary(
-            request, responses.several(Reconstruction, "reconstructions"), timeout, request_id
-        )
+        message = request(latent_service_pb2.ReconstructRequest, call, texts=strings(texts, "texts"))
+        return await self._unary(message, several(Reconstruction, "reconstructions"), call)
 
 
 async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | GenerationRequest) -> GenerationOutcome:
@@ -339,8 +287,8 @@ async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | G
 
 def _endpoint(point: str | LatentsLike, field: str) -> latent_service_pb2.Endpoint:
     if isinstance(point, str):
-        return build(latent_service_pb2.Endpoint, f"{field}.", text=point)
-    return build(latent_service_pb2.Endpoint, latents=Latents.of(point, field))
+        return build(latent_service_pb2.Endpoint, {"text": point}, f"{field}.")
+    return build(latent_service_pb2.Endpoint, {"latents": Latents.of(point, field)})
 
 
 def _segments(segments: Sequence[str | int]) -> list[latent_service_pb2.InfillSegment]:
@@ -349,8 +297,68 @@ def _segments(segments: Sequence[str | int]) -> list[latent_service_pb2.InfillSe
     return [
         build(
             latent_service_pb2.InfillSegment,
+            {"text" if isinstance(segment, str) else "token_count": segment},
             f"segments[{index}].",
-            **{"text" if isinstance(segment, str) else "token_count": segment},
         )
         for index, segment in enumerate(segments)
     ]
+
+
+def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> GenerationResult:
+    """The whole of all chunks; `ServerError` when the last one is missing or incomplete, or they do not fit."""
+    last = chunks[-1] if chunks else None
+    if last is None or last.finish_reason is None or last.usage is None or last.seed is None:
+        raise ServerError("the stream ended without a finish reason, usage and seed", Details(request_id=request_id))
+    latents = [chunk.latents for chunk in chunks if chunk.latents is not None]
+    return GenerationResult(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        latents=converted(Latents.concat, latents, request_id) if latents else None,
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        seed=last.seed,
+        timing=last.timing,
+        request_id=request_id,
+    )
+
+
+class Cancellable(Protocol):
+    """A task, or a future of another thread."""
+
+    def cancel(self) -> bool:
+        """Cancel it."""
+
+
+C = TypeVar("C", bound=Cancellable)
+_NOTHING_LEFT: Any = object()
+_LOOK_AHEAD = 4  # times the concurrency: results that may wait for a slow one before them
+
+
+def started_ahead(start: Callable[[S], C], items: Iterable[S], concurrency: int) -> Generator[C, None, None]:
+    """What `start` makes of the items, in their order, some of them ahead; leaving early cancels those."""
+    source, ahead = iter(items), deque[C]()
+    try:
+        while True:
+            while len(ahead) < _LOOK_AHEAD * concurrency and (item := next(source, _NOTHING_LEFT)) is not _NOTHING_LEFT:
+                ahead.append(start(item))
+            if not ahead:
+                return
+            yield ahead.popleft()
+    finally:
+        for each in ahead:
+            each.cancel()
+
+
+def bounded(function: Callable[[S], Awaitable[T]], concurrency: int) -> Callable[[S], Coroutine[Any, Any, T]]:
+    """The function, so many calls of it at a time."""
+    if concurrency < 1:
+        raise invalid("concurrency", f"expected 1 or more, got {concurrency}")
+    free = asyncio.Semaphore(concurrency)
+
+    async def one_call(item: S) -> T:
+        async with free:
+            return await function(item)
+
+    return one_call

@@ -3,8 +3,9 @@
 servers' defaults and the reference pages are derived from it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from inspect import cleandoc
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -44,6 +45,7 @@ class Field:
     choices: Mapping[str, int] | None = None  # its texts, and the values of the wire's enum
     flat: str = ""  # its name beside fields of other messages: on the command line, in a batch, over HTTP
     option: str = ""  # its command-line option; empty: --flat-name
+    wire: str = ""  # its name in the message; empty: the same name
     name: str = ""  # filled in by `fields_of`
     kind: type = str  # filled in by `fields_of`
     multiple: bool = False  # filled in by `fields_of`: a list of such values
@@ -67,17 +69,17 @@ class Field:
         return self.range.fault(value) if self.range is not None else ""
 
 
-_TABLES: dict[type, Mapping[str, Field]] = {}
+@cache
+def choices_of(enum: Any) -> Mapping[str, int]:
+    """The values of an enum's descriptor, named as Python code names them: SOLVER_EULER of Solver is "euler"."""
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return {
+        value.name.removeprefix(prefix).lower(): number for number, value in enum.values_by_number.items() if number
+    }
 
 
-def fields_of(kind: type) -> Mapping[str, Field]:
-    """The annotated fields of a dataclass by their names in the message, each with its name and type."""
-    if kind not in _TABLES:
-        _TABLES[kind] = _read(kind)
-    return _TABLES[kind]
-
-
-def _read(kind: type) -> Mapping[str, Field]:
+def _fields_of(kind: type) -> Mapping[str, Field]:
+    """The annotated fields of a dataclass by their names, each with its name and type."""
     hints, found = get_type_hints(kind, include_extras=True), {}
     for spec in fields(kind):
         for note in getattr(hints[spec.name], "__metadata__", ()):
@@ -92,6 +94,9 @@ def _read(kind: type) -> Mapping[str, Field]:
                     multiple=get_origin(value) is Sequence,
                 )
     return found
+
+
+fields_of: Callable[[type], Mapping[str, Field]] = cache(_fields_of)
 
 
 def flat_fields(*kinds: type) -> dict[str, Field]:

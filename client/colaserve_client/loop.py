@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import grpc.aio
 
 from colaserve_client.errors import Unavailable
+
+if TYPE_CHECKING:
+    from colaserve_client.base import AsyncBaseClient
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,21 +45,11 @@ _NO_SUPPORT = (
 )
 
 
-class Connected(Protocol):
-    """What is connected on the loop."""
-
-    def is_busy(self) -> bool:
-        """Whether a call is open, so that disconnecting would break it off."""
-
-    async def disconnect(self) -> None:
-        """Disconnect; the next call connects anew."""
-
-
 class LoopThread:
     """Runs coroutines for other threads, which wait. The thread is started by the first call."""
 
     def __init__(self) -> None:
-        self.connected: WeakSet[Connected] = WeakSet()
+        self.connected: WeakSet[AsyncBaseClient] = WeakSet()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()  # held while a process forks; a signal handler may interrupt its owner
@@ -155,7 +148,7 @@ class LoopThread:
 
     async def _disconnect(self) -> None:
         for each in list(self.connected):
-            await each.disconnect()
+            await each._disconnect()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -165,7 +158,7 @@ class LoopThread:
         """Disconnect where nothing runs; look whether the child will be able to use gRPC."""
         self._lock.acquire()  # no call begins meanwhile
         running = wait(list(self._running), timeout=_WAIT_SECONDS).not_done
-        busy = bool(running) or any(each.is_busy() for each in self.connected)
+        busy = bool(running) or any(each._is_busy() for each in self.connected)
         if self._loop is not None and not busy:
             self.stop()
             time.sleep(_SETTLE_SECONDS)

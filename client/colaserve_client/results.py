@@ -120,8 +120,10 @@ class GenerationOutcome:
 class Tokens:
     """A tokenized text."""
 
-    ids: Annotated[tuple[int, ...], Field("The token ids.")]
-    texts: Annotated[tuple[str, ...], Field("The text of each id; a part of a character reads as U+FFFD.")]
+    ids: Annotated[tuple[int, ...], Field("The token ids.", wire="token_ids")]
+    texts: Annotated[
+        tuple[str, ...], Field("The text of each id; a part of a character reads as U+FFFD.", wire="tokens")
+    ]
 
 
 @_value
@@ -149,7 +151,7 @@ class DecodedLatents(_Text):
 class LatentBlock:
     """One block that the prior wrote."""
 
-    index: Annotated[int, Field("Index of the block in the run, from 0 on.")]
+    index: Annotated[int, Field("Index of the block in the run, from 0 on.", wire="block_index")]
     latents: Annotated[Latents, Field("Latents of the block, (B, d); known positions as given.")]
     timing: Annotated[Timing, Field("Where the time of the block went.")]
     seed: Annotated[NoiseSeed | None, Field("Repeats the run; None from a prior that is called directly.")]
@@ -275,7 +277,7 @@ class ServiceInfo:
 class ModelInfo:
     """What a coordinator serves."""
 
-    name: Annotated[str, Field("The model's name in requests.")]
+    name: Annotated[str, Field("The model's name in requests.", wire="model_name")]
     model: Annotated[ModelShape, Field("Shape of the model, with the parameters of all stages.")]
     space: Annotated[str, Field("Fingerprint of the latent space.")]
     limits: Annotated[Limits, Field("What the coordinator takes at most.")]

@@ -1,27 +1,23 @@
 """How to connect and how to generate: small frozen dataclasses. A field of None means: the server's default."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import invalid
-from colaserve_client.fields import Field, Range, documented
+from colaserve_client.fields import Field, Range, choices_of, documented
 
 Solver = Literal["euler", "ab2", "heun"]
 Interpolation = Literal["lerp", "slerp"]
 Prompt = str | Sequence[int]  # a text, or its token ids
 
-SOLVERS: Final[Mapping[str, int]] = {
-    "euler": types_pb2.SOLVER_EULER,
-    "ab2": types_pb2.SOLVER_AB2,
-    "heun": types_pb2.SOLVER_HEUN,
-}
+SOLVERS = choices_of(types_pb2.Solver.DESCRIPTOR)
 DEFAULT_TARGET = "127.0.0.1:50051"
 _MIB = 1 << 20
 
@@ -165,9 +161,17 @@ class Sampling:
     ] = None
 
 
-class SamplerFields(TypedDict, total=False):
-    """The fields of `Sampler` as keywords of a call."""
+class CallFields(TypedDict, total=False):
+    """What every call takes as keywords."""
 
+    timeout: float | None
+    request_id: str
+
+
+class SamplerFields(CallFields, total=False):
+    """A `Sampler`, or its fields, as keywords of a call."""
+
+    sampler: Sampler | None
     steps: int | None
     guidance_scale: float | None
     solver: Solver | None
@@ -176,9 +180,10 @@ class SamplerFields(TypedDict, total=False):
     resamples: int | None
 
 
-class SamplingFields(TypedDict, total=False):
-    """The fields of `Sampling` as keywords of a call."""
+class SamplingFields(CallFields, total=False):
+    """A `Sampling`, or its fields, as keywords of a call."""
 
+    sampling: Sampling | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -187,7 +192,10 @@ class SamplingFields(TypedDict, total=False):
 
 
 class WritingFields(SamplerFields, SamplingFields, total=False):
-    """Both."""
+    """Both, and what else calls take that write."""
+
+    seed: int | NoiseSeed | None
+    cache_salt: str
 
 
 @documented
@@ -221,12 +229,8 @@ class GenerationFields(WritingFields, total=False):
     """The fields of `GenerationRequest`, and those of its sampler and its sampling, as keywords of a call."""
 
     max_new_tokens: int | None
-    sampler: Sampler | None
-    sampling: Sampling | None
-    seed: int | NoiseSeed | None
     stop: Sequence[str]
     ignore_end: bool
     with_latents: bool
     top_logprobs: int | None
     print_special: bool
-    cache_salt: str

@@ -1,4 +1,3 @@
-# ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which the server sees too
 """The asyncio clients of the three stages, for those who call them directly."""
 
 from collections.abc import Sequence
@@ -7,14 +6,13 @@ from typing import Unpack
 from numpy.typing import ArrayLike
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
-from colaserve_client import responses
 from colaserve_client.base import AsyncBaseClient
+from colaserve_client.calls import AsyncExchange, AsyncStream
 from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, LatentsLike
-from colaserve_client.requests import build, merged
+from colaserve_client.messages import build, one, request, several
 from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
-from colaserve_client.settings import NoiseSeed, Sampler, SamplerFields, Sampling, SamplingFields
-from colaserve_client.transport import AsyncExchange, AsyncStream
+from colaserve_client.settings import CallFields, NoiseSeed, SamplerFields, SamplingFields
 
 
 class AsyncEncoderClient(AsyncBaseClient):
@@ -29,23 +27,15 @@ class AsyncEncoderClient(AsyncBaseClient):
     """
 
     async def encode(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        with_variance: bool = False,
-        timeout: float | None = None,
-        request_id: str = "",
+        self, sequences: Sequence[Sequence[int]], *, with_variance: bool = False, **call: Unpack[CallFields]
     ) -> list[SequenceEncoding]:
         """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others."""
-        request = build(encoder_pb2.EncodeRequest, sequences=sequences, with_variance=with_variance or None)
-        return await self._transport.unary(
-            request, responses.several(SequenceEncoding, "encodings"), timeout, request_id
-        )
+        message = request(encoder_pb2.EncodeRequest, call, sequences=sequences, with_variance=with_variance)
+        return await self._unary(message, several(SequenceEncoding, "encodings"), call)
 
-    async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+    async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The model, its limits and its load."""
-        request = encoder_pb2.EncoderServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
+        return await self._unary(request(encoder_pb2.EncoderServiceGetInfoRequest, call), one(ServiceInfo), call)
 
 
 class AsyncPriorClient(AsyncBaseClient):
@@ -64,11 +54,8 @@ class AsyncPriorClient(AsyncBaseClient):
         max_blocks: int,
         open_spans: Sequence[tuple[int, int]] = (),
         first_block: int = 0,
-        sampler: Sampler | None = None,
         seed: int | NoiseSeed | None = None,
         noise: ArrayLike | None = None,
-        timeout: float | None = None,
-        request_id: str = "",
         **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Write the blocks of a canvas and yield them; leaving early cancels and frees.
@@ -84,21 +71,20 @@ class AsyncPriorClient(AsyncBaseClient):
         """
         if (seed is None) == (noise is None):
             raise invalid("noise_source", f"expected either seed or noise, got {'none' if seed is None else 'both'}")
-        request = build(
+        message = request(
             prior_pb2.SampleRequest,
+            settings,
             canvas=_canvas(latents, open_spans),
             max_blocks=max_blocks,
-            first_block=first_block or None,
+            first_block=first_block,
             seed=seed,
             noise=noise,
-            **merged(settings, sampler=sampler),
         )
-        return self._transport.stream(request, responses.latent_block, timeout, request_id)
+        return self._stream(message, one(LatentBlock), settings)
 
-    async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+    async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The model, its limits and its load."""
-        request = prior_pb2.PriorServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
+        return await self._unary(request(prior_pb2.PriorServiceGetInfoRequest, call), one(ServiceInfo), call)
 
 
 class AsyncDecoderClient(AsyncBaseClient):
@@ -117,14 +103,11 @@ class AsyncDecoderClient(AsyncBaseClient):
         self,
         prefix: LatentsLike | None = None,
         *,
-        sampling: Sampling | None = None,
         history_ids: Sequence[int] = (),
         with_logits: bool = False,
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
         max_latents: int = 0,
-        timeout: float | None = None,
-        request_id: str = "",
         **settings: Unpack[SamplingFields],
     ) -> "AsyncDecodeSession":
         """Open a session: a context manager that decodes block after block and frees its cache at the end.
@@ -139,23 +122,22 @@ class AsyncDecoderClient(AsyncBaseClient):
             max_latents: positions, prefix included, to reserve the cache for; 0: as many as the server allows.
             timeout: seconds for the whole session.
         """
-        opening = build(
+        opening = request(
             decoder_pb2.OpenDecode,
+            settings,
             prefix=prefix,
             history_ids=history_ids,
-            with_logits=with_logits or None,
-            top_logprobs=top_logprobs or None,
+            with_logits=with_logits,
+            top_logprobs=top_logprobs,
             target_ids=target_ids,
-            max_latents=max_latents or None,
-            **merged(settings, sampling=sampling),
+            max_latents=max_latents,
         )
-        request = decoder_pb2.DecodeRequest(open=opening)
-        return self._transport.exchange(AsyncDecodeSession, request, responses.decoded_block, timeout, request_id)
+        message = decoder_pb2.DecodeRequest(open=opening)
+        return self._begun(AsyncDecodeSession, "stream_stream", message, one(DecodedBlock), settings)
 
-    async def info(self, *, timeout: float | None = None, request_id: str = "") -> ServiceInfo:
+    async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The model, its limits and its load."""
-        request = decoder_pb2.DecoderServiceGetInfoRequest()
-        return await self._transport.unary(request, responses.one(ServiceInfo), timeout, request_id)
+        return await self._unary(request(decoder_pb2.DecoderServiceGetInfoRequest, call), one(ServiceInfo), call)
 
 
 class AsyncDecodeSession(AsyncExchange[decoder_pb2.DecodeRequest, DecodedBlock]):
@@ -167,5 +149,5 @@ class AsyncDecodeSession(AsyncExchange[decoder_pb2.DecodeRequest, DecodedBlock])
 
 
 def _canvas(latents: LatentsLike | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:
-    spans = [build(types_pb2.Span, f"canvas.open[{i}].", start=s, end=e) for i, (s, e) in enumerate(open_spans)]
-    return build(types_pb2.Canvas, latents=latents, open=spans)
+    spans = [build(types_pb2.Span, {"start": s, "end": e}, f"canvas.open[{i}].") for i, (s, e) in enumerate(open_spans)]
+    return build(types_pb2.Canvas, {"latents": latents, "open": spans})

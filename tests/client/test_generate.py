@@ -33,7 +33,7 @@ from colaserve_client import (
     TopToken,
 )
 from colaserve_client.fields import flat_fields
-from colaserve_client.settings import GenerationFields, SamplerFields, SamplingFields
+from colaserve_client.settings import CallFields, GenerationFields, SamplerFields, SamplingFields
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import STORY, FakeServer
 from tests.waiting import wait_until, when
@@ -122,10 +122,11 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour, 
 
 
 def test_the_keywords_of_calls_are_the_fields_of_the_settings() -> None:
-    assert set(get_type_hints(SamplerFields)) == set(flat_fields(Sampler))
-    assert set(get_type_hints(SamplingFields)) == set(flat_fields(Sampling))
+    call = set(get_type_hints(CallFields))
+    assert set(get_type_hints(SamplerFields)) == call | {"sampler", *flat_fields(Sampler)}
+    assert set(get_type_hints(SamplingFields)) == call | {"sampling", *flat_fields(Sampling)}
     own = {field.name for field in fields(GenerationRequest)} - {"prompt"}
-    assert set(get_type_hints(GenerationFields)) == own | set(flat_fields(Sampler, Sampling))
+    assert set(get_type_hints(GenerationFields)) == call | own | set(flat_fields(Sampler, Sampling))
 
 
 @pytest.mark.parametrize(

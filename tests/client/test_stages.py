@@ -32,7 +32,6 @@ from colaserve_client import (
     Unavailable,
 )
 from colaserve_client.calls import Attempts
-from colaserve_client.channel import ClientConfig
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import SPACE, FakeServer
 
@@ -260,8 +259,8 @@ async def test_a_status_that_was_lost_counts_as_a_server_that_was_lost() -> None
         calls.append(LosesItsStatus())
         return calls[-1]
 
-    config = ClientConfig("localhost:1", retry=Retry(attempts=3, first_pause=0))
-    session = AsyncDecodeSession(start, DecodeRequest(), lambda answer: answer, Attempts(config, None, ""))
+    attempts = Attempts(Retry(attempts=3, first_pause=0))
+    session = AsyncDecodeSession(start, DecodeRequest(), lambda answer: answer, attempts)
     with pytest.raises(Unavailable, match="while a request was being sent"):
         await session.decode(LETTERS)
     assert len(calls) == 3

@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from pydantic import BaseModel, ValidationError
 
 from colaserve.v1 import types_pb2
-from colaserve_client import InvalidRequest, requests, responses
+from colaserve_client import InvalidRequest, messages
 from colaserve_client.cli import batch, options
 from colaserve_client.fields import Field, Range, documented, fields_of, flat_fields
 from colaserve_client.settings import Sampler
@@ -60,11 +60,11 @@ def test_it_is_documented_where_it_is_used() -> None:
 
 
 def test_the_client_sends_it_and_reads_it_back_and_checks_its_range(message: Any) -> None:
-    sent = requests.settings_message(message, Extended(steps=3, made_up=7), "sampler.")
+    sent = messages.settings_message(message, Extended(steps=3, made_up=7), "sampler.")
     assert (sent.steps, sent.made_up) == (3, 7)
-    assert responses.read(Extended, sent) == Extended(steps=3, made_up=7)
+    assert messages.read(Extended, sent) == Extended(steps=3, made_up=7)
     with pytest.raises(InvalidRequest, match=r"sampler\.made_up: got 10, expected 0 to 9"):
-        requests.settings_message(message, Extended(made_up=10), "sampler.")
+        messages.settings_message(message, Extended(made_up=10), "sampler.")
 
 
 def test_the_command_line_and_a_batch_take_it() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from colaserve_client import responses
 from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.cli.batch import run_batch
+from colaserve_client.client import generation_result
 from colaserve_client.reading import read_text, standard_input
 from colaserve_client.results import GenerationResult
 from colaserve_client.settings import GenerationRequest
@@ -113,4 +113,4 @@ def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: boo
                 output.echo(chunk.text, end="")
     if not quiet:
         output.echo()
-    return responses.generation_result(chunks, stream.request_id)
+    return generation_result(chunks, stream.request_id)
