@@ -56,7 +56,6 @@ class LoopThread:
         self._running: set[Future[Any]] = set()
         self._used = self._unsafe = self._unproven = False
         self._refusal = ""
-        self._parents: Any = None  # what a parent had is kept, since gRPC's lost calls cannot be given up
 
     def check(self) -> None:
         """Raises `Unavailable` in a forked process where a call would hang; called before every call of any client."""
@@ -173,14 +172,21 @@ class LoopThread:
     def after_fork_in_child(self) -> None:
         """Leave to the parent what is the parent's."""
         self._lock = threading.RLock()
-        self._parents = (self._parents, self._loop, self._running)
+        if self._unsafe or self._loop is not None:
+            self._keep_for_good()
         self._loop, self._thread, self._running = None, None, set()
         self._unproven = self._used and not self._unsafe
         if self._unsafe:
-            gc.freeze()  # the collector does not give up the parent's calls, which would crash
             self._refuse(_FORKED)
         elif self._used and os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in _OFF:
             self._refusal, self._unproven = _NO_SUPPORT, False
+
+    def _keep_for_good(self) -> None:
+        """Keep what the parent has open, at the end of the process too: giving up its calls would crash or hang."""
+        kept: list[Any] = [self._loop, self._running]
+        kept += [each for each in gc.get_objects() if str(type(each).__module__).startswith("grpc.")]
+        kept.append(kept)  # nothing but the collector frees this, and the collector leaves alone what is frozen
+        gc.freeze()
 
 
 async def _short_call() -> None:
