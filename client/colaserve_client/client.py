@@ -5,7 +5,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import fields
 from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol, TypeVar, Unpack
@@ -278,9 +277,8 @@ class AsyncClient(AsyncBaseClient):
 async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | GenerationRequest) -> GenerationOutcome:
     """What comes of one prompt of a batch."""
     request = prompt if isinstance(prompt, GenerationRequest) else GenerationRequest(prompt)
-    settings = {field.name: getattr(request, field.name) for field in fields(request)}
     try:
-        return GenerationOutcome(request, await client.generate(**settings, timeout=timeout), None)
+        return GenerationOutcome(request, await client.generate(**vars(request), timeout=timeout), None)
     except ColaserveError as error:
         return GenerationOutcome(request, None, error)
 

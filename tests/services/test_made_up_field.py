@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,9 +72,9 @@ def test_the_command_line_and_a_batch_take_it() -> None:
     taken: list[Extended] = []
 
     @click.command()
-    @options.field_options(Extended)
-    def verb(**values: Any) -> None:
-        taken.append(options.taken(Extended, values))
+    @options.grouped("sampler", options.field_options(Extended), partial(options.taken, Extended))
+    def verb(sampler: Extended) -> None:
+        taken.append(sampler)
 
     assert CliRunner().invoke(verb, ["--made-up", "5"]).exit_code == 0
     assert "Stirs the noise (0 to 9)." in CliRunner().invoke(verb, ["--help"]).output

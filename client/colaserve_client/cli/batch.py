@@ -1,9 +1,9 @@
 """Many prompts out of a file: JSON lines in, JSON lines out, interrupted and resumed at will."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,7 +11,7 @@ import click
 
 from colaserve_client.blocking import Client
 from colaserve_client.cli import exits, output
-from colaserve_client.errors import ColaserveError, InvalidRequest, NotAuthenticated, Unavailable
+from colaserve_client.errors import InvalidRequest, NotAuthenticated, Unavailable
 from colaserve_client.fields import fields_of, flat_fields
 from colaserve_client.reading import Unreadable, name_of, parse_json, read_json_lines, read_lines
 from colaserve_client.results import GenerationOutcome
@@ -20,14 +20,6 @@ from colaserve_client.writing import named, write_file
 
 ItemId = str | int
 KNOWN = {"id", "prompt", *flat_fields(GenerationRequest, Sampler, Sampling, NoiseSeed)}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One line of a batch."""
-
-    id: ItemId
-    request: GenerationRequest
 
 
 def run_batch(
@@ -44,10 +36,9 @@ def run_batch(
         raise click.UsageError(f"--input and --output are both {output_file}: give the answers a file of their own")
     items = read_items(input_file, defaults)
     done = _answered(output_file, resume)
-    unknown = done - {item.id for item in items}
-    if unknown:
+    if unknown := done - items.keys():
         raise click.UsageError(f"--output has answers to ids that --input lacks, such as {min(map(str, unknown))}")
-    waiting = [item for item in items if item.id not in done]
+    waiting = {name: request for name, request in items.items() if name not in done}
     with _opened(output_file) as out, _progress(len(items), len(done), output_file) as bar:
         failed = _answer(client, waiting, concurrency, out, bar)
     if failed:
@@ -55,82 +46,66 @@ def run_batch(
     return exits.ERROR if failed else exits.OK
 
 
-def _answer(client: Client, waiting: Sequence[Item], concurrency: int, out: TextIO, bar: Any) -> int:
+def _answer(
+    client: Client, waiting: Mapping[ItemId, GenerationRequest], concurrency: int, out: TextIO, bar: Any
+) -> int:
     """Write a line an item as it is answered; return how many failed."""
     failed = 0
-    with closing(client.generate_many((item.request for item in waiting), concurrency=concurrency)) as outcomes:
-        for item, outcome in zip(waiting, outcomes, strict=True):
-            _stop_if_hopeless(outcome)
-            output.print_json(_line(item, outcome), out)
+    with closing(client.generate_many(waiting.values(), concurrency=concurrency)) as outcomes:
+        for name, outcome in zip(waiting, outcomes, strict=True):
+            if isinstance(outcome.error, Unavailable | NotAuthenticated):  # every other line would fail as well
+                raise outcome.error
+            output.print_json({"id": name, "prompt": outcome.request.prompt, **_answer_of(outcome)}, out)
             failed += outcome.error is not None
             bar.update(1)
     return failed
 
 
-def _stop_if_hopeless(outcome: GenerationOutcome) -> None:
-    """What would meet every other line as well ends the batch."""
-    if isinstance(outcome.error, Unavailable | NotAuthenticated):
-        raise outcome.error
-
-
-def _line(item: Item, outcome: GenerationOutcome) -> dict[str, Any]:
-    if outcome.result is None:
-        return {"id": item.id, "prompt": item.request.prompt, "error": _error(outcome.error)}
-    return {"id": item.id, "prompt": item.request.prompt, **output.plain(outcome.result)}
-
-
-def _error(error: ColaserveError | None) -> dict[str, Any]:
-    field = error.field if isinstance(error, InvalidRequest) else ""
-    return {"type": type(error).__name__, "message": str(error), **({"field": field} if field else {})}
+def _answer_of(outcome: GenerationOutcome) -> dict[str, Any]:
+    error = outcome.error
+    if error is None:
+        return dict(output.plain(outcome.result))
+    field = {"field": error.field} if isinstance(error, InvalidRequest) and error.field else {}
+    return {"error": {"type": type(error).__name__, "message": str(error), **field}}
 
 
 # Input
 
 
-def read_items(path: Path, defaults: GenerationRequest) -> list[Item]:
-    """All lines; a wrong one is refused before anything is asked. A line without an id goes by its number, from 1."""
-    items: dict[ItemId, Item] = {}
+def read_items(path: Path, defaults: GenerationRequest) -> dict[ItemId, GenerationRequest]:
+    """All lines; a wrong one is refused before anything is sent. A line without an id goes by its number, from 1."""
+    items: dict[ItemId, GenerationRequest] = {}
     for number, line in read_json_lines(path):
-        where = f"{name_of(path)}:{number}"
-        item = _item(line, number, where, defaults)
-        if item.id in items:
-            raise click.UsageError(f"{where}: the id {item.id!r} is there twice")
-        items[item.id] = item
-    return list(items.values())
+        try:
+            name, request = _item(line, number, defaults)
+            if name in items:
+                raise click.UsageError(f"the id {name!r} is there twice")
+        except click.UsageError as error:
+            raise click.UsageError(f"{name_of(path)}:{number}: {error.message}") from error
+        items[name] = request
+    return items
 
 
-def _item(fields: Mapping[str, Any], number: int, where: str, defaults: GenerationRequest) -> Item:
+def _item(fields: Mapping[str, Any], number: int, defaults: GenerationRequest) -> tuple[ItemId, GenerationRequest]:
+    """The id of a line, and the options' request with what the line says otherwise."""
     line = {name: value for name, value in fields.items() if value is not None}  # null: as if it were not there
     prompt, name = line.get("prompt"), line.get("id", number)
     if not isinstance(prompt, str | list):
-        raise click.UsageError(f'{where}: expected an object with a "prompt", a text or a list of token ids')
+        raise click.UsageError('expected an object with a "prompt", a text or a list of token ids')
     if isinstance(prompt, list) and not all(type(each) is int for each in prompt):
-        raise click.UsageError(f"{where}: prompt: expected a text or a list of token ids, whole numbers")
+        raise click.UsageError("prompt: expected a text or a list of token ids, whole numbers")
     if unknown := sorted(fields.keys() - KNOWN):
-        raise click.UsageError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
+        raise click.UsageError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
     if type(name) not in (str, int):
-        raise click.UsageError(f"{where}: id: expected a text or a whole number, got {name!r}")
-    if "sample_id" in line and "seed" not in line and defaults.seed is None:
-        raise click.UsageError(f"{where}: sample_id tells samples of one seed apart: give both")
-    return Item(name, _request(line, defaults))
-
-
-def _request(line: Mapping[str, Any], defaults: GenerationRequest) -> GenerationRequest:
-    """The options' request, with what the line says otherwise."""
+        raise click.UsageError(f"id: expected a text or a whole number, got {name!r}")
+    seed = chosen(line, NoiseSeed)
+    if seed.keys() == {"sample_id"} and defaults.seed is None:
+        raise click.UsageError("sample_id tells samples of one seed apart: give both")
+    known = defaults.seed if isinstance(defaults.seed, NoiseSeed) else NoiseSeed(0)
+    own = {**chosen(line, GenerationRequest), "seed": replace(known, **seed) if seed else defaults.seed}
     sampler = replace(defaults.sampler or Sampler(), **chosen(line, Sampler))
     sampling = replace(defaults.sampling or Sampling(), **chosen(line, Sampling))
-    own = chosen(line, GenerationRequest)
-    return replace(
-        defaults, prompt=line["prompt"], sampler=sampler, sampling=sampling, seed=_seed(line, defaults), **own
-    )
-
-
-def _seed(line: Mapping[str, Any], defaults: GenerationRequest) -> NoiseSeed | int | None:
-    seed, sample = line.get("seed"), line.get("sample_id")
-    if seed is None and sample is None:
-        return defaults.seed
-    known = defaults.seed if isinstance(defaults.seed, NoiseSeed) else NoiseSeed(0)
-    return NoiseSeed(known.base_seed if seed is None else seed, known.sample_id if sample is None else sample)
+    return name, replace(defaults, prompt=prompt, sampler=sampler, sampling=sampling, **own)
 
 
 def chosen(line: Mapping[str, Any], kind: type) -> dict[str, Any]:

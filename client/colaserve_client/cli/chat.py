@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 
 import click
 
@@ -10,25 +10,19 @@ from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.errors import Cancelled, ColaserveError
 from colaserve_client.reading import read_lines, standard_input
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
 
+Turn = tuple[str, str]  # who speaks, "System", "User" or "Assistant", and what
 _HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
 _NEXT_TURN = "\nUser:"  # the model, which knows no roles, would write the other side too
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One side's words."""
-
-    speaker: str  # "System", "User" or "Assistant"
-    text: str
-
-
 def chat_prompt(turns: Sequence[Turn], frame: str) -> str:
     """The first message alone: in the checkpoint's frame, where it has one. Later: a transcript up to "Assistant:"."""
-    if len(turns) == 1 and turns[0].speaker == "User":
-        return frame.replace("{prompt}", turns[0].text) if frame else turns[0].text
-    lines = [f"{turn.speaker}:{'' if turn.text[:1].isspace() else ' '}{turn.text}" for turn in turns]
+    speaker, text = turns[0]
+    if len(turns) == 1 and speaker == "User":
+        return frame.replace("{prompt}", text) if frame else text
+    lines = [f"{speaker}:{'' if text[:1].isspace() else ' '}{text}" for speaker, text in turns]
     return "\n".join([*lines, "Assistant:"])
 
 
@@ -61,8 +55,8 @@ def chat(
     with suppress(ImportError):  # where Python was built with it: editing and history of the lines
         import readline  # noqa: F401
     model = client.info()
-    frame = model.chat_frame
-    before = [Turn("System", system)] if system else []
+    settings = GenerationRequest("", max_new_tokens, sampler, sampling, seed, stop=[_NEXT_TURN])
+    before = [("System", system)] if system else []
     turns = list(before)
     if model.description:
         click.echo(f"{model.name}: {model.description}", err=True)
@@ -71,10 +65,10 @@ def chat(
         if text == "/reset":
             turns = list(before)
             continue
-        question = Turn("User", text)
-        answer = _answer(client, chat_prompt([*turns, question], frame), max_new_tokens, sampler, sampling, seed)
+        prompt = chat_prompt([*turns, ("User", text)], model.chat_frame)
+        answer = _answer(client, replace(settings, prompt=prompt))
         if answer is not None:
-            turns += [question, Turn("Assistant", answer)]
+            turns += [("User", text), ("Assistant", answer)]
 
 
 def _messages() -> Iterator[str]:
@@ -105,20 +99,11 @@ def _interactive() -> bool:
     return standard_input().isatty()
 
 
-def _answer(
-    client: Client,
-    prompt: str,
-    max_new_tokens: int | None,
-    sampler: Sampler,
-    sampling: Sampling,
-    seed: NoiseSeed | None,
-) -> str | None:
+def _answer(client: Client, request: GenerationRequest) -> str | None:
     """Print an answer as it comes and return it; None when it was stopped, or failed and another may be asked for."""
     text = ""
     try:
-        with client.stream(
-            prompt, max_new_tokens=max_new_tokens, sampler=sampler, sampling=sampling, seed=seed, stop=[_NEXT_TURN]
-        ) as stream:
+        with client.stream(**vars(request)) as stream:
             for chunk in stream:
                 output.echo(chunk.text if text else chunk.text.lstrip(), end="")
                 text += chunk.text
@@ -128,7 +113,7 @@ def _answer(
         if isinstance(error, KeyboardInterrupt | Cancelled):
             output.echo(" (stopped)")
         else:
-            click.echo(f"colaserve: {error}", err=True)
+            click.echo(f"colaserve: {options.by_option(error)}", err=True)
         return None
     output.echo()
     return text

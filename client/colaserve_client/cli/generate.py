@@ -1,13 +1,13 @@
 """`colaserve generate`: one prompt, streamed to the terminal, or many out of a file."""
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from colaserve_client.blocking import Client
-from colaserve_client.cli import options, output
+from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.batch import run_batch
 from colaserve_client.client import generation_result
 from colaserve_client.reading import read_text, standard_input
@@ -69,18 +69,14 @@ def generate(
         raise click.UsageError("--output and --resume belong to a batch: give --input")
     if not as_json and (request.top_logprobs is not None or request.with_latents):
         raise click.UsageError("--top-logprobs and --latents are seen with --json only")
-    generate_one(client, replace(request, prompt=read_prompt(prompt, file)), echo=echo, stats=stats, as_json=as_json)
-    return 0
-
-
-def generate_one(client: Client, request: GenerationRequest, *, echo: bool, stats: bool, as_json: bool) -> None:
-    """Print the text block by block, or everything as JSON at the end."""
     started = time.monotonic()
+    request = replace(request, prompt=read_prompt(prompt, file))
     result = _write(client, request, echo=echo, quiet=as_json)
     if as_json:
         output.print_json({"prompt": request.prompt, **output.plain(result)})
     if stats:
         click.echo(output.summary(result, time.monotonic() - started), err=True)
+    return exits.OK
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -103,8 +99,7 @@ def read_prompt_file(file: Path) -> str:
 def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: bool) -> GenerationResult:
     """Generate; print block by block unless quiet."""
     chunks = []
-    settings = {field.name: getattr(request, field.name) for field in fields(request)}
-    with client.stream(**settings) as stream:
+    with client.stream(**vars(request)) as stream:
         if echo and not quiet:
             output.echo(str(request.prompt), end="")
         for chunk in stream:

@@ -60,15 +60,16 @@ def encode(
     if output_file:
         width = len(str(len(found) - 1))
         save_latents(output_file, {f"{index:0{width}}": each.latents for index, each in enumerate(encodings)})
-    if as_json:
-        output.print_json([{"text": text, **output.plain(each)} for text, each in zip(found, encodings, strict=True)])
-    else:
-        output.echo(output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, found, encodings))))
+    output.answer(
+        [{"text": text, **output.plain(each)} for text, each in zip(found, encodings, strict=True)],
+        as_json,
+        lambda: output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, found, encodings))),
+    )
 
 
 def _row(text: str, encoding: TextEncoding) -> tuple[object, ...]:
     shown = text if len(text) <= 50 else f"{text[:47]}..."
-    shape = "x".join(map(str, encoding.latents.values.shape))
+    shape = "x".join(map(str, encoding.latents.shape))
     return shape, len(encoding.token_ids), encoding.latents.space, repr(shown)
 
 
@@ -101,12 +102,12 @@ def decode(
         each: client.decode_latents(values, sampling=sampling, top_logprobs=top_logprobs, token_count=token_count)
         for each, values in latents.items()
     }
-    if as_json:
-        output.print_json([{"name": each, **output.plain(result)} for each, result in decoded.items()])
-    elif len(decoded) == 1:
-        output.echo(next(iter(decoded.values())).text)
-    else:
-        output.echo(output.pairs([(each, result.text) for each, result in decoded.items()]))
+    rows = [(each, result.text) for each, result in decoded.items()]
+    output.answer(
+        [{"name": each, **output.plain(result)} for each, result in decoded.items()],
+        as_json,
+        lambda: rows[0][1] if len(rows) == 1 else output.pairs(rows),
+    )
 
 
 def _load(file: Path, name: str | None) -> dict[str, Latents]:
@@ -149,10 +150,7 @@ def interpolate(
     """
     ends = [Latents.load(end_) if as_latents else end_ for end_ in (start, end)]
     walk = client.interpolate(ends[0], ends[1], points=points, interpolation=path, sampling=sampling)
-    if as_json:
-        output.print_json(walk)
-    else:
-        output.echo(output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))
+    output.answer(walk, as_json, lambda: output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))
 
 
 @click.command(cls=options.SectionedCommand)
@@ -185,10 +183,7 @@ def infill(
         raise click.UsageError("give TEXT or --file, one of them")
     segments = split_holes(text if file is None else read_text(file))  # type: ignore[arg-type]
     result = client.infill(segments, sampler=sampler, sampling=sampling, seed=seed)
-    if as_json:
-        output.print_json(result)
-    else:
-        output.echo(result.text)
+    output.answer(result, as_json, lambda: result.text)
 
 
 def split_holes(text: str) -> list[str | int]:
@@ -219,8 +214,9 @@ def reconstruct(*, client: Client, texts: Sequence[str], files: Sequence[Path], 
     """
     found = _texts(texts, files)
     trips = client.reconstruct(found)
-    if as_json:
-        output.print_json([{"original": text, **output.plain(trip)} for text, trip in zip(found, trips, strict=True)])
-        return
     rows = [(f"{trip.token_accuracy:.1%}", f"{trip.bits_per_token:.3f}", repr(trip.text)) for trip in trips]
-    output.echo(output.table(("TOKENS EQUAL", "BITS A TOKEN", "TEXT"), rows))
+    output.answer(
+        [{"original": text, **output.plain(trip)} for text, trip in zip(found, trips, strict=True)],
+        as_json,
+        lambda: output.table(("TOKENS EQUAL", "BITS A TOKEN", "TEXT"), rows),
+    )

@@ -3,8 +3,8 @@ variables too, and the command line wins; everything else is an option alone."""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +13,21 @@ from click.core import ParameterSource
 
 from colaserve_client.blocking import BaseClient, Client
 from colaserve_client.cli.types import Number, TrimmedPath
+from colaserve_client.errors import ColaserveError, InvalidRequest
 from colaserve_client.fields import Field, fields_of, flat_fields
 from colaserve_client.settings import DEFAULT_TARGET, GenerationRequest, NoiseSeed, Retry, Sampler, Sampling, Tls
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
+Verb = Callable[..., Any]
 C = TypeVar("C", bound=BaseClient[Any])
 T = TypeVar("T")
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
-VARIABLES = ("target", "key", "timeout", "tls_ca", "tls_client_cert", "tls_client_key")  # COLASERVE_TARGET and so on
-
 FILE = click.Path(path_type=Path, dir_okay=False)
 PEM_FILE = TrimmedPath(path_type=Path, dir_okay=False)
+VARIABLES = ("target", "key", "timeout", "tls_ca", "tls_client_cert", "tls_client_key")  # COLASERVE_TARGET and so on
+_SETTINGS = {"sampler": Sampler, "sampling": Sampling, "seed": NoiseSeed}
+_FIELDS = {  # what errors call a field -> the name of its option, where they differ
+    f"{message}.{name}": field.flat for message, kind in _SETTINGS.items() for name, field in fields_of(kind).items()
+} | {"tls.ca": "tls_ca", "tls.cert": "tls_client_cert", "tls.key": "tls_client_key", "interpolation": "path"}
 
 
 class SectionedCommand(click.Command):
@@ -45,7 +49,20 @@ class SectionedCommand(click.Command):
             if isinstance(parameter, SectionedOption) and parameter.is_missed(ctx):
                 old = _variable(parameter)
                 click.echo(f"colaserve: {old} is not read any more: give {longest(parameter)}", err=True)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except InvalidRequest as error:
+            raise by_option(error) from error.__cause__
+
+
+def by_option(error: ColaserveError) -> ColaserveError:
+    """The error, with the running verb's option in place of the request's field, where there is one."""
+    field, parameters = error.details.field, click.get_current_context().command.params
+    options = {each.name: longest(each) for each in parameters if isinstance(each, click.Option)}
+    option = options.get(_FIELDS.get(field, field))
+    if option is None or not str(error).startswith(f"{field}:"):
+        return error
+    return InvalidRequest(f"{option}{str(error).removeprefix(field)}", error.details)
 
 
 class SectionedOption(click.Option):
@@ -77,10 +94,7 @@ def option(*names: str, section: str = "Options", **settings: Any) -> Callable[[
     return click.option(*names, cls=SectionedOption, section=section, **settings)
 
 
-def _connection(*names: str, **settings: Any) -> Callable[[Verb], Verb]:
-    return option(*names, section="Server", **settings)
-
-
+_connection = partial(option, section="Server")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 _CONNECTION = (
@@ -97,17 +111,26 @@ _CONNECTION = (
 )  # fmt: skip
 
 
-def _with(options: Sequence[Callable[[Any], Any]], verb: Any) -> Any:
+def _with(options: Sequence[Callable[[Verb], Verb]], verb: Verb) -> Verb:
     for each in reversed(options):
         verb = each(verb)
     return verb
 
 
-def tls_of(tls: bool, ca: Path | None, cert: Path | None, key: Path | None, server_name: str | None) -> Tls | None:
-    """The settings of an encrypted connection; None when no option asks for one."""
-    if tls or any(value is not None for value in (ca, cert, key, server_name)):
-        return Tls(ca, cert, key, server_name)
-    return None
+def grouped(
+    name: str, options: Sequence[Callable[[Verb], Verb]], make: Callable[[dict[str, Any]], Any]
+) -> Callable[[Verb], Verb]:
+    """Decorator: options that reach the verb as one value, which `make` takes out of all that were given."""
+
+    def decorate(verb: Verb) -> Verb:
+        @wraps(verb)
+        def wrapped(**values: Any) -> Any:
+            made = make(values)
+            return verb(**values, **{name: made})
+
+        return _with(options, wrapped)
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -125,35 +148,30 @@ class Server:
         return kind(self.target, key=self.key, tls=self.tls, timeout=self.timeout, retry=self.retry)
 
 
-def server_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """How to reach the server; the verb gets `server`."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, target: str, key: str | None, timeout: float | None, tries: int, **others: Any) -> Any:
-        parts = [others.pop(f"tls{part}") for part in ("", "_ca", "_client_cert", "_client_key", "_server_name")]
-        return verb(*args, server=Server(target, key, tls_of(*parts), timeout, Retry(tries)), **others)
-
-    return _with(_CONNECTION, wrapped)  # type: ignore[no-any-return]
+def _server(values: dict[str, Any]) -> Server:
+    target, key, timeout, tries, encrypted = map(values.pop, ("target", "key", "timeout", "tries", "tls"))
+    parts = [values.pop(f"tls_{part}") for part in ("ca", "client_cert", "client_key", "server_name")]
+    tls = Tls(*parts) if encrypted or any(part is not None for part in parts) else None
+    return Server(target, key, tls, timeout, Retry(tries))
 
 
-def client_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+server_options = grouped("server", _CONNECTION, _server)
+
+
+def client_options(verb: Verb) -> Verb:
     """How to reach the server; the verb gets `client`, which is closed after it."""
 
     @wraps(verb)
-    def wrapped(*args: Any, server: Server, **others: Any) -> Any:
+    def wrapped(*, server: Server, **others: Any) -> Any:
         with server.connect(Client) as client:
-            return verb(*args, client=client, **others)
+            return verb(client=client, **others)
 
     return server_options(wrapped)
 
 
-def field_options(
-    *kinds: type, section: str = "Options", without: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: an option for each field of the dataclasses; the verb gets their values by their flat names."""
-    table = {name: field for name, field in flat_fields(*kinds).items() if name not in without}
-    options = [option(*_names(field), section=section, **_kind(field)) for field in table.values()]
-    return lambda verb: _with(options, verb)
+def field_options(kind: type, section: str = "Options") -> list[Callable[[Verb], Verb]]:
+    """An option for each field of a dataclass; the verb gets their values by their flat names."""
+    return [option(*_names(field), section=section, **_kind(field)) for field in flat_fields(kind).values()]
 
 
 def _names(field: Field) -> tuple[str, str]:
@@ -175,46 +193,26 @@ def taken(kind: type[T], values: dict[str, Any]) -> T:
     return kind(**{name: values.pop(field.flat) for name, field in fields_of(kind).items() if field.flat in values})
 
 
-def sampler_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """How latents are sampled; the verb gets `sampler`."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, **values: Any) -> Any:
-        return verb(*args, sampler=taken(Sampler, values), **values)
-
-    return field_options(Sampler, section="From noise to latents (default: as the server has it)")(wrapped)
+def _seed(values: dict[str, Any]) -> NoiseSeed | None:
+    seed, sample = values.pop("seed"), values.pop("sample_id")
+    if seed is None and sample is not None:
+        raise click.UsageError("--sample-id tells samples of one --seed apart: give both")
+    return None if seed is None else NoiseSeed(seed, sample or 0)
 
 
-def sampling_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """How tokens are drawn; the verb gets `sampling`."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, **values: Any) -> Any:
-        return verb(*args, sampling=taken(Sampling, values), **values)
-
-    return field_options(Sampling, section="From latents to tokens (default: as the server has it)")(wrapped)
+def _request(values: dict[str, Any]) -> GenerationRequest:
+    names = [name for name in GenerationRequest.__dataclass_fields__ if name in values and name != "prompt"]
+    return GenerationRequest("", **{name: values.pop(name) for name in names})
 
 
-def seed_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The noise; the verb gets `seed`."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, **values: Any) -> Any:
-        seed, sample = values.pop("seed"), values.pop("sample_id")
-        if seed is None and sample is not None:
-            raise click.UsageError("--sample-id tells samples of one --seed apart: give both")
-        return verb(*args, seed=None if seed is None else NoiseSeed(seed, sample or 0), **values)
-
-    return field_options(NoiseSeed)(wrapped)
+_LATENTS = field_options(Sampler, "From noise to latents (default: as the server has it)")
+_TOKENS = field_options(Sampling, "From latents to tokens (default: as the server has it)")
+sampler_options = grouped("sampler", _LATENTS, partial(taken, Sampler))
+sampling_options = grouped("sampling", _TOKENS, partial(taken, Sampling))
+seed_options = grouped("seed", field_options(NoiseSeed), _seed)
 
 
-def request_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+def request_options(verb: Verb) -> Verb:
     """What a generation is asked for beside its prompt; the verb gets `request`, whose prompt is empty."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, **values: Any) -> Any:
-        names = [field.name for field in fields(GenerationRequest) if field.name != "prompt"]
-        request = GenerationRequest("", **{name: values.pop(name) for name in names})
-        return verb(*args, request=request, **values)
-
-    return field_options(GenerationRequest)(sampler_options(sampling_options(seed_options(wrapped))))
+    verb = grouped("request", (), _request)(verb)
+    return _with(field_options(GenerationRequest), sampler_options(sampling_options(seed_options(verb))))

@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TextIO
 
@@ -76,45 +76,31 @@ def pairs(rows: Sequence[tuple[str, object]]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in rows)
 
 
+def answer(value: Any, as_json: bool, shown: Callable[[], str]) -> None:
+    """Print what a verb found: the value for machines, or `shown` for people."""
+    if as_json:
+        print_json(value)
+    else:
+        echo(shown())
+
+
 def counted(count: int, noun: str) -> str:
     """1 token, 2 tokens."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def size(count: int) -> str:
-    """Bytes, as people read them."""
-    for unit, length in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= length:
-            return f"{count / length:.1f} {unit}"
-    return f"{count} B"
-
-
-def number(count: int) -> str:
-    """A count, as people read it: 1.8 B, 34.5 M."""
-    for unit, length in (("B", 10**9), ("M", 10**6)):
-        if count >= length:
-            return f"{count / length:.2f} {unit}"
-    return f"{count:,}"
-
-
-def duration(seconds: float) -> str:
-    """A time, as people read it."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def scaled(count: int, units: Mapping[str, int]) -> str:
+    """A number in the largest of the units that it reaches, to four digits."""
+    reached = ((unit, length) for unit, length in units.items() if count >= length)
+    return next((f"{count / length:.4g} {unit}" for unit, length in reached), f"{count:,}")
 
 
 def summary(result: GenerationResult, seconds: float) -> str:
     """A generation in one line."""
-    usage = result.usage
+    usage, seed = result.usage, result.seed
     return (
         f"{counted(usage.completion_tokens, 'token')} after {usage.prompt_tokens} of the prompt,"
-        f" {counted(usage.blocks, 'block')}"
-        f" ({usage.wasted_blocks} wasted), {seconds:.2f} s, ended by {result.finish_reason},"
-        f" --seed {result.seed.base_seed}" + (f" --sample-id {result.seed.sample_id}" if result.seed.sample_id else "")
+        f" {counted(usage.blocks, 'block')} ({usage.wasted_blocks} wasted), {seconds:.2f} s,"
+        f" ended by {result.finish_reason}, --seed {seed.base_seed}"
+        + (f" --sample-id {seed.sample_id}" if seed.sample_id else "")
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import click
@@ -11,13 +11,14 @@ from colaserve_client.blocking import Client, DecoderClient, EncoderClient, Prio
 from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.types import Number
 from colaserve_client.errors import NotSupported
-from colaserve_client.results import Limits, ModelInfo, ServerInfo
+from colaserve_client.results import ModelInfo, StageInfo
 
 STAGES: dict[str, type[EncoderClient] | type[PriorClient] | type[DecoderClient]] = {
     "encoder": EncoderClient,
     "prior": PriorClient,
     "decoder": DecoderClient,
 }
+_BYTES = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
 
 
 @click.command(cls=options.SectionedCommand)
@@ -31,10 +32,7 @@ def info(*, client: Client, as_json: bool) -> None:
       colaserve info --json | python -m json.tool
     """
     found = client.info()
-    if as_json:
-        output.print_json(found)
-    else:
-        output.echo(output.pairs(_description(found)))
+    output.answer(found, as_json, lambda: output.pairs(_description(found)))
 
 
 def _description(found: ModelInfo) -> list[tuple[str, object]]:
@@ -43,7 +41,7 @@ def _description(found: ModelInfo) -> list[tuple[str, object]]:
     return [
         ("model", found.name),
         *([("about", found.description)] if found.description else []),
-        ("parameters", output.number(model.parameters)),
+        ("parameters", output.scaled(model.parameters, {"B": 10**9, "M": 10**6})),
         ("latent space", found.space),
         ("latents", f"{model.latent_dim} channels, blocks of {model.block_size}, {per_latent} each"),
         ("vocabulary", f"{model.vocab_size:,}"),
@@ -63,18 +61,6 @@ def _short(number: float | None) -> str:
 def _settings(settings: Any) -> list[str]:
     named = {name.replace("_", " "): value for name, value in output.plain(settings).items() if value is not None}
     return [f"{name} {_short(value)}" for name, value in named.items()]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One service."""
-
-    service: str
-    target: str
-    serving: bool
-    space: str
-    server: ServerInfo
-    limits: Limits
 
 
 @click.command(cls=options.SectionedCommand)
@@ -97,51 +83,48 @@ def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
         if wait is not None:
             client.wait_until_ready(wait)
         rows = _rows(client, server)
-    if as_json:
-        output.print_json(rows)
-    else:
-        headings = ("SERVICE", "STATE", "VERSION", "SPACE", "ON", "RUNNING", "WAITING", "KV CACHE", "UP", "ADDRESS")
-        output.echo(output.table(headings, [_cells(row) for row in rows]))
+    headings = ("SERVICE", "STATE", "VERSION", "SPACE", "ON", "RUNNING", "WAITING", "KV CACHE", "UP", "ADDRESS")
+    output.answer(
+        [{"service": each.pop("stage"), **each} for each in output.plain(rows)],
+        as_json,
+        lambda: output.table(headings, [_cells(row) for row in rows]),
+    )
     return exits.OK if all(row.serving for row in rows) else exits.UNAVAILABLE
 
 
-def _rows(client: Client, server: options.Server) -> Sequence[Row]:
+def _rows(client: Client, server: options.Server) -> Sequence[StageInfo]:
     """The coordinator and its stages; or the stages that live at the address."""
     serving = client.healthy()
     try:
         found = client.info()
     except NotSupported:
         return _stage_rows(server, serving)
-    first = Row("coordinator", client.target, serving, found.space, found.server, found.limits)
-    stages = [
-        Row(stage.stage, stage.target, stage.serving, stage.space, stage.server, stage.limits) for stage in found.stages
-    ]
-    return [first, *stages]
+    return [StageInfo("coordinator", client.target, serving, found.space, found.limits, found.server), *found.stages]
 
 
-def _stage_rows(server: options.Server, serving: bool) -> list[Row]:
+def _stage_rows(server: options.Server, serving: bool) -> list[StageInfo]:
     rows = []
     for name, kind in STAGES.items():
         with server.connect(kind) as stage, suppress(NotSupported):
             found = stage.info()
-            rows.append(Row(name, server.target, serving, found.space, found.server, found.limits))
+            rows.append(StageInfo(name, server.target, serving, found.space, found.limits, found.server))
     if not rows:
         raise NotSupported(f"{server.target} answers, but has no service of colaserve")
     return rows
 
 
-def _cells(row: Row) -> tuple[object, ...]:
+def _cells(row: StageInfo) -> tuple[object, ...]:
     server, limits = row.server, row.limits
-    budget = f"{output.size(server.kv_bytes_used)} of {output.size(limits.kv_bytes)}" if limits.kv_bytes else "-"
+    used, budget = (output.scaled(count, _BYTES) for count in (server.kv_bytes_used, limits.kv_bytes))
     return (
-        row.service,
+        row.stage,
         "serving" if row.serving else "DOWN",
         server.version or "-",
         row.space or "-",
         f"{server.device} {server.dtype}".strip() or "-",
         f"{server.running} of {limits.max_running}" if limits.max_running else server.running,
         f"{server.waiting} of {limits.max_waiting}" if limits.max_waiting else server.waiting,
-        budget,
-        output.duration(server.uptime_seconds),
+        f"{used} of {budget}" if limits.kv_bytes else "-",
+        str(timedelta(seconds=int(server.uptime_seconds))),
         row.target,
     )

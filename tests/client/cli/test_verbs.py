@@ -92,7 +92,7 @@ def test_addresses_keys_and_paths_are_trimmed_and_checked_where_they_are_read(ru
         ({"COLASERVE_KEY": " \n "}, "key: expected printable ASCII"),
         ({"COLASERVE_KEY": "schlüssel"}, "key: expected printable ASCII"),
         ({"COLASERVE_TARGET": " "}, "target: expected"),
-        ({"COLASERVE_TLS_CA": " /nowhere.pem\n"}, "tls.ca: cannot read /nowhere.pem:"),
+        ({"COLASERVE_TLS_CA": " /nowhere.pem\n"}, "--tls-ca: cannot read /nowhere.pem:"),
         ({"COLASERVE_TIMEOUT": "nan"}, "nan is no finite number"),
         ({"COLASERVE_DEBUG": "perhaps"}, "perhaps"),
     ):
@@ -107,10 +107,12 @@ def test_addresses_keys_and_paths_are_trimmed_and_checked_where_they_are_read(ru
         (["generate", "a", "--output", "x"], "--input"),
         (["generate", "a", "--sample-id", "3"], "--seed"),
         (["generate", "a", "--max-new-tokens", "many"], "many"),
-        (["generate", "a", "--max-new-tokens", "-1"], "max_new_tokens"),
-        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens: got 0, expected 1 or more"),
+        (["generate", "a", "--max-new-tokens", "-1"], "--max-new-tokens: got -1"),
+        (["generate", "a", "--max-new-tokens", "0"], "--max-new-tokens: got 0, expected 1 or more"),
+        (["infill", "a[[1]]", "--temperature", "-1"], "colaserve: --temperature: got -1, expected 0 to 100"),
+        (["generate", "a", "--sampling-seed", "-1"], "colaserve: --sampling-seed: got -1"),
         (["generate", "a", "--target", "nowhere"], "host:port"),
-        (["generate", "a", "--tls-ca", "/nowhere.pem"], "tls.ca: cannot read"),
+        (["generate", "a", "--tls-ca", "/nowhere.pem"], "--tls-ca: cannot read"),
         (["generate", "a", "--nonsense"], "--nonsense"),
         (["generate", "a", "--max-new", "5"], "No such option"),
         (["generate", "-5 degrees"], "a text that begins with - goes behind --"),
@@ -195,7 +197,7 @@ def test_status_lists_all_services(run: Run, server: FakeServer) -> None:
     for service in ("coordinator", "encoder", "prior", "decoder"):
         assert service in done.out
     assert "1 of 4" in done.out
-    assert "512 B of 1.0 MiB" in done.out
+    assert "512 B of 1 MiB" in done.out
     assert [row["service"] for row in run("status", "--json").json] == ["coordinator", "encoder", "prior", "decoder"]
     server.health.set("", 2)
     down = run("status")
@@ -246,11 +248,11 @@ def test_chat_puts_an_instruction_first_and_ends_with_its_input(run: Run, behavi
 def test_chat_ends_with_the_error_when_nobody_types(run: Run) -> None:
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
     assert done.code == exits.USAGE
-    assert done.err.count("max_new_tokens: got 0, expected 1 or more") == 1
+    assert done.err.count("max-new-tokens: got 0, expected 1 or more") == 1
 
 
 def test_chat_continues_after_an_error_when_someone_types(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "_interactive", lambda: True)
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
     assert done.code == 0
-    assert done.err.count("max_new_tokens: got 0, expected 1 or more") == 2
+    assert done.err.count("max-new-tokens: got 0, expected 1 or more") == 2
