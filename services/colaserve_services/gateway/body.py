@@ -21,13 +21,14 @@ from colaserve_services.gateway.dialects.fields import NAMES
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, invalid
 from colaserve_services.gateway.settings import Bounds
-from colaserve_services.offload import offload
+from colaserve_services.offload import Offload
 
 MOST_PARTS: Final = 32_768  # arrays, objects and keys in one body; each costs a hundred times its bytes in memory
 MOST_ITEMS: Final = 262_144  # commas; parsing so many values holds the interpreter for some 20 ms
 
 _DISCARDED: Final = 16  # times the bound are read before an answer: a client that still writes would not read it
 _SMALL: Final = 64 * 1024  # bytes; a longer body is parsed in a thread
+_parse_large = Offload("large-bodies", rest=8)  # the interpreter is held meanwhile, and the engines wait for it
 _SHOWN: Final = 80  # characters of what was got
 _BRIEF: Final = Repr()  # never writes all of a large value
 _BRIEF.maxstring = _BRIEF.maxother = _SHOWN
@@ -42,7 +43,7 @@ async def checked_body(request: Request, model: type[M], bounds: Bounds) -> M:
         raise _no_json("must be a JSON object, sent with content-type application/json")
     if len(body) <= _SMALL:
         return parse(body, model)
-    return await offload(parse, body, model)
+    return await _parse_large(parse, body, model)
 
 
 async def _read(request: Request, bounds: Bounds) -> bytes:
