@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
-COMPILED := hatch_build.py services/colaserve_services/model/cpu_attention.c
-LIBRARY := services/colaserve_services/model/_cpu_attention.so
+MODEL := services/colaserve_services/model
+COMPILED := hatch_build.py $(MODEL)/cpu_attention.c $(MODEL)/backend/cpu_kernels.c
+LIBRARIES := $(MODEL)/_cpu_attention.so $(MODEL)/backend/_cpu_kernels.so
 
 .PHONY: demo test lint types protos clean
 .DEFAULT_GOAL := demo
@@ -47,7 +48,7 @@ $(VENV)/.serve: $(VENV)/.python pyproject.toml client/pyproject.toml constraints
 	@$(PIP) install $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --constraint constraints.txt --editable client --editable '.[serve]'
 	@test -x $(BIN)/colaserve || $(PIP) install --no-deps --force-reinstall --editable client  # an older colaserve took its command along
-	@test -e $(LIBRARY) || echo '==> attention in bfloat16 on the CPU was not compiled (that takes Linux on x86-64 and gcc): it works, and is slower'
+	@test -e $(lastword $(LIBRARIES)) || echo '==> the parts in C were not compiled (that takes Linux and a C compiler): it works, and is slower on CPUs'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
@@ -57,5 +58,5 @@ $(VENV)/.dev: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(LIBRARY)
+	rm -f $(LIBRARIES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

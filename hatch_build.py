@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +14,55 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MODEL = "services/colaserve_services/model"
 
+# cpu_kernels.c is compiled for each kind of CPU, and once more for the part that chooses among them at run time.
+AVX512 = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+KERNELS = {
+    "x86_64": (
+        (),
+        ("-DPASS=plain",),
+        ("-DPASS=avx2", "-mfma", "-mavx2"),
+        ("-DPASS=avx512", *AVX512),
+        ("-DPASS=bf16", *AVX512, "-mavx512bf16"),
+    ),
+    "aarch64": ((), ("-DPASS=plain",)),
+}
+
 
 class CustomBuildHook(BuildHookInterface):
-    """The wheel has the library in it, and then a platform's tag."""
+    """The wheel has the libraries in it, and then a platform's tag."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """`version`: the kind of wheel, "standard" or "editable"."""
-        folder = Path(self.root, MODEL)
-        library = folder / "_cpu_attention.so"
+        kernels = KERNELS.get(platform.machine(), ())
+        self._add(build_data, "backend/cpu_kernels.c", "backend/_cpu_kernels.so", kernels, "CPUs faster")
+        bfloat16 = ((),) if platform.machine() == "x86_64" else ()
+        self._add(build_data, "cpu_attention.c", "_cpu_attention.so", bfloat16, "CPUs with AVX512-BF16 faster")
+
+    def _add(
+        self, build_data: dict[str, Any], source: str, name: str, passes: Iterable[tuple[str, ...]], makes: str
+    ) -> None:
+        library = Path(self.root, MODEL, name)
         try:
-            if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-                raise OSError("it is for Linux on x86-64")
-            _compile(folder / "cpu_attention.c", library)
+            if platform.system() != "Linux" or not passes:
+                raise OSError("it is for Linux on x86-64 and 64-bit Arm")
+            _compile(Path(self.root, MODEL, source), library, passes)
         except (OSError, subprocess.CalledProcessError) as e:
             library.unlink(missing_ok=True)
-            self.app.display_warning(f"without the compiled attention, which makes CPUs with AVX512-BF16 faster: {e}")
+            self.app.display_warning(f"without {Path(source).name} compiled, which makes {makes}: {e}")
             return
-        build_data["artifacts"].append(f"{MODEL}/{library.name}")
+        build_data["artifacts"].append(f"{MODEL}/{name}")
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def _compile(source: Path, library: Path) -> None:
-    """In two steps: linked with -fopenmp it would bring a second OpenMP beside torch's."""
+def _compile(source: Path, library: Path, passes: Iterable[tuple[str, ...]]) -> None:
+    """Compiled first, then linked: linked with -fopenmp it would bring a second OpenMP beside torch's."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = Path(folder, "attention.o"), Path(folder, library.name)
-        flags = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp")
-        subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(compiled)], check=True)
-        subprocess.run([*compiler, "-shared", str(compiled), "-o", str(linked)], check=True)
+        linked, compiled = Path(folder, library.name), []
+        for number, flags in enumerate(passes):
+            compiled.append(str(Path(folder, f"{number}.o")))
+            flags = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", *flags)
+            subprocess.run([*compiler, *flags, "-c", str(source), "-o", compiled[-1]], check=True)
+        subprocess.run([*compiler, "-shared", *compiled, "-o", str(linked)], check=True)
         linked.replace(library)  # at once: a running server may have the old one open

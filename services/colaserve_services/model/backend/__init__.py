@@ -1,0 +1,1 @@
+"""How engines reach a device: rows over pages in, results out."""

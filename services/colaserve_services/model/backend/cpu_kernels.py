@@ -1,0 +1,214 @@
+"""The functions of `ops`, compiled (cpu_kernels.c): built at installation where a C compiler is, chosen by the CPU."""
+
+import ctypes
+import math
+import os
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from colaserve_services.model.backend.ops import Norm, Rows
+
+LIBRARY = Path(__file__).with_name("_cpu_kernels.so")
+KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16")  # as cpu_kernels.c numbers them
+KEY_COST = 1.0  # of an operation of attention, in those of a product
+_CHANNELS = 16  # a head's are padded to a multiple
+_MOST_DIM, _MOST_POSITIONS = 256, 64
+
+# What the environment allows oneDNN and torch to use holds here too.
+_ONEDNN = {"SSE41": 0, "AVX": 0, "AVX2": 1, "AVX2_VNNI": 1, "AVX2_VNNI_2": 1, "AVX512_CORE": 2, "AVX512_CORE_VNNI": 2}
+_ATEN = {"default": 0, "avx2": 1}
+
+
+class _Adaln(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("y", c_void_p), ("gate", c_void_p), ("scale", c_void_p), ("shift", c_void_p),
+        ("gate_row", c_int64), ("scale_row", c_int64), ("shift_row", c_int64), ("index", c_void_p), ("out", c_void_p),
+        ("dim", c_int64), ("eps", c_float), ("type", c_int32),
+    ]  # fmt: skip
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = [
+        ("tables", c_void_p), ("table", c_void_p), ("history", c_void_p), ("own", c_void_p), ("pages", c_int64),
+        ("n", c_int64), ("heads", c_int64), ("head_dim", c_int64), ("positions", c_int64), ("memory", c_void_p),
+        ("type", c_int32),
+    ]  # fmt: skip
+
+
+class _Qkv(ctypes.Structure):
+    _fields_ = [
+        ("at", _Pages), ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("row", c_int64), ("norm", c_void_p * 4),
+        ("width", c_int64), ("eps", c_float), ("clip", c_float), ("rotary", c_void_p), ("rope_dim", c_int64),
+        ("halves", c_int32), ("rotated", c_void_p),
+    ]  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [("at", _Pages), ("q", c_void_p), ("out", c_void_p)]
+
+
+@cache
+def missing() -> str | None:
+    """Why they cannot run here, or None."""
+    if not LIBRARY.exists():
+        return "not built; that takes a C compiler when colaserve is installed"
+    try:
+        _library()
+    except OSError as e:
+        return f"cannot be loaded: {e}"
+    return None
+
+
+def takes(dtype: torch.dtype, head_dim: int, positions: int) -> bool:
+    """Whether they can compute with such pages."""
+    small = head_dim <= _MOST_DIM and positions <= _MOST_POSITIONS and positions % 2 == 0
+    return missing() is None and dtype in (torch.float32, torch.bfloat16) and small
+
+
+@cache
+def kind() -> int:
+    """Of KINDS: the best that the CPU has and the environment allows."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    capability = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
+    most = len(KINDS) - 1
+    chosen: int = _library().colaserve_kernels_kind(min(_ONEDNN.get(limit, most), _ATEN.get(capability, most)))
+    return chosen
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    # It takes OpenMP from what torch has loaded: one team of threads for both.
+    library = ctypes.CDLL(str(LIBRARY))
+    library.colaserve_kernels_kind.argtypes = [c_int]
+    for function, structure in (("adaln", _Adaln), ("qkv", _Qkv), ("attention", _Attention)):
+        called = getattr(library, f"colaserve_{function}")
+        called.argtypes, called.restype = [c_int, ctypes.POINTER(structure), c_int64], None
+    return library
+
+
+class Storage:
+    """Keys and values of all layers by page; made once, never moved. cpu_kernels.c says how a page is laid out."""
+
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        positions: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        assert takes(dtype, head_dim, positions), "asked before"
+        self.positions, self.heads, self.head_dim = positions, heads, head_dim
+        size = (layers, pages, heads, 2, positions * _padded(head_dim))
+        self.memory = torch.empty(size, dtype=dtype, device=device)
+
+    @staticmethod
+    def page_bytes(layers: int, positions: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Of one page, in all layers."""
+        return 2 * layers * positions * heads * _padded(head_dim) * dtype.itemsize
+
+    def _at(self, layer: int, rows: Rows) -> _Pages:
+        arrays = (rows.tables, rows.table, rows.history, rows.own)
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in arrays), "they are read as they lie"
+        return _Pages(
+            *(x.data_ptr() for x in arrays), rows.tables.shape[1], rows.n, self.heads, self.head_dim, self.positions,
+            self.memory.data_ptr() + layer * self.memory.stride(0) * self.memory.itemsize, _type(self.memory.dtype),
+        )  # fmt: skip
+
+
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // _CHANNELS) * _CHANNELS
+
+
+def _type(dtype: torch.dtype) -> int:
+    return (torch.float32, torch.bfloat16).index(dtype)
+
+
+def adaln(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    index: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x += gate y, in place; then LayerNorm without affine, times scale, plus shift: (R, D) in `dtype`.
+
+    x (R, D) float32; y (R, D) in `dtype`; gate, scale and shift are rows (K, D) of a table, `index` (R,) int32 the row
+    for each position.
+    """
+    R, D = x.shape
+    gate = scale if gate is None else gate
+    assert all(t.stride(1) == 1 and t.dtype == torch.float32 for t in (gate, scale, shift)), "rows of a table"
+    assert all(t is None or t.is_contiguous() for t in (x, y, index)), "they are read as they lie"
+    assert (x.dtype, index.dtype) == (torch.float32, torch.int32)
+    assert y is None or (y.dtype, y.shape) == (dtype, x.shape)
+    out = torch.empty(R, D, dtype=dtype)
+    call = _Adaln(
+        x.data_ptr(), None if y is None else y.data_ptr(), gate.data_ptr(), scale.data_ptr(), shift.data_ptr(),
+        gate.stride(0), scale.stride(0), shift.stride(0), index.data_ptr(), out.data_ptr(), D, eps, _type(dtype),
+    )  # fmt: skip
+    _library().colaserve_adaln(kind(), call, R)
+    return out
+
+
+def qkv(
+    storage: Storage,
+    layer: int,
+    x: Tensor,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    eps: float,
+    rows: Rows,
+    *,
+    whole: bool = False,
+    halves: bool = False,
+    clip: float | None = None,
+) -> Tensor:
+    """LayerNorm and rotary of queries and keys; keys and values into the pages; the queries, for `attention`.
+
+    x: (R, 3 heads head_dim). The norms are over head_dim, or over all heads together (`whole`); None: no norm. The
+    leading channels of each head turn in pairs (2i, 2i + 1), or (i, i + rope_dim / 2) (`halves`), in float32. `clip`
+    bounds what comes in.
+    """
+    heads, d = storage.heads, storage.head_dim
+    assert all(t.is_contiguous() for t in (x, rows.rotary)), "they are read as they lie"
+    assert (x.dtype, rows.rotary.dtype) == (storage.memory.dtype, torch.float32)
+    assert x.shape == (len(x), 3 * heads * d)
+    q = torch.empty(len(x), heads, d)
+    part = heads * d * x.itemsize
+    norms = [None if t is None else t.data_ptr() for norm in (q_norm, k_norm) for t in (norm or (None, None))]
+    call = _Qkv(
+        storage._at(layer, rows), x.data_ptr(), x.data_ptr() + part, x.data_ptr() + 2 * part, 3 * heads * d,
+        (c_void_p * 4)(*norms), 0 if q_norm is None else heads * d if whole else d, eps,
+        math.inf if clip is None else clip, rows.rotary.data_ptr(), 2 * rows.rotary.shape[-1], halves, q.data_ptr(),
+    )  # fmt: skip
+    _library().colaserve_qkv(kind(), call, len(rows.table))
+    return q
+
+
+def write(storage: Storage, layer: int, k: Tensor, v: Tensor, rows: Rows) -> None:
+    """Keys after norm and rotary, and values, (R, heads, head_dim), into the rows' own pages."""
+    k, v = (t.to(storage.memory.dtype).contiguous() for t in (k, v))
+    call = _Qkv(
+        storage._at(layer, rows), None, k.data_ptr(), v.data_ptr(), storage.heads * storage.head_dim,
+        (c_void_p * 4)(), 0, 0.0, math.inf, None, 0, False, None,
+    )  # fmt: skip
+    _library().colaserve_qkv(kind(), call, len(rows.table))
+
+
+def attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over what each row sees: (R, heads * head_dim) in the storage's dtype."""
+    q = q.float().contiguous()
+    out = torch.empty(len(q), storage.heads * storage.head_dim, dtype=storage.memory.dtype)
+    call = _Attention(storage._at(layer, rows), q.data_ptr(), out.data_ptr())
+    _library().colaserve_attention(kind(), call, len(rows.table))
+    return out
