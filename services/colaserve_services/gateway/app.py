@@ -25,6 +25,7 @@ from colaserve_services.gateway.body import checked_body
 from colaserve_services.gateway.dialects import DIALECTS
 from colaserve_services.gateway.dialects.base import Dialect
 from colaserve_services.gateway.dialects.fields import GenerationFields
+from colaserve_services.gateway.dialects.messages import COUNT_TOKENS, CountTokensRequest, MessageError, TokenCount
 from colaserve_services.gateway.dialects.refusals import refuse_extras
 from colaserve_services.gateway.edge import Edge
 from colaserve_services.gateway.errors import ApiError
@@ -69,9 +70,11 @@ def create_app(
 
 def _endpoints(gateway: Gateway) -> list[Endpoint]:
     health: dict[str, Any] = {"answers": {JSON: shapes.Health}, "errors": {}}
+    count: dict[str, Any] = {"answers": {JSON: TokenCount}, "error": MessageError}
     ready = {"200": "Requests should come here.", "503": "They should not."}
     return [
         *(_generation(gateway, dialect) for dialect in DIALECTS),
+        Endpoint("POST", COUNT_TOKENS, gateway.count_tokens, CountTokensRequest, **count),
         Endpoint("GET", "/v1/models", gateway.list_models, answers={JSON: shapes.ModelList}),
         Endpoint("GET", "/v1/models/{model_id:path}", gateway.get_model, answers={JSON: shapes.Model}),
         Endpoint("POST", "/tokenize", gateway.tokenize, TokenizeRequest, {JSON: Tokenized}),
@@ -118,4 +121,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         message = f"{shown}: there is no such path; did you mean {nearest[0]}?"
     else:
         message = f"{shown}: there is no such path; GET / has links to what is there"
-    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response(request.scope["path"])

@@ -116,14 +116,15 @@ class Edge:
             answer = api_error(error)
             if record.status:
                 raise  # too late for an answer: the connection is closed
-            await answer.response()(scope, receive, send_on)
+            await answer.response(scope["path"])(scope, receive, send_on)
 
     def _admit(self, scope: Scope, record: RequestRecord) -> AbstractContextManager[None]:
         """Identify the client and count its request; raises NotAuthenticated or Overloaded."""
         if scope["path"] in OPEN:
             return nullcontext()
         keys, host = self._settings.keys, scope.get("client")
-        shown = Headers(scope=scope).get(requests.AUTHORIZATION, "")
+        headers = Headers(scope=scope)
+        shown = headers.get(requests.AUTHORIZATION) or f"Bearer {headers.get('x-api-key', '')}"
         key, address = None if keys is None else keys.identify(shown), host[0] if host else "unknown"
         record.client = address if key is None else key
         requests.set_caller(key, address)

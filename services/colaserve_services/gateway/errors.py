@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}. Nothing else makes such bodies."""
+"""Errors as answers, in OpenAI's shape or, on its paths, in Anthropic's. Nothing else makes such bodies."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ _CODES: Final[Mapping[type[ColaserveError], str]] = {
     DeadlineExceeded: "deadline_exceeded",
     StepFailed: "step_failed",
 }
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
 _TYPES: Final = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 # Fields of GenerationService as a client of the gateway calls them; a request's own names go before these.
@@ -51,7 +59,7 @@ FIELD_NAMES: Final[Mapping[str, str]] = {
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape; `param` is the field at fault, where there is one."""
+    """An answer of status 400 and above; `param` is the field at fault, where there is one."""
 
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -64,9 +72,17 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        """The JSON, in ASCII: a message may quote anything a client sent."""
-        return Response(json.dumps(self.content()), self.status, self.headers, "application/json")
+    def response(self, path: str = "") -> Response:
+        """The JSON, in the shape of the path's API, in ASCII: a message may quote anything a client sent."""
+        content = anthropic_error(self) if f"{path}/".startswith("/v1/messages/") else self.content()
+        return Response(json.dumps(content), self.status, self.headers, "application/json")
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """As Anthropic has it."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    about = {"type": kind, "message": error.message}
+    return {"type": "error", "error": about, "request_id": current_request_id() or None}
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

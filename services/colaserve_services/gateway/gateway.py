@@ -16,9 +16,9 @@ from colaserve_services.gateway import shapes
 from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Info, most_tokens
 from colaserve_services.gateway.dialects.base import Dialect
-from colaserve_services.gateway.dialects.chat import turns_of
 from colaserve_services.gateway.dialects.fields import GenerationFields
-from colaserve_services.gateway.dialects.transcript import chat_prompt
+from colaserve_services.gateway.dialects.messages import CountTokensRequest, TokenCount
+from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
 from colaserve_services.gateway.pages import docs_page, root_page
@@ -98,6 +98,12 @@ class Gateway:
             "tokens": list(got.token_ids),
             "token_strs": list(got.tokens) if body.return_token_strs else None,
         }
+
+    async def count_tokens(self, _: Request, body: CountTokensRequest) -> TokenCount:
+        """Tokens of a conversation, as a message would frame it."""
+        info = await self._backend.info()
+        _checked_model(body.model, info)
+        return {"input_tokens": len((await self._backend.tokenize(body.prompt(info.chat_frame))).token_ids)}
 
     async def detokenize(self, _: Request, body: DetokenizeRequest) -> Detokenized:
         """Text of token ids."""

@@ -78,11 +78,11 @@ class FakeGeneration(GenerationServiceServicer):
             self.running -= 1
 
     async def _blocks(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
-        text, reason = self._text(request)
+        text, reason, stop = self._text(request)
         ids = list(text.encode())
         budget = request.max_new_tokens or 32
         if len(ids) > budget:
-            ids, reason = ids[:budget], types_pb2.FINISH_REASON_LENGTH
+            ids, reason, stop = ids[:budget], types_pb2.FINISH_REASON_LENGTH, ""
         decoder, offsets = _utf8(), _offsets(ids)
         starts = range(0, max(len(ids), 1), BLOCK)
         for number, start in enumerate(starts):
@@ -91,7 +91,7 @@ class FakeGeneration(GenerationServiceServicer):
             response = self._response(request, block, decoder.decode(bytes(block)))
             response.text_offsets.extend(offsets[start : start + BLOCK])
             if start == starts[-1] and not self.ends_without_reason:
-                response.finish_reason = reason
+                response.finish_reason, response.stop_string = reason, stop
                 response.usage.CopyFrom(self._usage(request, len(ids)))
             if self.older:
                 _forget_texts(response)
@@ -104,12 +104,12 @@ class FakeGeneration(GenerationServiceServicer):
         if self.failure is not None and number >= self.fail_after:
             raise self.failure
 
-    def _text(self, request: pb.GenerateRequest) -> tuple[str, Any]:
+    def _text(self, request: pb.GenerateRequest) -> tuple[str, Any, str]:
         text = (
             f"{self.says}#{request.seed.base_seed}.{request.seed.sample_id}" if request.HasField("seed") else self.says
         )
-        ends = [text.index(stop) for stop in request.stop if stop in text]
-        return text[: min(ends, default=len(text))], types_pb2.FINISH_REASON_STOP
+        end, stop = min(((text.index(stop), stop) for stop in request.stop if stop in text), default=(len(text), ""))
+        return text[:end], types_pb2.FINISH_REASON_STOP, stop
 
     def _response(self, request: pb.GenerateRequest, block: list[int], text: str) -> pb.GenerateResponse:
         response = pb.GenerateResponse(text=text, token_ids=block, tokens=[_text([one]) for one in block])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -17,7 +18,20 @@ from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import FakeGeneration
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+
+
+def asking(path: str, text: str, /, **fields: Any) -> dict[str, Any]:
+    """A request of a dialect that asks for the same as those of the others."""
+    said = [{"role": "user", "content": text}]
+    own: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": said},
+        COMPLETIONS: {"prompt": text},
+        RESPONSES: {"input": text},
+        MESSAGES: {"messages": said, "max_tokens": 9},
+    }
+    return {"model": "fake/cola", **own[path], **fields}
 
 
 @dataclass
@@ -38,8 +52,7 @@ class Running:
         return self.metrics.registry.get_sample_value(f"colaserve_{metric}", {"service": "gateway", **labels})
 
     async def chat(self, text: str = "Where?", /, **fields: object) -> httpx.Response:
-        body = {"model": "fake/cola", "messages": [{"role": "user", "content": text}], **fields}
-        return await self.http.post(CHAT, json=body)
+        return await self.http.post(CHAT, json=asking(CHAT, text, **fields))
 
     async def complete(self, prompt: object = "Where?", /, **fields: object) -> httpx.Response:
         return await self.http.post(COMPLETIONS, json={"model": "fake/cola", "prompt": prompt, **fields})

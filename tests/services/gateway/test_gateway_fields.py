@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-import openai.types.chat.completion_create_params as openai_chat
-import openai.types.completion_create_params as openai_completion
 import pytest
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_services import bounds
-from colaserve_services.gateway.dialects.chat import ChatRequest, Message
-from colaserve_services.gateway.dialects.completions import CompletionRequest
+from colaserve_services.gateway.dialects import DIALECTS, messages, responses
+from colaserve_services.gateway.dialects.chat import Message
 from colaserve_services.gateway.dialects.fields import TextPart
 from colaserve_services.gateway.dialects.openai import StreamOptions
 from colaserve_services.gateway.dialects.refusals import UNSUPPORTED
 from colaserve_services.gateway.settings import GatewaySettings
 from tests.services.gateway.fake_generation import FakeGeneration
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, running
+from tests.services.gateway.running_gateway import (
+    CHAT,
+    COMPLETIONS,
+    COUNT,
+    MESSAGES,
+    RESPONSES,
+    Running,
+    asking,
+    running,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -33,10 +42,8 @@ SETTINGS = [
 ]
 HALF = SAMPLER(guidance_start=0.75, guidance_end=0.25)
 # fields and what they make of the GenerateRequest
-BOTH: list[tuple[dict[str, Any], GenerateRequest]] = [
+ALL: list[tuple[dict[str, Any], GenerateRequest]] = [
     *SETTINGS,
-    ({"max_tokens": 5}, GenerateRequest(max_new_tokens=5)),
-    ({"stop": ["a", "b"]}, GenerateRequest(stop=["a", "b"])),
     ({"top_k": -1}, GenerateRequest(sampling=SAMPLING(top_k=0))),
     ({"seed": 9}, GenerateRequest(seed=types_pb2.NoiseSeed(base_seed=9))),
     ({"guidance_interval": [0.75, 0.25]}, GenerateRequest(sampler=HALF)),
@@ -45,6 +52,12 @@ BOTH: list[tuple[dict[str, Any], GenerateRequest]] = [
     ({"skip_special_tokens": False}, GenerateRequest(print_special=True)),
     ({"cache_salt": "mine"}, GenerateRequest(cache_salt="mine")),
 ]
+BOTH: list[tuple[dict[str, Any], GenerateRequest]] = [
+    *ALL,
+    ({"max_tokens": 5}, GenerateRequest(max_new_tokens=5)),
+    ({"stop": ["a", "b"]}, GenerateRequest(stop=["a", "b"])),
+]
+FIRST = GenerateRequest(max_new_tokens=9)  # of messages, which must say how many
 MADE = {
     CHAT: [
         *BOTH,
@@ -53,25 +66,38 @@ MADE = {
         ({"logprobs": True, "top_logprobs": 4}, GenerateRequest(top_logprobs=4)),
     ],
     COMPLETIONS: [*BOTH, ({"logprobs": 3}, GenerateRequest(top_logprobs=3))],
+    RESPONSES: [*ALL, ({"max_output_tokens": 5}, GenerateRequest(max_new_tokens=5))],
+    MESSAGES: [
+        *ALL,
+        ({"max_tokens": 5}, GenerateRequest(max_new_tokens=5)),
+        ({"stop_sequences": ["a", "b"]}, GenerateRequest(stop=["a", "b"])),
+    ],
 }
 # Fields that change the answer, the number of calls or their metadata; each has its own test.
-SEEN_ELSEWHERE = {"model", "n", "stream", "stream_options", "user", "messages", "prompt", "best_of", "echo", "suffix"}
+SEEN_ELSEWHERE = {"model", "n", "stream", "stream_options", "user", "messages", "prompt", "best_of", "echo", "suffix",
+                  "input", "instructions", "metadata", "system"}  # fmt: skip
+PUBLISHED = json.loads(Path(__file__).with_name("published_fields.json").read_text(encoding="utf-8"))
+REQUESTS = {dialect.path: dialect.schema for dialect in DIALECTS}
+PARTS = (Message, TextPart, StreamOptions, responses.InputMessage, responses.InputPart, messages.ConversationMessage,
+         messages.TextBlock, messages.Metadata)  # fmt: skip
 
 
 async def ask(shared: Running, path: str, **fields: Any):
-    return await (shared.chat if path == CHAT else shared.complete)("Where?", **fields)
+    return await shared.http.post(path, json=asking(path, "Where?", **fields))
 
 
-@pytest.mark.parametrize(("path", "schema"), [(CHAT, ChatRequest), (COMPLETIONS, CompletionRequest)])
-async def test_the_walk_covers_every_field_of_the_schemas(path: str, schema: type[ChatRequest | CompletionRequest]):
-    assert set(schema.model_fields) <= {name for fields, _ in MADE[path] for name in fields} | SEEN_ELSEWHERE
+@pytest.mark.parametrize("path", MADE)
+async def test_the_walk_covers_every_field_of_the_schemas(path: str):
+    assert set(REQUESTS[path].model_fields) <= {name for fields, _ in MADE[path] for name in fields} | SEEN_ELSEWHERE
 
 
-async def test_every_field_that_openai_documents_is_known_by_name():
-    chat = openai_chat.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
-    completion = openai_completion.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
-    assert chat <= ChatRequest.model_fields.keys() | UNSUPPORTED["request"].keys()
-    assert completion <= CompletionRequest.model_fields.keys() | UNSUPPORTED["request"].keys()
+async def test_every_field_of_the_published_schemas_is_honoured_or_has_its_row_of_refusals():
+    kinds = {kind.__name__: kind for kind in (*REQUESTS.values(), messages.CountTokensRequest, *PARTS)}
+    assert kinds.keys() == PUBLISHED.keys()
+    for name, published in PUBLISHED.items():
+        rows = UNSUPPORTED.get(name, UNSUPPORTED["request"])
+        unknown = set(published["fields"]) - kinds[name].model_fields.keys() - rows.keys()
+        assert not unknown, f"{name} of {published['schema']}"
 
 
 @pytest.mark.parametrize(
@@ -85,15 +111,20 @@ async def test_a_field_reaches_the_coordinator_and_nothing_else_does(
     response = await ask(shared, path, **fields)
     assert response.status_code == 200, response.text
     expected = GenerateRequest(prompt="Where?")
+    expected.MergeFrom(FIRST if path == MESSAGES else GenerateRequest())
     expected.MergeFrom(addition)
     assert shared.fake.seen[-1].request == expected
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("path", MADE)
 async def test_a_request_without_options_sets_nothing_but_the_prompt(shared: Running, path: str):
-    asked = [name for fields, _ in BOTH for name in fields]
-    await ask(shared, path, **dict.fromkeys([*asked, "n", "stream", "user", "tools", "logit_bias"]))
-    assert shared.fake.seen[-1].request == GenerateRequest(prompt="Where?")
+    required = {"messages", "prompt", "input", "max_tokens" if path == MESSAGES else ""}
+    unset = dict.fromkeys(REQUESTS[path].model_fields.keys() - required)
+    response = await ask(shared, path, **unset)
+    assert response.status_code == 200, response.text
+    expected = GenerateRequest(prompt="Where?")
+    expected.MergeFrom(FIRST if path == MESSAGES else GenerateRequest())
+    assert shared.fake.seen[-1].request == expected
 
 
 async def test_token_ids_go_as_ids(shared: Running):
@@ -111,6 +142,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
      "messages[0].content[0].type"),
     (CHAT, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
     (COMPLETIONS, {"prompt": []}, "prompt"),
@@ -124,6 +156,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"echo": True, "logprobs": 0}, "echo"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
     (CHAT, {"suffix": "end"}, "suffix"),
+    *[(RESPONSES, fields, next(iter(fields))) for fields in [
+        {"input": []}, {"input": 3}, {"input": None}, {"store": True}, {"previous_response_id": "resp_1"},
+        {"metadata": {"a": 1}}, {"metadata": {"a" * 65: ""}}, {"max_output_tokens": 0}, {"stream": "yes"},
+    ]],
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+     "input[0].content[0].type"),
     *[(path, fields, next(iter(fields))) for path in (CHAT, COMPLETIONS) for fields in [
         {"max_tokens": 0}, {"max_tokens": 2**32}, {"max_tokens": "5"}, {"max_tokens": 5.5}, {"n": 0}, {"n": 4},
         {"stop": ["a", "b", "c", "d", "e"]}, {"stop": ""}, {"stop": [""]}, {"stop": 3}, {"stream": "yes"},
@@ -153,42 +191,65 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
     assert not shared.fake.seen
 
 
-def placed(place: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """A chat with something extra in a part of it."""
-    return {
-        "request": {**extra},
-        "StreamOptions": {"stream": True, "stream_options": extra},
-        "Message": {"messages": [{"role": "user", "content": "a", **extra}]},
-        "TextPart": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", **extra}]}]},
+def placed(place: str, extra: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A path, and a request with something extra in a part of it."""
+    text = {"type": "text", "text": "a", **extra}
+    user = {"role": "user", "content": "a", **extra}
+    path, fields = {
+        "request": (CHAT, extra),
+        "StreamOptions": (CHAT, {"stream": True, "stream_options": extra}),
+        "Message": (CHAT, {"messages": [user]}),
+        "TextPart": (CHAT, {"messages": [{"role": "user", "content": [text]}]}),
+        "ResponsesRequest": (RESPONSES, extra),
+        "InputMessage": (RESPONSES, {"input": [user]}),
+        "InputPart": (RESPONSES, {"input": [{"role": "user", "content": [{**text, "type": "input_text"}]}]}),
+        "MessagesRequest": (MESSAGES, extra),
+        "CountTokensRequest": (COUNT, {"messages": [{"role": "user", "content": "a"}], **extra}),
+        "ConversationMessage": (MESSAGES, {"messages": [user]}),
+        "TextBlock": (MESSAGES, {"messages": [{"role": "user", "content": [text]}]}),
+        "Metadata": (MESSAGES, {"metadata": extra}),
     }[place]
+    return path, fields if path == COUNT else asking(path, "a", **fields)
 
 
 WHERE = {"request": "", "StreamOptions": "stream_options.", "Message": "messages[0].",
-         "TextPart": "messages[0].content[0]."}  # fmt: skip
+         "TextPart": "messages[0].content[0].", "ResponsesRequest": "", "InputMessage": "input[0].",
+         "InputPart": "input[0].content[0].", "MessagesRequest": "", "CountTokensRequest": "",
+         "ConversationMessage": "messages[0].", "TextBlock": "messages[0].content[0].",
+         "Metadata": "metadata."}  # fmt: skip
+
+
+async def send(shared: Running, place: str, **extra: Any):
+    path, body = placed(place, extra)
+    return await shared.http.post(path, json=body)
 
 
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in UNSUPPORTED for name in UNSUPPORTED[place]])
 async def test_an_unsupported_field_passes_where_it_asks_for_nothing_and_only_there(
     shared: Running, place: str, name: str
 ):
-    for value in (None, *UNSUPPORTED[place][name][0]):
-        assert (await shared.chat(**placed(place, {name: value}))).status_code == 200
-    refused = (await shared.chat(**placed(place, {name: {"some": "thing"}}))).json()["error"]
-    assert (refused["param"], refused["code"]) == (WHERE[place] + name, "unsupported_parameter")
+    neutral, why = UNSUPPORTED[place][name]
+    for value in (None, *neutral):
+        assert (await send(shared, place, **{name: value})).status_code == 200
+    refused = await send(shared, place, **{name: {"some": "thing"}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == f"{WHERE[place]}{name}: not supported: {why}"
+    assert refused.json()["error"].get("param") == (WHERE[place] + name if "code" in refused.json()["error"] else None)
 
 
 @pytest.mark.parametrize("place", WHERE)
 async def test_an_unknown_field_is_refused_by_its_place_or_passes_everywhere(shared: Running, place: str):
-    refused = (await shared.chat(**placed(place, {"nonsense": None}))).json()["error"]
-    assert (refused["param"], refused["code"]) == (f"{WHERE[place]}nonsense", "unknown_parameter")
+    refused = (await send(shared, place, nonsense=None)).json()["error"]
+    assert refused["message"] == f"{WHERE[place]}nonsense: unknown field"
     async with running(FakeGeneration(), GatewaySettings(allow_unknown_fields=True)) as lenient:
-        assert (await lenient.chat(**placed(place, {"nonsense": 1}))).status_code == 200
+        assert (await send(lenient, place, nonsense=1)).status_code == 200
         assert (await lenient.chat(tools=[{}])).status_code == 400
 
 
 async def test_every_part_of_a_request_has_its_row_of_refusals():
-    parts = {kind.__name__ for kind in (StreamOptions, Message, TextPart)}
-    assert UNSUPPORTED.keys() == WHERE.keys() == parts | {"request"}
+    parts = {kind.__name__ for kind in PARTS}
+    named = {"request", "ResponsesRequest", "MessagesRequest", "CountTokensRequest"}
+    assert UNSUPPORTED.keys() == WHERE.keys() == parts | named
 
 
 async def test_an_answer_can_be_sent_back_as_a_message(shared: Running):

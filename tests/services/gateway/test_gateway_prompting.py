@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from colaserve_services.gateway.dialects.chat import Message, turns_of
-from colaserve_services.gateway.dialects.transcript import chat_prompt
+from colaserve_services.gateway.dialects.chat import Message
+from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 
 SEVERAL = [("system", "Be short."), ("user", "Hi"), ("assistant", " Hello."), ("user", "Bye")]
 

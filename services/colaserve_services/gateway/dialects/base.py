@@ -75,6 +75,45 @@ class Dialect(ABC, Generic[Body]):
         return backend.generate(generate_request(prompt, self.body, sample), deadline)  # late: prompts may be large
 
 
+class OneText(Dialect[Body]):
+    """An API that answers a conversation with one text, which comes without its first space."""
+
+    def __init__(self, body: Body, info: Info, request_id: str, *, begun: bool = False):
+        """`begun`: the prompt holds the beginning of the text, so that a space belongs to it."""
+        super().__init__(body, info, request_id)
+        self.text = ""  # of a stream, so far
+        self._opened, self._begun = False, begun
+
+    @abstractmethod
+    def prompt(self) -> str:
+        """The text to continue."""
+
+    @abstractmethod
+    def opening(self) -> Iterator[bytes]:
+        """The events before the first text."""
+
+    @abstractmethod
+    def delta(self, text: str) -> bytes:
+        """The event of new text."""
+
+    def prompts(self, backend: Backend) -> Sequence[Start]:
+        return [self.generations(backend, GenerateRequest(prompt=self.prompt()))]
+
+    def whole_text(self, message: GenerateResponse) -> str:
+        """The text of a whole answer."""
+        return message.text if self._begun else message.text.removeprefix(" ")
+
+    def events(self, index: int, message: GenerateResponse) -> Iterator[bytes]:
+        if not self._opened:
+            self._opened = True
+            yield from self.opening()
+        text = message.text if self._begun else message.text.removeprefix(" ")
+        self._begun = self._begun or bool(message.text)
+        self.text += text
+        if text:
+            yield self.delta(text)
+
+
 def event(data: Mapping[str, Any], name: str = "") -> bytes:
     """A server-sent event."""
     head = f"event: {name}\n".encode() if name else b""

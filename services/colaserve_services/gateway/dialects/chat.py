@@ -14,7 +14,7 @@ from colaserve_services.gateway.dialects.base import Start, Usage
 from colaserve_services.gateway.dialects.fields import MOST_MESSAGES, Budget, Strict, Text, TextPart, at_most
 from colaserve_services.gateway.dialects.logprobs import TokenLogprob, positions_of
 from colaserve_services.gateway.dialects.openai import MOST_LOGPROBS, REASONS, ChoiceDialect, ChoiceFields, Reason
-from colaserve_services.gateway.dialects.transcript import Turn, chat_prompt, text_of
+from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.errors import invalid
 
 
@@ -130,11 +130,6 @@ class Chat(ChoiceDialect[ChatRequest]):
     ) -> Mapping[str, Any]:
         logprobs = _chat_logprobs(positions) if self._logprobs and positions else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def turns_of(messages: Sequence[Message]) -> list[Turn]:
-    """Messages as the transcript has them."""
-    return [Turn(one.role, text_of(one.content), one.name) for one in messages]
 
 
 def _chat_logprobs(positions: Sequence[TokenLogprob]) -> ChatLogprobs:

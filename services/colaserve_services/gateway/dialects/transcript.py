@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
-from colaserve_services.gateway.dialects.fields import TextPart
+
+class Part(Protocol):
+    """A part of a content."""
+
+    text: str
+
 
 FRAME_PLACE: Final = "{prompt}"
 _SPEAKERS: Final = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
@@ -19,17 +24,24 @@ class Turn(NamedTuple):
     name: str | None = None
 
 
-def text_of(content: str | Iterable[TextPart]) -> str:
+def turns_of(messages: Iterable[Any]) -> list[Turn]:
+    """Messages of any dialect, which have a role, a content and perhaps a name."""
+    return [Turn(one.role, text_of(one.content), getattr(one, "name", None)) for one in messages]
+
+
+def text_of(content: str | Iterable[Part]) -> str:
     """A content's text: parts are joined as they are."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def chat_prompt(turns: Sequence[Turn], frame: str) -> str:
-    """One message of an unnamed user: its text, in the checkpoint's frame if there is one. Others: a transcript."""
+def chat_prompt(turns: Sequence[Turn], frame: str, *, prefilled: bool = False) -> str:
+    """One message of an unnamed user: its text, in the checkpoint's frame if there is one. Others: a transcript.
+    `prefilled`: the last turn is the beginning of the answer."""
     first = turns[0]
     if len(turns) == 1 and first.role == "user" and first.name is None:
         return frame.replace(FRAME_PLACE, first.text) if frame else first.text
-    return "\n".join([*map(_line, turns), "Assistant:"])  # without a space after it: the answer begins with one
+    answer = () if prefilled else ("Assistant:",)  # without a space after it: the answer begins with one
+    return "\n".join([*map(_line, turns), *answer])
 
 
 def _line(turn: Turn) -> str:
