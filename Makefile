@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 MODEL := services/colaserve_services/model
-COMPILED := hatch_build.py $(MODEL)/cpu_attention.c $(MODEL)/backend/cpu_kernels.c
+COMPILED := hatch_build.py $(MODEL)/cpu_attention.c $(wildcard $(MODEL)/backend/cpu_kernels*.[ch])
 LIBRARIES := $(MODEL)/_cpu_attention.so $(MODEL)/backend/_cpu_kernels.so
 
 .PHONY: demo test lint types protos clean
