@@ -23,6 +23,7 @@ KERNELS = {
         ("-DPASS=avx2", "-mfma", "-mavx2"),
         ("-DPASS=avx512", *AVX512),
         ("-DPASS=bf16", *AVX512, "-mavx512bf16"),
+        ("-DPASS=amx", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     ),
     "aarch64": ((), ("-DPASS=plain",)),
 }

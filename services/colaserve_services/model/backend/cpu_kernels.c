@@ -222,11 +222,22 @@ __attribute__((visibility("hidden"))) const Kernels NAMED(PASS) = {adaln, qkv, a
 extern const Kernels colaserve_kernels_plain;
 #if defined(__x86_64__)
 #include <cpuid.h>
-extern const Kernels colaserve_kernels_avx2, colaserve_kernels_avx512, colaserve_kernels_bf16;
+#include <sys/syscall.h>
+#include <unistd.h>
+extern const Kernels colaserve_kernels_avx2, colaserve_kernels_avx512, colaserve_kernels_bf16, colaserve_kernels_amx;
+
+/* Whether there are tiles of bfloat16, and Linux lets this process use them. */
+static int has_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18, BF16 = 1 << 22, TILE = 1 << 24 }; /* of arch_prctl; in edx of leaf 7 */
+    unsigned int a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
 #endif
 
 /* The best kind of this CPU and its operating system, at most `limit`: 0 plain, 1 AVX2 and FMA, 2 AVX-512, 3 that with
-   BF16. On other machines 0. */
+   BF16, 4 that with AMX-BF16. On other machines 0. */
 int colaserve_kernels_kind(int limit) {
     int kind = 0;
 #if defined(__x86_64__)
@@ -236,6 +247,7 @@ int colaserve_kernels_kind(int limit) {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         kind = 2;
     if (kind == 2 && __builtin_cpu_supports("avx512bf16")) kind = 3;
+    if (kind == 3 && limit > 3 && has_tiles()) kind = 4;
 #endif
     return kind < limit ? kind : limit;
 }
@@ -245,6 +257,7 @@ static const Kernels *kernels(int kind) {
     if (kind == 1) return &colaserve_kernels_avx2;
     if (kind == 2) return &colaserve_kernels_avx512;
     if (kind == 3) return &colaserve_kernels_bf16;
+    if (kind == 4) return &colaserve_kernels_amx;
 #endif
     (void)kind;
     return &colaserve_kernels_plain;

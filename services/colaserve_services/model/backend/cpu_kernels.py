@@ -13,13 +13,16 @@ from torch import Tensor
 from colaserve_services.model.backend.ops import Norm, Rows
 
 LIBRARY = Path(__file__).with_name("_cpu_kernels.so")
-KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16")  # as cpu_kernels.c numbers them
+KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16", "AMX-BF16")  # as cpu_kernels.c numbers them
 KEY_COST = 1.0  # of an operation of attention, in those of a product
 _CHANNELS = 16  # a head's are padded to a multiple
 _MOST_DIM, _MOST_POSITIONS = 256, 64
 
 # What the environment allows oneDNN and torch to use holds here too.
-_ONEDNN = {"SSE41": 0, "AVX": 0, "AVX2": 1, "AVX2_VNNI": 1, "AVX2_VNNI_2": 1, "AVX512_CORE": 2, "AVX512_CORE_VNNI": 2}
+_ONEDNN = {
+    "SSE41": 0, "AVX": 0, "AVX2": 1, "AVX2_VNNI": 1, "AVX2_VNNI_2": 1, "AVX512_CORE": 2, "AVX512_CORE_VNNI": 2,
+    "AVX512_CORE_BF16": 3, "AVX512_CORE_FP16": 3, "AVX10_1_512": 3,
+}  # fmt: skip
 _ATEN = {"default": 0, "avx2": 1}
 
 

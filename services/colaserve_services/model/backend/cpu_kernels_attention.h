@@ -4,7 +4,7 @@
 enum { PLAIN, WIDENED, PAIRED, TILED };
 
 /* One operand of a product is read word by word from memory that is not one matrix: part s of it, vector v of its
-   words, begins at parts[s * part + v * across] + v * apart, and a row of words is `stride` words behind the one before.
+   words, begins at parts[s * part + v * across] + v * apart; a row of words is `stride` words behind the one before.
    Meanwhile memory that is read later is fetched: for the first half of the queries from fetch[0][s] + skip[0] on, for
    the second from fetch[1][s] + skip[1], `some` words each. */
 typedef struct {
@@ -73,6 +73,75 @@ INLINE void multiply_rows(float *c, int64_t c_row, const float *factor, const vo
 #undef ROWS
 }
 
+#if defined(__AMX_BF16__)
+/* Tiles: sums of 16 queries (0 to 3), 32 channels of the queries and of 16 keys, weights and 16 channels of 16 keys. */
+#define QUERIES_TILE 4
+#define KEYS_TILE 5
+#define WEIGHTS_TILE 6
+#define VALUES_TILE 7
+
+INLINE void configure_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } ALIGNED tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 32, 64}, {16, 16, 16, 16, 16, 16, 16, 8}};
+    _tile_loadconfig(&tiles);
+}
+
+INLINE void fetch(const uint32_t *from, int64_t words) {
+    for (int64_t i = 0; i < words; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* `score` for 32 keys in two parts. */
+INLINE void score_tiles(float *scores, const void *queries, int64_t q_row, const Spread *b) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t w = 0; w < b->depth; w += 16) {
+        _tile_loadd(QUERIES_TILE, (const uint32_t *)queries + w, q_row * 4);
+        _tile_loadd(KEYS_TILE, b->parts[0] + w * b->stride, b->stride * 4);
+        _tile_dpbf16ps(0, QUERIES_TILE, KEYS_TILE);
+        fetch(b->fetch[0][0] + w * 16, 256);
+        _tile_loadd(KEYS_TILE, b->parts[1] + w * b->stride, b->stride * 4);
+        _tile_dpbf16ps(1, QUERIES_TILE, KEYS_TILE);
+        fetch(b->fetch[1][0] + w * 16, 256);
+    }
+    _tile_stored(0, scores, TILE * 4);
+    _tile_stored(1, scores + 16, TILE * 4);
+}
+
+/* `mix` for 64 channels, or 32. */
+INLINE void mix_tiles(float *output, const void *weights, const Spread *b, const int V) {
+#define EACH(does)                                                                                                   \
+    does(0) does(1) if (V == 4) { does(2) does(3) }
+#define LOAD(v) _tile_loadd(v, output + v * 16, MOST_DIM * 4);
+#define STORE(v) _tile_stored(v, output + v * 16, MOST_DIM * 4);
+#define ADD(v)                                                                                                       \
+    _tile_loadd(VALUES_TILE, b->parts[s] + i * b->stride + v * 16, b->stride * 4);                                   \
+    _tile_dpbf16ps(v, WEIGHTS_TILE, VALUES_TILE);                                                                    \
+    fetch(b->fetch[0][s] + b->skip[0] + (v * b->depth + i) * 8, 64);
+    EACH(LOAD)
+    for (int64_t s = 0; s < b->count; s++)
+        for (int64_t i = 0; i < b->depth; i += 8) {
+            _tile_loadd(WEIGHTS_TILE, (const uint32_t *)weights + s * b->depth + i, TILE * 2);
+            EACH(ADD)
+        }
+    EACH(STORE)
+#undef EACH
+#undef LOAD
+#undef STORE
+#undef ADD
+}
+#else
+INLINE void configure_tiles(void) {}
+INLINE void score_tiles(float *scores, const void *queries, int64_t q_row, const Spread *b) {
+    (void)scores, (void)queries, (void)q_row, (void)b;
+}
+INLINE void mix_tiles(float *output, const void *weights, const Spread *b, const int V) {
+    (void)output, (void)weights, (void)b, (void)V;
+}
+#endif
+
 /* The pages that one row of queries sees, in parts of a page, and how far. */
 typedef struct {
     const Pages *at;
@@ -119,7 +188,9 @@ INLINE void score(float *scores, const void *queries, int64_t q_row, const Seen 
             if (positions % LANES == 0) parts[v] = page + one % positions;
         }
         if (positions % LANES) collect_keys(collected, s, key, words);
-        if (count - j > LANES)
+        if (way == TILED)
+            score_tiles(scores + j, queries, q_row, &b);
+        else if (count - j > LANES)
             multiply_rows(scores + j, TILE, NULL, queries, q_row, &b, rows, 2, way);
         else
             multiply_rows(scores + j, TILE, NULL, queries, q_row, &b, rows, 1, way);
@@ -152,10 +223,18 @@ INLINE void mix(float *output, const float *factor, const void *weights, int64_t
     const int64_t width = padded(p), depth = p->type == FLOAT32 ? p->positions : p->positions / 2;
     const uint32_t *parts[TILE];
     Spread b = {parts, pages, 1, 0, LANES, width, depth, {next, next}, {0, 0}, LANES * depth};
+    if (way == TILED)
+        for (int q = 0; q < rows; q++)
+            for (int64_t c = 0; c < width; c += LANES) *(FloatsAt *)(output + q * MOST_DIM + c) *= factor[q];
     for (int64_t c = 0; c < width; c += 2 * LANES) {
         b.skip[0] = c * depth, b.skip[1] = b.skip[0] + b.some;
         for (int64_t s = 0; s < pages; s++) parts[s] = values[s] + c;
-        if (width - c > LANES)
+        if (way == TILED && width - c >= 64) {
+            mix_tiles(output + c, weights, &b, 4);
+            c += 2 * LANES;
+        } else if (way == TILED)
+            mix_tiles(output + c, weights, &b, 2);
+        else if (width - c > LANES)
             multiply_rows(output + c, MOST_DIM, factor, weights, w_row, &b, rows, 2, way);
         else
             multiply_rows(output + c, MOST_DIM, factor, weights, w_row, &b, rows, 1, way);
@@ -229,15 +308,24 @@ INLINE void attend(const Attention *a, int64_t row, int64_t head, int64_t begin,
 }
 
 static void attention(const Attention *a, int64_t row, int64_t head) {
+    const int tiled = a->at.positions % 16 == 0 && padded(&a->at) % 32 == 0;
+    (void)tiled;
     for (int64_t begin = 0; begin < a->at.n; begin += QUERIES) {
         const int rows = a->at.n - begin < QUERIES ? (int)(a->at.n - begin) : QUERIES;
         if (a->at.type == FLOAT32)
             attend(a, row, head, begin, rows, PLAIN);
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+        else if (tiled) {
+            configure_tiles();
+            attend(a, row, head, begin, rows, TILED);
+            _tile_release();
+        }
+#elif defined(__AVX512BF16__)
         else
             attend(a, row, head, begin, rows, PAIRED);
-#else
-        else
+#endif
+#if defined(__AMX_BF16__) || !defined(__AVX512BF16__)
+        else /* where there are tiles this is the faster one too */
             attend(a, row, head, begin, rows, WIDENED);
 #endif
     }
