@@ -1,11 +1,11 @@
-"""tritonclient, unmodified, against GRPC_HOST:PORT: the four models, whole and streamed."""
+"""tritonclient, unmodified, against GRPC_HOST:PORT and HTTP_URL: the four models, whole and streamed."""
 
 import queue
 import sys
 from typing import Any
 
 import numpy as np
-from tritonclient import grpc, utils
+from tritonclient import grpc, http, utils
 
 SETTINGS = {"seed": 7, "max_new_tokens": 12, "ignore_end": True}
 MODELS = {"generate", "encoder", "decoder", "prior"}
@@ -69,8 +69,17 @@ def streamed(client: Any) -> list[int]:
 def main() -> None:
     with grpc.InferenceServerClient(sys.argv[1]) as client:
         assert {tensor.name for tensor in client.get_model_metadata("prior").outputs} == {"latents"}
-        assert streamed(client) == use(grpc, client)
-    print("tritonclient[grpc] agrees with itself, whole and streamed")
+        ids = use(grpc, client)
+        assert streamed(client) == ids
+    with http.InferenceServerClient(sys.argv[2].removeprefix("http://")) as client:
+        assert [tensor["name"] for tensor in client.get_model_metadata("prior")["outputs"]] == ["latents"]
+        assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+        assert use(http, client) == ids
+        plain = http.InferInput("text_input", [1], "BYTES")
+        plain.set_data_from_numpy(np.array(["Hello"], dtype=object), binary_data=False)
+        wanted = [http.InferRequestedOutput("token_ids", binary_data=False)]
+        written = client.infer("generate", [plain], outputs=wanted, parameters=SETTINGS)
+        assert written.get_response()["outputs"][0]["data"] == ids
 
 
 main()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
@@ -31,7 +31,7 @@ _EVENT_HEADERS: Final = (
 )
 
 StartCall = Callable[[float], AsyncIterator[GenerateResponse]]  # with its deadline in time.monotonic() seconds
-Take = Callable[[int, GenerateResponse], Awaitable[None]]
+M = TypeVar("M")
 
 
 @dataclass
@@ -156,7 +156,10 @@ def json_response(content: Any, status: int = 200) -> Response:
 
 
 async def side_by_side(
-    calls: Sequence[Callable[[], AsyncIterator[GenerateResponse]]], parallel: int, take: Take, receive: Receive
+    calls: Sequence[Callable[[], AsyncIterator[M]]],
+    parallel: int,
+    take: Callable[[int, M], Awaitable[None]],
+    receive: Receive,
 ) -> None:
     """Run calls, at most `parallel` at a time, and give each message with its call's number to `take`, one by one.
 

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from colaserve_services.gateway import shapes
+from colaserve_services.gateway import inference, shapes
 from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Reach
 from colaserve_services.gateway.body import checked_body
@@ -51,7 +51,9 @@ def create_app(
         reach: awaited before each call; returns when the service can be called, or waiting is no use. None: at once.
     """
     metrics = metrics or Metrics()
-    endpoints = _endpoints(Gateway(Backend(stub, settings.info_seconds, reach), settings, metrics))
+    backend = Backend(stub, settings.info_seconds, reach)
+    gateway = Gateway(backend, settings, metrics)
+    endpoints = [*_endpoints(gateway), *inference.endpoints(backend, settings.bounds, gateway.ready)]
     middleware = [Middleware(Edge, settings=settings, metrics=metrics)]
     if settings.cors_origins:  # outermost: errors get its headers too
         expose = (REQUEST_ID, "retry-after")
@@ -99,7 +101,7 @@ def _generation(gateway: Gateway, dialect: type[Dialect[Any]]) -> Endpoint:
 
 def _route(endpoint: Endpoint, settings: GatewaySettings) -> Route:
     async def answer(request: Request) -> Any:
-        if endpoint.body is None:
+        if endpoint.body is None or endpoint.reads_body:
             content = await endpoint.handle(request)
         else:
             body = await checked_body(request, endpoint.body, settings.bounds)

@@ -14,6 +14,12 @@ from colaserve.v1 import generation_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse
 from colaserve_services.errors import ColaserveError, Unavailable
+from colaserve_services.inference.open_inference_pb2 import (
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+)
 from colaserve_services.rpc.requests import outgoing_metadata
 
 INFO_TIMEOUT: Final = 5.0
@@ -71,6 +77,21 @@ class Backend:
         [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # earlier versions leave it unset
         text = response.segments[len(request.segments) - 2]
         yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
+
+    async def infer_model(self, request: ModelInferRequest, deadline: float) -> AsyncIterator[ModelInferResponse]:
+        """The answer of a model of the Open Inference Protocol, as a stream of one message."""
+        await self._reach()
+        call = self._stub.ModelInfer(request, **_until(deadline))
+        try:
+            yield await call
+        finally:
+            call.cancel()
+
+    async def inference_model(self, name: str, version: str) -> ModelMetadataResponse:
+        """What a model of the Open Inference Protocol takes and returns."""
+        request = ModelMetadataRequest(name=name, version=version)
+        found: ModelMetadataResponse = await self._unary(self._stub.ModelMetadata, request)
+        return found
 
     async def tokenize(self, text: str) -> pb.TokenizeResponse:
         return await self._unary(self._stub.Tokenize, pb.TokenizeRequest(text=text))

@@ -9,8 +9,9 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from reprlib import Repr
 from typing import Any, Final, TypeVar
 
@@ -34,19 +35,24 @@ _BRIEF: Final = Repr()  # never writes all of a large value
 _BRIEF.maxstring = _BRIEF.maxother = _SHOWN
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 async def checked_body(request: Request, model: type[M], bounds: Bounds) -> M:
     """The body as a model. ApiError: 413 when it is too long, 408 when it takes too long, 400 with what is wrong."""
-    body = await _read(request, bounds)
+    body = await read_body(request, bounds)
     if not _is_json(request.headers.get("content-type", "")):
         raise _no_json("must be a JSON object, sent with content-type application/json")
-    if len(body) <= _SMALL:
-        return parse(body, model)
-    return await _parse_large(parse, body, model)
+    return await parsed(body, partial(parse, model=model))
 
 
-async def _read(request: Request, bounds: Bounds) -> bytes:
+async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
+    """What is made of a body: at once of a short one, of a longer one in a thread."""
+    return parse(body) if len(body) <= _SMALL else await _parse_large(parse, body)
+
+
+async def read_body(request: Request, bounds: Bounds) -> bytes:
+    """All of it. ApiError: 413 when it is too long, 408 when it takes too long."""
     body, length, bound = bytearray(), 0, bounds.body_bytes
     try:
         async with asyncio.timeout(bounds.body_seconds), aclosing(request.stream()) as chunks:

@@ -22,7 +22,7 @@ from colaserve_services.rpc.metrics import Metrics
 SERVICE: Final = "gateway"
 CLIENT_GONE: Final = 499
 OPEN: Final = frozenset(
-    {"/", "/health", "/ready", "/metrics", "/docs", "/openapi.json"}
+    {"/", "/health", "/ready", "/v2/health/live", "/v2/health/ready", "/metrics", "/docs", "/openapi.json"}
 )  # no key, no bound, no log line
 _LOGGED: Final = ("client", "user", "choices", "prompt_tokens", "completion_tokens")
 

@@ -74,7 +74,11 @@ class ApiError(Exception):
 
     def response(self, path: str = "") -> Response:
         """The JSON, in the shape of the path's API, in ASCII: a message may quote anything a client sent."""
-        content = anthropic_error(self) if f"{path}/".startswith("/v1/messages/") else self.content()
+        content = self.content()
+        if f"{path}/".startswith("/v1/messages/"):
+            content = anthropic_error(self)
+        elif f"{path}/".startswith("/v2/"):
+            content = {"error": self.message}  # the Open Inference Protocol's
         return Response(json.dumps(content), self.status, self.headers, "application/json")
 
 

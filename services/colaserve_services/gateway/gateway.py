@@ -22,7 +22,7 @@ from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
 from colaserve_services.gateway.pages import docs_page, root_page
-from colaserve_services.gateway.settings import GatewaySettings
+from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.gateway.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from colaserve_services.offload import offload
 from colaserve_services.rpc.cached import Cached
@@ -61,8 +61,7 @@ class Gateway:
             raise invalid("prompt", what)
         calls = [partial(start, sample) for start in starts for sample in range(per_prompt)]
         record.user, record.choices = body.end_user(), len(calls)
-        deadline = record.started + min(_seconds(request), bounds.request_seconds)
-        return Answer(self._backend, bounds, record, calls, per_prompt, asked, deadline)
+        return Answer(self._backend, bounds, record, calls, per_prompt, asked, deadline(request, bounds))
 
     async def list_models(self, _: Request) -> shapes.ModelList:
         """The served model, with what unset fields of a request mean."""
@@ -154,8 +153,12 @@ def _checked_model(asked: str | None, info: Info) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
+def deadline(request: Request, bounds: Bounds) -> float:
+    """The deadline that a request asks for, or the longest, in time.monotonic() seconds."""
+    return record_of(request.scope).started + min(_seconds(request), bounds.request_seconds)
+
+
 def _seconds(request: Request) -> float:
-    """The deadline that a request asks for."""
     text = request.headers.get(DEADLINE_HEADER)
     if text is None:
         return math.inf

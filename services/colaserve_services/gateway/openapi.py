@@ -41,6 +41,7 @@ class Endpoint:
     statuses: Mapping[str, str] = field(default_factory=lambda: {"200": "The answer."})  # that have these answers
     errors: Mapping[str, str] = field(default_factory=lambda: _ERRORS)
     error: Any = ErrorAnswer  # the kind of their answers
+    reads_body: bool = False  # `handle` reads the body itself, and gets the request alone
 
 
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:

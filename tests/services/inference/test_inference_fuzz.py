@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.inference import open_inference_pb2 as pb
 from colaserve_services.inference.models import MODELS
-from colaserve_services.inference.service import InferenceServicer
-from colaserve_services.rpc.local import LocalStub
-from colaserve_services.text import Tokenizer
-from tests.services.coordinator.conftest import GOLDEN
-from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.services.inference.serving import served
 
 NAMES = sorted({spec.name for model in MODELS.values() for spec in (*model.inputs, *model.outputs)})
 SETTINGS = sorted({name for model in MODELS.values() for name in model.parameters})
@@ -79,14 +74,6 @@ def requests(draw: st.DrawFn) -> pb.ModelInferRequest:
     return pb.ModelInferRequest(**fields | {name: draw(CHANGES[name]) for name in changed})
 
 
-async def served(**limits: Any) -> Any:
-    """A stub of the service over fake stages."""
-    stages = Stages(*map(LocalStub, (FakeEncoder(), FakePrior(), FakeDecoder())))
-    coordinator = Coordinator(stages, Tokenizer.open(GOLDEN, 512), limits=CoordinatorLimits(**limits))
-    await coordinator.connect()
-    return LocalStub(InferenceServicer(coordinator, lambda: True))
-
-
 def test_no_message_is_an_internal_error_whole_or_in_a_stream():
     answered = 0
 
@@ -102,7 +89,7 @@ def test_no_message_is_an_internal_error_whole_or_in_a_stream():
         return codes.count(None)
 
     with asyncio.Runner() as runner:
-        stub = runner.run(served(max_context=64))
+        stub, _ = runner.run(served(max_context=64))
 
         @given(requests())
         @settings(max_examples=150)
@@ -115,7 +102,7 @@ def test_no_message_is_an_internal_error_whole_or_in_a_stream():
 
 
 async def test_a_stream_whose_caller_sends_nothing_more_is_ended():
-    stream = (await served(idle_seconds=0.05)).ModelStreamInfer()
+    stream = (await served(idle_seconds=0.05))[0].ModelStreamInfer()
     await stream.write(pb.ModelInferRequest(model_name="prior"))
     assert (await stream.read()).infer_response.outputs
     with pytest.raises(grpc.aio.AioRpcError, match=r"no request came for 0\.05 s") as caught:
