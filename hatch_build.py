@@ -63,7 +63,7 @@ def _compile(source: Path, library: Path, passes: Iterable[tuple[str, ...]]) -> 
         linked, compiled = Path(folder, library.name), []
         for number, flags in enumerate(passes):
             compiled.append(str(Path(folder, f"{number}.o")))
-            flags = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", *flags)
+            flags = ("-std=gnu11", "-O2", "-fno-math-errno", "-fPIC", "-fopenmp", *flags)
             subprocess.run([*compiler, *flags, "-c", str(source), "-o", compiled[-1]], check=True)
         subprocess.run([*compiler, "-shared", *compiled, "-o", str(linked)], check=True)
         linked.replace(library)  # at once: a running server may have the old one open

@@ -108,6 +108,18 @@ INLINE uint32_t *keys_of(const Pages *p, int64_t page, int64_t head) {
     return (uint32_t *)p->memory + (page * p->heads + head) * 2 * page_words(p);
 }
 
+/* Pairs of neighbours rotated. */
+INLINE Floats rotated(Floats x, const float *cosine, const float *sine) {
+    typedef uint64_t Pairs __attribute__((vector_size(LANES * 4)));
+    typedef uint32_t Half __attribute__((vector_size(LANES * 2)));
+    typedef uint32_t HalfAt __attribute__((vector_size(LANES * 2), aligned(4), may_alias));
+    const Pairs minus = (uint64_t)0x80000000u + (Pairs){0}; /* the sign of the even channels */
+    const Pairs c = __builtin_convertvector((Half) * (const HalfAt *)cosine, Pairs);
+    const Pairs s = __builtin_convertvector((Half) * (const HalfAt *)sine, Pairs);
+    const Pairs swapped = (Pairs)x << 32 | (Pairs)x >> 32;
+    return x * (Floats)(c | c << 32) + (Floats)swapped * (Floats)((s | s << 32) ^ minus);
+}
+
 /* Rotates `count` channels by cos and sin of each pair. */
 INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t count, int halves) {
     const int64_t pairs = count / 2;
@@ -120,16 +132,9 @@ INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t cou
             *(FloatsAt *)(x + pairs + i) = b * c + a * s;
         }
     } else {
-        typedef uint64_t Pairs __attribute__((vector_size(LANES * 4)));
-        typedef uint32_t Half __attribute__((vector_size(LANES * 2)));
-        typedef uint32_t HalfAt __attribute__((vector_size(LANES * 2), aligned(4), may_alias));
-        const Pairs minus = (uint64_t)0x80000000u + (Pairs){0}; /* the sign of the even channels */
         for (; i + LANES / 2 <= pairs; i += LANES / 2) {
-            const Pairs c = __builtin_convertvector((Half) * (const HalfAt *)(cosine + i), Pairs);
-            const Pairs s = __builtin_convertvector((Half) * (const HalfAt *)(sine + i), Pairs);
-            const Pairs both = (Pairs)(Floats) * (FloatsAt *)(x + 2 * i), swapped = both << 32 | both >> 32;
-            *(FloatsAt *)(x + 2 * i) =
-                (Floats)both * (Floats)(c | c << 32) + (Floats)swapped * (Floats)((s | s << 32) ^ minus);
+            FloatsAt *both = (FloatsAt *)(x + 2 * i);
+            *both = rotated(*both, cosine + i, sine + i);
         }
     }
     for (; i < pairs; i++) {
@@ -165,6 +170,29 @@ INLINE void prepare(const Qkv *a, float *x, const void *from, int64_t r, int64_t
         rotate(x + h * d, cosine, cosine + a->rope_dim / 2, a->rope_dim, a->halves);
 }
 
+/* `prepare` for one head, pairs (2i, 2i + 1), without a clip, where all of it is V whole vectors. */
+INLINE void prepare_vectors(const Qkv *a, float *x, const void *from, int64_t r, int64_t head, int of_keys,
+                            const int type, const int V) {
+    Floats some[V], sum = {0}, squares = {0};
+    const float *weight = a->norm[2 * of_keys], *bias = a->norm[2 * of_keys + 1], *cosine = a->rotary + r * a->rope_dim;
+    UNROLLED for (int v = 0; v < V; v++) {
+        some[v] = load(from, r * a->row + (head * V + v) * LANES, LANES, type);
+        sum += some[v];
+    }
+    const float mean = sum_of(sum) / (float)(V * LANES);
+    UNROLLED for (int v = 0; v < V; v++) {
+        some[v] -= mean;
+        squares += some[v] * some[v];
+    }
+    const float by = 1.0f / sqrtf(sum_of(squares) / (float)(V * LANES) + a->eps);
+    UNROLLED for (int v = 0; v < V; v++) {
+        const int64_t i = v * LANES;
+        some[v] = some[v] * by * load(weight, i, LANES, FLOAT32) + load(bias, i, LANES, FLOAT32);
+        if (i < a->rope_dim) some[v] = rotated(some[v], cosine + i / 2, cosine + (i + a->rope_dim) / 2);
+        store(x, i, some[v], LANES, FLOAT32);
+    }
+}
+
 /* Keys of one position and head into its column of a page. */
 INLINE void write_key(const Pages *p, uint32_t *page, int64_t column, const float *x, const int type) {
     const int64_t width = padded(p), words = type == FLOAT32 ? width : width / 2;
@@ -185,30 +213,61 @@ INLINE void write_value(const Pages *p, uint32_t *page, int64_t place, const voi
     for (int64_t i = 0; i < p->head_dim; i++) to[2 * i] = x[i];
 }
 
-INLINE void qkv_row(const Qkv *a, int64_t row, int64_t head, int64_t heads, const int type) {
+/* Values of two neighbours, the first in an even place. */
+INLINE void write_pair(const Pages *p, uint32_t *page, int64_t place, const void *from, int64_t one, int64_t two) {
+    const uint16_t *x = (const uint16_t *)from;
+    uint32_t *to = page + place / 2 * padded(p);
+    for (int64_t i = 0; i < p->head_dim; i += LANES) {
+        const Words first = __builtin_convertvector((Shorts) * (const ShortsAt *)(x + one + i), Words);
+        const Words second = __builtin_convertvector((Shorts) * (const ShortsAt *)(x + two + i), Words);
+        *(WordsAt *)(to + i) = first | second << 16;
+    }
+}
+
+INLINE void qkv_row(const Qkv *a, int64_t row, int64_t head, int64_t heads, const int type, const int V) {
     const Pages *p = &a->at;
     float x[MOST_DIM * heads] ALIGNED;
     const int64_t d = p->head_dim, begin = p->history[row] % p->positions;
     for (int64_t i = 0; i < p->n; i++) {
         const int64_t r = row * p->n + i;
-        if (a->q) {
+        if (V)
+            prepare_vectors(a, a->rotated + (r * p->heads + head) * d, a->q, r, head, 0, type, V);
+        else if (a->q) {
             prepare(a, x, a->q, r, head, heads, 0, type);
             memcpy(a->rotated + (r * p->heads + head) * d, x, heads * d * sizeof *x);
         }
-        prepare(a, x, a->k, r, head, heads, 1, type);
+        if (V)
+            prepare_vectors(a, x, a->k, r, head, 1, type, V);
+        else
+            prepare(a, x, a->k, r, head, heads, 1, type);
         for (int64_t h = 0; h < heads; h++) {
             uint32_t *keys = keys_of(p, p->own[row], head + h);
-            write_key(p, keys, begin + i, x + h * d, type);
-            write_value(p, keys + page_words(p), begin + i, a->v, r * a->row + (head + h) * d, type);
+            const int64_t at = r * a->row + (head + h) * d, place = begin + i;
+            write_key(p, keys, place, x + h * d, type);
+            if (type == BFLOAT16 && V && place % 2 == 0 && i + 1 < p->n)
+                write_pair(p, keys + page_words(p), place, a->v, at, at + a->row);
+            else if (type == FLOAT32 || !V || place % 2 == 0 || i == 0)
+                write_value(p, keys + page_words(p), place, a->v, at, type);
         }
     }
 }
 
+INLINE void qkv_of(const Qkv *a, int64_t row, int64_t head, int64_t heads, const int type) {
+    const int64_t d = a->at.head_dim;
+    const int whole = a->width == d && !a->halves && a->q && a->norm[0] && a->norm[2] && a->rope_dim % LANES == 0;
+    if (whole && a->clip == INFINITY && d == 64)
+        qkv_row(a, row, head, 1, type, 64 / LANES);
+    else if (whole && a->clip == INFINITY && d == 128)
+        qkv_row(a, row, head, 1, type, 128 / LANES);
+    else
+        qkv_row(a, row, head, heads, type, 0);
+}
+
 static void qkv(const Qkv *a, int64_t row, int64_t head, int64_t heads) {
     if (a->at.type == FLOAT32)
-        qkv_row(a, row, head, heads, FLOAT32);
+        qkv_of(a, row, head, heads, FLOAT32);
     else
-        qkv_row(a, row, head, heads, BFLOAT16);
+        qkv_of(a, row, head, heads, BFLOAT16);
 }
 
 #include "cpu_kernels_attention.h"

@@ -114,8 +114,8 @@ INLINE void score_tiles(float *scores, const void *queries, int64_t q_row, const
 INLINE void mix_tiles(float *output, const void *weights, const Spread *b, const int V) {
 #define EACH(does)                                                                                                   \
     does(0) does(1) if (V == 4) { does(2) does(3) }
-#define LOAD(v) _tile_loadd(v, output + v * 16, MOST_DIM * 4);
-#define STORE(v) _tile_stored(v, output + v * 16, MOST_DIM * 4);
+#define LOAD(v) _tile_loadd(v, output + v * 16, b->stride * 4);
+#define STORE(v) _tile_stored(v, output + v * 16, b->stride * 4);
 #define ADD(v)                                                                                                       \
     _tile_loadd(VALUES_TILE, b->parts[s] + i * b->stride + v * 16, b->stride * 4);                                   \
     _tile_dpbf16ps(v, WEIGHTS_TILE, VALUES_TILE);                                                                    \
@@ -225,7 +225,7 @@ INLINE void mix(float *output, const float *factor, const void *weights, int64_t
     Spread b = {parts, pages, 1, 0, LANES, width, depth, {next, next}, {0, 0}, LANES * depth};
     if (way == TILED)
         for (int q = 0; q < rows; q++)
-            for (int64_t c = 0; c < width; c += LANES) *(FloatsAt *)(output + q * MOST_DIM + c) *= factor[q];
+            for (int64_t c = 0; c < width; c += LANES) *(FloatsAt *)(output + q * width + c) *= factor[q];
     for (int64_t c = 0; c < width; c += 2 * LANES) {
         b.skip[0] = c * depth, b.skip[1] = b.skip[0] + b.some;
         for (int64_t s = 0; s < pages; s++) parts[s] = values[s] + c;
@@ -235,9 +235,9 @@ INLINE void mix(float *output, const float *factor, const void *weights, int64_t
         } else if (way == TILED)
             mix_tiles(output + c, weights, &b, 2);
         else if (width - c > LANES)
-            multiply_rows(output + c, MOST_DIM, factor, weights, w_row, &b, rows, 2, way);
+            multiply_rows(output + c, width, factor, weights, w_row, &b, rows, 2, way);
         else
-            multiply_rows(output + c, MOST_DIM, factor, weights, w_row, &b, rows, 1, way);
+            multiply_rows(output + c, width, factor, weights, w_row, &b, rows, 1, way);
     }
 }
 
@@ -274,8 +274,10 @@ INLINE void attend(const Attention *a, int64_t row, int64_t head, int64_t begin,
     uint32_t last[MOST_POSITIONS * MOST_DIM] ALIGNED;
     float top[QUERIES], total[QUERIES] = {0}, factor[QUERIES];
     const Seen seen = {p, p->tables + p->table[row] * p->pages, p->own[row], p->history[row] + p->n, head};
+    for (int64_t s = 0; s < 4 && s * positions < seen.length; s++)
+        for (int64_t w = 0; w < page_words(p); w += 16) __builtin_prefetch(page_of(&seen, s) + w);
     load_queries(queries, a, row, head, begin, rows, way);
-    memset(output, 0, sizeof output);
+    memset(output, 0, QUERIES * width * sizeof *output);
     for (int q = 0; q < rows; q++) top[q] = -INFINITY;
 
     for (int64_t from = 0; from < seen.length; from += tile) {
@@ -304,7 +306,7 @@ INLINE void attend(const Attention *a, int64_t row, int64_t head, int64_t begin,
     for (int q = 0; q < rows; q++)
         for (int64_t c = 0; c < p->head_dim; c += LANES)
             store(a->out, ((row * p->n + begin + q) * p->heads + head) * p->head_dim + c,
-                  *(FloatsAt *)(output + q * MOST_DIM + c) / total[q], p->head_dim - c, p->type);
+                  *(FloatsAt *)(output + q * width + c) / total[q], p->head_dim - c, p->type);
 }
 
 static void attention(const Attention *a, int64_t row, int64_t head) {
