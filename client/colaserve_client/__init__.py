@@ -10,125 +10,71 @@ docs/client.md is the guide.
  there was a
 """
 
-from colaserve_client.blocking import Client, DecoderClient, DecodeSession, EncoderClient, PriorClient, Stream
-from colaserve_client.calls import AsyncStream
-from colaserve_client.channel import client_version
-from colaserve_client.client import AsyncClient
-from colaserve_client.errors import (
-    Cancelled,
-    ColaserveError,
-    DeadlineExceeded,
-    InvalidRequest,
-    MessageTooLarge,
-    ModelMismatch,
-    NotAuthenticated,
-    NotSupported,
-    Overloaded,
-    ServerError,
-    Unavailable,
-)
-from colaserve_client.latents import Latents, LatentsLike, load_latents, save_latents
-from colaserve_client.results import (
-    DecodedBlock,
-    DecodedLatents,
-    FinishReason,
-    GenerationChunk,
-    GenerationOutcome,
-    GenerationResult,
-    InfillResult,
-    InterpolationPoint,
-    LatentBlock,
-    Limits,
-    ModelInfo,
-    ModelShape,
-    Reconstruction,
-    SequenceEncoding,
-    ServerInfo,
-    ServiceInfo,
-    StageInfo,
-    TextEncoding,
-    Timing,
-    TokenLogprobs,
-    Tokens,
-    TopToken,
-    Usage,
-)
-from colaserve_client.settings import (
-    Connection,
-    GenerationRequest,
-    Interpolation,
-    NoiseSeed,
-    Prompt,
-    Retry,
-    Sampler,
-    Sampling,
-    Solver,
-    Tls,
-)
-from colaserve_client.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
+from inspect import ismodule as _ismodule
 
-__version__ = client_version()
+from colaserve_client.blocking import Client as Client
+from colaserve_client.blocking import DecoderClient as DecoderClient
+from colaserve_client.blocking import DecodeSession as DecodeSession
+from colaserve_client.blocking import EncoderClient as EncoderClient
+from colaserve_client.blocking import PriorClient as PriorClient
+from colaserve_client.blocking import Stream as Stream
+from colaserve_client.calls import AsyncStream as AsyncStream
+from colaserve_client.channel import client_version as _version
+from colaserve_client.client import AsyncClient as AsyncClient
+from colaserve_client.errors import Cancelled as Cancelled
+from colaserve_client.errors import ColaserveError as ColaserveError
+from colaserve_client.errors import DeadlineExceeded as DeadlineExceeded
+from colaserve_client.errors import InvalidRequest as InvalidRequest
+from colaserve_client.errors import MessageTooLarge as MessageTooLarge
+from colaserve_client.errors import ModelMismatch as ModelMismatch
+from colaserve_client.errors import NotAuthenticated as NotAuthenticated
+from colaserve_client.errors import NotSupported as NotSupported
+from colaserve_client.errors import Overloaded as Overloaded
+from colaserve_client.errors import ServerError as ServerError
+from colaserve_client.errors import Unavailable as Unavailable
+from colaserve_client.latents import Latents as Latents
+from colaserve_client.latents import LatentsLike as LatentsLike
+from colaserve_client.latents import load_latents as load_latents
+from colaserve_client.latents import save_latents as save_latents
+from colaserve_client.results import DecodedBlock as DecodedBlock
+from colaserve_client.results import DecodedLatents as DecodedLatents
+from colaserve_client.results import FinishReason as FinishReason
+from colaserve_client.results import GenerationChunk as GenerationChunk
+from colaserve_client.results import GenerationOutcome as GenerationOutcome
+from colaserve_client.results import GenerationResult as GenerationResult
+from colaserve_client.results import InfillResult as InfillResult
+from colaserve_client.results import InterpolationPoint as InterpolationPoint
+from colaserve_client.results import LatentBlock as LatentBlock
+from colaserve_client.results import Limits as Limits
+from colaserve_client.results import ModelInfo as ModelInfo
+from colaserve_client.results import ModelShape as ModelShape
+from colaserve_client.results import Reconstruction as Reconstruction
+from colaserve_client.results import SequenceEncoding as SequenceEncoding
+from colaserve_client.results import ServerInfo as ServerInfo
+from colaserve_client.results import ServiceInfo as ServiceInfo
+from colaserve_client.results import StageInfo as StageInfo
+from colaserve_client.results import TextEncoding as TextEncoding
+from colaserve_client.results import Timing as Timing
+from colaserve_client.results import TokenLogprobs as TokenLogprobs
+from colaserve_client.results import Tokens as Tokens
+from colaserve_client.results import TopToken as TopToken
+from colaserve_client.results import Usage as Usage
+from colaserve_client.settings import Connection as Connection
+from colaserve_client.settings import GenerationRequest as GenerationRequest
+from colaserve_client.settings import Interpolation as Interpolation
+from colaserve_client.settings import NoiseSeed as NoiseSeed
+from colaserve_client.settings import Prompt as Prompt
+from colaserve_client.settings import Retry as Retry
+from colaserve_client.settings import Sampler as Sampler
+from colaserve_client.settings import Sampling as Sampling
+from colaserve_client.settings import Solver as Solver
+from colaserve_client.settings import Tls as Tls
+from colaserve_client.stages import AsyncDecoderClient as AsyncDecoderClient
+from colaserve_client.stages import AsyncDecodeSession as AsyncDecodeSession
+from colaserve_client.stages import AsyncEncoderClient as AsyncEncoderClient
+from colaserve_client.stages import AsyncPriorClient as AsyncPriorClient
 
-__all__ = [
-    "AsyncClient",
-    "AsyncDecodeSession",
-    "AsyncDecoderClient",
-    "AsyncEncoderClient",
-    "AsyncPriorClient",
-    "AsyncStream",
-    "Cancelled",
-    "Client",
-    "ColaserveError",
-    "Connection",
-    "DeadlineExceeded",
-    "DecodeSession",
-    "DecodedBlock",
-    "DecodedLatents",
-    "DecoderClient",
-    "EncoderClient",
-    "FinishReason",
-    "GenerationChunk",
-    "GenerationOutcome",
-    "GenerationRequest",
-    "GenerationResult",
-    "InfillResult",
-    "Interpolation",
-    "InterpolationPoint",
-    "InvalidRequest",
-    "LatentBlock",
-    "Latents",
-    "LatentsLike",
-    "Limits",
-    "MessageTooLarge",
-    "ModelInfo",
-    "ModelMismatch",
-    "ModelShape",
-    "NoiseSeed",
-    "NotAuthenticated",
-    "NotSupported",
-    "Overloaded",
-    "PriorClient",
-    "Prompt",
-    "Reconstruction",
-    "Retry",
-    "Sampler",
-    "Sampling",
-    "SequenceEncoding",
-    "ServerError",
-    "ServerInfo",
-    "ServiceInfo",
-    "Solver",
-    "StageInfo",
-    "Stream",
-    "TextEncoding",
-    "Timing",
-    "Tls",
-    "TokenLogprobs",
-    "Tokens",
-    "TopToken",
-    "Unavailable",
-    "Usage",
-    "__version__",
-    "load_latents",
-    "save_latents",
-]
+__version__ = _version()
+
+__all__ = ["__version__"]
+__all__ += [name for name, value in [*globals().items()] if name[0] != "_" and not _ismodule(value)]

@@ -94,9 +94,12 @@ class _Closing(ABC):
 
 
 class BaseClient(_Closing, Generic[C_co]):
-    """A connection to one server; the asyncio client of the same name says what the arguments are."""
+    """A connection to one server. The asyncio client of the same name says what arguments and methods are."""
 
     _kind: type[C_co]
+
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = _ASYNC_ONLY.sub("", cls._kind.__doc__ or "")
 
     @_taking(AsyncBaseClient.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -175,19 +178,6 @@ class DecodeSession(_Opened[AsyncDecodeSession]):
 
 
 class Client(BaseClient[AsyncClient]):
-    """A connection to a coordinator, for any number of threads.
-
-    Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
-    x-request-id, drawn at random when empty), and raises the errors of `colaserve_client.errors`.
-
-    >>> with Client(target) as client:
-    ...     result = client.generate("Once upon a time", max_new_tokens=12)
-    >>> result.text
-    ' there was a'
-    >>> result.finish_reason, result.usage.completion_tokens
-    ('length', 12)
-    """
-
     _kind = AsyncClient
 
     generate = _blocking(AsyncClient.generate)
@@ -214,40 +204,18 @@ class Client(BaseClient[AsyncClient]):
 
 
 class EncoderClient(BaseClient[AsyncEncoderClient]):
-    """A connection to an encoder: token ids to latents.
-
-    >>> with EncoderClient(target) as encoder:
-    ...     [encoding] = encoder.encode([[102, 111, 120]])
-    >>> encoding.latents.shape
-    (3, 2)
-    """
-
     _kind = AsyncEncoderClient
     encode = _blocking(AsyncEncoderClient.encode)
     info = _blocking(AsyncEncoderClient.info)
 
 
 class PriorClient(BaseClient[AsyncPriorClient]):
-    """A connection to a prior: noise to latents, block by block.
-
-    >>> with PriorClient(target) as prior, prior.sample(max_blocks=2, seed=7) as blocks:
-    ...     print([block.index for block in blocks])
-    [0, 1]
-    """
-
     _kind = AsyncPriorClient
     sample = _opening(AsyncPriorClient.sample, Stream)
     info = _blocking(AsyncPriorClient.info)
 
 
 class DecoderClient(BaseClient[AsyncDecoderClient]):
-    """A connection to a decoder: latent blocks to token ids.
-
-    >>> with DecoderClient(target) as decoder, decoder.session() as session:
-    ...     print(session.decode([[102, 0], [111, 0], [120, 0], [46, 0]]).token_ids)
-    (102, 111, 120, 46)
-    """
-
     _kind = AsyncDecoderClient
     session = _opening(AsyncDecoderClient.session, DecodeSession)
     info = _blocking(AsyncDecoderClient.info)

@@ -4,10 +4,11 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from operator import attrgetter
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
 from colaserve_client.base import AsyncBaseClient
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 
 class AsyncClient(AsyncBaseClient):
-    """A connection to a coordinator, for one event loop.
+    """A connection to a coordinator. An asyncio client is for one event loop, a blocking one for any number of threads.
 
     Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
     x-request-id, drawn at random when empty), and raises the errors of `colaserve_client.errors`.
@@ -322,14 +323,7 @@ def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> Gen
     )
 
 
-class Cancellable(Protocol):
-    """A task, or a future of another thread."""
-
-    def cancel(self) -> bool:
-        """Cancel it."""
-
-
-C = TypeVar("C", bound=Cancellable)
+C = TypeVar("C", "asyncio.Task[Any]", "Future[Any]")
 _NOTHING_LEFT: Any = object()
 _LOOK_AHEAD = 4  # times the concurrency: results that may wait for a slow one before them
 

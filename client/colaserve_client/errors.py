@@ -121,8 +121,12 @@ def error_from_rpc(failure: grpc.RpcError, request_id: str = "") -> ColaserveErr
 
 def details_of(failure: grpc.RpcError, request_id: str = "") -> Details:
     """What google.rpc.BadRequest, RetryInfo and ErrorInfo in the trailing metadata say."""
+    try:
+        status: Any = rpc_status.from_call(failure)
+    except Exception:  # details are an extra: broken ones, of a proxy say, must not hide the status itself
+        status = None
     field, retry_after, reason = "", None, ""
-    for packed in _packed_details(failure):
+    for packed in status.details if status else ():
         bad, retry, info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
         if packed.Unpack(bad) and bad.field_violations:
             field = bad.field_violations[0].field
@@ -131,12 +135,3 @@ def details_of(failure: grpc.RpcError, request_id: str = "") -> Details:
         elif packed.Unpack(info):
             reason = info.reason
     return Details(field, retry_after, reason, request_id)
-
-
-def _packed_details(failure: Any) -> list[Any]:
-    """The google.protobuf.Any messages of a status; none when they are missing or do not fit the status."""
-    try:
-        status = rpc_status.from_call(failure)
-    except Exception:  # details are an extra: broken ones, of a proxy say, must not hide the status itself
-        return []
-    return list(status.details) if status else []

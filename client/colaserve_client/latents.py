@@ -17,6 +17,24 @@ _FORMAT = "colaserve.latents.v1"
 _SHOWN = 16  # positions, and numbers of each, in a notebook
 
 
+_Operator = Callable[["Latents", "LatentsLike"], "Latents"]
+
+
+def _operators(operation: Callable[..., Any]) -> tuple[_Operator, _Operator]:
+    """An arithmetic operator and its reflection: number by number, with numpy's broadcasting."""
+
+    def made(left: Any, right: Any) -> "Latents":
+        arrays = [float_array(operand, "operand") for operand in (left, right)]
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                return Latents(operation(*arrays), _common_space([left, right]))
+        except ValueError as error:
+            shapes = " and ".join(str(array.shape) for array in arrays)
+            raise invalid("operand", f"shapes {shapes} give no finite latents: {error}") from error
+
+    return lambda self, other: made(self, other), lambda self, other: made(other, self)
+
+
 class Latents:
     """Latents of one sequence: float32, (n, d), read-only, with the fingerprint of their space.
 
@@ -129,42 +147,13 @@ class Latents:
             raise ModelMismatch(f"latents of {sorted({part.dim for part in found})} channels cannot be joined")
         return Latents(np.concatenate([part.values for part in found]), _common_space(found))
 
-    def __add__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.add, self, other)
-
-    def __radd__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.add, other, self)
-
-    def __sub__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.subtract, self, other)
-
-    def __rsub__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.subtract, other, self)
-
-    def __mul__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.multiply, self, other)
-
-    def __rmul__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.multiply, other, self)
-
-    def __truediv__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.divide, self, other)
-
-    def __rtruediv__(self, other: "LatentsLike") -> "Latents":
-        return self._with(np.divide, other, self)
+    __add__, __radd__ = _operators(np.add)
+    __sub__, __rsub__ = _operators(np.subtract)
+    __mul__, __rmul__ = _operators(np.multiply)
+    __truediv__, __rtruediv__ = _operators(np.divide)
 
     def __neg__(self) -> "Latents":
         return Latents(-self._values, self._space)
-
-    def _with(self, operation: Callable[..., Any], left: Any, right: Any) -> "Latents":
-        """What an operation makes of both, number by number, with numpy's broadcasting."""
-        arrays = [float_array(operand, "operand") for operand in (left, right)]
-        try:
-            with np.errstate(all="ignore"):  # what is not finite is refused below
-                return Latents(operation(*arrays), _common_space([left, right]))
-        except ValueError as error:
-            shapes = " and ".join(str(array.shape) for array in arrays)
-            raise invalid("operand", f"shapes {shapes} give no finite latents: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Latents):

@@ -14,6 +14,11 @@ _SHOWN = 200  # characters of a value, in a notebook
 FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_new_tokens were written
 
 
+_TOKENS = Field("The text of each of them; a part of a character reads as U+FFFD.")
+_LOGPROBS = Field("One for each token, when top_logprobs was given.")
+_VARIANCE = Field("Log variance of the posterior, in the latents' shape, when asked for.")
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def _value(kind: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass whose docstring describes its fields."""
@@ -26,7 +31,7 @@ class _Text:
 
     text: Annotated[str, Field("The text.")]
     token_ids: Annotated[tuple[int, ...], Field("Its tokens.")]
-    tokens: Annotated[tuple[str, ...], Field("The text of each of them; a part of a character reads as U+FFFD.")]
+    tokens: Annotated[tuple[str, ...], _TOKENS]
 
     def __str__(self) -> str:
         return self.text
@@ -77,7 +82,7 @@ class TokenLogprobs(TopToken):
 class GenerationChunk(_Text):
     """What one written block brought."""
 
-    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     latents: Annotated[Latents | None, Field("Latents of the block, (B, d), when asked for.")]
     finish_reason: Annotated[FinishReason | None, Field("In the last chunk, as are usage and seed.")]
     usage: Annotated[Usage | None, Field("In the last chunk only.")]
@@ -89,7 +94,7 @@ class GenerationChunk(_Text):
 class GenerationResult(_Text):
     """A whole generation."""
 
-    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     latents: Annotated[Latents | None, Field("All blocks in a row, when asked for.")]
     finish_reason: Annotated[
         FinishReason, Field('"stop": an end token or a stop string; "length": max_new_tokens were written.')
@@ -127,22 +132,26 @@ class Tokens:
 
 
 @_value
-class TextEncoding:
-    """An encoded text."""
+class SequenceEncoding:
+    """What the encoder made of one sequence of token ids."""
 
     latents: Annotated[Latents, Field("The mean of the posterior, normalised.")]
-    log_variance: Annotated[
-        FloatArray | None, Field("Log variance of the posterior, in the latents' shape, when asked for.")
-    ] = field(compare=False)
+    log_variance: Annotated[FloatArray | None, _VARIANCE] = field(compare=False)
+
+
+@_value
+class TextEncoding(SequenceEncoding):
+    """An encoded text."""
+
     token_ids: Annotated[tuple[int, ...], Field("The tokens of the text.")]
-    tokens: Annotated[tuple[str, ...], Field("The text of each of them; a part of a character reads as U+FFFD.")]
+    tokens: Annotated[tuple[str, ...], _TOKENS]
 
 
 @_value
 class DecodedLatents(_Text):
     """Latents turned into text."""
 
-    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids.")]
     timing: Annotated[Timing, Field("Where the time of the call went.")]
 
@@ -189,21 +198,11 @@ class Reconstruction(_Text):
 
 
 @_value
-class SequenceEncoding:
-    """What the encoder made of one sequence of token ids."""
-
-    latents: Annotated[Latents, Field("The mean of the posterior, normalised.")]
-    log_variance: Annotated[
-        FloatArray | None, Field("Log variance of the posterior, in the latents' shape, when asked for.")
-    ] = field(compare=False)
-
-
-@_value
 class DecodedBlock:
     """What the decoder made of one block; nothing is trimmed."""
 
     token_ids: Annotated[tuple[int, ...], Field("The ids of all B * P tokens.")]
-    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token, when top_logprobs was given.")]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), when asked for.")] = field(
         compare=False
     )
