@@ -1,12 +1,11 @@
 """A fake server for each test, and clients of it."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from colaserve_client import AsyncClient, Client, Retry
 from tests.client import fakes
-from tests.waiting import wait_until
 
 FAST = Retry(attempts=4, first_pause=0.01, longest_pause=0.05)
 
@@ -33,9 +32,3 @@ def client(server: fakes.FakeServer) -> Iterator[Client]:
 async def async_client(server: fakes.FakeServer) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(server.target, retry=FAST, timeout=20) as connected:
         yield connected
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Waits until a condition holds, and fails when it does not in time."""
-    return wait_until

@@ -12,8 +12,7 @@ from colaserve_client import Cancelled, Client, DecoderClient
 from tests.client.behaviour import Behaviour
 from tests.client.fakes import FakeServer
 from tests.client.test_stages import LETTERS
-
-Eventually = Callable[[Callable[[], bool]], None]
+from tests.waiting import wait_until as eventually
 
 
 @contextmanager
@@ -36,9 +35,7 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
     assert time.monotonic() - sent[0] < 10
 
 
-def test_ctrl_c_cancels_what_runs_and_the_client_continues(
-    client: Client, behaviour: Behaviour, eventually: Eventually
-) -> None:
+def test_ctrl_c_cancels_what_runs_and_the_client_continues(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     with ctrl_c_when(lambda: behaviour.running == 1):
         client.generate("Once")
@@ -55,7 +52,7 @@ def test_ctrl_c_cancels_a_call_with_one_answer(client: Client, behaviour: Behavi
     assert client.tokenize("fox").ids
 
 
-def test_an_interrupted_stream_has_ended(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_an_interrupted_stream_has_ended(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     stream = client.stream("Once")
     next(stream)
@@ -65,7 +62,7 @@ def test_an_interrupted_stream_has_ended(client: Client, behaviour: Behaviour, e
     eventually(lambda: behaviour.running == 0)
 
 
-def test_ctrl_c_ends_a_batch(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_ctrl_c_ends_a_batch(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     outcomes = client.generate_many(["a", "b", "c"], concurrency=2)
     with ctrl_c_when(lambda: behaviour.running == 2):
@@ -74,7 +71,7 @@ def test_ctrl_c_ends_a_batch(client: Client, behaviour: Behaviour, eventually: E
     assert behaviour.calls <= 3
 
 
-def test_an_interrupted_session_is_closed(server: FakeServer, eventually: Eventually) -> None:
+def test_an_interrupted_session_is_closed(server: FakeServer) -> None:
     with DecoderClient(server.target) as decoder, decoder.session() as session:
         session.decode(LETTERS)
         server.behaviour.wait_after = 1

@@ -32,8 +32,8 @@ from colaserve_client import (
 )
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import FakeServer, start_server
+from tests.waiting import wait_until as eventually
 
-Eventually = Callable[[Callable[[], bool]], None]
 Code = grpc.StatusCode
 KIND = {
     Code.INVALID_ARGUMENT: InvalidRequest,
@@ -118,7 +118,7 @@ def test_a_stream_is_not_tried_again_after_its_first_message(client: Client, beh
     ids=["generate", "stream", "tokenize", "session"],
 )
 def test_the_deadline_ends_a_call_and_frees_the_server(
-    client: Client, behaviour: Behaviour, call: Callable[[Client], object], delay: float, eventually: Eventually
+    client: Client, behaviour: Behaviour, call: Callable[[Client], object], delay: float
 ) -> None:
     assert client.tokenize("a").ids  # connected
     behaviour.wait_after, behaviour.delay = 0, delay

@@ -35,6 +35,12 @@ def text(client):
     return client.generate("x", max_new_tokens=4).text
 
 client = Client(target, timeout=5)
+shared = AsyncClient(target, timeout=5)
+async def once(client):
+    return (await client.generate("x", max_new_tokens=4)).text
+async def once_and_close():
+    async with AsyncClient(target, timeout=5) as client:
+        return await once(client)
 """
 
 
@@ -51,35 +57,48 @@ def lines_of(program: str, target: str, **environment: str) -> list[dict[str, An
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_client_used_before_a_fork_works_on_both_sides(server: FakeServer) -> None:
-    said = lines_of("text(client); in_child(lambda: text(client)); say(parent=text(client))", server.target)
-    assert said == [{"child": " the"}, {"parent": " the"}]
-
-
-def test_a_grandchild_can_use_it_too(server: FakeServer) -> None:
-    program = "text(client); in_child(lambda: (text(client), in_child(lambda: text(client)))[0])"
-    assert lines_of(program, server.target) == [{"child": " the"}, {"child": " the"}]
-
-
-def test_a_pool_of_forked_processes_shares_a_client(server: FakeServer) -> None:
-    program = """
+USED_BEFORE = {
+    "both sides": (
+        "text(client); in_child(lambda: text(client)); in_child(lambda: client.close()); say(parent=text(client))",
+        [{"child": " the"}, {"child": None}, {"parent": " the"}],
+    ),
+    "a grandchild": (
+        "text(client); in_child(lambda: (text(client), in_child(lambda: text(client)))[0])",
+        [{"child": " the"}] * 2,
+    ),
+    "closed asyncio clients": (
+        "asyncio.run(once_and_close()); in_child(lambda: asyncio.run(once(shared)))",
+        [{"child": " the"}],
+    ),
+    "a pool": (
+        """
 import multiprocessing
+def first_text(number):
+    return client.tokenize(str(number)).texts[0]
 text(client)
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    say(texts=pool.map(lambda_, range(4)))
-"""
-    program = "def lambda_(number):\n    return client.tokenize(str(number)).texts[0]\n" + program
-    assert lines_of(program, server.target) == [{"texts": ["0", "1", "2", "3"]}]
+    say(texts=pool.map(first_text, range(4)))
+""",
+        [{"texts": ["0", "1", "2", "3"]}],
+    ),
+    "errors that were kept": (
+        """
+kept = [outcome.error for outcome in client.generate_many([GenerationRequest("x", max_new_tokens=0)])]
+try:
+    client.generate("x", max_new_tokens=0)
+except InvalidRequest as error:
+    kept.append(error)
+in_child(lambda: text(client))
+""",
+        [{"child": " the"}],
+    ),
+}
 
 
-ASYNCIO = """
-shared = AsyncClient(target, timeout=5)
-async def once(client):
-    return (await client.generate("x", max_new_tokens=4)).text
-async def once_and_close():
-    async with AsyncClient(target, timeout=5) as client:
-        return await once(client)
-"""
+@pytest.mark.parametrize("case", USED_BEFORE)
+def test_a_client_that_was_used_before_a_fork_works_after_it(server: FakeServer, case: str) -> None:
+    program, said = USED_BEFORE[case]
+    assert lines_of(program, server.target) == said
 
 
 @pytest.mark.parametrize("used", ["once(shared)", "once(AsyncClient(target))", "asyncio.to_thread(text, client)"])
@@ -87,14 +106,9 @@ def test_the_child_of_a_process_with_a_connected_asyncio_client_is_refused_at_on
     server: FakeServer, used: str
 ) -> None:
     program = f"asyncio.run(once(shared)); in_child(lambda: asyncio.run({used}))"
-    [said] = lines_of(ASYNCIO + program, server.target)
+    [said] = lines_of(program, server.target)
     assert said["child"] == "Unavailable"
     assert "close asyncio clients before the fork" in said["message"]
-
-
-def test_asyncio_clients_work_in_a_child_when_the_parents_were_closed_or_never_used(server: FakeServer) -> None:
-    program = "asyncio.run(once_and_close()); in_child(lambda: asyncio.run(once(shared)))"
-    assert lines_of(ASYNCIO + program, server.target) == [{"child": " the"}]
 
 
 def test_a_stream_that_is_open_at_a_fork_stays_the_parents(server: FakeServer) -> None:
@@ -116,18 +130,6 @@ in_child(lambda: text(client))
     assert later == {"child": " the"}
 
 
-def test_errors_that_were_kept_do_not_keep_the_connection(server: FakeServer) -> None:
-    program = """
-kept = [outcome.error for outcome in client.generate_many([GenerationRequest("x", max_new_tokens=0)])]
-try:
-    client.generate("x", max_new_tokens=0)
-except InvalidRequest as error:
-    kept.append(error)
-in_child(lambda: text(client))
-"""
-    assert lines_of(program, server.target) == [{"child": " the"}]
-
-
 def test_a_child_that_cannot_make_calls_ends_like_any_other(server: FakeServer) -> None:
     program = """
 stream = client.stream("x", max_new_tokens=8)
@@ -135,13 +137,8 @@ next(stream)
 if child := os.fork():
     say(status=os.waitpid(child, 0)[1], parent=next(stream).text)
 """
-    [said] = lines_of(program.replace("faulthandler", ""), server.target)
+    [said] = lines_of(program, server.target)
     assert said == {"status": 0, "parent": "re w"}
-
-
-def test_leaving_a_clients_with_block_in_a_child_leaves_the_parent_connected(server: FakeServer) -> None:
-    program = "text(client); in_child(lambda: client.close()); say(parent=text(client))"
-    assert lines_of(program, server.target) == [{"child": None}, {"parent": " the"}]
 
 
 @pytest.mark.parametrize("value", ["0", "false"])

@@ -35,9 +35,8 @@ from colaserve_client.fields import flat_fields
 from colaserve_client.settings import CallFields, GenerationFields, SamplerFields, SamplingFields
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import STORY, FakeServer
-from tests.waiting import wait_until, when
-
-Eventually = Callable[[Callable[[], bool]], None]
+from tests.waiting import wait_until as eventually
+from tests.waiting import when
 
 
 def test_chunks_joined_are_the_whole(client: Client) -> None:
@@ -158,16 +157,14 @@ def test_metadata_has_key_and_request_id(server, behaviour: Behaviour) -> None: 
 # Leaving early
 
 
-def test_an_exception_inside_cancels_at_the_server(
-    client: Client, behaviour: Behaviour, eventually: Eventually
-) -> None:
+def test_an_exception_inside_cancels_at_the_server(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 2
     with pytest.raises(ZeroDivisionError), client.stream("Once") as stream:
         print(len(next(stream).text) // 0)
     eventually(lambda: behaviour.cancelled == 1)
 
 
-def test_break_cancels_at_the_server(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_break_cancels_at_the_server(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 2
     for _ in client.stream("Once"):
         break
@@ -176,7 +173,7 @@ def test_break_cancels_at_the_server(client: Client, behaviour: Behaviour, event
     assert (behaviour.calls, behaviour.cancelled) == (1, 1)
 
 
-def test_another_thread_may_cancel(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_another_thread_may_cancel(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     stream = client.stream("Once")
     with when(lambda: behaviour.running == 1, stream.cancel), pytest.raises(Cancelled):
@@ -197,7 +194,7 @@ def test_a_stream_that_was_cancelled_between_two_messages_does_not_look_whole(cl
     assert list(closed) == []
 
 
-def test_closing_the_client_cancels(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_closing_the_client_cancels(client: Client, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     stream = client.stream("Once")
     next(stream)
@@ -209,9 +206,7 @@ def test_closing_the_client_cancels(client: Client, behaviour: Behaviour, eventu
         client.generate("Once")
 
 
-async def test_leaving_an_asyncio_stream_cancels_at_the_server(
-    async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
-) -> None:
+async def test_leaving_an_asyncio_stream_cancels_at_the_server(async_client: AsyncClient, behaviour: Behaviour) -> None:
     behaviour.wait_after = 2
     async with async_client.stream("Once") as stream:
         async for _ in stream:
@@ -223,9 +218,7 @@ async def test_leaving_an_asyncio_stream_cancels_at_the_server(
     assert (behaviour.calls, behaviour.cancelled) == (2, 2)
 
 
-async def test_cancelling_the_task_cancels_at_the_server(
-    async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
-) -> None:
+async def test_cancelling_the_task_cancels_at_the_server(async_client: AsyncClient, behaviour: Behaviour) -> None:
     behaviour.wait_after = 1
     generating = asyncio.create_task(async_client.generate("Once"))
     await in_thread(lambda: eventually(lambda: behaviour.running == 1))
@@ -241,7 +234,7 @@ async def test_cancelling_an_asyncio_stream_while_it_waits_to_try_again_is_repor
     async with AsyncClient(server.target, retry=patient) as client:
         stream = client.stream("Once")
         reading = asyncio.ensure_future(anext(stream))
-        await in_thread(lambda: wait_until(lambda: server.behaviour.calls == 1))
+        await in_thread(lambda: eventually(lambda: server.behaviour.calls == 1))
         await asyncio.sleep(0.2)
         stream.cancel()
         with pytest.raises(Cancelled):
@@ -253,7 +246,7 @@ async def test_closing_an_asyncio_client_cancels_its_calls_and_says_so(server: F
     server.behaviour.wait_after, server.behaviour.delay = 1, 20
     client = AsyncClient(server.target)
     calls = [asyncio.ensure_future(call) for call in (client.generate("Once"), client.tokenize("fox"))]
-    await in_thread(lambda: wait_until(lambda: server.behaviour.calls == 2))
+    await in_thread(lambda: eventually(lambda: server.behaviour.calls == 2))
     await client.close()
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(outcome, Cancelled)
@@ -276,9 +269,7 @@ def test_a_batch_keeps_its_order_and_its_bound(client: Client, behaviour: Behavi
     assert behaviour.most_running == 3
 
 
-def test_an_endless_batch_is_read_only_as_far_as_needed(
-    client: Client, behaviour: Behaviour, eventually: Eventually
-) -> None:
+def test_an_endless_batch_is_read_only_as_far_as_needed(client: Client, behaviour: Behaviour) -> None:
     outcomes = client.generate_many((str(number) for number in itertools.count()), concurrency=2)
     assert next(outcomes).request.prompt == "0"
     behaviour.wait_after = 1
@@ -289,9 +280,7 @@ def test_an_endless_batch_is_read_only_as_far_as_needed(
     assert behaviour.calls <= 8
 
 
-async def test_leaving_an_asyncio_batch_cancels_what_runs(
-    async_client: AsyncClient, behaviour: Behaviour, eventually: Eventually
-) -> None:
+async def test_leaving_an_asyncio_batch_cancels_what_runs(async_client: AsyncClient, behaviour: Behaviour) -> None:
     outcomes = async_client.generate_many((str(number) for number in itertools.count()), concurrency=2)
     await anext(outcomes)
     behaviour.wait_after = 1

@@ -1,6 +1,5 @@
 """What a server sends and what does not fit is the server's fault, and ends the call."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,9 @@ from colaserve_client import (
 )
 from tests.client.behaviour import Behaviour
 from tests.client.fakes import SPACE, FakeServer
+from tests.waiting import wait_until as eventually
 
 LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)
-Eventually = Callable[[Callable[[], bool]], None]
 
 
 def shorten_latents(answer: Any) -> None:
@@ -45,7 +44,7 @@ def test_one_answer(client: Client, server: FakeServer, behaviour: Behaviour) ->
             assert not isinstance(bad.value, ValueError)
 
 
-def test_a_stream_is_cancelled(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_a_stream_is_cancelled(client: Client, behaviour: Behaviour) -> None:
     behaviour.spoil, behaviour.wait_after = shorten_latents, 1
     stream = client.sample_latents(max_blocks=5, request_id="mine")
     with pytest.raises(ServerError, match="malformed answer") as bad:
@@ -55,7 +54,7 @@ def test_a_stream_is_cancelled(client: Client, behaviour: Behaviour, eventually:
     assert list(stream) == []
 
 
-def test_a_session_is_closed(server: FakeServer, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_a_session_is_closed(server: FakeServer, behaviour: Behaviour) -> None:
     behaviour.spoil = drop_a_logprob
     with DecoderClient(server.target) as decoder:
         session = decoder.session()

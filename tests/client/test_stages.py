@@ -33,10 +33,10 @@ from colaserve_client import (
 from colaserve_client.calls import Attempts
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import SPACE, FakeServer
+from tests.waiting import wait_until as eventually
 
 FAST = Retry(attempts=3, first_pause=0.01)
 LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)
-Eventually = Callable[[Callable[[], bool]], None]
 
 
 # The latent service
@@ -74,7 +74,7 @@ def test_an_array_is_taken_wherever_latents_are(
             assert session.decode(values).token_ids == (97, 98, 99, 100)
 
 
-def test_sampled_latents_stream_and_cancel(client: Client, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_sampled_latents_stream_and_cancel(client: Client, behaviour: Behaviour) -> None:
     blocks = list(client.sample_latents(LETTERS, max_blocks=2, sampler=Sampler(steps=3), seed=5))
     assert [block.index for block in blocks] == [0, 1]
     assert blocks[0].seed == NoiseSeed(5)
@@ -147,7 +147,7 @@ def test_the_prior_takes_seed_or_noise(server: FakeServer, behaviour: Behaviour)
         assert list(behaviour.requests[-1].noise.shape) == [1, 4, 2]
 
 
-def test_a_session_decodes_block_by_block(server: FakeServer, behaviour: Behaviour, eventually: Eventually) -> None:
+def test_a_session_decodes_block_by_block(server: FakeServer, behaviour: Behaviour) -> None:
     with DecoderClient(server.target) as decoder:
         with decoder.session(
             LETTERS, sampling=Sampling(seed=3), history_ids=[1, 2], with_logits=True, top_logprobs=2, max_latents=16
