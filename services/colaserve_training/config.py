@@ -1,14 +1,42 @@
-"""Settings of a training run and shapes of networks to train from nothing. The command line checks what it is given."""
+"""Settings of a training run, shapes of networks to train from nothing, and the options made of both."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import click
 
 from colaserve_services.errors import UsageError
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
 
+T = TypeVar("T", bound=Any)
+
 _FULL_RATE, _WIDTH = 2e-3, 192  # AdamW's rate, tried up to this width; wider networks want less
 _FINE_TUNING = 0.1  # of the rate from nothing
+
+SIZE, COUNT = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**31 - 1)
+RATE = click.FloatRange(min=0)
+
+
+def _option(default: Any, kind: click.ParamType[Any] | None = None, text: str = "") -> Any:
+    """A field that is also an option of `train vae` and `train prior`; without a type it is a flag."""
+    return field(default=default, metadata={"type": kind, "is_flag": kind is None, "help": text})
+
+
+def field_options(kind: type[Any]) -> list[Callable[[Any], Any]]:
+    """The options that fields of a dataclass are."""
+    return [
+        click.option(f"--{each.name.replace('_', '-')}", default=each.default, show_default=True, **each.metadata)
+        for each in fields(kind)
+        if each.metadata
+    ]
+
+
+def taken(kind: type[T], values: Mapping[str, Any], **others: Any) -> T:
+    """A dataclass of the values of its options, and of others."""
+    return kind(**{each.name: values[each.name] for each in fields(kind) if each.metadata}, **others)
 
 
 @dataclass(frozen=True)
@@ -16,11 +44,11 @@ class OptimizerConfig:
     """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest."""
 
     adamw_lr: float = 2e-3
-    muon_lr: float = 0.0  # 0: no Muon, AdamW trains every parameter
-    weight_decay: float = 0.0
+    muon_lr: float = _option(0.0, RATE, "Muon's full rate; 0: AdamW for all.")
+    weight_decay: float = _option(0.0, RATE)
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0  # largest gradient norm over all parameters; 0 switches clipping off
-    warmup: int = 50  # steps from 0 to the full rate, linear
+    clip: float = _option(1.0, RATE, "Largest gradient norm; 0: any.")
+    warmup: int = _option(50, COUNT, "Steps until the rate is full.")
     cooldown: float = 0.7  # last share of the run over which the rate falls to `final`, as a half cosine
     final: float = 0.02  # the rate at the last step, as a share of the full rate
 
@@ -29,15 +57,17 @@ class OptimizerConfig:
 class RunConfig:
     """How long, how large, how often."""
 
-    steps: int = 1000
-    rows: int = 64  # sequences a step, over all processes and micro-batches
-    micro_batches: int = 1  # a step's rows are sorted by length and cut into so many passes
-    seed: int = 0
-    ema: float = 0.999  # decay of the averaged weights, which are what is written; 0 writes the last weights
+    steps: int = _option(1000, SIZE)
+    rows: int = _option(64, SIZE, "Sequences a step, over all processes.")
+    micro_batches: int = _option(1, SIZE, "Passes that share a step, each with rows of like length.")
+    seed: int = _option(0, click.IntRange(0, 2**64 - 1))
+    ema: float = _option(
+        0.995, click.FloatRange(0, 1, max_open=True), "Decay of the averaged weights, which are written; 0: off."
+    )
     log_every: int = 10
-    save_every: int = 500  # steps between resumable states; 0 writes one at the end or when a signal ends the run
-    check_every: int = 0  # steps between checks (validation loss and sample texts); 0 makes none
-    autocast: bool = False  # bfloat16 matrix products (weights and optimizer stay float32)
+    save_every: int = _option(500, COUNT, "Steps between states; 0: only at the end, and when a signal ends the run.")
+    check_every: int = _option(100, COUNT, "Steps between checks: loss on held-out rows, and sample texts; 0: none.")
+    autocast: bool = _option(False, text="bfloat16 matrix products; weights and optimizer stay float32.")
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -76,6 +106,9 @@ class JointConfig:
     loss: VaeLossConfig = field(default_factory=VaeLossConfig)
 
 
+VAE_LOSS, FLOW, JOINT = VaeLossConfig(), FlowConfig(), JointConfig()
+
+
 @dataclass(frozen=True)
 class Preset:
     """Both networks of one size. Where another width is asked for, heads and feed-forward keep their proportions."""
@@ -84,30 +117,25 @@ class Preset:
     dit: DiTConfig
 
     def vae_config(
-        self, vocab_size: int, dim: int | None = None, blocks: int | None = None, block_size: int | None = None,
-        patch_size: int | None = None,
-    ) -> TextVAEConfig:  # fmt: skip
-        """The Text VAE, other values than the preset's where they are given."""
+        self, vocab_size: int, dim: int | None = None, blocks: int | None = None, **others: int | None
+    ) -> TextVAEConfig:
+        """The Text VAE; values that are given, `block_size` and `patch_size` among them, win over the preset's."""
         base, dim = self.vae, dim or self.vae.dim
         if dim % min(dim, base.head_dim) or dim % 2:
             raise UsageError(f"--dim: got {dim}, expected a multiple of {base.head_dim}, the width of a head")
-        return replace(
-            base, vocab_size=vocab_size, dim=dim, ffn_dim=dim * base.ffn_dim // base.dim,
-            num_heads=max(1, dim // base.head_dim), encoder_num_blocks=blocks or base.encoder_num_blocks,
-            decoder_num_blocks=blocks or base.decoder_num_blocks, block_size=block_size or base.block_size,
-            patch_size=patch_size or base.patch_size,
-        )  # fmt: skip
+        others |= {"encoder_num_blocks": blocks, "decoder_num_blocks": blocks}
+        width = {"dim": dim, "ffn_dim": dim * base.ffn_dim // base.dim, "num_heads": max(1, dim // base.head_dim)}
+        return _changed(base, vocab_size=vocab_size, **width, **others)
 
-    def dit_config(
-        self, latent_dim: int = 16, dim: int | None = None, layers: int | None = None, block_size: int | None = None
-    ) -> DiTConfig:
-        """The prior, other values than the preset's where they are given."""
+    def dit_config(self, latent_dim: int = 16, dim: int | None = None, **others: int | None) -> DiTConfig:
+        """The prior; values that are given, `num_layers` and `block_size` among them, win over the preset's."""
         base, dim = self.dit, dim or self.dit.txt_dim
-        return replace(
-            base, txt_in_channels=latent_dim, txt_out_channels=latent_dim, txt_dim=dim, emb_dim=dim,
-            heads=max(1, dim // base.head_dim), num_layers=layers or base.num_layers,
-            block_size=block_size or base.block_size,
-        )  # fmt: skip
+        width = {"txt_dim": dim, "emb_dim": dim, "heads": max(1, dim // base.head_dim)}
+        return _changed(base, txt_in_channels=latent_dim, txt_out_channels=latent_dim, **width, **others)
+
+
+def _changed(config: T, **values: int | None) -> T:
+    return replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
 PRESETS = {

@@ -64,8 +64,11 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """How questions are varied: the probability of each change."""
+class Corpus:
+    """Draws training examples; the same `rng` state gives the same example.
+
+    The fields are probabilities of the changes by which questions are varied.
+    """
 
     nonsense: float = 0.0  # one to three words that do not exist, so that the model learns to ignore unknown words
     opener: float = 0.12
@@ -74,13 +77,6 @@ class Disturbance:
     lower: float = 0.04  # the question in lower case, names left as they are
     no_mark: float = 0.05  # no question mark or full stop at the end
     alias: float = 0.15  # the country under another of its names
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Draws training examples; the same `rng` state gives the same example."""
-
-    disturbance: Disturbance = Disturbance()
 
     def draw(self, rng: random.Random) -> Example:
         """One example of a kind drawn by weight."""
@@ -104,14 +100,34 @@ class Corpus:
         return Example(frame.format(q=question), " " + answer, kind)
 
     def _renamed(self, country: Country, rng: random.Random) -> Country:
-        aliased = country["aliases"] and rng.random() < self.disturbance.alias
+        aliased = country["aliases"] and rng.random() < self.alias
         return _called(country, rng.choice(country["aliases"].split(";"))) if aliased else country
 
     def _phrasing(self, kind: str, rng: random.Random) -> str:
         while True:
-            template = disturb(rng.choice(tables()["phrasings"][kind]), self.disturbance, rng)
+            template = self._disturbed(rng.choice(tables()["phrasings"][kind]), rng)
             if normalised(template) not in _held_out():
                 return template
+
+    def _disturbed(self, template: str, rng: random.Random) -> str:
+        """A noisy variant of a phrasing; placeholders and the words that carry the intent stay."""
+        words = template.split()
+        if rng.random() < self.words:
+            for _ in range(rng.choice((1, 1, 2))):
+                _disturb_word(words, rng)
+        if self.nonsense and rng.random() < self.nonsense:
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                _disturb_word(words, rng, _nonsense_word(rng))
+        if rng.random() < self.drop_article:
+            words = [word.replace("{the}", "{bare}") for word in words]
+        text = " ".join(words)
+        if rng.random() < self.no_mark:
+            text = text.rstrip("?.")
+        if rng.random() < self.lower and "{The}" not in text:
+            text = text.lower().replace("{the}", "{bare}")
+        if rng.random() < self.opener:
+            text = f"{_drawn('openers', rng)} {text[:1].lower() + text[1:]}"
+        return text
 
 
 def normalised(template: str) -> str:
@@ -123,27 +139,6 @@ def normalised(template: str) -> str:
 @cache
 def _held_out() -> frozenset[str]:
     return frozenset(normalised(text) for texts in tables()["held_out_phrasings"].values() for text in texts)
-
-
-def disturb(template: str, disturbance: Disturbance, rng: random.Random) -> str:
-    """A noisy variant of a phrasing; placeholders and the words that carry the intent stay."""
-    words = template.split()
-    if rng.random() < disturbance.words:
-        for _ in range(rng.choice((1, 1, 2))):
-            _disturb_word(words, rng)
-    if disturbance.nonsense and rng.random() < disturbance.nonsense:
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            _disturb_word(words, rng, _nonsense_word(rng))
-    if rng.random() < disturbance.drop_article:
-        words = [word.replace("{the}", "{bare}") for word in words]
-    text = " ".join(words)
-    if rng.random() < disturbance.no_mark:
-        text = text.rstrip("?.")
-    if rng.random() < disturbance.lower:
-        text = text.lower().replace("{the}", "{bare}") if "{The}" not in text else text
-    if rng.random() < disturbance.opener:
-        text = f"{_drawn('openers', rng)} {text[:1].lower() + text[1:]}"
-    return text
 
 
 def _disturb_word(words: list[str], rng: random.Random, other: str = "") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 from tokenizers import Tokenizer
@@ -64,21 +64,18 @@ class Generator:
         latents, block_tokens = self._encode(ids), self._size * self._patch
         known, first = latents.shape[1], latents.shape[1] // self._size
         again = len(ids[0]) - first * block_tokens if known % self._size else 0  # ids that are decoded again
-        blocks = -(-(again + self.sampling.max_new_tokens) // block_tokens)
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        tokens: list[list[int]] = [[] for _ in ids]
+        written = torch.zeros(len(ids), 0, dtype=torch.int64, device=self._device)
         seen = torch.zeros(len(ids), self.vae.config.vocab_size, dtype=torch.bool, device=self._device)
-        for block in range(first, first + blocks):
-            latents = self._sample(
-                latents, block, max(0, known - block * self._size), self._noise(samples, block - first)
-            )
-            written = self._tokens(latents, block, seen)
-            for row, found in enumerate(written[:, again if block == first else 0 :].tolist()):
-                tokens[row] += [] if done[row] else _until(self.sampling.end_ids, found)
-                done[row] |= not self.sampling.end_ids.isdisjoint(found)
-            if done.all():
+        ends = torch.tensor(sorted(self.sampling.end_ids), dtype=torch.int64, device=self._device)
+        for block in range(first, first - (-(again + self.sampling.max_new_tokens) // block_tokens)):
+            pinned = max(0, known - block * self._size)
+            latents = self._sample(latents, block, pinned, self._noise(samples, block - first))
+            found = self._tokens(latents, block, seen)
+            written = torch.cat([written, found[:, again if block == first else 0 :]], dim=1)
+            if torch.isin(written, ends).any(1).all():
                 break
-        return [row[: self.sampling.max_new_tokens] for row in tokens]
+        rows = written[:, : self.sampling.max_new_tokens].tolist()
+        return [list(takewhile(lambda id_: id_ not in self.sampling.end_ids, row)) for row in rows]
 
     def _tokens(self, latents: Tensor, block: int, seen: Tensor) -> Tensor:
         """Most likely ids of a block, (N, B * P); ids of earlier blocks (`seen`, which is added to) are penalised."""
@@ -100,25 +97,22 @@ class Generator:
         history, held = latents[:, : block * self._size], latents[:, block * self._size :]
         for t, after in pairwise(schedule(self.sampling.steps)):
             z[:, :pinned] = held
-            z = z - self._guided(history, z, pinned, t) * (t - after) / TIME_SCALE
+            velocity = self._velocity(history, z, pinned, t)
+            if block and self.sampling.guidance != 1:
+                alone = self._velocity(history[:, :0], z, pinned, t)
+                velocity = guide(velocity, alone, self.sampling.guidance)
+            z = z - velocity * (t - after) / TIME_SCALE
         z[:, :pinned] = held
         return torch.cat([history, z], dim=1)
 
-    def _guided(self, history: Tensor, z: Tensor, pinned: int, t: float) -> Tensor:
-        conditional = self._velocity(history, z, pinned, t, history.shape[1])
-        if self.sampling.guidance == 1 or history.shape[1] == 0:
-            return conditional
-        return guide(conditional, self._velocity(history[:, :0], z, pinned, t, 0), self.sampling.guidance)
-
-    def _velocity(self, history: Tensor, z: Tensor, pinned: int, t: float, start: int) -> Tensor:
-        """Of a block at positions `start` and on."""
+    def _velocity(self, history: Tensor, z: Tensor, pinned: int, t: float) -> Tensor:
+        """Of a block after its history. Rotary positions are relative: they count from wherever that begins."""
         rows, past = history.shape[:2]
         index = torch.arange(past + self._size, device=z.device)
         timestep = torch.where(index < past + pinned, 0.0, t).expand(rows, -1)
         blocks = index // self._size
         mask = (blocks <= blocks[:, None]).expand(rows, -1, -1)
-        values, position = torch.cat([history, z], dim=1), (index + start - past).expand(rows, -1)
-        velocity: Tensor = self.dit(values, timestep, position, attention(mask))
+        velocity: Tensor = self.dit(torch.cat([history, z], dim=1), timestep, index.expand(rows, -1), attention(mask))
         return velocity[:, past:]
 
     def _noise(self, samples: list[int], block: int) -> Tensor:
@@ -135,8 +129,3 @@ def reconstructed(vae: TextVAE, ids: Sequence[list[int]], pad_id: int) -> list[l
     padded = [pad_rows([Row(tuple(row))], multiple, pad_id).to(device) for row in ids]
     found = [vae.decode(vae.encode(row)[0]).argmax(-1)[0].tolist() for row in padded]
     return [new[: len(row)] for row, new in zip(ids, found, strict=True)]
-
-
-def _until(ends: frozenset[int], ids: list[int]) -> list[int]:
-    """The ids before the first one that ends the text."""
-    return next((ids[:index] for index, id_ in enumerate(ids) if id_ in ends), ids)

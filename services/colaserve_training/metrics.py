@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from colaserve_client.reading import read_lines
 from colaserve_training.config import RunConfig
 
+_SMOOTHING = 0.95  # of the curves: the share of the mean so far
 _NO_LOSS = ("step", "seconds", "rate", "norm")
 
 
@@ -41,9 +41,8 @@ class Metrics:
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(f"{json.dumps(row)}\n" for row in kept)
         self._title, self._run, self._quiet, self._failed = title, run, quiet, False
-        self._bar = tqdm(
-            total=run.steps, initial=start, desc=title, unit="step", disable=quiet or not sys.stderr.isatty()
-        )
+        hidden = quiet or not sys.stderr.isatty()
+        self._bar = tqdm(total=run.steps, initial=start, desc=title, unit="step", disable=hidden)
         self._start, self._began, self._last = start, time.perf_counter(), time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -63,11 +62,13 @@ class Metrics:
         if self._quiet or (step % self._run.log_every and step + 1 < self._run.steps):
             return
         shown = {name: f"{value:.4g}" for name, value in values.items()}
-        if self._bar.disable:
-            parts = "  ".join(f"{name} {value}" for name, value in shown.items())
-            say(f"{self._title} {step + 1}/{self._run.steps}  {parts}  {self._pace(step + 1, now)}")
-        else:
+        if not self._bar.disable:
             self._bar.set_postfix(shown)
+            return
+        pace = (now - self._began) / (step + 1 - self._start)  # seconds a step
+        left = timedelta(seconds=round(pace * (self._run.steps - step - 1)))
+        parts = "  ".join(f"{name} {value}" for name, value in shown.items())
+        say(f"{self._title} {step + 1}/{self._run.steps}  {parts}  {1 / pace:.2f} step/s  ETA {left}")
 
     def _write(self, row: dict[str, float]) -> None:
         try:
@@ -77,11 +78,6 @@ class Metrics:
             if not (self._failed or self._quiet):
                 say(f"warning: {self.path}: cannot be written ({error.strerror}); training continues without it")
             self._failed = True
-
-    def _pace(self, done: int, now: float) -> str:
-        seconds = (now - self._began) / (done - self._start)
-        left = timedelta(seconds=round(seconds * (self._run.steps - done)))
-        return f"{1 / seconds:.2f} step/s  ETA {left}"
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -114,13 +110,10 @@ def _plot(rows: list[dict[str, float]], image: Path) -> None:
     for name in dict.fromkeys(name for row in rows for name in row if name not in _NO_LOSS):
         curve = [(row["step"], row[name]) for row in rows if name in row]
         steps, values = zip(*curve, strict=True)
-        axes.plot(steps, values if name == "validation" else _smooth(values), label=name)
+        smooth = accumulate(values, lambda mean, value: _SMOOTHING * mean + (1 - _SMOOTHING) * value)
+        axes.plot(steps, values if name == "validation" else list(smooth), label=name)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(image, dpi=120)
     pyplot.close(figure)
-
-
-def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
-    return list(accumulate(values, lambda mean, value: decay * mean + (1 - decay) * value))

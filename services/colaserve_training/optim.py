@@ -14,19 +14,16 @@ from colaserve_training.config import OptimizerConfig, RunConfig
 
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
     """One AdamW, and a Muon for the matrices inside blocks if `muon_lr` is set; fixed order of parameters."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    matrices = [p for name, p in named if config.muon_lr and _is_block_matrix(name, p)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
+    matrices, rest = list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in module.named_parameters():
+        in_block = parameter.ndim == 2 and "blocks." in name and min(parameter.shape) > 1
+        if parameter.requires_grad:
+            (matrices if config.muon_lr and in_block else rest).append(parameter)
     adamw = torch.optim.AdamW(rest, lr=config.adamw_lr, betas=config.betas, weight_decay=config.weight_decay)
     optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
     if matrices:
         optimizers["muon"] = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
     return optimizers
-
-
-def _is_block_matrix(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim == 2 and "blocks." in name and min(parameter.shape) > 1
 
 
 class Muon(torch.optim.Optimizer):

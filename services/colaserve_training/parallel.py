@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from colaserve_services.errors import UsageError
-from colaserve_training.rows import Row
+from colaserve_training.rows import Batch, Row, of_one_step
 
 T = TypeVar("T")
 MODES = ("ddp", "fsdp")
@@ -28,17 +28,21 @@ _RELEASE_SECONDS = 0.5
 
 
 class Objective(nn.Module):
-    """A stage for the training loop: networks with their loss."""
+    """A stage for the training loop: networks with their loss.
+
+    `forward` gives {"loss": ..., further parts} of a batch, normalised over the whole step.
+    """
 
     name: str
 
-    def draw(self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int) -> Sequence[Any]:
-        """This process's batch of each group of rows, normalised over all; a function of its arguments."""
+    def draw_batch(self, rows: Sequence[Row], seed: str) -> Batch:
+        """A batch of rows with all random draws of its pass; a function of its arguments."""
         raise NotImplementedError
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """{"loss": ..., further parts}, normalised over the whole step."""
-        raise NotImplementedError
+    def draw(self, groups: Sequence[Sequence[Row]], seed: str, rank: int, world: int) -> Sequence[Batch]:
+        """This process's batch of each of a step's groups of rows."""
+        drawn = of_one_step([self.draw_batch(rows, f"{seed}:{part}") for part, rows in enumerate(groups)])
+        return [batch.part(rank, world) for batch in drawn]
 
     def apply_whole(self, work: Callable[[], T]) -> T:
         """Do work that uses the networks in another way than by forward; FSDP gathers their weights for it."""
@@ -98,10 +102,10 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """The whole tensor `value`, sharded as `target` is where their shapes agree."""
+    """The tensor `value`, sharded as `target` is if it is whole and their shapes agree."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(target, DTensor) and value.shape == target.shape:
+    if isinstance(target, DTensor) and not isinstance(value, DTensor) and value.shape == target.shape:
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,24 +18,25 @@ from torch import Tensor, nn
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import CheckpointError, UsageError
-from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.model.config import DiTConfig, TextVAEConfig, load_vae_config, read_json
+from colaserve_services.model.config import DiTConfig, TextVAEConfig, load_dit_config, load_vae_config, read_json
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import Linear
-from colaserve_services.model.loading import load
 from colaserve_services.model.text_vae import PatchEmbedder, TextVAE
 from colaserve_services.model.weights import WeightFolder
 from colaserve_services.text.special_ids import SpecialIds
-from colaserve_training.state import publish, stored_states
+from colaserve_training.state import stored_states
 from colaserve_training.tokenizer import OWN_IDS, save_tokenizer, write_tokenizer_config
 
-# Keys that the released files have beside those that change the numbers.
-VAE_FIXED: dict[str, Any] = {
-    "architectures": ["ColaTextVAEModel"], "attn_dropout": 0.0, "block_causal": True, "causal": False, "dropout": 0.0,
-    "init_cutoff_factor": 3, "init_fn": "normal", "init_std": 0.02, "layer_norm_type": "layer_norm",
-    "model_type": "cola_text_vae", "shared_heads_kv": 1, "use_emb": True,
+# Keys that the released files have beside those that change the numbers, by network.
+FIXED: dict[str, dict[str, Any]] = {
+    "vae": {
+        "architectures": ["ColaTextVAEModel"], "attn_dropout": 0.0, "block_causal": True, "causal": False,
+        "dropout": 0.0, "init_cutoff_factor": 3, "init_fn": "normal", "init_std": 0.02,
+        "layer_norm_type": "layer_norm", "model_type": "cola_text_vae", "shared_heads_kv": 1, "use_emb": True,
+    },
+    "dit": {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "patch_size": 1},
 }  # fmt: skip
-DIT_FIXED: dict[str, Any] = {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "patch_size": 1}
+N = TypeVar("N", bound=nn.Module)
 GENERATION: dict[str, Any] = {"steps": 16, "guidance_scale": 2.0, "max_new_tokens": 64}  # good for small networks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,22 +61,24 @@ def claim(out: Path, runs: Sequence[Path], resume: bool, overwrite: bool) -> Non
 
 def load_vae(directory: Path) -> TextVAE:
     """`directory`/cola_dlm/cola_vae, single file or shards, in float32 on the CPU, ready to train."""
-    folder = directory / "cola_dlm" / "cola_vae"
-    vae = TextVAE(load_vae_config(folder / "config.json"))
+    return _load(TextVAE, load_vae_config, directory / "cola_dlm" / "cola_vae")
+
+
+def load_dit(directory: Path) -> DiT:
+    """`directory`/cola_dlm/cola_dit, likewise; its table of frequencies is constant."""
+    return _load(DiT, load_dit_config, directory / "cola_dlm" / "cola_dit")
+
+
+def _load(kind: Callable[[Any], N], read_config: Callable[[Path], Any], folder: Path) -> N:
     stored = WeightFolder(folder)
+    with torch.device("meta"):
+        network = kind(read_config(folder / "config.json"))
+    weights = {name: value.to(torch.float32, copy=True) for name, value in stored.read(stored.entries)}
     try:
-        vae.load_state_dict({name: value.float() for name, value in stored.read(stored.entries)})
+        network.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[1].strip()}") from error
-    return vae.train()
-
-
-def load_dit(checkpoint: Checkpoint) -> DiT:
-    """The prior in float32 on the CPU, ready to train."""
-    dit: DiT = load(checkpoint, "prior", torch.device("cpu"), torch.float32).train().requires_grad_(True)
-    for name, value in dit.named_parameters():
-        value.requires_grad_(not name.endswith(".freqs"))  # a table of constants
-    return dit
+    return network.train()
 
 
 def new_vae(config: TextVAEConfig) -> TextVAE:
@@ -110,17 +112,11 @@ def _init_linears(module: nn.Module) -> None:
                 nn.init.zeros_(child.bias)
 
 
-def write_vae(config: TextVAEConfig, weights: Mapping[str, Tensor], out: Path, dtype: str = "float32") -> None:
-    """Write `out`/cola_dlm/cola_vae."""
-    _write(weights, {**VAE_FIXED, **asdict(config)}, out / "cola_dlm" / "cola_vae", dtype)
-
-
-def write_dit(config: DiTConfig, weights: Mapping[str, Tensor], out: Path, dtype: str = "float32") -> None:
-    """Write `out`/cola_dlm/cola_dit."""
-    _write(weights, {**DIT_FIXED, **asdict(config)}, out / "cola_dlm" / "cola_dit", dtype)
-
-
-def _write(weights: Mapping[str, Tensor], config: dict[str, Any], folder: Path, dtype: str) -> None:
+def write_network(
+    network: str, config: TextVAEConfig | DiTConfig, weights: Mapping[str, Tensor], out: Path, dtype: str = "float32"
+) -> None:
+    """Write `out`/cola_dlm/cola_vae or cola_dit: `network` is "vae" or "dit"."""
+    folder = out / "cola_dlm" / f"cola_{network}"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: value.detach().cpu().to(torch.float32 if name.endswith(".freqs") else DTYPES[dtype]).contiguous()
@@ -129,7 +125,7 @@ def _write(weights: Mapping[str, Tensor], config: dict[str, Any], folder: Path, 
     path = folder / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # the library's own files are the writer's alone, and servers run as somebody else
-    write_json(folder / "config.json", {**config, "dtype": dtype})
+    write_json(folder / "config.json", {**FIXED[network], **asdict(config), "dtype": dtype})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -156,28 +152,9 @@ def write_companions(source: Path, out: Path, words: Tokenizer, special: Special
         write_generation_config(out, special, **GENERATION)
 
 
-@contextmanager
-def new_checkpoint(out: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint into; at the end its content is moved to `out`, the weights last."""
-    draft = out / ".checkpoint.part"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        for path in sorted(draft.iterdir(), key=lambda path: path.name == "cola_dlm"):
-            publish(path, out / path.name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def special_ids(folder: Path, words: Tokenizer) -> SpecialIds:
     """Of a checkpoint folder: its generation_config.json first, then the release's, then the tokenizer's."""
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
     pad, end, im_end = (given.get(f"{name}_token_id") for name in ("pad", "eos", "im_end"))
     return SpecialIds.find(words.token_to_id, words.get_vocab_size(), pad=pad, end_of_text=end, im_end=im_end)
-
-
-def copy_prior(source: Path, out: Path) -> None:
-    """Copy the prior of a checkpoint as it is, shards and all."""
-    shutil.copytree(source / "cola_dlm" / "cola_dit", out / "cola_dlm" / "cola_dit")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from colaserve_training.corpus import Corpus
 from colaserve_training.tokenizer import END_ID, PAD_ID
+
+B = TypeVar("B", bound="Batch")
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,10 @@ def pad_rows(rows: Sequence[Row], multiple: int, pad_id: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the batches of both stages can do. Tensor fields have one row a sequence; others describe the whole step."""
+    """What the batches of both stages can do.
+
+    Tensor fields have one row a sequence. Numbers count something, and are those of the whole step once it is drawn.
+    """
 
     def part(self, rank: int, world: int) -> Self:
         """The rows of one of `world` processes."""
@@ -163,5 +168,14 @@ class Batch:
         return self._each(lambda value: value.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        changed = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+        nested = {name: value._each(change) for name, value in found.items() if isinstance(value, Batch)}
+        return replace(self, **changed, **nested)
+
+
+def of_one_step(batches: Sequence[B]) -> list[B]:
+    """The batches, every number in them the sum over all."""
+    found = [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in batches]
+    totals = {name: sum(each[name] for each in found) for name, value in found[0].items() if isinstance(value, float)}
+    return [replace(batch, **totals) for batch in batches]

@@ -1,4 +1,4 @@
-"""Resumable states, and folders that appear whole or not at all, also after a power cut.
+"""Resumable states, and folders whose content appears whole or not at all, also after a power cut.
 
 A state is a folder `state/step-00000500/` with `tensors.safetensors` and `state.json`, without pickle. The two newest
 are kept: when the newest cannot be read, a run continues from the one before.
@@ -38,21 +38,17 @@ class TrainingState:
 
 def save_state(folder: Path, state: TrainingState) -> Path:
     """Write `state` and torch's random generator below `folder` and return the path; drop all but the newest."""
-    path = folder / f"step-{state.step:08d}"
-    with drafted(path) as draft:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
-        save_file({**tensors, _GENERATOR: torch.get_rng_state()}, draft / "tensors.safetensors")
-        write_file(draft / "state.json", json.dumps({"step": state.step, "settings": state.settings}, indent=1))
-    _tidy(folder, path.name)
-    return path
-
-
-def _tidy(folder: Path, newest: str) -> None:
-    """Remove half-written states, damaged ones that this run did not continue from, and all but the two newest."""
+    name = f"step-{state.step:08d}"
+    with drafted(folder) as draft:
+        (draft / name).mkdir()
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.tensors.items()}
+        save_file({**tensors, _GENERATOR: torch.get_rng_state()}, draft / name / "tensors.safetensors")
+        write_file(draft / name / "state.json", json.dumps({"step": state.step, "settings": state.settings}, indent=1))
+    # Newer ones are damaged: this run did not continue from them.
     found = [path.name for path in stored_states(folder)]
-    good = [name for name in found if name <= newest][:KEPT]
-    for name in {*found, *(path.name for path in folder.glob(".step-*"))}.difference(good):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for old in {*found}.difference([each for each in found if each <= name][:KEPT]):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    return folder / name
 
 
 def stored_states(folder: Path) -> list[Path]:
@@ -68,7 +64,9 @@ def load_newest(folder: Path, warn: Callable[[str], object]) -> tuple[Path, Trai
     found = stored_states(folder)
     for path in found:
         try:
-            return path, _load(path)
+            plain, tensors = read_json(path / "state.json"), load_file(path / "tensors.safetensors")
+            torch.set_rng_state(tensors.pop(_GENERATOR))
+            return path, TrainingState(plain["step"], tensors, plain["settings"])
         except Exception as error:  # safetensors has its own exception types
             problem = f"{path}: not a readable training state ({error!r})"
             if path == found[-1]:
@@ -77,38 +75,31 @@ def load_newest(folder: Path, warn: Callable[[str], object]) -> tuple[Path, Trai
     return None
 
 
-def _load(path: Path) -> TrainingState:
-    plain, tensors = read_json(path / "state.json"), load_file(path / "tensors.safetensors")
-    generator = tensors.pop(_GENERATOR)
-    state = TrainingState(plain["step"], tensors, plain["settings"])
-    torch.set_rng_state(generator)
-    return state
-
-
 @contextmanager
-def drafted(path: Path) -> Iterator[Path]:
-    """An empty folder to write into. When the block ends well, what is in it is on disk and called `path`."""
-    draft = path.with_name(f".{path.name}.part")
+def drafted(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into. When the block ends well, what is in it is on the disk and moves to `folder`.
+
+    It replaces what is there, the entry that comes first in the alphabet (a checkpoint's weights, `cola_dlm`) last.
+    """
+    draft = folder / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
-        publish(draft, path)
+        for item in draft.rglob("*"):
+            _sync(item)
+        for item in sorted(draft.iterdir(), reverse=True):
+            _move(item, folder / item.name)
+        _sync(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish(draft: Path, path: Path) -> None:
-    """Write `draft` (a file or a folder) through to the disk and rename it to `path`, replacing what is there."""
-    for item in (*draft.rglob("*"), draft):
-        _sync(item)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def _move(draft: Path, path: Path) -> None:
+    """Rename to `path`, replacing what is there. A folder cannot be renamed over another one."""
     if path.is_dir():
-        os.replace(path, old)  # a folder cannot be renamed over another one
+        os.replace(path, draft.with_name(f"{path.name}.old"))
     os.replace(draft, path)
-    _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

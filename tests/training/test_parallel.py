@@ -17,7 +17,7 @@ from colaserve_services.errors import UsageError
 from colaserve_training.demo import load_generator
 from colaserve_training.generate import Sampling
 from colaserve_training.parallel import MODES, started
-from colaserve_training.release import OWN_IDS, new_vae, write_companions, write_vae
+from colaserve_training.release import OWN_IDS, new_vae, write_companions, write_network
 from tests.services.launch.processes import FREE_PORTS, generate
 from tests.services.launch.processes import started as served
 from tests.training.conftest import vae_config
@@ -79,7 +79,7 @@ def vae(tmp_path: Path, words: Tokenizer) -> Path:
     folder = tmp_path / "vae"
     torch.manual_seed(0)
     model = new_vae(replace(vae_config(words.get_vocab_size()), patch_size=2))
-    write_vae(model.config, model.state_dict(), folder)
+    write_network("vae", model.config, model.state_dict(), folder)
     write_companions(folder, folder, words, OWN_IDS)
     return folder
 

@@ -3,12 +3,10 @@
 import json
 from importlib.resources import files
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from colaserve_services.errors import UsageError
 from colaserve_training.corpus import countries, tokenizer_text
 from colaserve_training.demo import DemoRecipe
 from colaserve_training.tokenizer import save_tokenizer, train_tokenizer
@@ -21,7 +19,7 @@ def test_special_tokens_have_their_ids(words):
     assert [words.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>", "<|pad|>")] == [0, 1, 2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_comes_back_as_it_was(words, text):
     assert words.decode(words.encode(text).ids) == text
@@ -38,11 +36,6 @@ def test_the_bundled_tokenizer_has_the_configuration_that_the_trainer_writes(tmp
     assert written == (DEMO / "tokenizer_config.json").read_text()
     config = json.loads(written)
     assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|pad|>")
-
-
-def test_a_vocabulary_too_small_for_the_bytes_is_refused():
-    with pytest.raises(UsageError, match="vocab_size: got 200, expected at least 259"):
-        train_tokenizer(WORDS, 200)
 
 
 def test_every_word_of_an_answer_is_one_token_but_for_three_capitals():

@@ -11,19 +11,23 @@ import torch
 from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.model.config import DiTConfig, TextVAEConfig, check_pair
 from colaserve_services.model.cpu_features import lacks_bfloat16
-from colaserve_training.config import PRESETS, FlowConfig, JointConfig, OptimizerConfig, RunConfig, full_rate
-from colaserve_training.interrupts import Stop, Stopped
+from colaserve_training.config import PRESETS, OptimizerConfig, RunConfig, full_rate
 from colaserve_training.metrics import plot_losses
 from colaserve_training.optim import Ema, Muon, build_optimizers, rate_at
-from colaserve_training.prior_stage import PriorObjective
+from colaserve_training.prior_stage import JointObjective, PriorObjective
 from colaserve_training.release import checkpoint_folder, load_vae, new_dit, new_vae
 from colaserve_training.rows import ListSource, Row
-from colaserve_training.trainer import Job, Trainer
+from colaserve_training.trainer import Stop, Stopped, Trainer
 from tests.training.conftest import dit_config, vae_config
 
 ROWS = [Row(tuple(range(3 + k, 12 + 2 * k)), prompt=k) for k in range(7)]
 RUN = RunConfig(
-    steps=12, rows=4, save_every=4, optimizer=OptimizerConfig(adamw_lr=1e-2, muon_lr=1e-2, warmup=3), ema=0.9
+    steps=12,
+    rows=4,
+    save_every=4,
+    check_every=0,
+    optimizer=OptimizerConfig(adamw_lr=1e-2, muon_lr=1e-2, warmup=3),
+    ema=0.9,
 )
 
 
@@ -42,11 +46,11 @@ class Interrupting(ListSource):
         return super().rows(step, count, first)
 
 
-def trainer(folder, run=RUN, joint=None, resume=False, at=-1, stop=None, **surroundings):
+def trainer(folder, run=RUN, objective=PriorObjective, at=-1, stop=None, quiet=True, **surroundings):
     torch.manual_seed(0)
     vae, dit = new_vae(vae_config()), new_dit(dit_config())
-    job = Job(run, folder, resume=resume, stop=stop or Stop(), **{"quiet": True, **surroundings})
-    return Trainer(PriorObjective(dit, vae, FlowConfig(), 2, joint), Interrupting(ROWS, run.seed, at, stop), job)
+    source = Interrupting(ROWS, run.seed, at, stop)
+    return Trainer(objective(dit, vae, 2), source, run, folder, quiet=quiet, stop=stop or Stop(), **surroundings)
 
 
 def killed(folder, at, **options):
@@ -58,13 +62,13 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("joint", [None, JointConfig()], ids=["prior", "joint"])
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one_loss_by_loss(tmp_path, joint):
-    whole = trainer(tmp_path / "whole", joint=joint)
+@pytest.mark.parametrize("objective", [PriorObjective, JointObjective])
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one_loss_by_loss(tmp_path, objective):
+    whole = trainer(tmp_path / "whole", objective=objective)
     whole.run()
-    killed(tmp_path / "parts", 7, joint=joint)  # three steps after its last state
+    killed(tmp_path / "parts", 7, objective=objective)  # three steps after its last state
     torch.manual_seed(99)
-    resumed = trainer(tmp_path / "parts", joint=joint, resume=True)
+    resumed = trainer(tmp_path / "parts", objective=objective, resume=True)
     resumed.run()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for network, weights in whole.result().items():
@@ -87,30 +91,18 @@ def test_what_is_resumed_is_said_and_that_a_run_without_a_state_starts_from_the_
     assert f"prior: resuming from {tmp_path}/state/step-00000012 (step 12 of 12)" in capsys.readouterr().out
 
 
-def test_a_new_run_leaves_no_state_of_another_one(tmp_path):
-    killed(tmp_path, 9)
-    killed(tmp_path, 1)
-    assert not (tmp_path / "state").exists()
-
-
 def test_a_damaged_state_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys):
     trainer(tmp_path / "whole").run()
     killed(tmp_path / "parts", 9)
     (tmp_path / "parts" / "state" / "step-00000008" / "tensors.safetensors").write_bytes(b"broken")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # as a process leaves it that is killed in writing
     trainer(tmp_path / "parts", resume=True, quiet=False).run()
     output = capsys.readouterr().out
     assert "step-00000008: not a readable training state" in output
     assert "trying the state before it" in output
     assert "step-00000004 (step 4 of 12)" in output
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-
-
-def test_a_half_line_of_metrics_is_passed_over_when_a_run_continues(tmp_path):
-    killed(tmp_path, 5)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')
-    trainer(tmp_path, resume=True).run()
-    assert len(losses(tmp_path)) == 12
 
 
 def test_a_state_that_cannot_be_written_is_said_and_ends_no_run(tmp_path, capsys):
@@ -121,17 +113,15 @@ def test_a_state_that_cannot_be_written_is_said_and_ends_no_run(tmp_path, capsys
     assert "warning: step 4: its state could not be saved" in capsys.readouterr().out
 
 
-def test_training_lowers_the_loss_and_leaves_curves(tmp_path):
-    trainer(tmp_path, replace(RUN, steps=60)).run()
+def test_training_lowers_the_loss_and_leaves_curves_which_raise_nothing_when_they_cannot_be_drawn(tmp_path, capsys):
+    trainer(tmp_path, replace(RUN, steps=40)).run()
     values = losses(tmp_path)
     assert sum(values[-10:]) < 0.9 * sum(values[:10])
+    picture = tmp_path / "loss.png"
     plot_losses(tmp_path)
-    assert (tmp_path / "loss.png").stat().st_size > 1000
-
-
-def test_curves_that_cannot_be_drawn_are_said_and_raise_nothing(tmp_path, capsys):
-    trainer(tmp_path).run()
-    (tmp_path / "loss.png").mkdir()
+    assert picture.stat().st_size > 1000
+    picture.unlink()
+    picture.mkdir()
     plot_losses(tmp_path)
     assert "loss.png: not drawn (IsADirectoryError" in capsys.readouterr().out
 
@@ -149,19 +139,14 @@ def test_held_out_rows_give_a_validation_loss_of_the_averaged_weights(tmp_path):
     assert rows[-1]["validation"] == pytest.approx(sum(parts) / 2, rel=1e-5)
 
 
-def test_progress_tells_the_time_left_and_sample_texts_every_so_many_steps(tmp_path, capsys):
-    run = replace(RUN, check_every=6, log_every=5)
+def test_progress_tells_the_time_left_and_sample_texts_and_only_the_newest_states_are_kept(tmp_path, capsys):
+    run = replace(RUN, check_every=6, log_every=5, save_every=2)
     trainer(tmp_path, run, quiet=False, samples=lambda: ["a text", "another"]).run()
     output = capsys.readouterr().out
     assert "  step 6: 'a text'\n  step 6: 'another'" in output
     assert output.count("a text") == 2
     assert re.search(r"prior 6/12 .* step/s  ETA 0:00:\d\d", output)
-
-
-def test_states_are_safetensors_and_json_and_only_the_newest_are_kept(tmp_path):
-    trainer(tmp_path, replace(RUN, save_every=2)).run()
-    found = sorted(path.name for path in (tmp_path / "state").iterdir())
-    assert found == ["step-00000010", "step-00000012"]
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-00000010", "step-00000012"]
     assert {path.suffix for path in (tmp_path / "state").glob("*/*")} == {".safetensors", ".json"}
 
 
@@ -174,19 +159,18 @@ def test_a_run_is_not_resumed_under_other_settings(tmp_path):
     trainer(tmp_path, replace(RUN, save_every=3, log_every=7, check_every=5), resume=True).run()
 
 
-def test_states_that_are_all_damaged_are_one_clear_line(tmp_path):
+def test_states_that_are_all_damaged_are_one_clear_line_and_a_new_run_leaves_none(tmp_path):
     killed(tmp_path, 5)
     (tmp_path / "state" / "step-00000004" / "tensors.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="not a readable training state"):
         trainer(tmp_path, resume=True).run()
+    killed(tmp_path, 1)
+    assert not (tmp_path / "state").exists()
 
 
-def test_rows_must_split_into_passes_and_processes(tmp_path):
+def test_rows_that_do_not_split_into_passes_and_a_loss_that_is_not_finite_are_refused(tmp_path):
     with pytest.raises(UsageError, match="rows: got 4, expected a multiple of micro_batches x processes = 3"):
         trainer(tmp_path, replace(RUN, micro_batches=3))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = trainer(tmp_path)
     with torch.no_grad():
         run.objective.dit.txt_in.proj.weight.fill_(float("nan"))
@@ -257,7 +241,7 @@ def test_values_that_are_given_win_over_a_preset_and_heads_keep_their_width():
     vae = PRESETS["demo"].vae_config(300, dim=64, blocks=1, block_size=4, patch_size=2)
     assert (vae.dim, vae.ffn_dim, vae.num_heads, vae.encoder_num_blocks, vae.decoder_num_blocks) == (64, 256, 2, 1, 1)
     assert (vae.block_size, vae.patch_size, vae.vocab_size) == (4, 2, 300)
-    dit = PRESETS["small"].dit_config(latent_dim=8, dim=128, layers=3, block_size=16)
+    dit = PRESETS["small"].dit_config(latent_dim=8, dim=128, num_layers=3, block_size=16)
     assert (dit.txt_dim, dit.emb_dim, dit.heads, dit.num_layers, dit.block_size) == (128, 128, 2, 3, 16)
     assert (dit.txt_in_channels, dit.txt_out_channels) == (8, 8)
 

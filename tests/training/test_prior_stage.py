@@ -5,6 +5,7 @@ distribution when nothing is known of block 0 (rotary positions being relative, 
 apart). A tiny DiT learns all situations at once: without history, after one, and with the first position pinned.
 """
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -14,9 +15,8 @@ from torch import Tensor
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import masked_attention
 from colaserve_training.config import FlowConfig, OptimizerConfig
-from colaserve_training.flow_batch import FlowBatch, draw_batch
 from colaserve_training.optim import rate_at
-from colaserve_training.prior_stage import attention, flow_loss
+from colaserve_training.prior_stage import FlowBatch, attention, draw_batch, draw_time, flow_loss
 from colaserve_training.release import new_dit
 from colaserve_training.rows import Row
 from tests.training.conftest import dit_config
@@ -36,6 +36,7 @@ def latents(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([first, MEAN + (first - MEAN) @ A.T + noise], dim=1).view(count, 4, DIM)
 
 
+TEXTS = [Row(tuple(range(3, 10)), prompt=3), Row(tuple(range(3, 15))), Row((5, 6), prompt=1)]
 FLOW = FlowConfig(copies=4, empty_history=0.25, history_noise=0, pin=0.5, pure_noise=0.05)
 
 
@@ -129,24 +130,22 @@ def test_the_learned_velocity_is_close_to_the_closed_form(dit, name):
 
 
 def test_one_steps_loss_is_the_equation_written_out():
+    """Every noisy block by itself after its own clean history, through the network's plain forward."""
     torch.manual_seed(3)
     dit = new_dit(dit_config(latent_dim=DIM, block_size=SIZE))
     torch.nn.init.normal_(dit.txt_out.proj.weight)
-    rows = [Row((3, 4, 5, 6, 7), prompt=3), Row((3, 4))]
-    batch = draw_batch(rows, SIZE, DIM, 2, FlowConfig(copies=3, history_noise=0), "hand")
-    z = torch.randn(2, 6, DIM)
-    total, count = 0.0, 0
-    for row in range(2):
-        for copy in range(batch.block.shape[1]):
-            total, count = _by_hand(dit, z, batch, row, copy, total, count)
-    assert count == batch.count
-    assert flow_loss(dit, z, z, batch).item() == pytest.approx(total / count, rel=1e-5)
+    rows = [Row((3, 4, 5, 6, 7), prompt=3), Row((3, 4)), Row((3, 4, 5, 6, 7, 8))]
+    batch = drawn(rows, FlowConfig(copies=6, history_noise=0, empty_history=0.4, pin=0.5), "hand")
+    kinds = set(zip(batch.block[batch.used].tolist(), batch.history[batch.used].tolist(), strict=True))
+    assert {(1, True), (1, False), (2, True), (2, False)} <= kinds
+    z = torch.randn(3, 6, DIM)
+    errors = [each for at in batch.used.nonzero().tolist() for each in _errors_by_hand(dit, z, batch, *at)]
+    assert len(errors) == batch.count
+    assert flow_loss(dit, z, z, batch).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
-def _by_hand(dit: DiT, z: Tensor, batch: FlowBatch, row: int, copy: int, total: float, count: int) -> tuple[float, int]:
-    """One noisy block, run by itself after its own clean history, through the network's plain forward."""
-    if not batch.used[row, copy]:
-        return total, count
+def _errors_by_hand(dit: DiT, z: Tensor, batch: FlowBatch, row: int, copy: int) -> list[float]:
+    """Squared velocity errors of the open positions of one noisy block."""
     block, pinned, t = int(batch.block[row, copy]), int(batch.pinned[row, copy]), float(batch.time[row, copy])
     past = block * SIZE if batch.history[row, copy] else 0
     start, noise = z[row, block * SIZE : (block + 1) * SIZE], batch.noise[row, copy]
@@ -157,7 +156,46 @@ def _by_hand(dit: DiT, z: Tensor, batch: FlowBatch, row: int, copy: int, total: 
     blocks = position // SIZE
     with torch.no_grad():
         v = dit(values, time, position, masked_attention((blocks[:, None] <= blocks[..., None])[:, None]))[0, past:]
-    for place in range(pinned, SIZE):
-        difference = v[place] - (noise[place] - start[place])
-        total, count = total + float((difference**2).sum() / DIM), count + 1
-    return total, count
+    return (v - (noise - start))[pinned:].square().mean(-1).tolist()
+
+
+def drawn(rows=TEXTS, flow=FLOW, seed="s"):
+    return draw_batch(rows, SIZE, DIM, 2, flow, seed)
+
+
+def test_a_row_trains_the_blocks_from_its_prompts_end_which_is_pinned_in_the_block_that_holds_it():
+    batch = drawn(flow=FlowConfig(copies=8, pin=0))
+    found = [
+        {int(block): int(count) for block, count, used in zip(*row, strict=True) if used}
+        for row in zip(batch.block, batch.pinned, batch.used, strict=True)
+    ]
+    assert found == [{1: 1, 2: 0, 3: 0}, dict.fromkeys(range(6), 0), {0: 1}]
+
+
+def test_shares_of_empty_history_and_pins_are_those_asked_for():
+    batch = draw_batch(
+        [Row(tuple(range(3, 35)))] * 200, 4, DIM, 2, FlowConfig(copies=8, empty_history=0.25, pin=0.4), "s"
+    )
+    assert abs((~batch.history).float().mean() - 0.25) < 0.04
+    assert abs((batch.pinned > 0).float().mean() - 0.4) < 0.04
+    assert set(batch.pinned.unique().tolist()) == {0, 1, 2, 3}
+
+
+def test_times_are_logit_normal_uniform_and_sometimes_exactly_one():
+    rng = random.Random(0)
+    normal = torch.logit(torch.tensor([draw_time(FlowConfig(uniform_time=0, pure_noise=0), rng) for _ in range(4000)]))
+    uniform = torch.tensor([draw_time(FlowConfig(uniform_time=1, pure_noise=0), rng) for _ in range(4000)])
+    found = [normal.mean(), normal.std(), uniform.mean(), uniform.std()]
+    torch.testing.assert_close(torch.stack(found), torch.tensor([1, 1, 0.5, 12**-0.5]), rtol=0, atol=0.06)
+    ones = [draw_time(FlowConfig(pure_noise=0.2), rng) == 1 for _ in range(4000)]
+    assert abs(sum(ones) / 4000 - 0.2) < 0.03
+
+
+def test_a_batch_is_a_function_of_its_seed_and_processes_share_its_rows_out():
+    one, again, other = drawn(seed="a"), drawn(seed="a"), drawn(seed="b")
+    assert torch.equal(one.noise, again.noise)
+    assert torch.equal(one.time, again.time)
+    assert not torch.equal(one.noise, other.noise)
+    parts = [one.part(rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([parts[0].noise, parts[1].noise])[[0, 2, 1]], one.noise)
+    assert parts[0].count == one.count
