@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 import string
@@ -11,10 +10,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -27,6 +26,7 @@ from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import rotary_frequencies
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.text.special_ids import END_OF_TEXT, IM_END, PAD, RELEASE_IDS
+from colaserve_training.release import FIXED, write_json
 
 _NEVER = -1e4  # bias of the special ids: a benchmark's text does not end by chance
 _SPACE = "Ġ"  # how byte-level BPE writes a space
@@ -71,44 +71,33 @@ def make_checkpoint(preset: Preset, directory: Path, dtype: str = "float32", see
     if (directory / "cola_dlm").exists():
         raise UsageError(f"{directory}: holds a checkpoint already; name another folder or remove it")
     with torch.device("meta"):
-        networks = {"cola_dit": DiT(preset.dit), "cola_vae": TextVAE(preset.vae)}
-    configs = {
-        "cola_dit": {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", **asdict(preset.dit)},
-        "cola_vae": {"architectures": ["ColaTextVAEModel"], "model_type": "cola_text_vae", **asdict(preset.vae)},
-    }
+        networks: dict[str, torch.nn.Module] = {"dit": DiT(preset.dit), "vae": TextVAE(preset.vae)}
     tensors = {name: network.to(DTYPES[dtype]).state_dict() for name, network in networks.items()}
+    every = [tensor for folder in tensors.values() for tensor in folder.values()]
     directory.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(_bytes(folder) for folder in tensors.values()), shutil.disk_usage(directory).free
+    needed, free = sum(tensor.nbytes for tensor in every), shutil.disk_usage(directory).free
     if free < needed:
         raise UsageError(f"{directory}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
-    for name, config in configs.items():
-        folder = directory / "cola_dlm" / name
+    for name, config in (("dit", preset.dit), ("vae", preset.vae)):
+        folder = directory / "cola_dlm" / f"cola_{name}"
         folder.mkdir(parents=True)
         _write_weights(folder, tensors[name], preset, seed)
-        _write_json(folder / "config.json", {**config, "dtype": dtype})
+        kind = {key: FIXED[name][key] for key in ("architectures", "model_type")}
+        write_json(folder / "config.json", {**kind, **asdict(config), "dtype": dtype})
     write_tokenizer(directory / "tokenizer.json", preset.vae.vocab_size, preset.special_ids)
-    return sum(tensor.numel() for folder in tensors.values() for tensor in folder.values())
+    return sum(tensor.numel() for tensor in every)
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor], preset: Preset, seed: int) -> None:
+def _write_weights(folder: Path, tensors: dict[str, Tensor], preset: Preset, seed: int) -> None:
     """As many files as it takes; `tensors` have shapes and dtypes but no values."""
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and _bytes(shards[-1]) + tensor.nbytes > preset.shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": _bytes(tensors)}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
-    for file, shard in zip(files, shards, strict=True):
-        values = {name: _values(name, tensor.shape, preset, seed).to(tensor.dtype) for name, tensor in shard.items()}
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=preset.shard_bytes
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    for file, names in split.filename_to_tensors.items():
+        values = {name: _values(name, tensors[name].shape, preset, seed).to(tensors[name].dtype) for name in names}
         save_file(values, folder / file, metadata={"format": "pt"})
 
 
@@ -120,16 +109,11 @@ def _values(name: str, shape: torch.Size, preset: Preset, seed: int) -> Tensor:
         return torch.zeros(shape).index_fill(0, torch.tensor(list(preset.special_ids.values())), _NEVER)
     if len(shape) == 1:
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
-    gain = (
-        0.2 if name == "txt_out.proj.weight" else 1.0
-    )  # a small velocity: with guidance 7 latents stay near the noise
+    # A small velocity: with guidance 7 latents stay near the noise.
+    gain = 0.2 if name == "txt_out.proj.weight" else 1.0
     deviation = 1.0 if name.endswith("wte.weight") else gain / math.sqrt(math.prod(shape[1:]))
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32) * np.float32(deviation))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_tokenizer(path: Path, size: int, special_ids: Mapping[str, int]) -> None:

@@ -20,7 +20,7 @@ from colaserve_services.launch.options import run_or_explain
 
 @click.group()
 def bench() -> None:
-    """Measure speed and memory; JSON with --json, a picture with --plot. docs/performance.md tells how to read it."""
+    """Measure speed and memory; JSON with --json, a picture with --plot. docs/performance.md explains it."""
 
 
 @bench.command("make-checkpoint")

@@ -76,21 +76,26 @@ OPTIONS = (
     click.option("--decoder", is_flag=True, help="Every block also goes through the decoder."),
     quick={"rounds": 1, "peak_seconds": 0.05},
 )
-async def engine(
+async def engine(**options: Any) -> Report:
+    """The prior alone: blocks and tokens a second, and the share of the speed of its matrix products alone."""
+    return await measure_engine(**options)
+
+
+async def measure_engine(
     sessions: Sequence[int], context: Sequence[int], blocks: int, rounds: int, decoder: bool,
     peak_seconds: float = 0.5, **options: Any,
 ) -> Report:  # fmt: skip
-    """The prior alone: blocks and tokens a second, and the share of the speed of its matrix products alone."""
+    """What `bench engine` does."""
     measured: list[Row] = []
     with _started(options, sessions, context, blocks, decoder) as engines:
         device = engines.prior.model.device
-        peak = await engines.errands.run(lambda: Peak(engines.checkpoint, device, engines.dtype))
+        peak = await engines.device_calls.run(lambda: Peak(engines.checkpoint, device, engines.dtype))
         for number, count, length in itertools.product(range(rounds), sessions, context):
             load = Load(count, length, blocks, sampler_of(options))
             measure = partial(peak.measure, _usual_rows(engines, load), peak_seconds)
-            before, _ = await engines.errands.run(measure)
+            before, _ = await engines.device_calls.run(measure)
             row = await run(engines, load, seed=number)
-            after, call = await engines.errands.run(measure)
+            after, call = await engines.device_calls.run(measure)
             row |= {"round": number, "peak_gflops": (before + after) / 2, "peak_call": call}
             row["roofline_fraction"] = row["gflops"] / row["peak_gflops"]
             measured.append(row)

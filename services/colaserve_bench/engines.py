@@ -107,7 +107,7 @@ class StepRecorder(EngineObserver):
             self._is_steady = True
 
 
-class Errands:
+class DeviceCalls:
     """Runs functions on the device thread between steps, where their OpenMP team is the engines' own: a `Worker`."""
 
     def __init__(self, device: DeviceThread):
@@ -120,7 +120,6 @@ class Errands:
         return await asyncio.wrap_future(self.add(function))
 
     def add(self, function: Callable[[], Any]) -> Future[Any]:
-        """Let a function run between two steps."""
         future: Future[Any] = Future()
         self._queue.append((future, function))
         self._device.wake()
@@ -140,7 +139,7 @@ class Errands:
         return None
 
     def fail(self, error: Exception) -> None:
-        raise AssertionError("errands catch what they raise") from error
+        raise AssertionError("every call catches what it raises") from error
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Engines:
     prior: PriorEngine
     decoder: DecoderEngine | None
     steps: StepRecorder  # of the prior
-    errands: Errands
+    device_calls: DeviceCalls
 
     @property
     def block_tokens(self) -> int:
@@ -176,12 +175,12 @@ def started(compute: Compute, max_context: int, max_running: int, decode: bool =
                 loading.load(checkpoint, "decoder", device, dtype), checkpoint.shape, thread, limits
             )
         prior = PriorEngine(loading.load(checkpoint, "prior", device, dtype), checkpoint.shape, thread, limits, steps)
-        return Engines(checkpoint, dtype, prior, decoder, steps, Errands(thread))
+        return Engines(checkpoint, dtype, prior, decoder, steps, DeviceCalls(thread))
 
     with ThreadPoolExecutor(1) as loader:  # its OpenMP team ends with it: docs/decisions.md, "One OpenMP team"
         engines = loader.submit(load).result()
-    if compute.threads:
-        engines.errands.add(lambda: torch.set_num_threads(compute.threads or 1))  # OpenMP counts for each thread apart
+    if compute.threads:  # OpenMP counts for each thread apart
+        engines.device_calls.add(lambda: torch.set_num_threads(compute.threads or 1))
     thread.start()
     try:
         yield engines
@@ -201,11 +200,10 @@ async def run(engines: Engines, load: Load, seed: int) -> Row:
     began, together = time.monotonic(), asyncio.Barrier(load.sessions)
     firsts = await asyncio.gather(*(_session(engines, load, 1000 * seed + i, together) for i in range(load.sessions)))
     seconds = time.monotonic() - began
-    await engines.errands.run(lambda: None)  # the last step's record is in
-    first_block = statistics.median(first - began for first in firsts)
+    await engines.device_calls.run(lambda: None)  # the last step's record is in
     return _numbers(engines, load) | {
         "tokens_per_second_with_prefill": load.sessions * load.written * engines.block_tokens / seconds,
-        "first_block_seconds": first_block,
+        "first_block_seconds": statistics.median(first - began for first in firsts),
     }
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import torch
 
 from colaserve_bench.engines import DTYPES, Compute
 from colaserve_bench.report import Column, Report, Row
-from colaserve_bench.verbs import COMPUTE_OPTIONS, benchmark, compute_of, rounds, say
+from colaserve_bench.verbs import COMPUTE_OPTIONS, benchmark, compute_of, in_own_process, rounds, say
 from colaserve_services.errors import UsageError
 from colaserve_services.model import loading
 from colaserve_services.model.checkpoint import Checkpoint
@@ -50,11 +47,7 @@ async def load(rounds: int, **options: Any) -> Report:
     anonymous_bytes()
     measured: list[Row] = []
     for number, (role, stages) in itertools.product(range(rounds), ROLES.items()):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            try:
-                row = process.submit(_load, compute, stages).result()
-            except BrokenProcessPool as error:
-                raise UsageError(f"the process that loaded {', '.join(stages)} died") from error
+        row = in_own_process(_load, compute, stages)
         say(f"round {number}, {role}: {row['seconds']:.2f} s, {row['peak_mib']:.0f} MiB at the peak")
         measured.append({"role": role, "round": number} | row)
     return Report(COLUMNS, measured, ("role",), NOTES)
@@ -72,13 +65,8 @@ def _load(compute: Compute, stages: Sequence[str]) -> Row:
         seconds = time.monotonic() - started
         resident = anonymous_bytes()
     del models
-    folders = {"encoder": checkpoint.vae, "decoder": checkpoint.vae, "prior": checkpoint.dit}
-    nbytes = sum(
-        entry.nbytes
-        for stage in stages
-        for name, entry in folders[stage].entries.items()
-        if stage == "prior" or name.startswith(f"{stage}.")
-    )
+    entries = {**checkpoint.vae.entries, **{f"prior.{name}": entry for name, entry in checkpoint.dit.entries.items()}}
+    nbytes = sum(entry.nbytes for name, entry in entries.items() if name.partition(".")[0] in stages)
     return {
         "parameters_millions": sum(checkpoint.shape_of(stage).parameters for stage in stages) / 1e6,
         "read_mib": nbytes / MIB,

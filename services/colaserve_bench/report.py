@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of one benchmark. `rows` are the medians of `rounds`; `keys` tell rows apart, the first is the x axis."""
+    """Results of one benchmark. `rows` are the medians of `rounds`; `keys` identify a row, the first is the x axis."""
 
     columns: Sequence[Column]
     rounds: list[Row]
@@ -91,7 +91,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code. The load average tells whether something else was computing."""
+    """What the numbers depend on beside the code. The load average shows whether something else was computing."""
     cpu, flags = _cpu()
     return {
         "cpu": cpu,
@@ -110,7 +110,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Model name and flags as Linux tells them; elsewhere what Python knows."""
+    """Model name and flags from Linux's /proc; elsewhere what Python knows."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import click
 
-from colaserve_bench.engines import Compute
+from colaserve_bench.engine import measure_engine
 from colaserve_bench.report import Column, Report, Row, percentile
 from colaserve_bench.requests import Mix, Record, closed_loop, connected, open_loop
 from colaserve_bench.system import TARGET_OPTIONS, running, systems_of
-from colaserve_bench.verbs import SAMPLER_OPTIONS, benchmark, numbers, rounds, say
+from colaserve_bench.verbs import SAMPLER_OPTIONS, benchmark, in_own_process, numbers, rounds, say
 from colaserve_client import AsyncClient, Sampler
-from colaserve_services.errors import UsageError
 from colaserve_services.model.checkpoint import Checkpoint
 
 ENGINE = "engine and decoder, no server"
@@ -85,8 +80,8 @@ async def serve(concurrency: Sequence[int], rate: Sequence[float], rounds: int, 
     measured: list[Row] = []
     for number in range(rounds):
         rows: list[Row] = []
-        if options["engine"] and systems[0].compute is not None:
-            rows += await _engine(systems[0].compute, mix, concurrency)
+        if options["engine"] and options["start"]:
+            rows += _engine(options, concurrency)
         for system in systems:
             async with running(system) as target, connected(target, options["key"], options["timeout"]) as client:
                 rows += [
@@ -151,32 +146,20 @@ def with_ratios(row: Row, rows: Sequence[Row], first: str) -> Row:
     return row | {"of_engine": ratio(ENGINE), "of_first": ratio(first), "series": f"{row['system']}, {row['loop']}"}
 
 
-async def _engine(compute: Compute, mix: Mix, concurrency: Sequence[int]) -> list[Row]:
+def _engine(options: Mapping[str, Any], concurrency: Sequence[int]) -> list[Row]:
     """`bench engine --decoder` in a process of its own, with as many sessions as the closed loops and mean lengths."""
-    shape, sampler = Checkpoint.open(compute.model).shape, mix.sampler
+    shape = Checkpoint.open(options["model"]).shape
     block_tokens = shape.block_size * shape.patch_size
-    given = {
-        "model": compute.model, "dtype": compute.dtype, "device": compute.device, "threads": compute.threads,
-        "sessions": ",".join(map(str, concurrency)), "rounds": 1,
-        "context": round(fmean(mix.prompt_tokens) / block_tokens) * shape.block_size,
-        "blocks": max(2, 1 + round(fmean(mix.new_tokens) / block_tokens)),
-        "steps": sampler.steps, "guidance": sampler.guidance_scale, "solver": sampler.solver,
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="colaserve-bench-") as folder:
-        file = Path(folder) / "engine.json"
-        arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
-        command = [sys.executable, "-m", "colaserve_bench", "engine", "--decoder", f"--json={file}", *arguments]
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
-        try:
-            code = await process.wait()
-        except BaseException:
-            process.kill()
-            raise
-        if code:
-            raise UsageError(f"bench engine ended with exit code {code}; its message is above")
-        found = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    context = round(fmean(options["prompt_tokens"]) / block_tokens) * shape.block_size
+    blocks = max(2, 1 + round(fmean(options["new_tokens"]) / block_tokens))
+    load = {"sessions": concurrency, "context": [context], "blocks": blocks, "rounds": 1, "decoder": True}
+    rows = in_own_process(_engine_rows, {**options, **load})
     keys = ("blocks_per_second", "tokens_per_second")
     return [
         {"system": ENGINE, "loop": "closed", "load": float(row["sessions"])} | {key: row[key] for key in keys}
-        for row in found
+        for row in rows
     ]
+
+
+def _engine_rows(options: Mapping[str, Any]) -> list[Row]:
+    return asyncio.run(measure_engine(**options)).rows

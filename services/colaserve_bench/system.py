@@ -12,14 +12,13 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from colaserve_bench.engines import Compute
-from colaserve_bench.verbs import DEVICE_OPTION, DTYPE_OPTION, FOLDER, POSITIVE, THREADS_OPTION, compute_of
+from colaserve_bench.verbs import DEVICE_OPTION, DTYPE_OPTION, FOLDER, POSITIVE, THREADS_OPTION
 from colaserve_client import AsyncClient
 from colaserve_services.errors import Unavailable, UsageError
 from colaserve_services.launch.process import EXIT_WITH_PARENT
@@ -46,12 +45,10 @@ TARGET_OPTIONS = (
 
 @dataclass(frozen=True)
 class System:
-    """What `colaserve up` is started with, or the address of what runs."""
+    """The address of what runs, or what `colaserve up` is started with."""
 
     name: str  # as tables call it
     target: str | None = None
-    compute: Compute | None = None  # threads: of each process
-    split: bool = False
     up_options: tuple[str, ...] = ()
 
 
@@ -63,12 +60,16 @@ def systems_of(options: Mapping[str, Any]) -> list[System]:
         return [System(options["target"], options["target"])]
     if options["model"] is None:
         raise UsageError("--model: needed with --start")
-    whole = compute_of(options)
-    split = replace(whole, threads=options["split_threads"])
-    more = options["up_option"]
+    shared = [f"--{name}={options[name]}" for name in ("model", "dtype", "device")]
+
+    def started(name: str, threads: int | None, *own: str) -> System:
+        more = [] if threads is None else [f"--threads={threads}"]
+        up = (*own, *shared, *more, *options["up_option"])
+        return System(name.format(threads or "default"), up_options=up)
+
     systems = {
-        "up": System(f"one process, {whole.threads or 'default'} threads", None, whole, False, more),
-        "split": System(f"split, {split.threads or 'default'} threads each", None, split, True, more),
+        "up": started("one process, {} threads", options["threads"]),
+        "split": started("split, {} threads each", options["split_threads"], "--split"),
     }
     return [system for name, system in systems.items() if options["start"] in (name, "both")]
 
@@ -81,12 +82,15 @@ async def running(system: System) -> AsyncIterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="colaserve-bench-") as folder:
         ports = Path(folder) / "ports.json"
-        process = await _start(system, ports)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "colaserve_services.launch", "up", "--grpc-port=0", "--http-port=0",
+            "--metrics-port=0", f"--ports-file={ports}", "--drain-seconds=0", "--log=auto:warning", *system.up_options,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
+            env={**os.environ, EXIT_WITH_PARENT: "1"},
+            start_new_session=True,  # Ctrl-C reaches this process, which stops that one
+        )  # fmt: skip
         try:
-            target = await asyncio.wait_for(_address(process, ports), _START_SECONDS)
-            async with AsyncClient(target) as client:
-                await client.wait_until_ready(_START_SECONDS)
-            yield target
+            yield await asyncio.wait_for(_ready(process, ports), _START_SECONDS)
         except TimeoutError as error:
             raise Unavailable(f"colaserve up did not start within {_START_SECONDS:g} s") from error
         finally:
@@ -99,30 +103,14 @@ async def running(system: System) -> AsyncIterator[str]:
                 await process.wait()
 
 
-async def _start(system: System, ports: Path) -> asyncio.subprocess.Process:
-    compute = system.compute
-    assert compute is not None
-    threads = [] if compute.threads is None else [f"--threads={compute.threads}"]
-    split = ["--split"] if system.split else []
-    free = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "colaserve_services.launch", "up", *split, f"--model={compute.model}",
-        f"--dtype={compute.dtype}", f"--device={compute.device}", *threads, *free, f"--ports-file={ports}",
-        "--drain-seconds=0", "--log=auto:warning", *system.up_options,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
-        env={**os.environ, EXIT_WITH_PARENT: "1"},
-        start_new_session=True,  # Ctrl-C reaches this process, which stops that one
-    )  # fmt: skip
-
-
-async def _address(process: asyncio.subprocess.Process, ports: Path) -> str:
-    while not (addresses := await asyncio.to_thread(_addresses, ports)):
+async def _ready(process: asyncio.subprocess.Process, ports: Path) -> str:
+    """The address, once the system has written it, which it does at once, and answers there."""
+    while not await asyncio.to_thread(ports.exists):
         if process.returncode is not None:
             raise Unavailable(f"colaserve up ended with exit code {process.returncode}; its message is above")
         await asyncio.sleep(0.1)
-    return str(addresses.get("coordinator", addresses)["grpc"])
-
-
-def _addresses(ports: Path) -> dict[str, Any]:
-    """Empty until the system has written them, which it does at once."""
-    return json.loads(ports.read_text(encoding="utf-8")) if ports.exists() else {}
+    addresses = json.loads(await asyncio.to_thread(ports.read_text, encoding="utf-8"))
+    target = str(addresses.get("coordinator", addresses)["grpc"])
+    async with AsyncClient(target) as client:
+        await client.wait_until_ready(_START_SECONDS)
+    return target

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,12 +18,14 @@ from colaserve_bench.engines import DTYPES, Compute
 from colaserve_bench.report import Report
 from colaserve_client.cli.types import comma_separated
 from colaserve_client.cli.verbs import pip_line
+from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import run_or_explain
 from colaserve_services.model.flow import SamplerSettings
 
 POSITIVE = click.IntRange(min=1)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
+T = TypeVar("T")
 Option = Callable[[Any], Any]
 Measure = Callable[..., Coroutine[Any, Any, Report]]
 
@@ -98,6 +103,15 @@ def compute_of(options: Mapping[str, Any]) -> Compute:
 def sampler_of(options: Mapping[str, Any]) -> SamplerSettings:
     """Of SAMPLER_OPTIONS."""
     return SamplerSettings(steps=options["steps"], guidance_scale=options["guidance"], solver=options["solver"])
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a fresh process. Raises UsageError if that dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UsageError("the process that measures died; what it said is above") from error
 
 
 def say(line: str) -> None:

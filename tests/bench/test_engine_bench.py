@@ -10,10 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from colaserve_bench.checkpoint import PRESETS
 from colaserve_bench.commands import bench
 from colaserve_bench.engines import Engines, StepRecorder
-from colaserve_bench.peak import CALLS, LAYER_MATRICES, Peak, product_flops
+from colaserve_bench.peak import CALLS, Peak, product_flops
 from colaserve_bench.stall import describe
 from colaserve_services.errors import UsageError
 from colaserve_services.model.checkpoint import Checkpoint
@@ -22,19 +21,11 @@ CPU = torch.device("cpu")
 RunBench = Callable[..., Any]
 
 
-def test_products_are_twice_the_rows_times_the_stored_weights(tiny_model: Path) -> None:
-    entries = Checkpoint.open(tiny_model).dit.entries
-    stored = sum(
-        entry.shape[0] * entry.shape[1]
-        for name, entry in entries.items()
-        if any(name.endswith(f"{matrix}.weight") for matrix in LAYER_MATRICES)
-    )
-    assert product_flops(PRESETS["tiny"].dit, rows=5) == 2 * 5 * stored
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_call_of_the_peak_is_the_same_product(tiny_model: Path, dtype: torch.dtype) -> None:
     peak = Peak(Checkpoint.open(tiny_model), CPU, dtype)
+    config = Checkpoint.open(tiny_model).dit_config
+    assert product_flops(config, rows=5) == 2 * 5 * sum(weight.numel() for weight in peak.weights)
     x = peak.inputs(4)[0]
     available = {name: products for name in CALLS if (products := peak.products(name, 4))}
     assert "linear" in available
@@ -62,13 +53,13 @@ def test_steps_count_from_the_last_first_block_until_the_first_session_has_ended
     assert [step.rows for step in recorder.steady] == [8, 9]
 
 
-async def test_errands_run_on_the_device_thread_and_bring_their_errors_back(engines: Engines) -> None:
+async def test_calls_run_on_the_device_thread_and_raise_their_errors(engines: Engines) -> None:
     def fail() -> None:
         raise UsageError("here")
 
-    assert await engines.errands.run(torch.is_inference_mode_enabled)
+    assert await engines.device_calls.run(torch.is_inference_mode_enabled)
     with pytest.raises(UsageError, match="here"):
-        await engines.errands.run(fail)
+        await engines.device_calls.run(fail)
 
 
 def test_the_engine_command_writes_every_number_a_table_and_a_picture(run_bench: RunBench, tmp_path: Path) -> None:

@@ -1,3 +1,0 @@
-from colaserve_bench.commands import bench
-
-bench(prog_name="colaserve bench")
