@@ -2,5 +2,5 @@
 
 `records.py` reads and writes the jsonl files, `templates.py` makes prompts of raw records, `runner.py` asks into a
 `folder.py`, `scoring.py` and `scores.py` judge, `sweep.py` compares settings, `vae.py` measures the latent space,
-`report.py` shows, `commands.py` is the command line. docs/evaluation.md tells how to use them.
+`report.py` shows, `commands.py` is the command line. docs/evaluation.md explains them.
 """

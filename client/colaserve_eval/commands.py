@@ -2,32 +2,97 @@
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from colaserve_client.cli.options import SectionedCommand, Server, json_option, sampler_options, server_options
+from colaserve_client.cli.options import (
+    SectionedCommand,
+    Server,
+    json_option,
+    option,
+    sampler_options,
+    sampling_options,
+    server_options,
+)
 from colaserve_client.cli.output import echo, print_json, table
 from colaserve_client.cli.types import comma_separated
 from colaserve_client.client import AsyncClient
-from colaserve_client.settings import Sampler, Solver
-from colaserve_eval import options
-from colaserve_eval.demo import held_out_texts
-from colaserve_eval.folder import RunFolder, Speed, read_outputs, read_settings
-from colaserve_eval.options import Asking
-from colaserve_eval.records import EvalError, Record, write_object
+from colaserve_client.settings import Sampler, Sampling, Solver
+from colaserve_eval.demo import demo_tasks, held_out_texts
+from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_settings
+from colaserve_eval.records import EvalError, Record, read_records, write_object
 from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
-from colaserve_eval.runner import Limits, run_tasks
+from colaserve_eval.runner import GenerationSettings, Limits, run_tasks
 from colaserve_eval.scores import Table, score, score_table
 from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
+from colaserve_eval.templates import load_template, read_raw_questions, shipped_templates
 from colaserve_eval.vae import VAE_FILE, measure, read_texts
 
+T = TypeVar("T")
 FIRST_CONTACT = 20.0  # seconds until a server that does not answer at all is given up
 TIMEOUT = 600.0  # seconds for one answer where nothing else is said: a run must not stand still for ever
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+concurrency_option = option(
+    "--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Requests in flight."
+)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked, how, and where the answers go."""
+
+    tasks: Sequence[Task]
+    output: Path
+    generation: GenerationSettings  # but for the sampler
+    concurrency: int
+    server: Server
+
+
+def asking_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """FILES and all options but the sampler's of a verb that asks questions; the command gets `asking`."""
+
+    @click.argument("files", nargs=-1, type=FILE)
+    @click.option("--demo", is_flag=True, help="Ask the bundled demo checkpoint's own question sets.")
+    @click.option(
+        "--template",
+        help="Make the prompts of raw records by this template: a TOML file, or one of "
+        f"{', '.join(shipped_templates())}. Without it FILES hold whole prompts.",
+    )
+    @click.option("--only", multiple=True, help="Only the tasks that this pattern fits (*, ?); may be repeated.")
+    @click.option("--limit", type=click.IntRange(1), help="At most so many questions of each task, evenly spread.")
+    @click.option(
+        "--output", required=True, type=FOLDER, help="Folder for the answers; an unfinished run is continued."
+    )
+    @option("--max-new-tokens", type=click.IntRange(1), help="Length at most.  [default: the server's]")
+    @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+    @click.option("--stop", multiple=True, help="End an answer before this string; may be repeated.")
+    @sampling_options
+    @concurrency_option
+    @server_options
+    @wraps(command)
+    def wrapped(
+        files: Sequence[Path], demo: bool, template: str | None, only: Sequence[str], limit: int | None,
+        output: Path, max_new_tokens: int | None, seed: int, stop: tuple[str, ...], sampling: Sampling,
+        concurrency: int, server: Server, **others: Any,
+    ) -> Any:  # fmt: skip
+        if demo == bool(files) or (demo and template):
+            raise click.UsageError("give question files, with or without --template, or --demo alone")
+        tasks = _chosen(demo_tasks() if demo else _read_tasks(files, template), only)
+        limited = [Task(task.name, spread(task.questions, limit)) for task in tasks]
+        generation = GenerationSettings(max_new_tokens, sampling=sampling, seed=seed, stop=stop)
+        return command(asking=Asking(limited, output, generation, concurrency, server), **others)
+
+    return wrapped
 
 
 def connected(server: Server) -> AbstractAsyncContextManager[AsyncClient]:
@@ -48,7 +113,7 @@ def evaluate() -> None:
 
 
 @evaluate.command(short_help="Ask questions and write the answers down.")
-@options.asking_options
+@asking_options
 @sampler_options
 @json_option
 def run(asking: Asking, sampler: Sampler, as_json: bool) -> None:
@@ -70,7 +135,7 @@ def run(asking: Asking, sampler: Sampler, as_json: bool) -> None:
 
 
 @evaluate.command("score", short_help="Judge the answers.")
-@click.argument("folder", type=options.FOLDER)
+@click.argument("folder", type=FOLDER)
 @json_option
 def score_command(folder: Path, as_json: bool) -> None:
     """Judge the outputs in FOLDER, a <task>.jsonl for each task, by the published rules.
@@ -81,7 +146,7 @@ def score_command(folder: Path, as_json: bool) -> None:
 
 
 @evaluate.command("sweep", short_help="Ask under many sampler settings: table, PNG, JSON.")
-@options.asking_options
+@asking_options
 @click.option(
     "--guidance",
     "--guidance-scale",
@@ -124,7 +189,7 @@ def sweep_command(
 
 
 @evaluate.command(short_help="Write a Markdown page with plots.")
-@click.argument("folder", type=options.FOLDER)
+@click.argument("folder", type=FOLDER)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="[default: FOLDER/report.md]")
 @click.option("--no-plots", is_flag=True, help="Do without plots, which need matplotlib.")
 def report(folder: Path, output: Path | None, no_plots: bool) -> None:
@@ -135,11 +200,11 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
 
 
 @evaluate.command(short_help="Measure the round trip through the latent space.")
-@click.argument("file", required=False, type=options.FILE)
+@click.argument("file", required=False, type=FILE)
 @click.option("--demo", is_flag=True, help="Take the demo's questions in held-out phrasings, with their answers.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many texts, evenly spread.")
-@click.option("--output", type=options.FOLDER, help=f"Also write the figures to {VAE_FILE} in this folder.")
-@options.concurrency_option
+@click.option("--output", type=FOLDER, help=f"Also write the figures to {VAE_FILE} in this folder.")
+@concurrency_option
 @server_options
 @json_option
 def vae(
@@ -153,7 +218,7 @@ def vae(
     """
     if demo == (file is not None):
         raise click.UsageError("give a file of texts, or --demo alone")
-    texts = options.spread(read_texts(file) if file else held_out_texts(), limit)
+    texts = spread(read_texts(file) if file else held_out_texts(), limit)
 
     async def main() -> dict[str, Any]:
         async with connected(server) as client:
@@ -176,7 +241,7 @@ def show(value: Any, rows: Table, as_json: bool) -> None:
 
 
 async def identity(client: AsyncClient) -> dict[str, Any]:
-    """What in a run's settings tells one served model from another, its defaults and compute dtypes included."""
+    """What in a run's settings identifies the served model, its defaults and compute dtypes included."""
     info = await client.info(timeout=FIRST_CONTACT)
     return {
         "name": info.name,
@@ -207,7 +272,7 @@ def _ask(asking: Asking, runs: Mapping[Path, Sampler]) -> Speed:
     try:
         return asyncio.run(main())
     except KeyboardInterrupt:
-        click.echo("\nInterrupted. What was answered is kept: the same command goes on from there.", err=True)
+        click.echo("\nInterrupted. What was answered is kept: the same command continues from there.", err=True)
         raise
 
 
@@ -234,3 +299,27 @@ def _show_score(folder: Path, as_json: bool, whole: bool) -> None:
     problems = [f"{failed} answers failed"] * (failed > 0) + [f"{missing} are missing"] * (missing > 0)
     if problems:
         raise EvalError(f"{' and '.join(problems)}: run again to ask them")
+
+
+def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most `limit` items, evenly spread over all, the first among them."""
+    count = len(items)
+    return items if limit is None or limit >= count else [items[at * count // limit] for at in range(limit)]
+
+
+def _read_tasks(files: Sequence[Path], template: str | None) -> list[Task]:
+    """A task a file, named after it. Raises EvalError when two files would be the same task."""
+    loaded = load_template(template) if template else None
+    tasks: dict[str, Task] = {}
+    for file in files:
+        if file.stem in tasks:
+            raise EvalError(f"{file}: a file named {file.stem} is given already; tasks are named after their files")
+        tasks[file.stem] = Task(file.stem, read_raw_questions(file, loaded) if loaded else read_records(file))
+    return list(tasks.values())
+
+
+def _chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:
+    for pattern in patterns:
+        if not any(fnmatchcase(task.name, pattern) for task in tasks):
+            raise EvalError(f"--only {pattern}: fits none of {', '.join(task.name for task in tasks)}")
+    return [task for task in tasks if not patterns or any(fnmatchcase(task.name, pattern) for pattern in patterns)]

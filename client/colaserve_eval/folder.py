@@ -1,14 +1,14 @@
 """The folder of a run: a jsonl file of outputs a task, the settings they were made with, and how long it took.
 
-A folder holds the outputs of one setting only: going on with another is refused, naming the difference. Every output is
-appended as soon as it is there, in one write, so that an interrupted run loses only the questions in flight.
+A folder holds the outputs of one setting only: continuing with another is refused, naming the difference. Every output
+is appended as soon as it is there, in one write, so that an interrupted run loses only the questions in flight.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Task:
     questions: Sequence[Record]
 
     def about(self) -> dict[str, Any]:
-        """What tells it apart, in the settings of a run: another template or another order is another task."""
+        """What identifies it in the settings of a run: another template or another order is another task."""
         lines = "".join(encode_line(question.question()) for question in self.questions)
         return {"questions": len(self.questions), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
@@ -126,10 +126,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_speed(path: Path) -> Speed:
     """How fast a run was; all zero when nothing is recorded."""
     file = path / SPEED_FILE
-    try:
-        return Speed(**read_object(file)) if file.exists() else Speed()
-    except TypeError as error:
-        raise EvalError(f"{file}: is no record of a run's speed: {error}") from error
+    found = read_object(file) if file.exists() else {}
+    return Speed(**{each.name: found.get(each.name, 0) for each in fields(Speed)})
 
 
 def _kept(path: Path) -> dict[int | str, Record]:

@@ -69,7 +69,7 @@ async def run_tasks(
         if failures >= limits.failures:
             raise EvalError(
                 f"{failures} answers in a row failed; the last: {output.error}. "
-                "What was answered is kept: the same command goes on from there"
+                "What was answered is kept: the same command continues from there"
             )
 
     def speed() -> Speed:

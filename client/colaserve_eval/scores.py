@@ -17,13 +17,8 @@ RULES: Mapping[str, Callable[[Record, str], bool]] = {  # of a record and its an
 }
 PUBLISHED_RULES: Mapping[str, str] = {
     "lambada": "first_word",
-    "hellaswag": "text",
-    "squad": "text",
-    "story_cloze": "text",
-    "mmlu": "choice",
-    "obqa": "choice",
-    "race": "choice",
-    "siqa": "choice",
+    **dict.fromkeys(("hellaswag", "squad", "story_cloze"), "text"),
+    **dict.fromkeys(("mmlu", "obqa", "race", "siqa"), "choice"),
 }
 GROUPS = {"trained phrasings": TRAINED, "held-out phrasings": HELD_OUT}  # of the demo's sets, by their names' ends
 
@@ -48,16 +43,15 @@ def score(tasks: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     The average is the unweighted mean of the tasks. "groups", where there are some: the same of the demo's sets with
     phrasings of training and of those with others.
     """
-    correct = {name: sum(is_correct(name, output) for output in outputs) for name, outputs in tasks.items()}
-    accuracies = {name: 100 * correct[name] / len(outputs) for name, outputs in tasks.items()}
+    figures, accuracies = {}, {}
+    for name, outputs in tasks.items():
+        correct = sum(is_correct(name, output) for output in outputs)
+        accuracies[name] = 100 * correct / len(outputs)
+        figures[name] = {"n": len(outputs), "correct": correct, "accuracy": round(accuracies[name], 2)}
     groups = {
         group: round(fmean(members), 2)
         for group, ending in GROUPS.items()
         if (members := [accuracy for name, accuracy in accuracies.items() if name.endswith(ending)])
-    }
-    figures = {
-        name: {"n": len(outputs), "correct": correct[name], "accuracy": round(accuracies[name], 2)}
-        for name, outputs in tasks.items()
     }
     return {"tasks": figures, "average": round(fmean(accuracies.values()), 2), **({"groups": groups} if groups else {})}
 

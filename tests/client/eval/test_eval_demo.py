@@ -10,6 +10,8 @@ from colaserve_eval.demo import demo_tasks
 from colaserve_eval.records import EvalError, Record
 from colaserve_eval.scores import is_correct
 
+AMERICA = "The United States is a country in North America. Its capital is Washington, D.C."
+
 
 def test_the_shipped_sets_hold_trained_and_held_out_phrasings_and_unseen_facts():
     names = {task.name: task for task in demo_tasks()}
@@ -34,15 +36,9 @@ def test_asking_them_needs_neither_torch_nor_the_services_package():
     [
         ("France is a country in Europe.", True),
         ("France is a country in Europe. Its capital is Paris.", True),
-        (
-            "The United States is a country in North America. Its capital is Washington, D.C. Its demonym is American.",
-            True,
-        ),
+        (f"{AMERICA} Its demonym is American.", True),
+        (f"{AMERICA} Its demonym is Cuban.", False),
         ("Grenada is a country in North America. Its capital is St. George's.", True),
-        (
-            "The United States is a country in North America. Its capital is Washington, D.C. Its demonym is Cuban.",
-            False,
-        ),
         ("France is a country in Europe. Its capital is Rome.", False),
         ("France is a country in Europe. Its capital is Paris. Its", False),
         ("France is a country in Europe. Its capital is Pariss.", False),
@@ -58,7 +54,7 @@ def test_a_paragraph_is_right_when_every_sentence_of_prompt_and_answer_is_true(t
     assert is_correct("paragraphs", paragraph) is true
 
 
-def test_missing_services_and_missing_sets_are_said():
+def test_missing_services_and_missing_sets_are_named():
     with pytest.raises(EvalError, match="question sets are missing"):
         demo_tasks("colaserve_client")
     with pytest.raises(EvalError, match="not_there, which is not installed here; pass question files"):
@@ -91,12 +87,11 @@ def test_contradictory_choices_of_questions_are_refused(client, colaserve_eval, 
     assert client.asked == []
 
 
-def test_a_limit_takes_questions_evenly_spread(client, colaserve_eval, write_questions, tmp_path):
-    colaserve_eval("run", write_questions(*map(str, range(10))), "--limit", 4, "--output", tmp_path / "out")
+def test_a_limit_takes_questions_evenly_spread_and_two_files_of_one_name_are_refused(
+    client, colaserve_eval, write_questions, tmp_path
+):
+    file = write_questions(*map(str, range(10)))
+    colaserve_eval("run", file, "--limit", 4, "--output", tmp_path / "out")
     assert sorted(client.prompts) == ["0", "2", "5", "7"]
-
-
-def test_two_files_of_one_name_are_refused(client, colaserve_eval, write_questions, tmp_path):
-    file = write_questions("a")
     result = colaserve_eval("run", file, file, "--output", tmp_path / "out")
     assert "a file named task is given already" in result.stderr

@@ -7,16 +7,10 @@ import pytest
 from colaserve.v1 import types_pb2
 from tests.services.launch.processes import FREE_PORTS, started
 
-STORY = " there was a fox that wrote."  # what the small server writes
-
 
 @pytest.fixture
 def colaserve_eval(server, run_eval):
-    def run(verb, *arguments):
-        target = ["--target", server.target] if verb in ("run", "sweep", "vae") else []
-        return run_eval([verb, *arguments, *target])
-
-    return run
+    return lambda *arguments: run_eval([*arguments, "--target", server.target])
 
 
 def test_settings_go_and_answers_come_over_the_wire(colaserve_eval, write_questions, read_lines, behaviour, tmp_path):
@@ -43,26 +37,18 @@ def test_settings_go_and_answers_come_over_the_wire(colaserve_eval, write_questi
     assert model["default_sampler"]["steps"] == 16
 
 
-def test_a_server_that_is_not_there_is_one_line(colaserve_eval, server, write_questions, tmp_path):
-    file = write_questions("once")
+def test_texts_take_the_round_trip_and_a_server_that_is_not_there_is_one_line(
+    colaserve_eval, server, write_questions, tmp_path
+):
+    texts, file = tmp_path / "texts.txt", write_questions("once")
+    texts.write_text("one text\nanother\n")
+    figures = json.loads(colaserve_eval("vae", texts, "--json").stdout)
+    assert (figures["tokens"], figures["token_accuracy"], figures["bits_per_token"]) == (15, 100.0, 0.5)
     server.stop()
     result = colaserve_eval("run", file, "--output", tmp_path / "out")
     assert result.exit_code == 3
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_run_score_sweep_vae_and_report_work_together(colaserve_eval, write_questions, tmp_path):
-    file, out, texts = write_questions(STORY, "something else"), tmp_path / "out", tmp_path / "texts.txt"
-    assert colaserve_eval("run", file, "--output", out).exit_code == 0
-    assert json.loads(colaserve_eval("score", out, "--json").stdout)["average"] == 50.0
-    sweep = ["--guidance", "1,2", "--steps", "2", "--output", out]
-    assert colaserve_eval("sweep", file, *sweep).exit_code == 0
-    texts.write_text("one text\nanother\n")
-    figures = json.loads(colaserve_eval("vae", texts, "--json", "--output", out).stdout)
-    assert (figures["tokens"], figures["token_accuracy"], figures["bits_per_token"]) == (15, 100.0, 0.5)
-    assert colaserve_eval("report", out).exit_code == 0
-    assert "# Evaluation of fake" in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -85,6 +71,3 @@ def test_answers_of_the_services_depend_neither_on_concurrency_nor_on_a_break(
         one.write_text(kept[3] + kept[0])
         assert answers("one", 4) == expected
         assert expected[0] != expected[4], "the same prompt with other noise"
-        (tmp_path / "texts.txt").write_text("the fox\na dog runs over the hill\n")
-        figures = json.loads(run_eval(["vae", tmp_path / "texts.txt", "--json", "--target", running.target]).stdout)
-        assert figures["bits_per_token"] > 0

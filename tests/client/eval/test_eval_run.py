@@ -48,13 +48,9 @@ def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_quest
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_as_many_questions_are_in_flight_as_allowed(client, run, concurrency):
-    run("--concurrency", concurrency)
+def test_as_many_questions_are_in_flight_as_allowed_and_none_is_asked_twice(client, run, concurrency):
+    assert run("--concurrency", concurrency).stdout == run().stdout
     assert client.most_in_flight == concurrency
-
-
-def test_a_finished_run_is_not_asked_again(client, run):
-    assert run().stdout == run().stdout
     assert sorted(client.prompts) == sorted(NAMES)
 
 
@@ -164,22 +160,17 @@ def test_a_torn_last_line_is_dropped_and_asked_again(client, run, tmp_path):
         (["--stop", "."], "generation.stop: the folder has [], this run asks for ['.']"),
         (["--seed", 1], "generation.seed: the folder has 0, this run asks for 1"),
         (["--limit", 3], "task task was begun with other questions"),
+        ([], "model.default_sampler.steps: the folder has 16, this run asks for 8; model.name: the folder has 'tiny'"),
     ],
 )
 def test_going_on_with_other_settings_is_refused_naming_them(client, run, arguments, difference):
     run()
+    client.name = "other" if not arguments else client.name
+    client.steps = 16 if arguments else 8
     result = run(*arguments)
     assert result.exit_code == 1
     assert difference in result.stderr
     assert len(client.prompts) == 12
-
-
-def test_going_on_with_another_model_is_refused(client, run):
-    run()
-    client.name, client.steps = "other", 8
-    result = run()
-    assert "model.name: the folder has 'tiny', this run asks for 'other'" in result.stderr
-    assert "model.default_sampler.steps: the folder has 16, this run asks for 8" in result.stderr
 
 
 def test_another_task_may_join_a_folder_whose_first_one_is_unfinished(colaserve_eval, write_questions, tmp_path):

@@ -47,12 +47,6 @@ def test_the_average_is_the_unweighted_mean_and_is_rounded_once():
     }
 
 
-def test_phrasings_of_training_and_others_are_reported_apart():
-    names = ("capital_trained_phrasings", "sum_trained_phrasings", "capital_held_out_phrasings", "unseen_facts")
-    found = score({name: outputs(4, correct) for name, correct in zip(names, (4, 3, 1, 0), strict=True)})
-    assert found["groups"] == {"trained phrasings": 87.5, "held-out phrasings": 25.0}
-
-
 def test_outputs_survive_writing_and_reading():
     first = Record("é1", "p\u2028q", "t", ("a", "b"), "begins", "gen\n\x00", "stop", {"blocks": 2})
     assert parse_output(json.loads(json.dumps(first.to_json()))) == first
@@ -82,12 +76,6 @@ def test_a_bad_line_is_named_with_its_field(tmp_path, line, message):
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "twice" in message or f"{path}:3:" in str(error.value)
-
-
-def test_a_file_that_is_missing_or_empty_is_refused(tmp_path):
-    path = tmp_path / "task.jsonl"
-    with pytest.raises(EvalError, match=r"task.jsonl: No such file"):
-        read_records(path)
     path.write_text("\n")
     with pytest.raises(EvalError, match="holds no lines"):
         read_records(path)
@@ -99,7 +87,9 @@ def write_outputs(folder, **tasks: list[tuple[str, str]]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_score_prints_a_table_or_json(colaserve_eval, tmp_path):
+def test_score_prints_a_table_or_json_of_a_folder_with_outputs(colaserve_eval, tmp_path):
+    assert "is no folder" in colaserve_eval("score", tmp_path / "nowhere").stderr
+    assert "holds no .jsonl file" in colaserve_eval("score", tmp_path).stderr
     write_outputs(tmp_path, squad=[(" a.", "A"), ("b", "c")], lambada=[("x y", "x")])
     table = colaserve_eval("score", tmp_path)
     assert table.exit_code == 0
@@ -116,13 +106,6 @@ def test_score_prints_a_table_or_json(colaserve_eval, tmp_path):
         },
         "average": 75.0,
     }
-
-
-@pytest.mark.parametrize(("folder", "message"), [("nowhere", "is no folder"), (".", "holds no .jsonl file")])
-def test_a_folder_without_outputs_is_refused(colaserve_eval, tmp_path, folder, message):
-    result = colaserve_eval("score", tmp_path / folder)
-    assert result.exit_code == 1
-    assert message in result.stderr
 
 
 def test_an_unfinished_run_is_scored_but_says_so(colaserve_eval, write_questions, tmp_path):
