@@ -12,7 +12,7 @@ import grpc
 
 from colaserve.v1 import generation_pb2 as pb
 from colaserve.v1 import types_pb2
-from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse
+from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse, LogprobsRequest, LogprobsResponse
 from colaserve_services.errors import ColaserveError, Unavailable
 from colaserve_services.inference.open_inference_pb2 import (
     ModelInferRequest,
@@ -68,30 +68,34 @@ class Backend:
 
     async def infill(self, request: InfillRequest, deadline: float) -> AsyncIterator[pb.GenerateResponse]:
         """The text of an infill's one hole before a suffix, as a generation of one message."""
-        await self._reach()
-        call = self._stub.Infill(request, **_until(deadline))
-        try:
-            response: InfillResponse = await call
-        finally:
-            call.cancel()
+        response: InfillResponse = await self._answer(self._stub.Infill, request, deadline)
         [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # earlier versions leave it unset
         text = response.segments[len(request.segments) - 2]
         yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
 
     async def infer_model(self, request: ModelInferRequest, deadline: float) -> AsyncIterator[ModelInferResponse]:
         """The answer of a model of the Open Inference Protocol, as a stream of one message."""
-        await self._reach()
-        call = self._stub.ModelInfer(request, **_until(deadline))
-        try:
-            yield await call
-        finally:
-            call.cancel()
+        yield await self._answer(self._stub.ModelInfer, request, deadline)
 
     async def inference_model(self, name: str, version: str) -> ModelMetadataResponse:
         """What a model of the Open Inference Protocol takes and returns."""
         request = ModelMetadataRequest(name=name, version=version)
         found: ModelMetadataResponse = await self._unary(self._stub.ModelMetadata, request)
         return found
+
+    async def logprobs(self, request: LogprobsRequest, deadline: float) -> pb.GenerateResponse:
+        """A given text as a message of a generation that wrote it."""
+        found: LogprobsResponse = await self._answer(self._stub.Logprobs, request, deadline)
+        found.ClearField("timing")
+        return pb.GenerateResponse(**{field.name: value for field, value in found.ListFields()})
+
+    async def _answer(self, method: Any, request: Any, deadline: float) -> Any:
+        await self._reach()
+        call = method(request, **_until(deadline))
+        try:
+            return await call
+        finally:
+            call.cancel()
 
     async def tokenize(self, text: str) -> pb.TokenizeResponse:
         return await self._unary(self._stub.Tokenize, pb.TokenizeRequest(text=text))

@@ -167,6 +167,17 @@ class FakeInfill(LatentServiceServicer):
     failure: Exception | None = None
     older: bool = False
 
+    async def Logprobs(self, request: latent_pb.LogprobsRequest, context: Any) -> latent_pb.LogprobsResponse:
+        ids = list(request.ids.ids) or list(request.text.encode())
+        return latent_pb.LogprobsResponse(
+            text=_text(ids),
+            token_ids=ids,
+            logprobs=[-0.25] * len(ids),
+            top_logprobs=[_likely(id_, request.top_logprobs) for id_ in ids] if request.top_logprobs else [],
+            tokens=[_text([id_]) for id_ in ids],
+            text_offsets=_offsets(ids),
+        )
+
     async def Infill(self, request: latent_pb.InfillRequest, context: Any) -> latent_pb.InfillResponse:
         self.seen.append(request)
         if self.failure is not None:

@@ -141,6 +141,34 @@ async def test_echo_begins_the_text_with_the_prompt(gateway: Running, prompt: ob
     assert streamed[0]["choices"][0]["text"] == text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["hé", [104, 195, 169]])
+async def test_an_echo_with_logprobs_scores_the_prompt_and_goes_on_for_all_of_max_tokens(
+    gateway: Running, prompt: object, stream: bool
+):
+    response = await gateway.complete([prompt], echo=True, logprobs=1, max_tokens=2, stream=stream)
+    answers = [answer["choices"][0] for answer in (events(response) if stream else [response.json()])]
+    assert "".join(answer["text"] for answer in answers) == "hé P"
+    columns = {name: [one for answer in answers for one in answer["logprobs"][name]] for name in answers[0]["logprobs"]}
+    assert columns["token_logprobs"] == [-0.25] * 3 + [-0.5] * 2
+    assert columns["tokens"] == ["h", "token_id:195", "token_id:169", " ", "P"]
+    assert columns["text_offset"] == [0, 1, 1, 2, 3]
+    assert [len(top) for top in columns["top_logprobs"]] == [1] * 5
+    assert gateway.fake.seen[-1].request.ignore_end, "or a text that ends at once would lack the token to cut off"
+    await gateway.complete("x", echo=True, logprobs=1, ignore_eos=False)
+    assert not gateway.fake.seen[-1].request.ignore_end
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("hé", 3), ([104, 105], 2), ("", 0)])
+async def test_an_echo_of_no_tokens_is_the_prompt_alone(gateway: Running, prompt: object, count: int):
+    answer = (await gateway.complete(prompt, echo=True, logprobs=0, max_tokens=0)).json()
+    [choice] = answer["choices"]
+    assert (choice["finish_reason"], choice["logprobs"]["token_logprobs"]) == ("length", [-0.25] * count)
+    assert answer["usage"] == {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
+    assert not gateway.fake.seen
+    assert (await gateway.complete("x", max_tokens=0)).json()["error"]["param"] == "max_tokens"
+
+
 async def test_a_stop_string_ends_the_text_before_it(gateway: Running):
     [choice] = (await gateway.complete(stop=",")).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == (" Paris", "stop")

@@ -153,7 +153,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": None}, "prompt"),
     (COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, "prompt"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
-    (COMPLETIONS, {"echo": True, "logprobs": 0}, "echo"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
     (CHAT, {"suffix": "end"}, "suffix"),
     *[(RESPONSES, fields, next(iter(fields))) for fields in [

@@ -11,10 +11,10 @@ from typing_extensions import TypedDict
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
-from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment
+from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment, LogprobsRequest
 from colaserve_services.gateway.backend import Backend, Info
 from colaserve_services.gateway.dialects.base import Start, Usage
-from colaserve_services.gateway.dialects.fields import Text, TokenIds, at_most, set_sampling
+from colaserve_services.gateway.dialects.fields import UINT32, Text, TokenIds, at_most, set_sampling
 from colaserve_services.gateway.dialects.logprobs import positions_of
 from colaserve_services.gateway.dialects.openai import (
     MOST_LOGPROBS,
@@ -56,7 +56,12 @@ class CompletionRequest(ChoiceFields):
         description="The text is a hole of max_tokens between the prompt and this; without n, logprobs, echo, stop.",
     )
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
-    echo: bool | None = Field(None, description="Begin each text with its prompt; not together with logprobs.")
+    max_tokens: Annotated[int, Field(ge=0, le=UINT32)] | None = Field(
+        None, description="Tokens to write at most; 32 unless the server says otherwise. 0, with echo: write none."
+    )
+    echo: bool | None = Field(
+        None, description="Begin each text with its prompt; with logprobs, score its tokens by their reconstruction."
+    )
     logprobs: int | None = Field(
         None, ge=0, le=MOST_LOGPROBS, description="Return log-probabilities, of this many likely tokens too."
     )
@@ -101,12 +106,14 @@ class Completions(ChoiceDialect[CompletionRequest]):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, body: CompletionRequest, info: Info, request_id: str):
+        if body.echo and body.logprobs is not None and body.ignore_eos is None:
+            body = body.model_copy(update={"ignore_eos": True})  # those who score prompts cut max_tokens off the end
         super().__init__(body, info, request_id)
         if body.best_of not in (None, body.choices()):
             what = f"got {body.best_of}, expected the value of n, {body.choices()}"
             raise invalid("best_of", what, "unsupported_parameter")
-        if body.echo and body.logprobs is not None:
-            raise invalid("echo", "not together with logprobs: prompts are not scored", "unsupported_parameter")
+        if body.max_tokens == 0 and not body.echo:
+            raise invalid("max_tokens", "got 0, which needs echo: otherwise there would be no text")
 
     def prompts(self, backend: Backend) -> Sequence[Start]:
         if self.body.suffix:
@@ -115,7 +122,7 @@ class Completions(ChoiceDialect[CompletionRequest]):
         each = completion_prompts(self.body.prompt, self.info.model.vocab_size)
         starts = [self.generations(backend, prompt) for prompt in each]
         if self.body.echo:
-            return [partial(_echoed, backend, prompt, start) for prompt, start in zip(each, starts, strict=True)]
+            return [partial(self._echoed, backend, *both) for both in zip(each, starts, strict=True)]
         return starts
 
     def names(self) -> Mapping[str, str]:
@@ -130,18 +137,35 @@ class Completions(ChoiceDialect[CompletionRequest]):
         if message.text or message.logprobs or message.finish_reason:
             yield self.choice(index, message)
 
+    async def _echoed(
+        self, backend: Backend, prompt: GenerateRequest, start: Start, sample: int, deadline: float
+    ) -> AsyncIterator[GenerateResponse]:
+        """A generation whose first message is its prompt, sent with the first block: what fails before it has a status
+        of its own."""
+        echo = await self._echo(backend, prompt, deadline)
+        length, sent = len(echo.text), False
+        if self.body.max_tokens == 0:
+            echo.finish_reason, echo.usage.prompt_tokens = types_pb2.FINISH_REASON_LENGTH, len(echo.token_ids)
+            yield echo
+            return
+        async for message in start(sample, deadline):
+            if not sent:
+                yield echo
+            sent = True
+            message.text_offsets[:] = [length + offset for offset in message.text_offsets]
+            yield message
 
-async def _echoed(
-    backend: Backend, prompt: GenerateRequest, start: Start, sample: int, deadline: float
-) -> AsyncIterator[GenerateResponse]:
-    """A generation whose first message is its prompt."""
-    ids = prompt.prompt_ids.ids
-    echo: str | None = (await backend.detokenize(ids)).text if ids else prompt.prompt
-    async for message in start(sample, deadline):
-        if echo is not None:  # with the first block: what fails before it has a status of its own
-            yield GenerateResponse(text=echo)
-            echo = None
-        yield message
+    async def _echo(self, backend: Backend, prompt: GenerateRequest, deadline: float) -> GenerateResponse:
+        """The prompt as it would be had it been written; with log-probabilities if they are asked for."""
+        ids, scored = prompt.prompt_ids.ids, self._logprobs or self.body.max_tokens == 0
+        if scored and (ids or prompt.prompt):
+            request = LogprobsRequest(
+                text=prompt.prompt, top_logprobs=self.body.logprobs, cache_salt=self.body.cache_salt
+            )
+            if ids:
+                request.ids.CopyFrom(prompt.prompt_ids)
+            return await backend.logprobs(request, deadline)
+        return GenerateResponse(text=(await backend.detokenize(ids)).text if ids else prompt.prompt)
 
 
 def _completion_logprobs(message: GenerateResponse) -> CompletionLogprobs:
