@@ -165,7 +165,7 @@ class Call(Generic[R, T]):
                 await self._left.wait()
 
     def _leave(self, reason: str = "") -> None:
-        """Cancel the call; who waits for an answer gets `Cancelled`."""
+        """Cancel the call; whoever waits for an answer gets `Cancelled`."""
         self._left_as = reason or self._left_as
         self._left.set()
         self._cancel()

@@ -41,7 +41,7 @@ class Field:
 
     doc: str  # one sentence
     range: Range | None = None
-    default: Any = None  # what unset means where neither --defaults nor the checkpoint says; None: the sentence tells
+    default: Any = None  # what unset means where neither --defaults nor the checkpoint says; None: the sentence says it
     choices: Mapping[str, int] | None = None  # its texts, and the values of the wire's enum
     flat: str = ""  # its name beside fields of other messages: on the command line, in a batch, over HTTP
     option: str = ""  # its command-line option; empty: --flat-name
@@ -52,7 +52,7 @@ class Field:
 
     @property
     def bounds(self) -> str:
-        """The range as help tells it; empty where there is nothing to tell."""
+        """The range as help shows it; empty where it says nothing."""
         if self.choices is not None:
             return ", ".join(self.choices)
         return str(self.range) if self.range is not None and self.range.most < _LARGE else ""

@@ -3,7 +3,7 @@
 A fork copies one thread. gRPC's own handlers make its core usable in the child, but not while the thread with which
 grpc.aio polls is inside it. So before a fork the clients are disconnected and that thread ends; parent and child each
 connect anew with their next call. Where this would break off a call, or where asyncio clients are connected to another
-event loop, nothing is touched: the parent goes on, and the child refuses every call at once, since it would hang.
+event loop, nothing is touched: the parent continues, and the child refuses every call at once, since it would hang.
 """
 
 import asyncio
@@ -154,7 +154,7 @@ class LoopThread:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def before_fork(self) -> None:
-        """Disconnect where nothing runs; look whether the child will be able to use gRPC."""
+        """Disconnect where nothing runs; find out whether the child will be able to use gRPC."""
         self._lock.acquire()  # no call begins meanwhile
         running = wait(list(self._running), timeout=_WAIT_SECONDS).not_done
         busy = bool(running) or any(each._is_busy() for each in self.connected)
@@ -166,7 +166,7 @@ class LoopThread:
         self._unsafe = _grpc_polls()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Continue."""
         self._lock.release()
 
     def after_fork_in_child(self) -> None:

@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_n
 
 _TOKENS = Field("The text of each of them; a part of a character reads as U+FFFD.")
 _LOGPROBS = Field("One for each token, when top_logprobs was given.")
-_VARIANCE = Field("Log variance of the posterior, in the latents' shape, when asked for.")
+_VARIANCE = Field("Log variance of the posterior, in the latents' shape, on request.")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -83,7 +83,7 @@ class GenerationChunk(_Text):
     """What one written block brought."""
 
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
-    latents: Annotated[Latents | None, Field("Latents of the block, (B, d), when asked for.")]
+    latents: Annotated[Latents | None, Field("Latents of the block, (B, d), on request.")]
     finish_reason: Annotated[FinishReason | None, Field("In the last chunk, as are usage and seed.")]
     usage: Annotated[Usage | None, Field("In the last chunk only.")]
     seed: Annotated[NoiseSeed | None, Field("In the last chunk only: repeats this run.")]
@@ -95,7 +95,7 @@ class GenerationResult(_Text):
     """A whole generation."""
 
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
-    latents: Annotated[Latents | None, Field("All blocks in a row, when asked for.")]
+    latents: Annotated[Latents | None, Field("All blocks in a row, on request.")]
     finish_reason: Annotated[
         FinishReason, Field('"stop": an end token or a stop string; "length": max_new_tokens were written.')
     ]
@@ -109,7 +109,7 @@ class GenerationResult(_Text):
 class GenerationOutcome:
     """One request of a batch and what came of it: a result or an error."""
 
-    request: Annotated[GenerationRequest, Field("What was asked for.")]
+    request: Annotated[GenerationRequest, Field("The request.")]
     result: Annotated[GenerationResult | None, Field("What was written; None when it failed.")]
     error: Annotated[ColaserveError | None, Field("Why it failed; None when it did not.")]
 
@@ -203,7 +203,7 @@ class DecodedBlock:
 
     token_ids: Annotated[tuple[int, ...], Field("The ids of all B * P tokens.")]
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
-    logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), when asked for.")] = field(
+    logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), on request.")] = field(
         compare=False
     )
     target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids in this block.")]
@@ -252,7 +252,7 @@ class StageInfo:
     """A stage as the coordinator sees it."""
 
     stage: Annotated[str, Field('"encoder", "prior" or "decoder".')]
-    target: Annotated[str, Field('"in-process" when it lives in the coordinator\'s process.')]
+    target: Annotated[str, Field('"in-process" when it runs in the coordinator\'s process.')]
     serving: Annotated[bool, Field("Whether the last health check found it serving.")]
     space: Annotated[str, Field("Fingerprint of its latent space.")]
     limits: Annotated[Limits, Field("What it takes at most.")]

@@ -79,7 +79,7 @@ def read_items(path: Path, defaults: GenerationRequest) -> dict[ItemId, Generati
         try:
             name, request = _item(line, number, defaults)
             if name in items:
-                raise click.UsageError(f"the id {name!r} is there twice")
+                raise click.UsageError(f"the id {name!r} appears twice")
         except click.UsageError as error:
             raise click.UsageError(f"{name_of(path)}:{number}: {error.message}") from error
         items[name] = request
@@ -120,12 +120,12 @@ def _answered(path: Path | None, resume: bool) -> set[ItemId]:
     """The ids that have an answer. What has none (errors, a line that was cut off) is dropped from the file."""
     if path is None:
         if resume:
-            raise click.UsageError("--resume goes on with a file: give --output")
+            raise click.UsageError("--resume continues a file: give --output")
         return set()
     if not path.exists() or path.stat().st_size == 0:
         return set()
     if not resume:
-        raise click.UsageError(f"{path} is there already: --resume goes on with it, or remove it")
+        raise click.UsageError(f"{path} exists already: --resume continues it, or remove it")
     kept = list(_good_lines(path))
     write_file(path, "".join(f"{text}\n" for _, text in kept))
     return {name for name, _ in kept}

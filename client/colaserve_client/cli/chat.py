@@ -1,4 +1,4 @@
-"""`colaserve chat`: a conversation, put to the model as the gateway does it."""
+"""`colaserve chat`: a conversation, with the prompts that the gateway makes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -72,7 +72,7 @@ def chat(
 
 
 def _messages() -> Iterator[str]:
-    """What is asked, up to /exit or the end."""
+    """The user's messages, up to /exit or the end."""
     for line in _typed() if _interactive() else (line for _, line in read_lines("-")):
         text = line.strip()
         if text == "/exit":
@@ -100,7 +100,7 @@ def _interactive() -> bool:
 
 
 def _answer(client: Client, request: GenerationRequest) -> str | None:
-    """Print an answer as it comes and return it; None when it was stopped, or failed and another may be asked for."""
+    """Print an answer as it comes and return it; None when it was stopped, or failed while someone types."""
     text = ""
     try:
         with client.stream(**vars(request)) as stream:

@@ -3,7 +3,7 @@
 import click
 from click.shell_completion import get_completion_class
 
-VARIABLE = "_COLASERVE_COMPLETE"  # what click looks at, made of the program's name
+VARIABLE = "_COLASERVE_COMPLETE"  # which click reads; it is made of the program's name
 
 
 @click.command()

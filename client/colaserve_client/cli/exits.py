@@ -25,7 +25,7 @@ MEANINGS: Mapping[int, str] = {
     USAGE: "the command, or a value in it, is wrong",
     UNAVAILABLE: "the server is overloaded or not to be reached: try again later",
     DEADLINE: "the timeout passed",
-    NOT_AUTHENTICATED: "the server wants a key, or another one",
+    NOT_AUTHENTICATED: "the server needs a key, or another one",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
 
@@ -52,7 +52,7 @@ def code_of(error: BaseException) -> int:
 
 
 def _hint(error: Unavailable) -> str:
-    """What to look at when a service is away: the stage that the server names, or the server itself."""
+    """What to check when a service cannot be reached: the stage that the server names, or the server itself."""
     if away := _AWAY.match(str(error)):
         return f"the server answers, its {away[1]} does not: `colaserve status` shows all services"
     proxies = [name for name in _PROXIES if os.environ.get(name)]

@@ -21,10 +21,10 @@ option = options.option
 @click.argument("prompt", required=False)
 @option("--file", type=options.EXISTING_FILE, help="Read the prompt from a file; - is standard input.")
 @option("--echo", is_flag=True, help="Print the prompt before the text.")
-@option("--stats", is_flag=True, help="Tell tokens, time and seed on standard error.")
+@option("--stats", is_flag=True, help="Print tokens, time and seed on standard error.")
 @option("--input", "input_file", type=options.EXISTING_FILE, help="A batch: JSON lines with a prompt each.")
 @option("--output", "output_file", type=options.FILE, help="Where a batch's answers go.  [default: standard output]")
-@option("--resume", is_flag=True, help="Go on with the batch of --output: only what has no answer yet.")
+@option("--resume", is_flag=True, help="Continue the batch of --output: only what has no answer yet.")
 @option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Prompts of a batch at a time.")
 @options.request_options
 @options.json_option
@@ -55,7 +55,7 @@ def generate(
 
     A batch has a JSON object on each line: a prompt (text, or a list of token ids) and, where it differs from the
     options, max_new_tokens, stop, seed, temperature and so on. Answers come in the same order, with the line's id
-    (or its number). What was answered stays when the batch is interrupted; --resume goes on.
+    (or its number). Answers are kept when the batch is interrupted; --resume continues it.
 
     \b
       colaserve generate --input prompts.jsonl --output texts.jsonl --max-new-tokens 64

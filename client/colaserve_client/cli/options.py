@@ -213,6 +213,6 @@ seed_options = grouped("seed", field_options(NoiseSeed), _seed)
 
 
 def request_options(verb: Verb) -> Verb:
-    """What a generation is asked for beside its prompt; the verb gets `request`, whose prompt is empty."""
+    """The settings of a generation beside its prompt; the verb gets `request`, whose prompt is empty."""
     verb = grouped("request", (), _request)(verb)
     return _with(field_options(GenerationRequest), sampler_options(sampling_options(seed_options(verb))))

@@ -25,7 +25,7 @@ _BYTES = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
 @options.json_option
 @options.client_options
 def info(*, client: Client, as_json: bool) -> None:
-    """Tell what the server serves: the model, the defaults of requests, the limits.
+    """Show what the server serves: the model, the defaults of requests, the limits.
 
     \b
       colaserve info
@@ -47,7 +47,7 @@ def _description(found: ModelInfo) -> list[tuple[str, object]]:
         ("vocabulary", f"{model.vocab_size:,}"),
         ("sampler", f"{sampler.steps} steps of {sampler.solver}, guidance {_short(sampler.guidance_scale)}"),
         ("sampling", ", ".join(_settings(sampling))),
-        ("new tokens", f"{found.default_max_new_tokens} unless asked otherwise"),
+        ("new tokens", f"{found.default_max_new_tokens} by default"),
         ("chat frame", repr(found.chat_frame) if found.chat_frame else "none"),
         ("longest context", f"{found.limits.max_context:,} latents"),
         ("version", found.server.version),
@@ -68,9 +68,9 @@ def _settings(settings: Any) -> list[str]:
 @options.json_option
 @options.server_options
 def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
-    """Tell how all services are: versions, latent spaces, load.
+    """Show the state of all services: versions, latent spaces, load.
 
-    The load of the stages is that of the coordinator's last look, a moment ago; a stage may be asked directly, too.
+    The load of the stages is that of the coordinator's last health check; --target may name a stage as well.
 
     \b
       colaserve status
@@ -93,7 +93,7 @@ def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
 
 
 def _rows(client: Client, server: options.Server) -> Sequence[StageInfo]:
-    """The coordinator and its stages; or the stages that live at the address."""
+    """The coordinator and its stages; or the stages that run at the address."""
     serving = client.healthy()
     try:
         found = client.info()

@@ -100,7 +100,7 @@ def test_a_server_that_is_gone_ends_the_batch_and_keeps_what_was_done(
         ([[1, 2]], "in.jsonl:1: expected a JSON object, got list"),
         ([{"prompt": "a"}, {"text": "b"}], "in.jsonl:2: expected an object"),
         ([{"prompt": "a", "max_tokens": 3}], "unknown field 'max_tokens'"),
-        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], "in.jsonl:2: the id 1 is there twice"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], "in.jsonl:2: the id 1 appears twice"),
         ([{"prompt": "a", "id": [1]}], "id: expected a text or a whole number"),
         ([{"prompt": "a", "id": True}], "id: expected a text or a whole number"),
         ([{"prompt": [1.5]}], "in.jsonl:1: prompt: expected a text or a list of token ids"),
