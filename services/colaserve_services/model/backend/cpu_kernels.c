@@ -18,7 +18,7 @@
 #include <string.h>
 
 enum { FLOAT32, BFLOAT16 };
-enum { QUERIES = 16, TILE = 256, MOST_DIM = 256, MOST_POSITIONS = 64 }; /* TILE: keys between updates of the softmax */
+enum { QUERIES = 16, TILE = 128, MOST_DIM = 256, MOST_POSITIONS = 64 }; /* TILE: keys between updates of the softmax */
 
 /* x[r] += gate[index[r]] * y[r] (without y: nothing); out[r] = LayerNorm(x[r]) * scale[index[r]] + shift[index[r]]. */
 typedef struct {
@@ -278,6 +278,8 @@ __attribute__((visibility("hidden"))) const Kernels NAMED(PASS) = {adaln, qkv, a
 
 #else /* no PASS: choose and call */
 
+#include <sys/mman.h>
+
 extern const Kernels colaserve_kernels_plain;
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -309,6 +311,17 @@ int colaserve_kernels_kind(int limit) {
     if (kind == 3 && limit > 3 && has_tiles()) kind = 4;
 #endif
     return kind < limit ? kind : limit;
+}
+
+/* Pages of KV lie in any order: with large pages of memory the CPU finds them faster. */
+void colaserve_kernels_memory(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t large = 2 << 20, begin = ((uintptr_t)memory + large - 1) & ~(large - 1);
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) & ~(large - 1);
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* as good without */
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 static const Kernels *kernels(int kind) {

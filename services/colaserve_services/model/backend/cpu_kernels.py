@@ -93,6 +93,7 @@ def _library() -> ctypes.CDLL:
     # It takes OpenMP from what torch has loaded: one team of threads for both.
     library = ctypes.CDLL(str(LIBRARY))
     library.colaserve_kernels_kind.argtypes = [c_int]
+    library.colaserve_kernels_memory.argtypes, library.colaserve_kernels_memory.restype = [c_void_p, c_int64], None
     for function, structure in (("adaln", _Adaln), ("qkv", _Qkv), ("attention", _Attention)):
         called = getattr(library, f"colaserve_{function}")
         called.argtypes, called.restype = [c_int, ctypes.POINTER(structure), c_int64], None
@@ -116,6 +117,7 @@ class Storage:
         self.positions, self.heads, self.head_dim = positions, heads, head_dim
         size = (layers, pages, heads, 2, positions * _padded(head_dim))
         self.memory = torch.empty(size, dtype=dtype, device=device)
+        _library().colaserve_kernels_memory(self.memory.data_ptr(), self.memory.nbytes)
 
     @staticmethod
     def page_bytes(layers: int, positions: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -73,6 +73,10 @@ INLINE void multiply_rows(float *c, int64_t c_row, const float *factor, const vo
 #undef ROWS
 }
 
+INLINE void fetch(const uint32_t *from, int64_t words) {
+    for (int64_t i = 0; i < words; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
 #if defined(__AMX_BF16__)
 /* Tiles: sums of 16 queries (0 to 3), 32 channels of the queries and of 16 keys, weights and 16 channels of 16 keys. */
 #define QUERIES_TILE 4
@@ -87,10 +91,6 @@ INLINE void configure_tiles(void) {
         uint8_t rows[16];
     } ALIGNED tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 32, 64}, {16, 16, 16, 16, 16, 16, 16, 8}};
     _tile_loadconfig(&tiles);
-}
-
-INLINE void fetch(const uint32_t *from, int64_t words) {
-    for (int64_t i = 0; i < words; i += 16) __builtin_prefetch(from + i, 0, 2);
 }
 
 /* `score` for 32 keys in two parts. */
@@ -199,8 +199,10 @@ INLINE void score(float *scores, const void *queries, int64_t q_row, const Seen 
         for (int64_t j = count; j % LANES; j++) scores[q * TILE + j] = -INFINITY;
 }
 
-/* Online softmax (Milakov and Gimelshein 2018) of one query: scores become weights, in bfloat16 if `pairs` are. */
-INLINE void weigh(float *scores, uint16_t *pairs, int64_t count, float *top, float *total, float *factor) {
+/* Online softmax (Milakov and Gimelshein 2018) of one query: scores become weights, in bfloat16 if `pairs` are. Memory
+   from `next` on is fetched. */
+INLINE void weigh(float *scores, uint16_t *pairs, int64_t count, float *top, float *total, float *factor,
+                  const uint32_t *next) {
     Floats most = splat(*top), sum = {0};
     for (int64_t j = 0; j < count; j += LANES) most = larger(*(FloatsAt *)(scores + j), most);
     const float now = largest_of(most);
@@ -208,6 +210,7 @@ INLINE void weigh(float *scores, uint16_t *pairs, int64_t count, float *top, flo
     for (int64_t j = 0; j < count; j += LANES) {
         const Floats weight = exp2_of(*(FloatsAt *)(scores + j) - now);
         sum += weight;
+        fetch(next + j * 32 / LANES, 32);
         if (pairs)
             *(ShortsAt *)(pairs + j) = rounded(weight);
         else
@@ -284,14 +287,15 @@ INLINE void attend(const Attention *a, int64_t row, int64_t head, int64_t begin,
         const int64_t count = seen.length - from < tile ? seen.length - from : tile;
         const int64_t pages = (count + positions - 1) / positions;
         score(scores, queries, paired ? width / 2 : width, &seen, from, count, rows, way);
-        for (int q = 0; q < rows; q++)
-            weigh(scores + q * TILE, paired ? pairs + q * TILE : NULL, count, top + q, total + q, factor + q);
         const uint32_t *values[TILE], *next[TILE];
         for (int64_t s = 0; s < pages; s++) {
             const int64_t number = from / positions + s;
             values[s] = page_of(&seen, number) + page_words(p);
             next[s] = page_of(&seen, number + pages);
         }
+        for (int q = 0; q < rows; q++)
+            weigh(scores + q * TILE, paired ? pairs + q * TILE : NULL, count, top + q, total + q, factor + q,
+                  next[q % pages]);
         if (count % positions) {
             complete(last, values[pages - 1], count % positions, p);
             values[pages - 1] = last;
