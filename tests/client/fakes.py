@@ -284,6 +284,15 @@ class Decoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
         )
 
 
+SERVICES: dict[Any, Any] = {
+    Generation: generation_pb2_grpc.add_GenerationServiceServicer_to_server,
+    LatentSpace: latent_service_pb2_grpc.add_LatentServiceServicer_to_server,
+    Encoder: encoder_pb2_grpc.add_EncoderServiceServicer_to_server,
+    Prior: prior_pb2_grpc.add_PriorServiceServicer_to_server,
+    Decoder: decoder_pb2_grpc.add_DecoderServiceServicer_to_server,
+}
+
+
 @dataclass
 class FakeServer:
     """Everything on one port."""
@@ -302,19 +311,15 @@ class FakeServer:
         self.server.stop(0).wait()
 
 
-def start_server(
-    credentials: grpc.ServerCredentials | None = None, port: int = 0, host: str = "127.0.0.1"
-) -> FakeServer:
+def start_server(credentials: grpc.ServerCredentials | None = None, port: int = 0, *only: type[Fake]) -> FakeServer:
+    """All services, or some."""
     server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
     behaviour, healthy = Behaviour(), health.HealthServicer()
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Generation(behaviour), server)
-    latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentSpace(behaviour), server)
-    encoder_pb2_grpc.add_EncoderServiceServicer_to_server(Encoder(behaviour), server)
-    prior_pb2_grpc.add_PriorServiceServicer_to_server(Prior(behaviour), server)
-    decoder_pb2_grpc.add_DecoderServiceServicer_to_server(Decoder(behaviour), server)
+    for service in only or SERVICES:
+        SERVICES[service](service(behaviour), server)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-    address = f"{host}:{port}"
+    address = f"127.0.0.1:{port}"
     port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     server.start()
     return FakeServer(server, port, behaviour, healthy)

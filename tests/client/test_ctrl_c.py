@@ -35,40 +35,37 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
     assert time.monotonic() - sent[0] < 10
 
 
-def test_ctrl_c_cancels_what_runs_and_the_client_continues(client: Client, behaviour: Behaviour) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.generate("Once"),
+        lambda client: list(client.stream("Once")),
+        lambda client: next(client.generate_many(["a", "b", "c"], concurrency=1)),
+    ],
+    ids=["generate", "stream", "batch"],
+)
+def test_ctrl_c_cancels_what_runs_and_the_client_continues(
+    client: Client, behaviour: Behaviour, call: Callable[[Client], object]
+) -> None:
     behaviour.wait_after = 1
     with ctrl_c_when(lambda: behaviour.running == 1):
-        client.generate("Once")
+        call(client)
     eventually(lambda: behaviour.running == 0)
     behaviour.wait_after = None
     assert client.generate("Once").text
 
 
-def test_ctrl_c_cancels_a_call_with_one_answer(client: Client, behaviour: Behaviour) -> None:
-    behaviour.delay = 30
-    with ctrl_c_when(lambda: behaviour.calls == 1):
-        client.tokenize("fox")
-    behaviour.delay = 0
-    assert client.tokenize("fox").ids
-
-
-def test_an_interrupted_stream_has_ended(client: Client, behaviour: Behaviour) -> None:
-    behaviour.wait_after = 1
+def test_ctrl_c_cancels_a_call_with_one_answer_and_ends_a_stream(client: Client, behaviour: Behaviour) -> None:
     stream = client.stream("Once")
     next(stream)
+    behaviour.delay, behaviour.calls = 30, 0
+    with ctrl_c_when(lambda: behaviour.calls == 1):
+        client.tokenize("fox")
+    behaviour.delay, behaviour.wait_after = 0, 0
+    stream = client.stream("Once")
     with ctrl_c_when(lambda: behaviour.running == 1):
         next(stream)
     assert list(stream) == []
-    eventually(lambda: behaviour.running == 0)
-
-
-def test_ctrl_c_ends_a_batch(client: Client, behaviour: Behaviour) -> None:
-    behaviour.wait_after = 1
-    outcomes = client.generate_many(["a", "b", "c"], concurrency=2)
-    with ctrl_c_when(lambda: behaviour.running == 2):
-        next(outcomes)
-    eventually(lambda: behaviour.running == 0)
-    assert behaviour.calls <= 3
 
 
 def test_an_interrupted_session_is_closed(server: FakeServer) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_client import Latents, load_latents
 from colaserve_client.cli import chat, exits
 from tests.client.behaviour import Behaviour
 from tests.client.cli.conftest import Run
-from tests.client.fakes import SPACE, STORY, FakeServer
+from tests.client.fakes import SPACE, STORY, FakeServer, Prior, start_server
 
 STORY_TEXT = STORY.decode()
 
@@ -61,18 +62,20 @@ def test_the_prompt_comes_from_argument_file_or_standard_input(run: Run, behavio
 
 
 def test_every_option_reaches_the_server(run: Run, behaviour: Behaviour) -> None:
-    options = "--max-new-tokens 5 --stop x --stop y --ignore-end --steps 3 --guidance-scale 1.5 --solver ab2"
-    more = "--guidance-start 0.75 --guidance-end 0.25 --resamples 2 --temperature 0.5 --top-k 4 --top-p 0.25"
-    assert run("generate", "a", *options.split(), *more.split(), "--repetition-penalty", "1.5").code == 0
-    run("generate", "a", "--seed", "1", "--sampling-seed", "9")
-    first, second = behaviour.requests
-    assert (first.max_new_tokens, list(first.stop), first.ignore_end) == (5, ["x", "y"], True)
-    assert (first.sampler.steps, first.sampler.guidance_scale, first.sampler.solver) == (3, 1.5, 2)
-    assert (first.sampler.guidance_start, first.sampler.guidance_end, first.sampler.resamples) == (0.75, 0.25, 2)
-    assert (first.sampling.temperature, first.sampling.top_k, first.sampling.top_p) == (0.5, 4, 0.25)
-    assert first.sampling.repetition_penalty == 1.5
-    assert not first.HasField("seed")
-    assert (second.seed.base_seed, second.sampling.seed) == (1, 9)
+    latents = "--steps 3 --guidance-scale 1.5 --solver ab2 --guidance-start 0.75 --guidance-end 0.25 --resamples 2"
+    tokens = "--temperature 0.5 --top-k 4 --top-p 0.25 --repetition-penalty 1.5 --sampling-seed 9"
+    own = "--max-new-tokens 5 --stop x --stop y --ignore-end --seed 1 --sample-id 2 --cache-salt mine --print-special"
+    assert run("generate", "a", *latents.split(), *tokens.split(), *own.split()).code == 0
+    assert behaviour.requests == [
+        GenerateRequest(
+            prompt="a",
+            sampler={"steps": 3, "guidance_scale": 1.5, "solver": 2, "guidance_start": 0.75, "guidance_end": 0.25,
+                     "resamples": 2},
+            sampling={"temperature": 0.5, "top_k": 4, "top_p": 0.25, "repetition_penalty": 1.5, "seed": 9},
+            max_new_tokens=5, stop=["x", "y"], ignore_end=True, seed={"base_seed": 1, "sample_id": 2},
+            cache_salt="mine", print_special=True,
+        )
+    ]  # fmt: skip
 
 
 def test_variables_say_where_the_server_is_and_old_ones_are_named(run: Run, behaviour: Behaviour) -> None:
@@ -206,22 +209,11 @@ def test_status_lists_all_services(run: Run, server: FakeServer) -> None:
 
 
 def test_status_of_a_stage_alone(run: Run) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    import grpc
-
-    from colaserve.v1 import prior_pb2_grpc
-    from tests.client.fakes import Prior
-
-    alone = grpc.server(ThreadPoolExecutor(2))
-    prior_pb2_grpc.add_PriorServiceServicer_to_server(Prior(Behaviour()), alone)
-    port = alone.add_insecure_port("127.0.0.1:0")
-    alone.start()
+    alone = start_server(None, 0, Prior)
     try:
-        rows = run("status", "--json", "--target", f"127.0.0.1:{port}").json
-        assert [row["service"] for row in rows] == ["prior"]
+        assert [row["service"] for row in run("status", "--json", "--target", alone.target).json] == ["prior"]
     finally:
-        alone.stop(0).wait()
+        alone.stop()
 
 
 # Chat
