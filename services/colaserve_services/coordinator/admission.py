@@ -2,8 +2,8 @@
 
 An engine starts a session at its next step or refuses it at once, and then the session is queued here again. The first
 in order is tried again as soon as one of our own sessions there has ended, and now and then, since those of other
-coordinators end unseen. A refusal may also mean that the KV memory is short: smaller sessions are then tried before a
-large one, at most 16 times.
+coordinators end unseen; after 16 sessions a slot is left to those for a moment. A refusal may also mean that the KV
+memory is short: smaller sessions are then tried before a large one, at most 16 times.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from colaserve_services.rpc.metrics import Metrics
 COORDINATOR: Final = "coordinator"  # the queue of calls that no stage is the bottleneck of
 
 _PASSES: Final = 16  # later sessions that a stage may take before one that it refused
+_SHARE: Final = 16  # sessions launched at a full stage, until a slot is left to other coordinators for a moment
 _SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0  # seconds
 _LONGEST_PAUSE = 40  # times `retry_seconds`, until a stage that refused is asked again
 _RESUMED_SECONDS = 60.0  # that a run which has made progress waits for a full stage where it has no deadline
@@ -51,8 +52,8 @@ class Ticket:
     resuming: bool = False  # its run has made progress
     granted: asyncio.Future[None] | None = None  # set while it waits; done once it is launched
     running: bool = False
-    launched: float = 0.0
-    refused: bool = False  # by the stage, since when it waits again
+    launched: float = 0.0  # latest; 0 before the first time
+    at_work: bool = False  # its call is counted among those at work because of it
     taken: bool = False  # by the stage
     preempted: bool = False  # its session was ended for others, until it is launched again
     passed: int = 0  # later ones that the stage took since it refused this one
@@ -60,13 +61,8 @@ class Ticket:
 
     @property
     def begins(self) -> bool:
-        """Whether its call has done nothing yet."""
-        return self.first and not self.refused
-
-    @property
-    def adds_work(self) -> bool:
-        """Whether its call is not among those at work before it is launched."""
-        return self.begins or self.preempted
+        """Whether it adds its call to those at work."""
+        return self.first and not self.at_work
 
 
 @dataclass
@@ -76,12 +72,17 @@ class _Queue:
     capacity: int  # what its replicas say that they take
     limit: int  # the same, or what it took when it refused one
     running: int = 0
+    launched: int = 0  # since a slot was left to other coordinators
     waiting: list[Ticket] = field(default_factory=list)
     refused: list[Ticket] = field(default_factory=list)  # by the stage, and not taken since; some are tried again now
     too_large: float = math.inf  # the least size that was refused since the last session ended
     probe: Ticket | None = None  # a smaller one that is tried beyond the limit
-    refused_at: float = -math.inf
     timer: asyncio.TimerHandle | None = None
+
+    def stop(self, ticket: Ticket) -> None:
+        """It runs no more."""
+        ticket.running, self.running = False, self.running - 1
+        self.probe = None if self.probe is ticket else self.probe
 
     def candidates(self) -> list[Ticket]:
         """Those that may be tried now."""
@@ -96,8 +97,9 @@ class _Queue:
 class Admission:
     """Decides which calls start now, which are queued, and which are refused."""
 
-    def __init__(self, limits: CoordinatorLimits, metrics: Metrics):
-        self._limits, self._refusals = limits, metrics.refused
+    def __init__(self, limits: CoordinatorLimits, metrics: Metrics, shared: bool = True):
+        """`shared`: other coordinators may call the same stages."""
+        self._limits, self._refusals, self._shared = limits, metrics.refused, shared
         self._queues = {name: _Queue(limits.max_running, limits.max_running) for name in (*NAMES, COORDINATOR)}
         self._present: Counter[str] = Counter()  # calls by caller, waiting ones included
         self._working: Counter[str] = Counter()  # those that have begun
@@ -143,8 +145,7 @@ class Admission:
                 self._learn_pace((time.monotonic() - started) / ((beside + self.running) / 2))
         finally:
             self._present -= Counter([call.caller])
-            if ticket.launched and not ticket.preempted:
-                self._working -= Counter([call.caller])
+            self._rest(ticket)
             self.leave(ticket)
 
     async def enter(self, ticket: Ticket) -> None:
@@ -171,10 +172,11 @@ class Admission:
         """It waits no more, or its session has ended."""
         queue = self._queues[ticket.stage]
         if ticket.running:
-            ticket.running, queue.too_large = False, math.inf
-            queue.running -= 1
-            if queue.probe is ticket:
-                queue.probe = None
+            queue.too_large = math.inf
+            queue.stop(ticket)
+            if self._shared and queue.waiting and queue.launched >= _SHARE:
+                queue.launched, queue.limit = 0, queue.running
+                self._try_later(queue, 2 * self._limits.retry_seconds)
         elif ticket in queue.waiting:
             queue.waiting.remove(ticket)
         if ticket in queue.refused:
@@ -192,7 +194,7 @@ class Admission:
         """Its session has ended so that others get its slot; `enter` waits for another one. At most 16 later sessions
         are launched before it."""
         ticket.preempted, ticket.taken, ticket.passed = True, False, 0
-        self._working -= Counter([ticket.call.caller])
+        self._rest(ticket)
         self.leave(ticket)
         self._queues[ticket.stage].refused.append(ticket)
 
@@ -207,31 +209,32 @@ class Admission:
             other.passed += other.call.arrived < ticket.call.arrived
         if queue.probe is ticket:
             queue.probe, queue.limit = None, max(queue.limit, queue.running)
-        if ticket.launched > queue.refused_at and queue.waiting:
-            queue.limit = min(queue.limit + 1, queue.capacity)
         self._dispatch()
 
     def refused(self, ticket: Ticket, retry_after: float) -> None:
         """All replicas of the stage refused it; `enter` waits until it is tried again."""
         queue = self._queues[ticket.stage]
-        ticket.running, ticket.taken, ticket.refused = False, False, True
-        queue.running -= 1
+        ticket.taken = False
+        queue.stop(ticket)
         queue.limit, queue.too_large = queue.running, min(queue.too_large, ticket.size)
-        queue.refused_at = time.monotonic()
         if ticket not in queue.refused:
             queue.refused.append(ticket)
-        if queue.probe is ticket:
-            queue.probe = None
-        if queue.timer is None:
-            pause = max(retry_after, ticket.waited / 2, self._limits.retry_seconds) * random.uniform(0.5, 1.0)
-            pause = min(pause, self._limits.retry_seconds * _LONGEST_PAUSE)
-            queue.timer = asyncio.get_running_loop().call_later(pause, self._try_again, queue)
+        shortest = self._limits.retry_seconds
+        self._try_later(queue, min(max(retry_after, shortest), shortest * _LONGEST_PAUSE))
         self._dispatch()
 
-    def _try_again(self, queue: _Queue) -> None:
-        """Sessions of other coordinators may have ended."""
+    def _try_later(self, queue: _Queue, pause: float) -> None:
+        if queue.timer is not None:
+            queue.timer.cancel()
+        seconds = pause * random.uniform(0.5, 1.0)
+        queue.timer = asyncio.get_running_loop().call_later(seconds, self._try_again, queue, pause)
+
+    def _try_again(self, queue: _Queue, pause: float) -> None:
+        """Sessions of other coordinators may have ended: one more is tried at a time, until the stage is full again."""
         queue.timer, queue.too_large = None, math.inf
         queue.limit = min(max(queue.limit, queue.running + 1), queue.capacity) if queue.waiting else queue.capacity
+        if queue.limit < queue.capacity:
+            self._try_later(queue, pause)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -241,13 +244,20 @@ class Admission:
             if queue.running >= queue.limit:
                 queue.probe = ticket
             queue.running += 1
+            queue.launched += 1
             ticket.running, ticket.launched = True, time.monotonic()
-            if ticket.adds_work:
+            if ticket.begins:
                 self._working[ticket.call.caller] += 1
-            ticket.preempted = False
+            ticket.at_work, ticket.preempted = ticket.first, False
             assert ticket.granted is not None, "a ticket that waits has a future"
             ticket.granted.set_result(None)
         self._report()
+
+    def _rest(self, ticket: Ticket) -> None:
+        """Its call is not at work any more."""
+        if ticket.at_work:
+            ticket.at_work = False
+            self._working -= Counter([ticket.call.caller])
 
     def _next(self) -> Ticket | None:
         """The one that is tried now, of all queues: of the callers with the fewest calls at work the first to come."""
@@ -257,13 +267,8 @@ class Admission:
             return not ticket.resuming or ticket.preempted, ticket.preempted, calls, ticket.call.arrived
 
         may_begin = self.running < self._limits.max_running
-        found = [
-            ticket
-            for queue in self._queues.values()
-            for ticket in queue.candidates()
-            if may_begin or not ticket.adds_work
-        ]
-        return min(found, key=order, default=None)
+        found = (ticket for queue in self._queues.values() for ticket in queue.candidates())
+        return min((ticket for ticket in found if may_begin or not ticket.begins), key=order, default=None)
 
     def _report(self) -> None:
         waiting = {name: len(queue.waiting) for name, queue in self._queues.items()}

@@ -55,7 +55,7 @@ class Coordinator:
                 self._metrics.failovers.labels(stage, outcome)
             for kind in checks.KINDS:
                 self._metrics.stage_faults.labels(stage, kind)
-        self._admission = Admission(self._limits, self._metrics)
+        self._admission = Admission(self._limits, self._metrics, stages.shared)
         self._health, self._changed = HealthMonitor(stages, self._metrics), stages.changed
         self._services: ServiceContext | None = None
         self._connected = asyncio.Event()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -47,14 +47,22 @@ class Stages:
     """The replicas of each stage and the addresses they reach. A stage is an iterable of replicas that is asked anew
     for every call, or one stub of grpc.aio, or something that can be called like one."""
 
-    def __init__(self, encoder: Any, prior: Any, decoder: Any, changed: asyncio.Event | None = None, **targets: str):
-        """`changed` is set whenever a replica begins to serve. `targets` are encoder_target, prior_target and so on."""
+    def __init__(
+        self,
+        encoder: Any,
+        prior: Any,
+        decoder: Any,
+        changed: asyncio.Event | None = None,
+        targets: Mapping[str, str] | None = None,
+    ):
+        """`changed` is set whenever a replica begins to serve. `targets`: the addresses of stages, by their names."""
         given = {"encoder": encoder, "prior": prior, "decoder": decoder}
         self.replicas: dict[str, Iterable[Replica]] = {
             name: stage if isinstance(stage, Iterable) else [Local(stage)] for name, stage in given.items()
         }
         self.changed = changed or asyncio.Event()
-        self.targets = {name: targets.get(f"{name}_target", IN_PROCESS) for name in NAMES}
+        self.shared = any(isinstance(stage, Iterable) for stage in given.values())  # other coordinators may call them
+        self.targets = {**dict.fromkeys(NAMES, IN_PROCESS), **(targets or {})}
 
 
 @dataclass(frozen=True)

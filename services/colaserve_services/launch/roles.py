@@ -87,14 +87,7 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
             name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
             for name, target in targets.items()
         }
-        stages = Stages(
-            replicas["encoder"],
-            replicas["prior"],
-            replicas["decoder"],
-            changed,
-            **{f"{stage}_target": target for stage, target in targets.items()},
-        )
-        coordinator = _coordinator(host, settings, checkpoint, stages)
+        coordinator = _coordinator(host, settings, checkpoint, Stages(**replicas, changed=changed, targets=targets))
         await host.serve_grpc(*_servicers(coordinator, host), context_bytes=_context_bytes(settings, checkpoint))
         await _connect(host, coordinator)
 

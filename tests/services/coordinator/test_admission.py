@@ -208,6 +208,52 @@ async def test_small_ones_pass_a_large_one_that_does_not_fit_and_only_so_often()
     assert gate.waiting == 0
 
 
+class Virtual(asyncio.SelectorEventLoop):
+    """Time passes only while everybody sleeps, and then at once."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now, self._scheduled[0]._when)  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+def test_a_coordinator_that_holds_all_slots_of_a_stage_leaves_some_to_a_later_one():
+    free, done = [8], [0, 0]
+
+    async def call(gate: Admission, number: int) -> None:
+        while True:
+            ticket = Ticket(Call(), "prior", 1)
+            await gate.enter(ticket)
+            while not free[0]:
+                gate.refused(ticket, 0.1)
+                await gate.enter(ticket)
+            free[0] -= 1
+            gate.taken(ticket)
+            await asyncio.sleep(0.2)
+            free[0] += 1
+            done[number] += 1
+            gate.leave(ticket)
+
+    async def both() -> None:
+        gates = [Admission(CoordinatorLimits(), Metrics()) for _ in done]
+        tasks = [asyncio.create_task(call(gates[0], 0)) for _ in range(16)]
+        await asyncio.sleep(1)
+        tasks += [asyncio.create_task(call(gates[1], 1)) for _ in range(16)]
+        await asyncio.sleep(60)
+        for task in tasks:
+            task.cancel()
+
+    with asyncio.Runner(loop_factory=Virtual) as runner:
+        runner.run(both())
+    assert min(done) > max(done) / 3
+    assert sum(done) > 0.95 * 8 * 60 / 0.2
+
+
 async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail_none(tokenizer):
     fakes = {"encoder": FakeEncoder(), "prior": FakePrior(max_running=3), "decoder": FakeDecoder()}
     stubs, limits = {name: LocalStub(fake) for name, fake in fakes.items()}, CoordinatorLimits(retry_seconds=0.001)

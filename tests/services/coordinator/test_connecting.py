@@ -25,7 +25,9 @@ def fakes() -> dict[str, Any]:
 
 def over(stages: dict[str, Any], tokenizer: Tokenizer, **limits: Any) -> Coordinator:
     stubs = {name: LocalStub(fake) for name, fake in stages.items()}
-    return Coordinator(Stages(**stubs, prior_target="prior.test:1"), tokenizer, limits=CoordinatorLimits(**limits))
+    return Coordinator(
+        Stages(**stubs, targets={"prior": "prior.test:1"}), tokenizer, limits=CoordinatorLimits(**limits)
+    )
 
 
 class Starting:

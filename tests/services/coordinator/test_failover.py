@@ -79,12 +79,6 @@ async def test_the_resumed_decoder_gets_latents_and_untrimmed_ids(world):
     assert (second.max_latents, second.sampling) == (first.max_latents, first.sampling)
 
 
-async def test_the_encoder_is_asked_again(world):
-    undisturbed = reported(await world.generate(**REQUEST))
-    world.encoder.faults = {1: (0, StatusCode.UNAVAILABLE), 2: (0, StatusCode.UNAVAILABLE)}
-    assert reported(await world.generate(**REQUEST)) == undisturbed
-
-
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
 async def test_attempts_are_bounded(make_world, stage: str):
     world = await make_world(attempts=4)

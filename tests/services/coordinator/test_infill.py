@@ -28,10 +28,16 @@ parts = st.lists(st.one_of(st.text(min_size=1, max_size=9), st.integers(1, 9)), 
 )
 
 
+@pytest.fixture
+async def worlds(make_world):
+    """By their patch size."""
+    return {patch_size: await make_world(patch_size=patch_size) for patch_size in (1, 2, 3)}
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(parts, st.sampled_from([1, 2, 3]))
-async def test_kept_text_comes_back_as_it_was_and_holes_have_the_tokens_asked_for(make_world, parts, patch_size):
-    world = await make_world(patch_size=patch_size)
+async def test_kept_text_comes_back_as_it_was_and_holes_have_the_tokens_asked_for(worlds, parts, patch_size):
+    world = worlds[patch_size]
     response = await filled(world, *parts)
     assert len(response.segments) == len(parts)
     assert response.text == "".join(response.segments)

@@ -54,7 +54,7 @@ ids_of_run = st.lists(st.integers(0, 6), min_size=1, max_size=16)
 stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=3)
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(ids_of_run, stop_strings, st.integers(1, 5), st.integers(0, 3))
 @example([1, 2, 1, 1], ["b", "abaab"], 4, 0)
 @example([1, 2], ["a", "ab"], 1, 0)
