@@ -12,8 +12,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -45,37 +45,29 @@ class Liveness:
     failures: int = 6  # in a row
 
 
-@dataclass(frozen=True)
-class ChildSettings:
-    """One process."""
+@dataclass(eq=False)
+class Child:
+    """One process, and the ones that take its place on the same ports."""
 
     name: str  # the role, with a number where it has several replicas
     role: str
-    arguments: Sequence[str]
+    arguments: list[str]
     environment: Mapping[str, str]
     channel: ChannelSettings  # how its health is asked for
     stop_seconds: float  # its drain and grace
     liveness: Liveness = Liveness()
+    addresses: dict[str, str] = field(default_factory=dict)
 
-
-class Child:
-    """One process, and the ones that take its place on the same ports."""
-
-    def __init__(self, settings: ChildSettings):
-        self.settings = settings
-        self.addresses: dict[str, str] = {}
+    def __post_init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._running = asyncio.Event()
         self._pipes = contextlib.ExitStack()
         self._ready: asyncio.Future[None] | None = None
 
-    def add_arguments(self, *arguments: str) -> None:
-        """More arguments, for the process and for those that take its place."""
-        self.settings = replace(self.settings, arguments=[*self.settings.arguments, *arguments])
-
     async def start(self) -> None:
         """Start it and learn its addresses. Raises UsageError or ColaserveError when it ends before."""
         self._pipes.close()  # of the one before
+        self._ready = None
         reading, writing = os.pipe()
         reader = asyncio.StreamReader()
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -92,13 +84,12 @@ class Child:
         self._pipes.callback(self._ready.cancel)
 
     async def _execute(self, writing: int) -> None:
-        settings = self.settings
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "colaserve_services.launch", settings.role, *settings.arguments,
+                sys.executable, "-m", "colaserve_services.launch", self.role, *self.arguments,
                 *self._same_ports(), f"--ports-file=/dev/fd/{writing}",
                 stdin=asyncio.subprocess.PIPE,  # closed by the system if this process dies: the child then ends too
-                env={**settings.environment, EXIT_WITH_PARENT: "1"},
+                env={**self.environment, EXIT_WITH_PARENT: "1"},
                 pass_fds=(writing,),
                 start_new_session=True,  # Ctrl-C reaches this process, which stops the others in order
             )  # fmt: skip
@@ -121,13 +112,13 @@ class Child:
         """What to tell of one that ended by itself: its options do not fit, or it cannot serve."""
         code = None if self._process is None else self._process.returncode
         kind = UsageError if code == _MISUSE else ColaserveError
-        return kind(f"{self.settings.name} ended with exit code {code}; stopping the others")
+        return kind(f"{self.name} ended with exit code {code}; stopping the others")
 
     async def serving(self) -> None:
         """Return when its health says SERVING. Raises ColaserveError where waiting will not help: it refuses to answer,
         or says that it is ready and is not reached."""
         target, ready_at = reachable(self.addresses["grpc"]), math.inf
-        async with open_channel(target, self.settings.channel, service="") as channel:
+        async with open_channel(target, self.channel, service="") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 try:
@@ -137,7 +128,7 @@ class Child:
                 except grpc.aio.AioRpcError as error:
                     if error.code() not in _WAITING or time.monotonic() > ready_at + REACH_SECONDS:
                         why = error.details() or error.code().name
-                        message = f"the {self.settings.name} at {target} cannot be reached: {why}"
+                        message = f"the {self.name} at {target} cannot be reached: {why}"
                         raise ColaserveError(message) from error
                 if self._ready is not None and self._ready.done():
                     ready_at = min(ready_at, time.monotonic())
@@ -163,20 +154,20 @@ class Child:
     async def _end_if_not_alive(self) -> None:
         if "grpc" not in self.addresses:
             return
-        liveness, failures = self.settings.liveness, 0
-        async with open_channel(reachable(self.addresses["grpc"]), self.settings.channel, service="") as channel:
+        failures = 0
+        async with open_channel(reachable(self.addresses["grpc"]), self.channel, service="") as channel:
             stub, question = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest(service=LIVENESS)
             started = False  # while it reads weights nobody answers
-            while failures < liveness.failures:
-                await asyncio.sleep(liveness.period)
+            while failures < self.liveness.failures:
+                await asyncio.sleep(self.liveness.period)
                 try:
-                    answer = await stub.Check(question, timeout=liveness.timeout)
+                    answer = await stub.Check(question, timeout=self.liveness.timeout)
                     alive = answer.status == health_pb2.HealthCheckResponse.SERVING
                 except grpc.aio.AioRpcError:
                     alive = False
                 started = started or alive
                 failures = 0 if alive or not started else failures + 1
-        _log.error("%s is not alive: ending it", self.settings.name)
+        _log.error("%s is not alive: ending it", self.name)
         self.kill()
 
     async def stop(self, number: int) -> None:
@@ -185,7 +176,7 @@ class Child:
             return
         self.signal(number)
         try:
-            await asyncio.wait_for(self._process.wait(), self.settings.stop_seconds + KILL_SECONDS)
+            await asyncio.wait_for(self._process.wait(), self.stop_seconds + KILL_SECONDS)
         except TimeoutError:
             self.kill()
             await self._process.wait()

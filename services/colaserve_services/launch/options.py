@@ -59,7 +59,7 @@ class Devices(_ByStage):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The devices by stage."""
-        return value if isinstance(value, Mapping) else {"": "cpu", **dict(self.pairs(value, param, ctx))}
+        return {"": "cpu", **dict(self.pairs(value, param, ctx))}
 
 
 class Replicas(_ByStage):
@@ -69,8 +69,6 @@ class Replicas(_ByStage):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The counts by stage."""
-        if isinstance(value, Mapping):
-            return value
         found = {}
         for stage, count in self.pairs(value, param, ctx):
             if not stage or not (count.isascii() and count.isdecimal()) or not 1 <= int(count) <= MOST_REPLICAS:
@@ -88,8 +86,6 @@ class Log(Trimmed):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The settings."""
-        if isinstance(value, LogSettings):
-            return value
         format_, _, level = super().convert(value, param, ctx).partition(":")
         if format_ not in self.FORMATS or (level or "info") not in self.LEVELS:
             expected = f"one of {', '.join(self.FORMATS)}, and after a colon one of {', '.join(self.LEVELS)}"
@@ -119,8 +115,6 @@ class TlsFolder(TrimmedPath):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The files."""
-        if isinstance(value, TlsFiles):
-            return value
         folder = Path(os.fspath(super().convert(value, param, ctx)))
         cert, key, ca = (file if (file := folder / name).is_file() else None for name in TLS_NAMES)
         if (cert is None) != (key is None) or (cert is None and ca is None):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Mapping
 
 from colaserve_services.launch.announcements import announce, flush_or_drop
-from colaserve_services.launch.children import Child, ChildSettings, reachable
+from colaserve_services.launch.children import Child, reachable
 from colaserve_services.launch.options import STAGES
 from colaserve_services.launch.process import check_ports, description, in_thread, keep_grpc, write_ports
 from colaserve_services.launch.settings import ROLE_KEY, UpSettings, check_tls, role_key
@@ -46,7 +46,7 @@ class Children:
         kept = {key: value for key, value in self._environment.items() if role not in STAGES or key != KEYS_FILE}
         environment = {key: value for key, value in kept.items() if key not in OWN}
         stop_seconds = settings.drain_seconds + settings.grace_seconds
-        return Child(ChildSettings(name or role, role, arguments, environment, settings.channel, stop_seconds))
+        return Child(name or role, role, list(arguments), environment, settings.channel, stop_seconds)
 
     @property
     def all(self) -> list[Child]:
@@ -56,15 +56,15 @@ class Children:
     @property
     def addresses(self) -> dict[str, dict[str, str]]:
         """Of each one, by its kind."""
-        return {child.settings.name: child.addresses for child in self.all}
+        return {child.name: child.addresses for child in self.all}
 
     async def start(self) -> None:
         """Start all and return when they serve. Raises what the first one that fails says."""
         await asyncio.gather(*(child.start() for stage in self.stages.values() for child in stage))
         for stage, replicas in self.stages.items():
-            self.coordinator.add_arguments(f"--{stage}={','.join(child.addresses['grpc'] for child in replicas)}")
+            self.coordinator.arguments.append(f"--{stage}={','.join(child.addresses['grpc'] for child in replicas)}")
         await self.coordinator.start()
-        self.gateway.add_arguments(f"--coordinator={reachable(self.coordinator.addresses['grpc'])}")
+        self.gateway.arguments.append(f"--coordinator={reachable(self.coordinator.addresses['grpc'])}")
         await self.gateway.start()
         await asyncio.gather(*(child.serving() for child in self.all if "grpc" in child.addresses))
 
@@ -123,7 +123,7 @@ async def _start_and_watch(children: Children, settings: UpSettings) -> None:
     started = time.monotonic()
     folder = await in_thread(settings.folder)  # fetched once; where the bundled one is missing, this says so once
     for child in children.all[:-1]:  # all but the gateway
-        child.add_arguments(f"--model={folder}")
+        child.arguments.append(f"--model={folder}")
     await children.unless_one_ends(children.start())
     if settings.ports_file is not None:
         write_ports(settings.ports_file, children.addresses)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,15 +15,14 @@ from colaserve_services.errors import NotAuthenticated, UsageError
 from colaserve_services.rpc.watched_files import WatchedFiles
 
 _ROLE_NAME: Final = re.compile(r"(colaserve-)?(gateway|coordinator|encoder|prior|decoder)(\.|$)")
-LOOK_SECONDS = 1.0  # between two looks at the file
 
 
 class Keys:
     """The keys that clients may show. Only their SHA-256 is kept."""
 
-    def __init__(self, keys: Iterable[str] = (), file: Path | None = None, look_seconds: float = LOOK_SECONDS):
+    def __init__(self, keys: Iterable[str] = (), file: Path | None = None):
         self._fixed, self._file = _parse(enumerate(keys, 1), "key"), file
-        self._watched, self._looked, self._look_seconds = WatchedFiles(file), time.monotonic(), look_seconds
+        self._watched = WatchedFiles(file)
         self._from_file = {} if file is None else _read(file)
         if not self._all():
             raise _no_key(file)
@@ -41,7 +39,8 @@ class Keys:
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise NotAuthenticated("no key: send `authorization: Bearer KEY`")
-        self._look()
+        if self._file is not None:
+            self._from_file = self._watched.read_again(partial(_read_some, self._file)) or self._from_file
         shown = _digest(key.strip())
         names = [name for known, name in self._all().items() if hmac.compare_digest(shown, known)]  # looks at each
         if not names:
@@ -50,12 +49,6 @@ class Keys:
 
     def _all(self) -> dict[bytes, str]:
         return self._fixed | self._from_file
-
-    def _look(self) -> None:
-        if self._file is None or time.monotonic() - self._looked < self._look_seconds:
-            return
-        self._looked = time.monotonic()
-        self._from_file = self._watched.read_again(partial(_read_some, self._file)) or self._from_file
 
 
 def _read_some(file: Path) -> dict[bytes, str]:

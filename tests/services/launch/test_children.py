@@ -10,7 +10,7 @@ from collections import Counter
 import psutil
 import pytest
 
-from colaserve_services.launch.children import Child, ChildSettings, Liveness
+from colaserve_services.launch.children import Child, Liveness
 from colaserve_services.rpc.settings import ChannelSettings
 from tests.conftest import GOLDEN
 from tests.services.launch.processes import QUIET
@@ -39,7 +39,7 @@ async def stand_still_until_ended(process):
 
 async def test_one_that_no_longer_answers_is_ended_and_starts_again_on_its_ports(caplog):
     environment, before = {**os.environ, **QUIET}, processes()
-    child = Child(ChildSettings("prior", "prior", FREE, environment, ChannelSettings(), 1.0, LIVENESS))
+    child = Child("prior", "prior", list(FREE), environment, ChannelSettings(), 1.0, LIVENESS)
     try:
         async with asyncio.timeout(100):
             await child.start()

@@ -149,14 +149,14 @@ def test_split_gives_each_role_what_was_given_and_keys_to_the_edges_alone(tmp_pa
     keys.write_text("k1")
     up, said = settings_of("up", "--split", "--max-running=7", "--grpc-port=1234", f"--api-keys-file={keys}")
     children = Children(up, said)
-    environments = {child.settings.role: child.settings.environment for child in children.all}
+    environments = {child.role: child.environment for child in children.all}
     assert {each["COLASERVE_MAX_RUNNING"] for each in environments.values()} == {"7"}
     assert {each["COLASERVE_MAX_CONTEXT"] for each in environments.values()} == {"512"}
     have_keys = {role for role, each in environments.items() if "COLASERVE_API_KEYS_FILE" in each}
     assert have_keys == {"coordinator", "gateway"}
     assert len({each["COLASERVE_ROLE_KEY"] for each in environments.values()}) == 1
     assert not any("COLASERVE_SPLIT" in each for each in environments.values())
-    private = {child.settings.role for child in children.all if "--grpc-port=0" in child.settings.arguments}
+    private = {child.role for child in children.all if "--grpc-port=0" in child.arguments}
     assert private == set(STAGES)
 
 
