@@ -152,7 +152,7 @@ class FakeGeneration(GenerationServiceServicer):
             server=types_pb2.ServerInfo(waiting=self.waiting),
             default_sampler=types_pb2.Sampler(steps=16, guidance_scale=7, solver=types_pb2.SOLVER_EULER,
                                               guidance_start=1, guidance_end=0),
-            default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.5, repetition_penalty=1.5),
+            default_sampling=types_pb2.Sampling(temperature=0, top_k=50, top_p=0.9, repetition_penalty=1.5),
             default_max_new_tokens=32,
             chat_frame=self.chat_frame,
             stages=[pb.StageInfo(stage="prior", target="here", serving=self.serving)],

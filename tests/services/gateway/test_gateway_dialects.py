@@ -103,6 +103,7 @@ async def test_a_response_comes_as_numbered_events_that_end_in_the_whole_one(gat
     changing = {"id": None, "created_at": None, "completed_at": None, "output": None}
     assert found[-1]["response"] | changing == whole | changing
     assert (whole["instructions"], whole["metadata"], whole["store"]) == ("Be short.", {"a": "b"}, False)
+    assert (whole["temperature"], whole["top_p"]) == (0, 0.9), "the server's defaults, as they were written"
     assert gateway.fake.seen[0].request.prompt == "System: Be short.\nUser: Where?\nAssistant:"
 
 

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
+from colaserve_client.arrays import shortest
 from colaserve_services.gateway.backend import Info
 from colaserve_services.gateway.dialects.base import OneText, Usage, event
 from colaserve_services.gateway.dialects.fields import (
@@ -200,7 +201,7 @@ class Responses(OneText[ResponsesRequest]):
     def _response(self, status: Status, output: list[OutputMessage], **ended: Any) -> Response:
         body, defaults = self.body, self.info.default_sampling
         settings: dict[str, float | None] = {name: getattr(body, name) for name in ("temperature", "top_p")}
-        given = {name: getattr(defaults, name) if value is None else value for name, value in settings.items()}
+        given = {name: shortest(getattr(defaults, name)) if one is None else one for name, one in settings.items()}
         response: Any = {
             **dict.fromkeys(Response.__annotations__),
             "id": f"resp_{self.request_id}",
