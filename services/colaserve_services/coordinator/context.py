@@ -39,6 +39,7 @@ class ServiceContext:
     limits: CoordinatorLimits
     metrics: Metrics
     admission: Admission
+    model_name: str = ""
 
     @property
     def most_tokens(self) -> int:

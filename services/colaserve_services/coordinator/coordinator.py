@@ -82,8 +82,9 @@ class Coordinator:
         self._health.settle(model)
         self._admission.follow(self._health.capacities)
         self._services = ServiceContext(
-            self._health.pools, model, self._tokenizer, self._defaults, self._limits, self._metrics, self._admission
-        )
+            self._health.pools, model, self._tokenizer, self._defaults, self._limits, self._metrics, self._admission,
+            self.model_name,
+        )  # fmt: skip
         self._connected_at = time.monotonic()
         self._connected.set()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Any
 
 from colaserve.v1 import decoder_pb2, generation_pb2, prior_pb2, types_pb2
+from colaserve_client.arrays import shortest
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
@@ -12,6 +15,8 @@ from colaserve_services.coordinator.plan import Plan, plan_generation
 from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.runs import DecoderRun, PriorRun
 from colaserve_services.coordinator.writer import Piece, Writer
+from colaserve_services.rpc import requests, tracing
+from colaserve_services.rpc.errors import grpc_code
 from colaserve_services.text import Tokenizer
 
 Response = generation_pb2.GenerateResponse
@@ -25,8 +30,8 @@ async def generate(
     services.admission.check(call, "prior")
     call.use_salt(request.cache_salt)
     plan = await plan_generation(services, request)
-    watch = _Watch(services, call)
-    async with services.admission.slot(call, "prior", plan.positions(services.model)) as ticket:
+    watch = _Watch(services, call, plan)
+    async with watch, services.admission.slot(call, "prior", plan.positions(services.model)) as ticket:
         prompt = await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(services.tokenizer)
@@ -45,8 +50,8 @@ async def generate(
                         break
                     yield response
         finally:
-            usage = watch.ended(len(plan.prompt_ids), writer, prior.received)
-    end = Response(finish_reason=writer.finish_reason, usage=usage, timing=watch.total, seed=plan.seed)
+            watch.ended(writer, prior.received)
+    end = Response(finish_reason=writer.finish_reason, usage=watch.usage, timing=watch.total, seed=plan.seed)
     response.MergeFrom(end)
     response.stop_string = writer.stop_string
     yield response
@@ -86,28 +91,64 @@ def _response(
 
 
 class _Watch:
-    """Where a generation's time goes, and what it used."""
+    """Where a generation's time goes, and what it used: entered when it is planned, left when it is over."""
 
-    def __init__(self, services: ServiceContext, call: Call):
-        self._metrics, self._call = services.metrics, call
+    def __init__(self, services: ServiceContext, call: Call, plan: Plan):
+        self._metrics, self._name, self._call, self._plan = services.metrics, services.model_name, call, plan
+        self._first: float | None = None
         self._last, self._blocks = 0.0, 0
-        self.total = types_pb2.Timing()
+        self._reason: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
+        self.total, self.usage = types_pb2.Timing(), types_pb2.Usage()
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = self._call.age()
+        self._metrics.generation_seconds.observe(seconds)
+        failed = grpc_code(error).name if isinstance(error, Exception) else ""  # who just leaves is no error
+        tracing.generated(seconds, self._first, self._attributes(), failed)
 
     def block(self, timing: types_pb2.Timing) -> None:
         """A block is decoded."""
         add_timing(self.total, timing)
         age = self._call.age()
         (self._metrics.inter_block if self._blocks else self._metrics.first_block).observe(age - self._last)
+        self._first = age if self._first is None else self._first
         self._last, self._blocks = age, self._blocks + 1
 
-    def ended(self, prompt: int, writer: Writer, received: int) -> types_pb2.Usage:
-        """The generation is over, well or not; `received` blocks came from the prior. Those of a text that was left or
-        failed before its end are not wasted by running ahead."""
-        wasted = received - self._blocks if writer.finish_reason else 0
+    def ended(self, writer: Writer, received: int) -> None:
+        """The text is over, well or not; `received` blocks came from the prior. Those of a text that was left or failed
+        before its end are not wasted by running ahead."""
+        prompt, wasted = len(self._plan.prompt_ids), received - self._blocks if writer.finish_reason else 0
         self.total.queue_us += round(self._call.waited * 1e6)
         self._metrics.tokens.labels("prompt").inc(prompt)
         self._metrics.tokens.labels("completion").inc(writer.sent)
         self._metrics.wasted_blocks.inc(wasted)
-        return types_pb2.Usage(
+        self._reason = writer.finish_reason
+        self.usage = types_pb2.Usage(
             prompt_tokens=prompt, completion_tokens=writer.sent, blocks=received, wasted_blocks=wasted
         )
+
+    def _attributes(self) -> dict[str, Any]:
+        """In OpenTelemetry's names, and one of vLLM's; no text, stop strings included."""
+        sampling, reason = self._plan.sampling, types_pb2.FinishReason.Name(self._reason)
+        ended = {"gen_ai.response.finish_reasons": [reason.removeprefix("FINISH_REASON_").lower()]}
+        return {
+            "gen_ai.operation.name": "text_completion",
+            "gen_ai.provider.name": "colaserve",
+            "gen_ai.request.model": self._name,
+            "gen_ai.request.max_tokens": self._plan.max_new_tokens,
+            "gen_ai.request.temperature": shortest(sampling.temperature),
+            "gen_ai.request.top_k": sampling.top_k,
+            "gen_ai.request.top_p": shortest(sampling.top_p),
+            "gen_ai.request.seed": self._plan.seed.base_seed,
+            "gen_ai.response.id": requests.current_request_id(),
+            "gen_ai.response.model": self._name,
+            "gen_ai.usage.input_tokens": len(self._plan.prompt_ids),
+            "gen_ai.usage.output_tokens": self.usage.completion_tokens,
+            "gen_ai.latency.time_in_queue": self._call.waited,
+            **(ended if self._reason else {}),
+        }

@@ -55,6 +55,8 @@ class Engine(Generic[S, T]):
     ):
         """`kv_bytes`: what a session with so many latents reserves."""
         self.limits = limits.fitting(block_size, kv_bytes)
+        longest = self.limits.max_context // block_size  # what one block alone reserves may be rounded up
+        self.kv_blocks = limits.kv_bytes * longest // kv_bytes(self.limits.max_context)
         self.observer = observer or EngineObserver()
         self.prefixes = Prefixes(limits.prefix_cache_bytes, block_size, self.observer)
         self._device = device

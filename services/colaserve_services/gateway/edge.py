@@ -136,6 +136,10 @@ class Edge:
         seconds = time.monotonic() - record.started
         method = getattr(scope.get("route"), "path", "unknown")
         self._metrics.request_seconds.labels(SERVICE, method, str(record.outcome)).observe(seconds)
+        if record.choices and self._metrics.coordinator is not None:  # in one process the coordinator does it
+            self._metrics.generation_seconds.observe(seconds)
+            if record.first_block is not None:
+                self._metrics.first_block.observe(record.first_block)
         if scope["path"] not in OPEN:
             line = {"service": SERVICE, "method": method, "code": record.outcome, "seconds": round(seconds, 4)}
             access.info("request", extra={"fields": line | record.fields()})

@@ -8,8 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
+
 from colaserve.v1.decoder_pb2_grpc import DecoderServiceStub
 from colaserve.v1.encoder_pb2_grpc import EncoderServiceStub
+from colaserve.v1.generation_pb2 import GenerationServiceGetInfoRequest
 from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
 from colaserve.v1.latent_service_pb2_grpc import LatentServiceStub
 from colaserve.v1.prior_pb2_grpc import PriorServiceStub
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from colaserve_services.launch.stages import RunningStages
 
 PACKAGE = "colaserve.v1"
+INFO_SECONDS = 0.5  # that the metrics of a gateway wait for a coordinator
 COORDINATOR = (GenerationServiceStub, LatentServiceStub, GRPCInferenceServiceStub)
 STUBS: dict[str, Callable[[Any], Any]] = {
     "EncoderService": EncoderServiceStub,
@@ -103,6 +107,7 @@ def run_gateway(settings: GatewaySettings) -> None:
         await host.open_ports(None)
         # the other services, too, on the same channel
         coordinator = _connection(host, "GenerationService", coordinators, settings.channel)
+        host.metrics.coordinator = _asking(coordinator)
         await _gateway(host, settings, coordinator.stub, coordinator.reached)
 
     run("gateway", settings, assemble)
@@ -134,6 +139,23 @@ def run_all(settings: UpSettings) -> None:
 
 async def _checkpoint(settings: Model) -> Checkpoint:
     return await in_thread(lambda: Checkpoint.open(settings.folder()))
+
+
+def _asking(coordinator: Connection) -> Callable[[], Any]:
+    """Asks a coordinator for its GetInfo, from another thread; None when it is silent."""
+    loop = asyncio.get_running_loop()
+
+    async def info() -> Any:
+        stub: Any = coordinator.stub
+        return await stub.GetInfo(GenerationServiceGetInfoRequest(), timeout=INFO_SECONDS)
+
+    def ask() -> Any:
+        try:
+            return asyncio.run_coroutine_threadsafe(info(), loop).result(2 * INFO_SECONDS)
+        except (grpc.RpcError, TimeoutError):
+            return None
+
+    return ask
 
 
 def _context_bytes(settings: Model, checkpoint: Checkpoint) -> int:

@@ -92,6 +92,8 @@ def load_stages(
         observer = EngineMetrics(metrics, stage, failing)
         with has_to_fit(f"the {stage}", device):
             engines[stage] = _engine(stage, network(model), checkpoint, thread, limits, observer)
+        block_tokens = engines[stage].shape.block_size * engines[stage].shape.patch_size
+        metrics.kv_blocks.labels(stage, str(block_tokens)).set(engines[stage].kv_blocks)
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
         identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES)
         services[stage] = _service(stage, engines[stage], identity, checkpoint)

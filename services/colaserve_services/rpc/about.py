@@ -39,6 +39,7 @@ def info(engine: Any, identity: Identity) -> dict[str, Any]:
             max_running=limits.max_running,
             kv_bytes=limits.kv_bytes,
             run_ahead=limits.run_ahead,
+            kv_blocks=engine.kv_blocks,
         ),
         "server": types_pb2.ServerInfo(
             version=__version__,

@@ -38,6 +38,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None):
         self.registry = registry or CollectorRegistry()
         self.table: list[tuple[str, str, tuple[str, ...], str]] = []  # name, kind, labels, meaning
+        self.coordinator: Callable[[], Any] | None = None  # asks the one behind a gateway for its GetInfo; None: silent
         self._calls()
         self._engines()
         self._generation()
@@ -71,6 +72,9 @@ class Metrics:
         self.kv_bytes = gauge("engine_kv_bytes", "Bytes of the KV budget that are reserved.", "stage")
         self.kv_budget_bytes = gauge("engine_kv_budget_bytes", "The KV budget in bytes.", "stage")
         self.kv_utilization = gauge("engine_kv_utilization_ratio", "Reserved share of the KV budget, 0 to 1.", "stage")
+        self.kv_blocks = gauge(
+            "engine_kv_blocks", "Blocks, each of block_size tokens, whose KV fits the budget.", "stage", "block_size"
+        )
         self.engine_first_block = histogram(
             "engine_time_to_first_block_seconds", "Seconds from a session's arrival to its first block.",
             BLOCK_SECONDS, "stage",
@@ -98,6 +102,9 @@ class Metrics:
     def _generation(self) -> None:
         self.first_block = self._histogram(
             "time_to_first_block_seconds", "Seconds from a generation's arrival to its first block.", BLOCK_SECONDS
+        )
+        self.generation_seconds = self._histogram(
+            "generation_seconds", "Seconds from a generation's arrival to its end, however it ends.", CALL_SECONDS
         )
         self.inter_block = self._histogram(
             "inter_block_seconds", "Seconds between two blocks of a generation.", BLOCK_SECONDS
@@ -134,23 +141,67 @@ class Metrics:
 
 
 class Aliases(Collector):
-    """The names that inference gateways read, over all stages of this process."""
+    """The names that inference gateways read: those of all stages of this process or, in a gateway by itself, what the
+    coordinator that answers says of its stages."""
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Sums of the queues; the fullest cache."""
+        """Sums of the queues, the fullest cache, the prior's blocks. A coordinator that is silent leaves them out."""
+        metrics = self._metrics
+        yield from self._load() if metrics.coordinator is None else _load_of(metrics.coordinator())
+        first = metrics.first_block
+        if metrics.coordinator is None and not any(
+            labels == {"stage": "coordinator"} for labels, _ in _of(metrics.running)
+        ):
+            first = metrics.engine_first_block  # this is a stage
+        yield _renamed(first, "vllm:time_to_first_token_seconds", "Alias: seconds to the first block.")
+        yield _renamed(metrics.generation_seconds, "vllm:e2e_request_latency_seconds", "Alias: seconds of generations.")
+
+    def _load(self) -> Iterator[Metric]:
         metrics = self._metrics
         waiting, running, usage = (
-            [sample.value for family in gauge.collect() for sample in family.samples]
+            [value for _, value in _of(gauge)]
             for gauge in (metrics.queue_depth, metrics.running, metrics.kv_utilization)
         )
-        yield GaugeMetricFamily(
-            "vllm:num_requests_waiting", "Alias: waiting sessions; 0 at a stage, which has no queue.", sum(waiting)
-        )
-        yield GaugeMetricFamily("vllm:num_requests_running", "Alias: running sessions.", sum(running))
-        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Alias: share of KV in use.", max(usage, default=0.0))
+        blocks = {labels["stage"]: (labels["block_size"], value) for labels, value in _of(metrics.kv_blocks)}
+        size, count = blocks.get("prior") or next(iter(blocks.values()), ("0", 0.0))
+        return _families(sum(waiting), sum(running), max(usage, default=0.0), size, count)
+
+
+def _of(gauge: Gauge) -> list[tuple[dict[str, str], float]]:
+    return [(sample.labels, sample.value) for family in gauge.collect() for sample in family.samples]
+
+
+def _load_of(info: Any) -> Iterator[Metric]:
+    """Of a coordinator's GetInfo."""
+    if info is None:
+        return iter(())
+    usage = [stage.server.kv_bytes_used / stage.limits.kv_bytes for stage in info.stages if stage.limits.kv_bytes]
+    blocks = [stage.limits.kv_blocks for stage in info.stages if stage.stage == "prior"]
+    size = info.model.block_size * info.model.patch_size
+    return _families(info.server.waiting, info.server.running, max(usage, default=0.0), str(size), sum(blocks))
+
+
+def _families(waiting: float, running: float, usage: float, block_size: str, blocks: float) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "vllm:num_requests_waiting", "Alias: what waits; 0 at a stage, which has no queue.", waiting
+    )
+    yield GaugeMetricFamily("vllm:num_requests_running", "Alias: what runs.", running)
+    yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Alias: share of KV in use.", usage)
+    about = "Alias: tokens of a block, and blocks whose KV fits, in labels; always 1."
+    cache = GaugeMetricFamily("vllm:cache_config_info", about, labels=("block_size", "num_gpu_blocks"))
+    cache.add_metric((block_size, str(int(blocks))), 1)
+    yield cache
+
+
+def _renamed(histogram: Histogram, name: str, text: str) -> Metric:
+    alias = Metric(name, text, "histogram")
+    for family in histogram.collect():
+        for sample in family.samples:
+            alias.add_sample(sample.name.replace(family.name, name), sample.labels, sample.value)
+    return alias
 
 
 def exposition(registry: CollectorRegistry) -> bytes:

@@ -5,6 +5,8 @@
         span.block(response)                                     # a span from the last block, or the start, until now
     stop()                                                       # sends what is left
 
+A generation has, beside those, one span and two metrics in OpenTelemetry's conventions for generative AI (`generated`).
+
 The trace's context comes and goes as W3C `traceparent` and `tracestate`: HTTP headers and gRPC metadata. A process that
 traces nothing hands a caller's context on. Spans hold names, counts and times, never text. Sampling and limits are
 OpenTelemetry's own variables (OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_EXPORTER_OTLP_...).
@@ -12,9 +14,11 @@ OpenTelemetry's own variables (OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_EXPORTER_
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 from colaserve_client.cli.verbs import pip_line
@@ -26,7 +30,16 @@ from colaserve_services.rpc.requests import Metadata
 HEADERS: Final = ("traceparent", "tracestate")
 _EXPORT_SECONDS: Final = 5  # patience with the collector, also when the process ends
 
+# Of https://github.com/open-telemetry/semantic-conventions-genai; seconds.
+_DURATIONS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKENS: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0
+)  # fmt: skip
+_OF_METRICS: Final = ("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model", "gen_ai.response.model")
+
 _tracer: Any = None  # of the process, as logging's handlers are
+_duration: Any = None  # likewise
+_first_token: Any = None
 
 
 def start(endpoint: str, role: str) -> Callable[[], None]:
@@ -47,7 +60,61 @@ def start(endpoint: str, role: str) -> Callable[[], None]:
     exporter = OTLPSpanExporter(endpoint, insecure=not endpoint.startswith("https://"), timeout=_EXPORT_SECONDS)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     _tracer = provider.get_tracer("colaserve", __version__)
-    return provider.shutdown
+    if os.environ.get("OTEL_METRICS_EXPORTER") == "none":  # for collectors that take traces alone
+        return provider.shutdown
+    stop_metrics = _start_metrics(endpoint, resource)
+
+    def stop() -> None:
+        provider.shutdown()
+        stop_metrics()
+
+    return stop
+
+
+def _start_metrics(endpoint: str, resource: Any) -> Callable[[], None]:
+    global _duration, _first_token
+    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+
+    exporter = OTLPMetricExporter(endpoint, insecure=not endpoint.startswith("https://"), timeout=_EXPORT_SECONDS)
+    provider = MeterProvider([PeriodicExportingMetricReader(exporter)], resource, shutdown_on_exit=False)
+    meter = provider.get_meter("colaserve", __version__)
+
+    def histogram(name: str, text: str, bounds: tuple[float, ...]) -> Any:
+        return meter.create_histogram(name, "s", text, explicit_bucket_boundaries_advisory=bounds)
+
+    _duration = histogram("gen_ai.server.request.duration", "A generation, from arrival to end.", _DURATIONS)
+    _first_token = histogram("gen_ai.server.time_to_first_token", "To the first block of a generation.", _FIRST_TOKENS)
+    return partial(provider.shutdown, timeout_millis=1000 * _EXPORT_SECONDS)
+
+
+def generated(seconds: float, first: float | None, attributes: Mapping[str, Any], error: str) -> None:
+    """A generation has ended, so many seconds after it came: a span of its own inside of the call being served, and the
+    metrics. `attributes`: gen_ai.*, never a text; `error`: the kind of what ended it, or empty; `first`: seconds to its
+    first block, None without one."""
+    if _tracer is None:
+        return
+    from opentelemetry.trace import SpanKind, Status, StatusCode
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    about, now = {name: attributes[name] for name in _OF_METRICS}, time.time_ns()
+    failed = {"error.type": error} if error else {}
+    latency = {"gen_ai.latency.e2e": seconds} | ({} if first is None else {"gen_ai.latency.time_to_first_token": first})
+    span = _tracer.start_span(
+        f"{attributes['gen_ai.operation.name']} {attributes['gen_ai.request.model']}",
+        context=TraceContextTextMapPropagator().extract(dict(requests.trace_headers())),
+        kind=SpanKind.INTERNAL,
+        attributes={**attributes, **latency, **failed},
+        start_time=now - round(seconds * 1e9),
+    )
+    if error:
+        span.set_status(Status(StatusCode.ERROR, error))
+    span.end(now)
+    if _duration is not None:
+        _duration.record(seconds, about | failed)
+        if first is not None:
+            _first_token.record(first, about)
 
 
 class CallSpan:

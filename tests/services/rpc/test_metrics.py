@@ -11,6 +11,7 @@ import prometheus_client
 import pytest
 from prometheus_client.registry import Collector
 
+from colaserve.v1.generation_pb2 import GenerationServiceGetInfoResponse
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint, exposition
 from colaserve_services.rpc.settings import MetricsSettings
@@ -66,11 +67,36 @@ def test_aliases_sum_queues_and_report_the_fullest_cache():
     for stage, waiting, usage in (("prior", 3, 0.5), ("decoder", 1, 0.75)):
         metrics.queue_depth.labels(stage).set(waiting)
         metrics.kv_utilization.labels(stage).set(usage)
+    metrics.kv_blocks.labels("prior", "16").set(512)
+    metrics.engine_first_block.labels("prior").observe(0.3)
     metrics.registry.register(Aliases(metrics))
     value = metrics.registry.get_sample_value
+    assert value("vllm:cache_config_info", {"block_size": "16", "num_gpu_blocks": "512"}) == 1
+    assert value("vllm:time_to_first_token_seconds_sum", {"stage": "prior"}) == 0.3
     assert value("vllm:num_requests_waiting") == 4
     assert value("vllm:num_requests_running") == 0
     assert value("vllm:kv_cache_usage_perc") == 0.75
+
+
+def test_a_gateways_aliases_are_what_its_coordinator_says():
+    metrics = Metrics()
+    stage = {"server": {"kv_bytes_used": 25}, "limits": {"kv_bytes": 100, "kv_blocks": 512}}
+    info = GenerationServiceGetInfoResponse(
+        server={"running": 3, "waiting": 2},
+        model={"block_size": 8, "patch_size": 2},
+        stages=[{"stage": "prior", **stage}, {"stage": "encoder"}],
+    )
+    answers = [info, None]
+    metrics.coordinator = lambda: answers.pop(0)
+    metrics.first_block.observe(0.25)
+    metrics.generation_seconds.observe(1.5)
+    said = {sample.name: sample for family in Aliases(metrics).collect() for sample in family.samples}
+    names = ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "time_to_first_token_seconds_sum")
+    assert [said[f"vllm:{name}"].value for name in names] == [2, 3, 0.25, 0.25]
+    assert said["vllm:cache_config_info"].labels == {"block_size": "16", "num_gpu_blocks": "512"}
+    assert said["vllm:e2e_request_latency_seconds_sum"].value == 1.5
+    silent = {sample.name for family in Aliases(metrics).collect() for sample in family.samples}
+    assert "vllm:num_requests_waiting" not in silent
 
 
 @contextmanager

@@ -162,20 +162,22 @@ class ModelShape(_message.Message):
     def __init__(self, latent_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., vae_block_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., parameters: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_context", "max_message_bytes", "max_running", "max_waiting", "kv_bytes", "run_ahead")
+    __slots__ = ("max_context", "max_message_bytes", "max_running", "max_waiting", "kv_bytes", "run_ahead", "kv_blocks")
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     RUN_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     max_context: int
     max_message_bytes: int
     max_running: int
     max_waiting: int
     kv_bytes: int
     run_ahead: int
-    def __init__(self, max_context: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., run_ahead: _Optional[int] = ...) -> None: ...
+    kv_blocks: int
+    def __init__(self, max_context: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., run_ahead: _Optional[int] = ..., kv_blocks: _Optional[int] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
     __slots__ = ("version", "device", "dtype", "running", "waiting", "kv_bytes_used", "uptime_seconds")
