@@ -56,14 +56,16 @@ class Rendered:
 
 @pytest.fixture(scope="session", params=[*OVERLAYS, "keda", "production"])
 def rendered(request, tmp_path_factory):
-    """Each overlay, the one of docs/operations.md, and the base with KEDA in place of the autoscalers, and tracing."""
+    """Each overlay, the one of docs/operations.md, and the base with what these leave out: KEDA, tracing, an inference
+    gateway."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl renders the overlays")
     folder = KUBERNETES / "overlays" / request.param
     if request.param == "keda":
         folder = tmp_path_factory.mktemp("keda")
         up = Path(*[".."] * len(folder.parts[1:]))
-        paths = KUBERNETES / "base", _component("autoscaling-keda"), _component("tracing")
+        added = map(_component, ("autoscaling-keda", "tracing", "inference-gateway"))
+        paths = KUBERNETES / "base", *added
         base, *components = (str(up / path.relative_to("/")) for path in paths)
         (folder / "kustomization.yaml").write_text(
             f"namespace: colaserve\nresources: [{base}]\ncomponents: [{', '.join(components)}]\n"

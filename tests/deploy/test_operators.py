@@ -1,7 +1,7 @@
 """Objects of operators, for which the schema checker has no schema: their fields, as the references name them.
 
-cert-manager.io/v1, gateway.networking.k8s.io/v1, monitoring.coreos.com/v1 and keda.sh/v1alpha1, as far as they are used
-here.
+cert-manager.io/v1, gateway.networking.k8s.io/v1, inference.networking.k8s.io/v1, monitoring.coreos.com/v1 and
+keda.sh/v1alpha1, as far as they are used here.
 """
 
 import pytest
@@ -28,6 +28,11 @@ FIELDS = {  # path and type of every field; * is any name
         *(f"rules.matches.path.{name} str" for name in ("type", "value")),
         *(f"rules.timeouts.{name} str" for name in ("request", "backendRequest")),
         *("rules.backendRefs.name str", "rules.backendRefs.port int"),
+        *("rules.backendRefs.group str", "rules.backendRefs.kind str"),
+    },
+    "InferencePool": {
+        *("selector.matchLabels.* str", "targetPorts.number int"),
+        *("endpointPickerRef.name str", "endpointPickerRef.port.number int", "endpointPickerRef.failureMode str"),
     },
     "BackendTLSPolicy": {
         *(f"{refs}.{name} str" for refs in ("targetRefs", "validation.caCertificateRefs")
@@ -70,7 +75,8 @@ def test_their_fields_exist_and_hold_the_right_kind_of_value(rendered):
 def test_every_kind_is_either_kubernetes_own_or_listed_here(rendered):
     for found in rendered.objects:
         group = found["apiVersion"].partition("/")[0]
-        own = "." not in group or (group.endswith(".k8s.io") and group != "gateway.networking.k8s.io")
+        extensions = ("gateway.networking.k8s.io", "inference.networking.k8s.io")
+        own = "." not in group or (group.endswith(".k8s.io") and group not in extensions)
         assert own == (found["kind"] not in FIELDS), found["kind"]
 
 
