@@ -20,6 +20,7 @@ from tests.services.gateway.fake_generation import FakeGeneration
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+BUDGET = {CHAT: "max_tokens", COMPLETIONS: "max_tokens", RESPONSES: "max_output_tokens", MESSAGES: "max_tokens"}
 
 
 def asking(path: str, text: str, /, **fields: Any) -> dict[str, Any]:
@@ -32,6 +33,20 @@ def asking(path: str, text: str, /, **fields: Any) -> dict[str, Any]:
         MESSAGES: {"messages": said, "max_tokens": 9},
     }
     return {"model": "fake/cola", **own[path], **fields}
+
+
+def outcome(path: str, answer: dict[str, Any]) -> tuple[str, str, list[int]]:
+    """Text, reason and usage in OpenAI's older words."""
+    used = answer["usage"]
+    if path == RESPONSES:
+        reason = {"completed": "stop", "incomplete": "length"}[answer["status"]]
+        return answer["output"][0]["content"][0]["text"], reason, [used["input_tokens"], used["output_tokens"]]
+    if path == MESSAGES:
+        reason = {"end_turn": "stop", "max_tokens": "length"}[answer["stop_reason"]]
+        return answer["content"][0]["text"], reason, [used["input_tokens"], used["output_tokens"]]
+    [choice] = answer["choices"]
+    text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
+    return text, choice["finish_reason"], [used["prompt_tokens"], used["completion_tokens"]]
 
 
 @dataclass

@@ -14,13 +14,20 @@ from colaserve_services.gateway.dialects import DIALECTS
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from tests.services.gateway.fake_generation import SAYS
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, COUNT, MESSAGES, RESPONSES, Running, asking
+from tests.services.gateway.running_gateway import (
+    BUDGET,
+    CHAT,
+    COMPLETIONS,
+    COUNT,
+    MESSAGES,
+    RESPONSES,
+    Running,
+    asking,
+    outcome,
+)
 from tests.waiting import eventually
 
 WHOLE = len(SAYS.encode())
-
-
-BUDGET = {CHAT: "max_tokens", COMPLETIONS: "max_tokens", RESPONSES: "max_output_tokens", MESSAGES: "max_tokens"}
 
 
 def said(text: str, role: str = "user") -> dict[str, Any]:
@@ -35,23 +42,6 @@ def events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     """Names and data of a stream."""
     lines = [event.split("\ndata: ") for event in response.text.split("\n\n") if event]
     return [(name.removeprefix("event: "), json.loads(data)) for name, data in lines]
-
-
-def outcome(path: str, answer: dict[str, Any]) -> tuple[str, str, list[int]]:
-    """Text, reason and usage in OpenAI's older words."""
-    if path == RESPONSES:
-        reason = {"completed": "stop", "incomplete": "length"}[answer["status"]]
-        return answer["output"][0]["content"][0]["text"], reason, [answer["usage"][f"{one}_tokens"] for one in USED]
-    if path == MESSAGES:
-        reason = {"end_turn": "stop", "max_tokens": "length"}[answer["stop_reason"]]
-        return answer["content"][0]["text"], reason, [answer["usage"][f"{one}_tokens"] for one in USED]
-    [choice] = answer["choices"]
-    text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
-    used = answer["usage"]
-    return text, choice["finish_reason"], [used["prompt_tokens"], used["completion_tokens"]]
-
-
-USED = ("input", "output")
 
 
 def test_every_dialect_is_among_those_tried():

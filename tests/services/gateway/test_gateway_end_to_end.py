@@ -17,6 +17,7 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.services.gateway.running_gateway import BUDGET, CHAT, COMPLETIONS, MESSAGES, RESPONSES, asking, outcome
 from tests.services.launch.processes import FREE_PORTS, started
 from tests.waiting import wait_until
 
@@ -28,9 +29,9 @@ class Served:
     http: httpx.Client
     stub: GenerationServiceStub
 
-    def generate(self, prompt: str, tokens: int, sample: int) -> str:
+    def generate(self, prompt: str, tokens: int, sample: int, **sampling: float) -> str:
         seed = types_pb2.NoiseSeed(base_seed=3, sample_id=sample)
-        request = GenerateRequest(prompt=prompt, max_new_tokens=tokens, seed=seed)
+        request = GenerateRequest(prompt=prompt, max_new_tokens=tokens, seed=seed, sampling=sampling)
         return "".join(response.text for response in self.stub.Generate(request, timeout=60))
 
     def kv_bytes(self) -> float:
@@ -75,13 +76,36 @@ def test_a_hole_is_written_between_two_texts(served: Served):
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
-def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served):
-    body = {"prompt": "x", "max_tokens": 8000, "stream": True, "ignore_eos": True}
-    with served.http.stream("POST", "/v1/completions", json=body) as response:
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES])
+def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served, path: str):
+    body = asking(path, "x", model=None, stream=True, ignore_eos=True, **{BUDGET[path]: 8000})
+    with served.http.stream("POST", path, json=body) as response:
         lines = response.iter_lines()
         next(lines)
-        assert served.kv_bytes() > 0
+        wait_until(lambda: served.kv_bytes() > 0)  # metrics are kept for a moment
     wait_until(lambda: served.kv_bytes() == 0)
+
+
+def test_the_same_prompt_and_seed_give_the_same_text_reason_and_usage_in_every_dialect(served: Served):
+    found = []
+    for path in (CHAT, RESPONSES, MESSAGES, COMPLETIONS):
+        body = asking(path, "He looked at", model=None, seed=3, temperature=0.7, **{BUDGET[path]: 20})
+        found.append(outcome(path, served.http.post(path, json=body).json()))
+    text, reason, usage = found.pop()
+    assert found == [(text.removeprefix(" "), reason, usage)] * 3
+    assert usage[1] <= 20
+    assert text == served.generate("He looked at", 20, 0, temperature=0.7)
+
+
+def test_an_echoed_prompt_is_scored_as_latents_of_it_are(served: Served):
+    body = {"prompt": "He looked at", "echo": True, "logprobs": 1, "max_tokens": 0}
+    scored = served.http.post(COMPLETIONS, json=body).json()["choices"][0]
+    assert scored["text"] == "He looked at"
+    ids = served.http.post("/tokenize", json={"prompt": "He looked at"}).json()["tokens"]
+    assert len(scored["logprobs"]["token_logprobs"]) == len(ids)
+    assert all(logprob <= 0 for logprob in scored["logprobs"]["token_logprobs"])
+    more = served.http.post(COMPLETIONS, json=body | {"prompt": ids, "max_tokens": 2}).json()["choices"][0]
+    assert more["logprobs"]["token_logprobs"][:-2] == scored["logprobs"]["token_logprobs"]
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers(served: Served):

@@ -63,6 +63,7 @@ MADE = {
         *BOTH,
         ({"max_completion_tokens": 5}, GenerateRequest(max_new_tokens=5)),
         ({"logprobs": True}, GenerateRequest(top_logprobs=0)),
+        ({"logprobs": False, "top_logprobs": 0}, GenerateRequest()),
         ({"logprobs": True, "top_logprobs": 4}, GenerateRequest(top_logprobs=4)),
     ],
     COMPLETIONS: [*BOTH, ({"logprobs": 3}, GenerateRequest(top_logprobs=3))],
