@@ -14,6 +14,7 @@ from colaserve_services.rpc.call_limit import CallLimit
 from colaserve_services.rpc.edge import Edge
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
+from tests.services.coordinator.conftest import counted
 from tests.waiting import eventually
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
@@ -90,12 +91,10 @@ async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world
             await eventually(lambda: world.coordinator.services.admission.running == 1)
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             assert [response async for response in stub.Generate(SHORT, timeout=20)]
-            held = metrics.requests_in_progress.labels("LatentService", "SampleLatents")
-            await eventually(lambda: held._value.get() == 0)
+            await eventually(lambda: counted(metrics, "requests_in_progress") == {})
             with pytest.raises(grpc.aio.AioRpcError, match="not read for") as caught:
                 await drained(call)
             assert caught.value.code() == StatusCode.UNAVAILABLE
-            seconds = metrics.request_seconds.labels("LatentService", "SampleLatents", "UNAVAILABLE")
-            assert seconds._sum.get() > 0
+            assert counted(metrics, "request_seconds_count")["LatentService", "SampleLatents", "UNAVAILABLE"] == 1
     finally:
         await server.stop(None)

@@ -20,9 +20,15 @@ async def test_a_signal_ends_work(signals):
     assert await signals.ended(asyncio.sleep(30)) == signal.SIGTERM
 
 
-async def test_a_signal_that_comes_as_work_ends_is_there_afterwards(signals):
-    async def work():
-        signals._queue.put_nowait(signal.SIGTERM)
+@pytest.mark.parametrize("steps", range(4))
+async def test_a_signal_that_comes_as_work_ends_ends_it_or_is_there_afterwards(signals, steps):
+    """`steps` of the event loop before the end of the work."""
 
-    assert await signals.ended(work()) is None
+    async def work():
+        signal.raise_signal(signal.SIGTERM)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+
+    if await signals.ended(work()) == signal.SIGTERM:
+        return
     assert await asyncio.wait_for(signals.next(), 1) == signal.SIGTERM

@@ -10,6 +10,7 @@ import pytest
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.launch.process import keep_grpc
+from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
@@ -63,6 +64,13 @@ async def running(settings=None, keys=None, ready=True):
             yield Running(server, servicer, metrics, port, channel, encoder_pb2_grpc.EncoderServiceStub(channel))
     finally:
         await server.stop()
+
+
+async def refusal(call):
+    """Our error for the status that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return error_from_rpc(caught.value)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ import pytest
 from colaserve.v1 import encoder_pb2, generation_pb2, types_pb2
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthenticated
 from colaserve_services.rpc.auth import Keys
-from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.request_bounds import KIB, MIB, MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import ServerSettings
-from tests.services.rpc.conftest import ONE, running
+from tests.services.rpc.conftest import ONE, refusal, running
 from tests.waiting import PATIENCE, eventually
 
 ENCODE = "/colaserve.v1.EncoderService/Encode"
@@ -38,7 +37,7 @@ BOUNDS = {
 }
 
 
-def refusal(method: str, message: bytes) -> str:
+def fault(method: str, message: bytes) -> str:
     """What is said against a message; empty where it passes."""
     try:
         RequestBounds(CONTEXT).check(method, message)
@@ -47,16 +46,10 @@ def refusal(method: str, message: bytes) -> str:
     return ""
 
 
-async def refused(call) -> Exception:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return error_from_rpc(caught.value)
-
-
 @pytest.mark.parametrize(("method", "most"), BOUNDS.items())
 def test_each_method_has_its_bound(method: str, most: int):
-    assert not refusal(method, b"\x0a\xff\xff\xff\x7f" + bytes(most - 5))  # one field
-    too_long = refusal(method, bytes(most + 1))
+    assert not fault(method, b"\x0a\xff\xff\xff\x7f" + bytes(most - 5))  # one field
+    too_long = fault(method, bytes(most + 1))
     assert too_long.startswith(f"request: got {most + 1} bytes, expected at most {most} for {method}")
 
 
@@ -67,8 +60,8 @@ def test_no_bound_exceeds_what_the_server_takes():
 def test_what_is_not_too_long_yet_has_too_many_parts_is_refused_before_it_is_read():
     most_fields = {"Encode": 300, "EncodeText": 300, "Reconstruct": 300, "Infill": 16_384, "ModelInfer": 100}
     for method, most in most_fields.items():
-        assert not refusal(method, b"\x0a\x00" * most)
-        assert f"more than {most} fields" in refusal(method, b"\x0a\x00" * (most + 1))
+        assert not fault(method, b"\x0a\x00" * most)
+        assert f"more than {most} fields" in fault(method, b"\x0a\x00" * (most + 1))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +76,14 @@ def test_what_is_not_too_long_yet_has_too_many_parts_is_refused_before_it_is_rea
 )
 def test_what_a_client_sends_passes(message):
     method = type(message).__name__.removesuffix("Request")
-    assert not refusal(method, message.SerializeToString())
+    assert not fault(method, message.SerializeToString())
 
 
 @pytest.mark.parametrize(
     "junk", [b"", b"\xff" * 100, b"\x0a", b"\x0a\xff\xff\xff\xff\x0f", b"\x0b\x0b\x0c", b"\x0d\x01"]
 )
 def test_bytes_that_are_no_message_are_left_to_protobuf(junk: bytes):
-    assert not refusal("Generate", junk)
+    assert not fault("Generate", junk)
 
 
 async def test_callers_of_older_builds_get_the_checksum_that_they_ask_for_and_theirs_is_skipped():
@@ -108,7 +101,7 @@ async def test_too_long_a_request_is_refused_unread_and_the_server_lives_on():
         it.server.bound_latents(CONTEXT)
         raw = it.channel.unary_unary(ENCODE)
         for message in (b"\xff" * (8 * MIB + 1), b"\x0a\x00" * 1_000_000):
-            error = await refused(raw(message))
+            error = await refusal(raw(message))
             assert isinstance(error, InvalidRequest)
             assert error.field == "request"
             assert "that are no request" not in str(error)
@@ -144,14 +137,14 @@ def opened(channel: grpc.aio.Channel):
 
 async def test_the_key_is_looked_at_before_any_message():
     async with running(keys=Keys(["secret"])) as it:
-        assert isinstance(await refused(opened(it.channel)), NotAuthenticated)
+        assert isinstance(await refusal(opened(it.channel)), NotAuthenticated)
         too_long = it.channel.unary_unary(ENCODE)(bytes(8 * MIB + 1))
-        assert isinstance(await refused(too_long), NotAuthenticated)
+        assert isinstance(await refusal(too_long), NotAuthenticated)
 
 
 async def test_a_first_message_that_does_not_come_is_not_waited_for():
     async with running(ServerSettings(first_message_seconds=0.1)) as it:
-        error = await refused(opened(it.channel))
+        error = await refusal(opened(it.channel))
         assert isinstance(error, DeadlineExceeded)
         assert "no message of Encode came within 0.1 s" in str(error)
         assert await it.stub.Encode(ONE)
@@ -190,6 +183,6 @@ async def test_a_call_that_ends_without_its_message_is_refused():
     async with running() as it:
         call = opened(it.channel)
         await call.done_writing()
-        error = await refused(call)
+        error = await refusal(call)
         assert isinstance(error, InvalidRequest)
         assert "got no message" in str(error)

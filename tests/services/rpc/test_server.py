@@ -14,7 +14,6 @@ from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest, NotAuthenticated, Overloaded, UsageError
 from colaserve_services.rpc import logs
 from colaserve_services.rpc.auth import Keys
-from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import (
@@ -24,7 +23,7 @@ from colaserve_services.rpc.settings import (
     ServerTls,
 )
 from colaserve_services.rpc.tls import channel_credentials, server_credentials
-from tests.services.rpc.conftest import ONE, running
+from tests.services.rpc.conftest import ONE, refusal, running
 from tests.waiting import PATIENCE, eventually
 
 SERVICE = "colaserve.v1.EncoderService"
@@ -34,12 +33,6 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 async def health_of(channel, service=""):
     stub = health_pb2_grpc.HealthStub(channel)
     return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
-
-
-async def refusal(call):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return error_from_rpc(caught.value)
 
 
 async def test_health_is_per_service_and_turns_to_serving_after_the_warm_up():
