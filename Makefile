@@ -10,6 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 MODEL := services/colaserve_services/model
+PYTHONS := 3.11 3.12 3.13
 COMPILED := hatch_build.py $(MODEL)/cpu_attention.c $(wildcard $(MODEL)/backend/cpu_kernels*.[ch])
 LIBRARIES := $(MODEL)/_cpu_attention.so $(MODEL)/backend/_cpu_kernels.so
 
@@ -24,6 +25,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	for target in $(subst .,,$(addprefix py,$(PYTHONS))); do $(BIN)/ruff check --target-version $$target --ignore UP . || exit 1; done
 	$(BIN)/ruff format --check .
 	if command -v $(CC) >/dev/null; then $(CC) -std=gnu11 -fopenmp -Wall -Wextra -Werror -fsyntax-only $(filter %.c,$(COMPILED)); fi
 	cd protos && ../$(BIN)/buf lint
@@ -31,8 +33,8 @@ lint: $(VENV)/.dev
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
 
 types: $(VENV)/.dev
-	$(BIN)/mypy services
-	$(BIN)/mypy --strict client
+	for version in $(PYTHONS); do $(BIN)/mypy --python-version $$version services && \
+		$(BIN)/mypy --python-version $$version --strict client || exit 1; done
 
 protos:
 	PYTHON="$(PYTHON)" scripts/generate-protos

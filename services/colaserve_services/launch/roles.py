@@ -212,9 +212,13 @@ def _servicers(coordinator: Coordinator, host: Host) -> tuple[object, ...]:
 
 def _defaults_file(path: Path | None) -> GenerationDefaults:
     try:
-        return GenerationDefaults() if path is None else read_generation_config(path)
+        found = GenerationDefaults() if path is None else read_generation_config(path)
     except CheckpointError as error:
         raise UsageError(f"--defaults: {error}") from error
+    for name in ("pad_token_id", "eos_token_id", "im_end_token_id"):  # the stages need them too
+        if getattr(found, name) is not None:
+            raise UsageError(f"--defaults: {path}: {name} belongs into the checkpoint's generation_config.json")
+    return found
 
 
 async def _connect(host: Host, coordinator: Coordinator) -> None:

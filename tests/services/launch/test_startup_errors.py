@@ -182,7 +182,8 @@ def test_settings_that_do_not_fit_are_one_line(checkpoint, arguments, said):
     ("defaults", "said"),
     [({"top_p": 0}, "top_p: got 0, expected above 0"), ({"steps": 1001}, "steps: got 1001, expected 1 to 1000"),
      ({"max_new_tokens": 2**40}, "max_new_tokens"), ({"chat_frame": "hello"}, "chat_frame lacks"),
-     ({"guidance_start": 0.2, "guidance_end": 0.5}, "guidance_end"), ({"stepz": 1}, "unknown key 'stepz'")],
+     ({"guidance_start": 0.2, "guidance_end": 0.5}, "guidance_end"), ({"stepz": 1}, "unknown key 'stepz'"),
+     ({"eos_token_id": 0}, "eos_token_id belongs into")],
 )  # fmt: skip
 def test_a_file_of_defaults_that_cannot_be_is_one_line(checkpoint, tmp_path, defaults, said):
     file = tmp_path / "defaults.json"
