@@ -8,8 +8,6 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 folder, count, url, tokenizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 
 
@@ -19,6 +17,8 @@ def scored(context: str, continuation: str) -> float:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
         logprobs = json.load(response)["choices"][0]["logprobs"]
+    from transformers import AutoTokenizer  # takes seconds, and only scores need it
+
     ids = AutoTokenizer.from_pretrained(tokenizer).encode(context)
     assert len(logprobs["tokens"]) > len(ids), logprobs
     return sum(logprobs["token_logprobs"][len(ids) :])
