@@ -203,9 +203,7 @@ class DecodedBlock:
 
     token_ids: Annotated[tuple[int, ...], Field("The ids of all B * P tokens.")]
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
-    logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), on request.")] = field(
-        compare=False
-    )
+    logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), on request.")] = field(compare=False)
     target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids in this block.")]
     timing: Annotated[Timing, Field("Where the time of the block went.")]
 

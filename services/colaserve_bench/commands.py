@@ -9,7 +9,6 @@ import click
 
 from colaserve_bench.checkpoint import PRESETS, make_checkpoint
 from colaserve_bench.engine import engine, solvers
-from colaserve_bench.engines import DTYPES
 from colaserve_bench.load import load
 from colaserve_bench.prefix import prefix
 from colaserve_bench.serve import serve
@@ -26,7 +25,9 @@ def bench() -> None:
 @bench.command("make-checkpoint")
 @click.argument("directory", type=FOLDER)
 @click.option("--preset", type=click.Choice(list(PRESETS)), required=True, help="Size of the model.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="As stored.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="As stored."
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def make_checkpoint_command(directory: Path, preset: str, dtype: str, seed: int) -> None:
     """Write random weights in the released layout, with a tokenizer of the right size, into DIRECTORY."""

@@ -32,7 +32,7 @@ TEXT = Text()
 TRIMMED = Trimmed()
 FILE = TrimmedPath(path_type=Path, dir_okay=False)
 MODEL = click.Path()
-DTYPES = click.Choice(["auto", "float32", "bfloat16"])
+DTYPES = click.Choice(["auto", "float32", "bfloat16", "int8"])
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
 BYTES = click.IntRange(1, 2**63 - 1)

@@ -87,7 +87,12 @@ class Compute:
         Devices(),
         "cpu",
     )
-    dtype: str = option("auto", "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA.", DTYPES)
+    dtype: str = option(
+        "auto",
+        "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA. int8, on a CPU: the matrices of the prior's and "
+        "the decoder's layers.",
+        DTYPES,
+    )
     threads: int | None = option(
         None, "CPU threads that compute in one process.", click.IntRange(1, 4096), "OMP_NUM_THREADS, else all cores"
     )

@@ -24,9 +24,9 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
-from colaserve_services.model import cpu_attention, loading
+from colaserve_services.model import cpu_attention, int8, loading
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.model.cpu_features import lacks_bfloat16
+from colaserve_services.model.cpu_features import lacks_bfloat16, narrow_dtype
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import PriorEngine
@@ -81,7 +81,7 @@ def load_stages(
     Blocks; raises CheckpointError and UsageError. `failing` is called on the device thread when an engine is at fault,
     and when it computes again. `network` wraps those that the engines compute with.
     """
-    picked = {stage: (pick_device(device), pick_dtype(dtype, device)) for stage, (device, dtype) in compute.items()}
+    picked = {stage: _picked(stage, *names) for stage, names in compute.items()}
     for device, dtype in dict.fromkeys(picked.values()):
         _prepare(device, dtype)
     thread = DeviceThread()
@@ -127,11 +127,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """auto: float32 on a CPU, bfloat16 on CUDA."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU, bfloat16 on CUDA. UsageError when it cannot be computed in here."""
+    if name == "int8" and (reason := "it is for CPUs" if device.type == "cuda" else int8.missing()):
+        raise UsageError(f"--dtype: int8 cannot be had here: {reason}")
     if name == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
+
+
+def _picked(stage: str, device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
+    device = pick_device(device_name)
+    dtype = pick_dtype(dtype_name, device)
+    return device, narrow_dtype() if stage == "encoder" and dtype == torch.int8 else dtype
 
 
 def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:

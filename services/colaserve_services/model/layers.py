@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colaserve_services.model.cpu_features import lacks_bfloat16, packs
+from colaserve_services.model.int8 import Int8Weight
 
 # attend(layer, q, k, v) -> output: mixes rows. Queries, keys and values are (..., heads, head_dim), after norm and
 # rotary; the leading dimensions are those of the rows that the network was called with. Queries and keys may be float32
@@ -39,12 +40,17 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.activation = activation
         self._packed: Tensor | None = None
+        self._int8: Int8Weight | None = None
         self._widens = False
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self._packed is not None:
             x = x.to(self.weight.dtype)
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *_FUSED[self.activation])
+        if self._int8:
+            gelu = self.activation == "gelu_tanh"
+            product = self._int8.product(x, self.bias, gelu, self.weight.dtype)
+            return product if gelu else _ACTIVATIONS[self.activation](product)
         if self._widens:
             return self._widened(x)
         if not torch.is_grad_enabled():
@@ -64,6 +70,15 @@ class Linear(nn.Linear):
             self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
         else:
             self._widens = weight.dtype == torch.bfloat16 and lacks_bfloat16() is not None
+
+    @property
+    def is_int8(self) -> bool:
+        return self._int8 is not None
+
+    def quantize(self, dtype: torch.dtype) -> None:
+        """Keep the weight, which must be float32, as int8; outputs are in `dtype`, and so is what comes in."""
+        self._int8 = Int8Weight(self.weight.detach())
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     def _widened(self, x: Tensor) -> Tensor:
         """Computed in float32, some rows of the weight at a time: without the hardware bfloat16 takes ten times that.

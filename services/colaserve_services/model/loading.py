@@ -1,5 +1,6 @@
 """From a checkpoint's files to networks on a device: cast, placed and packed one tensor after the other."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.cpu_features import narrow_dtype
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import Linear
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
@@ -17,6 +19,8 @@ from colaserve_services.model.weights import WeightFolder
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 STAGES = ("encoder", "prior", "decoder")
+
+_OF_LAYERS = re.compile(r"\bblocks\.\d+\.(?!ada\.)")  # the DiT's `ada` is computed once for each time
 
 
 class Slot(NamedTuple):
@@ -31,18 +35,21 @@ def load(
 ) -> Any:
     """The network of a stage (TextVAEEncoder, DiT or TextVAEDecoder); weights of the others are not read.
 
-    Tensors are read, cast and placed one after the other, so that only one is held twice.
+    `dtype` int8 means the matrices of the layers; all else is then in `narrow_dtype()`. Tensors are read, cast and
+    placed one after the other, so that only one is held twice.
     """
     model, folder, slots = _empty(checkpoint, stage)
+    int8, dtype = dtype == torch.int8, narrow_dtype() if dtype == torch.int8 else dtype
     total, done = sum(folder.entries[name].nbytes for name in slots), 0
     with torch.no_grad():
         for name, stored in folder.read(slots):
             _check_finite(folder.entries[name].path, name, stored)
             owner, attribute = slots[name]
-            value = stored.to(device=device, dtype=_target_dtype(owner, dtype), copy=True)
+            quantized = int8 and _OF_LAYERS.search(name) is not None and isinstance(owner, Linear)
+            value = stored.to(device, torch.float32 if quantized else _target_dtype(owner, dtype), copy=True)
             setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
             if isinstance(owner, Linear) and not any(each.is_meta for each in owner.parameters(recurse=False)):
-                owner.pack()
+                owner.quantize(dtype) if quantized else owner.pack()
             done += folder.entries[name].nbytes
             if progress is not None:
                 progress(done, total)

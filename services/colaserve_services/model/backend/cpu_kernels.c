@@ -62,10 +62,29 @@ typedef struct {
     void *out;      /* (R, heads, head_dim), of the type of the pages */
 } Attention;
 
+/* Rows (R, dim) to bytes: out = 128 + round(x / scale[r]), scale[r] = the row's largest absolute value / 127. */
+typedef struct {
+    const void *x;
+    uint8_t *out;
+    float *scale; /* NaN for a row that holds a number that is not finite */
+    int64_t dim;
+    int32_t type; /* of x */
+} Quantize;
+
+/* out = x * scale[r] + bias, then GELU (with tanh) if wanted. */
+typedef struct {
+    const float *x, *scale, *bias; /* bias may be NULL */
+    void *out;
+    int64_t dim;
+    int32_t gelu, type; /* type: of out */
+} Rescale;
+
 typedef struct {
     void (*adaln)(const Adaln *, int64_t begin, int64_t end); /* rows */
     void (*qkv)(const Qkv *, int64_t row, int64_t head, int64_t heads);
     void (*attention)(const Attention *, int64_t row, int64_t head);
+    void (*quantize)(const Quantize *, int64_t begin, int64_t end); /* rows */
+    void (*rescale)(const Rescale *, int64_t begin, int64_t end);   /* rows */
 } Kernels;
 
 #ifdef PASS
@@ -271,10 +290,11 @@ static void qkv(const Qkv *a, int64_t row, int64_t head, int64_t heads) {
 }
 
 #include "cpu_kernels_attention.h"
+#include "cpu_kernels_int8.h"
 
 #define NAMED(pass) JOINED(pass)
 #define JOINED(pass) colaserve_kernels_##pass
-__attribute__((visibility("hidden"))) const Kernels NAMED(PASS) = {adaln, qkv, attention};
+__attribute__((visibility("hidden"))) const Kernels NAMED(PASS) = {adaln, qkv, attention, quantize, rescale};
 
 #else /* no PASS: choose and call */
 
@@ -359,6 +379,18 @@ void colaserve_attention(int kind, const Attention *a, int64_t rows) {
 #pragma omp parallel for schedule(dynamic) collapse(2)
     for (int64_t head = 0; head < a->at.heads; head++)
         for (int64_t row = 0; row < rows; row++) k->attention(a, row, head);
+}
+
+void colaserve_quantize(int kind, const Quantize *a, int64_t rows) {
+    const Kernels *k = kernels(kind);
+#pragma omp parallel for schedule(static) if (rows * a->dim > ALONE)
+    for (int64_t r = 0; r < rows; r++) k->quantize(a, r, r + 1);
+}
+
+void colaserve_rescale(int kind, const Rescale *a, int64_t rows) {
+    const Kernels *k = kernels(kind);
+#pragma omp parallel for schedule(static) if (rows * a->dim > ALONE)
+    for (int64_t r = 0; r < rows; r++) k->rescale(a, r, r + 1);
 }
 
 #endif

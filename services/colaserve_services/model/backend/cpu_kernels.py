@@ -55,6 +55,26 @@ class _Attention(ctypes.Structure):
     _fields_ = [("at", _Pages), ("q", c_void_p), ("out", c_void_p)]
 
 
+class _Quantize(ctypes.Structure):
+    _fields_ = [("x", c_void_p), ("out", c_void_p), ("scale", c_void_p), ("dim", c_int64), ("type", c_int32)]
+
+
+class _Rescale(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("out", c_void_p), ("dim", c_int64),
+        ("gelu", c_int32), ("type", c_int32),
+    ]  # fmt: skip
+
+
+_STRUCTURES = {
+    "adaln": _Adaln,
+    "qkv": _Qkv,
+    "attention": _Attention,
+    "quantize": _Quantize,
+    "rescale": _Rescale,
+}
+
+
 @cache
 def missing() -> str | None:
     """Why they cannot run here, or None."""
@@ -94,7 +114,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.colaserve_kernels_kind.argtypes = [c_int]
     library.colaserve_kernels_memory.argtypes, library.colaserve_kernels_memory.restype = [c_void_p, c_int64], None
-    for function, structure in (("adaln", _Adaln), ("qkv", _Qkv), ("attention", _Attention)):
+    for function, structure in _STRUCTURES.items():
         called = getattr(library, f"colaserve_{function}")
         called.argtypes, called.restype = [c_int, ctypes.POINTER(structure), c_int64], None
     return library
@@ -222,4 +242,23 @@ def attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Tensor:
     out = torch.empty(len(q), storage.heads * storage.head_dim, dtype=storage.memory.dtype)
     call = _Attention(storage._at(layer, rows), q.data_ptr(), out.data_ptr())
     _library().colaserve_attention(kind(), call, len(rows.table))
+    return out
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (R, K), float32 or bfloat16, to bytes round(x / scale) + 128, and each row's scale, float32 (R,): its
+    largest absolute value over 127, NaN if a number of it is not finite."""
+    assert x.is_contiguous(), "it is read as it lies"
+    out, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
+    call = _Quantize(x.data_ptr(), out.data_ptr(), scale.data_ptr(), x.shape[1], _type(x.dtype))
+    _library().colaserve_quantize(kind(), call, len(x))
+    return out, scale
+
+
+def rescale(x: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype) -> Tensor:
+    """x (R, N) float32 times each row's scale, plus bias (N,) float32, then GELU (with tanh) if wanted, in `dtype`."""
+    assert all(t is None or (t.is_contiguous() and t.dtype == torch.float32) for t in (x, scale, bias)), "as they lie"
+    out = torch.empty(x.shape, dtype=dtype)
+    pointers = (x.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
+    _library().colaserve_rescale(kind(), _Rescale(*pointers, x.shape[1], gelu, _type(dtype)), len(x))
     return out
