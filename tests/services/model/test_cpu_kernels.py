@@ -51,7 +51,7 @@ class Pool:
         own = tables[torch.arange(count), (history // self.positions).long()].contiguous()
         angles = 6 * torch.rand(count * self.n, self.rope_dim // 2, generator=self.generator)
         rotary = torch.stack((angles.cos(), angles.sin()), dim=1)
-        table = torch.arange(count, dtype=torch.int32)
+        table = torch.arange(count, dtype=torch.int32).where(history > 0, -1)
         self.rows = Rows(self.n, tables, table, history, own, rotary, max(histories))
         self.past = [self.randn(2, h, self.heads, self.head_dim).to(dtype) for h in histories]
         for i, past in enumerate(self.past):

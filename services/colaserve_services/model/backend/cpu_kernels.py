@@ -138,6 +138,7 @@ class Storage:
         size = (layers, pages, heads, 2, positions * _padded(head_dim))
         self.memory = torch.empty(size, dtype=dtype, device=device)
         _library().colaserve_kernels_memory(self.memory.data_ptr(), self.memory.nbytes)
+        self._laid_out: tuple[Rows, _Pages] | None = None  # of the last call: all layers of a pass have the same rows
 
     @staticmethod
     def page_bytes(layers: int, positions: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -145,12 +146,17 @@ class Storage:
         return 2 * layers * positions * heads * _padded(head_dim) * dtype.itemsize
 
     def _at(self, layer: int, rows: Rows) -> _Pages:
-        arrays = (rows.tables, rows.table, rows.history, rows.own)
-        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in arrays), "they are read as they lie"
-        return _Pages(
-            *(x.data_ptr() for x in arrays), rows.tables.shape[1], rows.n, self.heads, self.head_dim, self.positions,
-            self.memory.data_ptr() + layer * self.memory.stride(0) * self.memory.itemsize, _type(self.memory.dtype),
-        )  # fmt: skip
+        if self._laid_out is None or self._laid_out[0] is not rows:
+            arrays = (rows.tables, rows.table, rows.history, rows.own)
+            assert all(x.dtype == torch.int32 and x.is_contiguous() for x in arrays), "they are read as they lie"
+            pages = _Pages(
+                *(x.data_ptr() for x in arrays), rows.tables.shape[1], rows.n, self.heads, self.head_dim,
+                self.positions, None, _type(self.memory.dtype),
+            )  # fmt: skip
+            self._laid_out = rows, pages
+        pages = self._laid_out[1]
+        pages.memory = self.memory.data_ptr() + layer * self.memory.stride(0) * self.memory.itemsize
+        return pages
 
 
 def _padded(head_dim: int) -> int:
@@ -178,10 +184,11 @@ def adaln(
     """
     R, D = x.shape
     gate = scale if gate is None else gate
-    assert all(t.stride(1) == 1 and t.dtype == torch.float32 for t in (gate, scale, shift)), "rows of a table"
-    assert all(t is None or t.is_contiguous() for t in (x, y, index)), "they are read as they lie"
-    assert (x.dtype, index.dtype) == (torch.float32, torch.int32)
-    assert y is None or (y.dtype, y.shape) == (dtype, x.shape)
+    assert gate.stride(1) == scale.stride(1) == shift.stride(1) == 1, "rows of a table"
+    assert x.is_contiguous(), "all is read as it lies"
+    assert index.is_contiguous()
+    assert (gate.dtype, scale.dtype, shift.dtype, x.dtype, index.dtype) == (*[torch.float32] * 4, torch.int32)
+    assert y is None or (y.dtype, y.shape, y.is_contiguous()) == (dtype, x.shape, True)
     out = torch.empty(R, D, dtype=dtype)
     call = _Adaln(
         x.data_ptr(), None if y is None else y.data_ptr(), gate.data_ptr(), scale.data_ptr(), shift.data_ptr(),
@@ -211,10 +218,11 @@ def qkv(
     bounds what comes in.
     """
     heads, d = storage.heads, storage.head_dim
-    assert all(t.is_contiguous() for t in (x, rows.rotary)), "they are read as they lie"
+    assert x.is_contiguous(), "all is read as it lies"
+    assert rows.rotary.is_contiguous()
     assert (x.dtype, rows.rotary.dtype) == (storage.memory.dtype, torch.float32)
-    assert x.shape == (len(x), 3 * heads * d)
-    q = torch.empty(len(x), heads, d)
+    assert x.shape == (x.shape[0], 3 * heads * d)
+    q = torch.empty(x.shape[0], heads, d)
     part = heads * d * x.itemsize
     norms = [None if t is None else t.data_ptr() for norm in (q_norm, k_norm) for t in (norm or (None, None))]
     call = _Qkv(
@@ -222,7 +230,7 @@ def qkv(
         (c_void_p * 4)(*norms), 0 if q_norm is None else heads * d if whole else d, eps,
         math.inf if clip is None else clip, rows.rotary.data_ptr(), 2 * rows.rotary.shape[-1], halves, q.data_ptr(),
     )  # fmt: skip
-    _library().colaserve_qkv(kind(), call, len(rows.table))
+    _library().colaserve_qkv(kind(), call, rows.table.shape[0])
     return q
 
 
@@ -233,15 +241,15 @@ def write(storage: Storage, layer: int, k: Tensor, v: Tensor, rows: Rows) -> Non
         storage._at(layer, rows), None, k.data_ptr(), v.data_ptr(), storage.heads * storage.head_dim,
         (c_void_p * 4)(), 0, 0.0, math.inf, None, 0, False, None,
     )  # fmt: skip
-    _library().colaserve_qkv(kind(), call, len(rows.table))
+    _library().colaserve_qkv(kind(), call, rows.table.shape[0])
 
 
 def attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over what each row sees: (R, heads * head_dim) in the storage's dtype."""
     q = q.float().contiguous()
-    out = torch.empty(len(q), storage.heads * storage.head_dim, dtype=storage.memory.dtype)
+    out = torch.empty(q.shape[0], storage.heads * storage.head_dim, dtype=storage.memory.dtype)
     call = _Attention(storage._at(layer, rows), q.data_ptr(), out.data_ptr())
-    _library().colaserve_attention(kind(), call, len(rows.table))
+    _library().colaserve_attention(kind(), call, rows.table.shape[0])
     return out
 
 
