@@ -220,7 +220,8 @@ async def test_another_model_is_not_found(gateway: Running):
 
 
 async def test_unknown_paths_and_methods_are_refused_in_the_same_shape(gateway: Running):
-    assert (await gateway.http.get("/v2")).json()["error"]["code"] == "not_found"
+    assert (await gateway.http.get("/v3")).json()["error"]["code"] == "not_found"
+    assert (await gateway.http.get("/v2/other")).json()["error"].startswith("/v2/other: there is no such path")
     wrong = await gateway.http.get(COMPLETIONS)
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["code"] == "method_not_allowed"
