@@ -22,9 +22,9 @@ from colaserve_client.cli.options import (
     server_options,
 )
 from colaserve_client.cli.output import echo, print_json, table
-from colaserve_client.cli.types import comma_separated
+from colaserve_client.cli.types import Listed
 from colaserve_client.client import AsyncClient
-from colaserve_client.settings import Sampler, Sampling, Solver
+from colaserve_client.settings import SOLVERS, Sampler, Sampling, Solver
 from colaserve_eval.demo import demo_tasks, held_out_texts
 from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_settings
 from colaserve_eval.records import EvalError, Record, read_records, write_object
@@ -148,25 +148,14 @@ def score_command(folder: Path, as_json: bool) -> None:
 @evaluate.command("sweep", short_help="Ask under many sampler settings: table, PNG, JSON.")
 @asking_options
 @click.option(
-    "--guidance",
-    "--guidance-scale",
-    "scales",
-    default="1,2,4,7",
-    show_default=True,
+    "--guidance", "--guidance-scale", "scales", type=Listed(click.FLOAT), default="1,2,4,7", show_default=True,
     help="Scales.",
-    callback=comma_separated(click.FLOAT),
-)
+)  # fmt: skip
+@click.option("--steps", type=Listed(click.INT), default="4,8,16", show_default=True, help="Of the sampler.")
 @click.option(
-    "--steps", default="4,8,16", show_default=True, help="Of the sampler.", callback=comma_separated(click.INT)
-)
-@click.option(
-    "--solver",
-    "solvers",
-    default="euler",
-    show_default=True,
-    help="Rules: euler, ab2, heun.",
-    callback=comma_separated(click.Choice(("euler", "ab2", "heun"))),
-)
+    "--solver", "solvers", type=Listed(click.Choice(SOLVERS)), default="euler", show_default=True,
+    help=f"Rules: {', '.join(SOLVERS)}.",
+)  # fmt: skip
 @click.option("--no-plots", is_flag=True, help="Do without the PNG, which needs matplotlib.")
 @json_option
 def sweep_command(

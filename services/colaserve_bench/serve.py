@@ -69,14 +69,14 @@ NOTES = (
     ),
     quick={"rounds": 1, "warmup": 0.5, "duration": 2.0},
 )
-async def serve(concurrency: Sequence[int], rate: Sequence[float], rounds: int, **options: Any) -> Report:
+async def serve(concurrency: Sequence[int], rate: Sequence[float] | None, rounds: int, **options: Any) -> Report:
     """A running system under load, as its clients see it; or systems of our own, compared.
 
     Every round: the engine alone, then each system with every load, closed loops first.
     """
     systems, sampler = systems_of(options), Sampler(options["steps"], options["guidance"], options["solver"])
     mix = Mix(options["prompt_tokens"], options["new_tokens"], sampler)
-    loads = [("closed", float(count)) for count in concurrency] + [("open", each) for each in rate]
+    loads = [("closed", float(count)) for count in concurrency] + [("open", each) for each in rate or ()]
     measured: list[Row] = []
     for number in range(rounds):
         rows: list[Row] = []

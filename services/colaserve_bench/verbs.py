@@ -16,7 +16,7 @@ import click
 
 from colaserve_bench.engines import DTYPES, Compute
 from colaserve_bench.report import Report
-from colaserve_client.cli.types import comma_separated
+from colaserve_client.cli.types import Listed
 from colaserve_client.cli.verbs import pip_line
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import run_or_explain
@@ -71,7 +71,7 @@ def _drawable(_context: click.Context, _option: click.Parameter, path: Path | No
 
 def numbers(name: str, default: str | None, about: str, kind: click.ParamType[Any] = POSITIVE) -> Option:
     """An option of numbers with commas: 1,4,16."""
-    return click.option(name, default=default, show_default=True, help=about, callback=comma_separated(kind))
+    return click.option(name, default=default, show_default=True, help=about, type=Listed(kind))
 
 
 DTYPE_OPTION = click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)

@@ -1,7 +1,6 @@
 """Kinds of values that options take, where click's own are too lenient."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -46,12 +45,15 @@ class TrimmedPath(click.Path):
         return super().convert(value.strip() if isinstance(value, str) else value, param, ctx)
 
 
-def comma_separated(kind: "click.ParamType[Any]") -> Callable[[click.Context, click.Parameter, str | None], list[Any]]:
-    """A callback of an option: "1,2" becomes two values of a kind; nothing given, none."""
+class Listed(Text):
+    """Values of a kind with commas between them: "1,2" is two."""
 
-    def convert(context: click.Context, parameter: click.Parameter, value: str | None) -> list[Any]:
-        return (
-            [kind.convert(item.strip(), parameter, context) for item in value.split(",")] if value is not None else []
-        )
+    name = "list"
 
-    return convert
+    def __init__(self, kind: "click.ParamType[Any]"):
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The values."""
+        text = super().convert(value, param, ctx)
+        return [self._kind.convert(item.strip(), param, ctx) for item in text.split(",")]
