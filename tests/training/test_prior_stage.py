@@ -21,7 +21,7 @@ from colaserve_training.release import new_dit
 from colaserve_training.rows import Row
 from tests.training.conftest import dit_config
 
-SIZE, DIM, ROWS, STEPS = 2, 2, 128, 700
+SIZE, DIM, ROWS, STEPS = 2, 2, 96, 450
 MEAN = torch.tensor([0.8, -0.5, 0.2, 0.6])
 MIX = torch.tensor([[0.9, 0, 0, 0], [0.5, 0.4, 0, 0], [0.7, 0, 0.3, 0], [0, 0.7, 0, 0.3]])
 C = MIX @ MIX.T
