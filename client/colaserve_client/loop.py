@@ -31,7 +31,7 @@ T = TypeVar("T")
 _SIGNAL_CHECK_SECONDS = 0.2  # a signal just before a wait does not end that wait, so waits are no longer than this
 _STOP_SECONDS = 5.0
 _WAIT_SECONDS = 1.0  # how long a fork waits for the calls of other threads
-_SETTLE_SECONDS = 0.02  # what gRPC's own threads have for the rest of their work after the last channel
+_SETTLE_SECONDS = 0.05  # what gRPC's own threads have for the rest of their work after the last channel
 _POLLING = "(_poll_wrapper)"  # the name of grpc.aio's thread ends so
 _NOBODY = "ipv4:127.0.0.1:1"
 _OFF = {"0", "false", "no", "n", "f"}
@@ -55,6 +55,7 @@ class LoopThread:
         self._lock = threading.RLock()  # held while a process forks; a signal handler may interrupt its owner
         self._running: set[Future[Any]] = set()
         self._used = self._unsafe = self._unproven = False
+        self._settled = True
         self._refusal = ""
 
     def check(self) -> None:
@@ -63,7 +64,7 @@ class LoopThread:
             self._prove()
         if self._refusal:
             raise Unavailable(self._refusal)
-        self._used = True
+        self._used, self._settled = True, False
 
     def _prove(self) -> None:
         """In a forked process: look that gRPC works, which it does not where its own threads were busy at the fork."""
@@ -158,11 +159,12 @@ class LoopThread:
         self._lock.acquire()  # no call begins meanwhile
         running = wait(list(self._running), timeout=_WAIT_SECONDS).not_done
         busy = bool(running) or any(each._is_busy() for each in self.connected)
-        if self._loop is not None and not busy:
+        if not (busy or self._settled):
             self.stop()
             time.sleep(_SETTLE_SECONDS)
             if _grpc_polls():
                 gc.collect()  # errors that were kept may hold a call, and so its channel
+            self._settled = True
         self._unsafe = _grpc_polls()
 
     def after_fork_in_parent(self) -> None:
@@ -184,7 +186,7 @@ class LoopThread:
     def _keep_for_good(self) -> None:
         """Keep what the parent has open, at the end of the process too: giving up its calls would crash or hang."""
         kept: list[Any] = [self._loop, self._running]
-        kept += [each for each in gc.get_objects() if str(type(each).__module__).startswith("grpc.")]
+        kept += [each for each in gc.get_objects() if str(getattr(type(each), "__module__", "")).startswith("grpc.")]
         kept.append(kept)  # nothing but the collector frees this, and the collector leaves alone what is frozen
         gc.freeze()
 
