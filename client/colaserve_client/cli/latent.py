@@ -19,21 +19,20 @@ option = options.option
 _HOLE = re.compile(r"\[\[(\d+)\]\]")
 
 
-def _texts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    found = [*texts, *map(read_prompt_file, files)]
+def _texts(values: dict[str, Any]) -> list[str]:
+    found = [*values.pop("texts"), *map(read_prompt_file, values.pop("files"))]
     if not found:
         raise click.UsageError("give one or more texts, or --file")
     return found
 
 
-texts_argument = click.argument("texts", nargs=-1)
-files_option = option("--file", "files", multiple=True, type=options.EXISTING_FILE, help="A text from a file; - is "
-                      "standard input.")  # fmt: skip
+_file = option("--file", "files", multiple=True, type=options.EXISTING_FILE, help="A text from a file; - is standard "
+               "input.")  # fmt: skip
+texts_options = options.grouped("texts", (click.argument("texts", nargs=-1), _file), _texts)
 
 
 @click.command(cls=options.SectionedCommand)
-@texts_argument
-@files_option
+@texts_options
 @option("--output", "output_file", type=options.FILE, help="Write the latents to a safetensors file.")
 @option("--variance", is_flag=True, help="With --json: also the posterior's log variance.")
 @options.json_option
@@ -42,7 +41,6 @@ def encode(
     *,
     client: Client,
     texts: Sequence[str],
-    files: Sequence[Path],
     output_file: Path | None,
     variance: bool,
     as_json: bool,
@@ -55,15 +53,14 @@ def encode(
     """
     if variance and not as_json:
         raise click.UsageError("--variance is seen with --json only")
-    found = _texts(texts, files)
-    encodings = client.encode_text(found, with_variance=variance)
+    encodings = client.encode_text(texts, with_variance=variance)
     if output_file:
-        width = len(str(len(found) - 1))
+        width = len(str(len(texts) - 1))
         save_latents(output_file, {f"{index:0{width}}": each.latents for index, each in enumerate(encodings)})
     output.answer(
-        [{"text": text, **output.plain(each)} for text, each in zip(found, encodings, strict=True)],
+        [{"text": text, **output.plain(each)} for text, each in zip(texts, encodings, strict=True)],
         as_json,
-        lambda: output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, found, encodings))),
+        lambda: output.table(("LATENTS", "TOKENS", "SPACE", "TEXT"), list(map(_row, texts, encodings))),
     )
 
 
@@ -202,21 +199,19 @@ def _hole_size(digits: str) -> int:
 
 
 @click.command(cls=options.SectionedCommand)
-@texts_argument
-@files_option
+@texts_options
 @options.json_option
 @options.client_options
-def reconstruct(*, client: Client, texts: Sequence[str], files: Sequence[Path], as_json: bool) -> None:
+def reconstruct(*, client: Client, texts: Sequence[str], as_json: bool) -> None:
     """Send TEXTS through the latent space and back: how faithful it is.
 
     \b
       colaserve reconstruct "The capital of France is Paris."
     """
-    found = _texts(texts, files)
-    trips = client.reconstruct(found)
+    trips = client.reconstruct(texts)
     rows = [(f"{trip.token_accuracy:.1%}", f"{trip.bits_per_token:.3f}", repr(trip.text)) for trip in trips]
     output.answer(
-        [{"original": text, **output.plain(trip)} for text, trip in zip(found, trips, strict=True)],
+        [{"original": text, **output.plain(trip)} for text, trip in zip(texts, trips, strict=True)],
         as_json,
         lambda: output.table(("TOKENS EQUAL", "BITS A TOKEN", "TEXT"), rows),
     )
