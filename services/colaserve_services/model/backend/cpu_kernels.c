@@ -42,17 +42,15 @@ typedef struct {
     int32_t type;
 } Pages;
 
-/* Queries and keys normed and rotated, keys and values written to the pages. */
+/* Queries and keys normed over head_dim and rotated in pairs (2i, 2i + 1), keys and values written to the pages. */
 typedef struct {
     Pages at;
-    const void *q, *k, *v; /* (R, heads, head_dim), positions at `row` elements; q may be NULL */
+    const void *q, *k, *v; /* (R, heads, head_dim), positions at `row` elements; q NULL: k is written as it is */
     int64_t row;
-    const float *norm[4]; /* weight and bias of queries, then of keys; weights NULL: no affine */
-    int64_t width;        /* channels that are normed together: 0 (none), head_dim, or all heads' */
-    float eps, clip;      /* clip: largest absolute value of what comes in, before the norm */
-    const float *rotary;  /* (R, 2, rope_dim / 2): cos, sin */
+    const float *norm[4]; /* weight and bias of queries, then of keys */
+    float eps;
+    const float *rotary; /* (R, 2, rope_dim / 2): cos, sin */
     int64_t rope_dim;
-    int32_t halves; /* pairs of channels are (i, i + rope_dim / 2) instead of (2i, 2i + 1) */
     float *rotated; /* (R, heads, head_dim): queries */
 } Qkv;
 
@@ -81,7 +79,7 @@ typedef struct {
 
 typedef struct {
     void (*adaln)(const Adaln *, int64_t begin, int64_t end); /* rows */
-    void (*qkv)(const Qkv *, int64_t row, int64_t head, int64_t heads);
+    void (*qkv)(const Qkv *, int64_t row, int64_t head);
     void (*attention)(const Attention *, int64_t row, int64_t head);
     void (*quantize)(const Quantize *, int64_t begin, int64_t end); /* rows */
     void (*rescale)(const Rescale *, int64_t begin, int64_t end);   /* rows */
@@ -139,57 +137,27 @@ INLINE Floats rotated(Floats x, const float *cosine, const float *sine) {
     return x * (Floats)(c | c << 32) + (Floats)swapped * (Floats)((s | s << 32) ^ minus);
 }
 
-/* Rotates `count` channels by cos and sin of each pair. */
-INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t count, int halves) {
-    const int64_t pairs = count / 2;
-    int64_t i = 0;
-    if (halves) {
-        for (; i + LANES <= pairs; i += LANES) {
-            const Floats a = *(FloatsAt *)(x + i), b = *(FloatsAt *)(x + pairs + i);
-            const Floats c = *(const FloatsAt *)(cosine + i), s = *(const FloatsAt *)(sine + i);
-            *(FloatsAt *)(x + i) = a * c - b * s;
-            *(FloatsAt *)(x + pairs + i) = b * c + a * s;
-        }
-    } else {
-        for (; i + LANES / 2 <= pairs; i += LANES / 2) {
-            FloatsAt *both = (FloatsAt *)(x + 2 * i);
-            *both = rotated(*both, cosine + i, sine + i);
-        }
+/* Channels of one position and head, normed and rotated. */
+INLINE void prepare(const Qkv *a, float *x, const void *from, int64_t r, int64_t head, int of_keys, const int type) {
+    const int64_t d = a->at.head_dim;
+    for (int64_t i = 0; i < d; i += LANES)
+        store(x, i, load(from, r * a->row + head * d + i, d - i, type), d - i, FLOAT32);
+    if (!a->q) return;
+    const float *weight = a->norm[2 * of_keys], *bias = a->norm[2 * of_keys + 1], *cosine = a->rotary + r * a->rope_dim;
+    float mean, by;
+    moments(x, d, a->eps, &mean, &by);
+    for (int64_t i = 0; i < d; i += LANES) {
+        const Floats normed = (load(x, i, d - i, FLOAT32) - mean) * by;
+        store(x, i, normed * load(weight, i, d - i, FLOAT32) + load(bias, i, d - i, FLOAT32), d - i, FLOAT32);
     }
-    for (; i < pairs; i++) {
-        float *one = x + (halves ? i : 2 * i), *two = halves ? one + pairs : one + 1;
-        const float a = *one, b = *two;
-        *one = a * cosine[i] - b * sine[i];
-        *two = b * cosine[i] + a * sine[i];
+    for (int64_t i = 0; i < a->rope_dim / 2; i++) {
+        const float one = x[2 * i], two = x[2 * i + 1], c = cosine[i], s = cosine[a->rope_dim / 2 + i];
+        x[2 * i] = one * c - two * s;
+        x[2 * i + 1] = two * c + one * s;
     }
 }
 
-/* Channels of one position, of `heads` heads, clipped, normed and rotated; `x`: heads * head_dim of them. */
-INLINE void prepare(const Qkv *a, float *x, const void *from, int64_t r, int64_t head, int64_t heads, int of_keys,
-                    const int type) {
-    const int64_t d = a->at.head_dim, count = heads * d;
-    for (int64_t i = 0; i < count; i += LANES) {
-        Floats some = load(from, r * a->row + head * d + i, count - i, type);
-        if (a->clip < INFINITY) some = -larger(splat(-a->clip), -larger(splat(-a->clip), some));
-        store(x, i, some, count - i, FLOAT32);
-    }
-    const float *weight = a->norm[2 * of_keys], *bias = a->norm[2 * of_keys + 1];
-    for (int64_t at = 0; a->width && at < count; at += a->width) {
-        float mean, by;
-        moments(x + at, a->width, a->eps, &mean, &by);
-        for (int64_t i = 0; i < a->width; i += LANES) {
-            const int64_t left = a->width - i;
-            Floats normed = (load(x + at, i, left, FLOAT32) - mean) * by;
-            if (weight) normed = normed * load(weight, i, left, FLOAT32) + load(bias, i, left, FLOAT32);
-            store(x + at, i, normed, left, FLOAT32);
-        }
-    }
-    const float *cosine = a->rotary + r * a->rope_dim;
-    for (int64_t h = 0; a->rope_dim && h < heads; h++)
-        rotate(x + h * d, cosine, cosine + a->rope_dim / 2, a->rope_dim, a->halves);
-}
-
-/* `prepare` for one head, pairs (2i, 2i + 1), without a clip, where all of it is V whole vectors. */
+/* `prepare` where a head is V whole vectors, and what is rotated too. */
 INLINE void prepare_vectors(const Qkv *a, float *x, const void *from, int64_t r, int64_t head, int of_keys,
                             const int type, const int V) {
     Floats some[V], sum = {0}, squares = {0};
@@ -243,50 +211,46 @@ INLINE void write_pair(const Pages *p, uint32_t *page, int64_t place, const void
     }
 }
 
-INLINE void qkv_row(const Qkv *a, int64_t row, int64_t head, int64_t heads, const int type, const int V) {
+INLINE void qkv_head(const Qkv *a, int64_t row, int64_t head, const int type, const int V) {
     const Pages *p = &a->at;
-    float x[MOST_DIM * heads] ALIGNED;
+    float x[MOST_DIM] ALIGNED;
     const int64_t d = p->head_dim, begin = p->history[row] % p->positions;
+    uint32_t *keys = keys_of(p, p->own[row], head);
     for (int64_t i = 0; i < p->n; i++) {
-        const int64_t r = row * p->n + i;
-        if (V)
-            prepare_vectors(a, a->rotated + (r * p->heads + head) * d, a->q, r, head, 0, type, V);
-        else if (a->q) {
-            prepare(a, x, a->q, r, head, heads, 0, type);
-            memcpy(a->rotated + (r * p->heads + head) * d, x, heads * d * sizeof *x);
-        }
-        if (V)
+        const int64_t r = row * p->n + i, at = r * a->row + head * d, place = begin + i;
+        float *q = a->rotated + (r * p->heads + head) * d;
+        if (V) {
+            prepare_vectors(a, q, a->q, r, head, 0, type, V);
             prepare_vectors(a, x, a->k, r, head, 1, type, V);
-        else
-            prepare(a, x, a->k, r, head, heads, 1, type);
-        for (int64_t h = 0; h < heads; h++) {
-            uint32_t *keys = keys_of(p, p->own[row], head + h);
-            const int64_t at = r * a->row + (head + h) * d, place = begin + i;
-            write_key(p, keys, place, x + h * d, type);
-            if (type == BFLOAT16 && V && place % 2 == 0 && i + 1 < p->n)
-                write_pair(p, keys + page_words(p), place, a->v, at, at + a->row);
-            else if (type == FLOAT32 || !V || place % 2 == 0 || i == 0)
-                write_value(p, keys + page_words(p), place, a->v, at, type);
+        } else {
+            if (a->q) prepare(a, q, a->q, r, head, 0, type);
+            prepare(a, x, a->k, r, head, 1, type);
         }
+        write_key(p, keys, place, x, type);
+        if (type == BFLOAT16 && V && place % 2 == 0 && i + 1 < p->n)
+            write_pair(p, keys + page_words(p), place, a->v, at, at + a->row);
+        else if (type == FLOAT32 || !V || place % 2 == 0 || i == 0)
+            write_value(p, keys + page_words(p), place, a->v, at, type);
     }
 }
 
-INLINE void qkv_of(const Qkv *a, int64_t row, int64_t head, int64_t heads, const int type) {
-    const int64_t d = a->at.head_dim;
-    const int whole = a->width == d && !a->halves && a->q && a->norm[0] && a->norm[2] && a->rope_dim % LANES == 0;
-    if (whole && a->clip == INFINITY && d == 64)
-        qkv_row(a, row, head, 1, type, 64 / LANES);
-    else if (whole && a->clip == INFINITY && d == 128)
-        qkv_row(a, row, head, 1, type, 128 / LANES);
+INLINE void qkv_of(const Qkv *a, int64_t row, int64_t head, const int type) {
+    const int whole = a->q && a->rope_dim % LANES == 0;
+    if (whole && a->at.head_dim == 32)
+        qkv_head(a, row, head, type, 32 / LANES);
+    else if (whole && a->at.head_dim == 64)
+        qkv_head(a, row, head, type, 64 / LANES);
+    else if (whole && a->at.head_dim == 128)
+        qkv_head(a, row, head, type, 128 / LANES);
     else
-        qkv_row(a, row, head, heads, type, 0);
+        qkv_head(a, row, head, type, 0);
 }
 
-static void qkv(const Qkv *a, int64_t row, int64_t head, int64_t heads) {
+static void qkv(const Qkv *a, int64_t row, int64_t head) {
     if (a->at.type == FLOAT32)
-        qkv_of(a, row, head, heads, FLOAT32);
+        qkv_of(a, row, head, FLOAT32);
     else
-        qkv_of(a, row, head, heads, BFLOAT16);
+        qkv_of(a, row, head, BFLOAT16);
 }
 
 #include "cpu_kernels_attention.h"
@@ -367,10 +331,10 @@ void colaserve_adaln(int kind, const Adaln *a, int64_t rows) {
 
 void colaserve_qkv(int kind, const Qkv *a, int64_t rows) {
     const Kernels *k = kernels(kind);
-    const int64_t heads = a->at.heads, together = a->width > a->at.head_dim ? heads : 1;
+    const int64_t heads = a->at.heads;
 #pragma omp parallel for schedule(static) collapse(2) if (rows * a->at.n * heads * a->at.head_dim > ALONE)
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t head = 0; head < heads; head += together) k->qkv(a, row, head, together);
+        for (int64_t head = 0; head < heads; head++) k->qkv(a, row, head);
 }
 
 /* Rows of one history are neighbours: one head of them in turn finds keys and values in the core's own cache. */

@@ -1,7 +1,6 @@
 """The functions of `ops`, compiled (cpu_kernels.c): built at installation where a C compiler is, chosen by the CPU."""
 
 import ctypes
-import math
 import os
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
@@ -46,8 +45,7 @@ class _Pages(ctypes.Structure):
 class _Qkv(ctypes.Structure):
     _fields_ = [
         ("at", _Pages), ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("row", c_int64), ("norm", c_void_p * 4),
-        ("width", c_int64), ("eps", c_float), ("clip", c_float), ("rotary", c_void_p), ("rope_dim", c_int64),
-        ("halves", c_int32), ("rotated", c_void_p),
+        ("eps", c_float), ("rotary", c_void_p), ("rope_dim", c_int64), ("rotated", c_void_p),
     ]  # fmt: skip
 
 
@@ -198,24 +196,10 @@ def adaln(
     return out
 
 
-def qkv(
-    storage: Storage,
-    layer: int,
-    x: Tensor,
-    q_norm: Norm | None,
-    k_norm: Norm | None,
-    eps: float,
-    rows: Rows,
-    *,
-    whole: bool = False,
-    halves: bool = False,
-    clip: float | None = None,
-) -> Tensor:
+def qkv(storage: Storage, layer: int, x: Tensor, q_norm: Norm, k_norm: Norm, eps: float, rows: Rows) -> Tensor:
     """LayerNorm and rotary of queries and keys; keys and values into the pages; the queries, for `attention`.
 
-    x: (R, 3 heads head_dim). The norms are over head_dim, or over all heads together (`whole`); None: no norm. The
-    leading channels of each head turn in pairs (2i, 2i + 1), or (i, i + rope_dim / 2) (`halves`), in float32. `clip`
-    bounds what comes in.
+    x: (R, 3 heads head_dim). The leading channels of each head turn in pairs (2i, 2i + 1), in float32.
     """
     heads, d = storage.heads, storage.head_dim
     assert x.is_contiguous(), "all is read as it lies"
@@ -223,12 +207,11 @@ def qkv(
     assert (x.dtype, rows.rotary.dtype) == (storage.memory.dtype, torch.float32)
     assert x.shape == (x.shape[0], 3 * heads * d)
     q = torch.empty(x.shape[0], heads, d)
-    part = heads * d * x.itemsize
-    norms = [None if t is None else t.data_ptr() for norm in (q_norm, k_norm) for t in (norm or (None, None))]
+    part, begin = heads * d * x.itemsize, x.data_ptr()
+    norms = (c_void_p * 4)(*(t.data_ptr() for t in (*q_norm, *k_norm)))
     call = _Qkv(
-        storage._at(layer, rows), x.data_ptr(), x.data_ptr() + part, x.data_ptr() + 2 * part, 3 * heads * d,
-        (c_void_p * 4)(*norms), 0 if q_norm is None else heads * d if whole else d, eps,
-        math.inf if clip is None else clip, rows.rotary.data_ptr(), 2 * rows.rotary.shape[-1], halves, q.data_ptr(),
+        storage._at(layer, rows), begin, begin + part, begin + 2 * part, 3 * heads * d, norms, eps,
+        rows.rotary.data_ptr(), 2 * rows.rotary.shape[-1], q.data_ptr(),
     )  # fmt: skip
     _library().colaserve_qkv(kind(), call, rows.table.shape[0])
     return q
@@ -237,10 +220,7 @@ def qkv(
 def write(storage: Storage, layer: int, k: Tensor, v: Tensor, rows: Rows) -> None:
     """Keys after norm and rotary, and values, (R, heads, head_dim), into the rows' own pages."""
     k, v = (t.to(storage.memory.dtype).contiguous() for t in (k, v))
-    call = _Qkv(
-        storage._at(layer, rows), None, k.data_ptr(), v.data_ptr(), storage.heads * storage.head_dim,
-        (c_void_p * 4)(), 0, 0.0, math.inf, None, 0, False, None,
-    )  # fmt: skip
+    call = _Qkv(storage._at(layer, rows), None, k.data_ptr(), v.data_ptr(), storage.heads * storage.head_dim)
     _library().colaserve_qkv(kind(), call, rows.table.shape[0])
 
 
