@@ -13,7 +13,7 @@ from colaserve_services.model.backend.ops import Norm, Rows
 
 LIBRARY = Path(__file__).with_name("_cpu_kernels.so")
 KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16", "AMX-BF16")  # as cpu_kernels.c numbers them
-KEY_COST = 1.6  # of an operation of attention, in those of a product
+_KEY_COST = 1.6  # of an operation of attention, in those of a product
 _TILED_KEY_COST = 6.5  # where both are computed by tiles: attention waits for memory
 _CHANNELS = 16  # a head's are padded to a multiple
 _MOST_DIM, _MOST_POSITIONS = 256, 64
@@ -103,7 +103,7 @@ def kind() -> int:
 
 def key_cost(dtype: torch.dtype) -> float:
     """Of an operation of attention, in those of a product."""
-    return _TILED_KEY_COST if dtype == torch.bfloat16 and KINDS[kind()] == "AMX-BF16" else KEY_COST
+    return _TILED_KEY_COST if dtype == torch.bfloat16 and KINDS[kind()] == "AMX-BF16" else _KEY_COST
 
 
 @cache
