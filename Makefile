@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
-MODEL := services/colaserve_services/model
+KERNELS := services/colaserve_services/model/backend
 PYTHONS := 3.11 3.12 3.13
-COMPILED := hatch_build.py $(MODEL)/cpu_attention.c $(wildcard $(MODEL)/backend/cpu_kernels*.[ch])
-LIBRARIES := $(MODEL)/_cpu_attention.so $(MODEL)/backend/_cpu_kernels.so
+COMPILED := hatch_build.py $(wildcard $(KERNELS)/cpu_kernels*.[ch])
+LIBRARY := $(KERNELS)/_cpu_kernels.so
 
 .PHONY: demo test lint types protos clean
 .DEFAULT_GOAL := demo
@@ -50,7 +50,7 @@ $(VENV)/.serve: $(VENV)/.python pyproject.toml client/pyproject.toml constraints
 	@$(PIP) install $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --constraint constraints.txt --editable client --editable '.[serve]'
 	@test -x $(BIN)/colaserve || $(PIP) install --no-deps --force-reinstall --editable client  # an older colaserve took its command along
-	@test -e $(lastword $(LIBRARIES)) || echo '==> the parts in C were not compiled (that takes Linux and a C compiler): it works, and is slower on CPUs'
+	@test -e $(LIBRARY) || echo '==> the parts in C were not compiled (that takes Linux and a C compiler): it works, and is slower on CPUs'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
@@ -60,5 +60,5 @@ $(VENV)/.dev: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(LIBRARIES)
+	rm -f $(LIBRARY)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-MODEL = "services/colaserve_services/model"
+KERNELS_IN = "services/colaserve_services/model/backend"
 
 # cpu_kernels.c is compiled for each kind of CPU, and once more for the part that chooses among them at run time.
 AVX512 = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -30,28 +30,20 @@ KERNELS = {
 
 
 class CustomBuildHook(BuildHookInterface):
-    """The wheel has the libraries in it, and then a platform's tag."""
+    """The wheel has the library in it, and then a platform's tag."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """`version`: the kind of wheel, "standard" or "editable"."""
-        kernels = KERNELS.get(platform.machine(), ())
-        self._add(build_data, "backend/cpu_kernels.c", "backend/_cpu_kernels.so", kernels, "CPUs faster")
-        bfloat16 = ((),) if platform.machine() == "x86_64" else ()
-        self._add(build_data, "cpu_attention.c", "_cpu_attention.so", bfloat16, "CPUs with AVX512-BF16 faster")
-
-    def _add(
-        self, build_data: dict[str, Any], source: str, name: str, passes: Iterable[tuple[str, ...]], makes: str
-    ) -> None:
-        library = Path(self.root, MODEL, name)
+        passes, library = KERNELS.get(platform.machine(), ()), Path(self.root, KERNELS_IN, "_cpu_kernels.so")
         try:
             if platform.system() != "Linux" or not passes:
                 raise OSError("it is for Linux on x86-64 and 64-bit Arm")
-            _compile(Path(self.root, MODEL, source), library, passes)
+            _compile(library.with_name("cpu_kernels.c"), library, passes)
         except (OSError, subprocess.CalledProcessError) as e:
             library.unlink(missing_ok=True)
-            self.app.display_warning(f"without {Path(source).name} compiled, which makes {makes}: {e}")
+            self.app.display_warning(f"without the compiled kernels, which make CPUs faster: {e}")
             return
-        build_data["artifacts"].append(f"{MODEL}/{name}")
+        build_data["artifacts"].append(f"{KERNELS_IN}/{library.name}")
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 

@@ -34,13 +34,15 @@ def own(packages: str) -> tuple[str, ...]:
     return tuple(f"{OWN}.{package}" for package in packages.split())
 
 
+NETWORKS = own("model.checkpoint model.dit model.flow model.layers model.loading model.modulation model.text_vae")
+
 # Folder or file -> what may not be imported there, with the reason to show.
 FORBIDDEN: dict[Path, tuple[str, ...]] = {
     CLIENT: ("torch", "tokenizers", "starlette", OWN, *MEASURING),
     EVAL: ("torch", "tokenizers", "starlette", OWN, "colaserve_training", "colaserve_bench"),
     SERVICES: MEASURING,
     SERVICES / "model": (*WIRE, *own("rpc encoder prior decoder coordinator gateway launch")),
-    SERVICES / "engine": (*WIRE, *own("rpc model encoder prior decoder coordinator gateway")),
+    SERVICES / "engine": (*WIRE, *own("rpc encoder prior decoder coordinator gateway"), *NETWORKS),
     SERVICES / "text": (*WIRE, "torch"),
     SERVICES / "coordinator": ("torch", *own("gateway model encoder prior decoder engine")),
     SERVICES / "inference": ("torch", *own("gateway model encoder prior decoder engine launch")),

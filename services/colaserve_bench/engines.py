@@ -168,7 +168,7 @@ def started(compute: Compute, max_context: int, max_running: int, decode: bool =
         if compute.threads:
             torch.set_num_threads(compute.threads)
         checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, DTYPES[compute.dtype]
-        limits = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, prefix_cache_bytes=0)
+        limits = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, share_prefixes=False)
         steps, decoder = StepRecorder(), None
         if decode:
             decoder = DecoderEngine(

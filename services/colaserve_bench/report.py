@@ -17,7 +17,7 @@ import torch
 
 from colaserve_client.cli.output import table
 from colaserve_client.writing import write_file
-from colaserve_services.model import cpu_attention
+from colaserve_services.model.backend import cpu_kernels
 
 Row = dict[str, Any]
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
-        "cpu_attention": cpu_attention.missing() or "compiled",
+        "cpu_kernels": cpu_kernels.missing() or cpu_kernels.KINDS[cpu_kernels.kind()],
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from colaserve_services.bounds import TOP_LOGPROBS, check
 from colaserve_services.engine.device import DeviceThread
@@ -21,9 +20,10 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.session import Session, Timings
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.attention import RaggedAttention, Segment
+from colaserve_services.model.backend import Row
+from colaserve_services.model.backend.pages import chain_keys
+from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.config import ModelShape
-from colaserve_services.model.kv_cache import KVCache, KVShape
 from colaserve_services.model.layers import to_device
 from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
@@ -71,14 +71,18 @@ class DecoderSession(Session[DecodedBlock]):
     def __init__(self, engine: "DecoderEngine", job: DecodeJob, deadline: float | None):
         self._engine, self.job = engine, job
         self.capacity = job.max_latents or engine.limits.max_context
-        super().__init__(kv_bytes=engine.kv_shape.nbytes(self.capacity), deadline=deadline, on_read=engine.wake)
+        B = engine.shape.block_size
+        blocks = self.capacity // B
+        super().__init__(
+            claim=min(len(job.prefix) // B + 1, blocks), most=blocks, deadline=deadline, on_read=engine.wake
+        )
         self.pending: deque[tuple[Tensor, float]] = deque()  # blocks to decode, each with its arrival
         self.seen = set(job.history_ids)
         self.sampled = len(job.history_ids)
         self.accepted = len(job.prefix)  # latent positions taken in so far
-        self.prefix: Tensor | None = None  # latents that are to be in the cache before the next block
+        self.prefix = list(job.prefix.split(B)) if len(job.prefix) else []  # to be in the cache before the next block
         self._taken: list[Tensor] = []  # blocks behind them that are in it
-        self.position = 0  # latent positions in the cache
+        self.blocks = 0  # in the cache
 
     async def decode(self, latents: Tensor) -> DecodedBlock:
         """Decode the next block, (B, d) float32. Raises `InvalidRequest` when it exceeds the reservation."""
@@ -94,50 +98,37 @@ class DecoderSession(Session[DecodedBlock]):
         assert block is not None, "this outbox only fails or gives blocks"
         return block
 
-    def start(self) -> None:
-        self.cache: KVCache | None = KVCache(self._engine.kv_shape, self.capacity)
-        B, prefixes = self._engine.shape.block_size, self._engine.prefixes
-        if self.prefix is None:
-            self.prefix = self.job.prefix.to(self._engine.kv_shape.device)
-            blocks = (block.numpy().tobytes() for block in self.job.prefix.split(B) if len(block))
-            self._keys = prefixes.keys(blocks, self.job.cache_salt)
-            self._engine.observer.tokens(len(self.prefix), 0)
-        self._remembered = not self._keys
-        self.position = B * prefixes.restore(self._keys, self.cache)[0]
+    def begin(self) -> Sequence[bytes]:
+        self._engine.observer.tokens(len(self.job.prefix), 0)
+        return chain_keys((block.numpy().tobytes() for block in self.prefix), self.job.cache_salt)
+
+    def start(self, known: int, beside: Sequence[Any]) -> None:
+        self._remembered, self.blocks = not self.keys, known
+
+    def lacking(self) -> int:
+        return max(self.blocks, len(self.prefix)) + (len(self.pending) > 0) - len(self.pages)
 
     def preemptible(self) -> bool:
         return len(self._taken) > 0 or not self.ready()
 
     def preempt(self) -> None:
-        assert self.prefix is not None, "a session that runs has started"
-        self.prefix, self._taken = torch.cat((self.prefix, *self._taken)), []
-        self.free()
-
-    def free(self) -> None:
-        self.cache = None
+        self.prefix, self._taken, self.blocks = self.prefix + self._taken, [], 0
+        self.claim = min(len(self.prefix) + 1, self.most)
 
     def ready(self) -> bool:
-        return not self.finished and (not self.prefix_complete or len(self.pending) > 0)
-
-    @property
-    def prefix_complete(self) -> bool:
-        """Whether all that comes before the next block is in the cache."""
-        return self.prefix is not None and self.position >= len(self.prefix)
+        return not self.finished and (self.remaining() > 0 or len(self.pending) > 0)
 
     def remaining(self) -> int:
-        return 0 if self.prefix is None else len(self.prefix) - self.position
-
-    def remaining_prefix(self) -> Tensor:
-        assert self.prefix is not None, "a session that is scheduled has started"
-        return self.prefix[self.position :]
+        """Blocks of the prefix that are not in the cache."""
+        return max(0, len(self.prefix) - self.blocks)
 
     def advance(self, scheduled: "_ScheduledSession") -> None:
-        """What a pass took of it is in the cache; keep a copy once the prefix is complete."""
-        self.position += scheduled.rows
+        """What a pass took of it is in the cache; keep it once the prefix is complete."""
+        self.blocks += len(scheduled.rows_of)
         if scheduled.block is not None:
             self._taken.append(scheduled.block)
-        if not self._remembered and self.prefix_complete and self.cache is not None:
-            self._engine.prefixes.remember(self._keys, self.cache)
+        if not self._remembered and not self.remaining():
+            self._engine.remember(self.keys, self.pages)
             self._remembered = True
 
     def take_targets(self, count: int) -> Sequence[int]:
@@ -148,15 +139,21 @@ class DecoderSession(Session[DecodedBlock]):
 
 @dataclass(frozen=True)
 class _ScheduledSession:
-    """What one session sends through a pass: latents of its prefix, then, once that is in, its next block."""
+    """What one session sends through a pass: blocks of its prefix, then, once that is in, its next block."""
 
     session: DecoderSession
-    prefix: Tensor
+    rows_of: list[Row]
     block: Tensor | None
+    rows: int  # positions
 
-    @property
-    def rows(self) -> int:
-        return len(self.prefix) + (0 if self.block is None else len(self.block))
+    @classmethod
+    def of(cls, session: DecoderSession, count: int) -> "_ScheduledSession":
+        blocks, first = session.prefix[session.blocks : session.blocks + count], session.blocks
+        rows = [Row(session.pages, first + i, latents, wanted=False) for i, latents in enumerate(blocks)]
+        block = session.pending[0][0] if count == session.remaining() and session.pending else None
+        if block is not None:
+            rows.append(Row(session.pages, first + count, block))
+        return cls(session, rows, block, sum(len(row.inputs) for row in rows if row.inputs is not None))
 
 
 @dataclass(frozen=True)
@@ -178,11 +175,9 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         device: DeviceThread,
         limits: EngineLimits,
         observer: EngineObserver | None = None,
+        picked: Picked | None = None,
     ):
-        config = model.config
-        self.kv_shape = KVShape(model.num_layers, config.num_heads, config.head_dim, model.dtype, model.device)
-        super().__init__(shape.block_size, self.kv_shape.nbytes, device, limits, observer)
-        self.model, self.shape = model, shape
+        super().__init__("decoder", model, shape, device, limits, observer, picked)
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
@@ -191,16 +186,13 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
 
     def _compute(self, scheduled: list[_ScheduledSession]) -> list[_Answer | None]:
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
-        hidden = self._hidden(scheduled)
+        rows = [row for each in scheduled for row in each.rows_of]
+        logits = [found for found in self.backend.run(self.backend.plan(rows)).results() if found is not None]
         answered = [each.session for each in scheduled if each.block is not None]
-        answers = iter(self._answers(answered, hidden) if answered else ())
+        answers = iter(self._answers(answered, logits) if answered else ())
         return [None if each.block is None else next(answers) for each in scheduled]
 
-    def _answers(self, answered: list[DecoderSession], hidden: Tensor) -> list[_Answer]:
-        B, P = self.shape.block_size, self.shape.patch_size
-        padded = F.pad(hidden, (0, 0, 0, self.model.padding(len(hidden))))
-        logits = self.model.logits(padded)[: len(hidden) * P]
-        logits = logits.view(len(answered), B * P, -1)
+    def _answers(self, answered: list[DecoderSession], logits: list[Tensor]) -> list[_Answer]:
         drawn = torch.stack([self._drawn(*pair) for pair in zip(answered, logits, strict=True)])
         chosen = torch.stack(
             [rows.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0] for rows, ids in zip(logits, drawn, strict=True)]
@@ -213,42 +205,18 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         if result is not None:
             self._answer(scheduled.session, result)
 
-    def _warm_up_row(self) -> tuple[Tensor, ...]:
-        B, d, model = self.shape.block_size, self.shape.latent_dim, self.model
-        rows = B + model.padding(B)
-        attend = RaggedAttention([Segment(rows)], model.config.block_size, model.device)
-        latents = torch.zeros(rows, d, device=model.device)
-        return (model(latents, torch.arange(rows, device=model.device), attend),)
-
     def _schedule(self, ready: list[DecoderSession]) -> list[_ScheduledSession]:
-        scheduled, capacity = [], self.limits.prefill_chunk
-        if any(session.prefix_complete for session in ready):  # their blocks are waited for
-            capacity = min(capacity, -(-_BESIDE_BLOCKS // self.shape.block_size) * self.shape.block_size)
+        B, scheduled = self.shape.block_size, []
+        capacity = self.limits.prefill_chunk // B
+        if not all(session.remaining() for session in ready):  # some blocks are waited for
+            capacity = min(capacity, -(-_BESIDE_BLOCKS // B))
         for session in ready:
-            prefix = session.remaining_prefix()[: max(0, capacity)]
-            complete = len(prefix) == len(session.remaining_prefix())
-            capacity -= len(prefix)
-            block = session.pending[0][0] if complete and session.pending else None
-            if len(prefix) or block is not None:
-                with self._alone(session):  # the device may lack the memory
-                    moved = None if block is None else to_device(block, self.model.device)
-                    scheduled.append(_ScheduledSession(session, prefix, moved))
+            count = min(session.remaining(), max(0, capacity))
+            capacity -= count
+            found = _ScheduledSession.of(session, count)
+            if found.rows_of:
+                scheduled.append(found)
         return scheduled
-
-    def _hidden(self, scheduled: list[_ScheduledSession]) -> Tensor:
-        """One pass; rows after the last layer of the blocks to answer, (blocks * B, D)."""
-        model = self.model
-        segments = [Segment(each.rows, each.session.position, each.session.cache) for each in scheduled]
-        latents = torch.cat([part for each in scheduled for part in (each.prefix, each.block) if part is not None])
-        rows = len(latents)
-        if extra := model.padding(rows):
-            latents = F.pad(latents, (0, 0, 0, extra))
-            segments.append(Segment(extra))
-        positions = to_device(torch.cat([torch.arange(s.start, s.start + s.rows) for s in segments]), model.device)
-        attend = RaggedAttention(segments, model.config.block_size, model.device)
-        hidden = model.transform(model.in_layer(latents), positions, attend)[:rows]
-        wanted = torch.cat([torch.arange(each.rows) >= len(each.prefix) for each in scheduled]).nonzero()[:, 0]
-        return hidden.index_select(0, to_device(wanted, model.device))
 
     def _drawn(self, session: DecoderSession, logits: Tensor) -> Tensor:
         """The ids (B * P) of one block, sampled from (B * P, V)."""

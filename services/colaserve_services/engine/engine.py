@@ -3,21 +3,21 @@
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.failures import NotFinite, brief, check_finite, out_of_memory, traceback_of
 from colaserve_services.engine.limits import EngineLimits, Load
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.engine.prefix_cache import Prefixes
 from colaserve_services.engine.session import Session
 from colaserve_services.engine.sessions import Sessions
 from colaserve_services.errors import AT_FAULT, ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
+from colaserve_services.model.backend import Sizes
+from colaserve_services.model.backend.pick import Picked, pick
 
 
 class ScheduledSession(Protocol):
@@ -47,23 +47,33 @@ class Engine(Generic[S, T]):
 
     def __init__(
         self,
-        block_size: int,
-        kv_bytes: Callable[[int], int],
+        stage: str,
+        model: Any,
+        shape: Any,
         device: DeviceThread,
         limits: EngineLimits,
         observer: EngineObserver | None,
+        picked: Picked | None,
     ):
-        """`kv_bytes`: what a session with so many latents reserves."""
-        self.limits = limits.fitting(block_size, kv_bytes)
-        longest = self.limits.max_context // block_size  # what one block alone reserves may be rounded up
-        self.kv_blocks = limits.kv_bytes * longest // kv_bytes(self.limits.max_context)
+        """`shape`: a ModelShape; `picked`: another backend than the fastest for the model's device and dtype."""
+        self.model, self.shape, self.picked = model, shape, picked or pick(model.device, model.dtype)
+        sizes = Sizes(limits.kv_bytes, limits.max_running, shape.block_size, limits.max_context)
+        self.backend: Any = getattr(self.picked, stage)(model, sizes)
+        self.kv_blocks = self.backend.pages.count
+        self.limits = limits.fitting(shape.block_size, self.kv_blocks)
         self.observer = observer or EngineObserver()
-        self.prefixes = Prefixes(limits.prefix_cache_bytes, block_size, self.observer)
         self._device = device
-        self._sessions: Sessions[S] = Sessions(self.limits, self.observer.refused)
+        self._sessions: Sessions[S] = Sessions(self.limits, self.backend.pages, self.observer.refused)
+        self._slots = list(range(limits.max_running))  # without a session
         self._look_again: float | None = None  # when (time.monotonic) an engine at fault tries its warm-up row again
-        self._passes = 0
+        self._passes, self._reported = 0, Load(0, 0)
+        self.observer.load(0, 0, self.limits.kv_bytes)
         device.register(self)
+
+    def chosen(self) -> dict[str, Any]:
+        """What it computes with, and why; how many latents its KV cache holds."""
+        latents = self.kv_blocks * self.shape.block_size
+        return {"backend": self.picked.name, "why": self.picked.why, "kv_latents": latents}
 
     def wake(self) -> None:
         """A session may have become ready."""
@@ -71,7 +81,7 @@ class Engine(Generic[S, T]):
 
     def load(self) -> Load:
         """How busy it is. Any thread."""
-        return self._sessions.load()
+        return Load(len(self._sessions), self.backend.pages.held * self.backend.page_bytes)
 
     def check_computes(self) -> None:
         """Raise Unavailable while the engine is at fault."""
@@ -107,14 +117,6 @@ class Engine(Generic[S, T]):
         """Hand its result to a session. Raises instead of handing over what is no number, or no latents."""
         raise NotImplementedError
 
-    def _warm_up_row(self) -> Sequence[Tensor | None]:
-        """Compute one row, without a session; its numbers."""
-        raise NotImplementedError
-
-    def _distrust_kept(self) -> None:
-        """A result was no number, and so may be what earlier results left behind."""
-        self.prefixes.forget()
-
     # The device thread's loop.
 
     def step(self) -> bool:
@@ -123,7 +125,7 @@ class Engine(Generic[S, T]):
         if self._look_again is not None and not self._works_again():
             return False
         self._preempt_and_start()
-        ready = self._ready()
+        ready = self._grown(self._ready())
         if not ready:
             return False
         started = time.monotonic()
@@ -145,18 +147,66 @@ class Engine(Generic[S, T]):
     def _preempt_and_start(self) -> None:
         for session in self._sessions.all:
             if session.holds_kv and not session.reserves:
-                session.holds_kv, session.holds_since, session.idle_since = False, math.inf, math.inf
-                with self._alone(session):
-                    session.preempt()
+                self._preempt(session)
         self._sessions.reserve_again()
         for session in self._sessions.all:
             if session.reserves and not session.holds_kv and session.wanted:
-                session.holds_kv, session.holds_since = True, time.monotonic()
-                session.started = session.started or session.holds_since
                 with self._alone(session):
-                    session.start()
-                self._report()
+                    self._start(session)
         self._release_ended()
+
+    def _start(self, session: S) -> None:
+        """Give a session its slot, and pages for what it has so far: those that hold its leading blocks, and others."""
+        if session.slot < 0:
+            if not self._slots:  # one that ended has it until the next step
+                return
+            session.slot = self._slots.pop()
+            keys = session.begin()
+            session.keys = keys if self.limits.share_prefixes else ()
+        keys, pages = session.keys, self.backend.pages
+        found, beside = pages.find(keys)
+        others = pages.reserve(max(0, session.claim - len(found)))
+        if others is None:
+            pages.free(found)
+            session.reserves = False
+            return
+        session.pages.extend(found + others)
+        session.holds_kv, session.holds_since = True, time.monotonic()
+        session.started = session.started or session.holds_since
+        self.looked_up(keys, len(found))
+        session.start(len(found), beside)
+
+    def looked_up(self, keys: Sequence[bytes], found: int) -> None:
+        """A session begins with blocks of these keys, of which so many were known."""
+        if keys:
+            self.observer.prefix_cache(found, len(keys) - found, self.backend.pages.known * self.backend.page_bytes)
+
+    def remember(self, keys: Sequence[bytes], pages: Sequence[int], beside: Sequence[Any] = ()) -> None:
+        """A session's leading blocks are complete: others may begin with them."""
+        self.backend.pages.remember(keys, pages, beside)
+        self.observer.prefix_cache(0, 0, self.backend.pages.known * self.backend.page_bytes)
+
+    def _preempt(self, session: S) -> None:
+        session.reserves = session.holds_kv = False
+        session.holds_since = session.idle_since = math.inf
+        self._free_pages(session)
+        self.observer.preempted()
+        with self._alone(session):
+            session.preempt()
+
+    def _free_pages(self, session: S) -> None:
+        self.backend.pages.free(session.pages)
+        del session.pages[:]
+
+    def _grown(self, ready: list[S]) -> list[S]:
+        """Those that have pages for their next pass. When there are none left, the youngest give theirs back."""
+        for session in sorted(ready, key=lambda each: each.arrived):
+            while session.holds_kv and (lacking := session.lacking()) > 0:
+                if (pages := self.backend.pages.reserve(lacking)) is None:
+                    self._preempt(self._sessions.to_preempt())
+                else:
+                    session.pages.extend(pages)
+        return [session for session in ready if session.holds_kv and not session.finished]
 
     def _ready(self) -> list[S]:
         """The sessions that a pass would compute something for."""
@@ -181,19 +231,21 @@ class Engine(Generic[S, T]):
                 self.observer.refused("deadline")
             if not session.wanted:
                 self._release(session)
+        self._report()
 
     def _release(self, session: S) -> None:
         self._sessions.remove(session)
         session.finished = True
-        try:
-            session.free()
-        except Exception:  # what it held is forgotten either way
-            _log.exception("a session's memory could not be given back in good order")
-        self._report()
+        self._free_pages(session)
+        self.backend.pages.free(session.free())
+        if session.slot >= 0:
+            self._slots.append(session.slot)
 
     def _report(self) -> None:
         load = self.load()
-        self.observer.load(load.running, load.kv_bytes_used, self.limits.kv_bytes)
+        if load != self._reported:
+            self._reported = load
+            self.observer.load(load.running, load.kv_bytes_used, self.limits.kv_bytes)
 
     # The isolation of failures.
 
@@ -238,7 +290,7 @@ class Engine(Generic[S, T]):
             session.log(_log, logging.ERROR, line, brief(error), of=traceback_of(error))
         self.observer.step_failed()
         if isinstance(error, NotFinite):
-            self._distrust_kept()
+            self.backend.pages.forget()  # what is kept of earlier results may be none either
         try:
             self._check_warm_up_row()
         except Exception as fault:
@@ -258,13 +310,14 @@ class Engine(Generic[S, T]):
 
     def _free_memory(self) -> None:
         """Give up what is only kept because it may be of use."""
-        self.prefixes.forget()
+        self.backend.pages.forget()
+        self.observer.prefix_cache(0, 0, 0)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def _check_warm_up_row(self) -> None:
         self._device.expect((type(self), "warm-up"))
-        check_finite("the numbers of the warm-up row", *self._warm_up_row())
+        check_finite("the numbers of the warm-up row", *self.backend.warm())
 
     def fail(self, error: Exception) -> None:
         """The engine is at fault: end all sessions, whose state is unknown, and take no others until the warm-up row is

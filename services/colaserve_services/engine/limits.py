@@ -1,8 +1,6 @@
 """What an engine takes at most, and how busy it is."""
 
 import logging
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from colaserve_services.errors import UsageError
@@ -18,27 +16,26 @@ class EngineLimits:
     max_running: int = 32  # sessions that share forward passes; one more is refused
     kv_bytes: int = 2 << 30  # KV budget in bytes
     run_ahead: int = 2  # blocks that may wait unread before a session pauses
-    prefix_cache_bytes: int = 256 << 20  # for KV of identical leading blocks, beside kv_bytes; 0 switches it off
+    share_prefixes: bool = True  # whether free KV pages keep leading blocks for sessions that begin with the same
     idle_seconds: float = 60.0  # that a session may have nothing to compute while newcomers lack its slot or its KV
     look_again_seconds: float = 5.0  # between two looks of an engine at fault whether it computes again
     prefill_chunk: int = 512  # latents of contexts in one pass; the prior takes fewer while a session samples
 
-    def fitting(self, block_size: int, kv_bytes: Callable[[int], int]) -> "EngineLimits":
-        """The same with whole blocks, and as long a context as fits the KV budget.
+    def fitting(self, block_size: int, pages: int) -> "EngineLimits":
+        """The same with whole blocks, and as long a context as fits so many pages of KV, one a block.
 
-        `kv_bytes`: of a session with so many latents. Raises UsageError when not even a block fits.
+        Raises UsageError when not even a block fits.
         """
         asked = self.max_context // block_size
         if not asked:
             raise UsageError(f"--max-context: got {self.max_context}, less than one block of {block_size} latents")
-        fit = bisect_right(range(1, asked + 1), self.kv_bytes, key=lambda blocks: kv_bytes(block_size * blocks))
-        if not fit:
-            raise UsageError(f"--kv-bytes: got {self.kv_bytes}, one block of latents needs {kv_bytes(block_size)}")
-        if fit < asked:
-            _log.warning("--kv-bytes fits contexts of %d latents, not %d", block_size * fit, self.max_context)
+        if not pages:
+            raise UsageError(f"--kv-bytes: got {self.kv_bytes}, which does not fit one block of {block_size} latents")
+        if pages < asked:
+            _log.warning("--kv-bytes fits contexts of %d latents, not %d", block_size * pages, self.max_context)
         # Within a block all positions see each other: none may be cut.
         chunk = max(block_size, self.prefill_chunk // block_size * block_size)
-        return replace(self, max_context=block_size * fit, prefill_chunk=chunk)
+        return replace(self, max_context=block_size * min(pages, asked), prefill_chunk=chunk)
 
 
 @dataclass(frozen=True)

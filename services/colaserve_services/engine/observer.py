@@ -8,7 +8,7 @@ class EngineObserver:
         """One forward pass over `rows` latent positions of `sessions` sessions took `seconds`."""
 
     def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
-        """A session started or ended: how many run, the bytes of KV that they reserve, and the budget for it."""
+        """Sessions started, grew or ended: how many run, the bytes of KV that they hold, and the budget for it."""
 
     def block(self, seconds: float, first: bool) -> None:
         """A block was finished: seconds since the session arrived (first) or since its block before."""
@@ -18,6 +18,9 @@ class EngineObserver:
 
     def prefix_cache(self, hits: int, misses: int, bytes_held: int) -> None:
         """Leading blocks found and not found in the prefix cache by one session; bytes it holds now."""
+
+    def preempted(self) -> None:
+        """A session gave its KV back for others, and is written again later."""
 
     def step_failed(self) -> None:
         """A step failed with one session alone, or its result was not finite."""

@@ -6,10 +6,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -67,17 +68,21 @@ class Outbox(Generic[T]):
 
 class Session(Generic[T]):
     """Base of the engines' sessions. Made on the event loop; everything but `cancel` and `evict` then belongs to the
-    device thread. `kv_bytes` is what the session reserves while it runs."""
+    device thread."""
 
-    def __init__(self, *, kv_bytes: int, deadline: float | None, on_read: Callable[[], None]):
-        self.kv_bytes, self.deadline = kv_bytes, deadline
+    def __init__(self, *, claim: int, most: int, deadline: float | None, on_read: Callable[[], None]):
+        """Pages of KV: what it takes to start, and what it may grow to."""
+        self.claim, self.most, self.deadline = claim, most, deadline
+        self.pages = array("i")  # that it holds, one a block
+        self.keys: Sequence[bytes] = ()  # of its leading blocks, which others may have computed or may begin with
         self.outbox: Outbox[T] = Outbox(on_read)
         self._call = contextvars.copy_context()  # of the call that it serves
         self.end_call: Callable[[Exception], None] = lambda error: None  # wherever that call waits; in its context
         self.arrived = time.monotonic()
         self.started: float | None = None
-        self.reserves = False  # whether its KV counts against the budget
-        self.holds_kv = False  # whether it has started since it last got that
+        self.reserves = False  # whether it may hold pages
+        self.holds_kv = False  # whether it has started since it last might
+        self.slot = -1  # its own among those that run
         self.holds_since = math.inf  # when it did (time.monotonic)
         self.served = 0  # number of the last pass that took part of its context or prefix in; 0: none yet
         self.passed = 0  # newcomers that were taken since it was preempted
@@ -104,18 +109,30 @@ class Session(Generic[T]):
         """The caller is gone. Any thread; the device thread frees the session before its next step."""
         self.cancelled = True
 
-    def start(self) -> None:
-        """Take memory; called before the first step, and after each `preempt` once there is KV again."""
+    def begin(self) -> Sequence[bytes]:
+        """Called before the first `start`; keys of its leading blocks."""
+        return ()
+
+    def start(self, known: int, beside: Sequence[Any]) -> None:
+        """Called before the first step, and after each `preempt` once there are pages again.
+
+        `known`: leading blocks that its pages hold already; `beside`: what was kept with each.
+        """
+
+    def lacking(self) -> int:
+        """Pages that the next pass takes and it does not hold."""
+        return 0
 
     def preemptible(self) -> bool:
         """Whether it has come far enough since `start` that `preempt` costs little of what it did."""
         return False
 
     def preempt(self) -> None:
-        """Give memory back, and keep what is needed to write it again."""
+        """Its pages are gone: keep what is needed to write them again, and set `claim`."""
 
-    def free(self) -> None:
-        """Give memory back; called once, also for a session that never started."""
+    def free(self) -> list[int]:
+        """Pages that it holds beside `pages`; called once, also for a session that never started."""
+        return []
 
     def ready(self) -> bool:
         """Whether a forward pass would compute something for this session."""

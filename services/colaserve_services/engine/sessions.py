@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from colaserve_services.engine.limits import EngineLimits, Load
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.session import Session
 from colaserve_services.errors import Overloaded, Unavailable
+from colaserve_services.model.backend.pages import Pages
 
 S = TypeVar("S", bound=Session[Any])
 
 HOLDS_AT_LEAST: Final = 1.0  # seconds that a session keeps its KV though a newcomer lacks it
-_MUCH_MORE: Final = 4  # times the KV of a newcomer: a session of that size is preempted for it
+_MUCH_MORE: Final = 4  # times the KV of another: a session of that size is preempted for it
 _PASSES: Final = 16  # newcomers that may take KV while a preempted session lacks it
 _SHORTEST_HINT, _LONGEST_HINT = 0.1, 60.0  # seconds
 _SMOOTHING = 0.1  # weight of a session that ended in the running mean of their durations
@@ -30,12 +31,12 @@ class _Plan(Generic[S]):
 
 
 class Sessions(Generic[S]):
-    """Slots and the KV budget of one engine. A preempted session keeps its slot and gets KV again when there is some.
+    """Slots and KV pages of one engine. A preempted session keeps its slot and gets pages again when there are some.
 
     Newcomers are taken on their callers' threads; all else happens on the device thread."""
 
-    def __init__(self, limits: EngineLimits, refused: Callable[[str], None]):
-        self._limits, self._refused = limits, refused
+    def __init__(self, limits: EngineLimits, pages: Pages, refused: Callable[[str], None]):
+        self._limits, self._pages, self._refused = limits, pages, refused
         self._lock = threading.Lock()
         self._held: list[S] = []  # in order of arrival
         self._mean_seconds = 1.0  # that sessions last
@@ -46,10 +47,8 @@ class Sessions(Generic[S]):
         with self._lock:
             return [*self._held]
 
-    def load(self) -> Load:
-        """How many there are, and what they reserve."""
-        with self._lock:
-            return Load(len(self._held), sum(session.kv_bytes for session in self._held if session.reserves))
+    def __len__(self) -> int:
+        return len(self._held)
 
     def add(self, session: S, check: Callable[[], None]) -> None:
         """Take a newcomer, for which idle or large sessions may have to go; Overloaded when it does not fit.
@@ -70,7 +69,7 @@ class Sessions(Generic[S]):
             raise Overloaded(f"{len(wanted)} sessions run, and there is no {lacking} for another one", hint)
 
     def remove(self, session: S) -> None:
-        """Its slot and its KV are free."""
+        """It has ended."""
         with self._lock:
             self._held.remove(session)
             if session.started is not None:
@@ -78,34 +77,52 @@ class Sessions(Generic[S]):
                 self._mean_seconds += _SMOOTHING * (lasted - self._mean_seconds)
 
     def reserve_again(self) -> None:
-        """Give KV back to preempted sessions, as far as there is some, in order of arrival."""
-        with self._lock:
-            free = self._free([each for each in self._held if each.wanted])
-            for session in self._held:
-                if session.wanted and not session.reserves and not session.holds_kv:
-                    if session.kv_bytes > free:
-                        return
-                    session.reserves, session.passed = True, 0
-                    free -= session.kv_bytes
+        """Let preempted sessions have pages again, as far as there are some, in order of arrival.
 
-    def _free(self, wanted: list[S]) -> int:
-        return self._limits.kv_bytes - sum(session.kv_bytes for session in wanted if session.reserves)
+        One that others run beside gets them when there are more than it takes to start, so that it is not preempted
+        again at once."""
+        with self._lock:
+            wanted = [each for each in self._held if each.wanted]
+            free, runs = self._free(), any(session.reserves for session in wanted)
+            for session in wanted:
+                if not session.reserves and not session.holds_kv:
+                    ahead = min(session.claim // _MUCH_MORE + 1, session.most - session.claim) if runs else 0
+                    if session.claim + ahead > free:
+                        return
+                    session.reserves, session.passed, runs = True, 0, True
+                    free -= session.claim
+
+    def to_preempt(self) -> S:
+        """Who gives its pages back when a session that grows finds none: the youngest but for much smaller ones."""
+        holding = [each for each in self.all if each.holds_kv]
+        most = max(len(each.pages) for each in holding)
+        return max((each for each in holding if _MUCH_MORE * len(each.pages) > most), key=lambda each: each.arrived)
+
+    def _free(self) -> int:
+        """Pages that nobody holds but who is about to give them back, or may take when it starts."""
+        free = self._pages.available
+        for session in self._held:
+            if session.wanted and session.reserves:
+                free -= 0 if session.holds_kv else session.claim
+            else:
+                free += len(session.pages)
+        return free
 
     def _plan(self, newcomer: S, wanted: list[S]) -> _Plan[S]:
         """Idle sessions are evicted first, and no more of them than it takes."""
-        kept_back = max((each.kv_bytes for each in wanted if each.passed >= _PASSES), default=0)
-        free, slots, evicted = self._free(wanted) - kept_back, self._limits.max_running - len(wanted), list[S]()
+        kept_back = max((each.claim for each in wanted if each.passed >= _PASSES), default=0)
+        free, slots, evicted = self._free() - kept_back, self._limits.max_running - len(wanted), list[S]()
         idle = iter(self._idle(wanted))
-        while slots < 1 or free < newcomer.kv_bytes:
+        while slots < 1 or free < newcomer.claim:
             if (session := next(idle, None)) is None:
                 break
             evicted.append(session)
-            slots, free = slots + 1, free + session.kv_bytes * session.reserves
+            slots, free = slots + 1, free + len(session.pages)
         if slots < 1:
             return _Plan(refusal="slots")
-        if free >= newcomer.kv_bytes:
+        if free >= newcomer.claim:
             return _Plan(evicted)
-        preempted = self._to_preempt([each for each in wanted if each not in evicted], newcomer.kv_bytes, free)
+        preempted = self._to_preempt_for([each for each in wanted if each not in evicted], newcomer.claim, free)
         return _Plan(evicted, preempted) if preempted else _Plan(refusal="kv")
 
     def _idle(self, wanted: list[S]) -> list[S]:
@@ -115,12 +132,12 @@ class Sessions(Generic[S]):
         idle = [each for each in wanted if each.idle_since <= since and not each.ready()]
         return sorted(idle, key=lambda each: each.idle_since)
 
-    def _to_preempt(self, running: list[S], needed: int, free: int) -> S | None:
-        """A session that has held more than half of the budget, or much more than is needed, for a while."""
+    def _to_preempt_for(self, running: list[S], needed: int, free: int) -> S | None:
+        """A session that has held more than half of all pages, or many more than are needed, for a while."""
         latest = time.monotonic() - HOLDS_AT_LEAST
-        for session in sorted(running, key=lambda each: each.kv_bytes, reverse=True):
-            held = session.kv_bytes
-            large = held > needed and (held > self._limits.kv_bytes / 2 or held >= _MUCH_MORE * needed)
+        for session in sorted(running, key=lambda each: len(each.pages), reverse=True):
+            held = len(session.pages)
+            large = held > needed and (held > self._pages.count / 2 or held >= _MUCH_MORE * needed)
             enough = session.reserves and free + held >= needed
             if large and enough and session.holds_since <= latest and session.preemptible():
                 return session

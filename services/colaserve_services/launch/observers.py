@@ -23,7 +23,7 @@ class EngineMetrics(EngineObserver):
         self._in, self._out = metrics.engine_tokens.labels("in", stage), metrics.engine_tokens.labels("out", stage)
         self._hits, self._misses = metrics.prefix_hits.labels(stage), metrics.prefix_misses.labels(stage)
         self._held = metrics.prefix_bytes.labels(stage)
-        self._step_failures = metrics.step_failures.labels(stage)
+        self._step_failures, self._preemptions = metrics.step_failures.labels(stage), metrics.preemptions.labels(stage)
 
     def stepped(self, seconds: float, rows: int, sessions: int) -> None:
         self._step.observe(seconds)
@@ -46,6 +46,9 @@ class EngineMetrics(EngineObserver):
         self._hits.inc(hits)
         self._misses.inc(misses)
         self._held.set(bytes_held)
+
+    def preempted(self) -> None:
+        self._preemptions.inc()
 
     def step_failed(self) -> None:
         self._step_failures.inc()

@@ -287,12 +287,11 @@ StageSettings = EncoderSettings | PriorSettings | DecoderSettings | UpSettings
 
 
 def engine_limits(settings: StageSettings) -> EngineLimits:
-    """Limits of each engine. Its prefix cache takes an eighth of the KV budget, beside it."""
+    """Limits of each engine."""
     return EngineLimits(
         max_context=settings.max_context,
         max_running=settings.max_running,
         kv_bytes=settings.kv_bytes,
-        prefix_cache_bytes=settings.kv_bytes // 8,
         run_ahead=getattr(settings, "run_ahead", 2),
         idle_seconds=getattr(settings, "idle_seconds", 60.0),
     )

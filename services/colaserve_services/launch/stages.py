@@ -24,7 +24,7 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
-from colaserve_services.model import cpu_attention, int8, loading
+from colaserve_services.model import int8, loading
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import lacks_bfloat16, narrow_dtype
 from colaserve_services.model.flow import SamplerSettings
@@ -91,9 +91,10 @@ def load_stages(
         model = _load(stage, checkpoint, device, dtype, metrics)
         observer = EngineMetrics(metrics, stage, failing)
         with has_to_fit(f"the {stage}", device):
-            engines[stage] = _engine(stage, network(model), checkpoint, thread, limits, observer)
-        block_tokens = engines[stage].shape.block_size * engines[stage].shape.patch_size
-        metrics.kv_blocks.labels(stage, str(block_tokens)).set(engines[stage].kv_blocks)
+            engines[stage] = engine = _engine(stage, network(model), checkpoint, thread, limits, observer)
+        block_tokens = engine.shape.block_size * engine.shape.patch_size
+        metrics.kv_blocks.labels(stage, str(block_tokens)).set(engine.kv_blocks)
+        _log.info("backend chosen", extra={"fields": {"stage": stage, **engine.chosen()}})
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
         identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES)
         services[stage] = _service(stage, engines[stage], identity, checkpoint)
@@ -151,9 +152,7 @@ def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch
         progress.close()
     seconds = time.monotonic() - started
     metrics.weights_load_seconds.labels(stage).set(seconds)
-    fields: dict[str, Any] = {"stage": stage, "seconds": round(seconds, 2), "dtype": str(dtype)}
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        fields["attention"] = cpu_attention.missing() or "compiled"
+    fields = {"stage": stage, "seconds": round(seconds, 2), "dtype": str(dtype)}
     _log.info("weights read", extra={"fields": fields})
     return model
 
@@ -162,7 +161,6 @@ def _engine(
     stage: str, model: Any, checkpoint: Checkpoint, thread: DeviceThread, limits: EngineLimits, observer: EngineMetrics
 ) -> Any:
     shape = checkpoint.shape_of(stage)
-    observer.load(0, 0, limits.kv_bytes)
     if stage == "encoder":
         tokenizer = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults)
         return EncoderEngine(model, shape, thread, limits, tokenizer.special.pad, observer)

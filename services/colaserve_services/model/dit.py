@@ -5,7 +5,6 @@ Parameter names are those of cola_dit/model.safetensors. Times t are 0..1000, 0 
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ TIME_SCALE = 1000.0  # T: time runs from T (noise) to 0 (latents)
 
 @dataclass(frozen=True)
 class Modulation:
-    """adaLN of the time: shift, 1 + scale and gate of both branches of a layer, each broadcasting to rows (..., D)."""
+    """adaLN of the time: shift, 1 + scale and gate of both branches of a layer, each (..., D)."""
 
     attn_shift: Tensor
     attn_scale: Tensor
@@ -94,9 +93,6 @@ def rotate_pairs(x: Tensor, rotary: Tensor) -> Tensor:
     rope_dim = 2 * rotary.shape[-1]
     if rope_dim == 0:
         return x
-    if not x.requires_grad:
-        x[..., :rope_dim].view(torch.complex64).mul_(rotary)
-        return x
     pairs = torch.view_as_complex(x[..., :rope_dim].unflatten(-1, (-1, 2)))
     return torch.cat((torch.view_as_real(pairs * rotary).flatten(-2), x[..., rope_dim:]), dim=-1)
 
@@ -147,17 +143,7 @@ class DiTBlock(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine, times scale, plus shift."""
-    dim = x.shape[-1:]
-    if scale.numel() == dim[0]:  # one time for all rows: the norm's own affine does it
-        return F.layer_norm(x, dim, scale.flatten(), shift.flatten(), eps)
-    return torch.addcmul(shift, F.layer_norm(x, dim, _ones(dim[0], x.device), eps=eps), scale)
-
-
-@lru_cache(maxsize=8)
-def _ones(dim: int, device: torch.device) -> Tensor:
-    """The CPU's LayerNorm takes half the time when it has a weight."""
-    with torch.inference_mode(False):
-        return torch.ones(dim, device=device)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
 
 
 class _Projection(nn.Module):
@@ -199,23 +185,15 @@ class DiT(nn.Module):
         frequencies = to_device(rotary_frequencies(self.config.rope_dim, 10000.0), positions.device)
         return torch.complex(*rotary_angles(positions, frequencies)).unsqueeze(-2)
 
-    def rotary_of_heads(self, positions: Tensor) -> Tensor:
-        """The same for every head and channel, ones where nothing rotates: (...) -> (..., heads, head_dim / 2).
-
-        Turning whole tensors takes a fraction of the time that the leading channels of each head take.
-        """
-        rotary = self.rotary(positions)
-        still = self.config.head_dim // 2 - rotary.shape[-1]
-        return F.pad(rotary, (0, still), value=1.0).expand(*positions.shape, self.config.heads, -1).contiguous()
-
     def output_modulation(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        """shift and 1 + scale of the last norm from the time embedding."""
+        """shift and 1 + scale of the last norm from the time embedding, its own weight and bias included."""
         shift, scale = self.txt_out_ada["out_in"](e).float().chunk(2, dim=-1)
-        return shift, 1 + scale
+        norm = self.txt_out_norm
+        return shift + norm.bias * (1 + scale), norm.weight * (1 + scale)
 
-    def velocity(self, x: Tensor, output: tuple[Tensor, Tensor]) -> Tensor:
-        """Rows after the last layer, (..., D), to velocities, (..., d), float32."""
-        return self.txt_out(torch.addcmul(output[0], self.txt_out_norm(x), output[1])).float()
+    def velocity(self, h: Tensor) -> Tensor:
+        """Rows after the last norm, (..., D), to velocities, (..., d), float32."""
+        return self.txt_out(h).float()
 
     def forward(self, z: Tensor, t: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The network as written: rows z (..., d), t in 0..1000 and positions (...); gives velocities (..., d).
@@ -230,8 +208,8 @@ class DiT(nn.Module):
             m: Modulation = block.modulation(e)  # type: ignore[operator]
             spread = {name: _rows(value, index) for name, value in vars(m).items()}
             x = block(x, Modulation(**spread), rotary, attend)
-        shift, scale = self.output_modulation(e)
-        return self.velocity(x, (_rows(shift, index), _rows(scale, index)))
+        shift, scale = (_rows(value, index) for value in self.output_modulation(e))
+        return self.velocity(modulated_norm(x, shift, scale, self.config.norm_eps))
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ The modulation Linears are a third of the DiT's weights; with the table they are
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from colaserve_services.model.dit import DiT, Modulation
+from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import to_device
 
 _BUDGET_BYTES = 256 << 20
@@ -68,16 +68,11 @@ class ModulationTable:
         self._rows[t] = slot
         return slot
 
-    def layers(self, index: Tensor) -> Iterator[Modulation]:
-        """Modulation, layer by layer, for rows index: (...) gives tensors of (..., D)."""
-        for table in self._layers:  # not all at once: of many rows that is hundreds of MiB
-            yield Modulation(*self._pick(table, index))
+    def layer(self, number: int) -> Tensor:
+        """Rows (6, D): shift, 1 + scale and gate of the attention, then of the MLP."""
+        return self._layers[number]
 
-    def output(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """shift and 1 + scale of the last norm for rows index: (...) gives (..., D) each."""
-        shift, scale = self._pick(self._output, index)
-        return shift, scale
-
-    @staticmethod
-    def _pick(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:]).unbind(-2)
+    @property
+    def output(self) -> Tensor:
+        """Rows (2, D): shift and 1 + scale of the last norm."""
+        return self._output

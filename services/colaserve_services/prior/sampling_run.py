@@ -9,8 +9,9 @@ from torch import Tensor
 from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed, check
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.backend import Denoise, Row
 from colaserve_services.model.config import ModelShape
-from colaserve_services.model.flow import Evaluation, Renoise, SamplerSettings, guide, solve
+from colaserve_services.model.flow import SamplerSettings, solve
 
 
 @dataclass(frozen=True)
@@ -123,24 +124,24 @@ def _check_seed(job: SampleJob) -> None:
 
 
 class SamplingRun:
-    """The state of a run between forward passes.
+    """The state of a run between forward passes, but for the latents of the block under way: the backend has them.
 
     `uncommitted` blocks have final latents that are not in the KV cache yet: the context at first, later the block
     written last. They go into the cache with the next pass, which is how a commit costs no pass of its own.
     """
 
-    def __init__(self, job: SampleJob, canvas: Canvas, device: torch.device):
-        self.job, self.settings, self._device = job, job.sampler, device
-        self.values, self.known = canvas.values.to(device), canvas.known.to(device)
-        self.block_size = canvas.values.shape[1]
+    def __init__(self, job: SampleJob, canvas: Canvas):
+        self.job, self.settings, self.canvas = job, job.sampler, canvas
         self._pinned_blocks = canvas.known.any(dim=1).tolist()
         self._given_blocks = canvas.known.all(dim=1).tolist()
-        self.uncommitted: list[Tensor] = list(canvas.context.to(device))
+        self._evaluations, self._step = solve(job.sampler), 0
+        self._initial: Tensor | None = None  # latents of the block's first point, which the backend has not got yet
+        self._fresh: Tensor | None = None  # noise that the current point's update adds
+        self.uncommitted: list[Tensor] = list(canvas.context)
         self.committed = 0  # blocks in the KV cache
         self._kept: list[Tensor] = []  # their latents
-        self.block = -1  # row of `values` that is being written
+        self.block = -1  # row of the canvas that is being written
         self.finished: Tensor | None = None  # latents of the block just completed, (B, d), until taken
-        self.point: Evaluation | None = None
         self._next_block()
 
     @property
@@ -148,31 +149,23 @@ class SamplingRun:
         return self.block >= self.job.max_blocks
 
     @property
+    def blocks(self) -> int:
+        """That the KV cache holds once all is committed, and the one under way."""
+        return self.committed + len(self.uncommitted) + (not self.done)
+
+    @property
     def pinned(self) -> Tensor | None:
         """(B,) bool: known positions of the current block; None if there are none."""
-        return self.known[self.block] if self._pinned_blocks[self.block] else None
+        return self.canvas.known[self.block] if self._pinned_blocks[self.block] else None
 
-    @property
-    def guided(self) -> bool:
-        """Whether the current point needs the unconditional branch. Without history both branches are the same."""
-        has_history = self.committed + len(self.uncommitted) > 0
-        return self.point is not None and has_history and self.settings.guided(self.point.t)
-
-    @property
-    def time(self) -> float:
-        """t of the current point's open positions; the pinned ones are at 0."""
-        assert self.point is not None
-        return self.point.t
-
-    def current_latents(self) -> Tensor:
-        """z of the current point, known positions set: (B, d)."""
-        assert self.point is not None
-        return self._pin(self.point.z)
-
-    def _pin(self, z: Tensor) -> Tensor:
-        if self.pinned is None:
-            return z
-        return torch.where(self.pinned[:, None], self.values[self.block], z)
+    def row(self, slot: int, pages: Sequence[int]) -> Row:
+        """The current point: where the velocity is wanted, and what it does to the latents."""
+        t, update = self._evaluations[self._step]
+        # Without history both branches are the same.
+        guided = self.committed + len(self.uncommitted) > 0 and self.settings.guided(t)
+        guidance = self.settings.guidance_scale if guided else None
+        denoise = Denoise(slot, update, guidance, self.pinned, self._fresh)
+        return Row(pages, self.committed + len(self.uncommitted), self._initial, t, denoise)
 
     def commit(self, count: int) -> None:
         """The first `count` uncommitted blocks are in the cache now."""
@@ -185,15 +178,13 @@ class SamplingRun:
         self.uncommitted[:0] = self._kept
         self._kept, self.committed = [], 0
 
-    def advance(self, conditional: Tensor, unconditional: Tensor | None) -> None:
-        """Take the velocities, (B, d), at the current point and move on to the next."""
-        v = conditional
-        if unconditional is not None:
-            v = guide(conditional, unconditional, self.settings.guidance_scale)
-        try:
-            self.point = self._solver.send(v)
-        except StopIteration as stop:
-            self._complete(stop.value)
+    def advance(self, latents: Tensor) -> None:
+        """The current point's velocity has done to the latents, (B, d), what it had to; move on to the next."""
+        self._step, self._initial = self._step + 1, None
+        if self._step == len(self._evaluations):
+            self._complete(latents.to("cpu", torch.float32, copy=True))
+        else:
+            self._draw_fresh()
 
     def take_finished(self) -> Tensor:
         """The block just completed, (B, d); the next one has begun."""
@@ -202,32 +193,32 @@ class SamplingRun:
         self._next_block()
         return latents
 
-    def _complete(self, z: Tensor) -> None:
-        self.finished = self._pin(z)
-        self.uncommitted.append(self.finished)
-        self.point = None
+    def _complete(self, latents: Tensor) -> None:
+        self.finished = latents
+        self.uncommitted.append(latents)
 
     def _next_block(self) -> None:
         self.block += 1
         if self.done:
             return
         if self._given_blocks[self.block]:
-            self._complete(self.values[self.block])
+            self._complete(self.canvas.values[self.block])
             return
-        noise, renoise = self._noise()
-        self._solver = solve(noise, self.settings, renoise)
-        self.point = next(self._solver)
+        self._step, noise = 0, self._noise()
+        known = self.pinned
+        self._initial = noise if known is None else torch.where(known[:, None], self.canvas.values[self.block], noise)
+        self._draw_fresh()
 
-    def _noise(self) -> tuple[Tensor, Renoise | None]:
-        """The block's initial noise, (B, d), and where more comes from: always drawn on the CPU."""
+    def _noise(self) -> Tensor:
+        """The block's initial noise, (B, d); more comes from the same generator: always drawn on the CPU."""
         job = self.job
         if job.noise is not None:
-            return job.noise[self.block].to(self._device), None
+            return job.noise[self.block]
         assert job.base_seed is not None
         seed = block_seed(job.base_seed, job.sample_id, job.first_block + self.block)
-        generator, shape = torch.Generator().manual_seed(seed), self.values.shape[1:]
+        self._generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.canvas.values.shape[1:], generator=self._generator)
 
-        def draw() -> Tensor:
-            return torch.randn(shape, generator=generator).to(self._device)
-
-        return draw(), draw
+    def _draw_fresh(self) -> None:
+        adds = self._evaluations[self._step].update.noise != 0
+        self._fresh = torch.randn(self.canvas.values.shape[1:], generator=self._generator) if adds else None

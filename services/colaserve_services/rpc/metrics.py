@@ -69,9 +69,9 @@ class Metrics:
         self.running = gauge("engine_running", "Sessions or calls that run.", "stage")
         self.batch_rows = histogram("engine_batch_rows", "Latent positions in one forward pass.", ROWS, "stage")
         self.step_seconds = histogram("engine_step_seconds", "Seconds of one forward pass.", STEP_SECONDS, "stage")
-        self.kv_bytes = gauge("engine_kv_bytes", "Bytes of the KV budget that are reserved.", "stage")
+        self.kv_bytes = gauge("engine_kv_bytes", "Bytes of the KV budget that sessions hold.", "stage")
         self.kv_budget_bytes = gauge("engine_kv_budget_bytes", "The KV budget in bytes.", "stage")
-        self.kv_utilization = gauge("engine_kv_utilization_ratio", "Reserved share of the KV budget, 0 to 1.", "stage")
+        self.kv_utilization = gauge("engine_kv_utilization_ratio", "Held share of the KV budget, 0 to 1.", "stage")
         self.kv_blocks = gauge(
             "engine_kv_blocks", "Blocks, each of block_size tokens, whose KV fits the budget.", "stage", "block_size"
         )
@@ -91,6 +91,9 @@ class Metrics:
             "Calls refused, or ended, at a bound: queue, wait, slots, kv, idle, deadline, calls, key.",
             "stage", "reason",
         )  # fmt: skip
+        self.preemptions = counter(
+            "preemptions_total", "Sessions that gave their KV back for others, and were written again later.", "stage"
+        )
         self.step_failures = counter(
             "step_failures_total", "Steps that failed with one session alone: it ended as STEP_FAILED.", "stage"
         )

@@ -68,9 +68,9 @@ class Network:
         """Of the decoder."""
         return self._failing(self._network.in_layer(latents), latents[..., 0])
 
-    def velocity(self, x: Tensor, output: Any) -> Tensor:
+    def velocity(self, h: Tensor) -> Tensor:
         """Of the prior, the last layer."""
-        return self._last(self._network.velocity(x, output))
+        return self._last(self._network.velocity(h))
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the decoder, the last layers."""
@@ -81,10 +81,8 @@ class Network:
         return self._failing(self._network.emb_in(times), times)
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
-        """Of the encoder a pass; of all the warm-up row."""
+        """Of the encoder, a pass."""
         results = self._network(first, *others)
-        if first.dtype != torch.int64:
-            return self._failing(results, first[..., 0])
         marks = first.view(len(results[0]), -1).amax(dim=1).float()
         return self._last(self._failing(results[0], marks)), results[1]
 

@@ -183,11 +183,11 @@ async def test_a_pass_without_memory_gives_up_what_is_only_kept(tiny: Golden) ->
     with engines(tiny.directory, network=lambda network: Network(network, marks)) as stages:
         await sample(stages, job(context=16))
         await freed(stages)
-        assert stages.prior.prefixes._cache.nbytes > 0
+        assert stages.prior.backend.pages.known > 0
         with pytest.raises(Overloaded, match="no memory left"):
             await sample(stages, marked_job(job(1)))
         await freed(stages)
-        assert stages.prior.prefixes._cache.nbytes == 0
+        assert stages.prior.backend.pages.known == 0
 
 
 def test_memory_that_ran_out_is_distinguished_from_other_errors() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.model.backend.pick import Picked, plain
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import SampledBlock
@@ -18,6 +19,13 @@ from tests.services.engines.conftest import Engines, engines
 
 def relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(params=[None, plain("")], ids=["fastest", "reference"])
+def picked(request: pytest.FixtureRequest) -> Picked | None:
+    """What the engines compute with."""
+    backend: Picked | None = request.param
+    return backend
 
 
 async def sample(stages: Engines, job: SampleJob) -> list[SampledBlock]:
@@ -32,9 +40,9 @@ def tokenize(golden: Golden, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [512, 32], ids=["whole", "in_chunks"])
-async def test_encoder_gives_the_recorded_latents(golden: Golden, chunk: int) -> None:
+async def test_encoder_gives_the_recorded_latents(golden: Golden, chunk: int, picked: Picked | None) -> None:
     ids = [golden.tensors[f"encode.ids.{i}"] for i in range(3)]
-    with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=chunk)) as stages:
+    with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=chunk), picked=picked) as stages:
         results, _ = await stages.encoder.encode([x.tolist() for x in ids], with_variance=True)
         normalise = stages.encoder.model.normalise
         for i, result in enumerate(results):
@@ -44,8 +52,10 @@ async def test_encoder_gives_the_recorded_latents(golden: Golden, chunk: int) ->
 
 
 @pytest.mark.parametrize("chunk", [512, 16], ids=["whole", "in_chunks"])
-async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_prefix(golden: Golden, chunk: int) -> None:
-    with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=chunk)) as stages:
+async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_prefix(
+    golden: Golden, chunk: int, picked: Picked | None
+) -> None:
+    with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=chunk), picked=picked) as stages:
         B, P = stages.decoder.shape.block_size, stages.decoder.shape.patch_size
         lengths = golden.tensors["decode.lengths"].tolist()
         latents = golden.tensors["decode.latents"].split(lengths)
@@ -63,8 +73,10 @@ async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_pref
 
 
 @pytest.mark.parametrize("limits", [EngineLimits(max_context=512), EngineLimits(max_context=512, prefill_chunk=16)])
-async def test_generation_gives_the_recorded_blocks_and_tokens(golden: Golden, limits: EngineLimits) -> None:
-    with engines(golden.directory, limits) as stages:
+async def test_generation_gives_the_recorded_blocks_and_tokens(
+    golden: Golden, limits: EngineLimits, picked: Picked | None
+) -> None:
+    with engines(golden.directory, limits, picked=picked) as stages:
         for case in golden.meta["cases"]:
             await asyncio.gather(*(check_generation(stages, golden, case, s) for s in range(len(case["prompts"]))))
 

@@ -1,12 +1,14 @@
 """Leading blocks seen before are copied, not computed, and change nothing."""
 
+import random
+
 import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.engine.prefix_cache import PrefixCache, Prefixes, chain_keys
+from colaserve_services.model.backend.pages import Pages, chain_keys
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
@@ -73,7 +75,7 @@ async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
         await settled(stages)
         torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-4)
         assert watch.take() == cost - 64
-        assert watch.held == stages.prior.prefixes._cache.nbytes > 0
+        assert watch.held == 16 * stages.prior.backend.page_bytes
         await sample(stages, torch.cat((LATENTS[:32], -LATENTS[32:])))
         assert watch.hits == [(0, 16), (16, 0), (8, 8)]
 
@@ -103,12 +105,12 @@ async def test_encoder_gives_the_same_bytes_for_a_known_beginning(tiny: Golden) 
         assert torch.equal(await encode(stages, IDS), longer)
         await settled(stages)
         assert watch.take() == 0
-    with engines(tiny.directory, EngineLimits(max_context=512, prefix_cache_bytes=0)) as stages:
+    with engines(tiny.directory, EngineLimits(max_context=512, share_prefixes=False)) as stages:
         torch.testing.assert_close(await encode(stages, IDS), longer, rtol=1e-4, atol=1e-5)
 
 
-async def test_a_budget_of_zero_keeps_nothing(tiny: Golden) -> None:
-    with engines(tiny.directory, EngineLimits(max_context=512, prefix_cache_bytes=0)) as stages:
+async def test_prefixes_that_are_not_to_be_shared_are_not_kept(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, share_prefixes=False)) as stages:
         watch = Watch(stages.prior)
         await sample(stages, LATENTS)
         await settled(stages)
@@ -151,77 +153,67 @@ def keys(text: str) -> list[bytes]:
     return chain_keys(letter.encode() for letter in text)
 
 
-def test_the_longest_known_beginning_is_found() -> None:
-    cache: PrefixCache[str] = PrefixCache(100)
-    cache.add(keys("abcd"), "abcd", 10)
-    cache.add(keys("abx"), "abx", 10)
-    assert cache.find(keys("abcdef")) == (4, "abcd")
-    assert cache.find(keys("abxy")) == (3, "abx")
-    assert cache.find(keys("ac"))[0] == 1
-    assert cache.find(keys("b")) == (0, None)
-    assert cache.find([]) == (0, None)
+def remembered(pages: Pages, *texts: str) -> None:
+    """One sequence after the other, a page a letter, that uses them no longer."""
+    for text in texts:
+        found, _ = pages.find(keys(text))
+        others = pages.reserve(len(text) - len(found))
+        assert others is not None
+        pages.remember(keys(text), found + others)
+        pages.free(found + others)
 
 
-def test_a_beginning_that_two_chains_share_is_known_as_long_as_one_of_them() -> None:
-    for first, second in (("abcd", "abx"), ("abx", "abcd")):
-        cache: PrefixCache[str] = PrefixCache(20)
-        cache.add(keys(first), first, 10)
-        cache.add(keys(second), second, 10)
-        cache.find(keys(first))
-        cache.add(keys("z"), "z", 10)  # in place of the second
-        assert cache.find(keys("ab")) == (2, first)
-        assert cache.find(keys(second))[0] == 2
+def known(pages: Pages, text: str) -> int:
+    found, _ = pages.find(keys(text))
+    pages.free(found)
+    return len(found)
 
 
-def test_a_chain_that_continues_another_replaces_it() -> None:
-    cache: PrefixCache[str] = PrefixCache(100)
-    cache.add(keys("ab"), "ab", 10)
-    cache.add(keys("abcd"), "abcd", 20)
-    assert cache.nbytes == 20
-    assert cache.find(keys("ab")) == (2, "abcd")
+def test_the_longest_known_beginning_is_found_and_its_pages_are_those_of_the_first() -> None:
+    pages = Pages(20)
+    remembered(pages, "abcd", "abx")
+    assert (pages.known, pages.held, pages.available) == (5, 0, 20)
+    assert [known(pages, text) for text in ("abcdef", "abxy", "ac", "b", "")] == [4, 3, 1, 0, 0]
+    (first, _), (second, _) = pages.find(keys("abcd")), pages.find(keys("abx"))
+    assert first[:2] == second[:2]
+    assert pages.held == 5
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_budget_holds_and_the_least_recently_used_go_first(seed: int) -> None:
-    cache: PrefixCache[str] = PrefixCache(30)
-    for text in ("a", "b", "c"):
-        cache.add(keys(text), text, 10)
-    cache.find(keys("a"))
-    cache.add(keys("d"), "d", 10)
-    assert cache.nbytes == 30
-    assert cache.find(keys("b")) == (0, None)
-    assert cache.find(keys("a")) == (1, "a")
-    assert not cache.wants(keys("e"), 31)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(200):
-        text = "".join("xyz"[int(i)] for i in torch.randint(0, 3, (4,), generator=generator))
-        if cache.wants(keys(text), 7):
-            cache.add(keys(text), text, 7)
-        count, value = cache.find(keys(text))
-        assert count == 4
-        assert value == text
-        assert cache.nbytes <= 30
+def test_known_blocks_go_when_pages_are_needed_the_least_recently_found_first_and_ends_before_beginnings() -> None:
+    pages = Pages(8)
+    remembered(pages, "abcd", "xyz")
+    assert known(pages, "ab") == 2
+    taken = pages.reserve(3)  # one was free
+    assert taken is not None
+    assert (known(pages, "abcd"), known(pages, "xyz")) == (2, 3)
+    used, _ = pages.find(keys("ab"))
+    assert pages.reserve(4) is None  # what a sequence uses is not taken from it
+    assert pages.reserve(3) is not None
+    assert (known(pages, "ab"), known(pages, "x")) == (2, 0)
+    assert pages.held == 8
+    pages.free(used + taken)
+    assert pages.held == 3
 
 
-def test_a_prefix_for_which_there_is_no_memory_is_not_kept_and_the_kept_ones_are_given_up() -> None:
-    class Cache:
-        def __init__(self, room: bool) -> None:
-            self.room = room
-
-        def nbytes_of(self, positions: int) -> int:
-            return positions
-
-        def copy_of(self, stop: int) -> str:
-            if not self.room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return "kept"
-
-        def fill_from(self, other: str, stop: int) -> None: ...
-
-    prefixes = Prefixes(100, 4, EngineObserver())
-    prefixes.remember(keys("ab"), Cache(room=True))
-    assert prefixes.restore(keys("ab"), Cache(room=True))[0] == 2
-    prefixes.remember(keys("cd"), Cache(room=False))
-    assert [prefixes.restore(keys(each), Cache(room=True))[0] for each in ("ab", "cd")] == [0, 0]
-    prefixes.remember(keys("cd"), Cache(room=True))
-    assert prefixes.restore(keys("cd"), Cache(room=True))[0] == 2
+@pytest.mark.parametrize("seed", range(3))
+def test_no_page_is_lost_or_given_twice_whatever_happens(seed: int) -> None:
+    draw, pages, running = random.Random(seed), Pages(30), list[list[int]]()
+    for _ in range(500):
+        text = "".join(draw.choice("xyz") for _ in range(draw.randint(0, 6)))
+        found, _ = pages.find(keys(text))
+        others = pages.reserve(len(text) - len(found))
+        if others is None:
+            pages.free(found)
+        else:
+            assert not set(others) & {page for each in [*running, found] for page in each}
+            running.append(found + others)
+            if draw.random() < 0.5:
+                pages.remember(keys(text), running[-1])
+        while running and draw.random() < 0.5:
+            pages.free(running.pop(draw.randrange(len(running))))
+        if draw.random() < 0.02:
+            pages.forget()
+        assert pages.held == len({page for each in running for page in each})
+    for each in running:
+        pages.free(each)
+    assert pages.reserve(30) is not None

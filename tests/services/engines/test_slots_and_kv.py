@@ -16,6 +16,7 @@ from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
+from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
@@ -60,12 +61,17 @@ async def test_a_full_engine_refuses_at_once_and_harms_nobody(tiny: Golden) -> N
         await freed(stages)
 
 
+def holding(stages: Engines, stage: str, pages: int) -> int:
+    """Bytes of KV for so many pages."""
+    return pages * getattr(stages, stage).backend.page_bytes
+
+
 async def test_a_session_for_which_there_is_no_kv_is_refused_until_there_is(tiny: Golden) -> None:
     with engines(tiny.directory) as probe:
-        need = probe.prior.kv_bytes(4 + 2 * 4)
-    limits = EngineLimits(max_context=512, kv_bytes=2 * need, run_ahead=1)
-    with engines(tiny.directory, limits) as stages:
+        room = holding(probe, "prior", 5)
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room, run_ahead=1)) as stages:
         async with stages.prior.session(job(1)), stages.prior.session(job(2)):
+            await eventually(lambda: stages.prior.load().kv_bytes_used == holding(stages, "prior", 4))
             with pytest.raises(Overloaded, match="no KV memory"):
                 await sample(stages, job(3))
         wanted = [job(seed) for seed in range(6)]
@@ -76,7 +82,7 @@ async def test_a_session_for_which_there_is_no_kv_is_refused_until_there_is(tiny
 
 async def test_contexts_are_as_long_as_fits_the_kv_budget(tiny: Golden, caplog: pytest.LogCaptureFixture) -> None:
     with engines(tiny.directory) as probe:
-        B, room = probe.prior.shape.block_size, probe.prior.kv_bytes(12 * 4)
+        B, room = probe.prior.shape.block_size, holding(probe, "prior", 12)
     with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room)) as stages:
         assert stages.prior.limits.max_context == 12 * B
         assert f"--kv-bytes fits contexts of {12 * B} latents, not 512" in caplog.messages
@@ -84,8 +90,8 @@ async def test_contexts_are_as_long_as_fits_the_kv_budget(tiny: Golden, caplog: 
         with pytest.raises(InvalidRequest, match="max_context is 48"):
             async with stages.prior.session(job(blocks=12)):
                 pass
-    with pytest.raises(UsageError, match="--kv-bytes: got 1, one block of latents needs"):
-        EngineLimits(kv_bytes=1).fitting(B, lambda positions: positions)
+    with pytest.raises(UsageError, match="--kv-bytes: got 1, which does not fit one block of 4 latents"):
+        EngineLimits(kv_bytes=1).fitting(B, 0)
 
 
 async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
@@ -139,38 +145,70 @@ class Counts(EngineObserver):
         self.rows.append(rows)
 
 
+class Preempted(EngineObserver):
+    """Counts the sessions that gave their KV back."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def preempted(self) -> None:
+        self.count += 1
+
+
+def assert_same(got: list[SampledBlock], expected: list[SampledBlock]) -> None:
+    assert [block.index for block in got] == [block.index for block in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-4, atol=1e-4)
+
+
 async def test_a_run_that_holds_most_of_the_kv_is_paused_for_others_and_ends_undisturbed(tiny: Golden) -> None:
     long, short = job(1, context=40, blocks=60, steps=8), job(2, context=8, blocks=2)
     with engines(tiny.directory) as stages:
         alone, of_short = await sample(stages, long), await sample(stages, short)
-        need = stages.prior.kv_bytes(40 + 4 * 60)
-    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=need + need // 50)) as stages:
+        room = holding(stages, "prior", 70)
+    limits = EngineLimits(max_context=512, kv_bytes=room, run_ahead=100)
+    with engines(tiny.directory, limits, observer=Preempted) as stages:
         async with stages.prior.session(long) as session:
             blocks = aiter(session)
-            got = [await anext(blocks)]
-            for _ in range(2):
-                other = await patiently(lambda: sample(stages, short))
-                assert [(a.latents - b.latents).abs().max() < 1e-4 for a, b in zip(other, of_short, strict=True)] == [
-                    True
-                ] * 2
+            got = [await anext(blocks) for _ in range(45)]
+            others = [stages.prior.session(job(seed, context=40, blocks=1, steps=100)) for seed in range(3)]
+            async with AsyncExitStack() as held:  # with which there are no pages left
+                for other in others:
+                    with suppress(Overloaded):
+                        await held.enter_async_context(other)
+                for _ in range(2):
+                    assert_same(await patiently(lambda: sample(stages, short)), of_short)
                 assert not session.finished
             got += [block async for block in blocks]
-        assert [block.index for block in got] == list(range(60))
-        for ours, theirs in zip(got, alone, strict=True):
-            torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-4, atol=1e-4)
+        assert_same(got, alone)
+        assert stages.prior.observer.count > 0  # type: ignore[attr-defined]
+        await freed(stages)
+
+
+async def test_runs_that_outgrow_the_kv_together_end_as_they_do_alone(tiny: Golden) -> None:
+    """The youngest pauses, is written again from its latents, and goes on."""
+    wanted = [job(seed, context=8 + 4 * seed, blocks=30, steps=2) for seed in range(3)]
+    with engines(tiny.directory) as stages:
+        alone = [await sample(stages, each) for each in wanted]
+        room = holding(stages, "prior", 40)
+    limits = EngineLimits(max_context=512, kv_bytes=room, run_ahead=100)
+    with engines(tiny.directory, limits, observer=Preempted) as stages:
+        for got, expected in zip(await asyncio.gather(*(sample(stages, x) for x in wanted)), alone, strict=True):
+            assert_same(got, expected)
+        assert 2 <= stages.prior.observer.count <= 6  # type: ignore[attr-defined]
         await freed(stages)
 
 
 async def test_a_decode_stream_that_holds_most_of_the_kv_is_paused_too(tiny: Golden) -> None:
     sampling = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3)
-    latents, wanted = noise(40), DecodeJob(noise(16), sampling=sampling, max_latents=256)
+    latents, wanted = noise(40), DecodeJob(noise(16), sampling=sampling, max_latents=56)
 
     async def decode(stages: Engines, interruption: Callable[[], Awaitable[None]]) -> list[int]:
         ids: list[int] = []
         async with stages.decoder.session(wanted) as session:
             for start in range(0, 40, 4):
                 ids += (await session.decode(latents[start : start + 4])).token_ids
-                if start in (8, 24):
+                if start in (24, 32):
                     await interruption()
         return ids
 
@@ -178,33 +216,34 @@ async def test_a_decode_stream_that_holds_most_of_the_kv_is_paused_too(tiny: Gol
 
     with engines(tiny.directory) as stages:
         alone = await decode(stages, nothing)
-        need = stages.decoder.kv_shape.nbytes(256)
-    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=need)) as stages:
+        room = holding(stages, "decoder", 14)
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room), observer=Preempted) as stages:
 
         async def other() -> None:
-            await patiently(lambda: decode_one(stages, DecodeJob(noise(4), max_latents=16)))
+            await patiently(lambda: decode_one(stages, DecodeJob(noise(12), max_latents=16)))
 
         assert await decode(stages, other) == alone
+        assert stages.decoder.observer.count == 2  # type: ignore[attr-defined]
         await freed(stages)
 
 
 async def test_newcomers_take_the_kv_of_a_preempted_session_only_so_often(tiny: Golden) -> None:
     with engines(tiny.directory) as probe:
-        small, large = probe.prior.kv_bytes(4 + 4 * 3), probe.prior.kv_bytes(8 + 4 * 60)
-    limits = EngineLimits(max_context=512, kv_bytes=large + small - 1, max_running=4)
+        room = holding(probe, "prior", 34)
+    limits = EngineLimits(max_context=512, kv_bytes=room, max_running=4, run_ahead=1)
     with engines(tiny.directory, limits) as stages:
-        async with stages.prior.session(job(1, context=8, blocks=60)) as session:
+        async with stages.prior.session(job(1, context=120, blocks=4)) as session:
             await anext(aiter(session))
             taken = 0
             async with AsyncExitStack() as held:
-                newcomer = job(0, context=4, blocks=3)
+                newcomer = job(0, context=16, blocks=3)
                 await patiently(lambda: held.enter_async_context(stages.prior.session(newcomer)))
                 with suppress(Overloaded):
                     while taken <= 17:
                         async with stages.prior.session(job(taken, context=4, blocks=1)):
                             taken += 1
             assert taken == 16
-            assert len([block async for block in session]) == 59
+            assert len([block async for block in session]) == 3
         await freed(stages)
 
 
@@ -212,7 +251,7 @@ async def test_newcomers_take_the_kv_of_a_preempted_session_only_so_often(tiny: 
 async def test_a_short_context_does_not_wait_for_long_ones(tiny: Golden, stage: str) -> None:
     """However long eight others are, it is taken in with the second pass after its arrival."""
     long, short = noise(400, 1), noise(8, 2)
-    limits = EngineLimits(max_context=512, prefill_chunk=32, prefix_cache_bytes=0)
+    limits = EngineLimits(max_context=512, prefill_chunk=32, share_prefixes=False)
 
     async def ask(latents: torch.Tensor) -> None:
         if stage == "encoder":

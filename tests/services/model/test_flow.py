@@ -9,19 +9,24 @@ from torch import Tensor
 
 from colaserve_services.bounds import block_seed
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.flow import SamplerSettings, add_noise, guide, schedule, solve
+from colaserve_services.model.flow import SamplerSettings, guide, schedule, solve
 
 
-def run(field: Callable[[Tensor, float], Tensor], settings: SamplerSettings, z: Tensor) -> tuple[Tensor, list[float]]:
-    """Drive a solver with velocity field(z, t/T); the times it asked for."""
-    solver, times = solve(z, settings, lambda: torch.zeros_like(z)), []
-    point = next(solver)
-    while True:
-        times.append(point.t)
-        try:
-            point = solver.send(field(point.z, point.t / 1000))
-        except StopIteration as stop:
-            return stop.value, times
+def run(
+    field: Callable[[Tensor, float], Tensor],
+    settings: SamplerSettings,
+    z: Tensor,
+    noise: Callable[[], Tensor] = lambda: torch.zeros(()),
+) -> tuple[Tensor, list[float]]:
+    """Integrate the velocity field(z, t/T) by the updates of a solver; the times it asked for."""
+    previous, times = torch.full_like(z, math.nan), []
+    for t, update in solve(settings):
+        v = field(z, t / 1000)
+        z = update.latents * z + update.velocity * v + (update.previous * previous if update.previous else 0)
+        z = z + update.noise * noise() if update.noise else z
+        previous = v if update.keeps else previous
+        times.append(t)
+    return z, times
 
 
 @pytest.mark.parametrize("solver", ["euler", "ab2", "heun"])
@@ -69,13 +74,20 @@ def test_guidance_is_on_within_its_interval_only() -> None:
 
 
 def test_noise_added_back_restores_the_variance_of_the_earlier_time() -> None:
-    clean = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(200_000, generator=torch.Generator().manual_seed(1))
-    fresh = torch.Generator().manual_seed(2)
-    z_next = 0.4 * clean + 0.6 * noise  # z_t at t/T = 0.6
-    z = add_noise(z_next, 800.0, 600.0, lambda: torch.randn(200_000, generator=fresh))
-    assert (z * clean).mean().item() == pytest.approx(0.2, abs=0.01)
-    assert z.var().item() == pytest.approx(0.2**2 + 0.8**2, rel=0.02)
+    """Each step runs twice; with the exact velocity of z_t = (1 - t) z_0 + t z_1 the end is z_0 all the same."""
+    clean, start = (torch.randn(200_000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    fresh, seen = torch.Generator().manual_seed(2), list[tuple[float, Tensor]]()
+
+    def field(z: Tensor, t: float) -> Tensor:
+        seen.append((t, z))
+        return (z - clean) / t
+
+    settings = SamplerSettings(steps=5, resamples=2)
+    end, _ = run(field, settings, start, lambda: torch.randn(200_000, generator=fresh))
+    torch.testing.assert_close(end, clean, rtol=0, atol=1e-5)
+    for t, z in seen:
+        assert (z * clean).mean().item() == pytest.approx(1 - t, abs=0.01)
+        assert z.var().item() == pytest.approx((1 - t) ** 2 + t**2, rel=0.02)
 
 
 @pytest.mark.parametrize(

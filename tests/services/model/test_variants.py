@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from colaserve_services.model.attention import RaggedAttention, Segment
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.config import TextVAEConfig
+from colaserve_services.model.layers import Attend, block_causal_mask, masked_attention
 from colaserve_services.model.loading import load
 from colaserve_services.model.text_vae import TextVAE, TextVAEDecoder, TextVAEEncoder
 from tests.conftest import Golden
@@ -62,6 +62,12 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
+def attending(positions: int, block_size: int) -> Attend:
+    """Of one whole sequence."""
+    places = torch.arange(positions)
+    return masked_attention(block_causal_mask(places, places, block_size))
+
+
 def weights(directory: Path, part: str) -> reference.Weights:
     stored = load_file(directory / "cola_dlm" / part / "model.safetensors")
     return {name: tensor.double() for name, tensor in stored.items()}
@@ -94,7 +100,7 @@ def test_every_combination_of_what_a_vae_may_leave_out_agrees_with_the_reference
 def check_encoder(config: TextVAEConfig, encoder: TextVAEEncoder, w: reference.Weights) -> None:
     """It gives what the reference gives with the same weights."""
     n = 2 * config.block_size + 1
-    attend = RaggedAttention([Segment(n)], config.block_size, CPU)
+    attend = attending(n, config.block_size)
     ids = torch.randint(0, config.vocab_size, (n * config.patch_size,), generator=torch.Generator().manual_seed(3))
     mean, logvar = encoder(ids, torch.arange(n), attend)
     expected_mean, expected_logvar = reference.encode(w, config, ids)
@@ -108,7 +114,7 @@ def check_encoder(config: TextVAEConfig, encoder: TextVAEEncoder, w: reference.W
 def check_decoder(config: TextVAEConfig, decoder: TextVAEDecoder, w: reference.Weights) -> None:
     """It gives what the reference gives with the same weights."""
     n = 2 * config.block_size + 1
-    attend = RaggedAttention([Segment(n)], config.block_size, CPU)
+    attend = attending(n, config.block_size)
     latents = torch.randn(n, 8, generator=torch.Generator().manual_seed(4))
     logits = decoder(latents, torch.arange(n), attend)
     assert relative(logits, reference.decode(w, config, latents.double())) < TOLERANCE, config
@@ -123,7 +129,7 @@ def test_dit_of_any_configuration_agrees_with_the_reference(variant: str, tmp_pa
     generator = torch.Generator().manual_seed(5)
     z, t = torch.randn(n, 8, generator=generator), 1000 * torch.rand(n, generator=generator)
     positions = torch.arange(n) + 7 * checkpoint.dit_config.block_size
-    got = dit(z, t, positions, RaggedAttention([Segment(n)], checkpoint.dit_config.block_size, CPU))
+    got = dit(z, t, positions, attending(n, checkpoint.dit_config.block_size))
     expected = reference.velocity(w, checkpoint.dit_config, z.double(), t.double(), positions)
     assert relative(got, expected) < TOLERANCE
 
@@ -140,7 +146,7 @@ def test_velocities_are_the_recorded_ones(golden: Golden, branch: str) -> None:
         before = prefix if branch == "cond" else prefix[:0]
         z, positions = torch.cat((before, tensors["dit.block"][block])), torch.arange(len(before) + B)
         t = torch.cat((torch.zeros(len(before)), tensors["dit.timestep"][block]))
-        velocity = model(z, t, positions, RaggedAttention([Segment(len(z))], B, model.device))
+        velocity = model(z, t, positions, attending(len(z), B))
         assert relative(velocity[len(before) :], tensors[f"dit.{branch}"][block]) < TOLERANCE
         if branch == "cond":  # no position sees a later block
             assert relative(velocity[: len(before)], recorded) < TOLERANCE

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KEY_COST = 2.5  # of an operation of attention, in those of a product
 Norm = tuple[Tensor, Tensor]  # weight and bias, float32
 
 
@@ -25,6 +24,11 @@ class Rows(NamedTuple):
     own: Tensor  # (N,): the page of its own positions, which lie there from history % (positions of a page) on
     rotary: Tensor  # (R, 2, rope_dim / 2): cos and sin, float32
     most: int  # the longest history
+
+
+def key_cost(dtype: torch.dtype) -> float:
+    """Of an operation of attention, in those of a product, which run at more of the peak."""
+    return 2.5
 
 
 class Storage:
