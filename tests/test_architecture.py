@@ -87,6 +87,13 @@ def test_imports_only_what_it_may(place: Path) -> None:
     assert not found
 
 
+def test_engines_ask_no_device_what_it_is() -> None:
+    """What computes is chosen in model/backend/pick.py."""
+    packages = (SERVICES / name for name in ("engine", "prior", "decoder", "encoder"))
+    asking = [path for package in packages for path in files(package) if "device.type" in path.read_text("utf-8")]
+    assert not asking
+
+
 OWN_READING = {  # what reads or writes text without the client's reading.py and writing.py, and why
     CLIENT / "reading.py": "is it",
     CLIENT / "writing.py": "is it",

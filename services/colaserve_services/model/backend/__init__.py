@@ -82,7 +82,7 @@ class Pass(Protocol):
 class Backend(Protocol[P]):
     """A network on a device, and the pool of pages for its keys and values.
 
-    A pass that is planned and run again has the same effect as when it is run once.
+    A pass that raises has changed no slot: its rows can be planned and run again, some of them without the others too.
     """
 
     pages: Pages

@@ -1,0 +1,79 @@
+"""What engines may count on, whatever computes: results of a row, forks over shared pages, steps that fail."""
+
+from array import array
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Update
+from colaserve_services.model.backend.pick import Picked, pick, plain
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import load
+from tests.conftest import Golden
+
+CPU, B, D = torch.device("cpu"), 4, 16
+
+
+@pytest.fixture(params=[pick(CPU, torch.float32), plain("")], ids=["fastest", "reference"])
+def prior(request: pytest.FixtureRequest, tiny: Golden):
+    picked: Picked = request.param
+    model = load(Checkpoint.open(tiny.directory), "prior", CPU, torch.float32)
+    with torch.inference_mode():
+        yield picked.prior(model, Sizes(1 << 20, 4, B, 64))
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(B, D, generator=torch.Generator().manual_seed(seed))
+
+
+def run(prior, *rows: Row) -> list[Denoised | None]:
+    return list(prior.run(prior.plan(rows)).results())
+
+
+def test_a_row_tells_its_velocity_and_where_it_leads(prior) -> None:
+    pages, z, term = array("i", prior.pages.reserve(1)), draw(0), draw(1)
+    (plain_,) = run(prior, Row(pages, 0, z, 800.0, Denoise(0, Update(1.0, -0.1))))
+    (steered,) = run(prior, Row(pages, 0, z, 800.0, Denoise(1, Update(1.0, -0.1), term=term)))
+    assert plain_ is not None
+    assert steered is not None
+    torch.testing.assert_close(plain_.latents, z - 0.1 * plain_.velocity)
+    torch.testing.assert_close(plain_.clean, z - 0.8 * plain_.velocity)
+    torch.testing.assert_close(steered.velocity, plain_.velocity + term)
+
+
+def test_branches_that_share_the_pages_of_a_prefix_go_on_as_if_each_had_its_own(prior) -> None:
+    def branch(pages: Callable[[], list[int]], seed: int, slot: int) -> Tensor:
+        row = Row(array("i", pages()), 2, draw(seed), 1000.0, Denoise(slot, Update(1.0, -0.5), guidance=3.0))
+        (found,) = run(prior, row)
+        assert found is not None
+        return found.latents
+
+    def written() -> list[int]:
+        pages = array("i", prior.pages.reserve(2))
+        assert run(prior, *(Row(pages, i, draw(i)) for i in range(2))) == [None, None]
+        return list(pages)
+
+    prefix = written()
+    alone = [branch(lambda: written() + prior.pages.reserve(1), seed, 0) for seed in (5, 6)]
+    held = prior.pages.held
+    for slot, seed in enumerate((5, 6)):
+        prior.pages.share(prefix)
+        torch.testing.assert_close(branch(lambda: prefix + prior.pages.reserve(1), seed, slot), alone[slot])
+    assert prior.pages.held == held + 2  # a page of its own each
+
+
+def test_a_pass_that_raises_has_changed_no_slot(prior) -> None:
+    pages = array("i", prior.pages.reserve(1))
+    step = Denoise(0, Update(1.0, -0.25, -0.25, keeps=True))
+    first, second = (Row(pages, 0, z, 1000.0, step) for z in (draw(0), None))
+    run(prior, first)
+    (expected,) = run(prior, second)
+    run(prior, first)
+    with pytest.raises(RuntimeError):
+        run(prior, second, Row(pages, 0, torch.zeros(B, D + 1), 1000.0, step._replace(slot=1)))
+    (got,) = run(prior, second)
+    assert expected is not None
+    assert got is not None
+    torch.testing.assert_close(got.latents, expected.latents)
