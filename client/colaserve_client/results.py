@@ -243,6 +243,7 @@ class ServerInfo:
     waiting: Annotated[int, Field("Sessions that are queued.")]
     kv_bytes_used: Annotated[int, Field("Memory of the KV cache that sessions hold.")]
     uptime_seconds: Annotated[float, Field("Seconds since the process was first ready.")]
+    backend: Annotated[str, Field("What computes, and why it was chosen.")]
 
 
 @_value

@@ -121,7 +121,7 @@ def _cells(row: StageInfo) -> tuple[object, ...]:
         "serving" if row.serving else "DOWN",
         server.version or "-",
         row.space or "-",
-        f"{server.device} {server.dtype}".strip() or "-",
+        f"{server.device} {server.dtype}".strip() + (f" ({server.backend})" if server.backend else "") or "-",
         f"{server.running} of {limits.max_running}" if limits.max_running else server.running,
         f"{server.waiting} of {limits.max_waiting}" if limits.max_waiting else server.waiting,
         f"{used} of {budget}" if limits.kv_bytes else "-",

@@ -96,7 +96,8 @@ def load_stages(
         metrics.kv_blocks.labels(stage, str(block_tokens)).set(engine.kv_blocks)
         _log.info("backend chosen", extra={"fields": {"stage": stage, **engine.chosen()}})
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
-        identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES)
+        backend = f"{engine.picked.name}: {engine.picked.why}"
+        identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES, backend)
         services[stage] = _service(stage, engines[stage], identity, checkpoint)
     thread.start()
     return RunningStages(engines, services, thread)

@@ -19,6 +19,7 @@ class Identity:
     device: str = ""
     dtype: str = ""
     max_message_bytes: int = 0
+    backend: str = ""  # what computes, and why
     ready_at: float = field(default_factory=time.monotonic)  # time.monotonic seconds
 
 
@@ -45,6 +46,7 @@ def info(engine: Any, identity: Identity) -> dict[str, Any]:
             version=__version__,
             device=identity.device,
             dtype=identity.dtype,
+            backend=identity.backend,
             running=load.running,
             kv_bytes_used=load.kv_bytes_used,
             uptime_seconds=time.monotonic() - identity.ready_at,

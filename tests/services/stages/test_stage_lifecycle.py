@@ -154,6 +154,7 @@ async def test_get_info_reports_model_limits_and_load(tiny):
             assert info.limits.max_context == served.limits.max_context
             assert info.limits.max_message_bytes == 64 << 20
             assert (info.server.device, info.server.dtype) == ("cpu", "float32")
+            assert info.server.backend.split(":")[0] in ("cpu", "reference")
             assert info.server.running == (1 if stage == "prior" else 0)
         call.cancel()
 

@@ -180,7 +180,7 @@ class Limits(_message.Message):
     def __init__(self, max_context: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., run_ahead: _Optional[int] = ..., kv_blocks: _Optional[int] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "device", "dtype", "running", "waiting", "kv_bytes_used", "uptime_seconds")
+    __slots__ = ("version", "device", "dtype", "running", "waiting", "kv_bytes_used", "uptime_seconds", "backend")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,7 @@ class ServerInfo(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     dtype: str
@@ -195,4 +196,5 @@ class ServerInfo(_message.Message):
     waiting: int
     kv_bytes_used: int
     uptime_seconds: float
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    backend: str
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., backend: _Optional[str] = ...) -> None: ...
