@@ -60,7 +60,7 @@ class Engine(Generic[S, T]):
         sizes = Sizes(limits.kv_bytes, limits.max_running, shape.block_size, limits.max_context)
         self.backend: Any = getattr(self.picked, stage)(model, sizes)
         self.kv_blocks = self.backend.pages.count
-        self.limits = limits.fitting(shape.block_size, self.kv_blocks)
+        self.limits = limits.fitting(shape.block_size, self.kv_blocks, self.backend.page_bytes)
         self.observer = observer or EngineObserver()
         self._device = device
         self._sessions: Sessions[S] = Sessions(self.limits, self.backend.pages, self.observer.refused)

@@ -21,7 +21,7 @@ class EngineLimits:
     look_again_seconds: float = 5.0  # between two looks of an engine at fault whether it computes again
     prefill_chunk: int = 512  # latents of contexts in one pass; the prior takes fewer while a session samples
 
-    def fitting(self, block_size: int, pages: int) -> "EngineLimits":
+    def fitting(self, block_size: int, pages: int, page_bytes: int) -> "EngineLimits":
         """The same with whole blocks, and as long a context as fits so many pages of KV, one a block.
 
         Raises UsageError when not even a block fits.
@@ -30,7 +30,7 @@ class EngineLimits:
         if not asked:
             raise UsageError(f"--max-context: got {self.max_context}, less than one block of {block_size} latents")
         if not pages:
-            raise UsageError(f"--kv-bytes: got {self.kv_bytes}, which does not fit one block of {block_size} latents")
+            raise UsageError(f"--kv-bytes: got {self.kv_bytes}, one block of latents needs {page_bytes}")
         if pages < asked:
             _log.warning("--kv-bytes fits contexts of %d latents, not %d", block_size * pages, self.max_context)
         # Within a block all positions see each other: none may be cut.

@@ -90,8 +90,8 @@ async def test_contexts_are_as_long_as_fits_the_kv_budget(tiny: Golden, caplog: 
         with pytest.raises(InvalidRequest, match="max_context is 48"):
             async with stages.prior.session(job(blocks=12)):
                 pass
-    with pytest.raises(UsageError, match="--kv-bytes: got 1, which does not fit one block of 4 latents"):
-        EngineLimits(kv_bytes=1).fitting(B, 0)
+    with pytest.raises(UsageError, match="--kv-bytes: got 1, one block of latents needs 4096"):
+        EngineLimits(kv_bytes=1).fitting(B, 0, 4096)
 
 
 async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
