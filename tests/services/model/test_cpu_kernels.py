@@ -198,14 +198,15 @@ def test_gate_norm_and_modulation(dim: int, dtype: torch.dtype) -> None:
         assert torch.equal(alone, out[3:4])
 
 
-@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16"])
+@pytest.mark.parametrize("isa", ["SSE41", "AVX512_CORE_BF16"])
 def test_all_of_it_holds_on_older_cpus(isa: str, tmp_path: Path) -> None:
-    """The environment stands in for them; of more than the CPU has nothing comes."""
+    """The environment stands in for them; of more than the CPU has nothing comes. CI runs all tests as with AVX2 and
+    with AVX-512 alone."""
     code = "from colaserve_services.model.backend import cpu_kernels; print(cpu_kernels.KINDS[cpu_kernels.kind()])"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=100)
     here = cpu_kernels.KINDS[cpu_kernels.kind()]
-    expected = {"SSE41": "plain", "AVX2": "AVX2", "AVX512_CORE": "AVX-512", "AVX512_CORE_BF16": "AVX512-BF16"}[isa]
+    expected = {"SSE41": "plain", "AVX512_CORE_BF16": "AVX512-BF16"}[isa]
     if cpu_kernels.KINDS.index(expected) >= cpu_kernels.KINDS.index(here):
         pytest.skip(f"this CPU is {here} itself, or has less")
     assert run([sys.executable, "-c", code], check=True).stdout.strip() == expected
