@@ -58,7 +58,7 @@ def test_what_is_not_utf8_is_refused_with_its_line(path: Path, read: object) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1,}', "not JSON: .* at column 9"),
+        ('{"a": 1 2}', "not JSON: .* at column 9"),
         ('{"a": "NaN", "b": NaN}', "NaN is no number there, at column 19"),
         ("[-Infinity]", "-Infinity is no number there, at column 2"),
         (r'{"a": "\ud800"}', r"half of a surrogate pair \(\\ud800\), .* column 8"),
