@@ -78,6 +78,11 @@ def choices_of(enum: Any) -> Mapping[str, int]:
     }
 
 
+def names_of(enum: Any) -> Mapping[int, str]:
+    """The same by their numbers."""
+    return {number: name for name, number in choices_of(enum).items()}
+
+
 def _fields_of(kind: type) -> Mapping[str, Field]:
     """The annotated fields of a dataclass by their names, each with its name and type."""
     hints, found = get_type_hints(kind, include_extras=True), {}

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import FloatArray, array_from_tensor, shortest, tensor_from_array
 from colaserve_client.errors import invalid
-from colaserve_client.fields import Field, choices_of, fields_of, flat_fields
+from colaserve_client.fields import Field, choices_of, fields_of, flat_fields, names_of
 from colaserve_client.latents import Latents
 from colaserve_client.results import TokenLogprobs, TopToken
 from colaserve_client.settings import CallFields, GenerationRequest, NoiseSeed, Sampler, Sampling
@@ -219,7 +219,7 @@ def _reader(hint: Any, field: Any) -> Callable[[Any], Any]:
 
 
 def _enum_name(field: Any, number: int) -> str:
-    names = {each: name for name, each in choices_of(field.enum_type).items()}
+    names = names_of(field.enum_type)
     if number not in names:
         raise ValueError(f"{field.name}: {number} is not one of {sorted(names)}")
     return names[number]

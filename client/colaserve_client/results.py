@@ -1,4 +1,4 @@
-"""What calls return: frozen dataclasses, whose fields have the names of the messages' fields (`responses.py`)."""
+"""What calls return: frozen dataclasses, whose fields have the names of the messages' fields (`messages.py`)."""
 
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal, TypeVar, dataclass_transform

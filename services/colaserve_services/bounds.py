@@ -7,9 +7,11 @@ for it, the engines where they compute.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from colaserve_client.fields import Field, Range, fields_of
+from colaserve.v1 import types_pb2
+from colaserve_client.fields import Field, Range, fields_of, names_of
+from colaserve_client.results import FinishReason
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
 from colaserve_services.errors import InvalidRequest
 
@@ -21,6 +23,7 @@ MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
 TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]
 SAMPLE_ID: Final = fields_of(NoiseSeed)["sample_id"]
 LATENT: Final = Range(-10_000, 10_000)  # of latents and noise: beyond, the networks' own numbers overflow
+FINISH_REASONS: Final = cast(Mapping[int, FinishReason], names_of(types_pb2.FinishReason.DESCRIPTOR))
 SEED_END: Final = 2**63  # of the noise of each block; they stay below
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from colaserve.v1 import decoder_pb2, generation_pb2, prior_pb2, types_pb2
 from colaserve_client.arrays import shortest
+from colaserve_services.bounds import FINISH_REASONS
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
@@ -134,8 +135,7 @@ class _Watch:
 
     def _attributes(self) -> dict[str, Any]:
         """In OpenTelemetry's names, and one of vLLM's; no text, stop strings included."""
-        sampling, reason = self._plan.sampling, types_pb2.FinishReason.Name(self._reason)
-        ended = {"gen_ai.response.finish_reasons": [reason.removeprefix("FINISH_REASON_").lower()]}
+        sampling, reason = self._plan.sampling, FINISH_REASONS.get(self._reason)
         return {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "colaserve",
@@ -150,5 +150,5 @@ class _Watch:
             "gen_ai.usage.input_tokens": len(self._plan.prompt_ids),
             "gen_ai.usage.output_tokens": self.usage.completion_tokens,
             "gen_ai.latency.time_in_queue": self._call.waited,
-            **(ended if self._reason else {}),
+            **({"gen_ai.response.finish_reasons": [reason]} if reason else {}),
         }

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
-from colaserve_services.bounds import Fields
+from colaserve_services.bounds import FINISH_REASONS, Fields
 from colaserve_services.coordinator import generation, latent_space
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext
@@ -23,10 +23,6 @@ from colaserve_services.inference.tensors import Spec, add_output, read_inputs
 
 VERSION: Final = "1"
 LONGEST_ID: Final = 256  # characters
-REASONS: Final[Mapping[int, str]] = {
-    types_pb2.FINISH_REASON_STOP: "stop",
-    types_pb2.FINISH_REASON_LENGTH: "length",
-}
 STREAMING: Final = Spec("streaming", "BOOL", optional=True)
 # The coordinator's names of what a request calls otherwise; the first that begins a field's name counts.
 _NAMES: Final = {
@@ -86,7 +82,7 @@ async def _generate(
     )
     async with aclosing(generation.generate(services, request, call)) as responses:
         async for response in responses:
-            reason, usage = REASONS.get(response.finish_reason, ""), response.usage
+            reason, usage = FINISH_REASONS.get(response.finish_reason, ""), response.usage
             counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
             outputs = {
                 "text_output": response.text.encode(),

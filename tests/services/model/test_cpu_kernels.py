@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model.backend import cpu_kernels
-from colaserve_services.model.backend.ops import Rows
+from colaserve_services.model.backend.ops import PageShape, Rows
 
 # Where there is a compiler they may not be missing.
 why = cpu_kernels.missing()
@@ -43,9 +43,8 @@ class Pool:
         count, pages = len(histories), max(histories) // self.positions + 1
         order = torch.randperm(count * pages + 3, generator=self.generator).int()
         tables = order[: count * pages].view(count, pages).contiguous()
-        self.storage = cpu_kernels.Storage(
-            2, len(order), self.positions, self.heads, self.head_dim, dtype, torch.device("cpu")
-        )
+        page = PageShape(2, self.positions, self.heads, self.head_dim, dtype)
+        self.storage = cpu_kernels.Storage(page, len(order), torch.device("cpu"))
         self.storage.memory.fill_(float("nan"))
         history = torch.tensor(histories, dtype=torch.int32)
         own = tables[torch.arange(count), (history // self.positions).long()].contiguous()
@@ -216,10 +215,10 @@ def test_all_of_it_holds_on_older_cpus(isa: str, tmp_path: Path) -> None:
 
 
 def test_they_take_what_they_can_compute_and_leave_the_rest() -> None:
-    assert cpu_kernels.takes(BFLOAT16, 64, 16)
-    assert not cpu_kernels.takes(torch.float16, 64, 16)
-    assert not cpu_kernels.takes(FLOAT32, 257, 16)
-    assert not cpu_kernels.takes(FLOAT32, 64, 15)
+    assert cpu_kernels.takes(PageShape(1, 16, 1, 64, BFLOAT16))
+    assert not cpu_kernels.takes(PageShape(1, 16, 1, 64, torch.float16))
+    assert not cpu_kernels.takes(PageShape(1, 16, 1, 257, FLOAT32))
+    assert not cpu_kernels.takes(PageShape(1, 15, 1, 64, FLOAT32))
 
 
 def test_they_bring_no_openmp_of_their_own() -> None:

@@ -75,6 +75,18 @@ class Dialect(ABC, Generic[Body]):
         return backend.generate(generate_request(prompt, self.body, sample), deadline)  # late: prompts may be large
 
 
+class WithoutFirstSpace:
+    """The parts of a text, of which the first one comes without the space that it begins with."""
+
+    def __init__(self, begun: bool = False):
+        """`begun`: the parts continue a text, so that a space belongs to it."""
+        self._begun = begun
+
+    def __call__(self, part: str) -> str:
+        whole, self._begun = self._begun, self._begun or bool(part)
+        return part if whole else part.removeprefix(" ")
+
+
 class OneText(Dialect[Body]):
     """An API that answers a conversation with one text, which comes without its first space."""
 
@@ -82,7 +94,7 @@ class OneText(Dialect[Body]):
         """`begun`: the prompt holds the beginning of the text, so that a space belongs to it."""
         super().__init__(body, info, request_id)
         self.text = ""  # of a stream, so far
-        self._opened, self._begun = False, begun
+        self._opened, self.spoken = False, WithoutFirstSpace(begun)
 
     @abstractmethod
     def prompt(self) -> str:
@@ -99,18 +111,12 @@ class OneText(Dialect[Body]):
     def prompts(self, backend: Backend) -> Sequence[Start]:
         return [self.generations(backend, GenerateRequest(prompt=self.prompt()))]
 
-    def whole_text(self, message: GenerateResponse) -> str:
-        """The text of a whole answer."""
-        return message.text if self._begun else message.text.removeprefix(" ")
-
     def events(self, index: int, message: GenerateResponse) -> Iterator[bytes]:
         if not self._opened:
             self._opened = True
             yield from self.opening()
-        text = message.text if self._begun else message.text.removeprefix(" ")
-        self._begun = self._begun or bool(message.text)
-        self.text += text
-        if text:
+        if text := self.spoken(message.text):
+            self.text += text
             yield self.delta(text)
 
 

@@ -9,11 +9,13 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+from colaserve_client.results import FinishReason
+from colaserve_services.bounds import FINISH_REASONS
 from colaserve_services.gateway.backend import Backend, Info
-from colaserve_services.gateway.dialects.base import Start, Usage
+from colaserve_services.gateway.dialects.base import Start, Usage, WithoutFirstSpace
 from colaserve_services.gateway.dialects.fields import MOST_MESSAGES, Budget, Strict, Text, TextPart, at_most
 from colaserve_services.gateway.dialects.logprobs import TokenLogprob, positions_of
-from colaserve_services.gateway.dialects.openai import MOST_LOGPROBS, REASONS, ChoiceDialect, ChoiceFields, Reason
+from colaserve_services.gateway.dialects.openai import MOST_LOGPROBS, ChoiceDialect, ChoiceFields
 from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.errors import invalid
 
@@ -66,7 +68,7 @@ class ChatChoice(TypedDict):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Reason
+    finish_reason: FinishReason
 
 
 class ChatCompletion(TypedDict):
@@ -91,8 +93,7 @@ class Chat(ChoiceDialect[ChatRequest]):
 
     def __init__(self, body: ChatRequest, info: Info, request_id: str):
         super().__init__(body, info, request_id)
-        self._opened: set[int] = set()  # choices that have their first chunk
-        self._begun: set[int] = set()  # choices that have text
+        self._spoken: dict[int, WithoutFirstSpace] = {}  # of choices that have begun
 
     def prompts(self, backend: Backend) -> Sequence[Start]:
         prompt = chat_prompt(turns_of(self.body.messages), self.info.chat_frame)
@@ -103,22 +104,19 @@ class Chat(ChoiceDialect[ChatRequest]):
         return {"prompt": "messages", "max_new_tokens": "max_completion_tokens" if newer else "max_tokens"}
 
     def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
-        answer: AnswerMessage = {"role": "assistant", "content": message.text.removeprefix(" "), "refusal": None}
+        answer: AnswerMessage = {"role": "assistant", "content": WithoutFirstSpace()(message.text), "refusal": None}
         logprobs = _chat_logprobs(positions_of(message)) if self._logprobs else None
-        reason = REASONS[message.finish_reason]
+        reason = FINISH_REASONS[message.finish_reason]
         return {"index": index, "message": answer, "logprobs": logprobs, "finish_reason": reason}
 
     def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
-        if index not in self._opened:
-            self._opened.add(index)
+        if index not in self._spoken:
+            self._spoken[index] = WithoutFirstSpace()
             yield self._delta(index, {"role": "assistant", "content": ""})
-        text = message.text if index in self._begun else message.text.removeprefix(" ")
-        if message.text:
-            self._begun.add(index)
-        positions = positions_of(message)
+        text, positions = self._spoken[index](message.text), positions_of(message)
         if text or positions:
             yield self._delta(index, {"content": text}, positions)
-        if reason := REASONS.get(message.finish_reason):
+        if reason := FINISH_REASONS.get(message.finish_reason):
             yield self._delta(index, {}, reason=reason)
 
     def _delta(
@@ -126,7 +124,7 @@ class Chat(ChoiceDialect[ChatRequest]):
         index: int,
         delta: Mapping[str, str],
         positions: Sequence[TokenLogprob] = (),
-        reason: Reason | None = None,
+        reason: FinishReason | None = None,
     ) -> Mapping[str, Any]:
         logprobs = _chat_logprobs(positions) if self._logprobs and positions else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -12,17 +12,17 @@ from typing_extensions import TypedDict
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment, LogprobsRequest
+from colaserve_client.results import FinishReason
+from colaserve_services.bounds import FINISH_REASONS
 from colaserve_services.gateway.backend import Backend, Info
 from colaserve_services.gateway.dialects.base import Start, Usage
 from colaserve_services.gateway.dialects.fields import UINT32, Text, TokenIds, at_most, set_sampling
 from colaserve_services.gateway.dialects.logprobs import positions_of
 from colaserve_services.gateway.dialects.openai import (
     MOST_LOGPROBS,
-    REASONS,
     STOPS,
     ChoiceDialect,
     ChoiceFields,
-    Reason,
 )
 from colaserve_services.gateway.errors import invalid
 
@@ -83,7 +83,7 @@ class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Reason | None
+    finish_reason: FinishReason | None
 
 
 class Completion(TypedDict):
@@ -130,7 +130,7 @@ class Completions(ChoiceDialect[CompletionRequest]):
 
     def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
         logprobs = _completion_logprobs(message) if self._logprobs else None
-        reason = REASONS.get(message.finish_reason)
+        reason = FINISH_REASONS.get(message.finish_reason)
         return {"index": index, "text": message.text, "logprobs": logprobs, "finish_reason": reason}
 
     def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:

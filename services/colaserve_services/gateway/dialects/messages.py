@@ -171,7 +171,7 @@ class Messages(OneText[MessagesRequest]):
     def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> MessageAnswer:
         [message] = choices
         used: MessageUsage = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-        return {**self._message([{"type": "text", "text": self.whole_text(message)}], used), **_end(message)}
+        return {**self._message([{"type": "text", "text": self.spoken(message.text)}], used), **_end(message)}
 
     def opening(self) -> Iterator[bytes]:
         message = self._message([], {"input_tokens": self._input_tokens, "output_tokens": 0})

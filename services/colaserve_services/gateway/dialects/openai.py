@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import Field
 
-from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.gateway.backend import Info
 from colaserve_services.gateway.dialects.base import Dialect, Usage, event
@@ -19,11 +18,6 @@ from colaserve_services.gateway.errors import ApiError, invalid
 MOST_STOPS: Final = 4
 MOST_LOGPROBS: Final = 20
 DONE: Final = b"data: [DONE]\n\n"
-Reason = Literal["stop", "length"]
-REASONS: Final[Mapping[int, Reason]] = {
-    types_pb2.FINISH_REASON_STOP: "stop",
-    types_pb2.FINISH_REASON_LENGTH: "length",
-}
 STOPS: Final = f"expected a string or a list of up to {MOST_STOPS} strings, none empty"
 
 

@@ -153,7 +153,7 @@ class Responses(OneText[ResponsesRequest]):
 
     def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> Mapping[str, Any]:
         [message] = choices
-        return self._ended(message, self.whole_text(message), usage)
+        return self._ended(message, self.spoken(message.text), usage)
 
     def opening(self) -> Iterator[bytes]:
         response = self._response("in_progress", [])

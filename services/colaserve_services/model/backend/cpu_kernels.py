@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from colaserve_services.model.backend.ops import Norm, Rows
+from colaserve_services.model.backend.ops import Norm, PageShape, Rows
 
 LIBRARY = Path(__file__).with_name("_cpu_kernels.so")
 KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16", "AMX-BF16")  # as cpu_kernels.c numbers them
@@ -85,10 +85,10 @@ def missing() -> str | None:
     return None
 
 
-def takes(dtype: torch.dtype, head_dim: int, positions: int) -> bool:
+def takes(shape: PageShape) -> bool:
     """Whether they can compute with such pages."""
-    small = head_dim <= _MOST_DIM and positions <= _MOST_POSITIONS and positions % 2 == 0
-    return missing() is None and dtype in (torch.float32, torch.bfloat16) and small
+    small = shape.head_dim <= _MOST_DIM and shape.positions <= _MOST_POSITIONS and shape.positions % 2 == 0
+    return missing() is None and shape.dtype in (torch.float32, torch.bfloat16) and small
 
 
 @cache
@@ -121,27 +121,18 @@ def _library() -> ctypes.CDLL:
 class Storage:
     """Keys and values of all layers by page; made once, never moved. cpu_kernels.c says how a page is laid out."""
 
-    def __init__(
-        self,
-        layers: int,
-        pages: int,
-        positions: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        assert takes(dtype, head_dim, positions), "asked before"
-        self.positions, self.heads, self.head_dim = positions, heads, head_dim
-        size = (layers, pages, heads, 2, positions * _padded(head_dim))
-        self.memory = torch.empty(size, dtype=dtype, device=device)
+    def __init__(self, shape: PageShape, pages: int, device: torch.device):
+        assert takes(shape), "asked before"
+        self.positions, self.heads, self.head_dim = shape.positions, shape.heads, shape.head_dim
+        size = (shape.layers, pages, shape.heads, 2, shape.positions * _padded(shape.head_dim))
+        self.memory = torch.empty(size, dtype=shape.dtype, device=device)
         _library().colaserve_kernels_memory(self.memory.data_ptr(), self.memory.nbytes)
         self._laid_out: tuple[Rows, _Pages] | None = None  # of the last call: all layers of a pass have the same rows
 
     @staticmethod
-    def page_bytes(layers: int, positions: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def page_bytes(shape: PageShape) -> int:
         """Of one page, in all layers."""
-        return 2 * layers * positions * heads * _padded(head_dim) * dtype.itemsize
+        return 2 * shape.layers * shape.positions * shape.heads * _padded(shape.head_dim) * shape.dtype.itemsize
 
     def _at(self, layer: int, rows: Rows) -> _Pages:
         if self._laid_out is None or self._laid_out[0] is not rows:

@@ -26,6 +26,21 @@ class Rows(NamedTuple):
     most: int  # the longest history
 
 
+class PageShape(NamedTuple):
+    """What a page holds: the keys and values of so many positions, in all layers."""
+
+    layers: int
+    positions: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+def takes(shape: PageShape) -> bool:
+    """Whether these functions can compute with such pages."""
+    return True
+
+
 def key_cost(dtype: torch.dtype) -> float:
     """Of an operation of attention, in those of a product, which run at more of the peak."""
     return 2.5
@@ -34,24 +49,15 @@ def key_cost(dtype: torch.dtype) -> float:
 class Storage:
     """Keys and values of all layers by page; made once, never moved."""
 
-    def __init__(
-        self,
-        layers: int,
-        pages: int,
-        positions: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        size = (2, layers, pages, positions, heads, head_dim)
-        self.memory = torch.empty(size, dtype=dtype, device=device)
-        self.positions = positions
+    def __init__(self, shape: PageShape, pages: int, device: torch.device):
+        size = (2, shape.layers, pages, shape.positions, shape.heads, shape.head_dim)
+        self.memory = torch.empty(size, dtype=shape.dtype, device=device)
+        self.positions = shape.positions
 
     @staticmethod
-    def page_bytes(layers: int, positions: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def page_bytes(shape: PageShape) -> int:
         """Of one page, in all layers."""
-        return 2 * layers * positions * heads * head_dim * dtype.itemsize
+        return 2 * shape.layers * shape.positions * shape.heads * shape.head_dim * shape.dtype.itemsize
 
 
 def adaln(

@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 
@@ -51,8 +52,8 @@ class Pages:
         if count > self.available:
             return None
         if len(self._free) < count:
-            unused = [key for key, known in self._known.items() if not self._uses[known.page]]
-            for key in unused[: count - len(self._free)]:
+            unused = (key for key, known in self._known.items() if not self._uses[known.page])
+            for key in list(islice(unused, count - len(self._free))):
                 self._forget(key)
         pages = [self._free.pop() for _ in range(count)]
         self.share(pages)

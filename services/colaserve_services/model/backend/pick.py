@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from colaserve_services.model.backend import Sizes, cpu, cpu_kernels, reference
+from colaserve_services.model.backend import Sizes, cpu_kernels, reference
 
 Maker = Callable[[Any, Sizes], Any]  # a network and sizes to its backend
 
@@ -28,7 +28,7 @@ def pick(device: torch.device, dtype: torch.dtype) -> Picked:
         return plain(f"nothing faster is there for {device.type}", 128)  # by arithmetic: not run on a GPU
     if (missing := cpu_kernels.missing()) is not None:
         return plain(f"compiled kernels: {missing}")
-    makers = (partial(kind, kernels=cpu.kernels) for kind in (reference.Prior, reference.Decoder, reference.Encoder))
+    makers = (partial(kind, kernels=cpu_kernels) for kind in (reference.Prior, reference.Decoder, reference.Encoder))
     return Picked("cpu", f"compiled kernels for {cpu_kernels.KINDS[cpu_kernels.kind()]}", 32, *makers)
 
 

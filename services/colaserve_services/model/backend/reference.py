@@ -4,7 +4,7 @@ What a pass is made of comes from `ops`; another module with the same names make
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Update, ops
-from colaserve_services.model.backend.ops import Rows
+from colaserve_services.model.backend.ops import PageShape, Rows
 from colaserve_services.model.backend.pages import Pages
 from colaserve_services.model.dit import TIME_SCALE, DiT, DiTBlock
 from colaserve_services.model.flow import guide
@@ -23,13 +23,8 @@ from colaserve_services.model.layers import Attend, rotary_angles, rotary_freque
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 
-M = TypeVar("M", DiT, TextVAEDecoder, TextVAEEncoder)
-Kernels = Callable[[torch.dtype, int, int], ModuleType]  # for a dtype, a head_dim and the positions of a page
-
-
-def plain(dtype: torch.dtype, head_dim: int, positions: int) -> ModuleType:
-    """Plain torch, whatever the pages."""
-    return ops
+M = TypeVar("M", bound=DiT | TextVAEDecoder | TextVAEEncoder)
+V = TypeVar("V", bound=TextVAEDecoder | TextVAEEncoder)
 
 
 class Finished(NamedTuple):
@@ -54,15 +49,16 @@ class Layout(NamedTuple):
 class _Paged(Generic[M]):
     """The pages, their storage, and the layout of rows. A block is one row of the prior, and B / Bv of a VAE."""
 
-    def __init__(self, model: M, sizes: Sizes, layers: int, heads: int, head_dim: int, kernels: Kernels):
+    def __init__(self, model: M, sizes: Sizes, layers: int, heads: int, head_dim: int, kernels: ModuleType = ops):
+        """`kernels` has the functions of `ops`, and is used for pages that it takes."""
         self.model: M = model
-        self.sizes, self._kernels = sizes, kernels(model.dtype, head_dim, sizes.block_size)
+        shape = PageShape(layers, sizes.block_size, heads, head_dim, model.dtype)
+        self.sizes, self._kernels = sizes, kernels if kernels.takes(shape) else ops
         self._row: int = model.config.block_size  # positions of a row
-        shape = (sizes.block_size, heads, head_dim, model.dtype)
-        self.page_bytes: int = self._kernels.Storage.page_bytes(layers, *shape)
+        self.page_bytes: int = self._kernels.Storage.page_bytes(shape)
         self.pages = Pages(sizes.pages(self.page_bytes))
         self._spare = self.pages.count + sizes.slots  # a page whose content nobody reads
-        self.storage = self._kernels.Storage(layers, self._spare + 1, *shape, model.device)
+        self.storage = self._kernels.Storage(shape, self._spare + 1, model.device)
 
     def _layout(self, rows: Sequence[Row], alone: int = 0, padding: int = 0) -> Layout:
         """The given rows, then `alone` ones that see only themselves, then as many as `padding` positions take."""
@@ -166,7 +162,7 @@ class PriorPlan(NamedTuple):
 class Prior(_Paged[DiT]):
     """Velocities of the flow, and what solvers do with them. The latents z of each slot stay on the device."""
 
-    def __init__(self, model: DiT, sizes: Sizes, kernels: Kernels = plain):
+    def __init__(self, model: DiT, sizes: Sizes, kernels: ModuleType = ops):
         config = model.config
         super().__init__(model, sizes, config.num_layers, config.heads, config.head_dim, kernels)
         self.table = ModulationTable(model, model.device, sizes.slots + 2)
@@ -282,19 +278,24 @@ class VAEPlan(NamedTuple):
     inputs: Tensor  # (R, d) latents, or (R * P,) ids
 
 
-class Decoder(_Paged[TextVAEDecoder]):
-    """Latents to logits."""
+class _VAE(_Paged[V]):
+    """Either half, whose rows are rounded up for the device."""
 
-    def __init__(self, model: TextVAEDecoder, sizes: Sizes, kernels: Kernels = plain):
+    def __init__(self, model: V, sizes: Sizes, kernels: ModuleType = ops):
         config = model.config
         super().__init__(model, sizes, model.num_layers, config.num_heads, config.head_dim, kernels)
 
     def plan(self, rows: Sequence[Row]) -> VAEPlan:
-        latents = torch.cat([row.inputs for row in rows if row.inputs is not None])
-        padding = self.model.padding(len(latents))
-        layout = self._layout(rows, padding=padding)
-        latents = F.pad(to_device(latents, self.model.device), (0, 0, 0, len(layout.positions) - len(latents)))
-        return VAEPlan(rows, layout, latents)
+        inputs = torch.cat([row.inputs for row in rows if row.inputs is not None])
+        count = self.sizes.block_size * len(rows)  # of positions, each of one latent or of P ids
+        layout = self._layout(rows, padding=self.model.padding(count))
+        lacking = len(inputs) // count * len(layout.positions) - len(inputs)
+        padded = F.pad(to_device(inputs, self.model.device), (*[0, 0] * (inputs.ndim - 1), 0, lacking))
+        return VAEPlan(rows, layout, padded)
+
+
+class Decoder(_VAE[TextVAEDecoder]):
+    """Latents to logits."""
 
     def run(self, plan: VAEPlan) -> Finished:
         model, B = self.model, self.sizes.block_size
@@ -313,18 +314,8 @@ class Decoder(_Paged[TextVAEDecoder]):
         return list(self.run(self.plan([Row(self._alone(), 0, latents)])).results())
 
 
-class Encoder(_Paged[TextVAEEncoder]):
+class Encoder(_VAE[TextVAEEncoder]):
     """Token ids to the posterior."""
-
-    def __init__(self, model: TextVAEEncoder, sizes: Sizes, kernels: Kernels = plain):
-        config = model.config
-        super().__init__(model, sizes, model.num_layers, config.num_heads, config.head_dim, kernels)
-
-    def plan(self, rows: Sequence[Row]) -> VAEPlan:
-        ids, patch = torch.cat([row.inputs for row in rows if row.inputs is not None]), self.model.config.patch_size
-        layout = self._layout(rows, padding=self.model.padding(len(ids) // patch))
-        ids = F.pad(ids, (0, len(layout.positions) * patch - len(ids)))
-        return VAEPlan(rows, layout, to_device(ids, self.model.device))
 
     def run(self, plan: VAEPlan) -> Finished:
         attend, B = self._attend(plan.layout.rows), self.sizes.block_size
