@@ -36,8 +36,15 @@ class Served:
 
     def kv_bytes(self) -> float:
         """Reserved in all stages together."""
+        return self._sum_of("colaserve_engine_kv_bytes{")
+
+    def written(self) -> float:
+        """Latents that the prior has written."""
+        return self._sum_of('colaserve_engine_tokens_total{direction="out",stage="prior"}')
+
+    def _sum_of(self, begin: str) -> float:
         lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("colaserve_engine_kv_bytes{"))
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(begin))
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +86,13 @@ def test_a_hole_is_written_between_two_texts(served: Served):
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES])
 def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served, path: str):
     body = asking(path, "x", model=None, stream=True, ignore_eos=True, **{BUDGET[path]: 8000})
+    before = served.written()
     with served.http.stream("POST", path, json=body) as response:
         lines = response.iter_lines()
         next(lines)
         wait_until(lambda: served.kv_bytes() > 0)  # metrics are kept for a moment
     wait_until(lambda: served.kv_bytes() == 0)
+    assert 0 < served.written() - before < 1000
 
 
 def test_the_same_prompt_and_seed_give_the_same_text_reason_and_usage_in_every_dialect(served: Served):
