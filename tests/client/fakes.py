@@ -32,7 +32,9 @@ SHAPE = types_pb2.ModelShape(
     latent_dim=2, block_size=BLOCK, vae_block_size=BLOCK, patch_size=1, vocab_size=256, parameters=1000
 )
 LIMITS = types_pb2.Limits(max_context=64, max_message_bytes=1 << 26, max_running=4, max_waiting=8, kv_bytes=1 << 20)
-SERVER = types_pb2.ServerInfo(version="0.0.0", device="cpu", dtype="float32", running=1, waiting=2, kv_bytes_used=512)
+SERVER = types_pb2.ServerInfo(
+    version="0.0.0", device="cpu", dtype="float32", running=1, waiting=2, kv_bytes_used=512, backend="plain: for tests"
+)
 
 
 def latents_of(ids: Any) -> types_pb2.Latents:

@@ -39,6 +39,7 @@ _CODE_BY_ERROR: Mapping[type[ColaserveError], int] = {
 }
 
 _AWAY = re.compile(r"the (encoder|prior|decoder) is not available\b")  # as the coordinator words it
+_STOPPED = "Cancelling all calls"  # as gRPC words it
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # the variables that gRPC reads, in its order
 
 
@@ -55,6 +56,8 @@ def _hint(error: Unavailable) -> str:
     """What to check when a service cannot be reached: the stage that the server names, or the server itself."""
     if away := _AWAY.match(str(error)):
         return f"the server answers, its {away[1]} does not: `colaserve status` shows all services"
+    if str(error) == _STOPPED:
+        return "the server was stopped while it answered"
     proxies = [name for name in _PROXIES if os.environ.get(name)]
     proxy = f"; {proxies[0]} is set, and used for servers on other machines" if proxies else ""
     return f"is a server running? `colaserve up` starts one, --target says where it is{proxy}"

@@ -89,6 +89,10 @@ def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
         as_json,
         lambda: output.table(headings, [_cells(row) for row in rows]),
     )
+    if not as_json:
+        for backend in dict.fromkeys(row.server.backend for row in rows if row.server.backend):
+            stages = ", ".join(row.stage for row in rows if row.server.backend == backend)
+            click.echo(f"backend of {stages}: {backend}")
     return exits.OK if all(row.serving for row in rows) else exits.UNAVAILABLE
 
 
@@ -121,7 +125,7 @@ def _cells(row: StageInfo) -> tuple[object, ...]:
         "serving" if row.serving else "DOWN",
         server.version or "-",
         row.space or "-",
-        f"{server.device} {server.dtype}".strip() + (f" ({server.backend})" if server.backend else "") or "-",
+        f"{server.device} {server.dtype}".strip() or "-",
         f"{server.running} of {limits.max_running}" if limits.max_running else server.running,
         f"{server.waiting} of {limits.max_waiting}" if limits.max_waiting else server.waiting,
         f"{used} of {budget}" if limits.kv_bytes else "-",

@@ -125,11 +125,13 @@ def test_every_kind_of_failure_has_its_exit_code(
     assert done.err.count("\n") == 1
 
 
-def test_the_hint_names_the_stage_that_is_away(run: Run, behaviour: Behaviour) -> None:
+def test_the_hint_says_what_is_away(run: Run, behaviour: Behaviour) -> None:
     behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE, "the prior is not available: connection refused"))
     assert "the server answers, its prior does not: `colaserve status` shows" in run("info", "--tries", "1").err
     behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE, "connection refused"))
     assert "is a server running?" in run("info", "--tries", "1").err
+    behaviour.failures.append(Failure(grpc.StatusCode.UNAVAILABLE, "Cancelling all calls"))
+    assert "the server was stopped while it answered" in run("info", "--tries", "1").err
 
 
 def test_a_bug_is_one_line_unless_debugging(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

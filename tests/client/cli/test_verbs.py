@@ -201,6 +201,7 @@ def test_status_lists_all_services(run: Run, server: FakeServer) -> None:
         assert service in done.out
     assert "1 of 4" in done.out
     assert "512 B of 1 MiB" in done.out
+    assert done.out.count("plain: for tests") == 1  # below the table, for all that have it
     assert [row["service"] for row in run("status", "--json").json] == ["coordinator", "encoder", "prior", "decoder"]
     server.health.set("", 2)
     down = run("status")
