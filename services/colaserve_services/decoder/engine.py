@@ -3,11 +3,11 @@
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from colaserve_services.model.backend.pages import chain_keys
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.layers import to_device
-from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, sample_block, top_logprobs
+from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, probes, sample_block, top_logprobs
 from colaserve_services.model.text_vae import TextVAEDecoder
 
 _BESIDE_BLOCKS = 64  # rows of prefixes in a pass that answers blocks
@@ -43,6 +43,22 @@ class DecodeJob:
     target_ids: Sequence[int] = ()
     max_latents: int = 0  # positions to reserve KV for; 0: max_context
     cache_salt: str = ""  # leading blocks are shared with runs of the same salt
+    with_probes: bool = False
+
+
+class Pending(NamedTuple):
+    """Latents to decode."""
+
+    latents: Tensor  # (B, d)
+    arrived: float
+    provisional: bool  # whether they are a preview, which is answered and leaves no trace
+
+
+class TokenProbes(NamedTuple):
+    """How sure the decoder is of a block; see Probes in types.proto."""
+
+    entropy: float
+    end_probability: float
 
 
 @dataclass(frozen=True)
@@ -50,17 +66,19 @@ class DecodedBlock:
     """B * P sampled ids with what was asked for about each."""
 
     index: int  # in the run, counted from the history
+    provisional: bool
     token_ids: list[int]
     logprobs: list[float]
     top: list[tuple[list[int], list[float]]]
     logits: Tensor | None  # (B * P, vocab_size) float32, on the CPU
     target_logprobs: list[float]
+    probes: TokenProbes | None
     timings: Timings
 
     def check_finite(self) -> None:
         """Raise `NotFinite` unless all numbers are; NaN among a position's logits makes its log-probabilities NaN."""
         top = (value for _, values in self.top for value in values)
-        if not all(map(math.isfinite, chain(self.logprobs, self.target_logprobs, top))):
+        if not all(map(math.isfinite, chain(self.logprobs, self.target_logprobs, top, self.probes or ()))):
             raise NotFinite(f"the log-probabilities of block {self.index}: not finite")
         check_finite(f"the logits of block {self.index}", self.logits)
 
@@ -76,7 +94,7 @@ class DecoderSession(Session[DecodedBlock]):
         super().__init__(
             claim=min(len(job.prefix) // B + 1, blocks), most=blocks, deadline=deadline, on_read=engine.wake
         )
-        self.pending: deque[tuple[Tensor, float]] = deque()  # blocks to decode, each with its arrival
+        self.pending: deque[Pending] = deque()  # what to decode, in order
         self.seen = set(job.history_ids)
         self.sampled = len(job.history_ids)
         self.accepted = len(job.prefix)  # latent positions taken in so far
@@ -84,15 +102,16 @@ class DecoderSession(Session[DecodedBlock]):
         self._taken: list[Tensor] = []  # blocks behind them that are in it
         self.blocks = 0  # in the cache
 
-    async def decode(self, latents: Tensor) -> DecodedBlock:
-        """Decode the next block, (B, d) float32. Raises `InvalidRequest` when it exceeds the reservation."""
-        B, d = self._engine.shape.block_size, self._engine.shape.latent_dim
+    async def decode(self, latents: Tensor, provisional: bool = False) -> DecodedBlock:
+        """Decode the next block, (B, d) float32, or a preview of it. Raises `InvalidRequest` when it exceeds the
+        reservation."""
+        B, d, name = self._engine.shape.block_size, self._engine.shape.latent_dim, "preview" if provisional else "block"
         if latents.shape != (B, d):
-            raise InvalidRequest("block", f"got shape {list(latents.shape)}, expected {[B, d]}")
+            raise InvalidRequest(name, f"got shape {list(latents.shape)}, expected {[B, d]}")
         if self.accepted + B > self.capacity:
-            raise InvalidRequest("block", f"position {self.accepted} is beyond the {self.capacity} latents reserved")
-        self.accepted += B
-        self.pending.append((latents, time.monotonic()))
+            raise InvalidRequest(name, f"position {self.accepted} is beyond the {self.capacity} latents reserved")
+        self.accepted += 0 if provisional else B
+        self.pending.append(Pending(latents, time.monotonic(), provisional))
         self._engine.wake()
         block = await self.outbox.get()
         assert block is not None, "this outbox only fails or gives blocks"
@@ -123,10 +142,13 @@ class DecoderSession(Session[DecodedBlock]):
         return max(0, len(self.prefix) - self.blocks)
 
     def advance(self, scheduled: "_ScheduledSession") -> None:
-        """What a pass took of it is in the cache; keep it once the prefix is complete."""
+        """What a pass took of it is in the cache; keep it once the prefix is complete. The next block is written over a
+        preview, whose page is its own."""
         self.blocks += len(scheduled.rows_of)
-        if scheduled.block is not None:
-            self._taken.append(scheduled.block)
+        if scheduled.next is not None and scheduled.next.provisional:
+            self.blocks -= 1
+        elif scheduled.next is not None:
+            self._taken.append(scheduled.next.latents)
         if not self._remembered and not self.remaining():
             self._engine.remember(self.keys, self.pages)
             self._remembered = True
@@ -139,21 +161,21 @@ class DecoderSession(Session[DecodedBlock]):
 
 @dataclass(frozen=True)
 class _ScheduledSession:
-    """What one session sends through a pass: blocks of its prefix, then, once that is in, its next block."""
+    """What one session sends through a pass: blocks of its prefix, then, once that is in, its next block or preview."""
 
     session: DecoderSession
     rows_of: list[Row]
-    block: Tensor | None
+    next: Pending | None
     rows: int  # positions
 
     @classmethod
     def of(cls, session: DecoderSession, count: int) -> "_ScheduledSession":
         blocks, first = session.prefix[session.blocks : session.blocks + count], session.blocks
         rows = [Row(session.pages, first + i, latents, wanted=False) for i, latents in enumerate(blocks)]
-        block = session.pending[0][0] if count == session.remaining() and session.pending else None
-        if block is not None:
-            rows.append(Row(session.pages, first + count, block))
-        return cls(session, rows, block, sum(len(row.inputs) for row in rows if row.inputs is not None))
+        pending = session.pending[0] if count == session.remaining() and session.pending else None
+        if pending is not None:
+            rows.append(Row(session.pages, first + count, pending.latents))
+        return cls(session, rows, pending, sum(len(row.inputs) for row in rows if row.inputs is not None))
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,7 @@ class _Answer:
     logits: Tensor  # (B * P, V)
     ids: list[int]
     logprobs: list[float]
+    probes: TokenProbes | None
 
 
 class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
@@ -176,8 +199,11 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         limits: EngineLimits,
         observer: EngineObserver | None = None,
         picked: Picked | None = None,
+        end_ids: Collection[int] = (),
     ):
+        """`end_ids`: those that end a text, for probes."""
         super().__init__("decoder", model, shape, device, limits, observer, picked)
+        self._end_ids = to_device(torch.tensor(sorted(end_ids), dtype=torch.int64), model.device)
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
@@ -188,17 +214,21 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
         rows = [row for each in scheduled for row in each.rows_of]
         logits = [found for found in self.backend.run(self.backend.plan(rows)).results() if found is not None]
-        answered = [each.session for each in scheduled if each.block is not None]
+        answered = [each.session for each in scheduled if each.next is not None]
         answers = iter(self._answers(answered, logits) if answered else ())
-        return [None if each.block is None else next(answers) for each in scheduled]
+        return [None if each.next is None else next(answers) for each in scheduled]
 
     def _answers(self, answered: list[DecoderSession], logits: list[Tensor]) -> list[_Answer]:
         drawn = torch.stack([self._drawn(*pair) for pair in zip(answered, logits, strict=True)])
         chosen = torch.stack(
             [rows.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0] for rows, ids in zip(logits, drawn, strict=True)]
         )
+        pairs = zip(answered, logits, strict=True)
+        probed = [probes(rows, self._end_ids) for session, rows in pairs if session.job.with_probes]
         waited_for = drawn.tolist(), chosen.tolist()  # for all at once
-        return [_Answer(*each) for each in zip(logits, *waited_for, strict=True)]
+        found = iter(torch.stack(probed).tolist() if probed else ())
+        of_each = [TokenProbes(*next(found)) if session.job.with_probes else None for session in answered]
+        return [_Answer(*each) for each in zip(logits, *waited_for, of_each, strict=True)]
 
     def _take(self, scheduled: _ScheduledSession, result: _Answer | None) -> None:
         scheduled.session.advance(scheduled)
@@ -226,23 +256,26 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
     def _answer(self, session: DecoderSession, answer: _Answer) -> None:
         """Hand one block's ids over, with what was asked for beside them."""
         job, logits, ids, count = session.job, answer.logits, answer.ids, len(answer.ids)
-        _, arrived = session.pending.popleft()
+        _, arrived, provisional = session.pending.popleft()
         targets = session.take_targets(count)
         every = logits.log_softmax(dim=-1) if targets or job.top_logprobs else logits
         block = DecodedBlock(
             index=session.sampled // count,
+            provisional=provisional,
             token_ids=ids,
             logprobs=answer.logprobs,
             top=top_logprobs(every, job.top_logprobs) if job.top_logprobs else [],
             logits=logits.to("cpu", copy=True) if job.with_logits else None,
             target_logprobs=chosen_logprobs(every, targets),
+            probes=answer.probes,
             timings=session.timings(arrived),
         )
         block.check_finite()
-        self.observer.block(time.monotonic() - arrived, first=session.sampled == len(job.history_ids))
-        self.observer.tokens(0, self.shape.block_size)
-        session.seen.update(ids)
-        session.sampled += count
+        if not provisional:
+            self.observer.block(time.monotonic() - arrived, first=session.sampled == len(job.history_ids))
+            self.observer.tokens(0, self.shape.block_size)
+            session.seen.update(ids)
+            session.sampled += count
         session.outbox.put(block)
 
 

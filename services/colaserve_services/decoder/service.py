@@ -35,7 +35,12 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
         async with self._engine.session(job, deadline=about.deadline(context)) as session:
             session.end_call = cancellation.end_call
             async for request in requests:
-                yield _message(await session.decode(self._block(request)))
+                kind = request.WhichOneof("request")
+                if kind not in ("block", "preview"):
+                    what = "every later request must set `block` or `preview`"
+                    raise InvalidRequest("request", f"a Decode stream is opened once; {what}")
+                latents = self._latents(getattr(request, kind), kind, self._engine.shape.block_size)
+                yield _message(await session.decode(latents, kind == "preview"))
 
     async def GetInfo(
         self, request: decoder_pb2.DecoderServiceGetInfoRequest, context: Any
@@ -53,12 +58,8 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             target_ids=message.target_ids,
             max_latents=message.max_latents,
             cache_salt=message.cache_salt,
+            with_probes=message.with_probes,
         )
-
-    def _block(self, request: decoder_pb2.DecodeRequest) -> Tensor:
-        if request.WhichOneof("request") != "block":
-            raise InvalidRequest("request", "a Decode stream is opened once; every later request must set `block`")
-        return self._latents(request.block, "block", self._engine.shape.block_size)
 
     def _latents(self, message: types_pb2.Latents, field: str, positions: int | None = None) -> Tensor:
         dim, space = self._engine.shape.latent_dim, self._identity.space
@@ -73,5 +74,7 @@ def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
         top_logprobs=[types_pb2.TopLogprobs(token_ids=ids, logprobs=values) for ids, values in block.top],
         logits=None if block.logits is None else arrays.to_message(block.logits.float().numpy()),
         target_logprobs=block.target_logprobs,
+        provisional=block.provisional,
+        probes=None if block.probes is None else types_pb2.Probes(**block.probes._asdict()),
         timing=about.timing(block.timings),
     )

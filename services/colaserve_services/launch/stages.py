@@ -162,11 +162,12 @@ def _engine(
     stage: str, model: Any, checkpoint: Checkpoint, thread: DeviceThread, limits: EngineLimits, observer: EngineMetrics
 ) -> Any:
     shape = checkpoint.shape_of(stage)
+    if stage == "prior":
+        return PriorEngine(model, shape, thread, limits, observer)
+    special = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults).special
     if stage == "encoder":
-        tokenizer = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults)
-        return EncoderEngine(model, shape, thread, limits, tokenizer.special.pad, observer)
-    kind = {"prior": PriorEngine, "decoder": DecoderEngine}[stage]
-    return kind(model, shape, thread, limits, observer)
+        return EncoderEngine(model, shape, thread, limits, special.pad, observer)
+    return DecoderEngine(model, shape, thread, limits, observer, end_ids=special.end)
 
 
 def _service(stage: str, engine: Any, identity: Identity, checkpoint: Checkpoint) -> Any:

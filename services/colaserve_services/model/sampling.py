@@ -76,6 +76,14 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def probes(logits: Tensor, end_ids: Tensor) -> Tensor:
+    """(2,): mean entropy of the positions of (n, V) in nats, and the ids' probability together where it is highest."""
+    logprobs = logits.log_softmax(dim=-1)
+    likely = logprobs.exp()
+    ends = likely.index_select(1, end_ids).sum(dim=-1)
+    return torch.stack((-(likely * logprobs).sum(dim=-1).mean(), ends.max()))
+
+
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[list[int], list[float]]]:
     """The `count` most likely ids of each position with their log-probabilities, best first; (n, V) -> n pairs."""
     values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)

@@ -1,7 +1,7 @@
 """The three engines on a golden checkpoint, on the CPU."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ def engines(
     network: Callable[[Any], Any] = lambda network: network,
     observer: Callable[[], EngineObserver] = EngineObserver,
     picked: Picked | None = None,
+    end_ids: Collection[int] = (),
 ) -> Iterator[Engines]:
     """`network` wraps those that the engines compute with; `picked`: another backend than the fastest here."""
     torch.set_num_threads(1)
@@ -46,7 +47,7 @@ def engines(
     limits = limits or EngineLimits(max_context=512)
     shape, networks = checkpoint.shape, {stage: network(load(checkpoint, stage, CPU, dtype)) for stage in STAGES}
     encoder = EncoderEngine(networks["encoder"], shape, device, limits, pad_id, observer(), picked)
-    decoder = DecoderEngine(networks["decoder"], shape, device, limits, observer(), picked)
+    decoder = DecoderEngine(networks["decoder"], shape, device, limits, observer(), picked, end_ids)
     prior = PriorEngine(networks["prior"], shape, device, limits, observer(), picked)
     for engine in (encoder, decoder, prior):  # memory may hold anything at first; NaN shows where it reaches a result
         engine.backend.storage.memory.fill_(math.nan)

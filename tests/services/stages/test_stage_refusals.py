@@ -116,6 +116,7 @@ async def decode(served, messages):
 
 
 BLOCK = {"block": {"values": tensor(B, D)}}
+PREVIEW = {"preview": BLOCK["block"]}
 DECODE = {
     "request": [],
     "request ": [{}],
@@ -144,6 +145,10 @@ DECODE = {
     "block.values.data ": [{"open": {}}, {"block": {"values": tensor(B, D, value=10_001.0)}}],
     "block.values.data": [{"open": {}}, {"block": {"values": tensor(B, D, value=NAN)}}],
     "block": [{"open": {"max_latents": 4}}, BLOCK, BLOCK],
+    "request     ": [PREVIEW],
+    "preview.values.shape": [{"open": {}}, {"preview": {"values": tensor(3, D)}}],
+    "preview.values.data": [{"open": {}}, {"preview": {"values": tensor(B, D, value=NAN)}}],
+    "preview": [{"open": {"max_latents": 4}}, PREVIEW, BLOCK, PREVIEW],
 }
 
 

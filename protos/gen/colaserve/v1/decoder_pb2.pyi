@@ -7,15 +7,17 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("open", "block")
+    __slots__ = ("open", "block", "preview")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
     open: OpenDecode
     block: _types_pb2.Latents
-    def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., block: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
+    preview: _types_pb2.Latents
+    def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., block: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., preview: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
 
 class OpenDecode(_message.Message):
-    __slots__ = ("prefix", "sampling", "history_ids", "with_logits", "top_logprobs", "target_ids", "max_latents", "cache_salt")
+    __slots__ = ("prefix", "sampling", "history_ids", "with_logits", "top_logprobs", "target_ids", "max_latents", "cache_salt", "with_probes")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     HISTORY_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +26,7 @@ class OpenDecode(_message.Message):
     TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_LATENTS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    WITH_PROBES_FIELD_NUMBER: _ClassVar[int]
     prefix: _types_pb2.Latents
     sampling: _types_pb2.Sampling
     history_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -32,10 +35,11 @@ class OpenDecode(_message.Message):
     target_ids: _containers.RepeatedScalarFieldContainer[int]
     max_latents: int
     cache_salt: str
-    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., history_ids: _Optional[_Iterable[int]] = ..., with_logits: bool = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., max_latents: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    with_probes: bool
+    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., history_ids: _Optional[_Iterable[int]] = ..., with_logits: bool = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., max_latents: _Optional[int] = ..., cache_salt: _Optional[str] = ..., with_probes: bool = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("token_ids", "logprobs", "top_logprobs", "logits", "target_logprobs", "timing", "block_index")
+    __slots__ = ("token_ids", "logprobs", "top_logprobs", "logits", "target_logprobs", "timing", "block_index", "provisional", "probes")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +47,8 @@ class DecodeResponse(_message.Message):
     TARGET_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     top_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TopLogprobs]
@@ -50,7 +56,9 @@ class DecodeResponse(_message.Message):
     target_logprobs: _containers.RepeatedScalarFieldContainer[float]
     timing: _types_pb2.Timing
     block_index: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., block_index: _Optional[int] = ...) -> None: ...
+    provisional: bool
+    probes: _types_pb2.Probes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., block_index: _Optional[int] = ..., provisional: bool = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ...) -> None: ...
 
 class DecoderServiceGetInfoRequest(_message.Message):
     __slots__ = ()

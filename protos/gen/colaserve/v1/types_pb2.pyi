@@ -121,6 +121,22 @@ class Sampler(_message.Message):
     resamples: int
     def __init__(self, steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., solver: _Optional[_Union[Solver, str]] = ..., guidance_start: _Optional[float] = ..., guidance_end: _Optional[float] = ..., resamples: _Optional[int] = ...) -> None: ...
 
+class Probes(_message.Message):
+    __slots__ = ("norm", "distance", "drift", "disagreement", "entropy", "end_probability")
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    DISAGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    END_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    norm: float
+    distance: float
+    drift: float
+    disagreement: float
+    entropy: float
+    end_probability: float
+    def __init__(self, norm: _Optional[float] = ..., distance: _Optional[float] = ..., drift: _Optional[float] = ..., disagreement: _Optional[float] = ..., entropy: _Optional[float] = ..., end_probability: _Optional[float] = ...) -> None: ...
+
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]

@@ -1,0 +1,73 @@
+"""A preview is answered as the block would be, and leaves no trace; probes are what the logits say."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from colaserve_services.decoder.engine import DecodedBlock, DecodeJob
+from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.sampling import SamplingSettings
+from tests.conftest import Golden
+from tests.services.engines.conftest import Engines, engines
+from tests.services.engines.runs import freed, noise
+
+DRAWN = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3, repetition_penalty=3.0)
+
+
+async def decoded(stages: Engines, looks: Sequence[torch.Tensor], seed: int = 0) -> list[DecodedBlock]:
+    """Five blocks after a prefix, before each of them previews: `looks`, and the block itself."""
+    latents, answers = noise(28, seed), []
+    wanted = DecodeJob(latents[:8], sampling=DRAWN, with_logits=True, with_probes=True, max_latents=28)
+    async with stages.decoder.session(wanted) as session:
+        for start in range(8, 28, 4):
+            block = latents[start : start + 4]
+            last = [await session.decode(each, True) for each in [*looks, *([block] if looks else [])]][-1:]
+            answers.append(await session.decode(block))
+            for preview in last:
+                assert preview.provisional
+                assert not answers[-1].provisional
+                assert same(preview, answers[-1])
+    return answers
+
+
+def same(a: DecodedBlock, b: DecodedBlock) -> bool:
+    assert a.logits is not None
+    assert b.logits is not None
+    everything = [(each.index, each.token_ids, each.logprobs, each.top, each.probes) for each in (a, b)]
+    return everything[0] == everything[1] and torch.equal(a.logits, b.logits)
+
+
+async def test_previews_get_the_draws_of_their_block_and_change_no_bit_of_what_follows(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        alone = await decoded(stages, [])
+        looked_at = await decoded(stages, [noise(4, 90), 100 * noise(4, 91)])
+        assert all(map(same, alone, looked_at))
+        many = await asyncio.gather(*(decoded(stages, [noise(4, 90)] * (seed % 2), seed) for seed in range(4)))
+        assert [block.token_ids for block in many[0]] == [block.token_ids for block in alone]
+        assert [block.index for block in many[1]] == [0, 1, 2, 3, 4]
+        await freed(stages)
+
+
+async def test_a_preview_after_the_last_block_is_refused_by_name(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        async with stages.decoder.session(DecodeJob(noise(4), max_latents=8)) as session:
+            await session.decode(noise(4))
+            with pytest.raises(InvalidRequest, match=r"^preview: position 8 is beyond the 8 latents reserved"):
+                await session.decode(noise(4), True)
+            with pytest.raises(InvalidRequest, match=r"^preview: got shape \[3, 16\], expected \[4, 16\]"):
+                await session.decode(noise(3), True)
+
+
+async def test_probes_are_those_of_the_raw_logits(tiny: Golden) -> None:
+    with engines(tiny.directory, end_ids=[7, 2, 9]) as stages:
+        blocks = await decoded(stages, [])
+        async with stages.decoder.session(DecodeJob(noise(4))) as session:
+            assert (await session.decode(noise(4))).probes is None
+    for block in blocks:
+        assert block.logits is not None
+        assert block.probes is not None
+        likely = block.logits.double().softmax(-1)
+        assert block.probes.entropy == pytest.approx(torch.special.entr(likely).sum(-1).mean().item(), rel=1e-5)
+        assert block.probes.end_probability == pytest.approx(likely[:, [2, 7, 9]].sum(-1).max().item(), rel=1e-5)
