@@ -83,7 +83,7 @@ colaserve encoder --model DIR --host 0.0.0.0 --grpc-port 50051
     "prior": """Serve the prior alone: noise to latents, block by block. The stage that needs the most compute.
 
 \b
-colaserve prior --model DIR --device cuda --kv-bytes 8589934592
+colaserve prior --model DIR --device cuda:1 --max-running 64
 """,
     "decoder": """Serve the decoder alone: latent blocks to token ids.
 

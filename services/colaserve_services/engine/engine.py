@@ -73,7 +73,8 @@ class Engine(Generic[S, T]):
     def chosen(self) -> dict[str, Any]:
         """What it computes with, and why; how many latents its KV cache holds."""
         latents = self.kv_blocks * self.shape.block_size
-        return {"backend": self.picked.name, "why": self.picked.why, "kv_latents": latents}
+        kv = {"kv_latents": latents, "kv_bytes": self.limits.kv_bytes}
+        return {"backend": self.picked.name, "why": self.picked.why, **kv}
 
     def wake(self) -> None:
         """A session may have become ready."""

@@ -35,7 +35,8 @@ class EngineLimits:
             _log.warning("--kv-bytes fits contexts of %d latents, not %d", block_size * pages, self.max_context)
         # Within a block all positions see each other: none may be cut.
         chunk = max(block_size, self.prefill_chunk // block_size * block_size)
-        return replace(self, max_context=block_size * min(pages, asked), prefill_chunk=chunk)
+        kv_bytes = min(self.kv_bytes, pages * page_bytes)
+        return replace(self, max_context=block_size * min(pages, asked), kv_bytes=kv_bytes, prefill_chunk=chunk)
 
 
 @dataclass(frozen=True)

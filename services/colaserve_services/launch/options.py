@@ -35,9 +35,22 @@ MODEL = click.Path()
 DTYPES = click.Choice(["auto", "float32", "bfloat16", "int8"])
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
-BYTES = click.IntRange(1, 2**63 - 1)
 SECONDS = Number(0, MOST_SECONDS)
 SOME_SECONDS = Number(0, MOST_SECONDS, min_open=True)
+
+
+class ByteBudget(Trimmed):
+    """A number of bytes; auto is 0."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        if value == 0 or (text := super().convert(value, param, ctx)) == "auto":
+            return 0
+        if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
+            self.fail(f"got {value!r}, expected auto or a number of bytes, at least 1", param, ctx)
+        return int(text)
 
 
 class _ByStage(Trimmed):

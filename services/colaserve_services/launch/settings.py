@@ -13,7 +13,6 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.hub import checkpoint_folder
 from colaserve_services.launch.options import (
-    BYTES,
     COUNT,
     DTYPES,
     FILE,
@@ -24,6 +23,7 @@ from colaserve_services.launch.options import (
     SOME_SECONDS,
     STAGES,
     TRIMMED,
+    ByteBudget,
     Devices,
     Log,
     Replicas,
@@ -111,7 +111,10 @@ class Engine:
         "Sessions of one stage that share forward passes; others wait in the coordinator.",
         POSITIVE,
     )
-    kv_bytes: int = option(2 << 30, "Byte budget of one stage's KV cache.", BYTES)
+    kv_bytes: int = option(
+        0, "Bytes of one stage's KV cache, or auto: what memory leaves after weights and the largest pass.",
+        ByteBudget(), "auto",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

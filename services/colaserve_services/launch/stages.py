@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.failures import has_to_fit
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
+from colaserve_services.launch.memory import budgets
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
 from colaserve_services.model import int8, loading
@@ -78,20 +79,25 @@ def load_stages(
 ) -> RunningStages:
     """Read the weights of stages and start their engines; `compute` has the names of each one's device and dtype.
 
-    Blocks; raises CheckpointError and UsageError. `failing` is called on the device thread when an engine is at fault,
-    and when it computes again. `network` wraps those that the engines compute with.
+    Blocks; raises CheckpointError and UsageError. `limits.kv_bytes` 0: what memory leaves. `failing` is called on the
+    device thread when an engine is at fault, and when it computes again. `network` wraps those that the engines compute
+    with.
     """
     picked = {stage: _picked(stage, *names) for stage, names in compute.items()}
     for device, dtype in dict.fromkeys(picked.values()):
         _prepare(device, dtype)
     thread = DeviceThread()
     engines, services = {}, {}
+    models: dict[str, Any] = {}
     for stage in (stage for stage in STAGES if stage in picked):
+        models[stage] = _load(stage, checkpoint, *picked[stage], metrics)
+    auto = {} if limits.kv_bytes else budgets(models, limits, checkpoint.shape.block_size)
+    for stage, model in models.items():
         device, dtype = picked[stage]
-        model = _load(stage, checkpoint, device, dtype, metrics)
         observer = EngineMetrics(metrics, stage, failing)
+        own = replace(limits, kv_bytes=auto.get(stage, limits.kv_bytes))
         with has_to_fit(f"the {stage}", device):
-            engines[stage] = engine = _engine(stage, network(model), checkpoint, thread, limits, observer)
+            engines[stage] = engine = _engine(stage, network(model), checkpoint, thread, own, observer)
         block_tokens = engine.shape.block_size * engine.shape.patch_size
         metrics.kv_blocks.labels(stage, str(block_tokens)).set(engine.kv_blocks)
         _log.info("backend chosen", extra={"fields": {"stage": stage, **engine.chosen()}})

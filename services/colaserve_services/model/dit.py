@@ -180,6 +180,11 @@ class DiT(nn.Module):
     def device(self) -> torch.device:
         return self.txt_in.proj.weight.device
 
+    @property
+    def kv_elements(self) -> int:
+        """Of a latent's keys and values in all layers."""
+        return 2 * len(self.blocks) * self.config.heads * self.config.head_dim
+
     def rotary(self, positions: Tensor) -> Tensor:
         """Unit complex numbers of absolute latent positions: (...) -> (..., 1, rope_dim / 2)."""
         frequencies = to_device(rotary_frequencies(self.config.rope_dim, 10000.0), positions.device)

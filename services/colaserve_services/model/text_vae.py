@@ -121,6 +121,11 @@ class _Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.final_layer.weight.device
 
+    @property
+    def kv_elements(self) -> int:
+        """Of a latent's keys and values in all layers."""
+        return 2 * len(self.blocks) * self.config.dim
+
     def padding(self, rows: int) -> int:
         """How many rows more a pass over so many is to have."""
         return padded_rows(rows, self.dtype, self.device) - rows

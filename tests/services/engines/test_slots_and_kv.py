@@ -166,7 +166,7 @@ async def test_a_run_that_holds_most_of_the_kv_is_paused_for_others_and_ends_und
     with engines(tiny.directory) as stages:
         alone, of_short = await sample(stages, long), await sample(stages, short)
         room = holding(stages, "prior", 70)
-    limits = EngineLimits(max_context=512, kv_bytes=room, run_ahead=100)
+    limits = EngineLimits(max_context=512, kv_bytes=room, run_ahead=4)
     with engines(tiny.directory, limits, observer=Preempted) as stages:
         async with stages.prior.session(long) as session:
             blocks = aiter(session)
