@@ -101,6 +101,8 @@ class DecoderSession(Session[DecodedBlock]):
         self.prefix = list(job.prefix.split(B)) if len(job.prefix) else []  # to be in the cache before the next block
         self._taken: list[Tensor] = []  # blocks behind them that are in it
         self.blocks = 0  # in the cache
+        if engine.limits.share_prefixes:
+            self.keys = chain_keys((block.numpy().tobytes() for block in self.prefix), job.cache_salt)
 
     async def decode(self, latents: Tensor, provisional: bool = False) -> DecodedBlock:
         """Decode the next block, (B, d) float32, or a preview of it. Raises `InvalidRequest` when it exceeds the
@@ -117,12 +119,15 @@ class DecoderSession(Session[DecodedBlock]):
         assert block is not None, "this outbox only fails or gives blocks"
         return block
 
-    def begin(self) -> Sequence[bytes]:
+    @property
+    def cached(self) -> int:
+        return self.blocks
+
+    def begin(self) -> None:
         self._engine.observer.tokens(len(self.job.prefix), 0)
-        return chain_keys((block.numpy().tobytes() for block in self.prefix), self.job.cache_salt)
 
     def start(self, known: int, beside: Sequence[Any]) -> None:
-        self._remembered, self.blocks = not self.keys, known
+        self.blocks = known
 
     def lacking(self) -> int:
         return max(self.blocks, len(self.prefix)) + (len(self.pending) > 0) - len(self.pages)
@@ -142,16 +147,12 @@ class DecoderSession(Session[DecodedBlock]):
         return max(0, len(self.prefix) - self.blocks)
 
     def advance(self, scheduled: "_ScheduledSession") -> None:
-        """What a pass took of it is in the cache; keep it once the prefix is complete. The next block is written over a
-        preview, whose page is its own."""
+        """What a pass took of it is in the cache. The next block is written over a preview, whose page is its own."""
         self.blocks += len(scheduled.rows_of)
         if scheduled.next is not None and scheduled.next.provisional:
             self.blocks -= 1
         elif scheduled.next is not None:
             self._taken.append(scheduled.next.latents)
-        if not self._remembered and not self.remaining():
-            self._engine.remember(self.keys, self.pages)
-            self._remembered = True
 
     def take_targets(self, count: int) -> Sequence[int]:
         """Target ids of the block about to be answered."""

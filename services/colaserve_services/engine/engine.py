@@ -162,9 +162,10 @@ class Engine(Generic[S, T]):
             if not self._slots:  # one that ended has it until the next step
                 return
             session.slot = self._slots.pop()
-            keys = session.begin()
-            session.keys = keys if self.limits.share_prefixes else ()
+            session.begin()
         keys, pages = session.keys, self.backend.pages
+        if self._awaits(session, pages.leading(keys)):
+            return
         found, beside = pages.find(keys)
         others = pages.reserve(max(0, session.claim - len(found)))
         if others is None:
@@ -175,7 +176,16 @@ class Engine(Generic[S, T]):
         session.holds_kv, session.holds_since = True, time.monotonic()
         session.started = session.started or session.holds_since
         self.looked_up(keys, len(found))
+        session.remembered = len(found)
         session.start(len(found), beside)
+
+    def _awaits(self, session: S, known: int) -> bool:
+        """Whether another session's next passes compute the block behind those that are known, which it then finds."""
+        return known < len(session.keys) and any(
+            other.holds_kv and other.wanted and other.ready() and other.cached <= known
+            for other in self._sessions.all
+            if other.keys[known : known + 1] == session.keys[known : known + 1]
+        )
 
     def looked_up(self, keys: Sequence[bytes], found: int) -> None:
         """A session begins with blocks of these keys, of which so many were known."""
@@ -183,9 +193,15 @@ class Engine(Generic[S, T]):
             self.observer.prefix_cache(found, len(keys) - found, self.backend.pages.known * self.backend.page_bytes)
 
     def remember(self, keys: Sequence[bytes], pages: Sequence[int], beside: Sequence[Any] = ()) -> None:
-        """A session's leading blocks are complete: others may begin with them."""
+        """Leading blocks of a session are complete: others may begin with them."""
         self.backend.pages.remember(keys, pages, beside)
         self.observer.prefix_cache(0, 0, self.backend.pages.known * self.backend.page_bytes)
+
+    def _remember_new(self, session: S) -> None:
+        complete = min(session.cached, len(session.keys))
+        if complete > session.remembered:
+            self.remember(session.keys[:complete], session.pages)
+            session.remembered = complete
 
     def _preempt(self, session: S) -> None:
         session.reserves = session.holds_kv = False
@@ -272,6 +288,7 @@ class Engine(Generic[S, T]):
             if not each.session.finished:  # as all are when the engine turned out to be at fault
                 with self._alone(each.session):
                     self._take(each, result)
+                    self._remember_new(each.session)
 
     @contextmanager
     def _alone(self, session: S) -> Iterator[None]:

@@ -75,6 +75,7 @@ class Session(Generic[T]):
         self.claim, self.most, self.deadline = claim, most, deadline
         self.pages = array("i")  # that it holds, one a block
         self.keys: Sequence[bytes] = ()  # of its leading blocks, which others may have computed or may begin with
+        self.remembered = 0  # of these blocks, how many others can begin with
         self.outbox: Outbox[T] = Outbox(on_read)
         self._call = contextvars.copy_context()  # of the call that it serves
         self.end_call: Callable[[Exception], None] = lambda error: None  # wherever that call waits; in its context
@@ -109,9 +110,13 @@ class Session(Generic[T]):
         """The caller is gone. Any thread; the device thread frees the session before its next step."""
         self.cancelled = True
 
-    def begin(self) -> Sequence[bytes]:
-        """Called before the first `start`; keys of its leading blocks."""
-        return ()
+    @property
+    def cached(self) -> int:
+        """Leading blocks that are in its pages."""
+        return 0
+
+    def begin(self) -> None:
+        """Called before the first `start`."""
 
     def start(self, known: int, beside: Sequence[Any]) -> None:
         """Called before the first step, and after each `preempt` once there are pages again.

@@ -3,8 +3,10 @@
 import math
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Final, Generic, TypeVar
 
 from colaserve_services.engine.limits import EngineLimits
@@ -87,10 +89,11 @@ class Sessions(Generic[S]):
             for session in wanted:
                 if not session.reserves and not session.holds_kv:
                     ahead = min(session.claim // _MUCH_MORE + 1, session.most - session.claim) if runs else 0
-                    if session.claim + ahead > free:
+                    needed = self._needed(session)
+                    if needed + ahead > free:
                         return
                     session.reserves, session.passed, runs = True, 0, True
-                    free -= session.claim
+                    free -= needed
 
     def to_preempt(self) -> S:
         """Who gives its pages back when a session that grows finds none: the youngest but for much smaller ones."""
@@ -103,26 +106,33 @@ class Sessions(Generic[S]):
         free = self._pages.available
         for session in self._held:
             if session.wanted and session.reserves:
-                free -= 0 if session.holds_kv else session.claim
+                free -= 0 if session.holds_kv else self._needed(session)
             else:
                 free += len(session.pages)
         return free
 
+    def _needed(self, session: S) -> int:
+        """Pages that it takes to start, without those that it shares with a session that came before it."""
+        before = takewhile(lambda other: other is not session, self._held)
+        shared = (_both_begin_with(session.keys, other.keys) for other in before if other.wanted and other.reserves)
+        return session.claim - max(shared, default=0)
+
     def _plan(self, newcomer: S, wanted: list[S]) -> _Plan[S]:
         """Idle sessions are evicted first, and no more of them than it takes."""
+        needed = self._needed(newcomer)
         kept_back = max((each.claim for each in wanted if each.passed >= _PASSES), default=0)
         free, slots, evicted = self._free() - kept_back, self._limits.max_running - len(wanted), list[S]()
         idle = iter(self._idle(wanted))
-        while slots < 1 or free < newcomer.claim:
+        while slots < 1 or free < needed:
             if (session := next(idle, None)) is None:
                 break
             evicted.append(session)
             slots, free = slots + 1, free + len(session.pages)
         if slots < 1:
             return _Plan(refusal="slots")
-        if free >= newcomer.claim:
+        if free >= needed:
             return _Plan(evicted)
-        preempted = self._to_preempt_for([each for each in wanted if each not in evicted], newcomer.claim, free)
+        preempted = self._to_preempt_for([each for each in wanted if each not in evicted], needed, free)
         return _Plan(evicted, preempted) if preempted else _Plan(refusal="kv")
 
     def _idle(self, wanted: list[S]) -> list[S]:
@@ -152,3 +162,8 @@ class Sessions(Generic[S]):
             session.passed += session.wanted and not session.reserves
         if plan.preempted:
             plan.preempted.reserves, plan.preempted.idle_since = False, math.inf
+
+
+def _both_begin_with(one: Sequence[bytes], other: Sequence[bytes]) -> int:
+    """How many keys of two chains are the same: once they differ, they differ from there on."""
+    return bisect_left(range(min(len(one), len(other))), True, key=lambda index: one[index] != other[index])

@@ -42,18 +42,24 @@ class PriorSession(Session[SampledBlock]):
         self._engine, self.job = engine, job
         context = context_blocks(job, engine.shape.block_size)
         super().__init__(claim=context + 1, most=context + job.max_blocks, deadline=deadline, on_read=engine.wake)
+        if engine.limits.share_prefixes:
+            blocks = job.latents[: context * engine.shape.block_size].split(engine.shape.block_size) if context else ()
+            self.keys = chain_keys((block.numpy().tobytes() for block in blocks), job.cache_salt)
         self._wrote = False  # whether it wrote a block since it started last
         self._since = self.arrived  # when work on the current block became possible
 
-    def begin(self) -> Sequence[bytes]:
+    @property
+    def cached(self) -> int:
+        return self.run.committed
+
+    def begin(self) -> None:
         canvas = Canvas.of(self.job, self._engine.shape.block_size)
         self.run = SamplingRun(self.job, canvas)
         self._engine.observer.tokens(canvas.context.shape[0] * canvas.context.shape[1], 0)
-        return chain_keys((block.numpy().tobytes() for block in canvas.context), self.job.cache_salt)
 
     def start(self, known: int, beside: Sequence[Any]) -> None:
         self._engine.backend.prepare(schedule(self.job.sampler.steps))  # ends with the time of commits, 0
-        self._wrote, self._remembered = False, not self.keys
+        self._wrote = False
         self.run.commit(known)
         self.deliver()
 
@@ -75,12 +81,6 @@ class PriorSession(Session[SampledBlock]):
 
     def resumed(self) -> None:
         self._since = time.monotonic()  # its reader had been away
-
-    def remember_context(self) -> None:
-        """Once the context is in the cache, keep it for the next run that begins with the same blocks."""
-        if not self._remembered and self.run.committed >= len(self.keys):
-            self._engine.remember(self.keys, self.pages)
-            self._remembered = True
 
     def deliver(self) -> None:
         """Hand over completed blocks; given ones follow each other without a pass."""
@@ -151,7 +151,6 @@ class PriorEngine(Engine[PriorSession, _ScheduledSession]):
     def _take(self, scheduled: _ScheduledSession, result: Denoised | None) -> None:
         session = scheduled.session
         session.run.commit(scheduled.commits)
-        session.remember_context()
         if result is not None:
             session.run.advance(result.latents)
             session.deliver()

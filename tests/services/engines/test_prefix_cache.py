@@ -1,5 +1,6 @@
 """Leading blocks seen before are copied, not computed, and change nothing."""
 
+import asyncio
 import random
 
 import pytest
@@ -107,6 +108,68 @@ async def test_encoder_gives_the_same_bytes_for_a_known_beginning(tiny: Golden) 
         assert watch.take() == 0
     with engines(tiny.directory, EngineLimits(max_context=512, share_prefixes=False)) as stages:
         torch.testing.assert_close(await encode(stages, IDS), longer, rtol=1e-4, atol=1e-5)
+
+
+class Peak(EngineObserver):
+    """Rows computed, and the most KV that was held at once."""
+
+    def __init__(self) -> None:
+        self.rows = self.kv_bytes = 0
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        self.rows += rows
+
+    def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
+
+
+def branch(seed: int) -> SampleJob:
+    return SampleJob(LATENTS, 2, sampler=SamplerSettings(steps=2, guidance_scale=1.0), base_seed=seed)
+
+
+async def written(stages: Engines, job: SampleJob) -> torch.Tensor:
+    async with stages.prior.session(job) as session:
+        return torch.cat([block.latents async for block in session])
+
+
+async def test_runs_that_begin_alike_at_once_compute_and_hold_their_context_once(tiny: Golden) -> None:
+    """16 blocks of context, 8 runs of 2 more each: a pool of 32 pages holds them all."""
+    with engines(tiny.directory) as stages:
+        alone = [await written(stages, branch(seed)) for seed in range(8)]
+        room = 32 * stages.prior.backend.page_bytes
+    limits = EngineLimits(max_context=512, kv_bytes=room, prefill_chunk=16)
+    with engines(tiny.directory, limits, observer=Peak) as stages:
+        together = await asyncio.gather(*(written(stages, branch(seed)) for seed in range(8)))
+        await settled(stages)
+        for got, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        peak = stages.prior.observer
+        assert isinstance(peak, Peak)
+        assert peak.kv_bytes <= room
+        assert peak.rows == 64 + 8 * (2 * 2 + 1) * 4  # the context once; of each run two points a block, and a commit
+
+
+async def test_decoders_that_begin_alike_at_once_compute_and_hold_their_prefix_once(tiny: Golden) -> None:
+    limits = EngineLimits(max_context=512, prefill_chunk=16)
+    with engines(tiny.directory, limits, observer=Peak) as stages:
+        await asyncio.gather(*(decode(stages, LATENTS) for _ in range(8)))
+        await settled(stages)
+        peak = stages.decoder.observer
+        assert isinstance(peak, Peak)
+        assert peak.rows == 64 + 8 * 4
+        assert peak.kv_bytes <= (16 + 8) * stages.decoder.backend.page_bytes
+
+
+async def test_who_waits_for_the_context_of_another_goes_on_when_that_one_leaves(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=4)) as stages:
+        alone = await written(stages, branch(1))
+    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=4)) as stages:
+        watch = Watch(stages.prior)
+        leaving = asyncio.create_task(written(stages, branch(0)))
+        await eventually(lambda: watch.rows > 0)
+        following = asyncio.create_task(written(stages, branch(1)))
+        leaving.cancel()
+        torch.testing.assert_close(await following, alone, rtol=1e-4, atol=1e-4)
 
 
 async def test_prefixes_that_are_not_to_be_shared_are_not_kept(tiny: Golden) -> None:

@@ -220,7 +220,7 @@ async def test_a_decode_stream_that_holds_most_of_the_kv_is_paused_too(tiny: Gol
     with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room), observer=Preempted) as stages:
 
         async def other() -> None:
-            await patiently(lambda: decode_one(stages, DecodeJob(noise(12), max_latents=16)))
+            await patiently(lambda: decode_one(stages, DecodeJob(noise(12, 2), max_latents=16)))
 
         assert await decode(stages, other) == alone
         assert stages.decoder.observer.count == 2  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 
@@ -75,14 +75,15 @@ class Pages:
                 if page not in self._kept:
                     self._free.append(page)
 
+    def leading(self, keys: Sequence[bytes]) -> int:
+        """How many of the leading blocks are known."""
+        return sum(1 for _ in takewhile(self._known.__contains__, keys))
+
     def find(self, keys: Sequence[bytes]) -> tuple[list[int], list[Any]]:
         """Pages of the leading blocks that are known, which one more sequence uses now, and what was kept beside."""
-        found = []
-        for key in keys:
-            if (known := self._known.get(key)) is None:
-                break
-            found.append(known)
-        for key in reversed(keys[: len(found)]):
+        keys = keys[: self.leading(keys)]
+        found = [self._known[key] for key in keys]
+        for key in reversed(keys):
             self._known.move_to_end(key)
         self.share(known.page for known in found)
         return [known.page for known in found], [known.beside for known in found]
