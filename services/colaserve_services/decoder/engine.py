@@ -20,12 +20,19 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.session import Session, Timings
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.backend import Row
+from colaserve_services.model.backend import Pass, Row
 from colaserve_services.model.backend.pages import chain_keys
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.layers import to_device
-from colaserve_services.model.sampling import SamplingSettings, chosen_logprobs, probes, sample_block, top_logprobs
+from colaserve_services.model.sampling import (
+    Draw,
+    SamplingSettings,
+    chosen_logprobs,
+    probes,
+    sample_blocks,
+    top_logprobs,
+)
 from colaserve_services.model.text_vae import TextVAEDecoder
 
 _BESIDE_BLOCKS = 64  # rows of prefixes in a pass that answers blocks
@@ -205,31 +212,41 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         """`end_ids`: those that end a text, for probes."""
         super().__init__("decoder", model, shape, device, limits, observer, picked)
         self._end_ids = to_device(torch.tensor(sorted(end_ids), dtype=torch.int64), model.device)
+        self._ids = shape.block_size * shape.patch_size  # of a block
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
         check_job(job, self.shape, self.limits)
         return self._admitted(DecoderSession(self, job, deadline))
 
-    def _compute(self, scheduled: list[_ScheduledSession]) -> list[_Answer | None]:
+    def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
-        rows = [row for each in scheduled for row in each.rows_of]
-        logits = [found for found in self.backend.run(self.backend.plan(rows)).results() if found is not None]
         answered = [each.session for each in scheduled if each.next is not None]
-        answers = iter(self._answers(answered, logits) if answered else ())
-        return [None if each.next is None else next(answers) for each in scheduled]
+        draws = [Draw(each.job.sampling, each.seen, each.sampled // self._ids) for each in answered]
 
-    def _answers(self, answered: list[DecoderSession], logits: list[Tensor]) -> list[_Answer]:
-        drawn = torch.stack([self._drawn(*pair) for pair in zip(answered, logits, strict=True)])
-        chosen = torch.stack(
-            [rows.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0] for rows, ids in zip(logits, drawn, strict=True)]
-        )
-        pairs = zip(answered, logits, strict=True)
-        probed = [probes(rows, self._end_ids) for session, rows in pairs if session.job.with_probes]
-        waited_for = drawn.tolist(), chosen.tolist()  # for all at once
-        found = iter(torch.stack(probed).tolist() if probed else ())
-        of_each = [TokenProbes(*next(found)) if session.job.with_probes else None for session in answered]
-        return [_Answer(*each) for each in zip(logits, *waited_for, of_each, strict=True)]
+        def then(logits: Tensor) -> Sequence[Tensor]:
+            return *sample_blocks(logits, draws), self._probes(logits, answered)
+
+        return self.backend.run(self.backend.plan([row for each in scheduled for row in each.rows_of]), then)
+
+    def _probes(self, logits: Tensor, answered: list[DecoderSession]) -> Tensor:
+        """(K, 2), of those that want them."""
+        found = logits.new_zeros(len(answered), 2)
+        wanted = [i for i, session in enumerate(answered) if session.job.with_probes]
+        if wanted:
+            index = to_device(torch.tensor(wanted), logits.device)
+            found.index_copy_(0, index, probes(logits.index_select(0, index), self._end_ids))
+        return found
+
+    def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Any]) -> list[_Answer | None]:
+        answers = iter(found)
+        last = [(each.session, [next(answers) for _ in each.rows_of][-1]) for each in scheduled]
+        return [None if answer is None else self._answer_of(session, *answer) for session, answer in last]
+
+    @staticmethod
+    def _answer_of(session: DecoderSession, logits: Tensor, ids: Tensor, logprobs: Tensor, probed: Tensor) -> _Answer:
+        given = TokenProbes(*probed.tolist()) if session.job.with_probes else None
+        return _Answer(logits, ids.tolist(), logprobs.tolist(), given)
 
     def _take(self, scheduled: _ScheduledSession, result: _Answer | None) -> None:
         scheduled.session.advance(scheduled)
@@ -248,11 +265,6 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
             if found.rows_of:
                 scheduled.append(found)
         return scheduled
-
-    def _drawn(self, session: DecoderSession, logits: Tensor) -> Tensor:
-        """The ids (B * P) of one block, sampled from (B * P, V)."""
-        seen = to_device(torch.tensor(sorted(session.seen), dtype=torch.int64), logits.device)
-        return sample_block(logits, session.job.sampling, seen, session.sampled // len(logits))
 
     def _answer(self, session: DecoderSession, answer: _Answer) -> None:
         """Hand one block's ids over, with what was asked for beside them."""

@@ -17,7 +17,7 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.session import Session, Timings
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.backend import Row
+from colaserve_services.model.backend import Pass, Row
 from colaserve_services.model.backend.pages import chain_keys
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.config import ModelShape
@@ -212,16 +212,22 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
                 capacity -= blocks
         return scheduled
 
-    def _compute(self, scheduled: list[_ScheduledSession]) -> list[list[tuple[_Sequence, list[Posterior]]]]:
-        """The heartbeat: the next blocks of as many sequences as one pass takes; the posterior of each."""
+    def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
+        """The heartbeat: the next blocks of as many sequences as one pass takes."""
         rows = [
             Row(sequence.pages, number, sequence.blocks[number])
             for each in scheduled
             for sequence, count in each.pieces
             for number in range(len(sequence.parts), len(sequence.parts) + count)
         ]
-        found = iter(self.backend.run(self.backend.plan(rows)).results())
-        return [[(sequence, list(islice(found, count))) for sequence, count in each.pieces] for each in scheduled]
+        return self.backend.run(self.backend.plan(rows))
+
+    def _results(
+        self, scheduled: list[_ScheduledSession], found: Sequence[Posterior]
+    ) -> list[list[tuple[_Sequence, list[Posterior]]]]:
+        """The posteriors of each sequence's blocks."""
+        rest = iter(found)
+        return [[(sequence, list(islice(rest, count))) for sequence, count in each.pieces] for each in scheduled]
 
     def _take(self, scheduled: _ScheduledSession, result: list[tuple[_Sequence, list[Posterior]]]) -> None:
         scheduled.session.take(result)

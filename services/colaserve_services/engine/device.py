@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from colaserve_services.engine.failures import lost_device
 from colaserve_services.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class DeviceThread:
     So long prefills of one stage leave the others their part, and the short steps of encoder and decoder come before
     the prior's next one. Time in which a worker has nothing to do is not owed to it later.
 
-    The watchdog ends the process when the thread dies or hangs in a step.
+    The watchdog ends the process when the thread dies, as it does with the device, or hangs in a step.
     """
 
     def __init__(self, name: str = "device", watchdog: Watchdog | None = None):
@@ -97,6 +98,8 @@ class DeviceThread:
             try:
                 return worker.step()
             except Exception as error:
+                if lost_device(error):
+                    raise
                 log.exception("a step failed; its sessions end")
                 worker.fail(error)
                 return True

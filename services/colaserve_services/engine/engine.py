@@ -5,18 +5,19 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
 from colaserve_services.engine.device import DeviceThread
-from colaserve_services.engine.failures import NotFinite, brief, check_finite, out_of_memory, traceback_of
+from colaserve_services.engine.failures import NotFinite, brief, check_finite, lost_device, out_of_memory, traceback_of
 from colaserve_services.engine.limits import EngineLimits, Load
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.session import Session
 from colaserve_services.engine.sessions import Sessions
 from colaserve_services.errors import AT_FAULT, ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
-from colaserve_services.model.backend import Sizes
+from colaserve_services.model.backend import Failed, Pass, Sizes
 from colaserve_services.model.backend.pick import Picked, pick
 
 
@@ -35,6 +36,17 @@ T = TypeVar("T", bound=ScheduledSession)
 _log = logging.getLogger(__name__)
 
 _NO_MEMORY = "the device has no memory left for this session"
+_BETWEEN_LOOKS: Final = 5e-5  # seconds between two looks whether a pass is done
+_MOST_LOOKED_AT: Final = 10.0  # seconds; a pass that lasts longer is waited for, so that the watchdog sees it
+
+
+@dataclass(frozen=True)
+class _Running(Generic[T]):
+    """A pass on the device, and whose it is."""
+
+    scheduled: list[T]
+    run: Pass
+    started: float  # time.monotonic
 
 
 class Engine(Generic[S, T]):
@@ -43,6 +55,8 @@ class Engine(Generic[S, T]):
     A pass that raises is run again in halves until one session alone fails. Then the warm-up row decides: the engine
     computes it, and that session ends as `StepFailed`; or it does not, and the engine is at fault: all its sessions end
     as `Unavailable`, and it takes no others until it computes the row again.
+
+    One pass runs at a time. While it does, nothing of the engine's changes, and its thread is free for others.
     """
 
     def __init__(
@@ -67,6 +81,7 @@ class Engine(Generic[S, T]):
         self._slots = list(range(limits.max_running))  # without a session
         self._look_again: float | None = None  # when (time.monotonic) an engine at fault tries its warm-up row again
         self._passes, self._reported = 0, Load(0, 0)
+        self._running: _Running[T] | None = None
         self.observer.load(0, 0, self.limits.kv_bytes)
         device.register(self)
 
@@ -110,8 +125,12 @@ class Engine(Generic[S, T]):
         """
         raise NotImplementedError
 
-    def _compute(self, scheduled: list[T]) -> Sequence[Any]:
-        """One pass; a result for each session. It changes none, so it can run again, for some of them too."""
+    def _begin(self, scheduled: list[T]) -> Pass:
+        """Start one pass. It changes no session, so it can run again, for some of them too."""
+        raise NotImplementedError
+
+    def _results(self, scheduled: list[T], found: Sequence[Any]) -> Sequence[Any]:
+        """A result for each session, of those of a pass."""
         raise NotImplementedError
 
     def _take(self, scheduled: T, result: Any) -> None:
@@ -121,7 +140,9 @@ class Engine(Generic[S, T]):
     # The device thread's loop.
 
     def step(self) -> bool:
-        """Let sessions leave and join, then run one forward pass for those that are ready."""
+        """Let sessions leave and join, then start one forward pass for those that are ready. False while one runs."""
+        if not self._landed():
+            return False
         self._release_ended()
         if self._look_again is not None and not self._works_again():
             return False
@@ -134,14 +155,16 @@ class Engine(Generic[S, T]):
         self._passes += 1
         for each in scheduled:
             each.session.served = self._passes
-        self._run(scheduled)
-        if scheduled:
-            self.observer.stepped(time.monotonic() - started, sum(each.rows for each in scheduled), len(scheduled))
-        self._release_ended()
+        if scheduled := [each for each in scheduled if not each.session.finished]:
+            self._running = _Running(scheduled, self._begun(scheduled), started)
+        if self._landed():
+            self._release_ended()
         return True
 
     def next_deadline(self) -> float | None:
-        """When a session's deadline passes, or an engine at fault tries again."""
+        """When a session's deadline passes, an engine at fault tries again, or a pass may be done."""
+        if self._running is not None:
+            return time.monotonic() + _BETWEEN_LOOKS
         due = [session.deadline for session in self._sessions.all if session.deadline is not None]
         return min(due if self._look_again is None else [*due, self._look_again], default=None)
 
@@ -266,23 +289,40 @@ class Engine(Generic[S, T]):
 
     # The isolation of failures.
 
-    def _run(self, scheduled: list[T]) -> None:
-        """One pass; when it raises, its halves again, until one session alone fails."""
-        scheduled = [each for each in scheduled if not each.session.finished]
-        if not scheduled:
-            return
+    def _landed(self) -> bool:
+        """Whether no pass runs any more; hands over what one gave that is done."""
+        running = self._running
+        if running is None:
+            return True
+        if not running.run.done() and time.monotonic() - running.started < _MOST_LOOKED_AT:
+            return False
+        self._running = None
+        self._hand_over(running.scheduled, running.run)
+        scheduled, seconds = running.scheduled, time.monotonic() - running.started
+        self.observer.stepped(seconds, sum(each.rows for each in scheduled), len(scheduled))
+        return True
+
+    def _begun(self, scheduled: list[T]) -> Pass:
         self._device.expect((type(self), len(scheduled), sum(each.rows for each in scheduled)))
         try:
-            results = self._compute(scheduled)
+            return self._begin(scheduled)
         except Exception as error:
-            if len(scheduled) == 1:
+            return Failed(error)
+
+    def _hand_over(self, scheduled: list[T], run: Pass) -> None:
+        """The results of a pass; when it raised, its halves run again, until one session alone fails."""
+        try:
+            results = self._results(scheduled, run.results())
+        except Exception as error:
+            if len(scheduled) == 1 or lost_device(error):
                 self._failed(scheduled[0].session, error)
                 return
             if out_of_memory(error):
                 self._free_memory()
             half = len(scheduled) // 2
-            self._run(scheduled[:half])
-            self._run(scheduled[half:])
+            for some in (scheduled[:half], scheduled[half:]):
+                if some := [each for each in some if not each.session.finished]:
+                    self._hand_over(some, self._begun(some))
             return
         for each, result in zip(scheduled, results, strict=True):
             if not each.session.finished:  # as all are when the engine turned out to be at fault
@@ -299,7 +339,9 @@ class Engine(Generic[S, T]):
             self._failed(session, error)
 
     def _failed(self, session: S, error: Exception) -> None:
-        """End a session that failed alone, or all when the warm-up row fails too."""
+        """End a session that failed alone, or all when the warm-up row fails too. Raises when the device is lost."""
+        if lost_device(error):
+            raise error
         if out_of_memory(error):
             self._refuse(session)
             return
@@ -312,6 +354,8 @@ class Engine(Generic[S, T]):
         try:
             self._check_warm_up_row()
         except Exception as fault:
+            if lost_device(fault):
+                raise
             if out_of_memory(fault):
                 self._refuse(session)
             else:

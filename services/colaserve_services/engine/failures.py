@@ -1,4 +1,4 @@
-"""What a step can fail with: memory that ran out, results that are no numbers or that no stage takes."""
+"""What a step can fail with: memory that ran out, a lost device, results that are no numbers or that no stage takes."""
 
 import errno
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from torch import Tensor
 from colaserve_services.bounds import LATENT
 from colaserve_services.errors import UsageError
 
+_LOST = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS", "CUDNN_STATUS")
 _CPU_SAYS = ("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory")
 
 
@@ -50,7 +51,19 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if _of_cuda(error):
+        return "out of memory" in str(error)
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_SAYS)
+
+
+def lost_device(error: BaseException) -> bool:
+    """Whether CUDA failed: it surfaces in whatever waits next, and nothing of the process computes on it again."""
+    return _of_cuda(error) and not out_of_memory(error)
+
+
+def _of_cuda(error: BaseException) -> bool:
+    named = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+    return named or isinstance(error, torch.AcceleratorError)
 
 
 @contextmanager

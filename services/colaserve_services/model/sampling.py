@@ -1,7 +1,10 @@
 """Token ids from logits: repetition penalty, temperature, top-k, top-p, and draws that any batch repeats."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +13,10 @@ from colaserve_services.bounds import SAMPLING, check_all
 from colaserve_services.model.layers import to_device
 
 GREEDY_BELOW = 1e-5  # temperatures below take the most likely token
+# Logits that are sampled from together, since each step makes as large a tensor again: a block of a large vocabulary,
+# which stays in a CPU's cache, and 64 MiB of float32.
+_AT_ONCE = {"cpu": 1 << 21}
+_AT_ONCE_ELSEWHERE = 1 << 24
 _MASK = (1 << 64) - 1
 
 
@@ -27,38 +34,77 @@ class SamplingSettings:
         check_all(SAMPLING, "sampling.", vars(self))
 
 
-def sample_block(logits: Tensor, settings: SamplingSettings, seen: Tensor, block: int) -> Tensor:
-    """Draw one id for each position of a block: logits (n, V) float32 -> ids (n,) int64.
+class Draw(NamedTuple):
+    """How the ids of one block are drawn."""
 
-    `seen`: distinct ids of the run's earlier blocks, int64, each penalised once. `block`: index in the run.
+    settings: SamplingSettings
+    seen: Collection[int]  # distinct ids of the run's earlier blocks, each penalised once
+    block: int  # index in the run
+
+
+def sample_blocks(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """Draw one id for each position of K blocks: logits (K, n, V) float32 -> ids (K, n) int64, and log-probabilities
+    of these (K, n), before penalty and temperature.
+
+    What is drawn for a block does not depend on the others. Launches as many kernels for one block as for all that
+    have one top_k, and waits for nothing.
     """
-    scores = penalise(logits, seen, settings.repetition_penalty)
-    if settings.temperature < GREEDY_BELOW:
-        return scores.argmax(dim=-1)
-    return _draw(scores / settings.temperature, settings, block)
+    count = max(1, _AT_ONCE.get(logits.device.type, _AT_ONCE_ELSEWHERE) // logits[0].numel())
+    parts = [_sample(some, draws[i * count :][:count]) for i, some in enumerate(logits.split(count))]
+    if len(parts) == 1:
+        return parts[0]
+    ids, logprobs = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(logprobs)
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Scores of the seen ids divided by the penalty, or times it when negative."""
-    if penalty == 1 or seen.numel() == 0:
+def _sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    scores, groups = penalise(logits, draws), defaultdict[int, list[int]](list)
+    for i, (settings, _, _) in enumerate(draws):
+        vocabulary = logits.shape[-1]
+        greedy = settings.temperature < GREEDY_BELOW
+        groups[0 if greedy else min(settings.top_k or vocabulary, vocabulary)].append(i)
+    ids = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
+    for k, members in groups.items():
+        index = to_device(torch.tensor(members), logits.device)
+        some = scores if len(members) == len(draws) else scores.index_select(0, index)
+        ids.index_copy_(0, index, _draw(some, [draws[i] for i in members], k) if k else some.argmax(dim=-1))
+    return ids, logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+
+
+def penalise(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Scores of the seen ids divided by the penalty, or times it when negative: (K, n, V)."""
+    ids = [[] if draw.settings.repetition_penalty == 1 else list(draw.seen) for draw in draws]
+    counts = [len(each) for each in ids]
+    if not any(counts):
         return logits
-    scores = logits[:, seen]
-    scores = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return logits.index_copy(1, seen, scores)
+    penalties = torch.tensor([draw.settings.repetition_penalty for draw in draws])
+    of, seen, penalty = (
+        to_device(values, logits.device)
+        for values in (
+            torch.arange(len(draws)).repeat_interleave(torch.tensor(counts)),
+            torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64),
+            penalties.repeat_interleave(torch.tensor(counts))[:, None],
+        )
+    )
+    scores = logits.clone()
+    found = scores[of, :, seen]
+    scores[of, :, seen] = torch.where(found < 0, found * penalty, found / penalty)
+    return scores
 
 
-def _draw(scores: Tensor, settings: SamplingSettings, block: int) -> Tensor:
-    vocabulary = scores.shape[-1]
-    k = min(settings.top_k or vocabulary, vocabulary)
-    best, ids = scores.topk(k, dim=-1)  # sorted, best first
+def _draw(scores: Tensor, draws: Sequence[Draw], k: int) -> Tensor:
+    """(K, n, V) to (K, n), from each position's k best."""
+    columns = torch.tensor([(draw.settings.temperature, draw.settings.top_p) for draw in draws])
+    numbers = [[uniform(draw.settings.seed, draw.block, i) for i in range(scores.shape[1])] for draw in draws]
+    temperature, top_p = to_device(columns, scores.device).T[..., None, None]
+    best, ids = (scores / temperature).topk(k, dim=-1)  # sorted, best first
     probabilities = best.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    kept = torch.where(before <= settings.top_p, probabilities, 0.0)
+    kept = torch.where(before <= top_p, probabilities, 0.0)
     cumulative = kept.cumsum(dim=-1)
-    draws = [uniform(settings.seed, block, position) for position in range(len(scores))]
-    thresholds = to_device(torch.tensor(draws, dtype=scores.dtype), scores.device)[:, None] * cumulative[:, -1:]
+    thresholds = to_device(torch.tensor(numbers), scores.device)[..., None] * cumulative[..., -1:]
     chosen = (cumulative <= thresholds).sum(dim=-1, keepdim=True).clamp_max(k - 1)
-    return ids.gather(1, chosen)[:, 0]
+    return ids.gather(-1, chosen)[..., 0]
 
 
 def uniform(seed: int, block: int, position: int) -> float:
@@ -77,11 +123,12 @@ def _splitmix64(x: int) -> int:
 
 
 def probes(logits: Tensor, end_ids: Tensor) -> Tensor:
-    """(2,): mean entropy of the positions of (n, V) in nats, and the ids' probability together where it is highest."""
+    """(K, 2): of each block of (K, n, V) the mean entropy of its positions in nats, and the ids' probability together
+    where it is highest."""
     logprobs = logits.log_softmax(dim=-1)
     likely = logprobs.exp()
-    ends = likely.index_select(1, end_ids).sum(dim=-1)
-    return torch.stack((-(likely * logprobs).sum(dim=-1).mean(), ends.max()))
+    ends = likely.index_select(-1, end_ids).sum(dim=-1)
+    return torch.stack((-(likely * logprobs).sum(dim=-1).mean(dim=-1), ends.amax(dim=-1)), dim=-1)
 
 
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[list[int], list[float]]]:

@@ -14,7 +14,7 @@ from colaserve_services.engine.failures import check_latents
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.session import Session, Timings
-from colaserve_services.model.backend import Denoised, Row
+from colaserve_services.model.backend import Denoised, Pass, Row
 from colaserve_services.model.backend.pages import chain_keys
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.config import ModelShape
@@ -142,10 +142,13 @@ class PriorEngine(Engine[PriorSession, _ScheduledSession]):
         check_job(job, self.shape, self.limits)
         return self._admitted(PriorSession(self, job, deadline))
 
-    def _compute(self, scheduled: list[_ScheduledSession]) -> list[Denoised | None]:
-        """The heartbeat: one pass for what every session needs next; what came of its current point."""
-        rows = [row for each in scheduled for row in each.rows_of]
-        results = iter(self.backend.run(self.backend.plan(rows)).results())
+    def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
+        """The heartbeat: one pass for what every session needs next."""
+        return self.backend.run(self.backend.plan([row for each in scheduled for row in each.rows_of]))
+
+    def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Denoised | None]) -> list[Denoised | None]:
+        """What came of each session's current point."""
+        results = iter(found)
         return [[next(results) for _ in each.rows_of][-1] for each in scheduled]
 
     def _take(self, scheduled: _ScheduledSession, result: Denoised | None) -> None:

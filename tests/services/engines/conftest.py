@@ -14,6 +14,7 @@ from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.watchdog import Watchdog
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.loading import STAGES, load
@@ -40,10 +41,11 @@ def engines(
     observer: Callable[[], EngineObserver] = EngineObserver,
     picked: Picked | None = None,
     end_ids: Collection[int] = (),
+    watchdog: Watchdog | None = None,
 ) -> Iterator[Engines]:
     """`network` wraps those that the engines compute with; `picked`: another backend than the fastest here."""
     torch.set_num_threads(1)
-    checkpoint, device = Checkpoint.open(directory), DeviceThread()
+    checkpoint, device = Checkpoint.open(directory), DeviceThread(watchdog=watchdog)
     limits = limits or EngineLimits(max_context=512)
     shape, networks = checkpoint.shape, {stage: network(load(checkpoint, stage, CPU, dtype)) for stage in STAGES}
     encoder = EncoderEngine(networks["encoder"], shape, device, limits, pad_id, observer(), picked)

@@ -7,20 +7,24 @@ import torch
 
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import (
+    Draw,
     SamplingSettings,
     chosen_logprobs,
     penalise,
-    sample_block,
+    sample_blocks,
     top_logprobs,
     uniform,
 )
 
-NOTHING = torch.tensor([], dtype=torch.int64)
+
+def sample_block(logits: torch.Tensor, settings: SamplingSettings, block: int = 0) -> torch.Tensor:
+    (ids,), _ = sample_blocks(logits[None], [Draw(settings, (), block)])
+    return ids
 
 
 def draws(probabilities: list[float], settings: SamplingSettings, count: int = 20_000) -> list[float]:
     logits = torch.tensor(probabilities).log().expand(count, -1)
-    ids = sample_block(logits, settings, NOTHING, 0)
+    ids = sample_block(logits, settings)
     return (torch.bincount(ids, minlength=len(probabilities)) / count).tolist()
 
 
@@ -47,18 +51,31 @@ def test_draws_follow_the_distribution_that_temperature_top_k_and_top_p_leave(
 
 def test_penalty_divides_positive_and_multiplies_negative_scores_of_seen_ids_once() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0]])
-    got = penalise(logits, torch.tensor([0, 1]), 2.0)
-    assert got.tolist() == [[1.0, -4.0, 1.0]]
+    got = penalise(logits[None], [Draw(SamplingSettings(repetition_penalty=2.0), {0, 1}, 0)])
+    assert got.tolist() == [[[1.0, -4.0, 1.0]]]
     assert logits.tolist() == [[2.0, -2.0, 1.0]]
 
 
 def test_a_draw_depends_on_seed_block_and_position_only() -> None:
     settings = SamplingSettings(temperature=1.0, seed=9)
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
-    whole = sample_block(logits, settings, NOTHING, 3).tolist()
-    assert sample_block(logits[:5], settings, NOTHING, 3).tolist() == whole[:5]
-    assert sample_block(logits, settings, NOTHING, 4).tolist() != whole
-    assert sample_block(logits, SamplingSettings(temperature=1.0, seed=10), NOTHING, 3).tolist() != whole
+    whole = sample_block(logits, settings, 3).tolist()
+    assert sample_block(logits[:5], settings, 3).tolist() == whole[:5]
+    assert sample_block(logits, settings, 4).tolist() != whole
+    assert sample_block(logits, SamplingSettings(temperature=1.0, seed=10), 3).tolist() != whole
+
+
+def test_each_of_many_blocks_gets_what_it_gets_alone() -> None:
+    vocabulary, count = 70_000, 6  # too many to be sampled from at once
+    logits = torch.randn(count, 8, vocabulary, generator=torch.Generator().manual_seed(0))
+    kinds = [{}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.2, "top_k": 7, "top_p": 0.5}]
+    blocks = [Draw(SamplingSettings(**kinds[i % 3]), set(range(100 * i)), i) for i in range(count)]
+    ids, logprobs = sample_blocks(logits, blocks)
+    for i, draw in enumerate(blocks):
+        (alone,), (chosen,) = sample_blocks(logits[i : i + 1], [draw])
+        assert ids[i].tolist() == alone.tolist()
+        assert logprobs[i].tolist() == chosen.tolist()
+        assert logprobs[i].tolist() == chosen_logprobs(logits[i].log_softmax(-1), alone.tolist())
 
 
 def test_uniform_numbers_are_uniform() -> None:

@@ -5,7 +5,7 @@ point where a solver wants the velocity. All are the same to a pass: within a bl
 row's length is its mask. Its keys and values are written into a page of B positions, whether that page is kept or not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from colaserve_services.model.backend.pages import Pages
 
 P = TypeVar("P")
+
+# What a decoder's pass does last: logits (K, B * P, V) of the rows wanted to tensors (K, ...), all on the device.
+Then = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Update(NamedTuple):
@@ -75,8 +78,21 @@ class Pass(Protocol):
         """Whether `results` would not wait."""
 
     def results(self) -> Sequence[Any]:
-        """One for each row: `Denoised` or None (prior); logits (B * P, V) or None (decoder); mean and log variance,
-        (B, d) each (encoder). Raises what the pass failed with."""
+        """One for each row: `Denoised` or None (prior); logits (B * P, V) on the device or None (decoder; with `then`
+        also its row of what that gave, on the CPU); mean and log variance, (B, d) each (encoder). Waits for the pass;
+        raises what it failed with."""
+
+
+class Failed(NamedTuple):
+    """A pass that could not start."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def results(self) -> Sequence[Any]:
+        raise self.error
 
 
 class Backend(Protocol[P]):
@@ -92,7 +108,7 @@ class Backend(Protocol[P]):
         """What a pass over these rows needs, on its way to the device."""
 
     def run(self, plan: P) -> Pass:
-        """Start the pass."""
+        """Start the pass. A decoder's takes `then` beside the plan."""
 
     def prepare(self, times: Sequence[float]) -> None:
         """Of a prior: compute what these times do to the network, before a pass needs it."""

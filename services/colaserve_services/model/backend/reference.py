@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Update, ops
+from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Then, Update, ops
 from colaserve_services.model.backend.ops import PageShape, Rows
 from colaserve_services.model.backend.pages import Pages
 from colaserve_services.model.dit import TIME_SCALE, DiT, DiTBlock
@@ -297,7 +297,7 @@ class _VAE(_Paged[V]):
 class Decoder(_VAE[TextVAEDecoder]):
     """Latents to logits."""
 
-    def run(self, plan: VAEPlan) -> Finished:
+    def run(self, plan: VAEPlan, then: Then | None = None) -> Finished:
         model, B = self.model, self.sizes.block_size
         hidden = model.transform(model.in_layer(plan.inputs), plan.layout.positions, self._attend(plan.layout.rows))
         wanted = [i for i, row in enumerate(plan.asked) if row.wanted]
@@ -306,8 +306,10 @@ class Decoder(_VAE[TextVAEDecoder]):
         rows = torch.tensor(wanted)[:, None] * B + torch.arange(B)
         hidden = hidden.index_select(0, to_device(rows.flatten(), model.device))
         hidden = F.pad(hidden, (0, 0, 0, model.padding(len(hidden))))
-        logits = iter(model.logits(hidden).split(B * model.config.patch_size))
-        return Finished([next(logits) if row.wanted else None for row in plan.asked])
+        ids = B * model.config.patch_size
+        logits = model.logits(hidden)[: len(wanted) * ids].view(len(wanted), ids, -1)
+        found = iter(logits if then is None else zip(logits, *(each.cpu() for each in then(logits)), strict=True))
+        return Finished([next(found) if row.wanted else None for row in plan.asked])
 
     def warm(self) -> list[Tensor]:
         latents = torch.zeros(self.sizes.block_size, self.model.config.latent_dim)
