@@ -4,12 +4,15 @@ servers' defaults and the reference pages are derived from it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from inspect import cleandoc
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from colaserve_client.arrays import FloatArray
+
 T = TypeVar("T", bound=type)
+_KINDS = (bool, int, float, FloatArray)  # of values, beside str and dataclasses of such fields
 _LARGE = 2**31  # bounds from here on say what a number's type holds, and are left out of the help
 
 
@@ -47,7 +50,7 @@ class Field:
     option: str = ""  # its command-line option; empty: --flat-name
     wire: str = ""  # its name in the message; empty: the same name
     name: str = ""  # filled in by `fields_of`
-    kind: type = str  # filled in by `fields_of`
+    kind: Any = str  # filled in by `fields_of`
     multiple: bool = False  # filled in by `fields_of`: a list of such values
 
     @property
@@ -90,12 +93,12 @@ def _fields_of(kind: type) -> Mapping[str, Field]:
         for note in getattr(hints[spec.name], "__metadata__", ()):
             if isinstance(note, Field):
                 value, *_ = get_args(hints[spec.name])  # such as int | None
-                types = {value, *get_args(value)} & {bool, int, float}
+                types = (each for each in (value, *get_args(value)) if each in _KINDS or is_dataclass(each))
                 found[spec.name] = replace(
                     note,
                     name=spec.name,
                     flat=note.flat or spec.name,
-                    kind=next(iter(types), str),
+                    kind=next(types, str),
                     multiple=get_origin(value) is Sequence,
                 )
     return found

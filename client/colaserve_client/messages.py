@@ -20,7 +20,7 @@ from colaserve_client.errors import invalid
 from colaserve_client.fields import Field, choices_of, fields_of, flat_fields, names_of
 from colaserve_client.latents import Latents
 from colaserve_client.results import TokenLogprobs, TopToken
-from colaserve_client.settings import CallFields, GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import CallFields, GenerationRequest, NoiseSeed, Sampler, Sampling, Steering
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def _merged(name: str, kind: type[Any], settings: Mapping[str, Any]) -> Any:
         return given
     given = kind() if given is None else of_kind(given, kind, name)
     for each, keyword in chosen.items():
-        if getattr(given, each) is not None:
+        if getattr(given, each) not in (None, ()):
             raise invalid(keyword, f"given twice, as {keyword}= and in {name}=")
     return replace(given, **{each: settings[keyword] for each, keyword in chosen.items()})
 
@@ -118,8 +118,14 @@ def _wire_value(field: Any, repeated: bool, value: Any, where: str) -> Any:
 
 
 def _settings(field: Any, value: Any, where: str) -> Message:
-    """A message of settings; of a seed, a number is the base_seed of sample 0."""
+    """A message of settings, or of a mapping of them; of a seed, a number is the base_seed of sample 0."""
     kind = _SETTINGS[field.name]
+    if isinstance(value, Mapping):
+        try:
+            value = kind(**{name: each for name, each in value.items() if each is not None})
+        except TypeError as error:
+            known = ", ".join(fields_of(kind))
+            raise invalid(where, f"got the fields {', '.join(value) or 'none'}, expected those of {known}") from error
     value = NoiseSeed(value) if kind is NoiseSeed and not isinstance(value, NoiseSeed) else of_kind(value, kind, where)
     return settings_message(message_factory.GetMessageClass(field.message_type), value, f"{where}.")
 
@@ -131,7 +137,7 @@ def _token_ids(ids: Sequence[int], where: str) -> Message:
         raise invalid(where, f"expected token ids, got {_shown(ids)}: {error}") from error
 
 
-_SETTINGS: Mapping[str, type] = {"sampler": Sampler, "sampling": Sampling, "seed": NoiseSeed}
+_SETTINGS: Mapping[str, type] = {"sampler": Sampler, "sampling": Sampling, "seed": NoiseSeed, "steering": Steering}
 _MESSAGES: Mapping[str, Callable[[Any, str], Message]] = {
     "Latents": lambda latents, where: Latents.of(latents, where).to_proto(),
     "Tensor": tensor_from_array,
@@ -199,7 +205,7 @@ def _value(hint: Any, field: Any, message: Message) -> Any:
         [hint] = [each for each in get_args(hint) if each is not NoneType] or [hint]
     if field.enum_type is not None and optional and value == 0:
         return None
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, Sequence):
         kind = get_args(hint)[0]
         return _token_logprobs(message) if kind is TokenLogprobs else tuple(map(_reader(kind, field), value))
     return _reader(hint, field)(value)

@@ -118,6 +118,20 @@ class NoiseSeed:
 
 
 @documented
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A probe of a latent whose gradient guides the latents that are written. Its score is that of
+    `latent @ direction`, or log sigmoid(latent @ direction + bias) when it is logistic, summed over its columns."""
+
+    direction: Annotated[FloatArray, Field("Numbers (d), or (d, k) for k columns, 1 to 64.")]
+    bias: Annotated[FloatArray | None, Field("Of a logistic probe: a number, or (k) of them; unset: 0.")] = None
+    scale: Annotated[float, Field("How strongly; above 0 raises the score, below lowers it.", Range(-1000, 1000))] = 1.0
+    start: Annotated[float, Field("It steers from this time down; 1 is noise, 0 the end.", Range(0, 1))] = 1.0
+    end: Annotated[float, Field("It does not steer at and below this time.", Range(0, 1))] = 0.0
+    logistic: Annotated[bool, Field("Whether the probe is a logistic regression.")] = False
+
+
+@documented
 @dataclass(frozen=True)
 class Sampler:
     """How latents are written from noise. In brackets: the default where server and checkpoint have none."""
@@ -135,6 +149,20 @@ class Sampler:
         float | None, Field("Guidance is off at and below this time; at most guidance_start.", Range(0, 1), 0.0)
     ] = None
     resamples: Annotated[int | None, Field("Times each step runs (RePaint).", Range(1, 100), 1)] = None
+    stable_steps: Annotated[
+        int | None,
+        Field(
+            "A block ends early after so many steps that hardly moved its expected end; 0 is off.", Range(0, 1000), 0
+        ),
+    ] = None
+    stable_distance: Annotated[
+        float | None,
+        Field(
+            "What they changed at most, the root mean square at each position; needs stable_steps.",
+            Range(0, 10_000, above=True),
+        ),
+    ] = None
+    steering: Annotated[Sequence[Steering], Field("Probes that steer the latents, up to 16; they add up.")] = ()
 
 
 @documented
@@ -178,6 +206,9 @@ class SamplerFields(CallFields, total=False):
     guidance_start: float | None
     guidance_end: float | None
     resamples: int | None
+    stable_steps: int | None
+    stable_distance: float | None
+    steering: Sequence[Steering]
 
 
 class SamplingFields(CallFields, total=False):

@@ -12,13 +12,14 @@ from typing import Any, Final, cast
 from colaserve.v1 import types_pb2
 from colaserve_client.fields import Field, Range, fields_of, names_of
 from colaserve_client.results import FinishReason
-from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling, Steering
 from colaserve_services.errors import InvalidRequest
 
 Fields = Mapping[str, Field]
 
 SAMPLER: Final[Fields] = fields_of(Sampler)
 SAMPLING: Final[Fields] = fields_of(Sampling)
+STEERING: Final[Fields] = fields_of(Steering)
 MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
 TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]
 SAMPLE_ID: Final = fields_of(NoiseSeed)["sample_id"]
@@ -36,10 +37,16 @@ def check(field: Field | Range, name: str, value: Any) -> None:
 def check_all(table: Fields, path: str, values: Mapping[str, Any]) -> None:
     """Raise InvalidRequest naming the first field of a Sampler or a Sampling that has a value it cannot have."""
     for name, field in table.items():
-        check(field, f"{path}{name}", values[name])
+        if values[name] is not None:
+            check(field, f"{path}{name}", values[name])
     start, end = values.get("guidance_start", 1.0), values.get("guidance_end", 0.0)
     if end > start:
         raise InvalidRequest(f"{path}guidance_end", f"got {end:g}, expected at most guidance_start ({start:g})")
+    steps, distance = values.get("stable_steps"), values.get("stable_distance")
+    if steps and distance is None:
+        raise InvalidRequest(f"{path}stable_distance", f"is not set, expected one with stable_steps ({steps})")
+    if distance is not None and not steps:
+        raise InvalidRequest(f"{path}stable_distance", f"got {distance:g}, expected none without stable_steps")
 
 
 def defaults(table: Fields) -> dict[str, Any]:
@@ -49,10 +56,12 @@ def defaults(table: Fields) -> dict[str, Any]:
 
 def given(message: Any, table: Fields, path: str) -> dict[str, Any]:
     """The fields that a message sets, enums by their texts. InvalidRequest for a number that stands for none."""
-    found = {}
+    found = dict[str, Any]()
     for name, field in table.items():
         value = getattr(message, name)
-        if field.choices is None:
+        if field.multiple:
+            found[name] = list(value)
+        elif field.choices is None:
             if message.HasField(name):
                 found[name] = value
         elif value:
@@ -61,6 +70,14 @@ def given(message: Any, table: Fields, path: str) -> dict[str, Any]:
                 raise InvalidRequest(f"{path}{name}", f"got {value}, expected one of {', '.join(field.choices)}")
             found[name] = texts[0]
     return found
+
+
+def sampler_values(message: types_pb2.Sampler, unset: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a Sampler, unset fields from `unset`, whose stable_distance is not for a message without stable_steps."""
+    values = {**unset, **given(message, SAMPLER, "sampler.")}
+    if not values["stable_steps"] and not message.HasField("stable_distance"):
+        values["stable_distance"] = None
+    return values
 
 
 def wire(table: Fields, values: Mapping[str, Any]) -> dict[str, Any]:

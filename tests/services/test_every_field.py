@@ -10,19 +10,22 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve_client.arrays import tensor_from_array
 from colaserve_client.fields import fields_of
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
 from tests.conftest import load_golden
 from tests.services.systems import System, ids_of, recorded, system, text_of
 
 ONE, OTHER = "He looked at the river and then he said", "A guardian angel walked in and sat down by the fire"
+STEERING = types_pb2.Steering(direction=tensor_from_array([1.0] * 16), scale=0.5)
 # Of each setting a base and another value.
 SAMPLER = {"steps": (4, 3), "guidance_scale": (3, 1.5), "solver": (types_pb2.SOLVER_EULER, types_pb2.SOLVER_HEUN),
-           "guidance_start": (1, 0.5), "guidance_end": (0, 0.5), "resamples": (1, 2)}  # fmt: skip
+           "guidance_start": (1, 0.5), "guidance_end": (0, 0.5), "resamples": (1, 2),
+           "stable_steps": (2, 1), "stable_distance": (0.9, 1e-6), "steering": ([], [STEERING])}  # fmt: skip
 SAMPLING = {"temperature": (2.0, 0), "top_k": (0, 1), "top_p": (1.0, 0.01), "repetition_penalty": (1.0, 50),
             "seed": (1, 4)}  # fmt: skip
 SEED = {"base_seed": (5, 6), "sample_id": (0, 3)}
-WHOLE = {"Latents", "TokenIds"}  # messages that are one value
+WHOLE = {"Latents", "TokenIds", "Steering"}  # messages that are one value
 
 Fields = dict[str, Any]
 

@@ -3,7 +3,7 @@ variables too, and the command line wins; everything else is an option alone."""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from colaserve_client.blocking import BaseClient, Client
-from colaserve_client.cli.types import Number, TrimmedPath
+from colaserve_client.cli.types import JsonFile, Number, TrimmedPath
 from colaserve_client.errors import ColaserveError, InvalidRequest
 from colaserve_client.fields import Field, fields_of, flat_fields
 from colaserve_client.settings import DEFAULT_TARGET, GenerationRequest, NoiseSeed, Retry, Sampler, Sampling, Tls
@@ -184,7 +184,7 @@ def _kind(field: Field) -> dict[str, Any]:
     if field.choices is not None:
         return {"type": click.Choice(list(field.choices)), "help": field.doc}
     if field.multiple:
-        return {"multiple": True, "help": field.help}
+        return {"multiple": True, "help": field.help, "type": JsonFile() if is_dataclass(field.kind) else None}
     return {"type": field.kind, "help": field.help}
 
 

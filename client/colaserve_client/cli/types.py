@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from colaserve_client.reading import read_json
+
 
 class Number(click.FloatRange):
     """A finite number within its range; Python reads NaN and infinity as numbers too."""
@@ -43,6 +45,16 @@ class TrimmedPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
         return super().convert(value.strip() if isinstance(value, str) else value, param, ctx)
+
+
+class JsonFile(Text):
+    """A file with a JSON object."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The object."""
+        return read_json(super().convert(value, param, ctx))
 
 
 class Listed(Text):

@@ -134,7 +134,7 @@ class Coordinator:
             space=model.space,
             limits=self._limit_message(),
             server=self._server_message(),
-            default_sampler=resolve_sampler(types_pb2.Sampler(), self._defaults),
+            default_sampler=resolve_sampler(types_pb2.Sampler(), self._defaults, 0),
             default_sampling=_without_seed(resolve_sampling(types_pb2.Sampling(), self._defaults, 0)),
             default_max_new_tokens=self._defaults.max_new_tokens,
             chat_frame=self._defaults.chat_frame,

@@ -20,9 +20,11 @@ from colaserve_services.bounds import (
     check_all,
     defaults,
     given,
+    sampler_values,
     wire,
 )
 from colaserve_services.errors import InvalidRequest, UsageError
+from colaserve_services.rpc import steering
 
 _SEED_BITS: Final = 48  # of a drawn base_seed: room below 2^63 for every sample and block, exact in a JSON number
 
@@ -50,10 +52,11 @@ class Defaults:
         return cls(sampler, sampling, budget, chat_frame or "")
 
 
-def resolve_sampler(message: types_pb2.Sampler, defaults: Defaults) -> types_pb2.Sampler:
+def resolve_sampler(message: types_pb2.Sampler, defaults: Defaults, latent_dim: int) -> types_pb2.Sampler:
     """The sampler with every field set. Raises InvalidRequest naming the field that is out of its range."""
-    values = {**defaults.sampler, **given(message, SAMPLER, "sampler.")}
+    values = sampler_values(message, defaults.sampler)
     check_all(SAMPLER, "sampler.", values)
+    steering.read(message.steering, "sampler.steering", latent_dim)
     return types_pb2.Sampler(**wire(SAMPLER, values))
 
 

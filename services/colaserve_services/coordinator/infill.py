@@ -49,7 +49,7 @@ async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call
     services.admission.check(call, "prior")
     call.use_salt(request.cache_salt)
     layout = await lay_out(services, request.segments)
-    sampler = resolve_sampler(request.sampler, services.defaults)
+    sampler = resolve_sampler(request.sampler, services.defaults, services.model.latent_dim)
     blocks = layout.end - layout.context
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
     sampling = resolve_sampling(request.sampling, services.defaults, sampling_seed(seed))

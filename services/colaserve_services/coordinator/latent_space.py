@@ -92,7 +92,7 @@ async def sample_latents(
     size = services.model.block_size
     positions = (rows.count(prefix) // size + request.max_blocks) * size
     check_fits(services, "max_blocks", positions)
-    sampler = resolve_sampler(request.sampler, services.defaults)
+    sampler = resolve_sampler(request.sampler, services.defaults, services.model.latent_dim)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, request.max_blocks)
     async with services.admission.slot(call, "prior", positions) as ticket:
         blocks = PriorRun(services, ticket, prefix, request.max_blocks, sampler, seed).blocks()

@@ -68,7 +68,7 @@ async def plan_generation(services: ServiceContext, request: generation_pb2.Gene
         redecoded=redecoded,
         blocks=blocks,
         max_new_tokens=budget,
-        sampler=resolve_sampler(request.sampler, services.defaults),
+        sampler=resolve_sampler(request.sampler, services.defaults, services.model.latent_dim),
         sampling=resolve_sampling(request.sampling, services.defaults, sampling_seed(seed)),
         seed=seed,
     )

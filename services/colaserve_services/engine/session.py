@@ -23,12 +23,20 @@ class Timings:
     compute_us: int
 
 
+class _Shown(Generic[T]):
+    """A preview on its way; None once something came that replaces it."""
+
+    def __init__(self, item: T):
+        self.item: T | None = item
+
+
 class Outbox(Generic[T]):
     """Results on their way from the device thread to one asyncio reader; ends with a close or an error."""
 
     def __init__(self, on_read: Callable[[], None] = lambda: None):
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[T | _Shown[T] | BaseException | None] = asyncio.Queue()
+        self._shown: _Shown[T] | None = None  # at the queue's end
         self._on_read = on_read
         self._lock = threading.Lock()
         self.unread = 0
@@ -38,14 +46,24 @@ class Outbox(Generic[T]):
             self.unread += 1
         self._post(item)
 
+    def show(self, item: T) -> None:
+        """An item that does not count as unread, and that the next one of any kind replaces while it is unread."""
+        self._post(_Shown(item))
+
     def close(self) -> None:
         self._post(None)
 
     def fail(self, error: BaseException) -> None:
         self._post(error)
 
-    def _post(self, item: T | BaseException | None) -> None:
-        self.soon(self._queue.put_nowait, item)
+    def _post(self, item: T | _Shown[T] | BaseException | None) -> None:
+        self.soon(self._add, item)
+
+    def _add(self, item: T | _Shown[T] | BaseException | None) -> None:
+        if self._shown is not None:
+            self._shown.item = None
+        self._shown = item if isinstance(item, _Shown) else None
+        self._queue.put_nowait(item)
 
     def soon(self, call: Callable[..., object], *values: object) -> None:
         """Call on the reader's event loop."""
@@ -54,7 +72,9 @@ class Outbox(Generic[T]):
 
     async def get(self) -> T | None:
         """The next result; None when there are no more. Raises what the session failed with."""
-        item = await self._queue.get()
+        while isinstance(item := await self._queue.get(), _Shown):
+            if item.item is not None:
+                return item.item
         if item is None or isinstance(item, BaseException):
             self._queue.put_nowait(item)  # later reads end the same way
             if item is not None:

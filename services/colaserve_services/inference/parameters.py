@@ -14,7 +14,7 @@ from colaserve_services.errors import InvalidRequest, require
 from colaserve_services.inference import open_inference_pb2 as pb
 
 WRITING: Final = ("max_new_tokens", "ignore_end", "print_special", "cache_salt")  # as GenerateRequest has them
-_NOISE: Final = flat_fields(NoiseSeed, Sampler)
+_NOISE: Final = {name: field for name, field in flat_fields(NoiseSeed, Sampler).items() if not field.multiple}
 _DRAWS: Final = flat_fields(Sampling)
 _TEXT: Final = {name: fields_of(GenerationRequest)[name] for name in (*WRITING, "stop")}
 _SPACE: Final = {"space": Field("Fingerprint of the latents' space; empty: not checked.")}

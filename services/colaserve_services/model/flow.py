@@ -5,7 +5,7 @@ neither the network nor the other samples of a batch, so any number of solvers, 
 schedule, share one forward pass and one update.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,6 +25,15 @@ class Evaluation(NamedTuple):
 
     t: float
     update: Update
+    ends_step: bool = True  # whether the last of its step
+
+
+class Steering(NamedTuple):
+    """A probe whose gradient at x0 is added to the velocity where start >= t/T > end; see Steering in types.proto."""
+
+    columns: Tensor  # (k, d + 2): as `Denoise.steering`
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -37,19 +46,29 @@ class SamplerSettings:
     guidance_start: float = SAMPLER["guidance_start"].default
     guidance_end: float = SAMPLER["guidance_end"].default
     resamples: int = SAMPLER["resamples"].default
+    stable_steps: int = SAMPLER["stable_steps"].default
+    stable_distance: float | None = None
+    steering: tuple[Steering, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_all(SAMPLER, "sampler.", vars(self))
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional branch is needed at time t (0..1000)."""
-        u = t / TIME_SCALE
-        inside = self.guidance_start + _TIME_ROUNDING >= u > self.guidance_end + _TIME_ROUNDING
-        return self.guidance_scale != 1 and inside
+        return self.guidance_scale != 1 and _within(t, self.guidance_start, self.guidance_end)
+
+    def steered(self, t: float) -> Tensor | None:
+        """The columns of all probes that steer at time t (0..1000); None if there are none."""
+        found = [each.columns for each in self.steering if _within(t, each.start, each.end)]
+        return torch.cat(found) if found else None
 
     def evaluations(self) -> int:
         """Velocities that one block takes."""
         return len(solve(self))
+
+
+def _within(t: float, start: float, end: float) -> bool:
+    return start + _TIME_ROUNDING >= t / TIME_SCALE > end + _TIME_ROUNDING
 
 
 def schedule(steps: int) -> list[float]:
@@ -60,6 +79,12 @@ def schedule(steps: int) -> list[float]:
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: v_u + g (v_c - v_u)."""
     return torch.lerp(unconditional, conditional, scale)
+
+
+def steer(clean: Tensor, columns: Tensor) -> Tensor:
+    """What probes add to the velocities of rows whose x0 is `clean` (E, B, d); columns (E, k, d + 2)."""
+    directions, bias, scale = columns[..., :-2], columns[:, None, :, -2], columns[:, None, :, -1]
+    return -(torch.sigmoid(-(clean @ directions.mT + bias)) * scale) @ directions
 
 
 @lru_cache(maxsize=16)
@@ -80,11 +105,11 @@ def solve(settings: SamplerSettings) -> tuple[Evaluation, ...]:
             last = repeat == settings.resamples - 1
             back, noise = (1.0, 0.0) if last else (a, max(u * u - (a * w) ** 2, 0.0) ** 0.5)
             if settings.solver == "heun" and t_next > 0:
-                found.append(Evaluation(t, Update(1.0, dt, keeps=True)))
-                found.append(Evaluation(t_next, Update(back, back * dt / 2, -back * dt / 2, noise)))
+                found.append(Evaluation(t, Update(1.0, dt, keeps=True), ends_step=False))
+                found.append(Evaluation(t_next, Update(back, back * dt / 2, -back * dt / 2, noise), last))
             elif settings.solver == "ab2":
                 v, previous = (1.5, -0.5) if k else (1.0, 0.0)
-                found.append(Evaluation(t, Update(back, back * dt * v, back * dt * previous, noise, keeps=last)))
+                found.append(Evaluation(t, Update(back, back * dt * v, back * dt * previous, noise, keeps=last), last))
             else:
-                found.append(Evaluation(t, Update(back, back * dt, noise=noise)))
+                found.append(Evaluation(t, Update(back, back * dt, noise=noise), last))
     return tuple(found)

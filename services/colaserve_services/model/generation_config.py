@@ -14,8 +14,7 @@ from colaserve_services.model.config import DELETE, read_json
 
 REQUESTS: Final[Mapping[str, Field]] = {
     "max_new_tokens": MAX_NEW_TOKENS,
-    **SAMPLER,
-    **{name: found for name, found in SAMPLING.items() if name != "seed"},
+    **{name: found for name, found in {**SAMPLER, **SAMPLING}.items() if name not in ("seed", "steering")},
 }
 _SPECIAL_IDS: Final = ("pad_token_id", "eos_token_id", "im_end_token_id")
 # Names that Hugging Face's own generation_config.json uses, beside ours, and that carry no default of ours.

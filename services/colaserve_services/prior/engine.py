@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.engine import Engine
-from colaserve_services.engine.failures import check_latents
+from colaserve_services.engine.failures import NotFinite, OutOfBounds, check_latents
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.session import Session, Timings
@@ -21,6 +21,7 @@ from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import schedule
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
+from colaserve_services.prior.watch import Probes
 
 _ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
@@ -28,11 +29,14 @@ _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling session
 
 @dataclass(frozen=True)
 class SampledBlock:
-    """A written block: latents (B, d), float32, on the CPU."""
+    """A written block, or a preview of the one under way: latents (B, d), float32, on the CPU."""
 
     index: int
     latents: Tensor
-    timings: Timings
+    timings: Timings | None  # None: a preview
+    step: int = 0  # steps of the block that were made
+    steps_saved: int = 0
+    probes: Probes | None = None
 
 
 class PriorSession(Session[SampledBlock]):
@@ -87,16 +91,24 @@ class PriorSession(Session[SampledBlock]):
         run = self.run
         while run.finished is not None:
             index = self.job.first_block + run.block
-            latents = run.take_finished()
+            latents, step, saved, probes = run.take_finished()
             check_latents(f"the latents of block {index}", latents)
             now = time.monotonic()
             self._engine.observer.block(now - self._since, first=run.block == 1)
             self._engine.observer.tokens(0, len(latents))
-            self.outbox.put(SampledBlock(index, latents, self.timings(self._since)))
+            self.outbox.put(SampledBlock(index, latents, self.timings(self._since), step, saved, probes))
             self._since, self._wrote = now, True
         if run.done:
             self.finished = True
             self.outbox.close()
+
+    def show(self) -> None:
+        """Hand over a preview, if there is one that another stage would take."""
+        run = self.run
+        if run.preview is not None:
+            with suppress(NotFinite, OutOfBounds):
+                check_latents("a preview", run.preview)
+                self.outbox.show(SampledBlock(self.job.first_block + run.block, run.preview, None, run.step))
 
     async def __aiter__(self) -> AsyncIterator[SampledBlock]:
         while (block := await self.outbox.get()) is not None:
@@ -155,7 +167,8 @@ class PriorEngine(Engine[PriorSession, _ScheduledSession]):
         session = scheduled.session
         session.run.commit(scheduled.commits)
         if result is not None:
-            session.run.advance(result.latents)
+            session.run.advance(result)
+            session.show()
             session.deliver()
 
     def _schedule(self, ready: list[PriorSession]) -> list[_ScheduledSession]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +10,10 @@ from torch import Tensor
 from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed, check
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.backend import Denoise, Row
+from colaserve_services.model.backend import Denoise, Denoised, Row
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.flow import SamplerSettings, solve
+from colaserve_services.prior.watch import Probes, Watch
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class SampleJob:
     sample_id: int = 0
     noise: Tensor | None = None  # (max_blocks, B, d) float32, instead of base_seed
     cache_salt: str = ""  # leading blocks are shared with runs of the same salt
+    preview_every: int = 0
+    with_probes: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,15 @@ def _check_seed(job: SampleJob) -> None:
         )
 
 
+class Written(NamedTuple):
+    """A block just completed."""
+
+    latents: Tensor  # (B, d) on the CPU
+    step: int = 0  # steps made; 0: it was given
+    steps_saved: int = 0
+    probes: Probes | None = None
+
+
 class SamplingRun:
     """The state of a run between forward passes, but for the latents of the block under way: the backend has them.
 
@@ -141,7 +154,8 @@ class SamplingRun:
         self.committed = 0  # blocks in the KV cache
         self._kept: list[Tensor] = []  # their latents
         self.block = -1  # row of the canvas that is being written
-        self.finished: Tensor | None = None  # latents of the block just completed, (B, d), until taken
+        self.finished: Written | None = None  # the block just completed, until taken
+        self.preview: Tensor | None = None  # (B, d), x0 after the last step where it is to be shown
         self._next_block()
 
     @property
@@ -154,17 +168,22 @@ class SamplingRun:
         return self.committed + len(self.uncommitted) + (not self.done)
 
     @property
+    def step(self) -> int:
+        """Steps of the current block that were made."""
+        return self._watch.step
+
+    @property
     def pinned(self) -> Tensor | None:
         """(B,) bool: known positions of the current block; None if there are none."""
         return self.canvas.known[self.block] if self._pinned_blocks[self.block] else None
 
     def row(self, slot: int, pages: Sequence[int]) -> Row:
         """The current point: where the velocity is wanted, and what it does to the latents."""
-        t, update = self._evaluations[self._step]
+        t, update, _ = self._evaluations[self._step]
         # Without history both branches are the same.
         guided = self.committed + len(self.uncommitted) > 0 and self.settings.guided(t)
         guidance = self.settings.guidance_scale if guided else None
-        denoise = Denoise(slot, update, guidance, self.pinned, self._fresh)
+        denoise = Denoise(slot, update, guidance, self.pinned, self._fresh, self.settings.steered(t))
         return Row(pages, self.committed + len(self.uncommitted), self._initial, t, denoise)
 
     def commit(self, count: int) -> None:
@@ -178,29 +197,38 @@ class SamplingRun:
         self.uncommitted[:0] = self._kept
         self._kept, self.committed = [], 0
 
-    def advance(self, latents: Tensor) -> None:
-        """The current point's velocity has done to the latents, (B, d), what it had to; move on to the next."""
-        self._step, self._initial = self._step + 1, None
+    def advance(self, result: Denoised) -> None:
+        """The current point's velocity has done to the latents what it had to; move on to the next."""
+        watch = self._watch
+        watch.evaluated(self._evaluations[self._step].ends_step, result)
+        self._step, self._initial, self.preview = self._step + 1, None, watch.preview
         if self._step == len(self._evaluations):
-            self._complete(latents.to("cpu", torch.float32, copy=True))
+            self._complete(result.latents.to("cpu", torch.float32, copy=True))
+        elif watch.is_stable:
+            assert watch.clean is not None
+            self._complete(watch.clean)
         else:
             self._draw_fresh()
 
-    def take_finished(self) -> Tensor:
-        """The block just completed, (B, d); the next one has begun."""
-        latents, self.finished = self.finished, None
-        assert latents is not None
+    def take_finished(self) -> Written:
+        """The block just completed; the next one has begun."""
+        written, self.finished = self.finished, None
+        assert written is not None
         self._next_block()
-        return latents
+        return written
 
     def _complete(self, latents: Tensor) -> None:
-        self.finished = latents
+        previous = next(reversed(self.uncommitted or self._kept), None)
+        probes = self._watch.probes(latents, previous) if self.job.with_probes else None
+        made = self._watch.step
+        self.finished = Written(latents, made, self.settings.steps - made if made else 0, probes)
         self.uncommitted.append(latents)
 
     def _next_block(self) -> None:
         self.block += 1
         if self.done:
             return
+        self._watch = Watch(self.settings, self.job.preview_every, self.job.with_probes, self.canvas.known[self.block])
         if self._given_blocks[self.block]:
             self._complete(self.canvas.values[self.block])
             return

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from colaserve.v1 import prior_pb2, prior_pb2_grpc
-from colaserve_services.bounds import SAMPLER, given
+from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
+from colaserve_services.bounds import sampler_values
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.flow import SamplerSettings, Steering
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
-from colaserve_services.rpc import about, arrays, cancellation
+from colaserve_services.rpc import about, arrays, cancellation, steering
 
 
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
@@ -34,7 +34,11 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
                 yield prior_pb2.SampleResponse(
                     block_index=block.index,
                     latents=arrays.latents_to_message(block.latents.numpy(), self._identity.space),
-                    timing=about.timing(block.timings),
+                    timing=None if block.timings is None else about.timing(block.timings),
+                    provisional=block.timings is None,
+                    step=block.step,
+                    probes=None if block.probes is None else types_pb2.Probes(**asdict(block.probes)),
+                    steps_saved=block.steps_saved,
                 )
 
     async def GetInfo(
@@ -56,12 +60,20 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             open=[(span.start, span.end) for span in canvas.open],
             max_blocks=request.max_blocks,
             first_block=request.first_block,
-            sampler=replace(self._defaults, **given(request.sampler, SAMPLER, "sampler.")),
+            sampler=self._sampler(request.sampler),
             base_seed=request.seed.base_seed if seeded else None,
             sample_id=request.seed.sample_id,
             noise=self._noise(request),
             cache_salt=request.cache_salt,
+            preview_every=request.preview_every,
+            with_probes=request.with_probes,
         )
+
+    def _sampler(self, message: types_pb2.Sampler) -> SamplerSettings:
+        values = sampler_values(message, vars(self._defaults))
+        probes = steering.read(values["steering"], "sampler.steering", self._engine.shape.latent_dim)
+        values["steering"] = tuple(Steering(torch.from_numpy(each.columns), each.start, each.end) for each in probes)
+        return SamplerSettings(**values)
 
     def _noise(self, request: prior_pb2.SampleRequest) -> Tensor | None:
         if request.WhichOneof("noise_source") != "noise":

@@ -10,6 +10,7 @@ import pytest
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
+from colaserve_client.arrays import tensor_from_array
 from colaserve_services import bounds
 from colaserve_services.gateway.dialects import DIALECTS, messages, responses
 from colaserve_services.gateway.dialects.chat import Message
@@ -38,12 +39,20 @@ SETTINGS = [
     ({field.flat: value}, GenerateRequest(**{message: bounds.wire({name: field}, {name: value})}))
     for message, table in (("sampler", bounds.SAMPLER), ("sampling", bounds.SAMPLING))
     for name, field in table.items()
+    if name != "steering"
     for value in [next(iter(field.choices)) if field.choices else VALUES[field.kind]]
 ]
+PROBE = types_pb2.Steering(direction=tensor_from_array([[1.0], [2.0]]), bias=tensor_from_array(3), scale=1, start=1,
+                           logistic=True)  # fmt: skip
+STEERED = SAMPLER(steering=[PROBE])
 HALF = SAMPLER(guidance_start=0.75, guidance_end=0.25)
 # fields and what they make of the GenerateRequest
 ALL: list[tuple[dict[str, Any], GenerateRequest]] = [
     *SETTINGS,
+    (
+        {"steering": [{"direction": [[1], [2]], "bias": 3, "logistic": True}]},
+        GenerateRequest(sampler={"steering": [PROBE]}),
+    ),
     ({"top_k": -1}, GenerateRequest(sampling=SAMPLING(top_k=0))),
     ({"seed": 9}, GenerateRequest(seed=types_pb2.NoiseSeed(base_seed=9))),
     ({"guidance_interval": [0.75, 0.25]}, GenerateRequest(sampler=HALF)),

@@ -33,14 +33,15 @@ def run(prior, *rows: Row) -> list[Denoised | None]:
 
 
 def test_a_row_tells_its_velocity_and_where_it_leads(prior) -> None:
-    pages, z, term = array("i", prior.pages.reserve(1)), draw(0), draw(1)
+    pages, z, probe = array("i", prior.pages.reserve(1)), draw(0), torch.cat((draw(1)[:2], torch.ones(2, 2)), dim=1)
     (plain_,) = run(prior, Row(pages, 0, z, 800.0, Denoise(0, Update(1.0, -0.1))))
-    (steered,) = run(prior, Row(pages, 0, z, 800.0, Denoise(1, Update(1.0, -0.1), term=term)))
+    (steered,) = run(prior, Row(pages, 0, z, 800.0, Denoise(1, Update(1.0, -0.1), steering=probe)))
     assert plain_ is not None
     assert steered is not None
     torch.testing.assert_close(plain_.latents, z - 0.1 * plain_.velocity)
     torch.testing.assert_close(plain_.clean, z - 0.8 * plain_.velocity)
-    torch.testing.assert_close(steered.velocity, plain_.velocity + term)
+    away = torch.sigmoid(-(plain_.clean @ probe[:, :D].T + 1))
+    torch.testing.assert_close(steered.velocity, plain_.velocity - away @ probe[:, :D])
 
 
 def test_branches_that_share_the_pages_of_a_prefix_go_on_as_if_each_had_its_own(prior) -> None:

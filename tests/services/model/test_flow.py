@@ -20,7 +20,7 @@ def run(
 ) -> tuple[Tensor, list[float]]:
     """Integrate the velocity field(z, t/T) by the updates of a solver; the times it asked for."""
     previous, times = torch.full_like(z, math.nan), []
-    for t, update in solve(settings):
+    for t, update, _ in solve(settings):
         v = field(z, t / 1000)
         z = update.latents * z + update.velocity * v + (update.previous * previous if update.previous else 0)
         z = z + update.noise * noise() if update.noise else z

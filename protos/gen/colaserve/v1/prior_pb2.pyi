@@ -6,7 +6,7 @@ from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Opti
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SampleRequest(_message.Message):
-    __slots__ = ("canvas", "max_blocks", "first_block", "sampler", "seed", "noise", "cache_salt")
+    __slots__ = ("canvas", "max_blocks", "first_block", "sampler", "seed", "noise", "cache_salt", "preview_every", "with_probes")
     CANVAS_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -14,6 +14,8 @@ class SampleRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    WITH_PROBES_FIELD_NUMBER: _ClassVar[int]
     canvas: _types_pb2.Canvas
     max_blocks: int
     first_block: int
@@ -21,17 +23,27 @@ class SampleRequest(_message.Message):
     seed: _types_pb2.NoiseSeed
     noise: _types_pb2.Tensor
     cache_salt: str
-    def __init__(self, canvas: _Optional[_Union[_types_pb2.Canvas, _Mapping]] = ..., max_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    preview_every: int
+    with_probes: bool
+    def __init__(self, canvas: _Optional[_Union[_types_pb2.Canvas, _Mapping]] = ..., max_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., cache_salt: _Optional[str] = ..., preview_every: _Optional[int] = ..., with_probes: bool = ...) -> None: ...
 
 class SampleResponse(_message.Message):
-    __slots__ = ("block_index", "latents", "timing")
+    __slots__ = ("block_index", "latents", "timing", "provisional", "step", "probes", "steps_saved")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_SAVED_FIELD_NUMBER: _ClassVar[int]
     block_index: int
     latents: _types_pb2.Latents
     timing: _types_pb2.Timing
-    def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+    provisional: bool
+    step: int
+    probes: _types_pb2.Probes
+    steps_saved: int
+    def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., provisional: bool = ..., step: _Optional[int] = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ..., steps_saved: _Optional[int] = ...) -> None: ...
 
 class PriorServiceGetInfoRequest(_message.Message):
     __slots__ = ()

@@ -78,16 +78,18 @@ class Timing(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "blocks", "wasted_blocks")
+    __slots__ = ("prompt_tokens", "completion_tokens", "blocks", "wasted_blocks", "steps_saved")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WASTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_SAVED_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     blocks: int
     wasted_blocks: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., wasted_blocks: _Optional[int] = ...) -> None: ...
+    steps_saved: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., wasted_blocks: _Optional[int] = ..., steps_saved: _Optional[int] = ...) -> None: ...
 
 class Canvas(_message.Message):
     __slots__ = ("latents", "open")
@@ -106,20 +108,42 @@ class NoiseSeed(_message.Message):
     def __init__(self, base_seed: _Optional[int] = ..., sample_id: _Optional[int] = ...) -> None: ...
 
 class Sampler(_message.Message):
-    __slots__ = ("steps", "guidance_scale", "solver", "guidance_start", "guidance_end", "resamples")
+    __slots__ = ("steps", "guidance_scale", "solver", "guidance_start", "guidance_end", "resamples", "stable_steps", "stable_distance", "steering")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_START_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_END_FIELD_NUMBER: _ClassVar[int]
     RESAMPLES_FIELD_NUMBER: _ClassVar[int]
+    STABLE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    STABLE_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    STEERING_FIELD_NUMBER: _ClassVar[int]
     steps: int
     guidance_scale: float
     solver: Solver
     guidance_start: float
     guidance_end: float
     resamples: int
-    def __init__(self, steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., solver: _Optional[_Union[Solver, str]] = ..., guidance_start: _Optional[float] = ..., guidance_end: _Optional[float] = ..., resamples: _Optional[int] = ...) -> None: ...
+    stable_steps: int
+    stable_distance: float
+    steering: _containers.RepeatedCompositeFieldContainer[Steering]
+    def __init__(self, steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., solver: _Optional[_Union[Solver, str]] = ..., guidance_start: _Optional[float] = ..., guidance_end: _Optional[float] = ..., resamples: _Optional[int] = ..., stable_steps: _Optional[int] = ..., stable_distance: _Optional[float] = ..., steering: _Optional[_Iterable[_Union[Steering, _Mapping]]] = ...) -> None: ...
+
+class Steering(_message.Message):
+    __slots__ = ("direction", "bias", "scale", "start", "end", "logistic")
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    LOGISTIC_FIELD_NUMBER: _ClassVar[int]
+    direction: Tensor
+    bias: Tensor
+    scale: float
+    start: float
+    end: float
+    logistic: bool
+    def __init__(self, direction: _Optional[_Union[Tensor, _Mapping]] = ..., bias: _Optional[_Union[Tensor, _Mapping]] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., logistic: bool = ...) -> None: ...
 
 class Probes(_message.Message):
     __slots__ = ("norm", "distance", "drift", "disagreement", "entropy", "end_probability")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from annotated_types import Interval
@@ -11,15 +12,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.latent_service_pb2 import InfillRequest
+from colaserve_client import errors, messages
+from colaserve_client.arrays import FloatArray
 from colaserve_client.fields import Field as Setting
 from colaserve_client.fields import flat_fields
-from colaserve_client.settings import Sampler, Sampling
+from colaserve_client.settings import Sampler, Sampling, Steering
 from colaserve_services.bounds import SAMPLER, SAMPLING, SEED_END, wire
 from colaserve_services.gateway.errors import invalid
 
 # The most items of each list. Where a list is checked, its first wrong item ends the check (fail_fast).
 MOST_MESSAGES: Final = 2_048  # also parts of one message
 MOST_IDS: Final = 131_072  # of one prompt
+MOST_PROBES: Final = 16
 UINT32: Final = 2**32 - 1
 NAMES: Final[set[str]] = set()  # of all fields of all requests
 
@@ -43,6 +47,7 @@ def _whole_characters(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole_characters)]
 StopString = Annotated[Text, StringConstraints(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=UINT32)]], at_most(MOST_IDS)]
+Numbers = Annotated[list[float], Field(fail_fast=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Budget = Annotated[int, Field(ge=1, le=UINT32)]
 EndUser = Annotated[Text, Field(max_length=256)]
@@ -77,6 +82,10 @@ def with_settings(*kinds: type) -> Callable[[type[M]], type[M]]:
 
 def _kind(field: Setting) -> Any:
     """The type of a setting, which may be left out."""
+    if is_dataclass(field.kind):
+        return Annotated[list[Probe], at_most(MOST_PROBES)] | None
+    if field.kind == FloatArray:
+        return float | Numbers | Annotated[list[Numbers], Field(fail_fast=True)] | None
     if field.choices is not None:
         return Literal[tuple(field.choices)] | None
     if field.range is None:
@@ -84,6 +93,11 @@ def _kind(field: Setting) -> Any:
     bounds = field.range
     least = {"gt": bounds.least} if bounds.above else {"ge": bounds.least}
     return Annotated[field.kind, Interval(**least, le=bounds.most)] | None
+
+
+@with_settings(Steering)
+class Probe(Strict):
+    """A probe of a latent that steers what is written."""
 
 
 @with_settings(Sampler, Sampling)
@@ -161,8 +175,19 @@ def set_sampling(request: GenerateRequest | InfillRequest, fields: GenerationFie
     for message, table in ((sampler, SAMPLER), (sampling, SAMPLING)):
         values = {name: getattr(fields, field.flat) for name, field in table.items()}
         for name, value in wire(table, values).items():
+            if table[name].multiple:
+                sampler.MergeFrom(_probes(value))
+                continue
             setattr(message, name, 0 if name == "top_k" and value == -1 else value)  # -1: as others say that all count
     if fields.guidance_interval is not None:  # in either order: time runs from the greater one down
         if sampler.HasField("guidance_start") or sampler.HasField("guidance_end"):
             raise invalid("guidance_interval", "means the same as guidance_start and guidance_end: set one of them")
         sampler.guidance_start, sampler.guidance_end = max(fields.guidance_interval), min(fields.guidance_interval)
+
+
+def _probes(steering: Sequence[Probe]) -> types_pb2.Sampler:
+    try:
+        return messages.build(types_pb2.Sampler, {"steering": [probe.model_dump() for probe in steering]})
+    except errors.InvalidRequest as error:
+        field = error.details.field
+        raise invalid(field, str(error).removeprefix(f"{field}: ")) from None

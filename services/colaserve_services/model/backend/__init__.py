@@ -36,7 +36,9 @@ class Denoise(NamedTuple):
     guidance: float | None = None  # v_u + g (v_c - v_u), at the cost of an unconditional row; None: v_c
     pinned: Tensor | None = None  # (B,) bool: positions that are at time 0 and stay as they are
     noise: Tensor | None = None  # (B, d), for update.noise
-    term: Tensor | None = None  # (B, d), added to the velocity: steering
+    # (k, d + 2), each row a direction w, a bias b and a scale s: -s sigmoid(-(w . x0 + b)) w is added to the velocity,
+    # for the x0 = z - (t/T) v that it has before. b = -inf makes the sigmoid 1. See `flow.steer`.
+    steering: Tensor | None = None
 
 
 class Row(NamedTuple):
@@ -64,11 +66,12 @@ class Sizes(NamedTuple):
 
 
 class Denoised(NamedTuple):
-    """What a prior gives for a row with `denoise`; all (B, d) float32 on the device."""
+    """What a prior gives for a row with `denoise`; all (B, d) float32 on the device, good until the next pass."""
 
     latents: Tensor  # z after the update
-    velocity: Tensor  # guided
+    velocity: Tensor  # guided and steered
     clean: Tensor  # x0 = z - (t/T) v, what the block would end as
+    branches: tuple[Tensor, Tensor] | None = None  # v_c and v_u of a guided row
 
 
 class Pass(Protocol):

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Then, Update, ops
 from colaserve_services.model.backend.ops import PageShape, Rows
 from colaserve_services.model.backend.pages import Pages
 from colaserve_services.model.dit import TIME_SCALE, DiT, DiTBlock
-from colaserve_services.model.flow import guide
+from colaserve_services.model.flow import guide, steer
 from colaserve_services.model.layers import Attend, rotary_angles, rotary_frequencies, to_device
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
@@ -109,11 +110,12 @@ class Steps(NamedTuple):
     coefficients: Tensor  # (4, E, 1, 1): of `Update`
     keeps: Tensor  # (E, 1, 1)
     begins: Tensor  # (E, 1, 1): no velocity came before
-    guided: Tensor  # (G,): which of the E
+    branches: list[int]  # G: which of the E are guided
+    guided: Tensor  # (G,): the same
     scales: Tensor  # (G, 1, 1)
     pinned: Tensor | None  # (E, B, 1)
     noise: Tensor | None  # (E, B, d)
-    term: Tensor | None  # (E, B, d)
+    steering: Tensor | None  # (E, most k, d + 2)
 
     @classmethod
     def of(cls, rows: Sequence[Row], shape: tuple[int, int], device: torch.device) -> "Steps":
@@ -132,7 +134,8 @@ class Steps(NamedTuple):
             given = [getattr(each, name) for each in wanted]
             if all(value is None for value in given):
                 return None
-            return torch.stack([default if value is None else to_device(value, device) for value in given])
+            moved = [default if value is None else to_device(value, device) for value in given]
+            return pad_sequence(moved, batch_first=True)
 
         pinned, zeros = (
             stacked("pinned", torch.zeros(shape[0], dtype=torch.bool, device=device)),
@@ -141,11 +144,11 @@ class Steps(NamedTuple):
         return cls(
             numbers,
             to_device(torch.tensor([each.slot for each in wanted], dtype=torch.int64), device),
-            values[0], values[1:5], values[5].bool(), values[6].bool(),
+            values[0], values[1:5], values[5].bool(), values[6].bool(), guided,
             to_device(torch.tensor(guided, dtype=torch.int64), device),
             to_device(scales, device),
             None if pinned is None else pinned[..., None],
-            stacked("noise", zeros), stacked("term", zeros),
+            stacked("noise", zeros), stacked("steering", torch.zeros(1, shape[1] + 2, device=device)),
         )  # fmt: skip
 
 
@@ -246,9 +249,9 @@ class Prior(_Paged[DiT]):
         if len(steps.guided):
             guided = guide(v.index_select(0, steps.guided), velocities[count:], steps.scales)
             v = v.index_copy(0, steps.guided, guided)
-        if steps.term is not None:
-            v = v + steps.term
         z = torch.stack([plan.latents[i] for i in steps.rows])
+        if steps.steering is not None:
+            v = v + steer(z - steps.times * v, steps.steering)
         previous = self._previous.index_select(0, steps.slots).masked_fill_(steps.begins, 0.0)
         a, b, c, d = steps.coefficients
         new, clean = a * z + b * v + c * previous, z - steps.times * v
@@ -259,7 +262,10 @@ class Prior(_Paged[DiT]):
         kept = torch.where(steps.keeps, v, previous)
         self._z.index_copy_(0, steps.slots, new)
         self._previous.index_copy_(0, steps.slots, kept)
-        return [Denoised(*each) for each in zip(new, v, clean, strict=True)]
+        branches: list[tuple[Tensor, Tensor] | None] = [None] * count
+        for i, unconditional in zip(steps.branches, velocities[count:], strict=True):
+            branches[i] = velocities[i], unconditional
+        return [Denoised(*each) for each in zip(new, v, clean, branches, strict=True)]
 
     def warm(self) -> list[Tensor]:
         self.table.forget()
