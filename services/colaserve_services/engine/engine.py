@@ -5,8 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -14,21 +13,12 @@ from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.failures import NotFinite, brief, check_finite, lost_device, out_of_memory, traceback_of
 from colaserve_services.engine.limits import EngineLimits, Load
 from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.passes import BETWEEN_LOOKS, Running, ScheduledSession
 from colaserve_services.engine.session import Session
 from colaserve_services.engine.sessions import Sessions
 from colaserve_services.errors import AT_FAULT, ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
 from colaserve_services.model.backend import Failed, Pass, Sizes
 from colaserve_services.model.backend.pick import Picked, pick
-
-
-class ScheduledSession(Protocol):
-    """What one session sends through a pass."""
-
-    @property
-    def session(self) -> Any: ...
-    @property
-    def rows(self) -> int: ...
-
 
 S = TypeVar("S", bound=Session[Any])
 T = TypeVar("T", bound=ScheduledSession)
@@ -36,17 +26,6 @@ T = TypeVar("T", bound=ScheduledSession)
 _log = logging.getLogger(__name__)
 
 _NO_MEMORY = "the device has no memory left for this session"
-_BETWEEN_LOOKS: Final = 5e-5  # seconds between two looks whether a pass is done
-_MOST_LOOKED_AT: Final = 10.0  # seconds; a pass that lasts longer is waited for, so that the watchdog sees it
-
-
-@dataclass(frozen=True)
-class _Running(Generic[T]):
-    """A pass on the device, and whose it is."""
-
-    scheduled: list[T]
-    run: Pass
-    started: float  # time.monotonic
 
 
 class Engine(Generic[S, T]):
@@ -81,7 +60,7 @@ class Engine(Generic[S, T]):
         self._slots = list(range(limits.max_running))  # without a session
         self._look_again: float | None = None  # when (time.monotonic) an engine at fault tries its warm-up row again
         self._passes, self._reported = 0, Load(0, 0)
-        self._running: _Running[T] | None = None
+        self._running: Running[T] | None = None
         self.observer.load(0, 0, self.limits.kv_bytes)
         device.register(self)
 
@@ -156,7 +135,7 @@ class Engine(Generic[S, T]):
         for each in scheduled:
             each.session.served = self._passes
         if scheduled := [each for each in scheduled if not each.session.finished]:
-            self._running = _Running(scheduled, self._begun(scheduled), started)
+            self._running = Running(scheduled, self._begun(scheduled), started)
         if self._landed():
             self._release_ended()
         return True
@@ -164,7 +143,7 @@ class Engine(Generic[S, T]):
     def next_deadline(self) -> float | None:
         """When a session's deadline passes, an engine at fault tries again, or a pass may be done."""
         if self._running is not None:
-            return time.monotonic() + _BETWEEN_LOOKS
+            return time.monotonic() + BETWEEN_LOOKS
         due = [session.deadline for session in self._sessions.all if session.deadline is not None]
         return min(due if self._look_again is None else [*due, self._look_again], default=None)
 
@@ -294,12 +273,11 @@ class Engine(Generic[S, T]):
         running = self._running
         if running is None:
             return True
-        if not running.run.done() and time.monotonic() - running.started < _MOST_LOOKED_AT:
+        if not running.over():
             return False
         self._running = None
         self._hand_over(running.scheduled, running.run)
-        scheduled, seconds = running.scheduled, time.monotonic() - running.started
-        self.observer.stepped(seconds, sum(each.rows for each in scheduled), len(scheduled))
+        self.observer.stepped(*running.figures())
         return True
 
     def _begun(self, scheduled: list[T]) -> Pass:

@@ -24,6 +24,8 @@ from tests.waiting import eventually
 class Later:
     """A pass that computes when its results are taken, as late as a device that fails says so."""
 
+    seconds = None
+
     def __init__(self, run: Callable[[], Pass], done: Callable[[], bool]):
         self._run, self.done = run, done
 

@@ -77,6 +77,10 @@ class Denoised(NamedTuple):
 class Pass(Protocol):
     """A pass that runs or has run."""
 
+    @property
+    def seconds(self) -> float | None:
+        """That the device took, of one that is done; None: as long as it took to be done."""
+
     def done(self) -> bool:
         """Whether `results` would not wait."""
 
@@ -90,6 +94,7 @@ class Failed(NamedTuple):
     """A pass that could not start."""
 
     error: Exception
+    seconds: float | None = None
 
     def done(self) -> bool:
         return True

@@ -32,6 +32,7 @@ class Finished(NamedTuple):
     """A pass that has run."""
 
     found: Sequence[Any]
+    seconds: float | None = None
 
     def done(self) -> bool:
         return True
