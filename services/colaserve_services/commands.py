@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from colaserve_services.launch.options import STAGES, RoleCommand
-from colaserve_services.launch.settings import ROLES, CoordinatorSettings, GatewaySettings, UpSettings
+from colaserve_services.launch.settings import ROLES, CoordinatorSettings, GatewaySettings, PriorSettings, UpSettings
 
 
 def _up(settings: UpSettings, said: Mapping[str, str]) -> None:
@@ -20,9 +20,14 @@ def _up(settings: UpSettings, said: Mapping[str, str]) -> None:
         from colaserve_services.launch.split import run_split
 
         run_split(settings, said)
-    else:
-        from colaserve_services.launch.roles import run_all
+        return
+    from colaserve_services.launch.roles import run_all, run_apart
+    from colaserve_services.launch.split import groups
 
+    devices = {stage: settings.device_of(stage) for stage in STAGES}
+    if any(device != "cpu" for device in devices.values()):
+        run_apart(settings, said, groups(devices))
+    else:
         run_all(settings)
 
 
@@ -38,13 +43,14 @@ def _gateway(settings: GatewaySettings, said: Mapping[str, str]) -> None:
     run_gateway(settings)
 
 
-def _stage(name: str, text: str) -> click.Command:
+def _stages(*names: str, text: str = "") -> click.Command:
     def work(settings: Any, said: Mapping[str, str]) -> None:
-        from colaserve_services.launch.roles import run_stage
+        from colaserve_services.launch.roles import run_stages
 
-        run_stage(name, settings)
+        run_stages(names, settings)
 
-    return RoleCommand(name, ROLES[name], work, text)
+    settings = PriorSettings if len(names) > 1 else ROLES[names[0]]  # the prior's has all that the others have
+    return RoleCommand("+".join(names), settings, work, text)
 
 
 UP = """Serve a checkpoint: text, latents and OpenAI's API on one machine.
@@ -93,15 +99,17 @@ colaserve decoder --model DIR --grpc-port 50053
 }
 COMMANDS: dict[str, click.Command] = {
     "up": RoleCommand("up", UpSettings, _up, UP),
-    **{stage: _stage(stage, OF_STAGES[stage]) for stage in STAGES},
+    **{stage: _stages(stage, text=OF_STAGES[stage]) for stage in STAGES},
     "coordinator": RoleCommand("coordinator", CoordinatorSettings, _coordinator, COORDINATOR),
     "gateway": RoleCommand("gateway", GatewaySettings, _gateway, GATEWAY),
 }
 
 
 def main() -> None:
-    """`python -m colaserve_services.launch NAME ...`: one of these commands."""
+    """`python -m colaserve_services.launch NAME ...`: one of these commands, or several stages as in encoder+prior."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
+    names = name.split("+")
+    if name not in COMMANDS and not set(names) <= set(STAGES):
         raise SystemExit(f"usage: python -m colaserve_services.launch {{{','.join(COMMANDS)}}} ...")
-    COMMANDS[name].main(sys.argv[2:], prog_name=f"colaserve {name}")
+    command = COMMANDS[name] if name in COMMANDS else _stages(*names)
+    command.main(sys.argv[2:], prog_name=f"colaserve {name}")

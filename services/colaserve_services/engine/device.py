@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -39,7 +40,14 @@ class DeviceThread:
     The watchdog ends the process when the thread dies, as it does with the device, or hangs in a step.
     """
 
-    def __init__(self, name: str = "device", watchdog: Watchdog | None = None):
+    def __init__(
+        self,
+        name: str = "device",
+        watchdog: Watchdog | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ):
+        """`begin` is the first thing that the thread does."""
+        self._begin = begin
         self._workers: list[Worker] = []
         self._had: dict[Worker, float] = {}  # seconds of the device
         self._least = 0.0  # that a worker counts as having had: what the one served last had before
@@ -76,6 +84,7 @@ class DeviceThread:
     @torch.inference_mode()
     def _run(self) -> None:
         try:
+            self._begin()
             while not self._stopping:
                 self._wake.clear()
                 if not self._one_step():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -72,7 +73,11 @@ class Devices(_ByStage):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The devices by stage."""
-        return {"": "cpu", **dict(self.pairs(value, param, ctx))}
+        found = dict(self.pairs(value, param, ctx))
+        for device in found.values():
+            if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+                self.fail(f"got {device!r}, expected cpu, cuda or cuda:N", param, ctx)
+        return {"": "cpu", **found}
 
 
 class Replicas(_ByStage):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +25,11 @@ from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from colaserve_services.inference.service import InferenceServicer
 from colaserve_services.launch import threads
+from colaserve_services.launch.children import Child, reachable
 from colaserve_services.launch.options import STAGES
 from colaserve_services.launch.process import Host, check_ports, description, in_thread, run
 from colaserve_services.launch.settings import (
+    ROLE_KEY,
     CoordinatorSettings,
     DecoderSettings,
     EncoderSettings,
@@ -39,6 +43,7 @@ from colaserve_services.launch.settings import (
     engine_limits,
     target,
 )
+from colaserve_services.launch.split import Family, unless_one_ends
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
 from colaserve_services.rpc.connections import Connection, Replicas
@@ -59,22 +64,24 @@ STUBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def run_stage(stage: str, settings: EncoderSettings | PriorSettings | DecoderSettings) -> None:
-    """One stage: "encoder", "prior" or "decoder"."""
+def run_stages(names: tuple[str, ...], settings: EncoderSettings | PriorSettings | DecoderSettings) -> None:
+    """Stages in one process: of "encoder", "prior" and "decoder"."""
     check_ports(settings)
     check_tls(settings)
-    check_stages(settings, stage)
+    check_stages(settings, names)
     threads.settle(settings.threads)
+    if any(settings.device_of(name) != "cpu" for name in names):  # read when torch is imported
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
         checkpoint = await _checkpoint(settings)
-        stages = await _stages(host, (stage,), settings, checkpoint)
-        await host.serve_grpc(stages.services[stage], context_bytes=_context_bytes(settings, checkpoint))
+        stages = await _stages(host, names, settings, checkpoint)
+        await host.serve_grpc(*stages.services.values(), context_bytes=_context_bytes(settings, checkpoint))
         await stages.warm_up()
 
-    run(stage, settings, assemble)
+    run("+".join(names), settings, assemble)
 
 
 def run_coordinator(settings: CoordinatorSettings) -> None:
@@ -86,16 +93,71 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
         host.publish()
         checkpoint = await _checkpoint(settings)
-        changed = asyncio.Event()
-        replicas = {
-            name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
-            for name, target in targets.items()
-        }
-        coordinator = _coordinator(host, settings, checkpoint, Stages(**replicas, changed=changed, targets=targets))
-        await host.serve_grpc(*_servicers(coordinator, host), context_bytes=_context_bytes(settings, checkpoint))
-        await _connect(host, coordinator)
+        await _serve_text(host, settings, checkpoint, await _elsewhere(host, settings, targets))
 
     run("coordinator", settings, assemble)
+
+
+def run_apart(settings: UpSettings, said: Mapping[str, str], groups: Sequence[tuple[str, ...]]) -> None:
+    """Coordinator and gateway in this process, each group of stages in another, as with a GPU: what drives a GPU shares
+    its interpreter with nobody."""
+    check_ports(settings)
+    check_tls(settings)
+    family = Family(settings, said)
+    os.environ[ROLE_KEY] = family.key
+
+    async def assemble(host: Host) -> None:
+        await host.open_ports(settings.server(settings.grpc_port))
+        checkpoint = await _checkpoint(settings)
+        host.description = description(checkpoint.directory)
+        children = await _children(host, family, groups, checkpoint.directory)
+        targets = {stage: reachable(child.addresses["grpc"]) for child, stages in children for stage in stages}
+        servicers = await _serve_text(host, settings, checkpoint, await _elsewhere(host, settings, targets))
+        await _gateway(host, settings, coordinator_stub(*map(LocalStub, servicers)))
+        for child, _ in children:
+            host.addresses |= {f"{child.name} {kind}": address for kind, address in child.addresses.items()}
+
+    run("colaserve", settings, assemble)
+
+
+async def _children(
+    host: Host, family: Family, groups: Sequence[tuple[str, ...]], model: Path
+) -> list[tuple[Child, tuple[str, ...]]]:
+    """A process for each group of stages, serving, that is started again when it ends."""
+    children = [family.stages(group) for group in groups]
+    for child in children:
+        child.arguments.append(f"--model={model}")
+        host.stack.push_async_callback(child.stop, signal.SIGTERM)
+
+    async def start() -> None:
+        await asyncio.gather(*(child.start() for child in children))
+        await asyncio.gather(*(child.serving() for child in children))
+
+    await unless_one_ends(children, start())
+    for child in children:
+        host.stack.callback(asyncio.ensure_future(child.keep_running()).cancel)
+    return list(zip(children, groups, strict=True))
+
+
+async def _elsewhere(host: Host, settings: CoordinatorSettings | UpSettings, targets: Mapping[str, str]) -> Stages:
+    """Stages in other processes."""
+    changed = asyncio.Event()
+    replicas = {
+        name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
+        for name, target in targets.items()
+    }
+    return Stages(**replicas, changed=changed, targets=targets)
+
+
+async def _serve_text(
+    host: Host, settings: CoordinatorSettings | UpSettings, checkpoint: Checkpoint, stages: Stages
+) -> tuple[object, ...]:
+    """The services of a coordinator over stages elsewhere, once these are there."""
+    coordinator = _coordinator(host, settings, checkpoint, stages)
+    servicers = _servicers(coordinator, host)
+    await host.serve_grpc(*servicers, context_bytes=_context_bytes(settings, checkpoint))
+    await _connect(host, coordinator)
+    return servicers
 
 
 def run_gateway(settings: GatewaySettings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,8 @@ class Compute:
 
     device: Mapping[str, str] = option(
         lambda: {"": "cpu"},
-        "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1.",
+        "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1. With a GPU, up runs the stages of "
+        "each one in a process of their own.",
         Devices(),
         "cpu",
     )
@@ -274,8 +275,11 @@ class UpSettings(Processes, Model, Compute, Engine, RunAhead, Idle, Requests, Ht
     def __post_init__(self) -> None:
         if self.replicas and not self.split:
             raise UsageError("--replicas: needs --split; without it all stages share one process")
-        if self.split and self.tls is not None and self.tls.ca is None:
-            raise UsageError("--tls: with --split the folder needs ca.crt, for the roles to trust each other")
+        apart = self.split or any(self.device_of(stage) != "cpu" for stage in STAGES)
+        if apart and self.tls is not None and self.tls.ca is None:
+            raise UsageError(
+                "--tls: with --split or a GPU the folder needs ca.crt, for the processes to trust each other"
+            )
 
 
 ROLES: Mapping[str, type[Process]] = {
@@ -318,7 +322,7 @@ def check_tls(settings: Process) -> None:
         raise UsageError("--tls: the folder has ca.crt alone; this process needs tls.crt and tls.key, too")
 
 
-def check_stages(settings: Compute, stage: str) -> None:
+def check_stages(settings: Compute, stages: Sequence[str]) -> None:
     """Raise UsageError for a device of a stage that this process does not run."""
-    if others := [name for name in settings.device if name in STAGES and name != stage]:
-        raise UsageError(f"--device: names {', '.join(others)}, and this is the {stage}")
+    if others := [name for name in settings.device if name in STAGES and name not in stages]:
+        raise UsageError(f"--device: names {', '.join(others)}, and this is the {' and '.join(stages)}")

@@ -1,4 +1,5 @@
-"""`up --split`: every role a process of its own on this machine, started, watched and stopped together.
+"""`up` in several processes on this machine, started, watched and stopped together: with --split one a role; with a
+GPU one for the stages of each, beside the coordinator and the gateway, which share the first process.
 
 What dies is started again on the same ports, as in Kubernetes: streams go on with another replica where there is one.
 """
@@ -10,7 +11,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 
 from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.children import Child, reachable
@@ -22,7 +23,44 @@ from colaserve_services.rpc import logs
 
 PRIVATE = ("--host=127.0.0.1", "--grpc-port=0", "--metrics-port=0", "--drain-seconds=0")  # not for others
 KEYS_FILE = "COLASERVE_API_KEYS_FILE"  # clients do not reach the stages
+EDGES = ("coordinator", "gateway")
 OWN = ("COLASERVE_PORTS_FILE", "COLASERVE_SPLIT", "COLASERVE_REPLICAS")  # of the process that starts the others
+
+
+def groups(devices: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Which stages, each on its device, share a process: those on one GPU; those on the CPU join the decoder's."""
+    found: dict[str, list[str]] = {}
+    for stage, device in devices.items():
+        found.setdefault({"cuda": "cuda:0"}.get(device, device), []).append(stage)
+    on_cpu = found.pop("cpu", []) if len(found) > 1 else []
+    for stages in found.values():
+        if "decoder" in stages or "decoder" in on_cpu:
+            stages += on_cpu
+            break
+    return [tuple(stages) for stages in found.values()]
+
+
+class Family:
+    """What the processes of one `up` have in common."""
+
+    def __init__(self, settings: UpSettings, said: Mapping[str, str]):
+        """`said`: what the command line says, as variables."""
+        self._settings = settings
+        self.key = role_key() or secrets.token_urlsafe(32)  # by which the coordinator knows the gateway, stages it
+        self._environment = {**os.environ, **said, ROLE_KEY: self.key}
+
+    def stages(self, stages: tuple[str, ...], name: str = "") -> Child:
+        """The process of some stages."""
+        devices = ",".join(f"{stage}={self._settings.device_of(stage)}" for stage in stages)
+        return self.child("+".join(stages), *PRIVATE, f"--device={devices}", name=name)
+
+    def child(self, role: str, *arguments: str, name: str = "") -> Child:
+        """The process of a role."""
+        settings = self._settings
+        kept = {key: value for key, value in self._environment.items() if role in EDGES or key != KEYS_FILE}
+        environment = {key: value for key, value in kept.items() if key not in OWN}
+        stop_seconds = settings.drain_seconds + settings.grace_seconds
+        return Child(name or role, role, list(arguments), environment, settings.channel, stop_seconds)
 
 
 class Children:
@@ -30,23 +68,9 @@ class Children:
 
     def __init__(self, settings: UpSettings, said: Mapping[str, str]):
         """`said`: what the command line says, as variables."""
-        self._settings = settings
-        key = role_key() or secrets.token_urlsafe(32)  # by which the coordinator knows the gateway
-        self._environment = {**os.environ, **said, ROLE_KEY: key}
-        self.stages = {stage: self._replicas(stage) for stage in STAGES}
-        self.coordinator, self.gateway = self._child("coordinator"), self._child("gateway", "--metrics-port=0")
-
-    def _replicas(self, stage: str) -> list[Child]:
-        count = self._settings.replicas.get(stage, 1)
-        names = [stage] if count == 1 else [f"{stage}-{index}" for index in range(count)]
-        return [self._child(stage, *PRIVATE, name=name) for name in names]
-
-    def _child(self, role: str, *arguments: str, name: str = "") -> Child:
-        settings = self._settings
-        kept = {key: value for key, value in self._environment.items() if role not in STAGES or key != KEYS_FILE}
-        environment = {key: value for key, value in kept.items() if key not in OWN}
-        stop_seconds = settings.drain_seconds + settings.grace_seconds
-        return Child(name or role, role, list(arguments), environment, settings.channel, stop_seconds)
+        family = Family(settings, said)
+        self.stages = {stage: _replicas(family, stage, settings.replicas.get(stage, 1)) for stage in STAGES}
+        self.coordinator, self.gateway = family.child("coordinator"), family.child("gateway", "--metrics-port=0")
 
     @property
     def all(self) -> list[Child]:
@@ -68,19 +92,6 @@ class Children:
         await self.gateway.start()
         await asyncio.gather(*(child.serving() for child in self.all if "grpc" in child.addresses))
 
-    async def unless_one_ends(self, work: Awaitable[None]) -> None:
-        """Do the work; raise ColaserveError when a process ends meanwhile."""
-        task, ends = asyncio.ensure_future(work), {asyncio.ensure_future(child.ended()): child for child in self.all}
-        try:
-            await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
-            if fallen := next((child for end, child in ends.items() if end.done()), None):
-                raise fallen.fault()
-            await task
-        finally:
-            for pending in (task, *ends):
-                pending.cancel()
-            await asyncio.gather(task, *ends, return_exceptions=True)
-
     async def keep_running(self) -> None:
         """Start again what ends. Never returns."""
         await asyncio.gather(*(child.keep_running() for child in self.all))
@@ -96,6 +107,11 @@ class Children:
         await asyncio.gather(*(child.stop(signal.SIGKILL) for child in self.all))
 
 
+def _replicas(family: Family, stage: str, count: int) -> list[Child]:
+    names = [stage] if count == 1 else [f"{stage}-{index}" for index in range(count)]
+    return [family.stages((stage,), name) for name in names]
+
+
 def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
     """Run all roles until a signal. Raises ColaserveError when one of them cannot start."""
     check_ports(settings)
@@ -105,6 +121,20 @@ def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
         asyncio.run(_run(settings, said))
     finally:
         flush_or_drop()
+
+
+async def unless_one_ends(children: Sequence[Child], work: Awaitable[None]) -> None:
+    """Do the work; raise ColaserveError when a process ends meanwhile."""
+    task, ends = asyncio.ensure_future(work), {asyncio.ensure_future(child.ended()): child for child in children}
+    try:
+        await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if fallen := next((child for end, child in ends.items() if end.done()), None):
+            raise fallen.fault()
+        await task
+    finally:
+        for pending in (task, *ends):
+            pending.cancel()
+        await asyncio.gather(task, *ends, return_exceptions=True)
 
 
 async def _run(settings: UpSettings, said: Mapping[str, str]) -> None:
@@ -124,7 +154,7 @@ async def _start_and_watch(children: Children, settings: UpSettings) -> None:
     folder = await in_thread(settings.folder)  # fetched once; where the bundled one is missing, this says so once
     for child in children.all[:-1]:  # all but the gateway
         child.arguments.append(f"--model={folder}")
-    await children.unless_one_ends(children.start())
+    await unless_one_ends(children.all, children.start())
     if settings.ports_file is not None:
         write_ports(settings.ports_file, children.addresses)
     lines = [f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:"]

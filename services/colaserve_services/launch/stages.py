@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.settings import MAX_MESSAGE_BYTES
 from colaserve_services.text import Tokenizer
 
+LEAST_CAPABILITY = (8, 0)  # before it bfloat16 is emulated
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
 
 _Settings = TypeVar("_Settings", SamplerSettings, SamplingSettings)
@@ -86,7 +87,9 @@ def load_stages(
     picked = {stage: _picked(stage, *names) for stage, names in compute.items()}
     for device, dtype in dict.fromkeys(picked.values()):
         _prepare(device, dtype)
-    thread = DeviceThread()
+    gpus = [device for device, _ in picked.values() if device.type == "cuda"]  # one a process: see launch/split.py
+    thread = DeviceThread(begin=lambda: _enter(gpus))
+    _enter(gpus)
     engines, services = {}, {}
     models: dict[str, Any] = {}
     for stage in (stage for stage in STAGES if stage in picked):
@@ -109,6 +112,12 @@ def load_stages(
     return RunningStages(engines, services, thread)
 
 
+def _enter(gpus: Sequence[torch.device]) -> None:
+    """Of a thread: what it launches without saying where goes to the process's GPU, not to the first of the machine."""
+    for device in gpus:
+        torch.cuda.set_device(device)
+
+
 def _prepare(device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -121,17 +130,17 @@ def _prepare(device: torch.device, dtype: torch.dtype) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The torch device; UsageError when it does not exist here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device: got {name!r}, expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: got {name!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device: {name} is asked for, but this torch ({torch.__version__}) finds no GPU")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device: got {name}, this machine has {torch.cuda.device_count()} GPU(s)")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device: {name} is asked for, but this torch ({torch.__version__}) finds no GPU")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device: got {name}, this machine has {torch.cuda.device_count()} GPU(s)")
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        what = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+        raise UsageError(f"--device: {what}, expected 8.0 (Ampere) or newer")
     return device
 
 

@@ -16,6 +16,7 @@ from tests.waiting import wait_until
 
 FREE_PORTS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0")
 QUICK = ("--drain-seconds=0.1",)
+LAUNCH = ("-m", "colaserve_services.launch")
 QUIET = {"OMP_NUM_THREADS": "1"}
 
 
@@ -43,12 +44,20 @@ class Running:
 
 
 @contextmanager
-def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None, log=None, **settings):
+def started(
+    folder,
+    *arguments,
+    model=GOLDEN / "tiny_b4",
+    env=None,
+    log=None,
+    program=LAUNCH,
+    **settings,
+):
     """`colaserve ...` once it is ready; killed with all its children at the end, whatever happened. `settings` are
     those of Popen."""
     ports_file, log = folder / "ports.json", log or folder / "log.txt"
     ports_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "colaserve_services.launch", *arguments, f"--ports-file={ports_file}", *QUICK]
+    command = [sys.executable, *program, *arguments, f"--ports-file={ports_file}", *QUICK]
     if model is not None:
         command.append(f"--model={model}")
     with log.open("w") as output:

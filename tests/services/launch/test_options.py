@@ -19,7 +19,7 @@ from colaserve_services.launch.process import LONGEST_DESCRIPTION, description
 from colaserve_services.launch.progress import Progress, size
 from colaserve_services.launch.removed import REMOVED, check_removed
 from colaserve_services.launch.settings import DEMO, ROLES
-from colaserve_services.launch.split import Children
+from colaserve_services.launch.split import Children, groups
 from colaserve_services.rpc.settings import LogSettings
 from tests.conftest import GOLDEN
 
@@ -158,6 +158,16 @@ def test_split_gives_each_role_what_was_given_and_keys_to_the_edges_alone(tmp_pa
     assert not any("COLASERVE_SPLIT" in each for each in environments.values())
     private = {child.role for child in children.all if "--grpc-port=0" in child.arguments}
     assert private == set(STAGES)
+
+
+@pytest.mark.parametrize(("devices", "expected"), [
+    ("cuda,cuda:0,cuda", ["encoder prior decoder"]),
+    ("cpu,cuda:0,cuda:1", ["prior", "decoder encoder"]),
+    ("cpu,cuda,cpu", ["prior encoder decoder"]),
+    ("cpu,cpu,cuda:1", ["decoder encoder prior"]),
+])  # fmt: skip
+def test_stages_of_one_gpu_share_a_process(devices, expected):
+    assert groups(dict(zip(STAGES, devices.split(","), strict=True))) == [tuple(each.split()) for each in expected]
 
 
 def test_threads_spin_only_briefly_in_every_mode_unless_set_otherwise(monkeypatch):

@@ -58,7 +58,8 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         assert fused.process.wait(120) == 0
     away = {"http_proxy": "http://127.0.0.1:9"}  # a proxy of the environment, which services do not use
     (tmp_path / "keys").write_text(KEY)
-    with started(tmp_path, "up", "--split", *FREE_PORTS, f"--api-keys-file={tmp_path / 'keys'}", env=away) as split:
+    own = ("--device=cpu,prior=cpu", f"--api-keys-file={tmp_path / 'keys'}")
+    with started(tmp_path, "up", "--split", *FREE_PORTS, *own, env=away) as split:
         children = split.children()
         assert set(split.ports) == {"encoder", "prior", "decoder", "coordinator", "gateway"}
         assert len(children) == 5
@@ -83,8 +84,7 @@ def test_bfloat16_is_served_where_it_is_not_in_hardware_and_the_log_says_so(tmp_
 
 
 def role_of(process):
-    command = process.cmdline()
-    return next(role for role in ("encoder", "prior", "decoder", "coordinator", "gateway") if role in command)
+    return process.cmdline()[3]  # python -m colaserve_services.launch ROLE
 
 
 def maps_torch(process):
@@ -154,6 +154,32 @@ def test_what_dies_is_started_again_and_streams_lose_nothing(tmp_path):
         assert split.log.read_text().count("ended with exit code -9: it starts again") == 4
         children = split.children()
         assert split.stop(signal.SIGHUP) == 0
+        assert not [child for child in children if child.is_running()]
+
+
+APART = """
+import sys
+from colaserve_services.launch.options import RoleCommand
+from colaserve_services.launch.roles import run_apart
+from colaserve_services.launch.settings import UpSettings
+
+groups = [("encoder", "decoder"), ("prior",)]
+RoleCommand("up", UpSettings, lambda settings, said: run_apart(settings, said, groups), "").main(sys.argv[2:])
+"""
+
+
+def test_with_gpus_stages_are_apart_and_started_again(tmp_path):
+    """As on two GPUs, with the CPU in their place."""
+    with started(tmp_path, "up", *FREE_PORTS, "--device=prior=cpu", program=("-c", APART)) as apart:
+        prior = next(child for child in apart.children() if role_of(child) == "prior")
+        assert {role_of(child) for child in apart.children()} == {"encoder+decoder", "prior"}
+        assert not maps_torch(psutil.Process(apart.process.pid))
+        tokens, text = generate(apart.target), post(apart.http)
+        prior.kill()
+        wait_until(lambda: works(apart, tokens), 100)
+        assert post(apart.http) == text
+        children = apart.children()
+        assert apart.stop() == 0
         assert not [child for child in children if child.is_running()]
 
 

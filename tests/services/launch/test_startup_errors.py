@@ -154,7 +154,6 @@ def test_a_port_given_twice_is_found():
 
 
 IMPOSSIBLE = [
-    (["--device=cuda:9"], "--device"),
     (["--device=tpu"], "expected cpu, cuda or cuda:N"),
     (["--max-context=3"], "less than one block"),
     (["--kv-bytes=1"], "one block of latents needs"),
@@ -198,8 +197,10 @@ def test_the_key_of_the_roles_is_checked(checkpoint, tmp_path, monkeypatch):
     assert "COLASERVE_ROLE_KEY has characters that HTTP cannot carry" in said
 
 
-def test_a_role_takes_no_device_of_another_one(checkpoint):
+def test_a_role_takes_no_device_of_another_one_and_none_that_is_not_there(checkpoint):
     ports = ("--grpc-port=0", "--metrics-port=0")
+    done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=cuda:99", *ports])
+    assert "--device: " in line(done, 2)
     done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=decoder=cpu", *ports])
     assert "--device: names decoder, and this is the prior" in line(done, 2)
 
