@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 # As every role does: threads that spin long on a machine with other work make tests several times slower. Torch, which
 # reads it when it is imported, comes later.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; on a GPU with 0
 
 # A machine that stands still for a moment is no failure, and a run is to fail again when it is repeated.
 settings.register_profile("colaserve", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

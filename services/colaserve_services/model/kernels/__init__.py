@@ -1,0 +1,24 @@
+"""The functions of `backend.ops` in Triton, for GPUs, and those that a pass needs beside them; takes Triton to import.
+
+Each launches as many kernels whatever the rows hold, and reads no tensor on the host: CUDA graphs can capture it.
+"""
+
+from colaserve_services.model.backend.ops import Storage
+from colaserve_services.model.kernels.adaln import adaln, residual_norm, swiglu
+from colaserve_services.model.kernels.attention import attention, key_cost, takes
+from colaserve_services.model.kernels.qkv import qkv, wide_qkv, write
+from colaserve_services.model.kernels.update import update
+
+__all__ = [
+    "Storage",
+    "adaln",
+    "attention",
+    "key_cost",
+    "qkv",
+    "residual_norm",
+    "swiglu",
+    "takes",
+    "update",
+    "wide_qkv",
+    "write",
+]

@@ -1,0 +1,147 @@
+"""Residuals, norms and activations: what stands between a transformer's products, each one launch over positions."""
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from colaserve_services.model.kernels.registry import launch, padded, warps_of
+
+
+@triton.jit
+def normed(x, seen, eps: tl.constexpr, D: tl.constexpr):
+    """LayerNorm without affine over all of x, whose first D numbers in memory are seen; the others are 0."""
+    mean = tl.sum(x) / D
+    centered = tl.where(seen, x - mean, 0.0)
+    return centered * (1.0 / tl.sqrt_rn(tl.sum(centered * centered) / D + eps))
+
+
+@triton.jit
+def _adaln(
+    x, y, gate, scale, shift, index, out,
+    GATE_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, SHIFT_ROW: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, TILE)
+    seen = d < D
+    row = tl.load(index + i).to(tl.int64)
+    value = tl.load(x + i * D + d, seen, 0.0)
+    if y is not None:
+        value += tl.load(gate + row * GATE_ROW + d, seen, 0.0) * tl.load(y + i * D + d, seen, 0.0).to(tl.float32)
+        tl.store(x + i * D + d, value, seen)
+    found = normed(value, seen, EPS, D) * tl.load(scale + row * SCALE_ROW + d, seen, 0.0)
+    found += tl.load(shift + row * SHIFT_ROW + d, seen, 0.0)
+    tl.store(out + i * D + d, found.to(out.dtype.element_ty), seen)
+
+
+@torch.library.custom_op("colaserve::adaln", mutates_args=("x",))
+def adaln(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    index: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As ops.adaln: x += gate y, in place; then LayerNorm without affine, times scale, plus shift: (R, D) in `dtype`.
+
+    x (R, D) float32; gate, scale and shift are rows (K, D) of a table, `index` (R,) int32 the row for each position:
+    what is pinned names the row of time 0.
+    """
+    R, D = x.shape
+    assert x.is_contiguous(), "positions lie one after the other"
+    assert y is None or (y.is_contiguous() and gate is not None)
+    assert all(t is None or t.stride(1) == 1 for t in (gate, scale, shift)), "rows of a table"
+    out = torch.empty_like(x, dtype=dtype)
+    gate = scale if gate is None else gate
+    rows = {"GATE_ROW": gate.stride(0), "SCALE_ROW": scale.stride(0), "SHIFT_ROW": shift.stride(0)}
+    tile = padded(D)
+    launch(
+        _adaln, (R,), x, y, gate, scale, shift, index, out, **rows, EPS=eps, D=D, TILE=tile, warps=warps_of(tile)
+    )  # fmt: skip
+    return out
+
+
+adaln.register_fake(lambda x, y, gate, scale, shift, index, eps, dtype: torch.empty_like(x, dtype=dtype))
+
+
+@triton.jit
+def _residual_norm(
+    x, y, weight, bias, out, OF_X: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, TILE)
+    seen = d < D
+    value = tl.load(x + i * D + d, seen, 0.0)
+    branch = tl.load(y + i * D + d, seen, 0.0).to(tl.float32)
+    found = normed(value if OF_X else branch, seen, EPS, D)
+    if weight is not None:
+        found = found * tl.load(weight + d, seen, 0.0) + tl.load(bias + d, seen, 0.0)
+    found += branch if OF_X else value
+    tl.store(x + i * D + d, found, seen)
+    tl.store(out + i * D + d, found.to(out.dtype.element_ty), seen)
+
+
+Normed = Literal["x", "y"]
+
+
+def residual_norm_reference(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, of: Normed
+) -> Tensor:
+    one, other = (x, y.float()) if of == "x" else (y.float(), x)
+    return x.copy_(F.layer_norm(one, x.shape[-1:], weight, bias, eps) + other).to(dtype)
+
+
+@torch.library.custom_op("colaserve::residual_norm", mutates_args=("x",))
+def residual_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, of: str
+) -> Tensor:
+    """x = LayerNorm(x) + y for `of` "x", x + LayerNorm(y) for "y", in place; the same in `dtype`, (R, D).
+
+    x (R, D) float32; weight and bias (D,) float32, or both None.
+    """
+    assert of in ("x", "y")
+    assert (x.shape, x.is_contiguous(), y.is_contiguous()) == (y.shape, True, True), "positions lie one after the other"
+    D = x.shape[1]
+    out, tile = torch.empty_like(x, dtype=dtype), padded(D)
+    launch(
+        _residual_norm, (len(x),), x, y, weight, bias, out, OF_X=of == "x", EPS=eps, D=D, TILE=tile,
+        warps=warps_of(tile),
+    )  # fmt: skip
+    return out
+
+
+residual_norm.register_fake(lambda x, y, weight, bias, eps, dtype, of: torch.empty_like(x, dtype=dtype))
+
+
+@triton.jit
+def _swiglu(x, out, D: tl.constexpr, TILE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    value = tl.load(x + 2 * i * D + d, d < D, 0.0).to(tl.float32)
+    gate = tl.load(x + (2 * i + 1) * D + d, d < D, 0.0).to(tl.float32)
+    tl.store(out + i * D + d, (gate * tl.sigmoid(gate) * value).to(out.dtype.element_ty), d < D)
+
+
+def swiglu_reference(x: Tensor) -> Tensor:
+    value, gate = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * value).to(x.dtype)
+
+
+@torch.library.custom_op("colaserve::swiglu", mutates_args=())
+def swiglu(x: Tensor) -> Tensor:
+    """(R, 2 D) as values and gates to silu(gate) * value, (R, D), computed in float32."""
+    assert x.is_contiguous(), "positions lie one after the other"
+    D = x.shape[1] // 2
+    out, tile = x.new_empty(len(x), D), min(1024, padded(D))
+    launch(_swiglu, (len(x), -(-D // tile)), x, out, D=D, TILE=tile, warps=warps_of(tile))
+    return out
+
+
+swiglu.register_fake(lambda x: x.new_empty(len(x), x.shape[1] // 2))
