@@ -48,6 +48,8 @@ from colaserve_client.results import LatentBlock as LatentBlock
 from colaserve_client.results import Limits as Limits
 from colaserve_client.results import ModelInfo as ModelInfo
 from colaserve_client.results import ModelShape as ModelShape
+from colaserve_client.results import Preview as Preview
+from colaserve_client.results import Probes as Probes
 from colaserve_client.results import Reconstruction as Reconstruction
 from colaserve_client.results import SequenceEncoding as SequenceEncoding
 from colaserve_client.results import ServerInfo as ServerInfo

@@ -176,6 +176,10 @@ class DecodeSession(_Opened[AsyncDecodeSession]):
         """Decode the next block, (B, d)."""
         return self._wait_for(self._call.decode, block)
 
+    def preview(self, block: LatentsLike) -> DecodedBlock:
+        """What the next block would be decoded to, (B, d); the session stays as it is."""
+        return self._wait_for(self._call.preview, block)
+
 
 class Client(BaseClient[AsyncClient]):
     _kind = AsyncClient

@@ -75,6 +75,9 @@ class AsyncClient(AsyncBaseClient):
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
             print_special: print end and pad tokens in the text; otherwise they have none.
             cache_salt: share what servers keep of prompts only with requests of the same salt, up to 256 characters.
+            preview_every: also look at the block under way after every so many steps; 0 or None: not at all. Previews
+                change nothing of the text. Servers leave out those that would delay it.
+            with_probes: also return the probes of each block.
 
         >>> result = await client.generate("Once upon a time", seed=7, stop=["fox"], temperature=0.7)
         >>> result.text, result.finish_reason, result.seed
@@ -88,7 +91,8 @@ class AsyncClient(AsyncBaseClient):
         """Continue a prompt and yield the text block by block, as `generate` otherwise.
 
         Leaving the stream early cancels the generation: `async with` does so at the end of its block, `break` alone
-        when the stream is garbage collected.
+        when the stream is garbage collected. With `preview_every`, chunks that bring a `preview` and no text come
+        between those of the blocks.
 
         >>> async with client.stream("Once upon a time", max_new_tokens=12) as stream:
         ...     async for chunk in stream:
@@ -211,19 +215,29 @@ class AsyncClient(AsyncBaseClient):
         max_blocks: int,
         seed: int | NoiseSeed | None = None,
         cache_salt: str = "",
+        preview_every: int | None = None,
+        with_probes: bool = False,
         **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
 
-        The positions of a partial last block of the prefix are kept, and that block counts. `cache_salt`: as in
-        `generate`.
+        The positions of a partial last block of the prefix are kept, and that block counts. `cache_salt`,
+        `preview_every` and `with_probes` as in `generate`; a preview is a block that is `provisional`.
 
         >>> async with client.sample_latents(max_blocks=2, seed=7) as blocks:
         ...     print([(block.index, block.latents.values.shape) async for block in blocks])
         [(0, (4, 2)), (1, (4, 2))]
         """
-        given = {"prefix": prefix, "max_blocks": max_blocks, "seed": seed, "cache_salt": cache_salt}
-        message = request(latent_service_pb2.SampleLatentsRequest, settings, **given)
+        message = request(
+            latent_service_pb2.SampleLatentsRequest,
+            settings,
+            prefix=prefix,
+            max_blocks=max_blocks,
+            seed=seed,
+            cache_salt=cache_salt,
+            preview_every=preview_every,
+            with_probes=with_probes,
+        )
         return self._stream(message, one(LatentBlock), settings)
 
     async def interpolate(
@@ -320,6 +334,8 @@ def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> Gen
         seed=last.seed,
         timing=last.timing,
         request_id=request_id,
+        previews=tuple(chunk.preview for chunk in chunks if chunk.preview is not None),
+        probes=tuple(chunk.probes for chunk in chunks if chunk.probes is not None and chunk.preview is None),
     )
 
 

@@ -58,6 +58,7 @@ class Usage:
     completion_tokens: Annotated[int, Field("Tokens that were written.")]
     blocks: Annotated[int, Field("Blocks that the prior wrote, wasted ones included.")]
     wasted_blocks: Annotated[int, Field("Blocks after the end of the text, written since the prior runs ahead.")]
+    steps_saved: Annotated[int, Field("Steps of these blocks that stable_steps left out.")] = 0
 
 
 @_value
@@ -79,8 +80,33 @@ class TokenLogprobs(TopToken):
 
 
 @_value
+class Probes:
+    """How sure a block is. The first four are root mean squares, in units of the latents; None: it does not exist."""
+
+    norm: Annotated[float | None, Field("Of its latents.")]
+    distance: Annotated[float | None, Field("Of the difference to the block before.")]
+    drift: Annotated[float | None, Field("Of what the expected latents moved in the last step.")]
+    disagreement: Annotated[float | None, Field("Of the difference between the two branches of guidance.")]
+    entropy: Annotated[float | None, Field("Mean entropy of its tokens in nats.")]
+    end_probability: Annotated[float | None, Field("Of an end token, at the position where it is likeliest.")]
+
+
+_PROBES = Field("Probes of the block, on request.")
+
+
+@_value
+class Preview:
+    """The block under way, as it would be if the prior stopped where it is."""
+
+    index: Annotated[int, Field("Index of the block in the run, from 0 on.", wire="block_index")]
+    step: Annotated[int, Field("Steps of the block that have run.")]
+    text: Annotated[str, Field("What the text would go on with after the chunks before.")]
+    latents: Annotated[Latents | None, Field("The expected clean latents, (B, d), with with_latents.")]
+
+
+@_value
 class GenerationChunk(_Text):
-    """What one written block brought."""
+    """What one written block brought; or a preview of it, without text."""
 
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     latents: Annotated[Latents | None, Field("Latents of the block, (B, d), on request.")]
@@ -88,6 +114,8 @@ class GenerationChunk(_Text):
     usage: Annotated[Usage | None, Field("In the last chunk only.")]
     seed: Annotated[NoiseSeed | None, Field("In the last chunk only: repeats this run.")]
     timing: Annotated[Timing, Field("Where the time of the block went; in the last chunk, that of the whole call.")]
+    preview: Annotated[Preview | None, Field("Between the blocks' chunks, with preview_every; None in those.")] = None
+    probes: Annotated[Probes | None, _PROBES] = None
 
 
 @_value
@@ -103,6 +131,8 @@ class GenerationResult(_Text):
     seed: Annotated[NoiseSeed, Field("Repeats this run.")]
     timing: Annotated[Timing, Field("Where its time went.")]
     request_id: Annotated[str, Field("To be found again in the server's logs.")]
+    previews: Annotated[tuple[Preview, ...], Field("How the blocks formed, with preview_every.")] = ()
+    probes: Annotated[tuple[Probes, ...], Field("One for each block, on request.")] = ()
 
 
 @_value
@@ -158,12 +188,16 @@ class DecodedLatents(_Text):
 
 @_value
 class LatentBlock:
-    """One block that the prior wrote."""
+    """One block that the prior wrote, or a preview of it."""
 
     index: Annotated[int, Field("Index of the block in the run, from 0 on.", wire="block_index")]
     latents: Annotated[Latents, Field("Latents of the block, (B, d); known positions as given.")]
     timing: Annotated[Timing, Field("Where the time of the block went.")]
     seed: Annotated[NoiseSeed | None, Field("Repeats the run; None from a prior that is called directly.")]
+    provisional: Annotated[bool, Field("Whether this is a preview: the block is still to come.")] = False
+    step: Annotated[int, Field("Steps of the block that have run.")] = 0
+    probes: Annotated[Probes | None, _PROBES] = None
+    steps_saved: Annotated[int, Field("Steps that stable_steps left out.")] = 0
 
 
 @_value
@@ -206,6 +240,8 @@ class DecodedBlock:
     logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), on request.")] = field(compare=False)
     target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids in this block.")]
     timing: Annotated[Timing, Field("Where the time of the block went.")]
+    provisional: Annotated[bool, Field("Whether a preview was asked for.")] = False
+    probes: Annotated[Probes | None, _PROBES] = None
 
 
 @_value

@@ -254,6 +254,13 @@ class GenerationRequest:
     ] = None
     print_special: Annotated[bool, Field("Print end and pad tokens in the text.")] = False
     cache_salt: Annotated[str, Field("Share cached prefixes only with requests of the same salt.")] = ""
+    preview_every: Annotated[
+        int | None,
+        Field("Send a preview of the block under way after every so many steps; 0 sends none.", Range(0, 1000), 0),
+    ] = None
+    with_probes: Annotated[
+        bool, Field("Return probes of each block, numbers that tell how sure it is, too.", option="--probes")
+    ] = False
 
 
 class GenerationFields(WritingFields, total=False):
@@ -265,3 +272,5 @@ class GenerationFields(WritingFields, total=False):
     with_latents: bool
     top_logprobs: int | None
     print_special: bool
+    preview_every: int | None
+    with_probes: bool

@@ -56,6 +56,8 @@ class AsyncPriorClient(AsyncBaseClient):
         first_block: int = 0,
         seed: int | NoiseSeed | None = None,
         noise: ArrayLike | None = None,
+        preview_every: int | None = None,
+        with_probes: bool = False,
         **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Write the blocks of a canvas and yield them; leaving early cancels and frees.
@@ -68,6 +70,8 @@ class AsyncPriorClient(AsyncBaseClient):
             sampler: unset fields are steps 16, guidance_scale 7, solver euler, guidance from 1 to 0, resamples 1.
             seed: of the noise; or
             noise: the noise itself, (max_blocks, B, d). Exactly one of both.
+            preview_every: also yield the block under way, `provisional`, after every so many steps.
+            with_probes: also return the prior's probes of each block.
         """
         if (seed is None) == (noise is None):
             raise invalid("noise_source", f"expected either seed or noise, got {'none' if seed is None else 'both'}")
@@ -79,6 +83,8 @@ class AsyncPriorClient(AsyncBaseClient):
             first_block=first_block,
             seed=seed,
             noise=noise,
+            preview_every=preview_every,
+            with_probes=with_probes,
         )
         return self._stream(message, one(LatentBlock), settings)
 
@@ -108,6 +114,7 @@ class AsyncDecoderClient(AsyncBaseClient):
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
         max_latents: int = 0,
+        with_probes: bool = False,
         **settings: Unpack[SamplingFields],
     ) -> "AsyncDecodeSession":
         """Open a session: a context manager that decodes block after block and frees its cache at the end.
@@ -120,6 +127,7 @@ class AsyncDecoderClient(AsyncBaseClient):
             top_logprobs: also return so many likely tokens a position, 0 to 20.
             target_ids: ids whose log-probability is wanted, for the positions of the session in order.
             max_latents: positions, prefix included, to reserve the cache for; 0: as many as the server allows.
+            with_probes: also return the decoder's probes.
             timeout: seconds for the whole session.
         """
         opening = request(
@@ -131,6 +139,7 @@ class AsyncDecoderClient(AsyncBaseClient):
             top_logprobs=top_logprobs,
             target_ids=target_ids,
             max_latents=max_latents,
+            with_probes=with_probes,
         )
         message = decoder_pb2.DecodeRequest(open=opening)
         return self._begun(AsyncDecodeSession, "stream_stream", message, one(DecodedBlock), settings)
@@ -146,6 +155,10 @@ class AsyncDecodeSession(AsyncExchange[decoder_pb2.DecodeRequest, DecodedBlock])
     async def decode(self, block: LatentsLike) -> DecodedBlock:
         """Decode the next block, (B, d)."""
         return await self._ask(decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto()))
+
+    async def preview(self, block: LatentsLike) -> DecodedBlock:
+        """What the next block would be decoded to, (B, d); the session stays as it is."""
+        return await self._ask(decoder_pb2.DecodeRequest(preview=Latents.of(block, "preview").to_proto()))
 
 
 def _canvas(latents: LatentsLike | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:

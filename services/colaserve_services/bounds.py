@@ -22,6 +22,7 @@ SAMPLING: Final[Fields] = fields_of(Sampling)
 STEERING: Final[Fields] = fields_of(Steering)
 MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
 TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]
+PREVIEW_EVERY: Final = fields_of(GenerationRequest)["preview_every"]
 SAMPLE_ID: Final = fields_of(NoiseSeed)["sample_id"]
 LATENT: Final = Range(-10_000, 10_000)  # of latents and noise: beyond, the networks' own numbers overflow
 FINISH_REASONS: Final = cast(Mapping[int, FinishReason], names_of(types_pb2.FinishReason.DESCRIPTOR))

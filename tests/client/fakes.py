@@ -27,6 +27,7 @@ from tests.client.behaviour import Behaviour, Failure, invalid
 SPACE = "0123456789abcdef"
 STORY = b" there was a fox that wrote."
 BLOCK = 4
+PROBES = types_pb2.Probes(norm=1.5, entropy=0.1)
 TIMING = types_pb2.Timing(queue_us=1, compute_us=2)
 SHAPE = types_pb2.ModelShape(
     latent_dim=2, block_size=BLOCK, vae_block_size=BLOCK, patch_size=1, vocab_size=256, parameters=1000
@@ -114,8 +115,10 @@ class Generation(Fake, generation_pb2_grpc.GenerationServiceServicer):
             if stop.encode() in story:
                 story, reason = story[: story.index(stop.encode())], types_pb2.FINISH_REASON_STOP
         pieces = [story[start : start + BLOCK] for start in range(0, len(story), BLOCK)]
-        for piece in pieces[:-1]:
+        for index, piece in enumerate(pieces[:-1]):
+            yield from self._looks(request, index, piece)
             yield self._block(request, piece)
+        yield from self._looks(request, len(pieces) - 1, pieces[-1])
         last = self._block(request, pieces[-1])
         last.finish_reason = reason
         prompt_tokens = len(request.prompt.encode()) or len(request.prompt_ids.ids)
@@ -135,7 +138,16 @@ class Generation(Fake, generation_pb2_grpc.GenerationServiceServicer):
             top_logprobs=tops(piece, request.top_logprobs, self.behaviour.logprob - 0.25),
             latents=latents_of(piece) if request.with_latents else None,
             timing=TIMING,
+            probes=PROBES if request.with_probes else None,
         )
+
+    def _looks(self, request, index, piece):
+        """Of a block of four steps: what is not certain yet is a question mark."""
+        for step in range(request.preview_every or 5, 4, request.preview_every or 5):
+            ids = piece[:step] + b"?" * len(piece[step:])
+            latents = latents_of(ids) if request.with_latents else None
+            preview = generation_pb2.Preview(block_index=index, step=step, text=text_of(ids), latents=latents)
+            yield generation_pb2.GenerateResponse(preview=preview, probes=PROBES if request.with_probes else None)
 
     def Tokenize(self, request, context):
         self.behaviour.enter(request, context)
@@ -185,9 +197,16 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
         seed = request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234)
         blocks = (
             latent_service_pb2.SampleLatentsResponse(
-                block_index=index, latents=latents_of(STORY[index * BLOCK :][:BLOCK]), timing=TIMING, seed=seed
+                block_index=index,
+                latents=latents_of(STORY[index * BLOCK :][:BLOCK]),
+                timing=TIMING,
+                seed=seed,
+                provisional=provisional,
+                step=2 if provisional else 4,
+                probes=PROBES if request.with_probes else None,
             )
             for index in range(request.max_blocks)
+            for provisional in ([True, False] if request.preview_every else [False])
         )
         yield from self.behaviour.messages(blocks, context)
 
@@ -272,17 +291,20 @@ class Decoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
         self.behaviour.enter(opening, context)
         if not opening.HasField("open"):
             invalid("request", "the first message must set open").abort(context)
-        answers = (self._answer(opening.open, request.block, context) for request in request_iterator)
+        answers = (self._answer(opening.open, request, context) for request in request_iterator)
         yield from self.behaviour.messages(answers, context)
 
-    def _answer(self, opening, block, context):
-        ids = ids_of(block, context)
+    def _answer(self, opening, request, context):
+        provisional = request.HasField("preview")
+        ids = ids_of(request.preview if provisional else request.block, context)
         return decoder_pb2.DecodeResponse(
             token_ids=ids,
             logprobs=[-0.25] * len(ids),
             top_logprobs=tops(ids, opening.top_logprobs),
             logits=latents_of(ids).values if opening.with_logits else None,
             timing=TIMING,
+            provisional=provisional,
+            probes=PROBES if opening.with_probes else None,
         )
 
 

@@ -18,8 +18,8 @@ __version__ AsyncClient AsyncDecoderClient AsyncDecodeSession AsyncEncoderClient
 Cancelled Client ColaserveError Connection DeadlineExceeded DecodedBlock DecodedLatents DecoderClient
 DecodeSession EncoderClient FinishReason GenerationChunk GenerationOutcome GenerationRequest GenerationResult
 InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents LatentsLike Limits load_latents
-MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported Overloaded
-PriorClient Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding ServerError ServerInfo
+MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported Overloaded Preview
+PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding ServerError ServerInfo
 ServiceInfo Solver StageInfo Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Unavailable Usage
 """
 METHODS = """

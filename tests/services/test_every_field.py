@@ -25,6 +25,7 @@ SAMPLER = {"steps": (4, 3), "guidance_scale": (3, 1.5), "solver": (types_pb2.SOL
 SAMPLING = {"temperature": (2.0, 0), "top_k": (0, 1), "top_p": (1.0, 0.01), "repetition_penalty": (1.0, 50),
             "seed": (1, 4)}  # fmt: skip
 SEED = {"base_seed": (5, 6), "sample_id": (0, 3)}
+WATCHED = {"preview_every"}  # see test_watching.py: previews come as far as there is time for them
 WHOLE = {"Latents", "TokenIds", "Steering"}  # messages that are one value
 
 Fields = dict[str, Any]
@@ -63,6 +64,7 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
                 "stop": {"stop": ["e", "a", "o", "i"]},
                 "with_latents": {"with_latents": False},
                 "top_logprobs": {"top_logprobs": 2},
+                "with_probes": {"with_probes": True},
                 **others(**all_of_them),
             },
         ),
@@ -86,6 +88,7 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
             {
                 "prefix": {"prefix": other},
                 "max_blocks": {"max_blocks": 3},
+                "with_probes": {"with_probes": True},
                 **others(sampler=SAMPLER, seed=SEED),
             },
         ),
@@ -137,7 +140,7 @@ def test_the_walk_covers_every_method_and_field() -> None:
     found = walks(types_pb2.Latents(), types_pb2.Latents())
     assert {*found, "GetInfo"} == {"Generate", *(method.name for method in service.methods)}
     # See the test below; what a salt changes is time, see test_prefix_cache.py.
-    elsewhere = {"Generate": {"ignore_end", "print_special"}}
+    elsewhere = {"Generate": {"ignore_end", "print_special", *WATCHED}, "SampleLatents": WATCHED}
     salted = {"Generate", "SampleLatents", "Infill", "Logprobs"}
     for method, (request, _, changes) in found.items():
         changed = set(changes) | elsewhere.get(method, set()) | ({"cache_salt"} if method in salted else set())

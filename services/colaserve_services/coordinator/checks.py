@@ -52,6 +52,7 @@ def block(response: prior_pb2.SampleResponse, index: int, model: Model, call: Ca
     if response.block_index != index:
         raise StageFault("count", f"it sent block {response.block_index}, expected {index}")
     _latents(response.latents, model.block_size, model)
+    _probes(response.probes)
     _timing(response.timing, call)
 
 
@@ -62,6 +63,7 @@ def decoded(
     size = model.block_tokens
     if response.HasField("block_index") and response.block_index != index:
         raise StageFault("count", f"it answered block {response.block_index}, expected {index}")
+    _probes(response.probes)
     _count("token_ids", response.token_ids, size)
     _count("logprobs", response.logprobs, size)
     _count("top_logprobs", response.top_logprobs, size if top_logprobs else 0)
@@ -107,6 +109,10 @@ def _ids(ids: Iterable[int], model: Model) -> None:
 def _finite(name: str, numbers: Sequence[float]) -> None:
     if not np.isfinite(numbers).all():
         raise StageFault("not_finite", f"it sent {name} that are not finite")
+
+
+def _probes(probes: types_pb2.Probes) -> None:
+    _finite("probes", [value for _, value in probes.ListFields()])
 
 
 def _timing(timing: types_pb2.Timing, call: Call) -> None:

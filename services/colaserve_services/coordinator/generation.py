@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -26,8 +27,8 @@ Response = generation_pb2.GenerateResponse
 async def generate(
     services: ServiceContext, request: generation_pb2.GenerateRequest, call: Call
 ) -> AsyncGenerator[Response, None]:
-    """Continue a prompt, a response a block. All that the stages hold for it is freed before the last response, and
-    when the iteration is left early."""
+    """Continue a prompt, a response a block, and previews between them. All that the stages hold for it is freed before
+    the last response, and when the iteration is left early."""
     services.admission.check(call, "prior")
     call.use_salt(request.cache_salt)
     plan = await plan_generation(services, request)
@@ -36,22 +37,30 @@ async def generate(
         prompt = await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(services.tokenizer)
-        decoder = DecoderRun(services, call, prefix, plan.blocks, plan.sampling, request.top_logprobs)
-        run = PriorRun(services, ticket, prompt, plan.blocks, plan.sampler, plan.seed, on_wait=decoder.prior_waits)
-        prior = ReadAhead(run.blocks())
+        probed, asked = request.with_probes, request.top_logprobs
+        decoder = DecoderRun(services, call, prefix, plan.blocks, plan.sampling, asked, with_probes=probed)
+        run = PriorRun(
+            services, ticket, prompt, plan.blocks, plan.sampler, plan.seed, on_wait=decoder.prior_waits,
+            preview_every=request.preview_every, with_probes=probed,
+        )  # fmt: skip
+        prior = ReadAhead(run.blocks(), passing=attrgetter("provisional"))
         try:
             async with prior, decoder:
                 while True:
                     block = await prior.next()
+                    if block.provisional:
+                        if look := await decoder.preview(block.latents):
+                            yield _preview(plan, block, look, writer)
+                        continue
                     decoded = await decoder.decode(block.latents)
                     piece = writer.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
                     response = _response(plan, services.tokenizer, block, decoded, piece)
-                    watch.block(response.timing)
+                    watch.block(response)
                     if writer.finish_reason:
                         break
                     yield response
         finally:
-            watch.ended(writer, prior.received)
+            watch.ended(writer, prior.received, run.steps_saved)
     end = Response(finish_reason=writer.finish_reason, usage=watch.usage, timing=watch.total, seed=plan.seed)
     response.MergeFrom(end)
     response.stop_string = writer.stop_string
@@ -87,8 +96,26 @@ def _response(
             top.tokens.extend(tokenizer.token_text(id_, token.before) for id_ in top.token_ids)
     if plan.request.with_latents:
         response.latents.CopyFrom(block.latents)
+    _add_probes(response, block, decoded)
     add_timing(response.timing, block.timing, decoded.timing)
     return response
+
+
+def _preview(
+    plan: Plan, block: prior_pb2.SampleResponse, decoded: decoder_pb2.DecodeResponse, writer: Writer
+) -> Response:
+    latents = block.latents if plan.request.with_latents else None
+    text = writer.preview(decoded.token_ids)
+    preview = generation_pb2.Preview(block_index=block.block_index, step=block.step, latents=latents, text=text)
+    response = Response(preview=preview)
+    _add_probes(response, block, decoded)
+    return response
+
+
+def _add_probes(response: Response, *parts: prior_pb2.SampleResponse | decoder_pb2.DecodeResponse) -> None:
+    for part in parts:
+        if part.HasField("probes"):
+            response.probes.MergeFrom(part.probes)
 
 
 class _Watch:
@@ -112,15 +139,16 @@ class _Watch:
         failed = grpc_code(error).name if isinstance(error, Exception) else ""  # who just leaves is no error
         tracing.generated(seconds, self._first, self._attributes(), failed)
 
-    def block(self, timing: types_pb2.Timing) -> None:
+    def block(self, response: Response) -> None:
         """A block is decoded."""
-        add_timing(self.total, timing)
+        add_timing(self.total, response.timing)
+        self._metrics.watch_probes(response.probes)
         age = self._call.age()
         (self._metrics.inter_block if self._blocks else self._metrics.first_block).observe(age - self._last)
         self._first = age if self._first is None else self._first
         self._last, self._blocks = age, self._blocks + 1
 
-    def ended(self, writer: Writer, received: int) -> None:
+    def ended(self, writer: Writer, received: int, steps_saved: int) -> None:
         """The text is over, well or not; `received` blocks came from the prior. Those of a text that was left or failed
         before its end are not wasted by running ahead."""
         prompt, wasted = len(self._plan.prompt_ids), received - self._blocks if writer.finish_reason else 0
@@ -130,7 +158,11 @@ class _Watch:
         self._metrics.wasted_blocks.inc(wasted)
         self._reason = writer.finish_reason
         self.usage = types_pb2.Usage(
-            prompt_tokens=prompt, completion_tokens=writer.sent, blocks=received, wasted_blocks=wasted
+            prompt_tokens=prompt,
+            completion_tokens=writer.sent,
+            blocks=received,
+            wasted_blocks=wasted,
+            steps_saved=steps_saved,
         )
 
     def _attributes(self) -> dict[str, Any]:

@@ -57,8 +57,10 @@ async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call
     async with services.admission.slot(call, "prior", layout.end * services.model.block_size) as ticket:
         answer = await services.encode([layout.ids], call)
         add_timing(timing, answer.timing)
-        written = await _write(services, layout, answer.encodings[0].latents, sampler, sampling, seed, ticket, timing)
-    return _response(services, layout, written, seed, timing)
+        written, saved = await _write(
+            services, layout, answer.encodings[0].latents, sampler, sampling, seed, ticket, timing
+        )
+    return _response(services, layout, written, saved, seed, timing)
 
 
 async def lay_out(services: ServiceContext, segments: Sequence[pb.InfillSegment]) -> Layout:
@@ -114,8 +116,8 @@ async def _write(
     seed: types_pb2.NoiseSeed,
     ticket: Ticket,
     timing: types_pb2.Timing,
-) -> list[int]:
-    """The sampled ids of the blocks from the context on."""
+) -> tuple[list[int], int]:
+    """The sampled ids of the blocks from the context on, and how many steps of these were left out."""
     size, blocks = services.model.block_size, layout.end - layout.context
     canvas = rows.take(latents, 0, layout.end * size)
     prefix = rows.take(latents, 0, layout.context * size)
@@ -128,11 +130,16 @@ async def _write(
             decoded = await decoder.decode(block.latents)
             ids += decoded.token_ids
             add_timing(timing, block.timing, decoded.timing)
-    return ids
+    return ids, run.steps_saved
 
 
 def _response(
-    services: ServiceContext, layout: Layout, written: list[int], seed: types_pb2.NoiseSeed, timing: types_pb2.Timing
+    services: ServiceContext,
+    layout: Layout,
+    written: list[int],
+    steps_saved: int,
+    seed: types_pb2.NoiseSeed,
+    timing: types_pb2.Timing,
 ) -> pb.InfillResponse:
     ids, texts, reasons = list(layout.ids), [], []
     offset = layout.context * services.model.block_tokens  # token position of written[0]
@@ -147,7 +154,10 @@ def _response(
         reasons.append(types_pb2.FINISH_REASON_LENGTH if kept == hole else types_pb2.FINISH_REASON_STOP)
     filled = sum(segment.end - segment.start for segment in layout.holes)
     usage = types_pb2.Usage(
-        prompt_tokens=len(ids) - filled, completion_tokens=filled, blocks=layout.end - layout.context
+        prompt_tokens=len(ids) - filled,
+        completion_tokens=filled,
+        blocks=layout.end - layout.context,
+        steps_saved=steps_saved,
     )
     return pb.InfillResponse(
         text="".join(texts),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
-from colaserve_services.bounds import TOP_LOGPROBS, check
+from colaserve_services.bounds import PREVIEW_EVERY, TOP_LOGPROBS, check
 from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
@@ -92,17 +93,19 @@ async def sample_latents(
     size = services.model.block_size
     positions = (rows.count(prefix) // size + request.max_blocks) * size
     check_fits(services, "max_blocks", positions)
+    check(PREVIEW_EVERY, "preview_every", request.preview_every)
     sampler = resolve_sampler(request.sampler, services.defaults, services.model.latent_dim)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, request.max_blocks)
     async with services.admission.slot(call, "prior", positions) as ticket:
-        blocks = PriorRun(services, ticket, prefix, request.max_blocks, sampler, seed).blocks()
-        try:
+        run = PriorRun(
+            services, ticket, prefix, request.max_blocks, sampler, seed,
+            preview_every=request.preview_every, with_probes=request.with_probes,
+        )  # fmt: skip
+        async with aclosing(run.blocks()) as blocks:
             async for block in blocks:
-                yield pb.SampleLatentsResponse(
-                    block_index=block.block_index, latents=block.latents, timing=block.timing, seed=seed
-                )
-        finally:
-            await blocks.aclose()
+                services.metrics.watch_probes(block.probes)
+                found = {field.name: value for field, value in block.ListFields()}
+                yield pb.SampleLatentsResponse(**found, seed=seed)
 
 
 async def reconstruct(services: ServiceContext, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:

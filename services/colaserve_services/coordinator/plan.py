@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
-from colaserve_services.bounds import MAX_NEW_TOKENS, TOP_LOGPROBS, check
+from colaserve_services.bounds import MAX_NEW_TOKENS, PREVIEW_EVERY, TOP_LOGPROBS, check
 from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
 from colaserve_services.coordinator.stages import Model
@@ -60,6 +60,7 @@ async def plan_generation(services: ServiceContext, request: generation_pb2.Gene
     _check_fits(services.model, len(prompt_ids), budget, context + blocks * services.model.block_size)
     _check_stops(request.stop)
     check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
+    check(PREVIEW_EVERY, "preview_every", request.preview_every)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
     return Plan(
         request=request,

@@ -17,12 +17,18 @@ Patience = Callable[[asyncio.Future[None]], Awaitable[None]]
 
 class ReadAhead(Generic[T]):
     """`async with ReadAhead(stream) as ahead: item = await ahead.next()`. Leaving closes the stream and waits for
-    that. At most two items wait unread; `received` counts all that came.
+    that. At most two items wait unread; `received` counts those that came and are not passing.
 
-    `patience` is awaited with the handing over of an item, and may raise: the stream is then closed."""
+    `patience` is awaited with the handing over of an item, and may raise: the stream is then closed. A `passing` item
+    gives way to the next one, and is left out where another waits."""
 
-    def __init__(self, stream: AsyncGenerator[T, None], patience: Patience | None = None):
-        self._stream, self._patience = stream, patience
+    def __init__(
+        self,
+        stream: AsyncGenerator[T, None],
+        patience: Patience | None = None,
+        passing: Callable[[T], bool] = lambda item: False,
+    ):
+        self._stream, self._patience, self._passing = stream, patience, passing
         self._queue: asyncio.Queue[tuple[T] | Exception] = asyncio.Queue(maxsize=1)
         self.received = 0
 
@@ -64,11 +70,17 @@ class ReadAhead(Generic[T]):
 
     async def _read(self) -> None:
         end: Exception = EOFError("the stream has ended")
+        holds_passing = False  # where the queue holds anything
         try:
             async with aclosing(self._stream) as stream:
                 async for item in stream:
-                    self.received += 1
-                    await self._hand_over((item,))
+                    passing = self._passing(item)
+                    self.received += not passing
+                    if holds_passing and self._queue.full():
+                        self._queue.get_nowait()
+                    if not (passing and self._queue.full()):
+                        holds_passing = passing
+                        await self._hand_over((item,))
         except Exception as error:
             end = error
         except asyncio.CancelledError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ class PriorRun:
 
     `latents` (float32) are the given positions, `open_spans` those of them that are to be written; leading blocks
     without one are context. When the stream breaks it is opened again with the blocks so far as part of the canvas;
-    so it is when the run was preempted, for a much smaller one that waited or because nobody read it.
+    so it is when the run was preempted, for a much smaller one that waited or because nobody read it. Previews come
+    between the blocks; one that is malformed is left out.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class PriorRun:
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
         written: Sequence[types_pb2.Latents] = (),
+        preview_every: int = 0,
+        with_probes: bool = False,
     ):
         """`ticket`: of the call's slot. `on_wait` hears True when the run must wait for another replica, False when
         that writes. `written`: its first blocks, where it goes on with what another run began."""
@@ -51,10 +54,12 @@ class PriorRun:
         self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
         self.context = context_blocks(rows.count(latents), open_spans, self._model.block_size)  # blocks
         self._written = list(written)
+        self.steps_saved = 0  # of the blocks that came
+        self._preview_every, self._with_probes = preview_every, with_probes
         self._unread: Any = None  # the stream, while a block of it is handed over
 
     async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
-        """Each written block, in order."""
+        """Each written block, in order, and previews of the one under way."""
         self._attempts.call.preempt = self._preempt_unread
         with self._attempts:
             while len(self._written) < self._blocks:
@@ -64,7 +69,7 @@ class PriorRun:
                 try:
                     async with aclosing(self._stream()) as stream:
                         async for response in stream:
-                            yield self._keep(response)
+                            yield response if response.provisional else self._keep(response)
                 except STAGE_ERRORS as error:
                     self._on_wait(True)
                     await self._attempts.failed(error)
@@ -74,6 +79,11 @@ class PriorRun:
         call = stub.Sample(self.request(), timeout=self._attempts.call.left())
         try:
             async for response in call:
+                if response.provisional:
+                    if self._is_sound(response):
+                        self._on_wait(False)
+                        yield response
+                    continue
                 if len(self._written) == self._blocks:  # the run is complete
                     self._attempts.fault(StageFault("count", "it sent a block too many"))
                     return
@@ -92,6 +102,14 @@ class PriorRun:
                 raise StageFault("count", "it ended its stream before the last block")
         finally:
             call.cancel()
+
+    def _is_sound(self, preview: prior_pb2.SampleResponse) -> bool:
+        try:
+            checks.block(preview, len(self._written), self._model, self._attempts.call)
+        except StageFault as fault:
+            self._attempts.fault(fault)
+            return False
+        return True
 
     def _preempt_unread(self) -> None:
         if self._unread is not None:
@@ -118,6 +136,8 @@ class PriorRun:
             sampler=self._sampler,
             seed=self._seed,
             cache_salt=self._attempts.call.salt,
+            preview_every=self._preview_every,
+            with_probes=self._with_probes,
         )
 
     def _canvas(self) -> types_pb2.Latents:
@@ -142,6 +162,7 @@ class PriorRun:
 
     def _keep(self, response: prior_pb2.SampleResponse) -> prior_pb2.SampleResponse:
         self._written.append(response.latents)
+        self.steps_saved += response.steps_saved
         return response
 
 
@@ -162,15 +183,17 @@ class DecoderRun:
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
         patient: bool = False,
+        with_probes: bool = False,
     ):
         """`patient`: the call has made progress already, so it waits longer for a full decoder."""
         self._model, self._latents = services.model, [prefix]
         self._sampling, self._top, self._targets = sampling, top_logprobs, list(target_ids)
+        self._with_probes = with_probes
         self._max_latents = rows.count(prefix) + blocks * self._model.block_size
         self._attempts = Attempts(services, Ticket(call, "decoder", self._max_latents, resuming=patient))
         self._ids: list[int] = []  # sampled so far, untrimmed
         self._call: Any = None
-        self._decoding = self._let_go = False
+        self._decoding = self._let_go = self._preview_lost = False
 
     async def __aenter__(self) -> DecoderRun:
         return self
@@ -182,13 +205,33 @@ class DecoderRun:
 
     async def decode(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
         """The ids of the next block, B * P of them."""
-        self._decoding = True
-        try:
-            response = await self._answered(latents)
-        finally:
-            self._decoding = False
+        response = await self._undisturbed(self._answered(latents))
         self._latents.append(latents)
         self._ids += response.token_ids
+        self._preview_lost = False
+        return response
+
+    async def preview(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse | None:
+        """What the next block would become with these latents. None where the stage does not answer: the block finds
+        out why, and until it has come nothing is asked for again."""
+        if self._preview_lost:
+            return None
+        try:
+            return await self._undisturbed(self._exchange(decoder_pb2.DecodeRequest(preview=latents)))
+        except STAGE_ERRORS:
+            self._preview_lost = True
+            self._cancel()
+            return None
+
+    async def _undisturbed(
+        self, answering: Coroutine[Any, Any, decoder_pb2.DecodeResponse]
+    ) -> decoder_pb2.DecodeResponse:
+        """The answer; the session is let go after it at the earliest."""
+        self._decoding = True
+        try:
+            response = await answering
+        finally:
+            self._decoding = False
         if self._let_go:
             self._close()
         return response
@@ -206,7 +249,7 @@ class DecoderRun:
     async def _answered(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
         while True:
             try:
-                response = await self._exchange(latents)
+                response = await self._exchange(decoder_pb2.DecodeRequest(block=latents))
             except STAGE_ERRORS as error:
                 self._cancel()
                 await self._attempts.failed(error)
@@ -224,18 +267,21 @@ class DecoderRun:
             target_ids=self._targets[len(self._ids) :],
             max_latents=self._max_latents,
             cache_salt=self._attempts.call.salt,
+            with_probes=self._with_probes,
         )
 
-    async def _exchange(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
+    async def _exchange(self, request: decoder_pb2.DecodeRequest) -> decoder_pb2.DecodeResponse:
         try:
             if self._call is None:
                 await self._open()
-            await self._call.write(decoder_pb2.DecodeRequest(block=latents))
+            await self._call.write(request)
         except asyncio.InvalidStateError as error:  # it ended before: read tells how
             await self._read_end(error)
         response = await self._call.read()
         if response is grpc.aio.EOF:
             raise StageFault("count", "it ended its stream before the last block")
+        if response.provisional != request.HasField("preview"):
+            raise StageFault("count", "it took a preview for a block, or a block for a preview")
         self._check(response)
         return response
 

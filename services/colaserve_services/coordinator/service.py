@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
+from operator import attrgetter, methodcaller
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
@@ -36,13 +37,16 @@ def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
     return serve
 
 
-def _streaming(work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]]) -> Any:
-    """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away."""
+def _streaming(
+    work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]], is_preview: Callable[[Any], bool]
+) -> Any:
+    """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away. A slow one
+    misses previews."""
 
     async def serve(self: Servicer, request: Any, context: Any) -> AsyncIterator[Any]:
         services, call = (await self.connected()).services, Call.of(context)
         responses = work(services, request, call)
-        async with ReadAhead(responses, partial(services.admission.read_in_time, call)) as ahead:
+        async with ReadAhead(responses, partial(services.admission.read_in_time, call), is_preview) as ahead:
             async for response in ahead:
                 yield response
 
@@ -73,7 +77,7 @@ async def detokenize(
 class GenerationServicer(Servicer, generation_pb2_grpc.GenerationServiceServicer):
     """Text in, text out."""
 
-    Generate = _streaming(generation.generate)
+    Generate = _streaming(generation.generate, methodcaller("HasField", "preview"))
     Tokenize = _unary(tokenize)
     Detokenize = _unary(detokenize)
 
@@ -89,7 +93,7 @@ class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
 
     EncodeText = _unary(latent_space.encode_text)
     DecodeLatents = _unary(latent_space.decode_latents)
-    SampleLatents = _streaming(latent_space.sample_latents)
+    SampleLatents = _streaming(latent_space.sample_latents, attrgetter("provisional"))
     Interpolate = _unary(interpolation.interpolate)
     Infill = _unary(infill.infill)
     Reconstruct = _unary(latent_space.reconstruct)

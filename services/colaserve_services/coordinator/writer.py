@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from colaserve.v1 import types_pb2
@@ -75,6 +76,12 @@ class Writer:
                 break
         piece.tokens = self._release()
         return piece
+
+    def preview(self, ids: Sequence[int]) -> str:
+        """What the text would go on with after all that `append` has returned, if these were the next block's ids. It
+        takes nothing in, and looks for no stop string."""
+        new = [*takewhile(lambda id_: id_ not in self._end_ids, ids[self._skip :])][: self._budget - self._seen]
+        return self._stops.held + self._detokenizer.peek([id_ for id_ in new if id_ not in self._unprinted])
 
     def _take(self, id_: int, logprob: float, top: Any) -> str:
         text = "" if id_ in self._unprinted else self._detokenizer.push(id_)

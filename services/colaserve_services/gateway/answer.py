@@ -75,7 +75,8 @@ class Answer:
         texts = [TokenTexts(self.backend) for _ in self.calls]
 
         async def take(index: int, message: GenerateResponse) -> None:
-            self.record.saw_block()
+            if not message.HasField("preview"):
+                self.record.saw_block()
             await texts[index].fill_in(message)
             if self.dialect.body.stream:
                 for event in self.dialect.events(index, message):

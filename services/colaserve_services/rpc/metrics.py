@@ -23,6 +23,7 @@ from colaserve_services.rpc.settings import MetricsSettings
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 BLOCK_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30)
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+PROBES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1.5, 2, 3, 5, 8, 12, 30, 100)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 CACHED_SECONDS = 1.0  # that the text of all metrics is kept
@@ -112,6 +113,12 @@ class Metrics:
         self.inter_block = self._histogram(
             "inter_block_seconds", "Seconds between two blocks of a generation.", BLOCK_SECONDS
         )
+        self.probe = self._histogram(
+            "probe",
+            "Probes of blocks whose requests asked for them: norm, distance, drift, disagreement, entropy (nats) or "
+            "end_probability.",
+            PROBES, "probe",
+        )  # fmt: skip
         self.wasted_blocks = self._counter(
             "wasted_blocks_total", "Blocks that the prior wrote after the end of a text was found."
         )
@@ -127,6 +134,11 @@ class Metrics:
             "model (another checkpoint) or refused (what the coordinator had checked).",
             "stage", "kind",
         )  # fmt: skip
+
+    def watch_probes(self, probes: Any) -> None:
+        """Count those that are set."""
+        for field, value in probes.ListFields():
+            self.probe.labels(field.name).observe(value)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(*self._listed("counter", name, text, labels), registry=self.registry)

@@ -47,7 +47,11 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest; incomplete bytes become U+FFFD. Nothing may be pushed afterwards."""
-        return self._decode([*self._last, *self._held]).removeprefix(self._decode(self._last))
+        return self.peek(())
+
+    def peek(self, token_ids: Sequence[int]) -> str:
+        """The rest if the text ended with these ids, none of which is taken in; incomplete bytes become U+FFFD."""
+        return self._decode([*self._last, *self._held, *token_ids]).removeprefix(self._decode(self._last))
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._library.decode(ids, skip_special_tokens=False)

@@ -37,6 +37,11 @@ class StopStrings:
         self.hit: Hit | None = None
         self.ended = False
 
+    @property
+    def held(self) -> str:
+        """The end of what was pushed, which is not let through yet."""
+        return self._tail
+
     def push(self, text: str) -> str:
         """Take text in; return the text that is certain to come before any stop string. Nothing after the end."""
         if self.ended:

@@ -104,6 +104,7 @@ class FakeEncoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):
 
 class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
     extra = 0  # blocks beyond those that it is asked for
+    turns: asyncio.Semaphore | None = None  # one is taken for every answer; None: as fast as it goes
 
     async def GetInfo(self, request: Any, context: Any) -> Any:
         return self.info(prior_pb2.PriorServiceGetInfoResponse)
@@ -132,13 +133,30 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
                 for row in range(size):
                     if start + row < len(canvas) and start + row not in opened:
                         block[row] = canvas[start + row]
+                for look in self.looks(request, index, block):
+                    if self.turns:
+                        await self.turns.acquire()
+                    yield self.spoiled(look, call)
                 past = np.concatenate([past, block])
                 timing = types_pb2.Timing(queue_us=10, compute_us=20)
                 latents = arrays.latents_to_message(block, SPACE)
-                response = prior_pb2.SampleResponse(block_index=index, latents=latents, timing=timing)
+                response = prior_pb2.SampleResponse(block_index=index, latents=latents, timing=timing, step=4)
+                if request.with_probes:
+                    response.probes.MergeFrom(types_pb2.Probes(norm=index + 0.5, drift=0))
+                if self.turns:
+                    await self.turns.acquire()
                 yield self.spoiled(response, call)
         finally:
             self.running -= 1
+
+    def looks(
+        self, request: prior_pb2.SampleRequest, index: int, block: np.ndarray
+    ) -> Iterable[prior_pb2.SampleResponse]:
+        """Previews of a block of four steps; that of the last is the block itself."""
+        every = request.preview_every or 5
+        for step in range(every, 5, every):
+            latents = arrays.latents_to_message(block * (step / 4), SPACE)
+            yield prior_pb2.SampleResponse(block_index=index, latents=latents, provisional=True, step=step)
 
 
 class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
@@ -162,18 +180,23 @@ class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
                 if fault and fault[0] == number:
                     await self.fail(fault[1], context)
                 number += 1
-                past = np.concatenate([past, arrays.latents_from_message(request.block, "block", D, SPACE)])
-                assert len(past) <= opening.max_latents
-                new = self.draw(past, ids, opening.sampling.seed)
-                ids += new
-                here, targets = targets[: len(new)], targets[len(new) :]
+                look = request.HasField("preview")
+                latents = arrays.latents_from_message(request.preview if look else request.block, "block", D, SPACE)
+                whole = np.concatenate([past, latents])
+                assert len(whole) <= opening.max_latents
+                new = self.draw(whole, ids, opening.sampling.seed)
+                here, block_index = targets[: len(new)], self.index(len(ids))
+                if not look:
+                    past, ids, targets = whole, ids + new, targets[len(new) :]
                 response = decoder_pb2.DecodeResponse(
                     token_ids=new,
                     logprobs=[-id_ / 100 for id_ in new],
                     top_logprobs=[self.top(id_, opening.top_logprobs) for id_ in new] if opening.top_logprobs else (),
                     target_logprobs=[-1.0 if ours == theirs else -3.0 for ours, theirs in zip(new, here, strict=False)],
                     timing=types_pb2.Timing(queue_us=100, compute_us=200),
-                    block_index=self.index(len(ids) - len(new)),
+                    block_index=block_index,
+                    provisional=look,
+                    probes=types_pb2.Probes(entropy=1.5, end_probability=0.25) if opening.with_probes else None,
                 )
                 yield self.spoiled(response, call)
         finally:

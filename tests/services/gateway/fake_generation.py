@@ -19,6 +19,9 @@ from colaserve_services.rpc.requests import value
 BLOCK = 4  # tokens
 SAYS = " Paris, of course. It lies on the Seine, and 日本 is far."
 END_ID = 256
+LATENTS = types_pb2.Latents(
+    values=types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=[2, 1], data=b"\0\0\x80\x3f\0\0\0\x40")  # 1 and 2
+)
 
 
 @dataclass
@@ -88,7 +91,14 @@ class FakeGeneration(GenerationServiceServicer):
         for number, start in enumerate(starts):
             await self._wait(number)
             block = ids[start : start + BLOCK]
+            if request.preview_every:
+                latents = LATENTS if request.with_latents else None
+                yield pb.GenerateResponse(preview=pb.Preview(block_index=number, step=2, text="?", latents=latents))
             response = self._response(request, block, decoder.decode(bytes(block)))
+            if request.with_latents:
+                response.latents.CopyFrom(LATENTS)
+            if request.with_probes:
+                response.probes.MergeFrom(types_pb2.Probes(norm=1.25, entropy=0.1, end_probability=0))
             response.text_offsets.extend(offsets[start : start + BLOCK])
             if start == starts[-1] and not self.ends_without_reason:
                 response.finish_reason, response.stop_string = reason, stop

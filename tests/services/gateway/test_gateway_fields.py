@@ -75,7 +75,13 @@ MADE = {
         ({"logprobs": False, "top_logprobs": 0}, GenerateRequest()),
         ({"logprobs": True, "top_logprobs": 4}, GenerateRequest(top_logprobs=4)),
     ],
-    COMPLETIONS: [*BOTH, ({"logprobs": 3}, GenerateRequest(top_logprobs=3))],
+    COMPLETIONS: [
+        *BOTH,
+        ({"logprobs": 3}, GenerateRequest(top_logprobs=3)),
+        ({"stream": True, "preview_every": 3}, GenerateRequest(preview_every=3)),
+        ({"stream": True, "with_probes": True}, GenerateRequest(with_probes=True)),
+        ({"stream": True, "with_latents": True}, GenerateRequest(with_latents=True)),
+    ],
     RESPONSES: [*ALL, ({"max_output_tokens": 5}, GenerateRequest(max_new_tokens=5))],
     MESSAGES: [
         *ALL,
@@ -164,6 +170,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, "prompt"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
+    *[(COMPLETIONS, fields, next(iter(fields))) for fields in [
+        {"preview_every": 1001, "stream": True}, {"preview_every": True, "stream": True}, {"with_latents": 1},
+        {"preview_every": 1}, {"with_probes": True}, {"with_latents": True},
+        {"with_probes": True, "stream": True, "suffix": "end"},
+    ]],
+    (CHAT, {"preview_every": 1, "stream": True}, "preview_every"),
     (CHAT, {"suffix": "end"}, "suffix"),
     *[(RESPONSES, fields, next(iter(fields))) for fields in [
         {"input": []}, {"input": 3}, {"input": None}, {"store": True}, {"previous_response_id": "resp_1"},

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from colaserve.v1 import types_pb2 as colaserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!colaserve/v1/latent_service.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"9\n\x11\x45ncodeTextRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x15\n\rwith_variance\x18\x02 \x01(\x08\"i\n\x12\x45ncodeTextResponse\x12-\n\tencodings\x18\x01 \x03(\x0b\x32\x1a.colaserve.v1.TextEncoding\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x85\x01\n\x0cTextEncoding\x12&\n\x07latents\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12*\n\x0clog_variance\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Tensor\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\t\"\xbd\x01\n\x14\x44\x65\x63odeLatentsRequest\x12&\n\x07latents\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12(\n\x08sampling\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12\x19\n\x0ctop_logprobs\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x12\n\ntarget_ids\x18\x04 \x03(\r\x12\x13\n\x0btoken_count\x18\x05 \x01(\rB\x0f\n\r_top_logprobs\"\xca\x01\n\x15\x44\x65\x63odeLatentsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12\x17\n\x0ftarget_logprobs\x18\x05 \x03(\x02\x12$\n\x06timing\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x0e\n\x06tokens\x18\x07 \x03(\t\"\xb4\x01\n\x14SampleLatentsRequest\x12%\n\x06prefix\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x12\n\nmax_blocks\x18\x02 \x01(\r\x12&\n\x07sampler\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12%\n\x04seed\x18\x04 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x12\n\ncache_salt\x18\x05 \x01(\t\"\xa1\x01\n\x15SampleLatentsResponse\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12%\n\x04seed\x18\x04 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\"M\n\x08\x45ndpoint\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.LatentsH\x00\x42\x07\n\x05point\"\xce\x01\n\x12InterpolateRequest\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x16.colaserve.v1.Endpoint\x12#\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.Endpoint\x12\x0e\n\x06points\x18\x03 \x01(\r\x12\x32\n\rinterpolation\x18\x04 \x01(\x0e\x32\x1b.colaserve.v1.Interpolation\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.colaserve.v1.Sampling\"m\n\x13InterpolateResponse\x12\x30\n\x06points\x18\x01 \x03(\x0b\x32 .colaserve.v1.InterpolationPoint\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"}\n\x12InterpolationPoint\x12\x0e\n\x06weight\x18\x01 \x01(\x02\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0e\n\x06tokens\x18\x05 \x03(\t\"A\n\rInfillSegment\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0btoken_count\x18\x02 \x01(\rH\x00\x42\t\n\x07segment\"\xcb\x01\n\rInfillRequest\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.colaserve.v1.InfillSegment\x12&\n\x07sampler\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12%\n\x04seed\x18\x04 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x12\n\ncache_salt\x18\x05 \x01(\t\"\xf8\x01\n\x0eInfillResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x10\n\x08segments\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.colaserve.v1.Usage\x12%\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12$\n\x06timing\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x32\n\x0e\x66inish_reasons\x18\x07 \x03(\x0e\x32\x1a.colaserve.v1.FinishReason\x12\x0e\n\x06tokens\x18\x08 \x03(\t\"#\n\x12ReconstructRequest\x12\r\n\x05texts\x18\x01 \x03(\t\"r\n\x13ReconstructResponse\x12\x35\n\x0freconstructions\x18\x01 \x03(\x0b\x32\x1c.colaserve.v1.Reconstruction\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x87\x01\n\x0eReconstruction\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0coriginal_ids\x18\x03 \x03(\r\x12\x16\n\x0etoken_accuracy\x18\x04 \x01(\x02\x12\x16\n\x0e\x62its_per_token\x18\x05 \x01(\x02\x12\x0e\n\x06tokens\x18\x06 \x03(\t\"n\n\x0fLogprobsRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x03ids\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.TokenIds\x12\x14\n\x0ctop_logprobs\x18\x03 \x01(\r\x12\x12\n\ncache_salt\x18\x04 \x01(\t\"\xc2\x01\n\x10LogprobsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12\x0e\n\x06tokens\x18\x05 \x03(\t\x12\x14\n\x0ctext_offsets\x18\x06 \x03(\r\x12$\n\x06timing\x18\x07 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x1d\n\x1bLatentServiceGetInfoRequest\"\xa6\x01\n\x1cLatentServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo*_\n\rInterpolation\x12\x1d\n\x19INTERPOLATION_UNSPECIFIED\x10\x00\x12\x16\n\x12INTERPOLATION_LERP\x10\x01\x12\x17\n\x13INTERPOLATION_SLERP\x10\x02\x32\xb0\x05\n\rLatentService\x12O\n\nEncodeText\x12\x1f.colaserve.v1.EncodeTextRequest\x1a .colaserve.v1.EncodeTextResponse\x12X\n\rDecodeLatents\x12\".colaserve.v1.DecodeLatentsRequest\x1a#.colaserve.v1.DecodeLatentsResponse\x12Z\n\rSampleLatents\x12\".colaserve.v1.SampleLatentsRequest\x1a#.colaserve.v1.SampleLatentsResponse0\x01\x12R\n\x0bInterpolate\x12 .colaserve.v1.InterpolateRequest\x1a!.colaserve.v1.InterpolateResponse\x12\x43\n\x06Infill\x12\x1b.colaserve.v1.InfillRequest\x1a\x1c.colaserve.v1.InfillResponse\x12R\n\x0bReconstruct\x12 .colaserve.v1.ReconstructRequest\x1a!.colaserve.v1.ReconstructResponse\x12I\n\x08Logprobs\x12\x1d.colaserve.v1.LogprobsRequest\x1a\x1e.colaserve.v1.LogprobsResponse\x12`\n\x07GetInfo\x12).colaserve.v1.LatentServiceGetInfoRequest\x1a*.colaserve.v1.LatentServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!colaserve/v1/latent_service.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"9\n\x11\x45ncodeTextRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x15\n\rwith_variance\x18\x02 \x01(\x08\"i\n\x12\x45ncodeTextResponse\x12-\n\tencodings\x18\x01 \x03(\x0b\x32\x1a.colaserve.v1.TextEncoding\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x85\x01\n\x0cTextEncoding\x12&\n\x07latents\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12*\n\x0clog_variance\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Tensor\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\t\"\xbd\x01\n\x14\x44\x65\x63odeLatentsRequest\x12&\n\x07latents\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12(\n\x08sampling\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12\x19\n\x0ctop_logprobs\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x12\n\ntarget_ids\x18\x04 \x03(\r\x12\x13\n\x0btoken_count\x18\x05 \x01(\rB\x0f\n\r_top_logprobs\"\xca\x01\n\x15\x44\x65\x63odeLatentsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12\x17\n\x0ftarget_logprobs\x18\x05 \x03(\x02\x12$\n\x06timing\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x0e\n\x06tokens\x18\x07 \x03(\t\"\xf7\x01\n\x14SampleLatentsRequest\x12%\n\x06prefix\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x12\n\nmax_blocks\x18\x02 \x01(\r\x12&\n\x07sampler\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12%\n\x04seed\x18\x04 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x1a\n\rpreview_every\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bwith_probes\x18\x07 \x01(\x08\x42\x10\n\x0e_preview_every\"\xff\x01\n\x15SampleLatentsResponse\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12%\n\x04seed\x18\x04 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x13\n\x0bprovisional\x18\x05 \x01(\x08\x12\x0c\n\x04step\x18\x06 \x01(\r\x12$\n\x06probes\x18\x07 \x01(\x0b\x32\x14.colaserve.v1.Probes\x12\x13\n\x0bsteps_saved\x18\x08 \x01(\r\"M\n\x08\x45ndpoint\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.LatentsH\x00\x42\x07\n\x05point\"\xce\x01\n\x12InterpolateRequest\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x16.colaserve.v1.Endpoint\x12#\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.Endpoint\x12\x0e\n\x06points\x18\x03 \x01(\r\x12\x32\n\rinterpolation\x18\x04 \x01(\x0e\x32\x1b.colaserve.v1.Interpolation\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.colaserve.v1.Sampling\"m\n\x13InterpolateResponse\x12\x30\n\x06points\x18\x01 \x03(\x0b\x32 .colaserve.v1.InterpolationPoint\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"}\n\x12InterpolationPoint\x12\x0e\n\x06weight\x18\x01 \x01(\x02\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0e\n\x06tokens\x18\x05 \x03(\t\"A\n\rInfillSegment\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0btoken_count\x18\x02 \x01(\rH\x00\x42\t\n\x07segment\"\xcb\x01\n\rInfillRequest\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.colaserve.v1.InfillSegment\x12&\n\x07sampler\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12%\n\x04seed\x18\x04 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x12\n\ncache_salt\x18\x05 \x01(\t\"\xf8\x01\n\x0eInfillResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x10\n\x08segments\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.colaserve.v1.Usage\x12%\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12$\n\x06timing\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x32\n\x0e\x66inish_reasons\x18\x07 \x03(\x0e\x32\x1a.colaserve.v1.FinishReason\x12\x0e\n\x06tokens\x18\x08 \x03(\t\"#\n\x12ReconstructRequest\x12\r\n\x05texts\x18\x01 \x03(\t\"r\n\x13ReconstructResponse\x12\x35\n\x0freconstructions\x18\x01 \x03(\x0b\x32\x1c.colaserve.v1.Reconstruction\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x87\x01\n\x0eReconstruction\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0coriginal_ids\x18\x03 \x03(\r\x12\x16\n\x0etoken_accuracy\x18\x04 \x01(\x02\x12\x16\n\x0e\x62its_per_token\x18\x05 \x01(\x02\x12\x0e\n\x06tokens\x18\x06 \x03(\t\"n\n\x0fLogprobsRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x03ids\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.TokenIds\x12\x14\n\x0ctop_logprobs\x18\x03 \x01(\r\x12\x12\n\ncache_salt\x18\x04 \x01(\t\"\xc2\x01\n\x10LogprobsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12\x0e\n\x06tokens\x18\x05 \x03(\t\x12\x14\n\x0ctext_offsets\x18\x06 \x03(\r\x12$\n\x06timing\x18\x07 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x1d\n\x1bLatentServiceGetInfoRequest\"\xa6\x01\n\x1cLatentServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo*_\n\rInterpolation\x12\x1d\n\x19INTERPOLATION_UNSPECIFIED\x10\x00\x12\x16\n\x12INTERPOLATION_LERP\x10\x01\x12\x17\n\x13INTERPOLATION_SLERP\x10\x02\x32\xb0\x05\n\rLatentService\x12O\n\nEncodeText\x12\x1f.colaserve.v1.EncodeTextRequest\x1a .colaserve.v1.EncodeTextResponse\x12X\n\rDecodeLatents\x12\".colaserve.v1.DecodeLatentsRequest\x1a#.colaserve.v1.DecodeLatentsResponse\x12Z\n\rSampleLatents\x12\".colaserve.v1.SampleLatentsRequest\x1a#.colaserve.v1.SampleLatentsResponse0\x01\x12R\n\x0bInterpolate\x12 .colaserve.v1.InterpolateRequest\x1a!.colaserve.v1.InterpolateResponse\x12\x43\n\x06Infill\x12\x1b.colaserve.v1.InfillRequest\x1a\x1c.colaserve.v1.InfillResponse\x12R\n\x0bReconstruct\x12 .colaserve.v1.ReconstructRequest\x1a!.colaserve.v1.ReconstructResponse\x12I\n\x08Logprobs\x12\x1d.colaserve.v1.LogprobsRequest\x1a\x1e.colaserve.v1.LogprobsResponse\x12`\n\x07GetInfo\x12).colaserve.v1.LatentServiceGetInfoRequest\x1a*.colaserve.v1.LatentServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colaserve.v1.latent_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INTERPOLATION']._serialized_start=2973
-  _globals['_INTERPOLATION']._serialized_end=3068
+  _globals['_INTERPOLATION']._serialized_start=3134
+  _globals['_INTERPOLATION']._serialized_end=3229
   _globals['_ENCODETEXTREQUEST']._serialized_start=77
   _globals['_ENCODETEXTREQUEST']._serialized_end=134
   _globals['_ENCODETEXTRESPONSE']._serialized_start=136
@@ -45,37 +45,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODELATENTSRESPONSE']._serialized_start=572
   _globals['_DECODELATENTSRESPONSE']._serialized_end=774
   _globals['_SAMPLELATENTSREQUEST']._serialized_start=777
-  _globals['_SAMPLELATENTSREQUEST']._serialized_end=957
-  _globals['_SAMPLELATENTSRESPONSE']._serialized_start=960
-  _globals['_SAMPLELATENTSRESPONSE']._serialized_end=1121
-  _globals['_ENDPOINT']._serialized_start=1123
-  _globals['_ENDPOINT']._serialized_end=1200
-  _globals['_INTERPOLATEREQUEST']._serialized_start=1203
-  _globals['_INTERPOLATEREQUEST']._serialized_end=1409
-  _globals['_INTERPOLATERESPONSE']._serialized_start=1411
-  _globals['_INTERPOLATERESPONSE']._serialized_end=1520
-  _globals['_INTERPOLATIONPOINT']._serialized_start=1522
-  _globals['_INTERPOLATIONPOINT']._serialized_end=1647
-  _globals['_INFILLSEGMENT']._serialized_start=1649
-  _globals['_INFILLSEGMENT']._serialized_end=1714
-  _globals['_INFILLREQUEST']._serialized_start=1717
-  _globals['_INFILLREQUEST']._serialized_end=1920
-  _globals['_INFILLRESPONSE']._serialized_start=1923
-  _globals['_INFILLRESPONSE']._serialized_end=2171
-  _globals['_RECONSTRUCTREQUEST']._serialized_start=2173
-  _globals['_RECONSTRUCTREQUEST']._serialized_end=2208
-  _globals['_RECONSTRUCTRESPONSE']._serialized_start=2210
-  _globals['_RECONSTRUCTRESPONSE']._serialized_end=2324
-  _globals['_RECONSTRUCTION']._serialized_start=2327
-  _globals['_RECONSTRUCTION']._serialized_end=2462
-  _globals['_LOGPROBSREQUEST']._serialized_start=2464
-  _globals['_LOGPROBSREQUEST']._serialized_end=2574
-  _globals['_LOGPROBSRESPONSE']._serialized_start=2577
-  _globals['_LOGPROBSRESPONSE']._serialized_end=2771
-  _globals['_LATENTSERVICEGETINFOREQUEST']._serialized_start=2773
-  _globals['_LATENTSERVICEGETINFOREQUEST']._serialized_end=2802
-  _globals['_LATENTSERVICEGETINFORESPONSE']._serialized_start=2805
-  _globals['_LATENTSERVICEGETINFORESPONSE']._serialized_end=2971
-  _globals['_LATENTSERVICE']._serialized_start=3071
-  _globals['_LATENTSERVICE']._serialized_end=3759
+  _globals['_SAMPLELATENTSREQUEST']._serialized_end=1024
+  _globals['_SAMPLELATENTSRESPONSE']._serialized_start=1027
+  _globals['_SAMPLELATENTSRESPONSE']._serialized_end=1282
+  _globals['_ENDPOINT']._serialized_start=1284
+  _globals['_ENDPOINT']._serialized_end=1361
+  _globals['_INTERPOLATEREQUEST']._serialized_start=1364
+  _globals['_INTERPOLATEREQUEST']._serialized_end=1570
+  _globals['_INTERPOLATERESPONSE']._serialized_start=1572
+  _globals['_INTERPOLATERESPONSE']._serialized_end=1681
+  _globals['_INTERPOLATIONPOINT']._serialized_start=1683
+  _globals['_INTERPOLATIONPOINT']._serialized_end=1808
+  _globals['_INFILLSEGMENT']._serialized_start=1810
+  _globals['_INFILLSEGMENT']._serialized_end=1875
+  _globals['_INFILLREQUEST']._serialized_start=1878
+  _globals['_INFILLREQUEST']._serialized_end=2081
+  _globals['_INFILLRESPONSE']._serialized_start=2084
+  _globals['_INFILLRESPONSE']._serialized_end=2332
+  _globals['_RECONSTRUCTREQUEST']._serialized_start=2334
+  _globals['_RECONSTRUCTREQUEST']._serialized_end=2369
+  _globals['_RECONSTRUCTRESPONSE']._serialized_start=2371
+  _globals['_RECONSTRUCTRESPONSE']._serialized_end=2485
+  _globals['_RECONSTRUCTION']._serialized_start=2488
+  _globals['_RECONSTRUCTION']._serialized_end=2623
+  _globals['_LOGPROBSREQUEST']._serialized_start=2625
+  _globals['_LOGPROBSREQUEST']._serialized_end=2735
+  _globals['_LOGPROBSRESPONSE']._serialized_start=2738
+  _globals['_LOGPROBSRESPONSE']._serialized_end=2932
+  _globals['_LATENTSERVICEGETINFOREQUEST']._serialized_start=2934
+  _globals['_LATENTSERVICEGETINFOREQUEST']._serialized_end=2963
+  _globals['_LATENTSERVICEGETINFORESPONSE']._serialized_start=2966
+  _globals['_LATENTSERVICEGETINFORESPONSE']._serialized_end=3132
+  _globals['_LATENTSERVICE']._serialized_start=3232
+  _globals['_LATENTSERVICE']._serialized_end=3920
 # @@protoc_insertion_point(module_scope)

@@ -77,30 +77,42 @@ class DecodeLatentsResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SampleLatentsRequest(_message.Message):
-    __slots__ = ("prefix", "max_blocks", "sampler", "seed", "cache_salt")
+    __slots__ = ("prefix", "max_blocks", "sampler", "seed", "cache_salt", "preview_every", "with_probes")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    WITH_PROBES_FIELD_NUMBER: _ClassVar[int]
     prefix: _types_pb2.Latents
     max_blocks: int
     sampler: _types_pb2.Sampler
     seed: _types_pb2.NoiseSeed
     cache_salt: str
-    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., max_blocks: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    preview_every: int
+    with_probes: bool
+    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., max_blocks: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., cache_salt: _Optional[str] = ..., preview_every: _Optional[int] = ..., with_probes: bool = ...) -> None: ...
 
 class SampleLatentsResponse(_message.Message):
-    __slots__ = ("block_index", "latents", "timing", "seed")
+    __slots__ = ("block_index", "latents", "timing", "seed", "provisional", "step", "probes", "steps_saved")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_SAVED_FIELD_NUMBER: _ClassVar[int]
     block_index: int
     latents: _types_pb2.Latents
     timing: _types_pb2.Timing
     seed: _types_pb2.NoiseSeed
-    def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ...) -> None: ...
+    provisional: bool
+    step: int
+    probes: _types_pb2.Probes
+    steps_saved: int
+    def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., provisional: bool = ..., step: _Optional[int] = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ..., steps_saved: _Optional[int] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("text", "latents")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired
@@ -10,13 +11,23 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from colaserve.v1 import types_pb2
-from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse, Preview
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment, LogprobsRequest
+from colaserve_client.arrays import shortest
 from colaserve_client.results import FinishReason
+from colaserve_client.settings import GenerationRequest
 from colaserve_services.bounds import FINISH_REASONS
 from colaserve_services.gateway.backend import Backend, Info
 from colaserve_services.gateway.dialects.base import Start, Usage
-from colaserve_services.gateway.dialects.fields import UINT32, Text, TokenIds, at_most, set_sampling
+from colaserve_services.gateway.dialects.fields import (
+    EACH_BLOCK,
+    UINT32,
+    Text,
+    TokenIds,
+    at_most,
+    set_sampling,
+    with_settings,
+)
 from colaserve_services.gateway.dialects.logprobs import positions_of
 from colaserve_services.gateway.dialects.openai import (
     MOST_LOGPROBS,
@@ -34,9 +45,11 @@ _BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill canno
     "stop": (None, []),
     "ignore_eos": (None, False),
     "skip_special_tokens": (None, True),
+    **dict.fromkeys(EACH_BLOCK, (None, 0, False)),
 }
 
 
+@with_settings(GenerationRequest, only=EACH_BLOCK)
 class CompletionRequest(ChoiceFields):
     """POST /v1/completions."""
 
@@ -79,11 +92,26 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
+class CompletionPreview(TypedDict):
+    """The block under way as it would be if the prior stopped after `step` steps; `text` continues what was sent."""
+
+    block_index: int
+    step: int
+    text: str
+    latents: NotRequired[str]
+
+
 class CompletionChoice(TypedDict):
+    """In a stream also, on request: a preview, beside an empty text, or the probes and the latents of a block. Latents
+    are base64 of float32, little-endian, (B, d)."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    preview: NotRequired[CompletionPreview]
+    probes: NotRequired[dict[str, float]]
+    latents: NotRequired[str]
 
 
 class Completion(TypedDict):
@@ -112,6 +140,9 @@ class Completions(ChoiceDialect[CompletionRequest]):
         if body.best_of not in (None, body.choices()):
             what = f"got {body.best_of}, expected the value of n, {body.choices()}"
             raise invalid("best_of", what, "unsupported_parameter")
+        for name in EACH_BLOCK:
+            if getattr(body, name) and not body.stream:
+                raise invalid(name, "needs stream to be true")
         if body.max_tokens == 0 and not body.echo:
             raise invalid("max_tokens", "got 0, which needs echo: otherwise there would be no text")
 
@@ -134,8 +165,9 @@ class Completions(ChoiceDialect[CompletionRequest]):
         return {"index": index, "text": message.text, "logprobs": logprobs, "finish_reason": reason}
 
     def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
-        if message.text or message.logprobs or message.finish_reason:
-            yield self.choice(index, message)
+        more = _of_block(message)
+        if message.text or message.logprobs or message.finish_reason or more:
+            yield {**self.choice(index, message), **more}
 
     async def _echoed(
         self, backend: Backend, prompt: GenerateRequest, start: Start, sample: int, deadline: float
@@ -166,6 +198,21 @@ class Completions(ChoiceDialect[CompletionRequest]):
                 request.ids.CopyFrom(prompt.prompt_ids)
             return await backend.logprobs(request, deadline)
         return GenerateResponse(text=(await backend.detokenize(ids)).text if ids else prompt.prompt)
+
+
+def _of_block(message: GenerateResponse) -> dict[str, Any]:
+    """What comes with a block, or a preview, on request."""
+    found: dict[str, Any] = {}
+    if message.HasField("preview"):
+        look = message.preview
+        found["preview"] = {"block_index": look.block_index, "step": look.step, "text": look.text, **_latents(look)}
+    if message.HasField("probes"):
+        found["probes"] = {field.name: shortest(value) for field, value in message.probes.ListFields()}
+    return found | _latents(message)
+
+
+def _latents(message: GenerateResponse | Preview) -> dict[str, str]:
+    return {"latents": b64encode(message.latents.values.data).decode()} if message.HasField("latents") else {}
 
 
 def _completion_logprobs(message: GenerateResponse) -> CompletionLogprobs:

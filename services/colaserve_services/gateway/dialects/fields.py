@@ -24,6 +24,7 @@ from colaserve_services.gateway.errors import invalid
 MOST_MESSAGES: Final = 2_048  # also parts of one message
 MOST_IDS: Final = 131_072  # of one prompt
 MOST_PROBES: Final = 16
+EACH_BLOCK: Final = ("preview_every", "with_probes", "with_latents")  # settings whose answers come block by block
 UINT32: Final = 2**32 - 1
 NAMES: Final[set[str]] = set()  # of all fields of all requests
 
@@ -66,11 +67,13 @@ class Strict(BaseModel):
         NAMES.update(cls.model_fields)
 
 
-def with_settings(*kinds: type) -> Callable[[type[M]], type[M]]:
-    """Class decorator: a field for each request setting of the dataclasses that the schema does not declare itself."""
+def with_settings(*kinds: type, only: Sequence[str] = ()) -> Callable[[type[M]], type[M]]:
+    """Class decorator: a field for each request setting of the dataclasses that the schema does not declare itself, or
+    for those named."""
 
     def decorate(model: type[M]) -> type[M]:
-        table = {name: field for name, field in flat_fields(*kinds).items() if name not in model.model_fields}
+        found = flat_fields(*kinds)
+        table = {name: found[name] for name in only or found if name not in model.model_fields}
         own: Any = {name: (_kind(field), Field(None, description=field.doc)) for name, field in table.items()}
         made: type[M] = create_model(
             model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **own
@@ -165,6 +168,9 @@ def generate_request(prompt: GenerateRequest, fields: GenerationFields, sample: 
     request.ignore_end = bool(fields.ignore_eos)
     request.print_special = fields.skip_special_tokens is False
     request.cache_salt = fields.cache_salt or ""
+    for name in EACH_BLOCK:
+        if value := getattr(fields, name, None):
+            setattr(request, name, value)
     set_sampling(request, fields)
     return request
 
