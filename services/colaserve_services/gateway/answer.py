@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,66 +31,67 @@ _EVENT_HEADERS: Final = (
     (b"x-accel-buffering", b"no"),  # asks nginx not to gather events
 )
 
-StartCall = Callable[[float], AsyncIterator[GenerateResponse]]  # with its deadline in time.monotonic() seconds
+StartCall = Callable[[float], AsyncIterator[Any]]  # with its deadline in time.monotonic() seconds
 M = TypeVar("M")
 
 
 @dataclass
-class Answer:
-    """The answer to a request for generations. When it ends early, also because the client went away, all calls that
-    still run are cancelled."""
+class CallsAnswer(ABC):
+    """The answer to a request that runs calls of the coordinator. When it ends early, also because the client went
+    away, all calls that still run are cancelled."""
 
     backend: Backend
     bounds: Bounds
     record: RequestRecord
-    calls: Sequence[StartCall]  # choice i of prompt p is number p * per_prompt + i
-    per_prompt: int
-    dialect: Dialect[Any]
     deadline: float  # time.monotonic() seconds
+    calls: Sequence[StartCall]
+    streaming: bool  # it is a stream of events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = EventStream(send)
         end = asyncio.get_running_loop().time() + self.deadline - time.monotonic()
+        calls = [partial(start, self.deadline) for start in self.calls]
+
+        async def take(index: int, message: Any) -> None:
+            for event in await self.take(index, message):
+                await self._read_in_time(events.send(event))
+
         try:
             async with asyncio.timeout_at(end):
-                choices = await self._run(receive, events)
-            usage = self._usage(choices)
-            if not self.dialect.body.stream:
-                await json_response(self.dialect.answer(choices, usage))(scope, receive, send)
+                await side_by_side(calls, self.bounds.parallel_choices, take, receive)
+            if not self.streaming:
+                await (await self.whole())(scope, receive, send)
                 return
-            for event in self.dialect.last_events(choices, usage):
+            for event in self.last_events():
                 await events.send(event)
             await events.end()
         except ClientDisconnect:
             raise
         except asyncio.CancelledError:  # the server goes down and its grace is over; the client is still there
-            error = Unavailable("the server went down before the text was complete; a retry may succeed")
+            error = Unavailable("the server went down before the answer was complete; a retry may succeed")
             await self._give_up(events, api_error(error))
         except Exception as error:
-            await self._give_up(events, api_error(error, self.dialect.names()))
+            await self._give_up(events, self.error(error))
 
-    async def _run(self, receive: Receive, events: EventStream) -> list[GenerateResponse]:
-        """Run all calls, sending events if there is a stream. Returns each choice as one message, of a stream the last
-        message of each."""
-        choices = [GenerateResponse() for _ in self.calls]
-        texts = [TokenTexts(self.backend) for _ in self.calls]
+    @abstractmethod
+    async def take(self, index: int, message: Any) -> Iterable[bytes]:
+        """Keep what the answer needs of a call's message. Returns the events that it adds to a stream."""
 
-        async def take(index: int, message: GenerateResponse) -> None:
-            if not message.HasField("preview"):
-                self.record.saw_block()
-            await texts[index].fill_in(message)
-            if self.dialect.body.stream:
-                for event in self.dialect.events(index, message):
-                    await self._read_in_time(events.send(event))
-                choices[index] = message
-                return
-            text = choices[index].text + message.text
-            choices[index].MergeFrom(message)
-            choices[index].text = text
+    @abstractmethod
+    async def whole(self) -> Response:
+        """The answer, when it is no stream."""
 
-        calls = [partial(start, self.deadline) for start in self.calls]
-        await side_by_side(calls, self.bounds.parallel_choices, take, receive)
-        return choices
+    @abstractmethod
+    def last_events(self) -> Iterable[bytes]:
+        """What ends a complete stream."""
+
+    @abstractmethod
+    def error(self, error: Exception) -> ApiError:
+        """The answer to a failure."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> bytes:
+        """The event that ends a begun stream which cannot go on."""
 
     async def _read_in_time(self, sending: Coroutine[Any, Any, None]) -> None:
         """Send. Raises Unavailable when the client does not read for so long that its slot is better given to others
@@ -109,7 +111,43 @@ class Answer:
         if not events.begun:
             raise error
         self.record.failed_with = error.status
-        await events.fail(self.dialect.failure(error), self.bounds.last_word_seconds)
+        await events.fail(self.failure(error), self.bounds.last_word_seconds)
+
+
+@dataclass
+class Answer(CallsAnswer):
+    """The answer to a request for generations: choice i of prompt p is call number p * per_prompt + i."""
+
+    per_prompt: int
+    dialect: Dialect[Any]
+
+    def __post_init__(self) -> None:
+        self._choices = [GenerateResponse() for _ in self.calls]  # each as one message; of a stream the last of each
+        self._texts = [TokenTexts(self.backend) for _ in self.calls]
+
+    async def take(self, index: int, message: GenerateResponse) -> Iterable[bytes]:
+        if not message.HasField("preview"):
+            self.record.saw_block()
+        await self._texts[index].fill_in(message)
+        if self.streaming:
+            self._choices[index] = message
+            return self.dialect.events(index, message)
+        text = self._choices[index].text + message.text
+        self._choices[index].MergeFrom(message)
+        self._choices[index].text = text
+        return ()
+
+    async def whole(self) -> Response:
+        return json_response(self.dialect.answer(self._choices, self._usage(self._choices)))
+
+    def last_events(self) -> Iterable[bytes]:
+        return self.dialect.last_events(self._choices, self._usage(self._choices))
+
+    def error(self, error: Exception) -> ApiError:
+        return api_error(error, self.dialect.names())
+
+    def failure(self, error: ApiError) -> bytes:
+        return self.dialect.failure(error)
 
     def _usage(self, last: Sequence[GenerateResponse]) -> Usage:
         """Of all choices, from the last message of each; a prompt counts once, however often it was continued."""

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from colaserve_services.gateway import inference, shapes
+from colaserve_services.gateway import inference, latents, shapes
 from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Reach
 from colaserve_services.gateway.body import checked_body
@@ -53,7 +53,11 @@ def create_app(
     metrics = metrics or Metrics()
     backend = Backend(stub, settings.info_seconds, reach)
     gateway = Gateway(backend, settings, metrics)
-    endpoints = [*_endpoints(gateway), *inference.endpoints(backend, settings.bounds, gateway.ready)]
+    endpoints = [
+        *_endpoints(gateway),
+        *latents.endpoints(backend, settings),
+        *inference.endpoints(backend, settings.bounds, gateway.ready),
+    ]
     middleware = [Middleware(Edge, settings=settings, metrics=metrics)]
     if settings.cors_origins:  # outermost: errors get its headers too
         expose = (REQUEST_ID, "retry-after")

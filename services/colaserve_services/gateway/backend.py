@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -14,12 +15,7 @@ from colaserve.v1 import generation_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse, LogprobsRequest, LogprobsResponse
 from colaserve_services.errors import ColaserveError, Unavailable
-from colaserve_services.inference.open_inference_pb2 import (
-    ModelInferRequest,
-    ModelInferResponse,
-    ModelMetadataRequest,
-    ModelMetadataResponse,
-)
+from colaserve_services.inference.open_inference_pb2 import ModelMetadataRequest, ModelMetadataResponse
 from colaserve_services.rpc.requests import outgoing_metadata
 
 INFO_TIMEOUT: Final = 5.0
@@ -56,26 +52,32 @@ class Backend:
         self._info_at = -float("inf")
         self._asking: asyncio.Task[Info] | None = None
 
-    async def generate(self, request: pb.GenerateRequest, deadline: float) -> AsyncIterator[pb.GenerateResponse]:
-        """A generation's messages. `deadline` in time.monotonic() seconds. Closing the iterator cancels the call."""
+    async def messages(
+        self, method: str, request: Any, deadline: float, streaming: bool = False
+    ) -> AsyncGenerator[Any, None]:
+        """The messages of a call of a method, one unless it is `streaming`. `deadline` in time.monotonic() seconds.
+        Closing the iterator cancels the call."""
         await self._reach()
-        call = self._stub.Generate(request, **_until(deadline))
+        call = getattr(self._stub, method)(request, **_until(deadline))
         try:
-            async for message in call:
-                yield message
+            if streaming:
+                async for message in call:
+                    yield message
+            else:
+                yield await call
         finally:
             call.cancel()
 
-    async def infill(self, request: InfillRequest, deadline: float) -> AsyncIterator[pb.GenerateResponse]:
+    def generate(self, request: pb.GenerateRequest, deadline: float) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """A generation's messages, as `messages` gives them."""
+        return self.messages("Generate", request, deadline, streaming=True)
+
+    async def infill(self, request: InfillRequest, deadline: float) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The text of an infill's one hole before a suffix, as a generation of one message."""
-        response: InfillResponse = await self._answer(self._stub.Infill, request, deadline)
+        response: InfillResponse = await self._answer("Infill", request, deadline)
         [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # earlier versions leave it unset
         text = response.segments[len(request.segments) - 2]
         yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
-
-    async def infer_model(self, request: ModelInferRequest, deadline: float) -> AsyncIterator[ModelInferResponse]:
-        """The answer of a model of the Open Inference Protocol, as a stream of one message."""
-        yield await self._answer(self._stub.ModelInfer, request, deadline)
 
     async def inference_model(self, name: str, version: str) -> ModelMetadataResponse:
         """What a model of the Open Inference Protocol takes and returns."""
@@ -85,17 +87,13 @@ class Backend:
 
     async def logprobs(self, request: LogprobsRequest, deadline: float) -> pb.GenerateResponse:
         """A given text as a message of a generation that wrote it."""
-        found: LogprobsResponse = await self._answer(self._stub.Logprobs, request, deadline)
+        found: LogprobsResponse = await self._answer("Logprobs", request, deadline)
         found.ClearField("timing")
         return pb.GenerateResponse(**{field.name: value for field, value in found.ListFields()})
 
-    async def _answer(self, method: Any, request: Any, deadline: float) -> Any:
-        await self._reach()
-        call = method(request, **_until(deadline))
-        try:
-            return await call
-        finally:
-            call.cancel()
+    async def _answer(self, method: str, request: Any, deadline: float) -> Any:
+        async with aclosing(self.messages(method, request, deadline)) as messages:
+            return await anext(messages)
 
     async def tokenize(self, text: str) -> pb.TokenizeResponse:
         return await self._unary(self._stub.Tokenize, pb.TokenizeRequest(text=text))

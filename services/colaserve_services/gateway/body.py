@@ -40,10 +40,15 @@ T = TypeVar("T")
 
 async def checked_body(request: Request, model: type[M], bounds: Bounds) -> M:
     """The body as a model. ApiError: 413 when it is too long, 408 when it takes too long, 400 with what is wrong."""
+    return await json_body(request, partial(parse, model=model), bounds)
+
+
+async def json_body(request: Request, parse: Callable[[bytes], T], bounds: Bounds) -> T:
+    """What `parse` makes of a body of JSON. ApiError as for `checked_body`."""
     body = await read_body(request, bounds)
     if not _is_json(request.headers.get("content-type", "")):
         raise _no_json("must be a JSON object, sent with content-type application/json")
-    return await parsed(body, partial(parse, model=model))
+    return await parsed(body, parse)
 
 
 async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:

@@ -118,6 +118,14 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
     return ApiError(http_status(error), str(error), code, headers=_headers(error))
 
 
+def with_own_names(error: grpc.RpcError, lacking: str) -> Exception:
+    """The error of a call whose fields are called as the request's; `lacking` is what an earlier coordinator lacks."""
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return Unavailable(f"the coordinator is of an earlier version, without {lacking}")
+    known = error_from_rpc(error)
+    return ApiError(400, str(known), "invalid_value", known.field) if isinstance(known, InvalidRequest) else known
+
+
 def _invalid_upstream(error: InvalidRequest, names: Mapping[str, str]) -> ApiError:
     field = error.field.partition("[")[0]
     param = names.get(error.field) or names.get(field) or field.rpartition(".")[2]

@@ -50,7 +50,7 @@ class Gateway:
     async def generate(self, dialect: type[Dialect[Any]], request: Request, body: GenerationFields) -> Answer:
         """Write text as a dialect asks for it."""
         info = await self._backend.info()
-        _checked_model(body.model, info)
+        checked_model(body.model, info)
         record, bounds = record_of(request.scope), self._settings.bounds
         asked = dialect(body, info, record.request_id)
         starts, per_prompt = asked.prompts(self._backend), body.choices()
@@ -61,7 +61,8 @@ class Gateway:
             raise invalid("prompt", what)
         calls = [partial(start, sample) for start in starts for sample in range(per_prompt)]
         record.user, record.choices = body.end_user(), len(calls)
-        return Answer(self._backend, bounds, record, calls, per_prompt, asked, deadline(request, bounds))
+        until, streaming = deadline(request, bounds), bool(body.stream)
+        return Answer(self._backend, bounds, record, until, calls, streaming, per_prompt, asked)
 
     async def list_models(self, _: Request) -> shapes.ModelList:
         """The served model, with what unset fields of a request mean."""
@@ -70,7 +71,7 @@ class Gateway:
     async def get_model(self, request: Request) -> shapes.Model:
         """The served model, or 404."""
         info = await self._backend.info()
-        _checked_model(request.path_params["model_id"], info)
+        checked_model(request.path_params["model_id"], info)
         return self._model(info)
 
     def _model(self, info: Info) -> shapes.Model:
@@ -86,7 +87,7 @@ class Gateway:
     async def tokenize(self, _: Request, body: TokenizeRequest) -> Tokenized:
         """Token ids of a prompt, or of messages as a chat would frame them."""
         info = await self._backend.info()
-        _checked_model(body.model, info)
+        checked_model(body.model, info)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("prompt", "give either prompt or messages")
         text = chat_prompt(turns_of(body.messages), info.chat_frame) if body.messages is not None else body.prompt or ""
@@ -101,12 +102,12 @@ class Gateway:
     async def count_tokens(self, _: Request, body: CountTokensRequest) -> TokenCount:
         """Tokens of a conversation, as a message would frame it."""
         info = await self._backend.info()
-        _checked_model(body.model, info)
+        checked_model(body.model, info)
         return {"input_tokens": len((await self._backend.tokenize(body.prompt(info.chat_frame))).token_ids)}
 
     async def detokenize(self, _: Request, body: DetokenizeRequest) -> Detokenized:
         """Text of token ids."""
-        _checked_model(body.model, await self._backend.info())
+        checked_model(body.model, await self._backend.info())
         return {"prompt": (await self._backend.detokenize(body.tokens)).text}
 
     async def health(self, _: Request) -> shapes.Health:
@@ -146,7 +147,7 @@ class Gateway:
         return document
 
 
-def _checked_model(asked: str | None, info: Info) -> None:
+def checked_model(asked: str | None, info: Info) -> None:
     """404 when another model than the served one was asked for."""
     if asked not in (None, info.model_name):
         message = f"model: {asked!r} is not served here, {info.model_name!r} is"

@@ -19,19 +19,18 @@ from starlette.responses import Response
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from colaserve_services import __version__
-from colaserve_services.errors import InvalidRequest, Unavailable
+from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.answer import json_response, side_by_side
 from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.body import parse, parsed, read_body
 from colaserve_services.gateway.dialects.fields import Text
 from colaserve_services.gateway.edge import record_of
-from colaserve_services.gateway.errors import ApiError, invalid
+from colaserve_services.gateway.errors import invalid, with_own_names
 from colaserve_services.gateway.gateway import deadline
 from colaserve_services.gateway.openapi import JSON, Endpoint
 from colaserve_services.gateway.settings import Bounds
 from colaserve_services.inference import open_inference_pb2 as pb
 from colaserve_services.inference.tensors import raw_element, raw_text
-from colaserve_services.rpc.errors import error_from_rpc
 
 HEADER_LENGTH: Final = "inference-header-content-length"  # bytes of JSON before the binary tensors
 BINARY: Final = "application/octet-stream"
@@ -162,7 +161,7 @@ class _Handlers:
         async def take(_: int, response: pb.ModelInferResponse) -> None:
             found.append(response)
 
-        call = partial(self._backend.infer_model, asked, until)
+        call = partial(self._backend.messages, "ModelInfer", asked, until)
         try:
             await _answered(side_by_side([call], 1, take, request.receive))
         except asyncio.CancelledError as error:  # the server goes down and its grace is over; the client is still there
@@ -178,13 +177,7 @@ async def _answered(call: Awaitable[T]) -> T:
     try:
         return await call
     except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            raise Unavailable(
-                "the coordinator is of an earlier version, without the Open Inference Protocol"
-            ) from error
-        if isinstance(known := error_from_rpc(error), InvalidRequest):
-            raise ApiError(400, str(known), "invalid_value", known.field) from error
-        raise known from error
+        raise with_own_names(error, "the Open Inference Protocol") from error
 
 
 def _model(request: Request) -> tuple[str, str]:

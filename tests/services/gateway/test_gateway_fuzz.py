@@ -13,13 +13,15 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.schemas import BaseSchema
 
+from colaserve_services.coordinator.service import LatentServicer
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
+from colaserve_services.inference.service import InferenceServicer
 from colaserve_services.rpc.local import LocalStub
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
-from tests.services.inference.serving import served
+from tests.services.inference.serving import connected
 
 EXAMPLES = 40  # for each endpoint and mode
 
@@ -32,8 +34,9 @@ def url() -> Iterator[str]:
 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
-        fake, (inference, _) = FakeGeneration(), await served()
-        stub = coordinator_stub(LocalStub(fake), LocalStub(fake.infill), inference)
+        fake, (coordinator, _) = FakeGeneration(), await connected()
+        others = LatentServicer(coordinator), InferenceServicer(coordinator, lambda: True)
+        stub = coordinator_stub(LocalStub(fake), *map(LocalStub, others))
         async with running(fake, GatewaySettings(bounds=Bounds(choices=8)), stub=stub) as gateway:
             known.append(gateway.url)
             ready.set()

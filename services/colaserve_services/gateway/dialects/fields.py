@@ -74,7 +74,7 @@ def with_settings(*kinds: type, only: Sequence[str] = ()) -> Callable[[type[M]],
     def decorate(model: type[M]) -> type[M]:
         found = flat_fields(*kinds)
         table = {name: found[name] for name in only or found if name not in model.model_fields}
-        own: Any = {name: (_kind(field), Field(None, description=field.doc)) for name, field in table.items()}
+        own: Any = {name: (kind_of(field), Field(None, description=field.doc)) for name, field in table.items()}
         made: type[M] = create_model(
             model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **own
         )
@@ -83,7 +83,7 @@ def with_settings(*kinds: type, only: Sequence[str] = ()) -> Callable[[type[M]],
     return decorate
 
 
-def _kind(field: Setting) -> Any:
+def kind_of(field: Setting) -> Any:
     """The type of a setting, which may be left out."""
     if is_dataclass(field.kind):
         return Annotated[list[Probe], at_most(MOST_PROBES)] | None

@@ -1,0 +1,266 @@
+"""Messages of a service as JSON: fields are called as in its protos, enums by their names, and arrays are arrays.
+
+The schemas, which check a request and make the OpenAPI document, come of the messages' descriptors, and ranges of the
+one table of settings: what a service gains has its JSON form.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Any, Final, Literal, NotRequired
+
+import numpy as np
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from pydantic import BeforeValidator, Field, WithJsonSchema, create_model
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from colaserve.v1 import types_pb2
+from colaserve_client.arrays import array_from_tensor, shortest
+from colaserve_client.fields import choices_of, fields_of, names_of
+from colaserve_client.settings import NoiseSeed
+from colaserve_services.bounds import SAMPLER, SAMPLING, Fields
+from colaserve_services.gateway.dialects.fields import MOST_IDS, UINT32, Strict, Text, TokenIds, at_most, kind_of
+from colaserve_services.gateway.errors import invalid
+
+_DTYPES: Final[Mapping[str, Any]] = choices_of(types_pb2.DataType.DESCRIPTOR)
+_DTYPE_NAMES: Final = names_of(types_pb2.DataType.DESCRIPTOR)
+_LARGEST: Final = float(np.finfo(np.float32).max)
+_TABLES: Final[Mapping[str, Fields]] = {"Sampler": SAMPLER, "Sampling": SAMPLING, "NoiseSeed": fields_of(NoiseSeed)}
+_SCALARS: Final[Mapping[int, Any]] = {
+    FieldDescriptor.CPPTYPE_BOOL: bool,
+    FieldDescriptor.CPPTYPE_DOUBLE: float,
+    FieldDescriptor.CPPTYPE_FLOAT: Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)],
+    FieldDescriptor.CPPTYPE_STRING: Text,
+    FieldDescriptor.CPPTYPE_UINT32: Annotated[int, Field(ge=0, le=UINT32)],
+    FieldDescriptor.CPPTYPE_UINT64: Annotated[int, Field(ge=0, lt=2**64)],
+}
+_ELEMENTS: Final = {"anyOf": [{"type": "string", "contentEncoding": "base64"}, {"type": "array", "items": {}}]}
+
+
+class ArrayFields(Strict):
+    """An array of numbers."""
+
+    data: Annotated[Any, WithJsonSchema(_ELEMENTS)] = Field(
+        description="The elements: base64 of little-endian numbers, row by row; or nested lists, read as float32."
+    )
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=UINT32)]], at_most(8)] | None = Field(
+        None, description="The extents, outermost first; needed beside base64."
+    )
+    dtype: Literal[tuple(_DTYPES)] | None = Field(None, description="Of base64; float32.")  # type: ignore[valid-type]
+
+
+class LatentFields(ArrayFields):
+    """Latents (n, d)."""
+
+    space: Text | None = Field(None, description="The fingerprint of their space; left out, it is not checked.")
+
+
+class Array(TypedDict):
+    """An array of numbers: base64 of little-endian numbers, row by row, or nested lists."""
+
+    shape: list[int]
+    dtype: Literal[tuple(_DTYPES)]  # type: ignore[valid-type]
+    data: Annotated[Any, WithJsonSchema(_ELEMENTS)]
+
+
+class LatentArray(Array):
+    """Latents (n, d)."""
+
+    space: str
+
+
+def comment_of(item: FieldDescriptor | MethodDescriptor) -> str:
+    """What the protos say of a field or a method."""
+    return _comments().get(item.full_name.removeprefix("colaserve.v1."), "")
+
+
+@cache
+def _comments() -> Mapping[str, str]:
+    found: dict[str, str] = json.loads(files(__package__).joinpath("comments.json").read_bytes())
+    return found
+
+
+# Requests
+
+
+def _or(model: type[Strict], short: Any, name: str) -> Any:
+    """A model, or the value of its field `name` alone."""
+    kinds = short if isinstance(short, tuple) else (short,)
+    return Annotated[
+        model,
+        BeforeValidator(
+            lambda value: {name: value} if type(value) in kinds else value, json_schema_input_type=model | short
+        ),
+    ]
+
+
+@cache
+def schema_of(message: Descriptor, base: type[Strict] = Strict) -> Any:
+    """What checks the JSON of a message that is sent; `base` has further fields."""
+    if message.name in ("Tensor", "Latents"):
+        return _or(ArrayFields if message.name == "Tensor" else LatentFields, list, "data")
+    if message.name == "TokenIds":
+        return TokenIds
+    own: Any = {field.name: _field(field) for field in message.fields}
+    model = create_model(message.name, __base__=base, __module__=__name__, **own)
+    return _or(model, int, "base_seed") if message.name == "NoiseSeed" else model
+
+
+def _field(field: Any) -> tuple[Any, Any]:
+    setting = _TABLES.get(field.containing_type.name, {}).get(field.name)
+    if setting:
+        return kind_of(setting), Field(None, description=setting.help)
+    kind: Any = _kind(field, schema_of)
+    if _is_repeated(field):
+        kind = Annotated[list[kind], at_most(MOST_IDS)]
+    return kind | None, Field(None, description=comment_of(field))
+
+
+def _kind(field: FieldDescriptor, of_message: Callable[[Descriptor], Any]) -> Any:
+    """Of a value of the field."""
+    if field.message_type is not None:
+        return of_message(field.message_type)
+    if field.enum_type is not None:
+        return Literal[tuple(choices_of(field.enum_type))]
+    return _SCALARS[field.cpp_type]
+
+
+@cache
+def _is_repeated(field: Any) -> bool:
+    return hasattr(getattr(GetMessageClass(field.containing_type)(), field.name), "extend")
+
+
+def fill(message: Any, fields: Strict, path: str = "") -> None:
+    """Set what checked JSON sets of a message. ApiError 400 names what no schema finds."""
+    known = message.DESCRIPTOR.fields_by_name
+    for name, value in fields:
+        if value is None or name not in known:
+            continue
+        field, where = known[name], f"{path}{name}"
+        if field.containing_oneof is not None and (other := message.WhichOneof(field.containing_oneof.name)):
+            raise invalid(where, f"expected one of {other} and {name}, got both")
+        if not _is_repeated(field):
+            _set(message, field, value, where)
+        elif field.message_type is None:
+            getattr(message, name).extend(_number(field, value) for value in value)
+        else:
+            for index, each in enumerate(value):
+                _fill_message(getattr(message, name).add(), each, f"{where}[{index}]")
+
+
+def _set(message: Any, field: FieldDescriptor, value: Any, where: str) -> None:
+    if field.message_type is None:
+        setattr(message, field.name, _number(field, value))
+        return
+    part = getattr(message, field.name)
+    part.SetInParent()
+    _fill_message(part, value, where)
+
+
+def _number(field: FieldDescriptor, value: Any) -> Any:
+    return value if field.enum_type is None else choices_of(field.enum_type)[value]
+
+
+def _fill_message(message: Any, value: Any, where: str) -> None:
+    if isinstance(value, LatentFields):
+        message.space = value.space or ""
+        _fill_tensor(message.values, value, where)
+    elif isinstance(value, ArrayFields):
+        _fill_tensor(message, value, where)
+    elif isinstance(value, list):
+        message.ids.extend(value)
+    else:
+        fill(message, value, f"{where}.")
+
+
+def _fill_tensor(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
+    """What does not fit together is left to the service, which names it."""
+    if isinstance(array.data, list):
+        _fill_from_lists(tensor, array, where)
+        return
+    if not isinstance(array.data, str):
+        raise invalid(f"{where}.data", "expected base64 or nested lists of numbers")
+    if array.shape is None:
+        raise invalid(f"{where}.shape", "this field is required beside base64")
+    try:
+        data = base64.b64decode(array.data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(f"{where}.data", f"is no base64: {error}") from None
+    tensor.dtype, tensor.data = _DTYPES[array.dtype or "float32"], data
+    tensor.shape.extend(array.shape)
+
+
+def _fill_from_lists(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
+    if array.dtype not in (None, "float32"):
+        raise invalid(f"{where}.dtype", f"got {array.dtype!r}, expected float32: lists are")
+    if not array.data:
+        return
+    values = np.array(array.data, dtype=object)
+    if not {int, float}.issuperset(map(type, values.ravel())):  # of lists of unequal lengths, lists are elements
+        raise invalid(f"{where}.data", "expected numbers in nested lists of equal lengths")
+    if array.shape not in (None, list(values.shape)):
+        raise invalid(f"{where}.shape", f"got {array.shape}, the lists' is {list(values.shape)}")
+    try:
+        with np.errstate(over="ignore"):  # the service refuses what is not finite
+            tensor.data = values.astype("<f4").tobytes()
+    except OverflowError as error:
+        raise invalid(f"{where}.data", str(error)) from None
+    tensor.dtype = types_pb2.DATA_TYPE_FLOAT32
+    tensor.shape.extend(values.shape)
+
+
+# Answers
+
+
+@cache
+def answer_of(message: Descriptor) -> Any:
+    """The kind of the JSON of a message that is received."""
+    if message.name in ("Tensor", "Latents"):
+        return Array if message.name == "Tensor" else LatentArray
+    if message.name == "TokenIds":
+        return list[int]
+    kinds = {field.name: _answer_field(field) for field in message.fields}
+    return TypedDict(f"{message.name.removesuffix('Response')}Answer", kinds)  # type: ignore[operator]
+
+
+def _answer_field(field: FieldDescriptor) -> Any:
+    kind: Any = _kind(field, answer_of)
+    repeated = _is_repeated(field)
+    kind = Annotated[list[kind] if repeated else kind, Field(description=comment_of(field))]
+    return NotRequired[kind] if field.has_presence or (field.enum_type and not repeated) else kind
+
+
+def plain(message: Any, as_lists: bool) -> Any:
+    """A message as JSON knows it. Fields that are unset are left out, `as_lists`: arrays are nested lists."""
+    name = message.DESCRIPTOR.name
+    if name == "TokenIds":
+        return list(message.ids)
+    if name == "Latents":
+        return {**plain(message.values, as_lists), "space": message.space}
+    if name == "Tensor":
+        data = array_from_tensor(message).tolist() if as_lists else base64.b64encode(message.data).decode()
+        return {"shape": list(message.shape), "dtype": _DTYPE_NAMES.get(message.dtype, "float32"), "data": data}
+    return dict(_plain_fields(message, as_lists))
+
+
+def _plain_fields(message: Any, as_lists: bool) -> Iterator[tuple[str, Any]]:
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if _is_repeated(field):
+            yield field.name, [_plain_value(field, each, as_lists) for each in value]
+        elif message.HasField(field.name) if field.has_presence else field.enum_type is None or value:
+            yield field.name, _plain_value(field, value, as_lists)
+
+
+def _plain_value(field: FieldDescriptor, value: Any, as_lists: bool) -> Any:
+    if field.message_type is not None:
+        return plain(value, as_lists)
+    if field.enum_type is not None:
+        return names_of(field.enum_type).get(value, str(value))
+    return shortest(value) if field.cpp_type == FieldDescriptor.CPPTYPE_FLOAT else value
