@@ -10,9 +10,10 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any, Final, Literal, NotRequired
+from typing import Annotated, Any, Final, Literal, NotRequired, Union
 
 import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
@@ -23,15 +24,14 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import array_from_tensor, shortest
 from colaserve_client.fields import choices_of, fields_of, names_of
-from colaserve_client.settings import NoiseSeed
-from colaserve_services.bounds import SAMPLER, SAMPLING, Fields
+from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Steering
 from colaserve_services.gateway.dialects.fields import MOST_IDS, UINT32, Strict, Text, TokenIds, at_most, kind_of
 from colaserve_services.gateway.errors import invalid
 
 _DTYPES: Final[Mapping[str, Any]] = choices_of(types_pb2.DataType.DESCRIPTOR)
 _DTYPE_NAMES: Final = names_of(types_pb2.DataType.DESCRIPTOR)
 _LARGEST: Final = float(np.finfo(np.float32).max)
-_TABLES: Final[Mapping[str, Fields]] = {"Sampler": SAMPLER, "Sampling": SAMPLING, "NoiseSeed": fields_of(NoiseSeed)}
+_SETTINGS: Final[Mapping[str, type]] = {kind.__name__: kind for kind in (NoiseSeed, Sampler, Sampling, Steering)}
 _SCALARS: Final[Mapping[int, Any]] = {
     FieldDescriptor.CPPTYPE_BOOL: bool,
     FieldDescriptor.CPPTYPE_DOUBLE: float,
@@ -89,33 +89,32 @@ def _comments() -> Mapping[str, str]:
 # Requests
 
 
-def _or(model: type[Strict], short: Any, name: str) -> Any:
-    """A model, or the value of its field `name` alone."""
-    kinds = short if isinstance(short, tuple) else (short,)
-    return Annotated[
-        model,
-        BeforeValidator(
-            lambda value: {name: value} if type(value) in kinds else value, json_schema_input_type=model | short
-        ),
-    ]
+def _or(model: type[Strict], name: str, *short: Any) -> Any:
+    """A model, or the value of its field `name` alone, of one of the types `short`."""
+
+    def long(value: Any) -> Any:
+        return {name: value} if type(value) in short else value
+
+    return Annotated[model, BeforeValidator(long, json_schema_input_type=Union[model, *short])]
 
 
 @cache
 def schema_of(message: Descriptor, base: type[Strict] = Strict) -> Any:
     """What checks the JSON of a message that is sent; `base` has further fields."""
     if message.name in ("Tensor", "Latents"):
-        return _or(ArrayFields if message.name == "Tensor" else LatentFields, list, "data")
+        return _or(ArrayFields if message.name == "Tensor" else LatentFields, "data", list, float, int)
     if message.name == "TokenIds":
         return TokenIds
     own: Any = {field.name: _field(field) for field in message.fields}
     model = create_model(message.name, __base__=base, __module__=__name__, **own)
-    return _or(model, int, "base_seed") if message.name == "NoiseSeed" else model
+    return _or(model, "base_seed", int) if message.name == "NoiseSeed" else model
 
 
 def _field(field: Any) -> tuple[Any, Any]:
-    setting = _TABLES.get(field.containing_type.name, {}).get(field.name)
-    if setting:
-        return kind_of(setting), Field(None, description=setting.help)
+    settings = _SETTINGS.get(field.containing_type.name, object)
+    setting = fields_of(settings).get(field.name) if is_dataclass(settings) else None
+    if setting and field.message_type is None:
+        return kind_of(setting), Field(getattr(settings, field.name, None), description=setting.help)
     kind: Any = _kind(field, schema_of)
     if _is_repeated(field):
         kind = Annotated[list[kind], at_most(MOST_IDS)]
@@ -181,11 +180,9 @@ def _fill_message(message: Any, value: Any, where: str) -> None:
 
 def _fill_tensor(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
     """What does not fit together is left to the service, which names it."""
-    if isinstance(array.data, list):
-        _fill_from_lists(tensor, array, where)
-        return
     if not isinstance(array.data, str):
-        raise invalid(f"{where}.data", "expected base64 or nested lists of numbers")
+        _fill_from_numbers(tensor, array, where)
+        return
     if array.shape is None:
         raise invalid(f"{where}.shape", "this field is required beside base64")
     try:
@@ -196,14 +193,14 @@ def _fill_tensor(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> No
     tensor.shape.extend(array.shape)
 
 
-def _fill_from_lists(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
+def _fill_from_numbers(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
     if array.dtype not in (None, "float32"):
         raise invalid(f"{where}.dtype", f"got {array.dtype!r}, expected float32: lists are")
-    if not array.data:
+    if array.data == []:
         return
     values = np.array(array.data, dtype=object)
     if not {int, float}.issuperset(map(type, values.ravel())):  # of lists of unequal lengths, lists are elements
-        raise invalid(f"{where}.data", "expected numbers in nested lists of equal lengths")
+        raise invalid(f"{where}.data", "expected base64, or numbers in nested lists of equal lengths")
     if array.shape not in (None, list(values.shape)):
         raise invalid(f"{where}.shape", f"got {array.shape}, the lists' is {list(values.shape)}")
     try:

@@ -16,12 +16,13 @@ import pytest_asyncio
 
 from colaserve.v1.latent_service_pb2 import DESCRIPTOR, EncodeTextResponse, TextEncoding
 from colaserve.v1.latent_service_pb2_grpc import LatentServiceServicer
+from colaserve.v1.types_pb2 import Steering
 from colaserve_services.coordinator.service import LatentServicer
 from colaserve_services.gateway.app import create_app
 from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.gateway.body import MOST_ITEMS
 from colaserve_services.gateway.settings import GatewaySettings
-from colaserve_services.rpc.arrays import latents_to_message
+from colaserve_services.rpc.arrays import latents_to_message, to_message
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.local import LocalStub
 from tests.services.coordinator.stage_fakes import SPACE, FakePrior
@@ -33,6 +34,7 @@ from tests.waiting import eventually
 PATH = "/v1/latents/{}"
 ROWS = np.array([[1, 2], [0.1, -4], [5, 6]], np.float32)
 LISTED = ROWS.tolist()
+STEERING = Steering(direction=to_message(ROWS[0]), bias=to_message(np.float32(0.5)), scale=1, start=1, logistic=True)
 BASE64 = {"shape": [3, 2], "data": base64.b64encode(ROWS.tobytes()).decode()}
 
 
@@ -89,6 +91,10 @@ async def test_texts_become_latents_and_these_text_in_every_form_that_json_has()
         ("interpolate", "Interpolate",
          {"start": {"text": "fox"}, "end": {"text": "hen"}, "points": 2, "interpolation": "lerp"},
          {"start": {"text": "fox"}, "end": {"text": "hen"}, "points": 2, "interpolation": 1}),
+        ("infill", "Infill",
+         {"segments": [{"token_count": 1}], "seed": 1,
+          "sampler": {"steering": [{"direction": [1, 2], "bias": 0.5, "logistic": True}]}},
+         {"segments": [{"token_count": 1}], "sampler": {"steering": [STEERING]}, "seed": {"base_seed": 1}}),
         ("infill", "Infill",
          {"segments": [{"text": "a"}, {"token_count": 2}], "seed": 7, "sampler": {"steps": 3, "solver": "heun"}},
          {"segments": [{"text": "a"}, {"token_count": 2}], "seed": {"base_seed": 7},
@@ -148,7 +154,8 @@ async def test_a_run_is_a_stream_of_blocks_that_replays():
         ("decode", {"latents": {**BASE64, "shape": [2, 2]}}, "latents.data", "got 24 bytes"),
         ("decode", {"latents": {**BASE64, "shape": [2, 3]}}, "latents.shape", "expected [any, 2]"),
         ("decode", {"latents": {**BASE64, "data": "=A"}}, "latents.data", "is no base64"),
-        ("decode", {"latents": {**BASE64, "data": 1}}, "latents.data", "expected base64 or nested lists"),
+        ("decode", {"latents": {**BASE64, "data": {}}}, "latents.data", "expected base64, or numbers"),
+        ("decode", {"latents": 1}, "latents.shape", "got [], expected [any, 2]"),
         ("decode", {"latents": {**BASE64, "dtype": "float64"}}, "latents.dtype", "should be 'float32'"),
         ("decode", {"latents": {"data": LISTED, "dtype": "float16"}}, "latents.dtype", "expected float32"),
         ("decode", {"latents": {"data": LISTED, "shape": [2, 3]}}, "latents.shape", "the lists' is [3, 2]"),
@@ -156,8 +163,8 @@ async def test_a_run_is_a_stream_of_blocks_that_replays():
         ("decode", {"latents": [[1, 1e300]]}, "latents.data", "got inf at [0, 1]"),
         ("decode", {"latents": [[1, 10**400]]}, "latents.data", "too large"),
         ("decode", {"latents": [[1, 2], [3]]}, "latents.data", "lists of equal lengths"),
-        ("decode", {"latents": [[True, 2]]}, "latents.data", "expected numbers"),
-        ("decode", {"latents": [["1", 2]]}, "latents.data", "expected numbers"),
+        ("decode", {"latents": [[True, 2]]}, "latents.data", "or numbers"),
+        ("decode", {"latents": [["1", 2]]}, "latents.data", "or numbers"),
         ("decode", {"latents": {**BASE64, "space": "another"}}, None, "latents.space: got latents of space 'another'"),
         ("decode", {"latents": LISTED, "sampling": {"top_k": -1}}, "sampling.top_k", "greater than or equal to 0"),
         ("sample", {"max_blocks": 2, "sampler": {"steps": 0}}, "sampler.steps", "greater than or equal to 1"),
