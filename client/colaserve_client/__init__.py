@@ -46,6 +46,7 @@ from colaserve_client.results import InfillResult as InfillResult
 from colaserve_client.results import InterpolationPoint as InterpolationPoint
 from colaserve_client.results import LatentBlock as LatentBlock
 from colaserve_client.results import Limits as Limits
+from colaserve_client.results import Logprobs as Logprobs
 from colaserve_client.results import ModelInfo as ModelInfo
 from colaserve_client.results import ModelShape as ModelShape
 from colaserve_client.results import Preview as Preview
@@ -64,6 +65,7 @@ from colaserve_client.results import Usage as Usage
 from colaserve_client.settings import Connection as Connection
 from colaserve_client.settings import GenerationRequest as GenerationRequest
 from colaserve_client.settings import Interpolation as Interpolation
+from colaserve_client.settings import LogprobsDtype as LogprobsDtype
 from colaserve_client.settings import NoiseSeed as NoiseSeed
 from colaserve_client.settings import Prompt as Prompt
 from colaserve_client.settings import Retry as Retry

@@ -192,6 +192,7 @@ class Client(BaseClient[AsyncClient]):
     latent_info = _blocking(AsyncClient.latent_info)
     encode_text = _blocking(AsyncClient.encode_text)
     decode_latents = _blocking(AsyncClient.decode_latents)
+    logprobs = _blocking(AsyncClient.logprobs)
     sample_latents = _opening(AsyncClient.sample_latents, Stream)
     interpolate = _blocking(AsyncClient.interpolate)
     infill = _blocking(AsyncClient.infill)

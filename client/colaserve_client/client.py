@@ -11,10 +11,10 @@ from operator import attrgetter
 from typing import Any, TypeVar, Unpack
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_client.base import AsyncBaseClient
 from colaserve_client.calls import AsyncStream, converted
 from colaserve_client.errors import ColaserveError, Details, ServerError, invalid
 from colaserve_client.latents import Latents, LatentsLike
+from colaserve_client.likelihood import AsyncLikelihood
 from colaserve_client.messages import build, of_kind, one, request, several, strings
 from colaserve_client.results import (
     DecodedLatents,
@@ -46,7 +46,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class AsyncClient(AsyncBaseClient):
+class AsyncClient(AsyncLikelihood):
     """A connection to a coordinator. An asyncio client is for one event loop, a blocking one for any number of threads.
 
     Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as

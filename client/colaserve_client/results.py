@@ -16,6 +16,7 @@ FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_n
 
 _TOKENS = Field("The text of each of them; a part of a character reads as U+FFFD.")
 _LOGPROBS = Field("One for each token, when top_logprobs was given.")
+_LOOKED_UP = Field("Log-probabilities of logprob_ids, or of all ids, at each token: (tokens, ids), on request.")
 _VARIANCE = Field("Log variance of the posterior, in the latents' shape, on request.")
 
 
@@ -187,6 +188,15 @@ class DecodedLatents(_Text):
 
 
 @_value
+class Logprobs(_Text):
+    """A text, or latents as text, with the log-probabilities of its tokens: of given latents the most likely ones."""
+
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Field("One for each token.")]
+    position_logprobs: Annotated[FloatArray | None, _LOOKED_UP] = field(compare=False)
+    timing: Annotated[Timing, Field("Where the time of the call went.")]
+
+
+@_value
 class LatentBlock:
     """One block that the prior wrote, or a preview of it."""
 
@@ -239,6 +249,7 @@ class DecodedBlock:
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     logits: Annotated[FloatArray | None, Field("Raw logits, (B * P, vocab_size), on request.")] = field(compare=False)
     target_logprobs: Annotated[tuple[float, ...], Field("One for each of target_ids in this block.")]
+    position_logprobs: Annotated[FloatArray | None, _LOOKED_UP] = field(compare=False)
     timing: Annotated[Timing, Field("Where the time of the block went.")]
     provisional: Annotated[bool, Field("Whether a preview was asked for.")] = False
     probes: Annotated[Probes | None, _PROBES] = None

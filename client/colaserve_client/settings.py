@@ -15,6 +15,7 @@ from colaserve_client.fields import Field, Range, choices_of, documented
 
 Solver = Literal["euler", "ab2", "heun"]
 Interpolation = Literal["lerp", "slerp"]
+LogprobsDtype = Literal["float32", "float16"]
 Prompt = str | Sequence[int]  # a text, or its token ids
 
 SOLVERS = choices_of(types_pb2.Solver.DESCRIPTOR)

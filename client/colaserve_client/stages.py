@@ -12,7 +12,7 @@ from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.messages import build, one, request, several
 from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
-from colaserve_client.settings import CallFields, NoiseSeed, SamplerFields, SamplingFields
+from colaserve_client.settings import CallFields, LogprobsDtype, NoiseSeed, SamplerFields, SamplingFields
 
 
 class AsyncEncoderClient(AsyncBaseClient):
@@ -113,6 +113,9 @@ class AsyncDecoderClient(AsyncBaseClient):
         with_logits: bool = False,
         top_logprobs: int = 0,
         target_ids: Sequence[int] = (),
+        logprob_ids: Sequence[int] = (),
+        all_logprobs: bool = False,
+        logprobs_dtype: LogprobsDtype | None = None,
         max_latents: int = 0,
         with_probes: bool = False,
         **settings: Unpack[SamplingFields],
@@ -126,6 +129,7 @@ class AsyncDecoderClient(AsyncBaseClient):
             with_logits: also return the raw logits.
             top_logprobs: also return so many likely tokens a position, 0 to 20.
             target_ids: ids whose log-probability is wanted, for the positions of the session in order.
+            logprob_ids, all_logprobs, logprobs_dtype: as for `Client.logprobs`.
             max_latents: positions, prefix included, to reserve the cache for; 0: as many as the server allows.
             with_probes: also return the decoder's probes.
             timeout: seconds for the whole session.
@@ -138,6 +142,9 @@ class AsyncDecoderClient(AsyncBaseClient):
             with_logits=with_logits,
             top_logprobs=top_logprobs,
             target_ids=target_ids,
+            logprob_ids=logprob_ids,
+            all_logprobs=all_logprobs,
+            logprobs_dtype=logprobs_dtype,
             max_latents=max_latents,
             with_probes=with_probes,
         )

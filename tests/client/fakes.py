@@ -22,6 +22,7 @@ from colaserve.v1 import (
     prior_pb2_grpc,
     types_pb2,
 )
+from colaserve_client.arrays import tensor_from_array
 from tests.client.behaviour import Behaviour, Failure, invalid
 
 SPACE = "0123456789abcdef"
@@ -189,6 +190,20 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
             logprobs=[-0.25] * len(ids) if wanted else [],
             top_logprobs=tops(ids, request.top_logprobs),
             target_logprobs=[-0.75] * len(request.target_ids),
+            timing=TIMING,
+        )
+
+    def Logprobs(self, request, context):
+        self.behaviour.enter(request, context)
+        ids = request.text.encode() or request.ids.ids or ids_of(request.latents, context)
+        values = np.full((len(ids), len(request.logprob_ids)), -0.5, np.float32)
+        return latent_service_pb2.LogprobsResponse(
+            text=text_of(ids),
+            token_ids=ids,
+            tokens=texts_of(ids),
+            logprobs=[-0.25] * len(ids),
+            top_logprobs=tops(ids, request.top_logprobs),
+            position_logprobs=tensor_from_array(values) if request.logprob_ids else None,
             timing=TIMING,
         )
 

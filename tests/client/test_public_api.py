@@ -18,13 +18,14 @@ __version__ AsyncClient AsyncDecoderClient AsyncDecodeSession AsyncEncoderClient
 Cancelled Client ColaserveError Connection DeadlineExceeded DecodedBlock DecodedLatents DecoderClient
 DecodeSession EncoderClient FinishReason GenerationChunk GenerationOutcome GenerationRequest GenerationResult
 InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents LatentsLike Limits load_latents
-MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported Overloaded Preview
-PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding ServerError ServerInfo
+Logprobs LogprobsDtype MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported
+Overloaded Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding
+ServerError ServerInfo
 ServiceInfo Solver StageInfo Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Unavailable Usage
 """
 METHODS = """
 close decode_latents detokenize encode_text generate generate_many healthy infill info interpolate latent_info
-reconstruct sample_latents stream target tokenize wait_until_ready
+logprobs reconstruct sample_latents stream target tokenize wait_until_ready
 """
 PAIRS = ["Client", "EncoderClient", "PriorClient", "DecoderClient", "DecodeSession", "Stream"]
 

@@ -37,14 +37,18 @@ class System:
 
 
 @asynccontextmanager
-async def system(golden: Any, split: bool, max_context: int = 256) -> AsyncIterator[System]:
+async def system(
+    golden: Any, split: bool, max_context: int = 256, limits: CoordinatorLimits | None = None
+) -> AsyncIterator[System]:
     """`split`: stages and coordinator each behind a socket; else all called in process."""
     async with serving(golden, EngineLimits(max_context=max_context)) as served:
         tokenizer = Tokenizer.open(golden.directory / "tokenizer.json", served.shape.vocab_size)
         services = served.stages.services
         fused = {name: LocalStub(services[name]) for name in ("encoder", "prior", "decoder")}
         stubs = {name: getattr(served, name) for name in fused} if split else fused
-        coordinator = Coordinator(Stages(**stubs), tokenizer, limits=CoordinatorLimits(max_context=max_context))
+        coordinator = Coordinator(
+            Stages(**stubs), tokenizer, limits=limits or CoordinatorLimits(max_context=max_context)
+        )
         await coordinator.connect()
         inference = InferenceServicer(coordinator, lambda: True)
         servicers = GenerationServicer(coordinator), LatentServicer(coordinator), inference

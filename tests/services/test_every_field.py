@@ -121,7 +121,11 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
             {
                 "text": {"text": OTHER},
                 "ids": {"text": "", "ids": {"ids": [77, 78, 79]}},
+                "latents": {"text": "", "latents": other},
                 "top_logprobs": {"top_logprobs": 2},
+                "logprob_ids": {"logprob_ids": [7, 8]},
+                "all_logprobs": {"all_logprobs": True},
+                "logprobs_dtype": {"logprob_ids": [7], "logprobs_dtype": types_pb2.DATA_TYPE_FLOAT16},
             },
         ),
     }  # fmt: skip

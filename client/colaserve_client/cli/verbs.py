@@ -44,6 +44,7 @@ VERBS: Mapping[str, Verb] = {
     "infill": _client(WRITE, "Write the holes of a text.", "latent", "infill"),
     "encode": _client(LATENT, "Turn texts into latents.", "latent", "encode"),
     "decode": _client(LATENT, "Turn latents into text.", "latent", "decode"),
+    "logprobs": _client(LATENT, "Log-probabilities of a text's tokens, or of latents.", "likelihood", "logprobs"),
     "interpolate": _client(LATENT, "Walk from one text to another.", "latent", "interpolate"),
     "reconstruct": _client(LATENT, "Send texts through the latent space and back.", "latent", "reconstruct"),
     "info": _client(LOOK, "Show what a server serves.", "status", "info"),

@@ -4,19 +4,22 @@ nothing of it."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_services.bounds import LATENT
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import Unavailable
+from colaserve_services.rpc import arrays
 
 KINDS: Final = ("not_finite", "shape", "ids", "count", "timing", "space", "model", "refused")
 _CLOCK_SLACK: Final = 60.0  # seconds that a stage's times may exceed the age of their call
 _FLOAT32: Final = types_pb2.DATA_TYPE_FLOAT32
+_DTYPES: Final = {"float32": _FLOAT32, "float16": types_pb2.DATA_TYPE_FLOAT16}
 
 
 class StageFault(Unavailable):
@@ -79,6 +82,21 @@ def decoded(
     _timing(response.timing, call)
 
 
+def position_logprobs(found: types_pb2.Tensor, asked: decoder_pb2.OpenDecode, model: Model) -> None:
+    """Raise StageFault unless these are the log-probabilities that were asked for."""
+    columns, element = looked_up(asked, model), arrays.logprobs_element(asked.logprobs_dtype, "logprobs_dtype")
+    shape = [model.block_tokens, columns] if columns else []
+    expected = element.itemsize * model.block_tokens * columns
+    if list(found.shape) != shape or len(found.data) != expected or (columns and found.dtype != _DTYPES[element.name]):
+        raise StageFault("shape", f"it sent log-probabilities of shape {list(found.shape)[:8]}, expected {shape}")
+    _finite("position_logprobs", np.frombuffer(found.data, element))
+
+
+def looked_up(asked: decoder_pb2.OpenDecode, model: Model) -> int:
+    """Ids whose log-probability is wanted at every position."""
+    return model.vocab_size if asked.all_logprobs else len(asked.logprob_ids)
+
+
 def _latents(latents: types_pb2.Latents, count: int, model: Model) -> None:
     if latents.space and model.space and latents.space != model.space:
         raise StageFault("space", f"it sent latents of space {latents.space[:64]!r}, expected {model.space}")
@@ -106,7 +124,7 @@ def _ids(ids: Iterable[int], model: Model) -> None:
         raise StageFault("ids", f"it sent an id outside the vocabulary of {model.vocab_size}")
 
 
-def _finite(name: str, numbers: Sequence[float]) -> None:
+def _finite(name: str, numbers: Sequence[float] | NDArray[Any]) -> None:
     if not np.isfinite(numbers).all():
         raise StageFault("not_finite", f"it sent {name} that are not finite")
 

@@ -9,14 +9,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from colaserve.v1 import decoder_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
-from colaserve.v1 import types_pb2
 from colaserve_services.bounds import PREVIEW_EVERY, TOP_LOGPROBS, check
-from colaserve_services.coordinator import rows
+from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed
 from colaserve_services.coordinator.runs import DecoderRun, PriorRun
+from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
 
@@ -32,6 +33,7 @@ class Decoded:
     logprobs: list[float] = field(default_factory=list)
     top: list[Any] = field(default_factory=list)
     target_logprobs: list[float] = field(default_factory=list)
+    position_logprobs: types_pb2.Tensor = field(default_factory=types_pb2.Tensor)  # (n * P, those looked up)
     timing: types_pb2.Timing = field(default_factory=types_pb2.Timing)
 
 
@@ -133,31 +135,78 @@ async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: 
     """LatentService.Logprobs."""
     services.admission.check(call)
     call.use_salt(request.cache_salt)
-    if bool(request.text) == request.HasField("ids"):
-        raise InvalidRequest("text", "expected either a text that is not empty or ids")
+    if [bool(request.text), request.HasField("ids"), request.HasField("latents")].count(True) != 1:
+        raise InvalidRequest("text", "expected one of a text that is not empty, ids and latents")
     check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
-    if request.HasField("ids"):
-        ids = services.checked(request.ids.ids, "ids")
-        if not ids:
-            raise InvalidRequest("ids", "got no ids, expected one or more")
-        check_fits(services, "ids", services.model.positions(len(ids)))
-    else:
-        [ids] = await tokenize_whole(services, [request.text], ["text"])
+    ids, latents = await _given_text(services, request), None
+    if request.HasField("latents"):
+        latents = given_latents(services, request.latents, "latents", least=1)
+    count = rows.count(latents) * services.model.patch_size if latents else len(ids)
+    lookup, timing = _lookup(services, request, count), types_pb2.Timing()
+    sampling = decode_sampling(services, types_pb2.Sampling(temperature=0))
     async with services.admission.slot(call):
-        answer = await services.encode([ids], call)
-        latents, sampling = answer.encodings[0].latents, decode_sampling(services, types_pb2.Sampling(temperature=0))
-        decoded = await decode_all(services, latents, sampling, call, request.top_logprobs, ids, patient=True)
+        if latents is None:
+            answer = await services.encode([ids], call)
+            latents, timing = answer.encodings[0].latents, answer.timing
+        top = request.top_logprobs
+        decoded = await decode_all(services, latents, sampling, call, top, ids, patient=True, lookup=lookup)
+    ids = ids or decoded.ids
     response = pb.LogprobsResponse(
         text=services.tokenizer.decode(ids),
         token_ids=ids,
-        logprobs=decoded.target_logprobs,
+        logprobs=decoded.target_logprobs or decoded.logprobs[: len(ids)],
         top_logprobs=decoded.top[: len(ids)],
         tokens=services.tokenizer.token_texts(ids),
         text_offsets=services.tokenizer.offsets(ids),
-        timing=add_timing(answer.timing, decoded.timing),
+        timing=add_timing(timing, decoded.timing),
     )
+    if checks.looked_up(lookup, services.model):
+        response.position_logprobs.CopyFrom(_first_rows(decoded.position_logprobs, len(ids)))
     _name_likely(services, response)
     return response
+
+
+async def _given_text(services: ServiceContext, request: pb.LogprobsRequest) -> list[int]:
+    """The ids of the text or the ids that are given; none where latents are."""
+    if request.text:
+        [ids] = await tokenize_whole(services, [request.text], ["text"])
+        return ids
+    ids = services.checked(request.ids.ids, "ids")
+    if request.HasField("ids") and not ids:
+        raise InvalidRequest("ids", "got no ids, expected one or more")
+    check_fits(services, "ids", services.model.positions(len(ids)))
+    return ids
+
+
+def _lookup(services: ServiceContext, request: pb.LogprobsRequest, count: int) -> decoder_pb2.OpenDecode:
+    """What the decoder looks up at each of `count` token positions."""
+    model, ids = services.model, request.logprob_ids
+    if request.all_logprobs and ids:
+        raise InvalidRequest("all_logprobs", "got logprob_ids too, expected one of both")
+    if len(ids) > model.vocab_size:
+        raise InvalidRequest("logprob_ids", f"got {len(ids)} ids, expected at most {model.vocab_size} (the vocabulary)")
+    element = arrays.logprobs_element(request.logprobs_dtype, "logprobs_dtype")
+    found = decoder_pb2.OpenDecode(
+        logprob_ids=services.tokenizer.checked(ids, "logprob_ids"),
+        all_logprobs=request.all_logprobs,
+        logprobs_dtype=request.logprobs_dtype,
+    )
+    check_lookup(model, found, "all_logprobs" if request.all_logprobs else "logprob_ids", count, element.itemsize)
+    return found
+
+
+def check_lookup(model: Model, lookup: decoder_pb2.OpenDecode, field: str, count: int, element_bytes: int) -> None:
+    """InvalidRequest when the values of `count` token positions, or those of a block, are larger than a message."""
+    ids, positions = checks.looked_up(lookup, model), max(count, model.block_tokens)
+    needed, most = positions * ids * element_bytes, model.max_message_bytes * 15 // 16  # the rest is for all else
+    if needed > most:
+        what = f"{ids} ids at {positions} positions are {needed} bytes in one message, at most {most} fit"
+        raise InvalidRequest(field, f"{what}; ask for fewer, or in float16")
+
+
+def _first_rows(values: types_pb2.Tensor, count: int) -> types_pb2.Tensor:
+    size = len(values.data) // values.shape[0]
+    return types_pb2.Tensor(dtype=values.dtype, shape=[count, values.shape[1]], data=values.data[: count * size])
 
 
 def _name_likely(services: ServiceContext, response: pb.DecodeLatentsResponse | pb.LogprobsResponse) -> None:
@@ -187,6 +236,7 @@ async def decode_all(
     top_logprobs: int = 0,
     targets: Sequence[int] = (),
     patient: bool = False,
+    lookup: decoder_pb2.OpenDecode | None = None,
 ) -> Decoded:
     """Decode latents (n, d), float32, from the beginning; the last block is filled with zeros."""
     model, positions = services.model, rows.count(latents)
@@ -195,7 +245,10 @@ async def decode_all(
     whole = rows.join([latents, filling], model.latent_dim, model.space)
     out = Decoded()
     prefix = services.no_latents()
-    async with DecoderRun(services, call, prefix, blocks, sampling, top_logprobs, targets, patient) as decoder:
+    parts: list[bytes] = []
+    async with DecoderRun(
+        services, call, prefix, blocks, sampling, top_logprobs, targets, patient, lookup=lookup
+    ) as decoder:
         for index in range(blocks):
             block = rows.take(whole, index * model.block_size, (index + 1) * model.block_size)
             answer = await decoder.decode(block)
@@ -203,7 +256,12 @@ async def decode_all(
             out.logprobs += answer.logprobs
             out.top += answer.top_logprobs
             out.target_logprobs += answer.target_logprobs
+            out.position_logprobs = answer.position_logprobs
+            parts.append(answer.position_logprobs.data)
             add_timing(out.timing, answer.timing)
+    if out.position_logprobs.shape:
+        out.position_logprobs.shape[0] = blocks * model.block_tokens
+        out.position_logprobs.data = b"".join(parts)
     del out.ids[positions * model.patch_size :]
     return out
 

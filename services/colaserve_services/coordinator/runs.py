@@ -184,8 +184,11 @@ class DecoderRun:
         target_ids: Sequence[int] = (),
         patient: bool = False,
         with_probes: bool = False,
+        lookup: decoder_pb2.OpenDecode | None = None,
     ):
-        """`patient`: the call has made progress already, so it waits longer for a full decoder."""
+        """`patient`: the call has made progress already, so it waits longer for a full decoder. `lookup`: whose
+        log-probabilities are wanted at every position."""
+        self._lookup = lookup or decoder_pb2.OpenDecode()
         self._model, self._latents = services.model, [prefix]
         self._sampling, self._top, self._targets = sampling, top_logprobs, list(target_ids)
         self._with_probes = with_probes
@@ -259,7 +262,7 @@ class DecoderRun:
 
     def request(self) -> decoder_pb2.OpenDecode:
         """What a replica is asked, given the blocks decoded so far."""
-        return decoder_pb2.OpenDecode(
+        request = decoder_pb2.OpenDecode(
             prefix=rows.join(self._latents, self._model.latent_dim, self._model.space),
             sampling=self._sampling,
             history_ids=self._ids,
@@ -269,6 +272,8 @@ class DecoderRun:
             cache_salt=self._attempts.call.salt,
             with_probes=self._with_probes,
         )
+        request.MergeFrom(self._lookup)
+        return request
 
     async def _exchange(self, request: decoder_pb2.DecodeRequest) -> decoder_pb2.DecodeResponse:
         try:
@@ -301,6 +306,7 @@ class DecoderRun:
         size, done = self._model.block_tokens, len(self._ids)
         targets = min(size, max(len(self._targets) - done, 0))
         checks.decoded(response, done // size, self._top, targets, self._model, self._attempts.call)
+        checks.position_logprobs(response.position_logprobs, self._lookup, self._model)
 
     def _close(self) -> None:
         self._cancel()

@@ -29,6 +29,7 @@ from colaserve_services.model.sampling import (
     Draw,
     SamplingSettings,
     chosen_logprobs,
+    position_logprobs,
     probes,
     sample_blocks,
     top_logprobs,
@@ -51,6 +52,9 @@ class DecodeJob:
     max_latents: int = 0  # positions to reserve KV for; 0: max_context
     cache_salt: str = ""  # leading blocks are shared with runs of the same salt
     with_probes: bool = False
+    logprob_ids: Sequence[int] = ()
+    all_logprobs: bool = False
+    logprobs_dtype: torch.dtype = torch.float32
 
 
 class Pending(NamedTuple):
@@ -80,6 +84,7 @@ class DecodedBlock:
     logits: Tensor | None  # (B * P, vocab_size) float32, on the CPU
     target_logprobs: list[float]
     probes: TokenProbes | None
+    position_logprobs: Tensor | None  # (B * P, logprob_ids or vocab_size), on the CPU
     timings: Timings
 
     def check_finite(self) -> None:
@@ -87,7 +92,7 @@ class DecodedBlock:
         top = (value for _, values in self.top for value in values)
         if not all(map(math.isfinite, chain(self.logprobs, self.target_logprobs, top, self.probes or ()))):
             raise NotFinite(f"the log-probabilities of block {self.index}: not finite")
-        check_finite(f"the logits of block {self.index}", self.logits)
+        check_finite(f"the logits of block {self.index}", self.logits, self.position_logprobs)
 
 
 class DecoderSession(Session[DecodedBlock]):
@@ -271,7 +276,9 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         job, logits, ids, count = session.job, answer.logits, answer.ids, len(answer.ids)
         _, arrived, provisional = session.pending.popleft()
         targets = session.take_targets(count)
-        every = logits.log_softmax(dim=-1) if targets or job.top_logprobs else logits
+        looked_up = job.all_logprobs or len(job.logprob_ids) > 0
+        every = logits.log_softmax(dim=-1) if targets or job.top_logprobs or looked_up else logits
+        wanted = None if job.all_logprobs else job.logprob_ids
         block = DecodedBlock(
             index=session.sampled // count,
             provisional=provisional,
@@ -281,6 +288,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
             logits=logits.to("cpu", copy=True) if job.with_logits else None,
             target_logprobs=chosen_logprobs(every, targets),
             probes=answer.probes,
+            position_logprobs=position_logprobs(every, wanted, job.logprobs_dtype) if looked_up else None,
             timings=session.timings(arrived),
         )
         block.check_finite()
@@ -320,8 +328,14 @@ def check_job(job: DecodeJob, shape: ModelShape, limits: EngineLimits) -> None:
             "open.target_ids",
             f"got {len(job.target_ids)} ids, expected at most the {(reserved - len(job.prefix)) * P} of this stream",
         )
-    for name, ids in (("open.history_ids", job.history_ids), ("open.target_ids", job.target_ids)):
-        check_ids(name, ids, shape.vocab_size)
+    if job.all_logprobs and len(job.logprob_ids):
+        raise InvalidRequest("open.all_logprobs", "got logprob_ids too, expected one of both")
+    if len(job.logprob_ids) > shape.vocab_size:
+        raise InvalidRequest(
+            "open.logprob_ids", f"got {len(job.logprob_ids)} ids, expected at most {shape.vocab_size} (the vocabulary)"
+        )
+    for name in ("history_ids", "target_ids", "logprob_ids"):
+        check_ids(f"open.{name}", getattr(job, name), shape.vocab_size)
 
 
 def check_ids(field_name: str, ids: Any, vocab_size: int) -> None:

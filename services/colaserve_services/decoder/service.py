@@ -59,6 +59,9 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
             max_latents=message.max_latents,
             cache_salt=message.cache_salt,
             with_probes=message.with_probes,
+            logprob_ids=message.logprob_ids,
+            all_logprobs=message.all_logprobs,
+            logprobs_dtype=getattr(torch, arrays.logprobs_element(message.logprobs_dtype, "open.logprobs_dtype").name),
         )
 
     def _latents(self, message: types_pb2.Latents, field: str, positions: int | None = None) -> Tensor:
@@ -67,6 +70,7 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
 
 
 def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
+    looked_up = block.position_logprobs
     return decoder_pb2.DecodeResponse(
         block_index=block.index,
         token_ids=block.token_ids,
@@ -76,5 +80,6 @@ def _message(block: DecodedBlock) -> decoder_pb2.DecodeResponse:
         target_logprobs=block.target_logprobs,
         provisional=block.provisional,
         probes=None if block.probes is None else types_pb2.Probes(**block.probes._asdict()),
+        position_logprobs=None if looked_up is None else arrays.to_message(looked_up.numpy()),
         timing=about.timing(block.timings),
     )

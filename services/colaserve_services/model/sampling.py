@@ -131,6 +131,13 @@ def probes(logits: Tensor, end_ids: Tensor) -> Tensor:
     return torch.stack((-(likely * logprobs).sum(dim=-1).mean(dim=-1), ends.amax(dim=-1)), dim=-1)
 
 
+def position_logprobs(logprobs: Tensor, ids: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+    """Log-probabilities of these ids (None: all) at every position of (n, V), in `dtype`, on the CPU."""
+    if ids is not None:
+        logprobs = logprobs.index_select(1, to_device(torch.tensor(ids, dtype=torch.int64), logprobs.device))
+    return logprobs.clamp_min(torch.finfo(dtype).min).to("cpu", dtype, copy=True)
+
+
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[list[int], list[float]]]:
     """The `count` most likely ids of each position with their log-probabilities, best first; (n, V) -> n pairs."""
     values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)

@@ -22,10 +22,17 @@ _ELEMENT: dict[int, np.dtype[Any]] = {
 }
 
 
-def to_message(array: FloatArray) -> types_pb2.Tensor:
-    """A float32 Tensor message of any shape."""
-    data = np.ascontiguousarray(array, dtype="<f4").tobytes()
-    return types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=array.shape, data=data)
+def to_message(array: NDArray[Any]) -> types_pb2.Tensor:
+    """A Tensor message of any shape: of float16 as it is, of all else in float32."""
+    dtype = types_pb2.DATA_TYPE_FLOAT16 if array.dtype == np.float16 else types_pb2.DATA_TYPE_FLOAT32
+    return types_pb2.Tensor(dtype=dtype, shape=array.shape, data=np.ascontiguousarray(array, _ELEMENT[dtype]).tobytes())
+
+
+def logprobs_element(dtype: int, field: str) -> np.dtype[Any]:
+    """The element type that log-probabilities are asked for in; InvalidRequest for another than float32 and float16."""
+    if dtype not in (types_pb2.DATA_TYPE_UNSPECIFIED, types_pb2.DATA_TYPE_FLOAT32, types_pb2.DATA_TYPE_FLOAT16):
+        raise InvalidRequest(field, f"got {dtype}, expected DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT16")
+    return _ELEMENT[dtype or types_pb2.DATA_TYPE_FLOAT32]
 
 
 def from_message(message: types_pb2.Tensor, field: str, shape: Sequence[int | None]) -> FloatArray:

@@ -11,7 +11,8 @@ MOST_BYTES: Final = 16 * MIB  # of any message; gRPC itself refuses more
 
 _TEXT: Final = 4 * MIB
 _BESIDE_LATENTS: Final = MIB  # for all fields beside the latents
-_INFER: Final = ("ModelInfer", "ModelStreamInfer")  # text or latents
+_INFER: Final = ("ModelInfer", "ModelStreamInfer")
+_TEXT_OR_LATENTS: Final = (*_INFER, "Logprobs")
 _LATENTS: Final = {"Sample": 1, "Decode": 1, "DecodeLatents": 1, "SampleLatents": 1, "Interpolate": 2}  # its contexts
 _ASKED: Final = ("GetInfo", "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata")
 _OTHERS: Final = {**dict.fromkeys(_ASKED, KIB), "Encode": 8 * MIB}
@@ -40,7 +41,7 @@ class RequestBounds:
 
     def most_bytes(self, method: str) -> int:
         """Of one request message."""
-        if method in _INFER:
+        if method in _TEXT_OR_LATENTS:
             return min(max(_TEXT, self.context_bytes + _BESIDE_LATENTS), MOST_BYTES)
         contexts = _LATENTS.get(method)
         bound = _OTHERS.get(method, _TEXT) if contexts is None else contexts * self.context_bytes + _BESIDE_LATENTS

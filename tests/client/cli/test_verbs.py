@@ -186,6 +186,13 @@ def test_reconstruct_reports_how_faithful_it_is(run: Run) -> None:
     assert run("reconstruct", "abc", "--json").json[0]["token_accuracy"] == 1
 
 
+def test_logprobs_of_a_text_or_of_latents(run: Run, tmp_path: Path) -> None:
+    assert run("logprobs", "ab").out.split() == ["ID", "LOGPROB", "TOKEN", "97", "-0.250", "'a'", "98", "-0.250", "'b'"]
+    Latents([[97, 0], [98, 0]]).save(tmp_path / "ab")
+    found = run("logprobs", "--latents", tmp_path / "ab", "--id", "7", "--id", "8", "--json").json
+    assert (found["text"], found["position_logprobs"]) == ("ab", [[-0.5, -0.5], [-0.5, -0.5]])
+
+
 # Look
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colaserve.v1 import types_pb2 as colaserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63olaserve/v1/decoder.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"\x96\x01\n\rDecodeRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.OpenDecodeH\x00\x12&\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.LatentsH\x00\x12(\n\x07preview\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.LatentsH\x00\x42\t\n\x07request\"\xef\x01\n\nOpenDecode\x12%\n\x06prefix\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12(\n\x08sampling\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12\x13\n\x0bhistory_ids\x18\x03 \x03(\r\x12\x13\n\x0bwith_logits\x18\x04 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x05 \x01(\r\x12\x12\n\ntarget_ids\x18\x06 \x03(\r\x12\x13\n\x0bmax_latents\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0bwith_probes\x18\t \x01(\x08\"\xb0\x02\n\x0e\x44\x65\x63odeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12$\n\x06logits\x18\x04 \x01(\x0b\x32\x14.colaserve.v1.Tensor\x12\x17\n\x0ftarget_logprobs\x18\x05 \x03(\x02\x12$\n\x06timing\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x18\n\x0b\x62lock_index\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bprovisional\x18\x08 \x01(\x08\x12$\n\x06probes\x18\t \x01(\x0b\x32\x14.colaserve.v1.ProbesB\x0e\n\x0c_block_index\"\x1e\n\x1c\x44\x65\x63oderServiceGetInfoRequest\"\xb8\x01\n\x1d\x44\x65\x63oderServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12\x0f\n\x07weights\x18\x05 \x01(\t2\xbd\x01\n\x0e\x44\x65\x63oderService\x12G\n\x06\x44\x65\x63ode\x12\x1b.colaserve.v1.DecodeRequest\x1a\x1c.colaserve.v1.DecodeResponse(\x01\x30\x01\x12\x62\n\x07GetInfo\x12*.colaserve.v1.DecoderServiceGetInfoRequest\x1a+.colaserve.v1.DecoderServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63olaserve/v1/decoder.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"\x96\x01\n\rDecodeRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.OpenDecodeH\x00\x12&\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.LatentsH\x00\x12(\n\x07preview\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.LatentsH\x00\x42\t\n\x07request\"\xca\x02\n\nOpenDecode\x12%\n\x06prefix\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12(\n\x08sampling\x18\x02 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12\x13\n\x0bhistory_ids\x18\x03 \x03(\r\x12\x13\n\x0bwith_logits\x18\x04 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x05 \x01(\r\x12\x12\n\ntarget_ids\x18\x06 \x03(\r\x12\x13\n\x0bmax_latents\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0bwith_probes\x18\t \x01(\x08\x12\x13\n\x0blogprob_ids\x18\n \x03(\r\x12\x14\n\x0c\x61ll_logprobs\x18\x0b \x01(\x08\x12.\n\x0elogprobs_dtype\x18\x0c \x01(\x0e\x32\x16.colaserve.v1.DataType\"\xe1\x02\n\x0e\x44\x65\x63odeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12$\n\x06logits\x18\x04 \x01(\x0b\x32\x14.colaserve.v1.Tensor\x12\x17\n\x0ftarget_logprobs\x18\x05 \x03(\x02\x12$\n\x06timing\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x18\n\x0b\x62lock_index\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bprovisional\x18\x08 \x01(\x08\x12$\n\x06probes\x18\t \x01(\x0b\x32\x14.colaserve.v1.Probes\x12/\n\x11position_logprobs\x18\n \x01(\x0b\x32\x14.colaserve.v1.TensorB\x0e\n\x0c_block_index\"\x1e\n\x1c\x44\x65\x63oderServiceGetInfoRequest\"\xb8\x01\n\x1d\x44\x65\x63oderServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12\x0f\n\x07weights\x18\x05 \x01(\t2\xbd\x01\n\x0e\x44\x65\x63oderService\x12G\n\x06\x44\x65\x63ode\x12\x1b.colaserve.v1.DecodeRequest\x1a\x1c.colaserve.v1.DecodeResponse(\x01\x30\x01\x12\x62\n\x07GetInfo\x12*.colaserve.v1.DecoderServiceGetInfoRequest\x1a+.colaserve.v1.DecoderServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=71
   _globals['_DECODEREQUEST']._serialized_end=221
   _globals['_OPENDECODE']._serialized_start=224
-  _globals['_OPENDECODE']._serialized_end=463
-  _globals['_DECODERESPONSE']._serialized_start=466
-  _globals['_DECODERESPONSE']._serialized_end=770
-  _globals['_DECODERSERVICEGETINFOREQUEST']._serialized_start=772
-  _globals['_DECODERSERVICEGETINFOREQUEST']._serialized_end=802
-  _globals['_DECODERSERVICEGETINFORESPONSE']._serialized_start=805
-  _globals['_DECODERSERVICEGETINFORESPONSE']._serialized_end=989
-  _globals['_DECODERSERVICE']._serialized_start=992
-  _globals['_DECODERSERVICE']._serialized_end=1181
+  _globals['_OPENDECODE']._serialized_end=554
+  _globals['_DECODERESPONSE']._serialized_start=557
+  _globals['_DECODERESPONSE']._serialized_end=910
+  _globals['_DECODERSERVICEGETINFOREQUEST']._serialized_start=912
+  _globals['_DECODERSERVICEGETINFOREQUEST']._serialized_end=942
+  _globals['_DECODERSERVICEGETINFORESPONSE']._serialized_start=945
+  _globals['_DECODERSERVICEGETINFORESPONSE']._serialized_end=1129
+  _globals['_DECODERSERVICE']._serialized_start=1132
+  _globals['_DECODERSERVICE']._serialized_end=1321
 # @@protoc_insertion_point(module_scope)

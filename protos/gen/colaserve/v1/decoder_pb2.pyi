@@ -17,7 +17,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., block: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., preview: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
 
 class OpenDecode(_message.Message):
-    __slots__ = ("prefix", "sampling", "history_ids", "with_logits", "top_logprobs", "target_ids", "max_latents", "cache_salt", "with_probes")
+    __slots__ = ("prefix", "sampling", "history_ids", "with_logits", "top_logprobs", "target_ids", "max_latents", "cache_salt", "with_probes", "logprob_ids", "all_logprobs", "logprobs_dtype")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     HISTORY_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,9 @@ class OpenDecode(_message.Message):
     MAX_LATENTS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     WITH_PROBES_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_DTYPE_FIELD_NUMBER: _ClassVar[int]
     prefix: _types_pb2.Latents
     sampling: _types_pb2.Sampling
     history_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -36,10 +39,13 @@ class OpenDecode(_message.Message):
     max_latents: int
     cache_salt: str
     with_probes: bool
-    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., history_ids: _Optional[_Iterable[int]] = ..., with_logits: bool = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., max_latents: _Optional[int] = ..., cache_salt: _Optional[str] = ..., with_probes: bool = ...) -> None: ...
+    logprob_ids: _containers.RepeatedScalarFieldContainer[int]
+    all_logprobs: bool
+    logprobs_dtype: _types_pb2.DataType
+    def __init__(self, prefix: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., history_ids: _Optional[_Iterable[int]] = ..., with_logits: bool = ..., top_logprobs: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., max_latents: _Optional[int] = ..., cache_salt: _Optional[str] = ..., with_probes: bool = ..., logprob_ids: _Optional[_Iterable[int]] = ..., all_logprobs: bool = ..., logprobs_dtype: _Optional[_Union[_types_pb2.DataType, str]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("token_ids", "logprobs", "top_logprobs", "logits", "target_logprobs", "timing", "block_index", "provisional", "probes")
+    __slots__ = ("token_ids", "logprobs", "top_logprobs", "logits", "target_logprobs", "timing", "block_index", "provisional", "probes", "position_logprobs")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +55,7 @@ class DecodeResponse(_message.Message):
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
     PROBES_FIELD_NUMBER: _ClassVar[int]
+    POSITION_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     top_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TopLogprobs]
@@ -58,7 +65,8 @@ class DecodeResponse(_message.Message):
     block_index: int
     provisional: bool
     probes: _types_pb2.Probes
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., block_index: _Optional[int] = ..., provisional: bool = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ...) -> None: ...
+    position_logprobs: _types_pb2.Tensor
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., target_logprobs: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., block_index: _Optional[int] = ..., provisional: bool = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ..., position_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class DecoderServiceGetInfoRequest(_message.Message):
     __slots__ = ()

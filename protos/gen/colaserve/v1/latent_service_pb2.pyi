@@ -231,19 +231,27 @@ class Reconstruction(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., original_ids: _Optional[_Iterable[int]] = ..., token_accuracy: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LogprobsRequest(_message.Message):
-    __slots__ = ("text", "ids", "top_logprobs", "cache_salt")
+    __slots__ = ("text", "ids", "top_logprobs", "cache_salt", "latents", "logprob_ids", "all_logprobs", "logprobs_dtype")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_DTYPE_FIELD_NUMBER: _ClassVar[int]
     text: str
     ids: _types_pb2.TokenIds
     top_logprobs: int
     cache_salt: str
-    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    latents: _types_pb2.Latents
+    logprob_ids: _containers.RepeatedScalarFieldContainer[int]
+    all_logprobs: bool
+    logprobs_dtype: _types_pb2.DataType
+    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., logprob_ids: _Optional[_Iterable[int]] = ..., all_logprobs: bool = ..., logprobs_dtype: _Optional[_Union[_types_pb2.DataType, str]] = ...) -> None: ...
 
 class LogprobsResponse(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "tokens", "text_offsets", "timing")
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "tokens", "text_offsets", "timing", "position_logprobs")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +259,7 @@ class LogprobsResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEXT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    POSITION_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -258,7 +267,8 @@ class LogprobsResponse(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[str]
     text_offsets: _containers.RepeatedScalarFieldContainer[int]
     timing: _types_pb2.Timing
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+    position_logprobs: _types_pb2.Tensor
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., position_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class LatentServiceGetInfoRequest(_message.Message):
     __slots__ = ()

@@ -129,6 +129,7 @@ class LatentServiceServicer(object):
         """Log-probabilities of a given text's tokens, as the model's own reconstruction gives them: the text is encoded, the
         decoder decodes the latents block by block with those before them, and its raw logits are looked up at the given
         ids. This says how well the latent space keeps each token, not how likely the prior finds the text.
+        So it does for given latents, of which no text is known: then the ids are the most likely ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

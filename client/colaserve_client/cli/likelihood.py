@@ -1,0 +1,58 @@
+"""The verbs of likelihood: logprobs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from colaserve_client.blocking import Client
+from colaserve_client.cli import options, output
+from colaserve_client.latents import Latents
+from colaserve_client.settings import LogprobsDtype
+
+option = options.option
+
+
+@click.command(cls=options.SectionedCommand)
+@click.argument("text", required=False)
+@option(
+    "--latents",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Latents (safetensors, one sequence) instead of TEXT.",
+)
+@option("--top-logprobs", type=int, default=0, help="With --json: those of so many likely tokens beside each.")
+@option("--id", "logprob_ids", type=int, multiple=True, help="With --json: of this token at every position, too.")
+@option("--all", "all_logprobs", is_flag=True, help="With --json: of every token of the vocabulary.")
+@option("--dtype", "logprobs_dtype", type=click.Choice(["float32", "float16"]), help="Of --id and --all on their way.")
+@options.json_option
+@options.client_options
+def logprobs(
+    *,
+    client: Client,
+    text: str | None,
+    file: Path | None,
+    top_logprobs: int,
+    logprob_ids: Sequence[int],
+    all_logprobs: bool,
+    logprobs_dtype: LogprobsDtype | None,
+    as_json: bool,
+) -> None:
+    """Log-probability of each token of TEXT as the model reconstructs it, or of the likeliest tokens of latents.
+
+    \b
+      colaserve logprobs "The capital of France is Paris."
+      colaserve logprobs --latents france.safetensors --id 17 --json
+    """
+    if not as_json and (top_logprobs or logprob_ids or all_logprobs or logprobs_dtype):
+        raise click.UsageError("--top-logprobs, --id, --all and --dtype are seen with --json only")
+    found = client.logprobs(
+        text,
+        latents=None if file is None else Latents.load(file),
+        top_logprobs=top_logprobs,
+        logprob_ids=logprob_ids,
+        all_logprobs=all_logprobs,
+        logprobs_dtype=logprobs_dtype,
+    )
+    rows = [(each.token_id, f"{each.logprob:.3f}", repr(each.text)) for each in found.logprobs]
+    output.answer(found, as_json, lambda: output.table(("ID", "LOGPROB", "TOKEN"), rows))

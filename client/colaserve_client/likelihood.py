@@ -1,0 +1,61 @@
+"""The asyncio client's calls for likelihood."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from colaserve.v1 import latent_service_pb2
+from colaserve_client.base import AsyncBaseClient
+from colaserve_client.latents import Latents, LatentsLike
+from colaserve_client.messages import one, request
+from colaserve_client.results import Logprobs
+from colaserve_client.settings import CallFields, LogprobsDtype, Prompt
+
+
+class AsyncLikelihood(AsyncBaseClient):
+    """These calls, for `AsyncClient`: how likely a text is to the model, and each of its tokens."""
+
+    async def logprobs(
+        self,
+        text: Prompt | None = None,
+        *,
+        latents: LatentsLike | None = None,
+        top_logprobs: int = 0,
+        logprob_ids: Sequence[int] = (),
+        all_logprobs: bool = False,
+        logprobs_dtype: LogprobsDtype | None = None,
+        cache_salt: str = "",
+        **call: Unpack[CallFields],
+    ) -> Logprobs:
+        """Log-probabilities of a text's tokens as the model reconstructs it, or of the likeliest tokens of latents.
+
+        Each block is decoded with those before it. Log-probabilities are log-softmax of the raw logits. This says how
+        well latents hold a token; `score` says how likely the prior finds a text.
+
+        Args:
+            text: a text, or its token ids; or
+            latents: n >= 1 positions of the server's space, or an array (n, d).
+            top_logprobs: 0 to 20: how many likely tokens to return beside each.
+            logprob_ids: ids whose log-probability is wanted at every position.
+            all_logprobs: that of the whole vocabulary instead. The answer is one message, whose size bounds
+                positions * ids.
+            logprobs_dtype: "float32" (the default) or "float16", which halves that message.
+            cache_salt: as in `generate`.
+
+        >>> found = await client.logprobs("fox", logprob_ids=[111, 112])
+        >>> found.tokens, found.position_logprobs.shape
+        (('f', 'o', 'x'), (3, 2))
+        """
+        texts, ids = (text, None) if isinstance(text, str) else (None, text)
+        message = request(
+            latent_service_pb2.LogprobsRequest,
+            call,
+            text=texts,
+            ids=ids,
+            latents=None if latents is None else Latents.of(latents),
+            top_logprobs=top_logprobs,
+            logprob_ids=logprob_ids,
+            all_logprobs=all_logprobs,
+            logprobs_dtype=logprobs_dtype,
+            cache_salt=cache_salt,
+        )
+        return await self._unary(message, one(Logprobs), call)
