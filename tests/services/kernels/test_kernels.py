@@ -200,11 +200,11 @@ def test_update(solver: str, shape: tuple[int, int], dtype: torch.dtype) -> None
     evaluations = solve(SamplerSettings(steps=3, solver=solver, resamples=2))
     draw, E = partial(torch.randn, generator=torch.Generator().manual_seed(len(evaluations))), len(evaluations) + 1
     entries, numbers = torch.zeros(E, 8, dtype=torch.int32), torch.zeros(E, 8)
-    for e, (t, coefficients) in enumerate(evaluations):
-        flags = KEEPS * coefficients.keeps + BEGINS * (e % 3 == 0)
-        drawn = e % 2 if coefficients.noise else -1
+    for e, evaluation in enumerate(evaluations):
+        flags = KEEPS * evaluation.update.keeps + BEGINS * (e % 3 == 0)
+        drawn = e % 2 if evaluation.update.noise else -1
         entries[e] = torch.tensor((e, e + 20 if e % 2 else -1, 2 * e, flags, drawn, e % 2, e % 3, 0))
-        numbers[e, :6] = torch.tensor((t / 1000, *coefficients[:4], 7.0))
+        numbers[e, :6] = torch.tensor((evaluation.t / 1000, *evaluation.update[:4], 7.0))
     entries[-1] = -1
     velocity, steering = draw(40 * shape[0], shape[1]).to(dtype), draw(3, shape[1] + 2)
     latents, noise = draw(40, *shape), draw(2, *shape)

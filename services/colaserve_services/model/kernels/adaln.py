@@ -35,7 +35,7 @@ def _adaln(
         tl.store(x + i * D + d, value, seen)
     found = normed(value, seen, EPS, D) * tl.load(scale + row * SCALE_ROW + d, seen, 0.0)
     found += tl.load(shift + row * SHIFT_ROW + d, seen, 0.0)
-    tl.store(out + i * D + d, found.to(out.dtype.element_ty), seen)
+    tl.store(out + i * D + d, found, seen)
 
 
 @torch.library.custom_op("colaserve::adaln", mutates_args=("x",))
@@ -85,7 +85,7 @@ def _residual_norm(
         found = found * tl.load(weight + d, seen, 0.0) + tl.load(bias + d, seen, 0.0)
     found += branch if OF_X else value
     tl.store(x + i * D + d, found, seen)
-    tl.store(out + i * D + d, found.to(out.dtype.element_ty), seen)
+    tl.store(out + i * D + d, found, seen)
 
 
 Normed = Literal["x", "y"]
@@ -126,7 +126,7 @@ def _swiglu(x, out, D: tl.constexpr, TILE: tl.constexpr):
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     value = tl.load(x + 2 * i * D + d, d < D, 0.0).to(tl.float32)
     gate = tl.load(x + (2 * i + 1) * D + d, d < D, 0.0).to(tl.float32)
-    tl.store(out + i * D + d, (gate * tl.sigmoid(gate) * value).to(out.dtype.element_ty), d < D)
+    tl.store(out + i * D + d, gate * tl.sigmoid(gate) * value, d < D)
 
 
 def swiglu_reference(x: Tensor) -> Tensor:

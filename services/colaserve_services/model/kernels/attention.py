@@ -73,7 +73,7 @@ def _attend(
             found = found * shrunk[:, None] + tl.dot(weight.to(kind).to(DOT), v, input_precision="ieee")
             largest = now
         if end <= SPLIT:
-            tl.store(out + at, (found / tl.where(end > 0, total, 1.0)[:, None]).to(kind), seen_q)
+            tl.store(out + at, found / tl.where(end > 0, total, 1.0)[:, None], seen_q)
         else:
             part = ((row * H + head) * splits + split) * N
             tl.store(sums + (part + i) * D + d, found, seen_q)
@@ -108,7 +108,7 @@ def _combine(
                 found = found * shrunk[:, None] + tl.load(sums + part * D + within, seen & there, 0.0) * share[:, None]
                 largest = now
         at = row * N * (H * D) + head * D + i[:, None] * (H * D) + d
-        tl.store(out + at, (found / total[:, None]).to(out.dtype.element_ty), seen)
+        tl.store(out + at, found / total[:, None], seen)
 
 
 @torch.library.custom_op("colaserve::attention", mutates_args=())

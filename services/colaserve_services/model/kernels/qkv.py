@@ -20,12 +20,11 @@ from colaserve_services.model.kernels.registry import launch, padded, warps_of
 @triton.jit
 def _qkv(
     q, k, v, q_weight, q_bias, k_weight, k_bias, rotary, history, own, keys, values, out,
-    FIRST: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr, POSITIONS: tl.constexpr, NORM: tl.constexpr,
-    BY_HEAD: tl.constexpr, HALVES: tl.constexpr, EPS: tl.constexpr, CLIP: tl.constexpr, TURNS: tl.constexpr,
+    FIRST: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
+    AXIS: tl.constexpr, HALVES: tl.constexpr, EPS: tl.constexpr, CLIP: tl.constexpr, TURNS: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1) + FIRST
+    i, part = tl.program_id(0).to(tl.int64), tl.program_id(1) + FIRST
     page = tl.load(own + i // N).to(tl.int64)
     if page >= 0:
         place = (page * POSITIONS + tl.load(history + i // N) % POSITIONS + i % N) * (H * D)
@@ -34,10 +33,9 @@ def _qkv(
             source, target, weight, bias = q + i * ROW, out + i * (H * D), q_weight, q_bias
         if part == 1:
             source, target = k + i * ROW, keys + place
-        h, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
-        seen = (h < H) & (pair < D // 2)
-        both = tl.arange(0, 2 * PAIRS)[None, :]
-        seen_both = (h < H) & (both < D)
+        h = tl.arange(0, HEADS)[:, None]
+        pair, both = tl.arange(0, PAIRS)[None, :], tl.arange(0, 2 * PAIRS)[None, :]
+        seen, seen_both = (h < H) & (pair < D // 2), (h < H) & (both < D)
         at = h * D + pair if HALVES else h * D + both
         if HALVES:
             one, two = tl.load(source + at, seen, 0.0), tl.load(source + at + D // 2, seen, 0.0)
@@ -47,18 +45,13 @@ def _qkv(
         if CLIP is not None:
             one, two = tl.clamp(one, -CLIP, CLIP), tl.clamp(two, -CLIP, CLIP)
         if part < 2:
-            if NORM:
-                if BY_HEAD:
-                    mean = tl.sum(one + two, 1, keep_dims=True) / D
-                    one, two = tl.where(seen, one - mean, 0.0), tl.where(seen, two - mean, 0.0)
-                    scale = 1.0 / tl.sqrt_rn(tl.sum(one * one + two * two, 1, keep_dims=True) / D + EPS)
-                else:
-                    mean = tl.sum(one + two) / (H * D)
-                    one, two = tl.where(seen, one - mean, 0.0), tl.where(seen, two - mean, 0.0)
-                    scale = 1.0 / tl.sqrt_rn(tl.sum(one * one + two * two) / (H * D) + EPS)
+            if WIDTH:
+                mean = tl.sum(one + two, AXIS, keep_dims=True) / WIDTH
+                one, two = tl.where(seen, one - mean, 0.0), tl.where(seen, two - mean, 0.0)
+                scale = 1.0 / tl.sqrt_rn(tl.sum(one * one + two * two, AXIS, keep_dims=True) / WIDTH + EPS)
                 one, two = one * scale, two * scale
             if weight is not None:
-                of = at - h * D if BY_HEAD else at  # all heads have one weight
+                of = at if AXIS is None else at - h * D  # all heads have one weight
                 if HALVES:
                     w_one, w_two = tl.load(weight + of, seen, 0.0), tl.load(weight + of + D // 2, seen, 0.0)
                     b_one, b_two = tl.load(bias + of, seen, 0.0), tl.load(bias + of + D // 2, seen, 0.0)
@@ -70,7 +63,6 @@ def _qkv(
                 turns = rotary + i * (2 * TURNS) + pair
                 cos, sin = tl.load(turns, pair < TURNS, 1.0), tl.load(turns + TURNS, pair < TURNS, 0.0)
                 one, two = one * cos - two * sin, two * cos + one * sin
-        one, two = one.to(target.dtype.element_ty), two.to(target.dtype.element_ty)
         if HALVES:
             tl.store(target + at, one, seen)
             tl.store(target + at + D // 2, two, seen)
@@ -81,15 +73,15 @@ def _qkv(
 class _Kind(NamedTuple):
     """What is done to queries and keys."""
 
-    NORM: bool
-    BY_HEAD: bool
+    WIDTH: int  # of LayerNorm: a head's, all heads', 0 for none
+    AXIS: int | None  # that it goes over
     HALVES: bool
     EPS: float
     CLIP: float | None
     TURNS: int
 
 
-_AS_THEY_ARE = _Kind(False, False, False, 0.0, None, 0)
+_AS_THEY_ARE = _Kind(0, 1, False, 0.0, None, 0)
 
 
 def _launch(
@@ -118,7 +110,8 @@ def _qkv_op(
     H, D = memory.shape[-2:]
     assert rotary.is_contiguous()
     out = memory.new_empty(len(x), H, D)
-    kind = _Kind(eps is not None, by_head, not by_head, eps or 0.0, clip, rotary.shape[-1])
+    width, axis = (D, 1) if by_head else (H * D, None)
+    kind = _Kind(0 if eps is None else width, axis, not by_head, eps or 0.0, clip, rotary.shape[-1])
     norms = [q_weight, q_bias, k_weight, k_bias]
     _launch(memory, layer, list(x.split(H * D, dim=1)), norms, rotary, history, own, out, kind)
     return out
