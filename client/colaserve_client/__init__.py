@@ -36,6 +36,7 @@ from colaserve_client.latents import Latents as Latents
 from colaserve_client.latents import LatentsLike as LatentsLike
 from colaserve_client.latents import load_latents as load_latents
 from colaserve_client.latents import save_latents as save_latents
+from colaserve_client.pictures import Trajectory as Trajectory
 from colaserve_client.results import DecodedBlock as DecodedBlock
 from colaserve_client.results import DecodedLatents as DecodedLatents
 from colaserve_client.results import FinishReason as FinishReason

@@ -180,6 +180,17 @@ class Latents:
         """So that numpy functions take latents."""
         return self._values.astype(dtype or np.float32, copy=bool(copy))
 
+    def plot(self, ax: Any = None, *, labels: Sequence[str] = ()) -> Any:
+        """Draw a heat map, positions from left to right and channels from top to bottom. Needs matplotlib:
+        `colaserve-client[plot]`.
+
+        ax: matplotlib's axes to draw into; None: new ones of pyplot. They are returned.
+        labels: one for each position, such as the tokens of an encoding whose latents are a token each.
+        """
+        from colaserve_client.pictures import heat_map
+
+        return heat_map(self, ax, labels)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, see `save_latents`."""
         save_latents(path, {"latents": self})

@@ -1,7 +1,9 @@
 """What calls return: frozen dataclasses, whose fields have the names of the messages' fields (`messages.py`)."""
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal, TypeVar, dataclass_transform
+from html import escape
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import ColaserveError
@@ -22,13 +24,23 @@ _VARIANCE = Field("Log variance of the posterior, in the latents' shape, on requ
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def _value(kind: type[T]) -> type[T]:
-    """Class decorator: a frozen dataclass whose docstring describes its fields."""
+    """Class decorator: a frozen dataclass whose docstring describes its fields, and which a notebook shows as a table
+    of them."""
+    if not hasattr(kind, "_repr_html_"):
+        kind._repr_html_ = lambda self: html_table(type(self).__name__, _rows(self))  # type: ignore[attr-defined]
     return documented(dataclass(frozen=True)(kind))
+
+
+def _rows(value: Any) -> list[tuple[str, str]]:
+    """Name and value of each field."""
+    values = {each.name: repr(getattr(value, each.name)) for each in fields(value)}
+    return [(name, text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ...") for name, text in values.items()]
 
 
 @_value
 class _Text:
-    """What is a text before all: `str` gives it, and a notebook shows it above the rest."""
+    """What is a text before all: `str` gives it, and a notebook shows it above the rest, tokens that have
+    log-probabilities the darker the less likely they were."""
 
     text: Annotated[str, Field("The text.")]
     token_ids: Annotated[tuple[int, ...], Field("Its tokens.")]
@@ -38,9 +50,9 @@ class _Text:
         return self.text
 
     def _repr_html_(self) -> str:
-        values = {each.name: repr(getattr(self, each.name)) for each in fields(self)}
-        rows = [(name, value if len(value) <= _SHOWN else f"{value[:_SHOWN]} ...") for name, value in values.items()]
-        return html_table(self.text, [row for row in rows if row[0] != "text"])
+        shaded = "".join(map(_shaded, getattr(self, "logprobs", ())))
+        table = html_table(self.text, [row for row in _rows(self) if row[0] != "text"])
+        return f"<p>{shaded}</p>{table}" if shaded else table
 
 
 @_value
@@ -78,6 +90,14 @@ class TokenLogprobs(TopToken):
     """A token with its log-probability, and what else was likely at its position."""
 
     top: Annotated[tuple[TopToken, ...], Field("The most likely tokens, best first.")] = ()
+
+
+def _shaded(token: TokenLogprobs) -> str:
+    """A token for a notebook, with what else was likely where the pointer rests on it."""
+    chance = math.exp(min(token.logprob, 0.0))
+    likely = "".join(f"\n{math.exp(each.logprob):.1%} {each.text!r}" for each in token.top)
+    style = f"background: rgba(255, 140, 0, {0.8 * (1 - chance):.2f}); white-space: pre-wrap"
+    return f'<span style="{style}" title="{escape(f"{chance:.1%} {token.text!r}{likely}")}">{escape(token.text)}</span>'
 
 
 @_value

@@ -21,7 +21,8 @@ InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents
 Logprobs LogprobsDtype MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported
 Overloaded Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding
 ServerError ServerInfo
-ServiceInfo Solver StageInfo Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Unavailable Usage
+ServiceInfo Solver StageInfo Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Trajectory
+Unavailable Usage
 """
 METHODS = """
 close decode_latents detokenize encode_text generate generate_many healthy infill info interpolate latent_info

@@ -10,6 +10,7 @@ import click
 from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.cli.generate import read_prompt_file
+from colaserve_client.cli.plot import chosen
 from colaserve_client.latents import Latents, load_latents, save_latents
 from colaserve_client.reading import read_text
 from colaserve_client.results import TextEncoding
@@ -94,7 +95,7 @@ def decode(
       colaserve encode "The capital of France is Paris." --output france.safetensors
       colaserve decode france.safetensors
     """
-    latents = _load(file, name)
+    latents = chosen(load_latents(file), file, name)
     decoded = {
         each: client.decode_latents(values, sampling=sampling, top_logprobs=top_logprobs, token_count=token_count)
         for each, values in latents.items()
@@ -105,13 +106,6 @@ def decode(
         as_json,
         lambda: rows[0][1] if len(rows) == 1 else output.pairs(rows),
     )
-
-
-def _load(file: Path, name: str | None) -> dict[str, Latents]:
-    latents = load_latents(file)
-    if name is not None and name not in latents:
-        raise click.UsageError(f"{file} has no {name!r}; it has {', '.join(latents)}")
-    return latents if name is None else {name: latents[name]}
 
 
 @click.command(cls=options.SectionedCommand)

@@ -47,6 +47,7 @@ VERBS: Mapping[str, Verb] = {
     "logprobs": _client(LATENT, "Log-probabilities of a text's tokens, or of latents.", "likelihood", "logprobs"),
     "interpolate": _client(LATENT, "Walk from one text to another.", "latent", "interpolate"),
     "reconstruct": _client(LATENT, "Send texts through the latent space and back.", "latent", "reconstruct"),
+    "plot": Verb(LATENT, "Draw latents.", "colaserve_client.cli.plot", "plot", "plot"),
     "info": _client(LOOK, "Show what a server serves.", "status", "info"),
     "status": _client(LOOK, "Show the state of all services: versions, spaces, load.", "status", "status"),
     "completion": _client(LOOK, "Print a script that completes commands in your shell.", "completion", "completion"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
 from tests.services.inference.serving import connected
 
-EXAMPLES = 40  # for each endpoint and mode
+EXAMPLES = int(os.environ.get("COLASERVE_FUZZ_EXAMPLES", "40"))  # for each endpoint and mode
 
 
 @pytest.fixture(scope="module")
