@@ -130,10 +130,13 @@ class _Transformer(nn.Module):
         """How many rows more a pass over so many is to have."""
         return padded_rows(rows, self.dtype, self.device) - rows
 
-    def transform(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Rows x: (..., D) at latent positions (...)."""
-        frequencies = to_device(rotary_frequencies(self.config.head_dim, self.config.rope_theta), x.device)
-        rotary = rotary_angles(positions, frequencies)
+    def rotary(self, positions: Tensor) -> Rotary:
+        """Of latent positions (...)."""
+        frequencies = to_device(rotary_frequencies(self.config.head_dim, self.config.rope_theta), positions.device)
+        return rotary_angles(positions, frequencies)
+
+    def transform(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """Rows x: (..., D)."""
         x = x.float()
         for block in self.blocks:
             x = block(x, rotary, attend)
@@ -152,12 +155,16 @@ class TextVAEEncoder(_Transformer):
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
         """ids: (..., n * P) padded to whole latents; positions: (..., n). Gives mean and log variance, (..., n, d)."""
-        tokens = self.wte(ids)
-        x = self.patch_embedder(tokens.unflatten(-2, (-1, self.config.patch_size)).flatten(-2))
-        return self.posterior(self.final_layer(self.transform(x, positions, attend)).float())
+        return self.posterior(self.transform(self.embed(ids), self.rotary(positions), attend))
 
-    def posterior(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split final_layer's outputs into the mean, before normalisation, and the log variance in [-30, 20]."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """(..., n * P) to rows (..., n, D)."""
+        tokens = self.wte(ids)
+        return self.patch_embedder(tokens.unflatten(-2, (-1, self.config.patch_size)).flatten(-2))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows after the last block to the mean, before normalisation, and the log variance in [-30, 20]."""
+        outputs = self.final_layer(x).float()
         d, logvar = self.config.latent_dim, None
         mean = outputs[..., :d]
         if self.config.use_variation:
@@ -183,7 +190,7 @@ class TextVAEDecoder(_Transformer):
 
     def forward(self, latents: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """latents: (..., n, d) at positions (..., n). Gives logits (..., n * P, vocab_size), float32."""
-        return self.logits(self.transform(self.in_layer(latents), positions, attend))
+        return self.logits(self.transform(self.in_layer(latents), self.rotary(positions), attend))
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows after the last block, (..., n, D), to logits, (..., n * P, vocab_size), float32."""

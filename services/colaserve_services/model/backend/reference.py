@@ -11,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
     positions: Tensor  # (R,) of each position in its sequence
 
 
-class _Paged(Generic[M]):
+class Paged(Generic[M]):
     """The pages, their storage, and the layout of rows. A block is one row of the prior, and B / Bv of a VAE."""
 
     def __init__(self, model: M, sizes: Sizes, layers: int, heads: int, head_dim: int, kernels: ModuleType = ops):
@@ -64,9 +65,15 @@ class _Paged(Generic[M]):
 
     def _layout(self, rows: Sequence[Row], alone: int = 0, padding: int = 0) -> Layout:
         """The given rows, then `alone` ones that see only themselves, then as many as `padding` positions take."""
+        numbers = self._numbers(rows, alone, padding)
+        tables, table, history, own, positions = (to_device(torch.from_numpy(x), self.model.device) for x in numbers)
+        longest = int(numbers[2].max(initial=0))
+        return Layout(Rows(self._row, tables, table, history, own, self._rotary(positions), longest), positions)
+
+    def _numbers(self, rows: Sequence[Row], alone: int, padding: int) -> tuple[NDArray[Any], ...]:
+        """The first four of `Rows`, and the number of each position in its sequence; int32."""
         B = self.sizes.block_size
         n: int = self._row
-        device: torch.device = self.model.device
         sequences = [list(group) for _, group in groupby(rows, key=lambda row: id(row.pages))]
         tables = np.zeros((len(sequences), 1 + max((each[-1].block for each in sequences), default=0)), np.int32)
         for table, each in zip(tables, sequences, strict=True):
@@ -80,10 +87,8 @@ class _Paged(Generic[M]):
         history = np.concatenate((history, np.zeros(len(scratch), np.int32)))
         table_of = np.concatenate((np.repeat(which, pieces), np.full(len(scratch), -1, np.int32)))
         own = np.concatenate((np.repeat(own, pieces), np.array(scratch, np.int32)))
-        positions = torch.from_numpy((history[:, None] + np.arange(n, dtype=np.int32)).ravel())
-        moved = [to_device(torch.from_numpy(x), device) for x in (tables, table_of, history, own)]
-        positions, longest = to_device(positions, device), int(history.max(initial=0))
-        return Layout(Rows(n, moved[0], moved[1], moved[2], moved[3], self._rotary(positions), longest), positions)
+        positions = (history[:, None] + np.arange(n)).ravel()
+        return tables, table_of, history, own, positions.astype(np.int32)
 
     def _rotary(self, positions: Tensor) -> Tensor:
         return torch.empty(0)
@@ -163,7 +168,7 @@ class PriorPlan(NamedTuple):
     steps: Steps
 
 
-class Prior(_Paged[DiT]):
+class Prior(Paged[DiT]):
     """Velocities of the flow, and what solvers do with them. The latents z of each slot stay on the device."""
 
     def __init__(self, model: DiT, sizes: Sizes, kernels: ModuleType = ops):
@@ -215,9 +220,22 @@ class Prior(_Paged[DiT]):
         return self._z[row.denoise.slot]
 
     def run(self, plan: PriorPlan) -> Finished:
-        model, kernels, rows, index = self.model, self._kernels, plan.layout.rows, plan.times.flatten()
+        index = plan.times.flatten()
+        x, y, gate = self._transformed(plan.latents.flatten(0, 1), plan.layout.rows, index)
+        if not plan.steps.rows:
+            return Finished([None] * plan.asked)
+        points = [*plan.steps.rows, *range(plan.asked, len(plan.times))]
+        x, y, index = self._of(points, x), None if y is None else self._of(points, y), self._of(points, index)
+        velocities = self._velocities(x, y, gate, index)
+        denoised = iter(self._denoised(plan, velocities.unflatten(0, (len(points), -1))))
+        asked = set(plan.steps.rows)
+        return Finished([next(denoised) if i in asked else None for i in range(plan.asked)])
+
+    def _transformed(self, latents: Tensor, rows: Rows, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(R, d) through all layers: x, and what is still to be added to it, y times the rows of a gate."""
+        model, kernels = self.model, self._kernels
         eps, dtype = model.config.norm_eps, model.dtype
-        x = model.txt_in(plan.latents.flatten(0, 1)).float()
+        x = model.txt_in(latents).float()
         y = gate = None
         layer: DiTBlock
         for number, layer in enumerate(model.blocks):  # type: ignore[assignment]
@@ -228,15 +246,13 @@ class Prior(_Paged[DiT]):
             y = msa.proj_out(kernels.attention(self.storage, number, q, rows))
             h = kernels.adaln(x, y, m[2], m[4], m[3], index, eps, dtype)
             y, gate = layer.mlp(h), m[5]
-        if not plan.steps.rows:
-            return Finished([None] * plan.asked)
-        points = [*plan.steps.rows, *range(plan.asked, len(plan.times))]
-        x, y, index = self._of(points, x), None if y is None else self._of(points, y), self._of(points, index)
+        return x, y, gate
+
+    def _velocities(self, x: Tensor, y: Tensor | None, gate: Tensor | None, index: Tensor) -> Tensor:
+        """(R, d) float32, of what `_transformed` gave."""
         shift, scale = self.table.output.unbind(1)
-        velocities = model.velocity(kernels.adaln(x, y, gate, scale, shift, index, eps, dtype))
-        denoised = iter(self._denoised(plan, velocities.unflatten(0, (len(points), -1))))
-        asked = set(plan.steps.rows)
-        return Finished([next(denoised) if i in asked else None for i in range(plan.asked)])
+        model = self.model
+        return model.velocity(self._kernels.adaln(x, y, gate, scale, shift, index, model.config.norm_eps, model.dtype))
 
     def _of(self, rows: list[int], values: Tensor) -> Tensor:
         """The positions of some rows."""
@@ -285,7 +301,7 @@ class VAEPlan(NamedTuple):
     inputs: Tensor  # (R, d) latents, or (R * P,) ids
 
 
-class _VAE(_Paged[V]):
+class VAE(Paged[V]):
     """Either half, whose rows are rounded up for the device."""
 
     def __init__(self, model: V, sizes: Sizes, kernels: ModuleType = ops):
@@ -301,12 +317,13 @@ class _VAE(_Paged[V]):
         return VAEPlan(rows, layout, padded)
 
 
-class Decoder(_VAE[TextVAEDecoder]):
+class Decoder(VAE[TextVAEDecoder]):
     """Latents to logits."""
 
     def run(self, plan: VAEPlan, then: Then | None = None) -> Finished:
         model, B = self.model, self.sizes.block_size
-        hidden = model.transform(model.in_layer(plan.inputs), plan.layout.positions, self._attend(plan.layout.rows))
+        rotary = model.rotary(plan.layout.positions)
+        hidden = model.transform(model.in_layer(plan.inputs), rotary, self._attend(plan.layout.rows))
         wanted = [i for i, row in enumerate(plan.asked) if row.wanted]
         if not wanted:
             return Finished([None] * len(plan.asked))
@@ -323,7 +340,7 @@ class Decoder(_VAE[TextVAEDecoder]):
         return list(self.run(self.plan([Row(self._alone(), 0, latents)])).results())
 
 
-class Encoder(_VAE[TextVAEEncoder]):
+class Encoder(VAE[TextVAEEncoder]):
     """Token ids to the posterior."""
 
     def run(self, plan: VAEPlan) -> Finished:
