@@ -15,16 +15,17 @@ from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
+from tests.services.kernel_references import on_cpu
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.fixture(params=[None, plain("")], ids=["fastest", "reference"])
+@pytest.fixture(params=[lambda: None, lambda: plain(""), on_cpu], ids=["fastest", "reference", "cuda"])
 def picked(request: pytest.FixtureRequest) -> Picked | None:
     """What the engines compute with."""
-    backend: Picked | None = request.param
+    backend: Picked | None = request.param()
     return backend
 
 

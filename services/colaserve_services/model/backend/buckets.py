@@ -109,7 +109,7 @@ class Buckets:
         return next(size for size in self._sizes if size >= rows)
 
     def host(self, rows: int, number: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a size in a memory of the CPU; whoever has filled it before is done."""
+        """The arrays of a size in a memory of the CPU, which hold anything; whoever has filled it before is done."""
         while len(self._host) <= number:
             self._host.append(self.stream.host(len(self._staged)))
         if (rows, number) not in self._views:

@@ -25,12 +25,18 @@ _F32, _I32, _BOOL = torch.float32, torch.int32, torch.bool
 Plan = list[Filled]
 
 
+class NotTaken(ValueError):
+    """The kernels do not compute with a model's pages."""
+
+
 class _Bucketed(reference.Paged[Any]):
     """Rows in arrays of buckets."""
 
     _buckets: Buckets
 
-    def _capture(self, stream: Stream) -> None:
+    def _capture(self, stream: Stream, kernels: ModuleType) -> None:
+        if self._kernels is not kernels:
+            raise NotTaken(f"pages of {self.sizes.block_size} positions in {self.model.dtype}")
         slots, context = self.sizes.slots, self.sizes.max_context
         most = Bucket(_ROWS_A_SESSION * slots, -(-context // KEYS))
         self._buckets = Buckets(stream, most, self._shapes, self._body)
@@ -68,7 +74,7 @@ class Prior(_Bucketed, reference.Prior):
 
     def __init__(self, model: DiT, sizes: Sizes, kernels: ModuleType, on: Stream | None = None):
         reference.Prior.__init__(self, model, sizes, kernels)
-        self._capture(on or stream(model.device))
+        self._capture(on or stream(model.device), kernels)
 
     def _shapes(self, rows: int) -> Shapes:
         B, d = self.sizes.block_size, self.model.config.txt_in_channels
@@ -103,7 +109,7 @@ class Prior(_Bucketed, reference.Prior):
         zero, *times = self.table.rows([0.0, *(row.time for row in rows)])
         index = host["index"].reshape(size, -1)
         index[len(rows) :], host["given"][len(rows) :], host["slots"][:], host["entries"][:] = zero, True, 0, -1
-        host["pinned"][:] = False
+        host["pinned"][:], host["latents"][len(rows) :] = False, 0.0
         unconditional = {row: len(rows) + i for i, row in enumerate(guided)}
         entry = noises = columns = 0
         for i, row in enumerate(rows):
@@ -177,8 +183,8 @@ class _VAE(_Bucketed, reference.VAE[Any]):
         super().__init__(model, sizes, kernels)
         turns = model.rotary(torch.arange(sizes.max_context, device=model.device))
         self._turns = torch.stack(turns, dim=1)
-        self._fused = model.config.post_norm and model.config.rope_full_precision and kernels is self._kernels
-        self._capture(on or stream(model.device, priority=-1))
+        self._fused = model.config.post_norm and model.config.rope_full_precision
+        self._capture(on or stream(model.device, priority=-1), kernels)
 
     def plan(self, rows: Sequence[Row]) -> Plan:  # type: ignore[override]
         pieces = enumerate(self._buckets.cut(rows))
@@ -192,6 +198,7 @@ class _VAE(_Bucketed, reference.VAE[Any]):
                 inputs[i] = row.inputs.numpy().reshape(inputs[i].shape)
         inputs[len(rows) :] = 0
         wanted = [i for i, row in enumerate(rows) if row.wanted]
+        host["wanted"][:] = 0
         host["wanted"][: len(wanted)] = wanted
         return self._buckets.filled(rows, size, number, longest)
 
@@ -209,9 +216,9 @@ class _VAE(_Bucketed, reference.VAE[Any]):
     def _block(self, number: int, block: TextVAEBlock, x: Tensor, h: Tensor, rows: Rows) -> Tensor:
         """A layer; x in place, and given in the dtype of products."""
         config, kernels, dtype = block.config, self._kernels, self.model.dtype
-        norms = [_affine(block.q_norm), _affine(block.k_norm)] if config.qk_norm else [None, None]
+        norms = (_affine(block.q_norm), _affine(block.k_norm)) if config.qk_norm else None
         eps = config.layer_norm_eps
-        q = kernels.wide_qkv(self.storage, number, block.qkv_proj(h), *norms, eps, rows, config.clip_qkv)
+        q = kernels.wide_qkv(self.storage, number, block.qkv_proj(h), norms, eps, rows, config.clip_qkv)
         y = block.attn_out_proj(kernels.attention(self.storage, number, q, rows))
         h = kernels.residual_norm(x, y, *_affine(block.norm_attn), eps, dtype, "x")
         hidden = block.ffn_proj(h)
