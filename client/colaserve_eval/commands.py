@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
@@ -21,7 +21,7 @@ from colaserve_client.cli.options import (
     sampling_options,
     server_options,
 )
-from colaserve_client.cli.output import echo, print_json, table
+from colaserve_client.cli.output import echo, plain, print_json, table
 from colaserve_client.cli.types import Listed
 from colaserve_client.client import AsyncClient
 from colaserve_client.settings import SOLVERS, Sampler, Sampling, Solver
@@ -237,8 +237,8 @@ async def identity(client: AsyncClient) -> dict[str, Any]:
         "space": info.space,
         "dtypes": {stage.stage: stage.server.dtype for stage in info.stages},
         "default_max_new_tokens": info.default_max_new_tokens,
-        "default_sampler": asdict(info.default_sampler),
-        "default_sampling": asdict(info.default_sampling),
+        "default_sampler": plain(info.default_sampler),
+        "default_sampling": plain(info.default_sampling),
     }
 
 

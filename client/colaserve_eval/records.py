@@ -31,7 +31,7 @@ class Record:
     rule: str | None = None  # how an answer is judged, a name of `scores.RULES`; None: by the task's own rule
     generate: str = ""  # the model's text, not cut; empty before the question is asked and when that failed
     finish_reason: str | None = None  # "stop" or "length"; None when it failed or was not recorded
-    usage: Json | None = None  # prompt_tokens, completion_tokens, blocks, wasted_blocks
+    usage: Json | None = None  # as Usage has it
     error: str | None = None  # why there is no text; such an answer counts as wrong and is asked again by the next run
 
     def question(self) -> dict[str, Any]:

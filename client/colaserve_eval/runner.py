@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from colaserve_client.cli.output import plain
 from colaserve_client.client import AsyncClient
 from colaserve_client.errors import ColaserveError, Overloaded
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling
@@ -13,7 +14,6 @@ from colaserve_eval.folder import RunFolder, Speed, Task
 from colaserve_eval.records import EvalError, Record
 
 T = TypeVar("T")
-USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "blocks", "wasted_blocks")
 OVERLOAD_PAUSE = 1.0  # seconds before an overloaded server is asked again, where it gave no hint
 SERVER_SAMPLER, SERVER_SAMPLING = Sampler(), Sampling()  # every field as the server has it
 SAMPLE_IDS = 10_000  # of one base seed: noise differs between so many neighbouring questions
@@ -31,7 +31,7 @@ class GenerationSettings:
 
     def to_json(self) -> dict[str, Any]:
         """By field name."""
-        return {**asdict(self), "stop": list(self.stop)}
+        return dict(plain(self))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ async def _ask(
             waited += pause
             await asyncio.sleep(pause)
         else:
-            usage = {name: getattr(result.usage, name) for name in USAGE_FIELDS}
+            usage = plain(result.usage)
             return replace(question, generate=result.text, finish_reason=result.finish_reason, usage=usage)
 
 

@@ -52,14 +52,15 @@ class Watch:
         if self._with_probes and result.branches and (stops or self._evaluations == self._last_guided):
             conditional, unconditional = result.branches
             self._gap = conditional - unconditional
-        self._evaluations += 1
+        self._evaluations, self.preview = self._evaluations + 1, None
         if ends_step:
             self.step += 1
             left = self._settings.steps - self.step
             shows = self._every > 0 and self.step % self._every == 0 and left > 0
             if stops or shows or (self._with_probes and left <= 1):
                 self._look(result.clean.to("cpu", torch.float32, copy=True))
-            self.preview = self.clean if shows and not self.is_stable else None
+            if shows and not self.is_stable:
+                self.preview = self.clean
 
     def _look(self, clean: Tensor) -> None:
         self._moved = None

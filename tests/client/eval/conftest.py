@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from colaserve_client.cli import exits
 from colaserve_client.cli.options import Server
 from colaserve_client.errors import ColaserveError, Details, Overloaded, Unavailable
+from colaserve_client.results import Usage
 from colaserve_client.settings import Sampler, Sampling
 from colaserve_eval.commands import evaluate
 
@@ -44,7 +45,7 @@ class FakeClient:
                 raise Overloaded("busy", Details(retry_after=0.01))
             if prompt in self.down_for:
                 raise Unavailable("the prior is down")
-            usage = SimpleNamespace(prompt_tokens=3, completion_tokens=5, blocks=2, wasted_blocks=1)
+            usage = Usage(prompt_tokens=3, completion_tokens=5, blocks=2, wasted_blocks=1)
             return SimpleNamespace(text=self.answer(prompt, settings["sampler"]), finish_reason="stop", usage=usage)
         finally:
             self.in_flight -= 1

@@ -21,7 +21,7 @@ def test_settings_go_and_answers_come_over_the_wire(colaserve_eval, write_questi
     assert result.exit_code == 0, result.stderr
     lines = read_lines(out / "task.jsonl")
     assert [line["finish_reason"] for line in lines] == ["stop"] * 2
-    assert lines[0]["usage"].keys() == {"prompt_tokens", "completion_tokens", "blocks", "wasted_blocks"}
+    assert lines[0]["usage"].keys() == {"prompt_tokens", "completion_tokens", "blocks", "wasted_blocks", "steps_saved"}
     sent = {request.prompt: request for request in behaviour.requests if hasattr(request, "prompt")}
     assert sent["once"].sampler == types_pb2.Sampler(steps=4, guidance_scale=2, solver=types_pb2.SOLVER_AB2)
     assert sent["once"].sampling == types_pb2.Sampling(temperature=0.5)

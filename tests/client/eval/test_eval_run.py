@@ -42,7 +42,7 @@ def test_outputs_hold_question_answer_usage_and_reason_in_the_order_of_the_quest
         "choices": ["name 0", "other"],
         "generate": " NAME 3\nmore",
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "blocks": 2, "wasted_blocks": 1},
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "blocks": 2, "wasted_blocks": 1, "steps_saved": 0},
         "error": None,
     }
 

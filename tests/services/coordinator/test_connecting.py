@@ -6,7 +6,7 @@ import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 
-from colaserve.v1 import generation_pb2, latent_service_pb2
+from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.coordinator.stages import Local
@@ -235,11 +235,20 @@ async def test_info_reports_model_defaults_limits_and_stages(make_world):
     assert (await world.coordinator.latent_info()).model == info.model
 
 
+async def test_a_request_switches_an_early_stop_of_the_defaults_off(make_world):
+    world = await make_world(defaults=Defaults.of(stable_steps=2, stable_distance=0.5))
+    for sampler, steps in (({}, 2), ({"stable_steps": 3}, 3), ({"stable_steps": 0}, 0)):
+        await world.generate(prompt="a", sampler=types_pb2.Sampler(**sampler))
+        sent = world.prior.calls[-1].sampler
+        assert (sent.stable_steps, sent.HasField("stable_distance")) == (steps, steps > 0)
+
+
 @pytest.mark.parametrize(
     ("bad", "name"),
     [({"steps": 0}, "sampler.steps"), ({"solver": "rk4"}, "sampler.solver"), ({"top_p": 0.0}, "sampling.top_p"),
      ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2**40}, "max_new_tokens"),
      ({"temperature": float("nan")}, "sampling.temperature"),
+     ({"stable_steps": 2}, "sampler.stable_distance"),
      ({"guidance_start": 0.2, "guidance_end": 0.5}, "sampler.guidance_end")],
 )  # fmt: skip
 def test_impossible_defaults_are_refused(bad: dict[str, Any], name: str):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colaserve.v1 import generation_pb2, types_pb2
+from colaserve_client.arrays import tensor_from_array
 from colaserve_services.coordinator import Call, Defaults
 from colaserve_services.coordinator.defaults import sampling_seed
 from colaserve_services.coordinator.generation import generate
@@ -79,9 +80,8 @@ async def test_every_sampler_and_sampling_field_reaches_its_stage_unset_ones_by_
     seed = types_pb2.NoiseSeed(base_seed=7, sample_id=3)
     responses = await world.generate(prompt="a", seed=seed)
     sampler, sampling = world.prior.calls[0].sampler, world.decoder.calls[0].sampling
-    assert sampler == types_pb2.Sampler(
-        steps=5, guidance_scale=7, solver=types_pb2.SOLVER_HEUN, guidance_start=1, guidance_end=0, resamples=1
-    )
+    unset = {"guidance_scale": 7, "guidance_start": 1, "guidance_end": 0, "resamples": 1, "stable_steps": 0}
+    assert sampler == types_pb2.Sampler(steps=5, solver=types_pb2.SOLVER_HEUN, **unset)
     assert all(sampler.HasField(name) for name in ("guidance_end", "resamples", "guidance_start"))
     expected = types_pb2.Sampling(temperature=0.5, top_k=7, top_p=0.9, repetition_penalty=1.1, seed=sampling_seed(seed))
     assert sampling == expected
@@ -91,8 +91,9 @@ async def test_every_sampler_and_sampling_field_reaches_its_stage_unset_ones_by_
 
 async def test_set_fields_win_over_defaults(world):
     sampler = types_pb2.Sampler(
-        steps=3, guidance_scale=1, solver=types_pb2.SOLVER_AB2, guidance_start=0.5, guidance_end=0.25, resamples=2
-    )
+        steps=3, guidance_scale=1, solver=types_pb2.SOLVER_AB2, guidance_start=0.5, guidance_end=0.25, resamples=2,
+        stable_steps=2, stable_distance=0.5, steering=[{"direction": tensor_from_array([1.0, 2.0]), "scale": 2}],
+    )  # fmt: skip
     sampling = types_pb2.Sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=1, seed=0)
     await world.generate(prompt="a", sampler=sampler, sampling=sampling)
     assert world.prior.calls[0].sampler == sampler
@@ -252,6 +253,8 @@ BAD = [
     ({"sampler": types_pb2.Sampler(solver=9)}, "sampler.solver"),
     ({"sampler": types_pb2.Sampler(guidance_start=0.2, guidance_end=0.3)}, "sampler.guidance_end"),
     ({"sampler": types_pb2.Sampler(resamples=101)}, "sampler.resamples"),
+    ({"sampler": types_pb2.Sampler(stable_distance=1)}, "sampler.stable_distance"),
+    ({"sampler": types_pb2.Sampler(steering=[{"scale": 2000}])}, "sampler.steering[0].scale"),
     ({"sampling": types_pb2.Sampling(temperature=float("inf"))}, "sampling.temperature"),
     ({"sampling": types_pb2.Sampling(temperature=-0.1)}, "sampling.temperature"),
     ({"sampling": types_pb2.Sampling(top_p=0)}, "sampling.top_p"),

@@ -28,6 +28,13 @@ def canvas(values, *spans):
 
 D, B, V = 16, 4, 512
 EIGHT = tensor(8, D)
+W, BIAS = tensor(D), tensor(2)
+
+
+def steered(direction=W, **changes):
+    return {"sampler": {"steering": [{"direction": direction, "scale": 1, **changes}]}}
+
+
 SAMPLE = {  # field -> what to set in an otherwise valid SampleRequest of two blocks
     "canvas.latents.values.dtype": {"canvas": canvas(tensor(4, D, dtype=9))},
     "canvas.latents.values.shape": {"canvas": canvas(tensor(4, D + 1))},
@@ -58,6 +65,23 @@ SAMPLE = {  # field -> what to set in an otherwise valid SampleRequest of two bl
     "sampler.guidance_end": {"sampler": {"guidance_start": 0.25, "guidance_end": 0.5}},
     "sampler.resamples": {"sampler": {"resamples": 0}},
     "sampler.resamples ": {"noise": tensor(2, B, D), "sampler": {"resamples": 2}},
+    "sampler.stable_steps": {"sampler": {"stable_steps": 1001, "stable_distance": 1}},
+    "sampler.stable_distance": {"sampler": {"stable_steps": 1}},
+    "sampler.stable_distance ": {"sampler": {"stable_distance": 1}},
+    "sampler.stable_distance  ": {"sampler": {"stable_steps": 1, "stable_distance": 0}},
+    "sampler.stable_distance   ": {"sampler": {"stable_steps": 1, "stable_distance": NAN}},
+    "sampler.steering": {"sampler": {"steering": [{"direction": W}] * 17}},
+    "sampler.steering[0].direction.dtype": steered(None),
+    "sampler.steering[0].direction.shape": steered(tensor(D + 1)),
+    "sampler.steering[0].direction.shape ": steered(tensor(D, 65)),
+    "sampler.steering[0].direction.shape  ": steered(tensor(D, 0)),
+    "sampler.steering[0].direction.shape   ": steered(tensor(2, D)),
+    "sampler.steering[0].direction.data": steered(tensor(D, value=NAN)),
+    "sampler.steering[0].bias": steered(bias=tensor(1)),
+    "sampler.steering[0].bias.shape": steered(bias=BIAS, logistic=True),
+    "sampler.steering[0].scale": steered(scale=NAN),
+    "sampler.steering[0].start": steered(start=1.5),
+    "sampler.steering[0].end": steered(start=0.5, end=0.5),
     "seed.sample_id": {"seed": {"sample_id": 10_000}},
     "seed.base_seed": {"seed": {"base_seed": 2**63}},
     "seed.base_seed ": {"seed": {"base_seed": 2**63 - 1}},
