@@ -190,6 +190,20 @@ class Sampling:
     ] = None
 
 
+@documented
+@dataclass(frozen=True)
+class Scoring:
+    """How the likelihood of a text is estimated. In brackets as for `Sampler`."""
+
+    samples: Annotated[
+        int | None,
+        Field("Draws from the encoder's posterior; 0 takes its mean instead.", Range(0, 64), 1),
+    ] = None
+    probes: Annotated[int | None, Field("Probes of Hutchinson's estimator.", Range(1, 256), 8)] = None
+    steps: Annotated[int | None, Field("Steps from latents to noise.", Range(1, 1000), 32)] = None
+    solver: Annotated[Solver | None, Field("Integration rule.", default="heun", choices=SOLVERS)] = None
+
+
 class CallFields(TypedDict, total=False):
     """What every call takes as keywords."""
 

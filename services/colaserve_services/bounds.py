@@ -12,13 +12,14 @@ from typing import Any, Final, cast
 from colaserve.v1 import types_pb2
 from colaserve_client.fields import Field, Range, fields_of, names_of
 from colaserve_client.results import FinishReason
-from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling, Steering
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling, Scoring, Steering
 from colaserve_services.errors import InvalidRequest
 
 Fields = Mapping[str, Field]
 
 SAMPLER: Final[Fields] = fields_of(Sampler)
 SAMPLING: Final[Fields] = fields_of(Sampling)
+SCORING: Final[Fields] = fields_of(Scoring)
 STEERING: Final[Fields] = fields_of(Steering)
 MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
 TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]

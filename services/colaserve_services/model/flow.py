@@ -88,8 +88,9 @@ def steer(clean: Tensor, columns: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def solve(settings: SamplerSettings) -> tuple[Evaluation, ...]:
-    """The evaluations of a block by Euler's rule, z <- z + (t_next - t) v / T, or another slope instead of v.
+def solve(settings: SamplerSettings, ascending: bool = False) -> tuple[Evaluation, ...]:
+    """The evaluations of a block by Euler's rule, z <- z + (t_next - t) v / T, or another slope instead of v; from
+    noise to latents, or the other way.
 
     Adams and Bashforth's is 3/2 v - 1/2 v_previous (times are evenly spaced; the first step is Euler's). Heun's is the
     mean of v at both ends of the step, of which the first is v_previous then (the last step, to t = 0, is Euler's).
@@ -97,10 +98,11 @@ def solve(settings: SamplerSettings) -> tuple[Evaluation, ...]:
     z_t = (1 - t) z_0 + t z_1): z <- a z + sqrt(u^2 - (a w)^2) eps with u = t/T, w = t_next/T, a = (1 - u) / (1 - w).
     """
     found: list[Evaluation] = []
-    for k, (t, t_next) in enumerate(pairwise(schedule(settings.steps))):
+    times = schedule(settings.steps)
+    for k, (t, t_next) in enumerate(pairwise(times[::-1] if ascending else times)):
         dt = (t_next - t) / TIME_SCALE
         u, w = t / TIME_SCALE, t_next / TIME_SCALE
-        a = (1 - u) / (1 - w)
+        a = (1 - u) / (1 - w) if w < 1 else 1.0
         for repeat in range(settings.resamples):
             last = repeat == settings.resamples - 1
             back, noise = (1.0, 0.0) if last else (a, max(u * u - (a * w) ** 2, 0.0) ** 0.5)

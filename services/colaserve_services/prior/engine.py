@@ -1,10 +1,10 @@
 """The prior's engine: one forward pass serves blocks of many runs, each at its own step, both guidance branches."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +23,10 @@ from colaserve_services.model.flow import schedule
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
 from colaserve_services.prior.watch import Probes
 
+B = TypeVar("B")
+J = TypeVar("J", bound=SampleJob)
+S = TypeVar("S", bound="PriorSession[Any]")
+
 _ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
 
@@ -39,8 +43,10 @@ class SampledBlock:
     probes: Probes | None = None
 
 
-class PriorSession(Session[SampledBlock]):
-    """A run, and the blocks that wait to be read; iterate over it for the blocks."""
+class PriorSession(Session[B]):
+    """A run, and what of its blocks waits to be read; iterate over it for that."""
+
+    run: Any  # what `begun` gave
 
     def __init__(self, engine: "PriorEngine", job: SampleJob, deadline: float | None):
         self._engine, self.job = engine, job
@@ -58,8 +64,20 @@ class PriorSession(Session[SampledBlock]):
 
     def begin(self) -> None:
         canvas = Canvas.of(self.job, self._engine.shape.block_size)
-        self.run = SamplingRun(self.job, canvas)
+        self.run = self.begun(canvas)
         self._engine.observer.tokens(canvas.context.shape[0] * canvas.context.shape[1], 0)
+
+    def begun(self, canvas: Canvas) -> Any:
+        """The run, a `Run` with its points."""
+        raise NotImplementedError
+
+    def advance(self, results: list[Denoised]) -> None:
+        """What came of the current points."""
+        raise NotImplementedError
+
+    def deliver(self) -> None:
+        """Hand over completed blocks."""
+        raise NotImplementedError
 
     def start(self, known: int, beside: Sequence[Any]) -> None:
         self._engine.backend.prepare(schedule(self.job.sampler.steps))  # ends with the time of commits, 0
@@ -71,7 +89,7 @@ class PriorSession(Session[SampledBlock]):
         return self.run.blocks - len(self.pages)
 
     def remaining(self) -> int:
-        return len(self.run.uncommitted)
+        return int(self.run.remaining)
 
     def preemptible(self) -> bool:
         return self._wrote or not self.ready()
@@ -85,6 +103,25 @@ class PriorSession(Session[SampledBlock]):
 
     def resumed(self) -> None:
         self._since = time.monotonic()  # its reader had been away
+
+    async def __aiter__(self) -> AsyncIterator[B]:
+        while (block := await self.outbox.get()) is not None:
+            yield block
+
+
+class SamplingSession(PriorSession[SampledBlock]):
+    """A run that writes blocks."""
+
+    run: SamplingRun
+
+    def begun(self, canvas: Canvas) -> SamplingRun:
+        return SamplingRun(self.job, canvas)
+
+    def advance(self, results: list[Denoised]) -> None:
+        [result] = results
+        self.run.advance(result)
+        self.show()
+        self.deliver()
 
     def deliver(self) -> None:
         """Hand over completed blocks; given ones follow each other without a pass."""
@@ -110,31 +147,28 @@ class PriorSession(Session[SampledBlock]):
                 check_latents("a preview", run.preview)
                 self.outbox.show(SampledBlock(self.job.first_block + run.block, run.preview, None, run.step))
 
-    async def __aiter__(self) -> AsyncIterator[SampledBlock]:
-        while (block := await self.outbox.get()) is not None:
-            yield block
-
 
 @dataclass(frozen=True)
 class _ScheduledSession:
-    """What one session sends through a pass: blocks to commit, then, once all are in, its current point."""
+    """What one session sends through a pass: blocks to commit, then, once all are in, its current points."""
 
-    session: PriorSession
+    session: PriorSession[Any]
     rows_of: list[Row]
     commits: int
     rows: int  # positions
 
     @classmethod
-    def of(cls, session: PriorSession, count: int) -> "_ScheduledSession":
+    def of(cls, session: PriorSession[Any], count: int) -> "_ScheduledSession":
         run, B = session.run, session.run.canvas.values.shape[1]
         rows = [Row(session.pages, run.committed + i, block) for i, block in enumerate(run.uncommitted[:count])]
-        if count == len(run.uncommitted):
-            rows.append(run.row(session.slot, session.pages))
+        commits = len(rows)
+        if commits == len(run.uncommitted):
+            rows += run.rows(session.slot, session.pages, count - commits)
         guided = rows[-1].denoise is not None and rows[-1].denoise.guidance is not None
-        return cls(session, rows, count, B * (len(rows) + guided))
+        return cls(session, rows, commits, B * (len(rows) + guided))
 
 
-class PriorEngine(Engine[PriorSession, _ScheduledSession]):
+class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
     """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
 
     def __init__(
@@ -149,44 +183,50 @@ class PriorEngine(Engine[PriorSession, _ScheduledSession]):
         super().__init__("prior", model, shape, device, limits, observer, picked)
         self._least, self._key_cost = self.picked.least_rows / shape.block_size, self.backend.key_cost
 
-    def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[PriorSession]:
+    def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[SamplingSession]:
         """Hold a run while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
+        return self.held(SamplingSession, job, deadline)
+
+    def held(
+        self, kind: "Callable[[PriorEngine, J, float | None], S]", job: J, deadline: float | None = None
+    ) -> AbstractAsyncContextManager[S]:
+        """As `session`, of any kind."""
         check_job(job, self.shape, self.limits)
-        return self._admitted(PriorSession(self, job, deadline))
+        return self._admitted(kind(self, job, deadline))  # type: ignore[return-value]
 
     def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
         """The heartbeat: one pass for what every session needs next."""
         return self.backend.run(self.backend.plan([row for each in scheduled for row in each.rows_of]))
 
-    def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Denoised | None]) -> list[Denoised | None]:
-        """What came of each session's current point."""
+    def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Denoised | None]) -> list[list[Denoised]]:
+        """What came of each session's current points."""
         results = iter(found)
-        return [[next(results) for _ in each.rows_of][-1] for each in scheduled]
+        each = [[next(results) for _ in session.rows_of] for session in scheduled]
+        return [[one for one in some if one is not None] for some in each]
 
-    def _take(self, scheduled: _ScheduledSession, result: Denoised | None) -> None:
+    def _take(self, scheduled: _ScheduledSession, result: list[Denoised]) -> None:
         session = scheduled.session
         session.run.commit(scheduled.commits)
-        if result is not None:
-            session.run.advance(result)
-            session.show()
-            session.deliver()
+        if result:
+            session.advance(result)
 
-    def _schedule(self, ready: list[PriorSession]) -> list[_ScheduledSession]:
-        """Every sampling session; contexts share the budget that a pass has for them, in the order of `ready`.
+    def _schedule(self, ready: list[PriorSession[Any]]) -> list[_ScheduledSession]:
+        """Every sampling session; contexts, and the points of sessions that score, share the budget that a pass has for
+        them, in the order of `ready`.
 
         While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
         time. The unit is a block of rows over no keys; each context gets a block at least while some budget is left.
         """
-        sampling, B = sum(len(session.run.uncommitted) <= 1 for session in ready), self.shape.block_size
+        sampling, B = sum(session.remaining() <= 1 for session in ready), self.shape.block_size
         budget = max(_CONTEXT_SHARE * 2 * sampling, self._least) if sampling else self.limits.prefill_chunk / B
         fewest = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B)
         scheduled = []
         for session in ready:
-            count = len(session.run.uncommitted)
+            wanted = count = session.remaining()
             if count > 1:
                 cost = 1 + session.run.committed * self._key_cost
                 count = min(count, max(fewest, int(budget / cost))) if budget > 0 else 0
                 budget -= count * cost
-            if count or not session.run.uncommitted:
+            if count or not wanted:
                 scheduled.append(_ScheduledSession.of(session, count))
         return scheduled

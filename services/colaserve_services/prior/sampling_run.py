@@ -136,8 +136,8 @@ class Written(NamedTuple):
     probes: Probes | None = None
 
 
-class SamplingRun:
-    """The state of a run between forward passes, but for the latents of the block under way: the backend has them.
+class Run:
+    """The blocks of a run that are complete.
 
     `uncommitted` blocks have final latents that are not in the KV cache yet: the context at first, later the block
     written last. They go into the cache with the next pass, which is how a commit costs no pass of its own.
@@ -145,46 +145,14 @@ class SamplingRun:
 
     def __init__(self, job: SampleJob, canvas: Canvas):
         self.job, self.settings, self.canvas = job, job.sampler, canvas
-        self._pinned_blocks = canvas.known.any(dim=1).tolist()
-        self._given_blocks = canvas.known.all(dim=1).tolist()
-        self._evaluations, self._step = solve(job.sampler), 0
-        self._initial: Tensor | None = None  # latents of the block's first point, which the backend has not got yet
-        self._fresh: Tensor | None = None  # noise that the current point's update adds
         self.uncommitted: list[Tensor] = list(canvas.context)
         self.committed = 0  # blocks in the KV cache
         self._kept: list[Tensor] = []  # their latents
-        self.block = -1  # row of the canvas that is being written
-        self.finished: Written | None = None  # the block just completed, until taken
-        self.preview: Tensor | None = None  # (B, d), x0 after the last step where it is to be shown
-        self._next_block()
+        self.block = -1  # row of the canvas that is under way
 
     @property
     def done(self) -> bool:
         return self.block >= self.job.max_blocks
-
-    @property
-    def blocks(self) -> int:
-        """That the KV cache holds once all is committed, and the one under way."""
-        return self.committed + len(self.uncommitted) + (not self.done)
-
-    @property
-    def step(self) -> int:
-        """Steps of the current block that were made."""
-        return self._watch.step
-
-    @property
-    def pinned(self) -> Tensor | None:
-        """(B,) bool: known positions of the current block; None if there are none."""
-        return self.canvas.known[self.block] if self._pinned_blocks[self.block] else None
-
-    def row(self, slot: int, pages: Sequence[int]) -> Row:
-        """The current point: where the velocity is wanted, and what it does to the latents."""
-        t, update, _ = self._evaluations[self._step]
-        # Without history both branches are the same.
-        guided = self.committed + len(self.uncommitted) > 0 and self.settings.guided(t)
-        guidance = self.settings.guidance_scale if guided else None
-        denoise = Denoise(slot, update, guidance, self.pinned, self._fresh, self.settings.steered(t))
-        return Row(pages, self.committed + len(self.uncommitted), self._initial, t, denoise)
 
     def commit(self, count: int) -> None:
         """The first `count` uncommitted blocks are in the cache now."""
@@ -196,6 +164,50 @@ class SamplingRun:
         """Nothing is in the cache any more: all blocks are to be committed again."""
         self.uncommitted[:0] = self._kept
         self._kept, self.committed = [], 0
+
+
+class SamplingRun(Run):
+    """The state of a run between forward passes, but for the latents of the block under way: the backend has them."""
+
+    def __init__(self, job: SampleJob, canvas: Canvas):
+        super().__init__(job, canvas)
+        self._pinned_blocks = canvas.known.any(dim=1).tolist()
+        self._given_blocks = canvas.known.all(dim=1).tolist()
+        self._evaluations, self._step = solve(job.sampler), 0
+        self._initial: Tensor | None = None  # latents of the block's first point, which the backend has not got yet
+        self._fresh: Tensor | None = None  # noise that the current point's update adds
+        self.finished: Written | None = None  # the block just completed, until taken
+        self.preview: Tensor | None = None  # (B, d), x0 after the last step where it is to be shown
+        self._next_block()
+
+    @property
+    def blocks(self) -> int:
+        """That the KV cache holds once all is committed, and the one under way."""
+        return self.committed + len(self.uncommitted) + (not self.done)
+
+    @property
+    def remaining(self) -> int:
+        """Blocks to commit before the current point."""
+        return len(self.uncommitted)
+
+    @property
+    def step(self) -> int:
+        """Steps of the current block that were made."""
+        return self._watch.step
+
+    @property
+    def pinned(self) -> Tensor | None:
+        """(B,) bool: known positions of the current block; None if there are none."""
+        return self.canvas.known[self.block] if self._pinned_blocks[self.block] else None
+
+    def rows(self, slot: int, pages: Sequence[int], more: int) -> list[Row]:
+        """The current point: where the velocity is wanted, and what it does to the latents."""
+        t, update, _ = self._evaluations[self._step]
+        # Without history both branches are the same.
+        guided = self.committed + len(self.uncommitted) > 0 and self.settings.guided(t)
+        guidance = self.settings.guidance_scale if guided else None
+        denoise = Denoise(slot, update, guidance, self.pinned, self._fresh, self.settings.steered(t))
+        return [Row(pages, self.committed + len(self.uncommitted), self._initial, t, denoise)]
 
     def advance(self, result: Denoised) -> None:
         """The current point's velocity has done to the latents what it had to; move on to the next."""

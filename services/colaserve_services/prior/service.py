@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
-from colaserve_services.bounds import sampler_values
-from colaserve_services.errors import InvalidRequest
+from colaserve_services.bounds import SCORING, defaults, given, sampler_values
+from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.model.flow import SamplerSettings, Steering
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.prior.scoring_run import ScoreJob, ScoringSession, scoring_settings
 from colaserve_services.rpc import about, arrays, cancellation, steering
+
+INTEGRATION = {name: SCORING[name] for name in ("probes", "steps", "solver")}
 
 
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
@@ -41,23 +44,41 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
                     steps_saved=block.steps_saved,
                 )
 
+    async def Score(
+        self, request: prior_pb2.PriorServiceScoreRequest, context: Any
+    ) -> prior_pb2.PriorServiceScoreResponse:
+        """The log density of a canvas's open positions; leaving the session frees its KV, as in Sample."""
+        if self._identity.dtype != "float32":
+            what = f"got {self._identity.dtype}, and differences of rounded velocities say nothing (--dtype)"
+            raise ModelMismatch(f"Score needs a prior that computes in float32: {what}")
+        job, found = self._score_job(request), prior_pb2.PriorServiceScoreResponse()
+        async with self._engine.held(ScoringSession, job, about.deadline(context)) as session:
+            session.end_call = cancellation.end_call
+            async for block in session:
+                found.log_densities.append(block.log_density)
+                found.standard_errors.append(block.standard_error)
+                found.evaluations += block.evaluations
+                found.timing.queue_us += block.timings.queue_us
+                found.timing.compute_us += block.timings.compute_us
+        return found
+
     async def GetInfo(
         self, request: prior_pb2.PriorServiceGetInfoRequest, context: Any
     ) -> prior_pb2.PriorServiceGetInfoResponse:
         """Describe the model, its limits and its load."""
         return prior_pb2.PriorServiceGetInfoResponse(**about.info(self._engine, self._identity))
 
+    def _canvas(self, canvas: types_pb2.Canvas) -> dict[str, Any]:
+        most, dim = self._engine.limits.max_context, self._engine.shape.latent_dim
+        if len(canvas.open) > most:
+            raise InvalidRequest("canvas.open", f"got {len(canvas.open)} spans for {most} positions at most")
+        latents = arrays.latents_from_message(canvas.latents, "canvas.latents", dim, self._identity.space)
+        return {"latents": torch.from_numpy(latents), "open": [(span.start, span.end) for span in canvas.open]}
+
     def _job(self, request: prior_pb2.SampleRequest) -> SampleJob:
-        shape, canvas = self._engine.shape, request.canvas
-        if len(canvas.open) > self._engine.limits.max_context:
-            raise InvalidRequest(
-                "canvas.open", f"got {len(canvas.open)} spans for {self._engine.limits.max_context} positions at most"
-            )
-        space, seeded = self._identity.space, request.WhichOneof("noise_source") == "seed"
-        latents = arrays.latents_from_message(canvas.latents, "canvas.latents", shape.latent_dim, space)
+        seeded = request.WhichOneof("noise_source") == "seed"
         return SampleJob(
-            latents=torch.from_numpy(latents),
-            open=[(span.start, span.end) for span in canvas.open],
+            **self._canvas(request.canvas),
             max_blocks=request.max_blocks,
             first_block=request.first_block,
             sampler=self._sampler(request.sampler),
@@ -67,6 +88,25 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
             cache_salt=request.cache_salt,
             preview_every=request.preview_every,
             with_probes=request.with_probes,
+        )
+
+    def _score_job(self, request: prior_pb2.PriorServiceScoreRequest) -> ScoreJob:
+        canvas, B, most = self._canvas(request.canvas), self._engine.shape.block_size, self._engine.limits.max_context
+        latents, spans = canvas["latents"], canvas["open"]
+        if len(latents) % B or len(latents) > most:
+            what = f"got {len(latents)} positions, expected whole blocks of {B}, at most {most} positions (max_context)"
+            raise InvalidRequest("canvas.latents", what)
+        if not spans:
+            raise InvalidRequest("canvas.open", "got no span, expected the positions whose density is wanted")
+        values = defaults(INTEGRATION) | given(request, INTEGRATION, "")
+        return ScoreJob(
+            **canvas,
+            max_blocks=len(latents) // B - min(spans[0][0], len(latents) - 1) // B,
+            sampler=scoring_settings(values["steps"], values["solver"]),
+            base_seed=request.seed.base_seed,
+            sample_id=request.seed.sample_id,
+            cache_salt=request.cache_salt,
+            probes=values["probes"],
         )
 
     def _sampler(self, message: types_pb2.Sampler) -> SamplerSettings:

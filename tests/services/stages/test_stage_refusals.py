@@ -120,6 +120,42 @@ async def test_sample_names_each_field_that_is_wrong(tiny):
         assert blocks == [0, 1]
 
 
+ALL_OPEN = canvas(EIGHT, (0, 8))
+SCORE = {
+    "canvas.latents": {"canvas": canvas(tensor(6, D), (0, 4))},
+    "canvas.latents ": {"canvas": canvas(tensor(260, D), (0, 4))},
+    "canvas.latents.values.data": {"canvas": canvas(tensor(4, D, value=NAN), (0, 4))},
+    "canvas.open": {"canvas": canvas(EIGHT)},
+    "canvas.open ": {"canvas": canvas(EIGHT, (4, 9))},
+    "canvas.open  ": {"canvas": canvas(EIGHT, (HUGE, 9))},
+    "canvas.open   ": {"canvas": canvas(EIGHT, *[(0, 4)] * 257)},
+    "canvas.open    ": {"canvas": canvas(tensor(0, D), (0, 4))},
+    "probes": {"canvas": ALL_OPEN, "probes": 0},
+    "probes ": {"canvas": ALL_OPEN, "probes": 257},
+    "steps": {"canvas": ALL_OPEN, "steps": 1001},
+    "solver": {"canvas": ALL_OPEN, "solver": 9},
+    "seed.sample_id": {"canvas": ALL_OPEN, "seed": {"sample_id": 10_000}},
+    "seed.base_seed": {"canvas": ALL_OPEN, "seed": {"base_seed": 2**63 - 1}},
+}
+
+
+async def test_score_names_each_field_that_is_wrong_and_needs_float32(tiny):
+    async with serving(tiny) as served:
+        for field, changes in SCORE.items():
+            error = await refusal(served.prior.Score(prior_pb2.PriorServiceScoreRequest(**changes)))
+            assert (type(error), getattr(error, "field", "")) == (InvalidRequest, field.strip()), str(error)
+        request = prior_pb2.PriorServiceScoreRequest(canvas=canvas(tensor(12, D), (5, 7)), steps=2, probes=3)
+        found = await served.prior.Score(request)
+        assert (len(found.log_densities), found.evaluations) == (2, 4 * 7)
+        assert found.standard_errors[0] > 0
+        assert (found.log_densities[1], found.standard_errors[1]) == (0, 0)  # no position of the last block is open
+        await eventually(lambda: served.kv_bytes("prior") == 0)
+    async with serving(tiny, dtype="bfloat16") as served:
+        error = await refusal(served.prior.Score(request))
+        assert isinstance(error, ModelMismatch), error
+        assert "float32" in str(error)
+
+
 async def test_latents_of_another_space_are_a_failed_precondition_everywhere(tiny):
     async with serving(tiny) as served:
         foreign = types_pb2.Latents(values=tensor(B, D), space="0123456789abcdef")
@@ -159,6 +195,10 @@ DECODE = {
     "open.history_ids  ": [{"open": {"history_ids": [1] * 260}}],
     "open.top_logprobs": [{"open": {"top_logprobs": 21}}],
     "open.target_ids": [{"open": {"target_ids": [HUGE]}}],
+    "open.logprob_ids": [{"open": {"logprob_ids": [HUGE]}}],
+    "open.logprob_ids ": [{"open": {"logprob_ids": [1] * (V + 1)}}],
+    "open.all_logprobs": [{"open": {"logprob_ids": [1], "all_logprobs": True}}],
+    "open.logprobs_dtype": [{"open": {"logprobs_dtype": 2}}],
     "open.target_ids ": [{"open": {"max_latents": 4, "target_ids": [1] * 5}}],
     "sampling.temperature": [{"open": {"sampling": {"temperature": NAN}}}],
     "sampling.temperature ": [{"open": {"sampling": {"temperature": 101}}}],

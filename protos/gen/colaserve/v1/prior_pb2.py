@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colaserve.v1 import types_pb2 as colaserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63olaserve/v1/prior.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"\xbd\x02\n\rSampleRequest\x12$\n\x06\x63\x61nvas\x18\x01 \x01(\x0b\x32\x14.colaserve.v1.Canvas\x12\x12\n\nmax_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12&\n\x07sampler\x18\x04 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12\'\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeedH\x00\x12%\n\x05noise\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.TensorH\x00\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x1a\n\rpreview_every\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x13\n\x0bwith_probes\x18\t \x01(\x08\x42\x0e\n\x0cnoise_sourceB\x10\n\x0e_preview_every\"\xd1\x01\n\x0eSampleResponse\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x13\n\x0bprovisional\x18\x04 \x01(\x08\x12\x0c\n\x04step\x18\x05 \x01(\r\x12$\n\x06probes\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Probes\x12\x13\n\x0bsteps_saved\x18\x07 \x01(\r\"\x1c\n\x1aPriorServiceGetInfoRequest\"\xb6\x01\n\x1bPriorServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12\x0f\n\x07weights\x18\x05 \x01(\t2\xb5\x01\n\x0cPriorService\x12\x45\n\x06Sample\x12\x1b.colaserve.v1.SampleRequest\x1a\x1c.colaserve.v1.SampleResponse0\x01\x12^\n\x07GetInfo\x12(.colaserve.v1.PriorServiceGetInfoRequest\x1a).colaserve.v1.PriorServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63olaserve/v1/prior.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"\xbd\x02\n\rSampleRequest\x12$\n\x06\x63\x61nvas\x18\x01 \x01(\x0b\x32\x14.colaserve.v1.Canvas\x12\x12\n\nmax_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12&\n\x07sampler\x18\x04 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12\'\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeedH\x00\x12%\n\x05noise\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.TensorH\x00\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x1a\n\rpreview_every\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x13\n\x0bwith_probes\x18\t \x01(\x08\x42\x0e\n\x0cnoise_sourceB\x10\n\x0e_preview_every\"\xd1\x01\n\x0eSampleResponse\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12\x13\n\x0bprovisional\x18\x04 \x01(\x08\x12\x0c\n\x04step\x18\x05 \x01(\r\x12$\n\x06probes\x18\x06 \x01(\x0b\x32\x14.colaserve.v1.Probes\x12\x13\n\x0bsteps_saved\x18\x07 \x01(\r\"\xdf\x01\n\x18PriorServiceScoreRequest\x12$\n\x06\x63\x61nvas\x18\x01 \x01(\x0b\x32\x14.colaserve.v1.Canvas\x12\x13\n\x06probes\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05steps\x18\x03 \x01(\rH\x01\x88\x01\x01\x12$\n\x06solver\x18\x04 \x01(\x0e\x32\x14.colaserve.v1.Solver\x12%\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x12\n\ncache_salt\x18\x06 \x01(\tB\t\n\x07_probesB\x08\n\x06_steps\"\x86\x01\n\x19PriorServiceScoreResponse\x12\x15\n\rlog_densities\x18\x01 \x03(\x01\x12\x17\n\x0fstandard_errors\x18\x02 \x03(\x01\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\x04\x12$\n\x06timing\x18\x04 \x01(\x0b\x32\x14.colaserve.v1.Timing\"\x1c\n\x1aPriorServiceGetInfoRequest\"\xb6\x01\n\x1bPriorServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12\x0f\n\x07weights\x18\x05 \x01(\t2\x8f\x02\n\x0cPriorService\x12\x45\n\x06Sample\x12\x1b.colaserve.v1.SampleRequest\x1a\x1c.colaserve.v1.SampleResponse0\x01\x12X\n\x05Score\x12&.colaserve.v1.PriorServiceScoreRequest\x1a\'.colaserve.v1.PriorServiceScoreResponse\x12^\n\x07GetInfo\x12(.colaserve.v1.PriorServiceGetInfoRequest\x1a).colaserve.v1.PriorServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLEREQUEST']._serialized_end=386
   _globals['_SAMPLERESPONSE']._serialized_start=389
   _globals['_SAMPLERESPONSE']._serialized_end=598
-  _globals['_PRIORSERVICEGETINFOREQUEST']._serialized_start=600
-  _globals['_PRIORSERVICEGETINFOREQUEST']._serialized_end=628
-  _globals['_PRIORSERVICEGETINFORESPONSE']._serialized_start=631
-  _globals['_PRIORSERVICEGETINFORESPONSE']._serialized_end=813
-  _globals['_PRIORSERVICE']._serialized_start=816
-  _globals['_PRIORSERVICE']._serialized_end=997
+  _globals['_PRIORSERVICESCOREREQUEST']._serialized_start=601
+  _globals['_PRIORSERVICESCOREREQUEST']._serialized_end=824
+  _globals['_PRIORSERVICESCORERESPONSE']._serialized_start=827
+  _globals['_PRIORSERVICESCORERESPONSE']._serialized_end=961
+  _globals['_PRIORSERVICEGETINFOREQUEST']._serialized_start=963
+  _globals['_PRIORSERVICEGETINFOREQUEST']._serialized_end=991
+  _globals['_PRIORSERVICEGETINFORESPONSE']._serialized_start=994
+  _globals['_PRIORSERVICEGETINFORESPONSE']._serialized_end=1176
+  _globals['_PRIORSERVICE']._serialized_start=1179
+  _globals['_PRIORSERVICE']._serialized_end=1450
 # @@protoc_insertion_point(module_scope)

@@ -1,7 +1,8 @@
 from colaserve.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -44,6 +45,34 @@ class SampleResponse(_message.Message):
     probes: _types_pb2.Probes
     steps_saved: int
     def __init__(self, block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., provisional: bool = ..., step: _Optional[int] = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ..., steps_saved: _Optional[int] = ...) -> None: ...
+
+class PriorServiceScoreRequest(_message.Message):
+    __slots__ = ("canvas", "probes", "steps", "solver", "seed", "cache_salt")
+    CANVAS_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SOLVER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    canvas: _types_pb2.Canvas
+    probes: int
+    steps: int
+    solver: _types_pb2.Solver
+    seed: _types_pb2.NoiseSeed
+    cache_salt: str
+    def __init__(self, canvas: _Optional[_Union[_types_pb2.Canvas, _Mapping]] = ..., probes: _Optional[int] = ..., steps: _Optional[int] = ..., solver: _Optional[_Union[_types_pb2.Solver, str]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class PriorServiceScoreResponse(_message.Message):
+    __slots__ = ("log_densities", "standard_errors", "evaluations", "timing")
+    LOG_DENSITIES_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    log_densities: _containers.RepeatedScalarFieldContainer[float]
+    standard_errors: _containers.RepeatedScalarFieldContainer[float]
+    evaluations: int
+    timing: _types_pb2.Timing
+    def __init__(self, log_densities: _Optional[_Iterable[float]] = ..., standard_errors: _Optional[_Iterable[float]] = ..., evaluations: _Optional[int] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
 
 class PriorServiceGetInfoRequest(_message.Message):
     __slots__ = ()

@@ -40,6 +40,11 @@ class PriorServiceStub(object):
                 request_serializer=colaserve_dot_v1_dot_prior__pb2.SampleRequest.SerializeToString,
                 response_deserializer=colaserve_dot_v1_dot_prior__pb2.SampleResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/colaserve.v1.PriorService/Score',
+                request_serializer=colaserve_dot_v1_dot_prior__pb2.PriorServiceScoreRequest.SerializeToString,
+                response_deserializer=colaserve_dot_v1_dot_prior__pb2.PriorServiceScoreResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/colaserve.v1.PriorService/GetInfo',
                 request_serializer=colaserve_dot_v1_dot_prior__pb2.PriorServiceGetInfoRequest.SerializeToString,
@@ -63,6 +68,20 @@ class PriorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """The log density of given latents, block by block, each given those before it and its own known positions. The
+        probability-flow ODE carries the open positions z from t/T = 0 to 1, and by the instantaneous change of variables
+        (Chen et al. 2018, arXiv:1806.07366, theorem 1; Song et al. 2021, arXiv:2011.13456, equation 39)
+        log p(z_0) = log N(z_1; 0, I) + integral over t/T from 0 to 1 of div v.
+        The divergence is Hutchinson's estimate (Grathwohl et al. 2019, arXiv:1810.01367), the mean over probes e, drawn
+        anew at each evaluation, every element +1 or -1, of e . (v(z + h e) - v(z - h e)) / 2h, h = 0.01. Guidance is off.
+        FAILED_PRECONDITION unless the prior computes in float32: differences of rounded velocities say nothing. The call
+        owns a session as a Sample stream does, shares passes with others, and ends in the same ways.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """Describes the model, its limits and its load.
         """
@@ -77,6 +96,11 @@ def add_PriorServiceServicer_to_server(servicer, server):
                     servicer.Sample,
                     request_deserializer=colaserve_dot_v1_dot_prior__pb2.SampleRequest.FromString,
                     response_serializer=colaserve_dot_v1_dot_prior__pb2.SampleResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=colaserve_dot_v1_dot_prior__pb2.PriorServiceScoreRequest.FromString,
+                    response_serializer=colaserve_dot_v1_dot_prior__pb2.PriorServiceScoreResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -112,6 +136,33 @@ class PriorService(object):
             '/colaserve.v1.PriorService/Sample',
             colaserve_dot_v1_dot_prior__pb2.SampleRequest.SerializeToString,
             colaserve_dot_v1_dot_prior__pb2.SampleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/colaserve.v1.PriorService/Score',
+            colaserve_dot_v1_dot_prior__pb2.PriorServiceScoreRequest.SerializeToString,
+            colaserve_dot_v1_dot_prior__pb2.PriorServiceScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
