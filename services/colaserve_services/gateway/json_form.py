@@ -7,7 +7,6 @@ one table of settings: what a service gains has its JSON form.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
@@ -27,6 +26,7 @@ from colaserve_client.fields import choices_of, fields_of, names_of
 from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Steering
 from colaserve_services.gateway.dialects.fields import MOST_IDS, UINT32, Strict, Text, TokenIds, at_most, kind_of
 from colaserve_services.gateway.errors import invalid
+from colaserve_services.rpc.arrays import to_message
 
 _DTYPES: Final[Mapping[str, Any]] = choices_of(types_pb2.DataType.DESCRIPTOR)
 _DTYPE_NAMES: Final = names_of(types_pb2.DataType.DESCRIPTOR)
@@ -135,81 +135,58 @@ def _is_repeated(field: Any) -> bool:
     return hasattr(getattr(GetMessageClass(field.containing_type)(), field.name), "extend")
 
 
-def fill(message: Any, fields: Strict, path: str = "") -> None:
-    """Set what checked JSON sets of a message. ApiError 400 names what no schema finds."""
-    known = message.DESCRIPTOR.fields_by_name
+def message_of(message: Descriptor, fields: Strict, path: str = "") -> Any:
+    """The message that checked JSON stands for. ApiError 400 names what no schema finds."""
+    values, chosen = dict[str, Any](), dict[str, str]()
     for name, value in fields:
-        if value is None or name not in known:
+        field, where = message.fields_by_name.get(name), f"{path}{name}"
+        if field is None or value is None:
             continue
-        field, where = known[name], f"{path}{name}"
-        if field.containing_oneof is not None and (other := message.WhichOneof(field.containing_oneof.name)):
+        if field.containing_oneof and (other := chosen.setdefault(field.containing_oneof.name, name)) != name:
             raise invalid(where, f"expected one of {other} and {name}, got both")
-        if not _is_repeated(field):
-            _set(message, field, value, where)
-        elif field.message_type is None:
-            getattr(message, name).extend(_number(field, value) for value in value)
+        if _is_repeated(field):
+            values[name] = [_wire_value(field, each, f"{where}[{index}]") for index, each in enumerate(value)]
         else:
-            for index, each in enumerate(value):
-                _fill_message(getattr(message, name).add(), each, f"{where}[{index}]")
+            values[name] = _wire_value(field, value, where)
+    return GetMessageClass(message)(**values)
 
 
-def _set(message: Any, field: FieldDescriptor, value: Any, where: str) -> None:
+def _wire_value(field: Any, value: Any, where: str) -> Any:
+    if field.enum_type is not None:
+        return choices_of(field.enum_type)[value]
     if field.message_type is None:
-        setattr(message, field.name, _number(field, value))
-        return
-    part = getattr(message, field.name)
-    part.SetInParent()
-    _fill_message(part, value, where)
-
-
-def _number(field: FieldDescriptor, value: Any) -> Any:
-    return value if field.enum_type is None else choices_of(field.enum_type)[value]
-
-
-def _fill_message(message: Any, value: Any, where: str) -> None:
+        return value
     if isinstance(value, LatentFields):
-        message.space = value.space or ""
-        _fill_tensor(message.values, value, where)
-    elif isinstance(value, ArrayFields):
-        _fill_tensor(message, value, where)
-    elif isinstance(value, list):
-        message.ids.extend(value)
-    else:
-        fill(message, value, f"{where}.")
+        return types_pb2.Latents(values=_tensor(value, where), space=value.space)
+    if isinstance(value, ArrayFields):
+        return _tensor(value, where)
+    return (
+        types_pb2.TokenIds(ids=value) if isinstance(value, list) else message_of(field.message_type, value, f"{where}.")
+    )
 
 
-def _fill_tensor(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
-    """What does not fit together is left to the service, which names it."""
-    if not isinstance(array.data, str):
-        _fill_from_numbers(tensor, array, where)
-        return
-    if array.shape is None:
-        raise invalid(f"{where}.shape", "this field is required beside base64")
-    try:
-        data = base64.b64decode(array.data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise invalid(f"{where}.data", f"is no base64: {error}") from None
-    tensor.dtype, tensor.data = _DTYPES[array.dtype or "float32"], data
-    tensor.shape.extend(array.shape)
-
-
-def _fill_from_numbers(tensor: types_pb2.Tensor, array: ArrayFields, where: str) -> None:
-    if array.dtype not in (None, "float32"):
-        raise invalid(f"{where}.dtype", f"got {array.dtype!r}, expected float32: lists are")
-    if array.data == []:
-        return
-    values = np.array(array.data, dtype=object)
+def _tensor(array: ArrayFields, where: str) -> types_pb2.Tensor | None:
+    """What does not fit together is left to the service, which names it. None for an empty list."""
+    data, shape, dtype = array.data, array.shape, array.dtype or "float32"
+    if isinstance(data, str):
+        if shape is None:
+            raise invalid(f"{where}.shape", "this field is required beside base64")
+        try:
+            return types_pb2.Tensor(dtype=_DTYPES[dtype], shape=shape, data=base64.b64decode(data, validate=True))
+        except ValueError as error:
+            raise invalid(f"{where}.data", f"is no base64: {error}") from None
+    if dtype != "float32":
+        raise invalid(f"{where}.dtype", f"got {dtype!r}, expected float32: lists are")
+    values = np.array(data, dtype=object)
     if not {int, float}.issuperset(map(type, values.ravel())):  # of lists of unequal lengths, lists are elements
         raise invalid(f"{where}.data", "expected base64, or numbers in nested lists of equal lengths")
-    if array.shape not in (None, list(values.shape)):
-        raise invalid(f"{where}.shape", f"got {array.shape}, the lists' is {list(values.shape)}")
+    if shape not in (None, list(values.shape)):
+        raise invalid(f"{where}.shape", f"got {shape}, the lists' is {list(values.shape)}")
     try:
         with np.errstate(over="ignore"):  # the service refuses what is not finite
-            tensor.data = values.astype("<f4").tobytes()
+            return None if data == [] else to_message(values.astype(np.float32))
     except OverflowError as error:
         raise invalid(f"{where}.data", str(error)) from None
-    tensor.dtype = types_pb2.DATA_TYPE_FLOAT32
-    tensor.shape.extend(values.shape)
 
 
 # Answers

@@ -10,7 +10,6 @@ from typing import Any, Final, Literal
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message_factory import GetMessageClass
 from pydantic import Field
 from pydantic_core import to_json
 from starlette.requests import Request
@@ -27,7 +26,7 @@ from colaserve_services.gateway.dialects.refusals import refuse_extras
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid, with_own_names
 from colaserve_services.gateway.gateway import checked_model, deadline
-from colaserve_services.gateway.json_form import answer_of, comment_of, fill, plain, schema_of
+from colaserve_services.gateway.json_form import answer_of, comment_of, message_of, plain, schema_of
 from colaserve_services.gateway.openapi import JSON, Endpoint
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.offload import offload
@@ -76,9 +75,7 @@ def _read(method: MethodDescriptor, schema: Any, allow_unknown: bool, body: byte
     """What the client sets, and the message of it."""
     fields = parse(body, schema)
     refuse_extras(fields, allow_unknown=allow_unknown)
-    message = GetMessageClass(method.input_type)()
-    fill(message, fields)
-    return fields, message
+    return fields, message_of(method.input_type, fields)
 
 
 @dataclass
