@@ -73,6 +73,7 @@ from colaserve_client.settings import Retry as Retry
 from colaserve_client.settings import Sampler as Sampler
 from colaserve_client.settings import Sampling as Sampling
 from colaserve_client.settings import Solver as Solver
+from colaserve_client.settings import Steering as Steering
 from colaserve_client.settings import Tls as Tls
 from colaserve_client.stages import AsyncDecoderClient as AsyncDecoderClient
 from colaserve_client.stages import AsyncDecodeSession as AsyncDecodeSession

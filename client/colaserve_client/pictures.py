@@ -9,7 +9,7 @@ from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, html_table
 
-_LONGEST = 28  # characters of a label
+_LONGEST = 36  # characters of a label
 _LABELS = 40  # beside so many points; more would hide each other
 
 
@@ -92,7 +92,8 @@ class Trajectory:
             ax.plot(*coordinates.T, color="0.7", linewidth=1, zorder=1)
         ax.scatter(*coordinates.T, c=np.arange(len(self)), cmap="viridis", zorder=2)
         for label, at in zip(self.labels[:_LABELS], coordinates, strict=False):
-            ax.annotate(_short(label), at, (4, 4), textcoords="offset points", fontsize="small", parse_math=False)
+            aside = {"xytext": (-5, 4), "ha": "right"} if at[0] > 0 else {"xytext": (5, 4)}  # towards the middle
+            ax.annotate(_short(label), at, textcoords="offset points", fontsize="small", parse_math=False, **aside)
         for axis, share, name in zip((ax.xaxis, ax.yaxis), shares, ("first", "second"), strict=True):
             axis.set_label_text(f"{name} principal axis ({share:.0%} of the variance)")
         return ax

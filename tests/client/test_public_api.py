@@ -21,7 +21,7 @@ InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents
 Logprobs LogprobsDtype MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported
 Overloaded Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding
 ServerError ServerInfo
-ServiceInfo Solver StageInfo Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Trajectory
+ServiceInfo Solver StageInfo Steering Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Trajectory
 Unavailable Usage
 """
 METHODS = """

@@ -26,6 +26,7 @@ from colaserve_client import AsyncClient
 from colaserve_client.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "decisions.md"})
 
 FIRST_STEPS = "source .venv/bin/activate"
@@ -47,6 +48,12 @@ KNOWN = {
     "capital of Japan?": "Tokyo",
     "capital of France?": "Paris",
     "[[1]]": "Paris",
+}
+SAID = {  # by the scripts of examples/
+    "generate": "capital of Japan? Answer: Tokyo",
+    "halt_early": "of the steps left out, the same text",
+    "steer": "Brazil' Europe",
+    "walk": "1.000  The capital of Japan is Tokyo.",
 }
 SERVING = ("up", "coordinator", "gateway", "encoder", "prior", "decoder", "pull", "bench", "train")
 ONLY_READ = (*SERVING, "eval sweep", "status --target prior-0")  # the last one needs another machine
@@ -145,6 +152,16 @@ def test_examples_of_help_texts_succeed(name: str, addresses: dict[str, str], fo
 def test_blocks_of_pages_succeed(block: tuple[Path, str, str], addresses: dict[str, str], folder: Path) -> None:
     _, language, text = block
     assert not (run_python if language == "python" else fault_of_lines)(text, addresses)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_succeed(script: Path, addresses: dict[str, str], folder: Path) -> None:
+    environment = {**os.environ, "COLASERVE_TARGET": addresses["127.0.0.1:50051"]}
+    command = [sys.executable, script, *(["walk.png"] if script.stem == "walk" else [])]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert SAID[script.stem] in ran.stdout
+    assert script.stem != "walk" or (folder / "walk.png").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
