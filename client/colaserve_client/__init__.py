@@ -37,8 +37,10 @@ from colaserve_client.latents import LatentsLike as LatentsLike
 from colaserve_client.latents import load_latents as load_latents
 from colaserve_client.latents import save_latents as save_latents
 from colaserve_client.pictures import Trajectory as Trajectory
+from colaserve_client.results import BranchBlock as BranchBlock
 from colaserve_client.results import DecodedBlock as DecodedBlock
 from colaserve_client.results import DecodedLatents as DecodedLatents
+from colaserve_client.results import Embedding as Embedding
 from colaserve_client.results import FinishReason as FinishReason
 from colaserve_client.results import GenerationChunk as GenerationChunk
 from colaserve_client.results import GenerationOutcome as GenerationOutcome
@@ -63,11 +65,13 @@ from colaserve_client.results import TokenLogprobs as TokenLogprobs
 from colaserve_client.results import Tokens as Tokens
 from colaserve_client.results import TopToken as TopToken
 from colaserve_client.results import Usage as Usage
+from colaserve_client.settings import Branch as Branch
 from colaserve_client.settings import Connection as Connection
 from colaserve_client.settings import GenerationRequest as GenerationRequest
 from colaserve_client.settings import Interpolation as Interpolation
 from colaserve_client.settings import LogprobsDtype as LogprobsDtype
 from colaserve_client.settings import NoiseSeed as NoiseSeed
+from colaserve_client.settings import Pooling as Pooling
 from colaserve_client.settings import Prompt as Prompt
 from colaserve_client.settings import Retry as Retry
 from colaserve_client.settings import Sampler as Sampler

@@ -72,6 +72,12 @@ def shortest_all(values: FloatArray) -> Any:
     return values.astype(str).astype(np.float64).tolist()
 
 
+def unit(values: FloatArray) -> FloatArray:
+    """Every vector (of the last dimension) scaled to length 1; zeros stay zeros."""
+    lengths = np.linalg.norm(values, axis=-1, keepdims=True)
+    return (values / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
 def lerp(start: FloatArray, end: FloatArray, weight: float) -> FloatArray:
     """The straight line: `start` at weight 0, `end` at 1, bit for bit."""
     if weight in (0, 1):

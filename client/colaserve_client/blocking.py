@@ -186,6 +186,9 @@ class Client(BaseClient[AsyncClient]):
 
     generate = _blocking(AsyncClient.generate)
     stream = _opening(AsyncClient.stream, Stream)
+    fork = _opening(AsyncClient.fork, Stream)
+    fork_all = _blocking(AsyncClient.fork_all)
+    embed = _blocking(AsyncClient.embed)
     tokenize = _blocking(AsyncClient.tokenize)
     detokenize = _blocking(AsyncClient.detokenize)
     info = _blocking(AsyncClient.info)

@@ -11,8 +11,9 @@ from operator import attrgetter
 from typing import Any, TypeVar, Unpack
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_client.calls import AsyncStream, converted
-from colaserve_client.errors import ColaserveError, Details, ServerError, invalid
+from colaserve_client.calls import AsyncStream
+from colaserve_client.errors import ColaserveError, invalid
+from colaserve_client.forks import AsyncForks, generation_result
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.likelihood import AsyncLikelihood
 from colaserve_client.messages import build, of_kind, one, request, several, strings
@@ -46,7 +47,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class AsyncClient(AsyncLikelihood):
+class AsyncClient(AsyncForks, AsyncLikelihood):
     """A connection to a coordinator. An asyncio client is for one event loop, a blocking one for any number of threads.
 
     Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
@@ -315,28 +316,6 @@ def _segments(segments: Sequence[str | int]) -> list[latent_service_pb2.InfillSe
         )
         for index, segment in enumerate(segments)
     ]
-
-
-def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> GenerationResult:
-    """The whole of all chunks; `ServerError` when the last one is missing or incomplete, or they do not fit."""
-    last = chunks[-1] if chunks else None
-    if last is None or last.finish_reason is None or last.usage is None or last.seed is None:
-        raise ServerError("the stream ended without a finish reason, usage and seed", Details(request_id=request_id))
-    latents = [chunk.latents for chunk in chunks if chunk.latents is not None]
-    return GenerationResult(
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
-        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-        latents=converted(Latents.concat, latents, request_id) if latents else None,
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        seed=last.seed,
-        timing=last.timing,
-        request_id=request_id,
-        previews=tuple(chunk.preview for chunk in chunks if chunk.preview is not None),
-        probes=tuple(chunk.probes for chunk in chunks if chunk.probes is not None and chunk.preview is None),
-    )
 
 
 C = TypeVar("C", "asyncio.Task[Any]", "Future[Any]")

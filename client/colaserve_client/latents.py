@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from colaserve.v1 import types_pb2
-from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, slerp, tensor_from_array
+from colaserve_client.arrays import FloatArray, array_from_tensor, float_array, slerp, tensor_from_array, unit
 from colaserve_client.errors import ModelMismatch, invalid
 from colaserve_client.writing import write_file
 
@@ -119,8 +119,7 @@ class Latents:
         >>> Latents([[3, 4], [0, 0]]).normalized().values.tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
         """
-        lengths = np.linalg.norm(self._values, axis=-1, keepdims=True)
-        return Latents(self._values / np.where(lengths > 0, lengths, 1), self._space)
+        return Latents(unit(self._values), self._space)
 
     def slerp(self, end: "LatentsLike", weight: float) -> "Latents":
         """The point of the great circle from here to `end`, position by position: weight 0 is here, 1 is `end`.

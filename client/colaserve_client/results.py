@@ -140,6 +140,14 @@ class GenerationChunk(_Text):
 
 
 @_value
+class BranchBlock(GenerationChunk):
+    """One block of one branch of a fork; finish reason, usage and seed are in the last of each."""
+
+    branch: Annotated[int, Field("Index of the branch.")] = 0
+    index: Annotated[int, Field("Index of the block in the branch, from 0 on.", wire="block_index")] = 0
+
+
+@_value
 class GenerationResult(_Text):
     """A whole generation."""
 
@@ -196,6 +204,15 @@ class TextEncoding(SequenceEncoding):
 
     token_ids: Annotated[tuple[int, ...], Field("The tokens of the text.")]
     tokens: Annotated[tuple[str, ...], _TOKENS]
+
+
+@_value
+class Embedding:
+    """What stands for a text."""
+
+    values: Annotated[FloatArray, Field("A vector (d), or one a block, (blocks, d).")] = field(compare=False)
+    token_count: Annotated[int, Field("Tokens of the text.")]
+    space: Annotated[str, Field("Fingerprint of the latent space.")]
 
 
 @_value

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import invalid
 from colaserve_client.fields import Field, Range, choices_of, documented
+from colaserve_client.latents import LatentsLike
 
 Solver = Literal["euler", "ab2", "heun"]
 Interpolation = Literal["lerp", "slerp"]
 LogprobsDtype = Literal["float32", "float16"]
+Pooling = Literal["mean", "last_block", "per_block"]
 Prompt = str | Sequence[int]  # a text, or its token ids
 
 SOLVERS = choices_of(types_pb2.Solver.DESCRIPTOR)
@@ -278,14 +281,42 @@ class GenerationRequest:
     ] = False
 
 
-class GenerationFields(WritingFields, total=False):
-    """The fields of `GenerationRequest`, and those of its sampler and its sampling, as keywords of a call."""
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One continuation of `Client.fork`. What is None or empty is that of the call.
+
+    Attributes:
+        seed: of the noise; None: sample i of the call's seed for branch i.
+        noise: the noise itself instead, (blocks, B, d), as many blocks as max_new_tokens needs.
+        sampler: how latents are sampled; its fields of None are the call's.
+        sampling: how tokens are drawn; its fields of None are the call's.
+        max_new_tokens: tokens to write at most.
+        stop: the text ends before the first of these strings.
+        written: its first blocks as they were written before, (k * B, d); it goes on behind them as it would have.
+    """
+
+    seed: int | NoiseSeed | None = None
+    noise: ArrayLike | None = None
+    sampler: Sampler | None = None
+    sampling: Sampling | None = None
+    max_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    written: LatentsLike | None = None
+
+
+class ForkFields(WritingFields, total=False):
+    """What the branches of a fork share, as keywords of a call."""
 
     max_new_tokens: int | None
     stop: Sequence[str]
     ignore_end: bool
-    with_latents: bool
     top_logprobs: int | None
     print_special: bool
+
+
+class GenerationFields(ForkFields, total=False):
+    """The fields of `GenerationRequest`, and those of its sampler and its sampling, as keywords of a call."""
+
+    with_latents: bool
     preview_every: int | None
     with_probes: bool

@@ -3,6 +3,7 @@ fixed story. `Behaviour` makes it fail, wait, and tell what reached it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import grpc
@@ -224,6 +225,36 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
             for provisional in ([True, False] if request.preview_every else [False])
         )
         yield from self.behaviour.messages(blocks, context)
+
+    def Fork(self, request, context):
+        self.behaviour.enter(request, context)
+        answers = [self._branch(request, number) for number in range(len(request.branches))]
+        yield from self.behaviour.messages(
+            (block for turn in zip_longest(*answers) for block in turn if block), context
+        )
+
+    def _branch(self, request, number):
+        branch = request.branches[number]
+        budget = branch.max_new_tokens or request.max_new_tokens or 32
+        alone = generation_pb2.GenerateRequest(max_new_tokens=budget, stop=branch.stop, with_latents=True)
+        if branch.HasField("seed"):
+            alone.seed.CopyFrom(branch.seed)
+        for index, block in enumerate(Generation(self.behaviour)._blocks(alone)):
+            fields = {field.name: value for field, value in block.ListFields()}
+            yield latent_service_pb2.ForkResponse(branch=number, block_index=index, **fields)
+
+    def Embed(self, request, context):
+        self.behaviour.enter(request, context)
+        sequences = [each.ids for each in request.sequences] or [text.encode() for text in request.texts]
+        pooled = [latents_of([round(sum(ids) / len(ids))]).values for ids in sequences]
+        if request.pooling != latent_service_pb2.POOLING_PER_BLOCK:
+            for values in pooled:
+                values.shape[:] = [2]
+        embeddings = [
+            latent_service_pb2.Embedding(values=values, token_count=len(ids), space=SPACE)
+            for values, ids in zip(pooled, sequences, strict=True)
+        ]
+        return latent_service_pb2.EmbedResponse(embeddings=embeddings, timing=TIMING)
 
     def Interpolate(self, request, context):
         self.behaviour.enter(request, context)

@@ -15,18 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PUBLIC = """
 __version__ AsyncClient AsyncDecoderClient AsyncDecodeSession AsyncEncoderClient AsyncPriorClient AsyncStream
-Cancelled Client ColaserveError Connection DeadlineExceeded DecodedBlock DecodedLatents DecoderClient
-DecodeSession EncoderClient FinishReason GenerationChunk GenerationOutcome GenerationRequest GenerationResult
+Branch BranchBlock Cancelled Client ColaserveError Connection DeadlineExceeded DecodedBlock DecodedLatents DecoderClient
+DecodeSession Embedding EncoderClient FinishReason GenerationChunk GenerationOutcome GenerationRequest GenerationResult
 InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents LatentsLike Limits load_latents
 Logprobs LogprobsDtype MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported
-Overloaded Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding
-ServerError ServerInfo
-ServiceInfo Solver StageInfo Steering Stream TextEncoding Timing Tls TokenLogprobs Tokens TopToken Trajectory
-Unavailable Usage
+Overloaded Pooling Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding
+ServerError ServerInfo ServiceInfo Solver StageInfo Steering Stream TextEncoding Timing Tls TokenLogprobs Tokens
+TopToken Trajectory Unavailable Usage
 """
 METHODS = """
-close decode_latents detokenize encode_text generate generate_many healthy infill info interpolate latent_info
-logprobs reconstruct sample_latents stream target tokenize wait_until_ready
+close decode_latents detokenize embed encode_text fork fork_all generate generate_many healthy infill info
+interpolate latent_info logprobs reconstruct sample_latents stream target tokenize wait_until_ready
 """
 PAIRS = ["Client", "EncoderClient", "PriorClient", "DecoderClient", "DecodeSession", "Stream"]
 

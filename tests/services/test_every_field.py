@@ -18,6 +18,7 @@ from tests.services.systems import System, ids_of, recorded, system, text_of
 
 ONE, OTHER = "He looked at the river and then he said", "A guardian angel walked in and sat down by the fire"
 STEERING = types_pb2.Steering(direction=tensor_from_array([1.0] * 16), scale=0.5)
+WRITTEN = types_pb2.Latents(values=tensor_from_array([[0.5] * 16] * 4))
 # Of each setting a base and another value.
 SAMPLER = {"steps": (4, 3), "guidance_scale": (3, 1.5), "solver": (types_pb2.SOLVER_EULER, types_pb2.SOLVER_HEUN),
            "guidance_start": (1, 0.5), "guidance_end": (0, 0.5), "resamples": (1, 2),
@@ -26,7 +27,7 @@ SAMPLING = {"temperature": (2.0, 0), "top_k": (0, 1), "top_p": (1.0, 0.01), "rep
             "seed": (1, 4)}  # fmt: skip
 SEED = {"base_seed": (5, 6), "sample_id": (0, 3)}
 WATCHED = {"preview_every"}  # see test_watching.py: previews come as far as there is time for them
-WHOLE = {"Latents", "TokenIds", "Steering"}  # messages that are one value
+WHOLE = {"Latents", "Tensor", "TokenIds", "Steering"}  # messages that are one value
 
 Fields = dict[str, Any]
 
@@ -114,6 +115,36 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
                 **others(**all_of_them),
             },
         ),
+        "Fork": (
+            pb.ForkRequest,
+            {"text": ONE, "branches": [{}], "max_new_tokens": 14, "ignore_end": True, **base(**all_of_them)},
+            {
+                "text": {"text": OTHER},
+                "ids": {"ids": {"ids": [77, 78, 79]}},
+                "latents": {"latents": latents},
+                "max_new_tokens": {"max_new_tokens": 5},
+                "stop": {"stop": ["e", "a", "o", "i"]},
+                "top_logprobs": {"top_logprobs": 2},
+                "branches.seed.base_seed": {"branches": [{"seed": {"base_seed": 6}}]},
+                "branches.seed.sample_id": {"branches": [{"seed": {"base_seed": 5, "sample_id": 3}}]},
+                "branches.max_new_tokens": {"branches": [{"max_new_tokens": 5}]},
+                "branches.stop": {"branches": [{"stop": ["e", "a", "o", "i"]}]},
+                "branches.written": {"branches": [{"written": WRITTEN}]},
+                **{f"branches.{field}": {"branches": [change]}
+                   for field, change in others(sampler=SAMPLER, sampling=SAMPLING).items()},
+                **others(**all_of_them),
+            },
+        ),
+        "Embed": (
+            pb.EmbedRequest,
+            texts,
+            {
+                "texts": {"texts": [OTHER]},
+                "sequences": {"texts": [], "sequences": [{"ids": [77, 78, 79]}]},
+                "pooling": {"pooling": pb.POOLING_LAST_BLOCK},
+                "normalize": {"normalize": True},
+            },
+        ),
         "Reconstruct": (pb.ReconstructRequest, texts, {"texts": {"texts": [OTHER]}}),
         "Logprobs": (
             pb.LogprobsRequest,
@@ -144,8 +175,10 @@ def test_the_walk_covers_every_method_and_field() -> None:
     found = walks(types_pb2.Latents(), types_pb2.Latents())
     assert {*found, "GetInfo"} == {"Generate", *(method.name for method in service.methods)}
     # See the test below; what a salt changes is time, see test_prefix_cache.py.
-    elsewhere = {"Generate": {"ignore_end", "print_special", *WATCHED}, "SampleLatents": WATCHED}
-    salted = {"Generate", "SampleLatents", "Infill", "Logprobs"}
+    # Noise: see test_forks.py.
+    elsewhere = {"Generate": {"ignore_end", "print_special", *WATCHED}, "SampleLatents": WATCHED,
+                 "Fork": {"ignore_end", "print_special", "branches.noise"}}  # fmt: skip
+    salted = {"Generate", "Fork", "SampleLatents", "Infill", "Logprobs"}
     for method, (request, _, changes) in found.items():
         changed = set(changes) | elsewhere.get(method, set()) | ({"cache_salt"} if method in salted else set())
         assert changed == set(leaves(request.DESCRIPTOR)), method

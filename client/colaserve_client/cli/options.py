@@ -2,7 +2,7 @@
 variables too, and the command line wins; everything else is an option alone."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -169,9 +169,10 @@ def client_options(verb: Verb) -> Verb:
     return server_options(wrapped)
 
 
-def field_options(kind: type, section: str = "Options") -> list[Callable[[Verb], Verb]]:
+def field_options(kind: type, section: str = "Options", without: Collection[str] = ()) -> list[Callable[[Verb], Verb]]:
     """An option for each field of a dataclass; the verb gets their values by their flat names."""
-    return [option(*_names(field), section=section, **_kind(field)) for field in flat_fields(kind).values()]
+    kept = (field for name, field in flat_fields(kind).items() if name not in without)
+    return [option(*_names(field), section=section, **_kind(field)) for field in kept]
 
 
 def _names(field: Field) -> tuple[str, str]:
@@ -212,7 +213,8 @@ sampling_options = grouped("sampling", _TOKENS, partial(taken, Sampling))
 seed_options = grouped("seed", field_options(NoiseSeed), _seed)
 
 
-def request_options(verb: Verb) -> Verb:
+def request_options(verb: Verb, without: Collection[str] = ()) -> Verb:
     """The settings of a generation beside its prompt; the verb gets `request`, whose prompt is empty."""
     verb = grouped("request", (), _request)(verb)
-    return _with(field_options(GenerationRequest), sampler_options(sampling_options(seed_options(verb))))
+    own = field_options(GenerationRequest, without=without)
+    return _with(own, sampler_options(sampling_options(seed_options(verb))))

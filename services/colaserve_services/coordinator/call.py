@@ -24,6 +24,7 @@ class Call:
     waited: float = 0.0  # seconds in the queue
     salt: str = ""  # of the stages' prefix caches
     preempt: Callable[[], None] = lambda: None  # ends its sessions at the stages until it is read again
+    near: dict[str, str] | None = None  # by stage, address that its sessions are to go to; None: to any
 
     @classmethod
     def of(cls, context: Any) -> Call:

@@ -105,7 +105,9 @@ class Attempts:
         except Overloaded as error:
             self._gave_up(error)
             raise
-        self.choice = self.pool.choose(self.brand, self.avoided)
+        near = self.call.near if self.call.near is not None else {}
+        self.choice = self.pool.choose(self.brand, self.avoided, near.get(self.stage))
+        near[self.stage] = self.choice.replica.address
         return self.choice.replica.stub
 
     def release(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from operator import attrgetter
 from types import TracebackType
 from typing import Any
@@ -27,23 +28,32 @@ Response = generation_pb2.GenerateResponse
 async def generate(
     services: ServiceContext, request: generation_pb2.GenerateRequest, call: Call
 ) -> AsyncGenerator[Response, None]:
-    """Continue a prompt, a response a block, and previews between them. All that the stages hold for it is freed before
-    the last response, and when the iteration is left early."""
+    """Continue a prompt, a response a block, and previews between them."""
     services.admission.check(call, "prior")
     call.use_salt(request.cache_salt)
-    plan = await plan_generation(services, request)
+    async with aclosing(write(services, await plan_generation(services, request), call)) as responses:
+        async for response in responses:
+            yield response
+
+
+async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[Response, None]:
+    """Write what is planned, a response a block. All that the stages hold for it is freed before the last response, and
+    when the iteration is left early."""
     watch = _Watch(services, call, plan)
     async with watch, services.admission.slot(call, "prior", plan.positions(services.model)) as ticket:
-        prompt = await _encode(services, plan, call, watch)
+        prompt = plan.latents or await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(services.tokenizer)
-        probed, asked = request.with_probes, request.top_logprobs
-        decoder = DecoderRun(services, call, prefix, plan.blocks, plan.sampling, asked, with_probes=probed)
+        asked = plan.request
+        decoder = DecoderRun(
+            services, call, prefix, plan.blocks, plan.sampling, asked.top_logprobs, with_probes=asked.with_probes
+        )
         run = PriorRun(
-            services, ticket, prompt, plan.blocks, plan.sampler, plan.seed, on_wait=decoder.prior_waits,
-            preview_every=request.preview_every, with_probes=probed,
+            services, ticket, prompt, plan.blocks, plan.sampler, plan.noise or plan.seed,
+            on_wait=decoder.prior_waits, written=plan.written,
+            preview_every=asked.preview_every, with_probes=asked.with_probes,
         )  # fmt: skip
-        prior = ReadAhead(run.blocks(), passing=attrgetter("provisional"))
+        prior = ReadAhead(_with_written(run.blocks(), plan.written), passing=attrgetter("provisional"))
         try:
             async with prior, decoder:
                 while True:
@@ -65,6 +75,20 @@ async def generate(
     response.MergeFrom(end)
     response.stop_string = writer.stop_string
     yield response
+
+
+async def _with_written(
+    blocks: AsyncGenerator[prior_pb2.SampleResponse, None], written: Sequence[types_pb2.Latents]
+) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
+    """The written blocks, then the others, once the first of those is here: who waits for a prior holds no decoder."""
+    async with aclosing(blocks):
+        first = await anext(blocks, None)
+        for index, latents in enumerate(written):
+            yield prior_pb2.SampleResponse(block_index=index, latents=latents)
+        if first is not None:
+            yield first
+        async for block in blocks:
+            yield block
 
 
 async def _encode(services: ServiceContext, plan: Plan, call: Call, watch: _Watch) -> types_pb2.Latents:
@@ -151,7 +175,7 @@ class _Watch:
     def ended(self, writer: Writer, received: int, steps_saved: int) -> None:
         """The text is over, well or not; `received` blocks came from the prior. Those of a text that was left or failed
         before its end are not wasted by running ahead."""
-        prompt, wasted = len(self._plan.prompt_ids), received - self._blocks if writer.finish_reason else 0
+        prompt, wasted = self._plan.prompt_tokens, received - self._blocks if writer.finish_reason else 0
         self.total.queue_us += round(self._call.waited * 1e6)
         self._metrics.tokens.labels("prompt").inc(prompt)
         self._metrics.tokens.labels("completion").inc(writer.sent)
@@ -160,7 +184,7 @@ class _Watch:
         self.usage = types_pb2.Usage(
             prompt_tokens=prompt,
             completion_tokens=writer.sent,
-            blocks=received,
+            blocks=max(received - len(self._plan.written), 0),
             wasted_blocks=wasted,
             steps_saved=steps_saved,
         )
@@ -179,7 +203,7 @@ class _Watch:
             "gen_ai.request.seed": self._plan.seed.base_seed,
             "gen_ai.response.id": requests.current_request_id(),
             "gen_ai.response.model": self._name,
-            "gen_ai.usage.input_tokens": len(self._plan.prompt_ids),
+            "gen_ai.usage.input_tokens": self._plan.prompt_tokens,
             "gen_ai.usage.output_tokens": self.usage.completion_tokens,
             "gen_ai.latency.time_in_queue": self._call.waited,
             **({"gen_ai.response.finish_reasons": [reason]} if reason else {}),

@@ -42,7 +42,7 @@ async def encode_text(services: ServiceContext, request: pb.EncodeTextRequest, c
     services.admission.check(call)
     if request.with_variance and not services.model.has_variance:
         raise InvalidRequest("with_variance", "this checkpoint's encoder has no variance (use_variation is false)")
-    ids = await _tokenize_many(services, request.texts)
+    ids = await tokenize_many(services, request.texts)
     positions = sum(services.model.positions(len(one)) for one in ids)
     check_size(services, "texts", positions * (2 if request.with_variance else 1))
     async with services.admission.slot(call):
@@ -113,7 +113,7 @@ async def sample_latents(
 async def reconstruct(services: ServiceContext, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:
     """LatentService.Reconstruct."""
     services.admission.check(call)
-    ids = await _tokenize_many(services, request.texts)
+    ids = await tokenize_many(services, request.texts)
     greedy = types_pb2.Sampling(temperature=0, repetition_penalty=1)
     sampling = resolve_sampling(greedy, services.defaults, 0)
     async with services.admission.slot(call):
@@ -271,7 +271,8 @@ def decode_sampling(services: ServiceContext, sampling: types_pb2.Sampling) -> t
     return resolve_sampling(sampling, services.defaults, 0, repetition_penalty=1.0)
 
 
-async def _tokenize_many(services: ServiceContext, texts: Sequence[str]) -> list[list[int]]:
+async def tokenize_many(services: ServiceContext, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of a request's `texts`, 1 to 256 of them, as `tokenize_whole`."""
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise InvalidRequest("texts", f"got {len(texts)} texts, expected 1 to {MOST_TEXTS}")
     return await tokenize_whole(services, texts, [f"texts[{index}]" for index in range(len(texts))])

@@ -23,7 +23,8 @@ class Plan:
     """One generation."""
 
     request: generation_pb2.GenerateRequest
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int]  # none where only its latents are known
+    prompt_tokens: int
     context: int  # latents of the prompt that fill whole blocks
     redecoded: int  # leading sampled ids that repeat the prompt's tail
     blocks: int  # to write, if the text does not end before
@@ -31,6 +32,9 @@ class Plan:
     sampler: types_pb2.Sampler
     sampling: types_pb2.Sampling
     seed: types_pb2.NoiseSeed
+    latents: types_pb2.Latents | None = None  # of the prompt; None: it is yet to be encoded
+    noise: types_pb2.Latents | None = None  # of all blocks, row by row, instead of the seed
+    written: Sequence[types_pb2.Latents] = ()  # its first blocks
 
     def positions(self, model: Model) -> int:
         """Latents of the prompt and of what is to be written."""
@@ -49,7 +53,14 @@ class Plan:
 async def plan_generation(services: ServiceContext, request: generation_pb2.GenerateRequest) -> Plan:
     """Raises InvalidRequest naming the field that cannot be honoured."""
     prompt_ids = await _prompt_ids(services, request)
-    context, redecoded = split_prompt(len(prompt_ids), services.model)
+    return plan_behind(services, request, prompt_ids, len(prompt_ids))
+
+
+def plan_behind(
+    services: ServiceContext, request: generation_pb2.GenerateRequest, prompt_ids: Sequence[int], tokens: int
+) -> Plan:
+    """As `plan_generation`, behind a prompt of so many tokens, whose ids may be unknown."""
+    context, redecoded = split_prompt(tokens, services.model)
     if request.HasField("max_new_tokens"):
         budget = request.max_new_tokens
     else:  # nobody asked for so many
@@ -57,7 +68,7 @@ async def plan_generation(services: ServiceContext, request: generation_pb2.Gene
         budget = min(services.defaults.max_new_tokens, max(most, 1))
     check(MAX_NEW_TOKENS, "max_new_tokens", budget)
     blocks = -(-(redecoded + budget) // services.model.block_tokens)
-    _check_fits(services.model, len(prompt_ids), budget, context + blocks * services.model.block_size)
+    _check_fits(services.model, tokens, budget, context + blocks * services.model.block_size)
     _check_stops(request.stop)
     check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
     check(PREVIEW_EVERY, "preview_every", request.preview_every)
@@ -65,6 +76,7 @@ async def plan_generation(services: ServiceContext, request: generation_pb2.Gene
     return Plan(
         request=request,
         prompt_ids=prompt_ids,
+        prompt_tokens=tokens,
         context=context,
         redecoded=redecoded,
         blocks=blocks,

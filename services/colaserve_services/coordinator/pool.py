@@ -109,17 +109,19 @@ class Pool:
         self._views = {each.address: self._views.get(each.address) or View() for each in replicas}
         await asyncio.gather(*(self._ask(each, self._views[each.address]) for each in replicas))
 
-    def choose(self, brand: Brand | None, avoided: Collection[str] = ()) -> Choice:
-        """The next replica in turn that can take a call of a run of that brand (None: of any). While there are others,
-        it is none of the `avoided` (addresses) and none that is silent. Raises NoReplica."""
+    def choose(self, brand: Brand | None, avoided: Collection[str] = (), near: str | None = None) -> Choice:
+        """The next replica in turn that can take a call of a run of that brand (None: of any), or the one of address
+        `near`. While there are others, it is none of the `avoided` (addresses) and none that is silent. Raises
+        NoReplica."""
         fitting = [each for each in self._replicas if self._can_take(each, brand)]
         fresh = [each for each in fitting if each.address not in avoided]
         fitting = self.offers(brand, avoided) or fresh or fitting
         if not fitting:
             kept = " of the weights and dtype that began this run" if brand else ""
             raise NoReplica(f"no replica of the {self.stage}{kept} is ready")
-        self._next += not avoided  # a failure does not send the next call there again
-        chosen = fitting[self._next % len(fitting)]
+        self._next += not avoided and near is None  # a failure does not send the next call there again
+        in_turn = fitting[self._next % len(fitting)]
+        chosen = next((each for each in fitting if each.address == near), in_turn)
         return Choice(chosen, self._views[chosen.address].brand, time.monotonic())
 
     def offers(self, brand: Brand | None, avoided: Collection[str]) -> list[Replica]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -88,3 +89,25 @@ class ReadAhead(Generic[T]):
                 raise
             end = Cancelled("the stream was cancelled by what it reads")
         await self._queue.put(end)
+
+
+async def side_by_side(streams: Sequence[AsyncGenerator[T, None]], most: int) -> AsyncGenerator[tuple[int, T], None]:
+    """The items of several streams as they come, each with its stream's number, of `most` streams at once. The first
+    failure is raised; leaving closes those that have begun."""
+    waiting, reading = deque(enumerate(streams)), dict[asyncio.Task[T], tuple[int, ReadAhead[T]]]()
+    async with AsyncExitStack() as stack:
+        try:
+            while waiting or reading:
+                while waiting and len(reading) < most:
+                    index, stream = waiting.popleft()
+                    ahead = await stack.enter_async_context(ReadAhead(stream))
+                    reading[asyncio.create_task(ahead.next())] = index, ahead
+                done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index, ahead = reading.pop(task)
+                    with suppress(EOFError):
+                        yield index, task.result()
+                        reading[asyncio.create_task(ahead.next())] = index, ahead
+        finally:
+            for task in reading:
+                task.cancel()

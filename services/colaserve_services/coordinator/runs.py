@@ -39,19 +39,20 @@ class PriorRun:
         latents: types_pb2.Latents,
         blocks: int,
         sampler: types_pb2.Sampler,
-        seed: types_pb2.NoiseSeed,
+        noise: types_pb2.NoiseSeed | types_pb2.Latents,
         open_spans: Sequence[Span] = (),
         on_wait: Callable[[bool], None] = lambda waits: None,
         written: Sequence[types_pb2.Latents] = (),
         preview_every: int = 0,
         with_probes: bool = False,
     ):
-        """`ticket`: of the call's slot. `on_wait` hears True when the run must wait for another replica, False when
-        that writes. `written`: its first blocks, where it goes on with what another run began."""
+        """`ticket`: of the call's slot. `noise`: its seed, or the rows of all blocks. `on_wait` hears True when the run
+        must wait for another replica, False when that writes. `written`: its first blocks, where it goes on with what
+        another run began."""
         self._model, self._attempts = services.model, Attempts(services, ticket)
         self._admission, self._ticket = services.admission, ticket
         self._latents, self._open, self._blocks = latents, tuple(open_spans), blocks
-        self._sampler, self._seed, self._on_wait = sampler, seed, on_wait
+        self._sampler, self._noise, self._on_wait = sampler, noise, on_wait
         self.context = context_blocks(rows.count(latents), open_spans, self._model.block_size)  # blocks
         self._written = list(written)
         self.steps_saved = 0  # of the blocks that came
@@ -129,16 +130,22 @@ class PriorRun:
         for start, end in self._open:
             if end > border:
                 canvas.open.add(start=max(start, border), end=end)
-        return prior_pb2.SampleRequest(
+        request = prior_pb2.SampleRequest(
             canvas=canvas,
             max_blocks=self._blocks - done,
             first_block=done,
             sampler=self._sampler,
-            seed=self._seed,
             cache_salt=self._attempts.call.salt,
             preview_every=self._preview_every,
             with_probes=self._with_probes,
         )
+        if isinstance(self._noise, types_pb2.NoiseSeed):
+            request.seed.CopyFrom(self._noise)
+        else:
+            B = self._model.block_size
+            request.noise.CopyFrom(rows.take(self._noise, done * B, self._blocks * B).values)
+            request.noise.shape[:] = [self._blocks - done, B, self._model.latent_dim]
+        return request
 
     def _canvas(self) -> types_pb2.Latents:
         if not self._written:

@@ -8,7 +8,7 @@ from operator import attrgetter, methodcaller
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
-from colaserve_services.coordinator import generation, infill, interpolation, latent_space
+from colaserve_services.coordinator import embedding, fork, generation, infill, interpolation, latent_space
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.coordinator import Coordinator
@@ -38,7 +38,8 @@ def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
 
 
 def _streaming(
-    work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]], is_preview: Callable[[Any], bool]
+    work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]],
+    is_preview: Callable[[Any], bool] = lambda response: False,
 ) -> Any:
     """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away. A slow one
     misses previews."""
@@ -98,6 +99,8 @@ class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     Infill = _unary(infill.infill)
     Reconstruct = _unary(latent_space.reconstruct)
     Logprobs = _unary(latent_space.logprobs)
+    Fork = _streaming(fork.fork)
+    Embed = _unary(embedding.embed)
 
     async def GetInfo(
         self, request: latent_service_pb2.LatentServiceGetInfoRequest, context: Any

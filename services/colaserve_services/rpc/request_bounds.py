@@ -13,13 +13,15 @@ _TEXT: Final = 4 * MIB
 _BESIDE_LATENTS: Final = MIB  # for all fields beside the latents
 _INFER: Final = ("ModelInfer", "ModelStreamInfer")
 _TEXT_OR_LATENTS: Final = (*_INFER, "Logprobs", "Score")
-_LATENTS: Final = {"Sample": 1, "Decode": 1, "DecodeLatents": 1, "SampleLatents": 1, "Interpolate": 2}  # its contexts
+_LATENTS: Final = {  # its contexts; of a fork those of the branches too
+    "Sample": 1, "Decode": 1, "DecodeLatents": 1, "SampleLatents": 1, "Interpolate": 2, "Fork": 16,
+}  # fmt: skip
 _ASKED: Final = ("GetInfo", "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata")
 _OTHERS: Final = {**dict.fromkeys(_ASKED, KIB), "Encode": 8 * MIB}
 
 _FIELDS: Final = 16_384  # at the top level of a message; a packed list counts as one
 _FEWER_FIELDS: Final = {
-    **dict.fromkeys(("Encode", "EncodeText", "Reconstruct"), 300),  # 256 sequences or texts, and the rest
+    **dict.fromkeys(("Encode", "EncodeText", "Reconstruct", "Embed", "Fork"), 300),  # 256 sequences, and the rest
     **dict.fromkeys(_INFER, 100),  # inputs, outputs and parameters, of which few are known
 }
 

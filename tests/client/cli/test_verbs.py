@@ -181,6 +181,24 @@ def test_infill_writes_the_holes(run: Run, behaviour: Behaviour, tmp_path: Path)
     assert (behaviour.requests[-1].seed.base_seed, behaviour.requests[-1].sampler.resamples) == (7, 4)
 
 
+def test_fork_prints_each_branch(run: Run, tmp_path: Path) -> None:
+    assert run("fork", "Once", "--branches", "2", "--max-new-tokens", "8").out == "0   there w\n1   there w\n"
+    found = run("fork", "Once", "--seed", "7", "--top-logprobs", "1", "--json").json
+    assert [branch["finish_reason"] for branch in found] == ["stop"] * 4
+    assert found[0]["latents"]["shape"] == [28, 2]
+    run("encode", "abcd", "--output", str(tmp_path / "one.safetensors"))
+    assert run("fork", "--latents", str(tmp_path / "one.safetensors"), "--max-new-tokens", "4").out.startswith(
+        "0   the\n"
+    )
+    assert "give PROMPT, --file or --latents" in run("fork", "x", "--latents", str(tmp_path / "one.safetensors")).err
+    assert "--top-logprobs is seen with --json only" in run("fork", "x", "--top-logprobs", "1").err
+
+
+def test_embed_prints_vectors(run: Run) -> None:
+    assert "3      2  111 0        'fox'" in run("embed", "fox").out
+    assert run("embed", "fox", "--pooling", "per_block", "--json").json[0]["values"] == [[111.0, 0.0]]
+
+
 def test_reconstruct_reports_how_faithful_it_is(run: Run) -> None:
     assert "100.0%" in run("reconstruct", "abc").out
     assert run("reconstruct", "abc", "--json").json[0]["token_accuracy"] == 1

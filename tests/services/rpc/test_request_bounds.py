@@ -23,6 +23,8 @@ BOUNDS = {
     "SampleLatents": CONTEXT + MIB,
     "DecodeLatents": CONTEXT + MIB,
     "Interpolate": 2 * CONTEXT + MIB,  # two ends
+    "Fork": 16 * CONTEXT + MIB,  # of the branches, too
+    "Embed": 4 * MIB,
     "Generate": 4 * MIB,
     "Tokenize": 4 * MIB,
     "Detokenize": 4 * MIB,

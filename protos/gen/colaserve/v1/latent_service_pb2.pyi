@@ -12,9 +12,20 @@ class Interpolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INTERPOLATION_UNSPECIFIED: _ClassVar[Interpolation]
     INTERPOLATION_LERP: _ClassVar[Interpolation]
     INTERPOLATION_SLERP: _ClassVar[Interpolation]
+
+class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOLING_UNSPECIFIED: _ClassVar[Pooling]
+    POOLING_MEAN: _ClassVar[Pooling]
+    POOLING_LAST_BLOCK: _ClassVar[Pooling]
+    POOLING_PER_BLOCK: _ClassVar[Pooling]
 INTERPOLATION_UNSPECIFIED: Interpolation
 INTERPOLATION_LERP: Interpolation
 INTERPOLATION_SLERP: Interpolation
+POOLING_UNSPECIFIED: Pooling
+POOLING_MEAN: Pooling
+POOLING_LAST_BLOCK: Pooling
+POOLING_PER_BLOCK: Pooling
 
 class EncodeTextRequest(_message.Message):
     __slots__ = ("texts", "with_variance")
@@ -269,6 +280,116 @@ class LogprobsResponse(_message.Message):
     timing: _types_pb2.Timing
     position_logprobs: _types_pb2.Tensor
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., position_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class ForkRequest(_message.Message):
+    __slots__ = ("text", "ids", "latents", "branches", "sampler", "sampling", "seed", "max_new_tokens", "stop", "ignore_end", "print_special", "top_logprobs", "cache_salt")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_END_FIELD_NUMBER: _ClassVar[int]
+    PRINT_SPECIAL_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    ids: _types_pb2.TokenIds
+    latents: _types_pb2.Latents
+    branches: _containers.RepeatedCompositeFieldContainer[ForkBranch]
+    sampler: _types_pb2.Sampler
+    sampling: _types_pb2.Sampling
+    seed: _types_pb2.NoiseSeed
+    max_new_tokens: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    ignore_end: bool
+    print_special: bool
+    top_logprobs: int
+    cache_salt: str
+    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., branches: _Optional[_Iterable[_Union[ForkBranch, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., print_special: bool = ..., top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class ForkBranch(_message.Message):
+    __slots__ = ("seed", "noise", "sampler", "sampling", "max_new_tokens", "stop", "written")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    seed: _types_pb2.NoiseSeed
+    noise: _types_pb2.Tensor
+    sampler: _types_pb2.Sampler
+    sampling: _types_pb2.Sampling
+    max_new_tokens: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    written: _types_pb2.Latents
+    def __init__(self, seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., written: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
+
+class ForkResponse(_message.Message):
+    __slots__ = ("branch", "block_index", "latents", "text", "token_ids", "tokens", "text_offsets", "logprobs", "top_logprobs", "finish_reason", "stop_string", "usage", "seed", "timing")
+    BRANCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRING_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    branch: int
+    block_index: int
+    latents: _types_pb2.Latents
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    text_offsets: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TopLogprobs]
+    finish_reason: _types_pb2.FinishReason
+    stop_string: str
+    usage: _types_pb2.Usage
+    seed: _types_pb2.NoiseSeed
+    timing: _types_pb2.Timing
+    def __init__(self, branch: _Optional[int] = ..., block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., stop_string: _Optional[str] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("texts", "sequences", "pooling", "normalize")
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    sequences: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenIds]
+    pooling: Pooling
+    normalize: bool
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., sequences: _Optional[_Iterable[_Union[_types_pb2.TokenIds, _Mapping]]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., normalize: bool = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("embeddings", "timing")
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    embeddings: _containers.RepeatedCompositeFieldContainer[Embedding]
+    timing: _types_pb2.Timing
+    def __init__(self, embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
+class Embedding(_message.Message):
+    __slots__ = ("values", "token_count", "space")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    values: _types_pb2.Tensor
+    token_count: int
+    space: str
+    def __init__(self, values: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., token_count: _Optional[int] = ..., space: _Optional[str] = ...) -> None: ...
 
 class LatentServiceGetInfoRequest(_message.Message):
     __slots__ = ()

@@ -71,6 +71,16 @@ class LatentServiceStub(object):
                 request_serializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsRequest.SerializeToString,
                 response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsResponse.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_stream(
+                '/colaserve.v1.LatentService/Fork',
+                request_serializer=colaserve_dot_v1_dot_latent__service__pb2.ForkRequest.SerializeToString,
+                response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.ForkResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/colaserve.v1.LatentService/Embed',
+                request_serializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/colaserve.v1.LatentService/GetInfo',
                 request_serializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceGetInfoRequest.SerializeToString,
@@ -135,6 +145,22 @@ class LatentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fork(self, request, context):
+        """Continues one prefix in several ways, a message a block and branch as it is written. The prefix is encoded once, and
+        the branches go to one replica of each stage, which computes it once and holds its KV once. Each branch is as
+        Generate would write it alone. The first that fails ends the call; cancelling it frees all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """A vector, or one a block, for each text: means of its latents.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """Describes the space and its limits.
         """
@@ -179,6 +205,16 @@ def add_LatentServiceServicer_to_server(servicer, server):
                     servicer.Logprobs,
                     request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsRequest.FromString,
                     response_serializer=colaserve_dot_v1_dot_latent__service__pb2.LogprobsResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.ForkRequest.FromString,
+                    response_serializer=colaserve_dot_v1_dot_latent__service__pb2.ForkResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedRequest.FromString,
+                    response_serializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -377,6 +413,60 @@ class LatentService(object):
             '/colaserve.v1.LatentService/Logprobs',
             colaserve_dot_v1_dot_latent__service__pb2.LogprobsRequest.SerializeToString,
             colaserve_dot_v1_dot_latent__service__pb2.LogprobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/colaserve.v1.LatentService/Fork',
+            colaserve_dot_v1_dot_latent__service__pb2.ForkRequest.SerializeToString,
+            colaserve_dot_v1_dot_latent__service__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/colaserve.v1.LatentService/Embed',
+            colaserve_dot_v1_dot_latent__service__pb2.EmbedRequest.SerializeToString,
+            colaserve_dot_v1_dot_latent__service__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

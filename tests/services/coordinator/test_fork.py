@@ -1,0 +1,192 @@
+"""A branch is what a generation alone would be, at whatever block it is taken up; the prefix is encoded once."""
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from grpc import StatusCode
+
+from colaserve.v1 import generation_pb2, types_pb2
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.fork import AT_ONCE, MOST_BRANCHES, fork
+from colaserve_services.coordinator.generation import generate
+from colaserve_services.errors import InvalidRequest, ModelMismatch
+from colaserve_services.text import Tokenizer
+from tests.services.coordinator.stage_fakes import SPACE, FakeDecoder
+from tests.services.coordinator.test_replicas import Fleet
+from tests.waiting import eventually
+
+PROMPT = "He looked at the river and then he said nothing"
+SHARED: dict[str, Any] = {
+    "sampler": {"steps": 5}, "sampling": {"temperature": 0.5, "top_k": 3}, "seed": {"base_seed": 11, "sample_id": 2},
+    "max_new_tokens": 18, "stop": ["zz"], "ignore_end": True, "print_special": True, "top_logprobs": 1,
+}  # fmt: skip
+OWN: list[dict[str, Any]] = [
+    {},
+    {"seed": {"base_seed": 5}, "sampler": {"solver": types_pb2.SOLVER_HEUN}},
+    {"sampling": {"top_k": 9, "seed": 4}, "max_new_tokens": 7, "stop": ["e", "a"]},
+]
+SAME = ("text", "token_ids", "tokens", "text_offsets", "logprobs", "top_logprobs", "latents", "finish_reason",
+        "stop_string", "usage", "seed")  # fmt: skip
+
+
+def alone(index: int) -> generation_pb2.GenerateRequest:
+    """What a branch amounts to."""
+    request = generation_pb2.GenerateRequest(prompt=PROMPT, with_latents=True, **SHARED)
+    request.seed.sample_id += index
+    own = OWN[index]
+    if "seed" in own:
+        request.ClearField("seed")
+    if "stop" in own:
+        request.ClearField("stop")
+    request.MergeFrom(generation_pb2.GenerateRequest(**own))
+    return request
+
+
+async def answers(services: Any, request: pb.ForkRequest) -> list[list[pb.ForkResponse]]:
+    """Those of each branch."""
+    found: list[list[pb.ForkResponse]] = [[] for _ in request.branches]
+    async for response in fork(services, request, Call()):
+        found[response.branch].append(response)
+    for branch in found:
+        assert [response.block_index for response in branch] == list(range(len(branch)))
+    return found
+
+
+def reported(responses: Any) -> list[Any]:
+    return [[getattr(response, name) for name in SAME] for response in responses]
+
+
+def joined(responses: Any) -> types_pb2.Latents:
+    data = b"".join(response.latents.values.data for response in responses)
+    values = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=[len(data) // 8, 2], data=data)
+    return types_pb2.Latents(values=values, space=SPACE)
+
+
+async def test_each_branch_is_what_a_generation_alone_is_and_the_prefix_is_encoded_once(world):
+    expected = [[each async for each in world.ask(generate, alone(index))] for index in range(3)]
+    encoded = len(world.encoder.calls)
+    found = await answers(world.coordinator.services, pb.ForkRequest(text=PROMPT, branches=OWN, **SHARED))
+    assert list(map(reported, found)) == list(map(reported, expected))
+    assert len(world.encoder.calls) == encoded + 1
+    assert world.running == (0, 0)
+    ids = types_pb2.TokenIds(ids=world.tokenizer.encode(PROMPT))
+    again = await answers(world.coordinator.services, pb.ForkRequest(ids=ids, branches=OWN, **SHARED))
+    assert list(map(reported, again)) == list(map(reported, expected))
+
+
+async def test_a_branch_taken_up_at_any_block_goes_on_as_it_would_have(world):
+    services = world.coordinator.services
+    [whole] = await answers(services, pb.ForkRequest(text=PROMPT, branches=OWN[:1], **SHARED))
+    for blocks in range(len(whole) + 1):
+        branches = [{**OWN[0], "written": joined(whole[:blocks])}]
+        [again] = await answers(services, pb.ForkRequest(text=PROMPT, branches=branches, **SHARED))
+        assert reported(again)[:-1] == reported(whole)[:-1]
+        last = again[-1]
+        assert (last.text, last.latents, last.finish_reason) == (
+            whole[-1].text, whole[-1].latents, whole[-1].finish_reason,
+        )  # fmt: skip
+        assert (last.usage.completion_tokens, last.usage.blocks) == (18, len(whole) - blocks)
+
+
+async def test_latents_are_a_prefix_too(world):
+    """Its tokens are those of all positions: here P is 1."""
+    services, ids = world.coordinator.services, world.tokenizer.encode(PROMPT)
+    latents = types_pb2.Latents(
+        values=types_pb2.Tensor(dtype=1, shape=[len(ids), 2], data=world.encoder.encode(ids).tobytes())
+    )
+    by_ids = await answers(services, pb.ForkRequest(ids={"ids": ids}, branches=OWN, **SHARED))
+    by_latents = await answers(services, pb.ForkRequest(latents=latents, branches=OWN, **SHARED))
+    for one, other in zip(by_ids, by_latents, strict=True):
+        assert [(each.token_ids, each.latents, each.usage) for each in one] == [
+            (each.token_ids, each.latents, each.usage) for each in other
+        ]
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+async def test_branches_that_break_go_on_elsewhere_with_the_same_tokens(world, stage: str):
+    request = pb.ForkRequest(text=PROMPT, branches=OWN, **SHARED)
+    undisturbed = await answers(world.coordinator.services, request)
+    fake = getattr(world, stage)
+    fake.faults = {call: (call % 3, StatusCode.UNAVAILABLE) for call in range(len(fake.calls), len(fake.calls) + 4)}
+    found = await answers(world.coordinator.services, request)
+    assert list(map(reported, found)) == list(map(reported, undisturbed))
+
+
+async def test_all_branches_go_to_one_replica_and_to_another_when_that_ends(tokenizer: Tokenizer):
+    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
+    await fleet.coordinator.connect()
+    request = pb.ForkRequest(text=PROMPT, branches=[{}] * 8, **SHARED)
+    undisturbed = await answers(fleet.coordinator.services, request)
+    for stage in ("prior", "decoder"):
+        assert sorted(fleet.calls(stage)) == [0, 0, 8]
+        for replica in fleet.replicas[stage]:
+            if replica.fake.calls:
+                replica.serving, replica.fake.faults = False, dict.fromkeys(range(99), (0, StatusCode.UNAVAILABLE))
+    found = await answers(fleet.coordinator.services, request)
+    assert list(map(reported, found)) == list(map(reported, undisturbed))
+    for stage in ("prior", "decoder"):
+        assert sorted(fleet.calls(stage)) == [0, 8, 8]
+
+
+async def test_branches_run_side_by_side_and_leaving_frees_them_all(world):
+    world.decoder.gate.clear()
+    responses = fork(world.coordinator.services, pb.ForkRequest(branches=[{}] * MOST_BRANCHES, **SHARED), Call())
+    async with aclosing(responses):
+        first = asyncio.ensure_future(anext(responses))
+        await eventually(lambda: world.decoder.running == AT_ONCE)
+        assert world.prior.running == AT_ONCE
+        world.decoder.gate.set()
+        await first
+    await eventually(lambda: world.running == (0, 0))
+    found = await answers(world.coordinator.services, pb.ForkRequest(branches=[{}] * MOST_BRANCHES, **SHARED))
+    assert all(branch[-1].finish_reason for branch in found)
+    assert [branch[-1].seed.sample_id for branch in found] == [2 + index for index in range(MOST_BRANCHES)]
+
+
+LATENTS = types_pb2.Latents(values=types_pb2.Tensor(dtype=1, shape=[3, 2], data=bytes(24)))
+NOISE = types_pb2.Tensor(dtype=1, shape=[2, 4, 2], data=bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("fault", "fields"),
+    [
+        ("branches: got 0 branches, expected 1 to 128", {"branches": []}),
+        ("branches: got 129 branches, expected 1 to 128", {"branches": [{}] * 129}),
+        ("max_new_tokens: got 0", {"max_new_tokens": 0, "branches": [{"max_new_tokens": 1}]}),
+        (r"branches\[1\].max_new_tokens: got 0", {"branches": [{}, {"max_new_tokens": 0}]}),
+        (r"branches\[0\].sampler.steps: got 0", {"branches": [{"sampler": {"steps": 0}}]}),
+        (r"branches\[0\].stop: got an empty string", {"branches": [{"stop": [""]}]}),
+        (r"branches\[1\].seed.sample_id: got 10000", {"seed": {"sample_id": 9999}, "branches": [{}, {}]}),
+        (r"branches\[0\].noise.shape: got \[2, 4, 2\], expected \[3, 4, 2\]", {"branches": [{"noise": NOISE}]}),
+        (
+            r"branches\[0\].noise: not with sampler.resamples 2",
+            {"max_new_tokens": 8, "branches": [{"noise": NOISE, "sampler": {"resamples": 2}}]},
+        ),
+        (r"branches\[0\].written: got 3 latents, expected whole blocks of 4", {"branches": [{"written": LATENTS}]}),
+        (r"latents: needs 300 latent positions", {"latents": {"values": {"dtype": 1, "shape": [300, 2]}}}),
+        ("ids: token id 512 at 0", {"ids": {"ids": [512]}}),
+        ("text: a prompt of [0-9]+ tokens and max_new_tokens 12 need", {"text": "a" * 256}),
+    ],
+)
+async def test_what_cannot_be_honoured_is_named(world, fault: str, fields: dict[str, Any]):
+    request = pb.ForkRequest(**{"branches": [{}], "max_new_tokens": 12} | fields)
+    with pytest.raises(InvalidRequest, match=fault):
+        await answers(world.coordinator.services, request)
+    assert not world.prior.calls
+
+
+async def test_blocks_of_another_space_are_refused_by_their_branch(world):
+    strange = types_pb2.Latents(values=LATENTS.values, space="f" * 16)
+    with pytest.raises(ModelMismatch, match=r"branches\[1\].written.space"):
+        await answers(world.coordinator.services, pb.ForkRequest(branches=[{}, {"written": strange}]))
+
+
+async def test_a_branch_that_fails_ends_the_call(make_world):
+    world = await make_world(FakeDecoder(faults={1: (1, StatusCode.INVALID_ARGUMENT)}))
+    world.decoder.faults |= dict.fromkeys(range(2, 99), (0, StatusCode.INVALID_ARGUMENT))
+    with pytest.raises(Exception, match="decoder"):
+        await answers(world.coordinator.services, pb.ForkRequest(branches=[{}] * 3, **SHARED))
+    await eventually(lambda: world.running == (0, 0))

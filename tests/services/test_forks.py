@@ -1,0 +1,156 @@
+"""Forks and embeddings through real stages."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from colaserve.v1 import latent_service_pb2 as pb
+from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
+from colaserve_client.arrays import array_from_tensor, tensor_from_array
+from colaserve_client.settings import NoiseSeed
+from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator.service import LatentServicer
+from colaserve_services.errors import Unavailable
+from colaserve_services.rpc.local import LocalStub
+from tests.conftest import load_golden
+from tests.services.systems import System, ids_of, system
+
+TEXT = "He looked at the river and then he said"
+SHARED: dict[str, Any] = {
+    "sampler": {"steps": 4, "guidance_scale": 2}, "sampling": {"temperature": 0}, "seed": {"base_seed": 5},
+    "max_new_tokens": 21, "ignore_end": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[System]:
+    async with system(load_golden("tiny_b4"), split=True) as found:
+        yield found
+
+
+async def forked(stub: Any, **fields: Any) -> list[list[pb.ForkResponse]]:
+    request = pb.ForkRequest(**{"text": TEXT} | SHARED | fields)
+    found: list[list[pb.ForkResponse]] = [[] for _ in request.branches]
+    async for response in stub.Fork(request):
+        found[response.branch].append(response)
+    return found
+
+
+def joined(responses: list[pb.ForkResponse]) -> types_pb2.Latents:
+    rows = np.concatenate([array_from_tensor(each.latents.values) for each in responses])
+    return types_pb2.Latents(values=tensor_from_array(rows), space=responses[0].latents.space)
+
+
+def assert_same(found: list[list[pb.ForkResponse]], expected: list[list[pb.ForkResponse]]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ids_of(ours) == ids_of(theirs)
+        np.testing.assert_allclose(*(array_from_tensor(joined(each).values) for each in (ours, theirs)), atol=1e-4)
+
+
+async def test_branches_are_what_generations_alone_are(served: System) -> None:
+    found = await forked(served.latents, branches=[{}] * 4)
+    for index, branch in enumerate(found):
+        seed = {"base_seed": 5, "sample_id": index}
+        alone = await served.generate(**{"prompt": TEXT, **SHARED, "seed": seed, "with_latents": True})
+        assert_same([branch], [alone])  # type: ignore[list-item]
+
+
+async def test_a_branch_is_replayed_from_its_noise_and_from_each_of_its_blocks(served: System) -> None:
+    sampling = {"temperature": 1.5, "repetition_penalty": 3}
+    [whole] = await forked(served.latents, branches=[{"sampling": sampling}])
+    noise = NoiseSeed(5).noise(len(whole), served.stages.shape.block_size, served.stages.shape.latent_dim)
+    assert_same(
+        await forked(served.latents, branches=[{"sampling": sampling, "noise": tensor_from_array(noise)}]), [whole]
+    )
+    for blocks in range(1, len(whole) + 1):
+        branches = [{"sampling": sampling, "written": joined(whole[:blocks])}]
+        assert_same(await forked(served.latents, branches=branches), [whole])
+
+
+class Killed(prior_pb2_grpc.PriorServiceServicer):
+    """A prior that sends so many blocks, of all runs together, and is then away."""
+
+    def __init__(self, prior: Any, blocks: int):
+        self._prior, self._left = prior, blocks
+
+    async def Sample(self, request: Any, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
+        async for response in self._prior.Sample(request):
+            self._left -= 1
+            if self._left < 0:
+                raise Unavailable("killed")
+            yield response
+
+    async def GetInfo(self, request: Any, context: Any) -> Any:
+        if self._left < 0:
+            raise Unavailable("killed")
+        return await self._prior.GetInfo(request)
+
+
+@dataclass
+class Replica:
+    stub: Any
+    address: str
+    serving: bool = True
+    lives: int = 0
+
+
+async def test_branches_are_the_same_when_the_replica_that_writes_them_is_killed(served: System) -> None:
+    undisturbed = await forked(served.latents, branches=[{}] * 4)
+    stages = {name: LocalStub(served.stages.stages.services[name]) for name in ("encoder", "decoder")}
+    priors = [Replica(LocalStub(Killed(served.stages.prior, 9)), "a"), Replica(served.stages.prior, "b")]
+    coordinator = Coordinator(
+        Stages(prior=priors, **stages), served.tokenizer, limits=CoordinatorLimits(max_context=256)
+    )
+    await coordinator.connect()
+    stub = LocalStub(LatentServicer(coordinator))
+    for _ in range(2):  # calls go round: one of them begins at the prior that is killed
+        assert_same(await forked(stub, branches=[{}] * 4), undisturbed)
+    with pytest.raises(grpc.aio.AioRpcError, match="killed"):
+        await priors[0].stub.GetInfo(prior_pb2.PriorServiceGetInfoRequest())
+
+
+async def test_embeddings_are_means_of_the_latents(served: System) -> None:
+    texts = [TEXT, "a", "He looked"]
+    encoded = (await served.latents.EncodeText(pb.EncodeTextRequest(texts=texts))).encodings
+    latents = [array_from_tensor(each.latents.values) for each in encoded]
+    size = served.stages.shape.block_size
+
+    async def embedded(**fields: Any) -> list[np.ndarray]:
+        found = (await served.latents.Embed(pb.EmbedRequest(**{"texts": texts} | fields))).embeddings
+        assert [each.token_count for each in found] == [len(each.token_ids) for each in encoded]
+        return [array_from_tensor(each.values) for each in found]
+
+    blocks = [[rows[start : start + size] for start in range(0, len(rows), size)] for rows in latents]
+    for got, rows, own in zip(await embedded(), latents, await embedded(pooling=pb.POOLING_PER_BLOCK), strict=True):
+        np.testing.assert_allclose(got, rows.mean(axis=0), rtol=1e-5, atol=1e-6)
+        assert own.shape == (-(-len(rows) // size), rows.shape[1])
+    for got, parts in zip(await embedded(pooling=pb.POOLING_LAST_BLOCK), blocks, strict=True):
+        np.testing.assert_allclose(got, parts[-1].mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        torch.tensor([np.linalg.norm(each) for each in await embedded(normalize=True)]), torch.ones(3)
+    )
+    ids = [{"ids": each.token_ids} for each in encoded]
+    for one, other in zip(await embedded(texts=[], sequences=ids), await embedded(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+async def test_what_cannot_be_embedded_is_named(served: System) -> None:
+    faults: list[tuple[dict[str, Any], str]] = [
+        ({}, "texts: got 0 texts"),
+        ({"texts": ["a", ""]}, "texts[1]: got an empty text"),
+        ({"texts": ["a"], "sequences": [{"ids": [5]}]}, "sequences: got both texts and sequences"),
+        ({"sequences": [{"ids": [5]}, {}]}, "sequences[1]: got no ids"),
+        ({"sequences": [{"ids": [10**6]}]}, "sequences[0]: token id 1000000"),
+        ({"sequences": [{"ids": [5]}] * 257}, "sequences: got 257 sequences, expected 1 to 256"),
+        ({"sequences": [{"ids": [5] * 2000}]}, "sequences[0]: got 2000 ids"),
+        ({"texts": ["a"], "pooling": 9}, "pooling: got 9"),
+    ]
+    for fields, fault in faults:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.latents.Embed(pb.EmbedRequest(**fields))
+        assert fault in (refused.value.details() or "")
