@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda
+from colaserve_services.model.backend.buckets import KEYS
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.backend.streams import Moment, Stream
 from colaserve_services.model.checkpoint import Checkpoint
@@ -72,7 +73,7 @@ def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         folder: Path = tmp_path_factory.mktemp("checkpoint")
         checkpoint = Checkpoint.open(write_checkpoint(folder, vae, {"num_layers": layers}))
         kind = {"prior": cuda.Prior, "decoder": cuda.Decoder, "encoder": cuda.Encoder}[stage]
-        return kind(load(checkpoint, stage, CPU, torch.float32), Sizes(1 << 20, SESSIONS, B, 512), kernels)
+        return kind(load(checkpoint, stage, CPU, torch.float32), Sizes(1 << 22, SESSIONS, B, 512), kernels)
 
     with recording(), torch.no_grad():
         yield made
@@ -82,7 +83,7 @@ def rows(backend: Any, stage: str, sessions: int, seed: int = 0) -> list[Row]:
     """What a pass serves when all are in the middle of a text, each at its own place."""
     generator, found = torch.Generator().manual_seed(seed), []
     for slot in range(sessions):
-        pages = array("i", backend.pages.reserve(3 + slot % 2))
+        pages = array("i", backend.pages.reserve((KEYS // B if stage == "prior" else 2) + 1 + slot % 2))
         backend.pages.free(pages)
         z = torch.randn(2, B, D, generator=generator)
         if stage == "prior":
