@@ -48,6 +48,8 @@ async def json_body(request: Request, parse: Callable[[bytes], T], bounds: Bound
     body = await read_body(request, bounds)
     if not _is_json(request.headers.get("content-type", "")):
         raise _no_json("must be a JSON object, sent with content-type application/json")
+    if (packed := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise invalid("content-encoding", f"got {packed[:_SHOWN]!r}, expected none: bodies are sent as they are")
     return await parsed(body, parse)
 
 

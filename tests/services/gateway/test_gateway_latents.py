@@ -198,7 +198,7 @@ async def test_keys_models_and_unknown_fields_are_as_elsewhere():
         assert (await post(it, "encode", texts=["a"], model="gpt")).json()["error"]["code"] == "model_not_found"
         packed = {"content-encoding": "gzip", "content-type": "application/json"}
         answer = await it.http.post(PATH.format("encode"), content=b"\x1f\x8b\x08", headers=packed)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "content-encoding")
 
 
 async def test_a_stream_that_its_deadline_or_its_client_ends_frees_the_prior():
