@@ -18,7 +18,7 @@ launches: Counter[str] = Counter()  # of each kernel, since the process began
 
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32",
-    torch.bool: "i1", torch.uint8: "u8",
+    torch.bool: "u1", torch.uint8: "u8",
 }  # fmt: skip
 _ALIGNED = 16  # bytes: Triton compiles a kernel of its own for pointers that are multiples
 _ELEMENTS = 8  # of a thread, in kernels that go over a tile once
