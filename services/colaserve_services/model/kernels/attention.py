@@ -16,7 +16,7 @@ from colaserve_services.model.kernels.registry import dot_type, launch, padded, 
 
 SPLIT = 256  # keys of a program
 _TILES = {torch.float32: 16, torch.bfloat16: 64}  # keys that it reads at once
-_WARPS, _STAGES = 4, 2
+_WARPS, _STAGES = 4, 5  # with fewer stages keys of a tile wait for those before
 _AT_ONCE = 4  # splits that are put together at once
 _LOG2_E = math.log2(math.e)
 _QUERIES = 16  # at least, as matrix units take
