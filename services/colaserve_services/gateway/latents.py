@@ -94,7 +94,8 @@ class LatentsAnswer(CallsAnswer):
         if not self.streaming:
             self._message = message
             return ()
-        self.record.saw_block()
+        if not getattr(message, "provisional", False):
+            self.record.saw_block()
         return [event(plain(message, self.as_lists))]
 
     async def whole(self) -> Response:

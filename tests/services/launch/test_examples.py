@@ -50,6 +50,7 @@ KNOWN = {
     "[[1]]": "Paris",
 }
 SAID = {  # by the scripts of examples/
+    "fork": "from its first two blocks: ",
     "generate": "capital of Japan? Answer: Tokyo",
     "halt_early": "of the steps left out, the same text",
     "steer": "Brazil' Europe",
