@@ -120,7 +120,7 @@ def _wire_value(field: Any, repeated: bool, value: Any, where: str) -> Any:
 def _settings(field: Any, value: Any, where: str) -> Message:
     """A message of settings, or of a mapping of them; of a seed, a number is the base_seed of sample 0."""
     kind = _SETTINGS[field.name]
-    if isinstance(value, Mapping):
+    if kind is Steering and isinstance(value, Mapping):
         try:
             value = kind(**{name: each for name, each in value.items() if each is not None})
         except TypeError as error:

@@ -28,9 +28,11 @@ from colaserve_client import (
     Retry,
     Sampler,
     Sampling,
+    Steering,
     TokenLogprobs,
     TopToken,
 )
+from colaserve_client.arrays import tensor_from_array
 from colaserve_client.fields import flat_fields
 from colaserve_client.settings import CallFields, GenerationFields, SamplerFields, SamplingFields
 from tests.client.behaviour import Behaviour, Failure
@@ -68,7 +70,11 @@ def test_what_came_as_float32_prints_as_it_was_meant(client: Client, behaviour: 
     assert client.info().default_sampling.top_p == 0.9
 
 
-OBJECTS = {"sampler": Sampler(8, 1.5, "heun", 0.75, 0.25, 2), "sampling": Sampling(0.5, 0, 0.25, 1.25, 9)}
+PROBE = Steering(np.ones((2, 1)), np.zeros(1), 3.0, 0.75, 0.5, logistic=True)
+OBJECTS = {
+    "sampler": Sampler(8, 1.5, "heun", 0.75, 0.25, 2, 2, 0.5, [PROBE]),
+    "sampling": Sampling(0.5, 0, 0.25, 1.25, 9),
+}
 KEYWORDS = {
     "steps": 8,
     "guidance_scale": 1.5,
@@ -76,6 +82,9 @@ KEYWORDS = {
     "guidance_start": 0.75,
     "guidance_end": 0.25,
     "resamples": 2,
+    "stable_steps": 2,
+    "stable_distance": 0.5,
+    "steering": [{"direction": [[1], [1]], "bias": [0], "scale": 3, "start": 0.75, "end": 0.5, "logistic": True}],
     "temperature": 0.5,
     "top_k": 0,
     "top_p": 0.25,
@@ -109,7 +118,11 @@ def test_every_setting_reaches_the_server(client: Client, behaviour: Behaviour, 
         guidance_start=0.75,
         guidance_end=0.25,
         resamples=2,
-    )
+        stable_steps=2,
+        stable_distance=0.5,
+        steering=[{"scale": 3, "start": 0.75, "end": 0.5, "logistic": True,
+                   "direction": tensor_from_array([[1], [1]]), "bias": tensor_from_array([0])}],
+    )  # fmt: skip
     assert request.sampling == types_pb2.Sampling(temperature=0.5, top_k=0, top_p=0.25, repetition_penalty=1.25, seed=9)
     assert request.sampling.HasField("top_k")
     assert request.seed == types_pb2.NoiseSeed(base_seed=5, sample_id=6)

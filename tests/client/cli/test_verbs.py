@@ -6,6 +6,7 @@ import pytest
 
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve_client import Latents, load_latents
+from colaserve_client.arrays import tensor_from_array
 from colaserve_client.cli import chat, exits
 from tests.client.behaviour import Behaviour
 from tests.client.cli.conftest import Run
@@ -61,16 +62,23 @@ def test_the_prompt_comes_from_argument_file_or_standard_input(run: Run, behavio
     assert (bad.code, "standard input:2: byte 0xff is not UTF-8" in bad.err) == (2, True)
 
 
-def test_every_option_reaches_the_server(run: Run, behaviour: Behaviour) -> None:
+def test_every_option_reaches_the_server(run: Run, behaviour: Behaviour, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.json"
+    probe.write_text('{"direction": [1, 2], "scale": -2}')
     latents = "--steps 3 --guidance-scale 1.5 --solver ab2 --guidance-start 0.75 --guidance-end 0.25 --resamples 2"
     tokens = "--temperature 0.5 --top-k 4 --top-p 0.25 --repetition-penalty 1.5 --sampling-seed 9"
     own = "--max-new-tokens 5 --stop x --stop y --ignore-end --seed 1 --sample-id 2 --cache-salt mine --print-special"
-    assert run("generate", "a", *latents.split(), *tokens.split(), *own.split()).code == 0
+    latents += " --stable-steps 2 --stable-distance 0.5 --steering"
+    assert run("generate", "a", *latents.split(), probe, *tokens.split(), *own.split()).code == 0
+        run("generate", "a", *latents.split(), *tokens.split(), *own.split(), *stop.split(), "--steering", probe).code
+        == 0
+    )
     assert behaviour.requests == [
         GenerateRequest(
             prompt="a",
             sampler={"steps": 3, "guidance_scale": 1.5, "solver": 2, "guidance_start": 0.75, "guidance_end": 0.25,
-                     "resamples": 2},
+                     "resamples": 2, "stable_steps": 2, "stable_distance": 0.5,
+                     "steering": [{"direction": tensor_from_array([1, 2]), "scale": -2, "start": 1}]},
             sampling={"temperature": 0.5, "top_k": 4, "top_p": 0.25, "repetition_penalty": 1.5, "seed": 9},
             max_new_tokens=5, stop=["x", "y"], ignore_end=True, seed={"base_seed": 1, "sample_id": 2},
             cache_salt="mine", print_special=True,
