@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from colaserve_services.gateway import inference, latents, shapes
+from colaserve_services.gateway import inference, latents, playground, shapes
 from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Reach
 from colaserve_services.gateway.body import checked_body
@@ -57,6 +57,7 @@ def create_app(
         *_endpoints(gateway),
         *latents.endpoints(backend, settings),
         *inference.endpoints(backend, settings.bounds, gateway.ready),
+        *playground.endpoints(),
     ]
     middleware = [Middleware(Edge, settings=settings, metrics=metrics)]
     if settings.cors_origins:  # outermost: errors get its headers too
@@ -70,7 +71,8 @@ def create_app(
         exception_handlers={HTTPException: _http_error},
     )
     app.router.redirect_slashes = False  # a redirect leads to whatever host the request names
-    app.state.settings, app.state.draining, app.state.document = settings, False, document(endpoints)
+    app.state.settings, app.state.document = settings, document(endpoints)
+    app.state.draining = app.state.loopback = False  # the server sets them
     return app
 
 

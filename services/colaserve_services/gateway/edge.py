@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from colaserve_services.gateway import playground
 from colaserve_services.gateway.errors import api_error
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc import requests, tracing
@@ -21,7 +22,7 @@ from colaserve_services.rpc.metrics import Metrics
 
 SERVICE: Final = "gateway"
 CLIENT_GONE: Final = 499
-OPEN: Final = frozenset(
+OPEN: Final = playground.PATHS.union(
     {"/", "/health", "/ready", "/v2/health/live", "/v2/health/ready", "/metrics", "/docs", "/openapi.json"}
 )  # no key, no bound, no log line
 _LOGGED: Final = ("client", "user", "choices", "prompt_tokens", "completion_tokens")

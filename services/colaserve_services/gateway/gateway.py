@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from colaserve_services.gateway import shapes
+from colaserve_services.gateway import playground, shapes
 from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Info, most_tokens
 from colaserve_services.gateway.dialects.base import Dialect
@@ -30,6 +30,7 @@ from colaserve_services.rpc.metrics import CACHED_SECONDS, Metrics, exposition
 
 DEADLINE_HEADER: Final = "x-request-timeout"
 LINKS = {
+    "playground": "the model and its latents, to try",
     "docs": "every endpoint and field",
     "v1/models": "the served model and its defaults",
     "health": "whether the process lives",
@@ -82,6 +83,8 @@ class Gateway:
             "owned_by": "colaserve",
             "max_model_len": most_tokens(info),
             "defaults": _defaults(info),
+            "space": info.space,
+            "description": info.description,
         }
 
     async def tokenize(self, _: Request, body: TokenizeRequest) -> Tokenized:
@@ -133,13 +136,19 @@ class Gateway:
         """Prometheus metrics of this process."""
         return Response(await self._metrics.get(), media_type=CONTENT_TYPE_LATEST)
 
-    async def root(self, _: Request) -> Response:
+    async def root(self, request: Request) -> Response:
         """Links."""
-        return HTMLResponse(root_page(LINKS))
+        shown = LINKS if playground.served(request) else {link: LINKS[link] for link in LINKS if link != "playground"}
+        return HTMLResponse(root_page(shown))
 
     async def docs(self, request: Request) -> Response:
-        """The OpenAPI document as a page."""
-        return HTMLResponse(docs_page(request.app.state.document))
+        """The OpenAPI document as a page, with the served model's defaults when the coordinator tells them."""
+        try:
+            defaults = _defaults(await self._backend.info())
+        except Exception:  # whatever ails the coordinator, the page is there
+            defaults = {}
+        budgets = dict.fromkeys(("max_completion_tokens", "max_output_tokens"), defaults.get("max_tokens", ""))
+        return HTMLResponse(docs_page(request.app.state.document, budgets | defaults, playground.served(request)))
 
     async def openapi(self, request: Request) -> dict[str, Any]:
         """The OpenAPI document."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any, Final
 
 _STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h2 { margin-top: 2.5rem; font-size: 1.1rem } h2 code { background: #eef; padding: .15rem .4rem; border-radius: 4px }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .25rem .6rem; vertical-align: top }
-tr { border-top: 1px solid #ddd } td:nth-child(2) { color: #555; white-space: nowrap }
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin-top: 2.5rem; font-size: 1.1rem; overflow-wrap: anywhere }
+h2 code { background: light-dark(#eef, #223); padding: .15rem .4rem; border-radius: 4px }
+table { border-collapse: collapse; width: 100%; margin-top: 1rem }
+td, th { text-align: left; padding: .25rem .6rem; vertical-align: top; overflow-wrap: anywhere }
+th { white-space: nowrap } td:first-child { min-width: 11rem } .fields td:nth-child(2) { min-width: 9rem }
+tr { border-top: 1px solid light-dark(#ddd, #444) }
+@media (max-width: 45rem) { table, tbody, tr, td { display: block } tr:has(th) { display: none } tr { padding: .4rem 0 }
+  td { padding: .05rem 0 } td:first-child { font-weight: 600 } td:empty { display: none }
+  .fields td:nth-child(3)::before { content: "default: " } }
 """
 
 
@@ -21,42 +29,55 @@ def root_page(links: Mapping[str, str]) -> str:
     return _page("colaserve", f"<h1>colaserve</h1><p>{about}</p><ul>{lines}</ul>")
 
 
-def docs_page(document: Mapping[str, Any]) -> str:
-    """HTML with every endpoint, the fields of its body and its answers."""
+def docs_page(document: Mapping[str, Any], defaults: Mapping[str, Any], playground: bool) -> str:
+    """HTML with every endpoint, the fields of its body and its answers.
+
+    `defaults`: what the served model takes for a field that is left out. `playground`: whether there is one to link.
+    """
     info, schemas = document["info"], document["components"]["schemas"]
     sections = "\n".join(
-        _section(method, path, operation, schemas)
+        _section(method, path, operation, schemas, defaults)
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     )
     about = f'{escape(info["description"])} Machine-readable: <a href="openapi.json">openapi.json</a>.'
+    if playground:
+        about += ' To try it: <a href="playground">playground</a>.'
     return _page(info["title"], f"<h1>{info['title']} {info['version']}</h1><p>{about}</p>\n{sections}")
 
 
 def _page(title: str, body: str) -> str:
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{_STYLE}</style></head><body>{body}</body></html>"""
 
 
-def _section(method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
+def _section(
+    method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> str:
     heading = f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['description'])}</p>"
-    answers = ((code, "", answer["description"]) for code, answer in operation["responses"].items())
-    return heading + _table(["Field", "Type", ""], _fields(operation, schemas)) + _table(["Status"], answers)
+    answers = ((code, answer["description"]) for code, answer in operation["responses"].items())
+    fields = _table("fields", ["Field", "Type", "Default", "Meaning"], _fields(operation, schemas, defaults))
+    return heading + fields + _table("statuses", ["Status", "Meaning"], answers)
 
 
-def _table(heads: Iterable[str], rows: Iterable[tuple[str, str, str]]) -> str:
+def _table(name: str, heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{lines}</table>" if lines else ""
+    head = "".join(f"<th>{head}</th>" for head in heads)
+    return f'<table class="{name}"><tr>{head}</tr>{lines}</table>' if lines else ""
 
 
-def _fields(operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _fields(
+    operation: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[tuple[str, ...]]:
     if "requestBody" not in operation:
         return
     [content] = operation["requestBody"]["content"].values()
     schema = schemas[_name(content["schema"])]
     for name, field in schema["properties"].items():
-        needed = " (required)" if name in schema.get("required", ()) else ""
-        yield name + needed, _type(field), field.get("description", "")
+        needed = name in schema.get("required", ())
+        default = json.dumps("" if needed else defaults.get(name, "")).strip('"')
+        yield f"{name} (required)" if needed else name, _type(field), default, field.get("description", "")
 
 
 def _name(schema: Mapping[str, Any]) -> str:

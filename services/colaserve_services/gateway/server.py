@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -33,6 +34,7 @@ class HttpServer:
         self._server = uvicorn.Server(_config(app, tls))
         self._tasks: list[asyncio.Task[None]] = []
         self.host: str = listener.getsockname()[0]
+        app.state.loopback = ip_address(self.host).is_loopback
         self.port: int = listener.getsockname()[1]
 
     @property

@@ -16,6 +16,8 @@ class Model(TypedDict):
     owned_by: str
     max_model_len: int
     defaults: dict[str, Any]
+    space: str
+    description: str
 
 
 class ModelList(TypedDict):

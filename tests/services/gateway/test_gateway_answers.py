@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from colaserve_services.errors import Unavailable
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
 
@@ -204,6 +205,18 @@ async def test_the_documents_page_shows_every_path_and_loads_nothing(gateway: Ru
     assert "guidance_interval" in page
     assert "src=" not in page
     assert "http://" not in page
+
+
+async def test_the_documents_page_shows_the_served_models_defaults_or_none(start):
+    gateway = await start()
+    defaults = (await gateway.http.get("/v1/models")).json()["data"][0]["defaults"]
+    row = "<td>guidance_scale</td><td>number 0..1000</td><td>{}</td>"
+    assert row.format(defaults["guidance_scale"]) in (await gateway.http.get("/docs")).text
+    gateway.fake.info_failure = Unavailable("away")
+    away = await start()
+    page = await away.http.get("/docs")
+    assert page.status_code == 200
+    assert row.format("") in page.text
 
 
 async def test_requests_are_counted_by_path_and_status_and_bytes_both_ways(gateway: Running):

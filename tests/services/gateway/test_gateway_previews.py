@@ -8,7 +8,7 @@ from typing import Any
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import Running
 
-LATENTS = "AACAPwAAAEA="  # 1 and 2 as float32
+LATENTS = {"shape": [2, 1], "dtype": "float32", "data": "AACAPwAAAEA=", "space": ""}  # 1 and 2
 
 
 async def choices(gateway: Running, **fields: Any) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ class CompletionRequest(ChoiceFields):
     )
     best_of: int | None = Field(None, ge=1, description="Only the value of n is taken.")
     max_tokens: Annotated[int, Field(ge=0, le=UINT32)] | None = Field(
-        None, description="Tokens to write at most; 32 unless the server says otherwise. 0, with echo: write none."
+        None, description="Tokens to write at most. 0, with echo: write none."
     )
     echo: bool | None = Field(
         None, description="Begin each text with its prompt; with logprobs, score its tokens by their reconstruction."
@@ -98,12 +98,12 @@ class CompletionPreview(TypedDict):
     block_index: int
     step: int
     text: str
-    latents: NotRequired[str]
+    latents: NotRequired[dict[str, Any]]
 
 
 class CompletionChoice(TypedDict):
     """In a stream also, on request: a preview, beside an empty text, or the probes and the latents of a block. Latents
-    are base64 of float32, little-endian, (B, d)."""
+    (B, d) are as /v1/latents/decode takes them: shape, dtype, base64 data, space."""
 
     index: int
     text: str
@@ -111,7 +111,7 @@ class CompletionChoice(TypedDict):
     finish_reason: FinishReason | None
     preview: NotRequired[CompletionPreview]
     probes: NotRequired[dict[str, float]]
-    latents: NotRequired[str]
+    latents: NotRequired[dict[str, Any]]
 
 
 class Completion(TypedDict):
@@ -211,8 +211,11 @@ def _of_block(message: GenerateResponse) -> dict[str, Any]:
     return found | _latents(message)
 
 
-def _latents(message: GenerateResponse | Preview) -> dict[str, str]:
-    return {"latents": b64encode(message.latents.values.data).decode()} if message.HasField("latents") else {}
+def _latents(message: GenerateResponse | Preview) -> dict[str, Any]:
+    if not message.HasField("latents"):
+        return {}
+    values, data = message.latents.values, b64encode(message.latents.values.data).decode()
+    return {"latents": {"shape": list(values.shape), "dtype": "float32", "data": data, "space": message.latents.space}}
 
 
 def _completion_logprobs(message: GenerateResponse) -> CompletionLogprobs:

@@ -32,7 +32,7 @@ class ChoiceFields(GenerationFields):
 
     unions: ClassVar[Mapping[str, str]] = {"stop": STOPS}
 
-    max_tokens: Budget | None = Field(None, description="Tokens to write at most; 32 unless the server says otherwise.")
+    max_tokens: Budget | None = Field(None, description="Tokens to write at most.")
     n: int | None = Field(None, ge=1, description="Texts to write for each prompt, side by side; 1.")
     stop: StopString | Annotated[list[StopString], at_most(MOST_STOPS)] | None = Field(
         None, description="Up to 4 strings that end the text, which ends before them."

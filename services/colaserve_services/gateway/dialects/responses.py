@@ -57,9 +57,7 @@ class ResponsesRequest(GenerationFields):
         description="What a user says, or messages."
     )
     instructions: Text | None = Field(None, description="A system message before the input.")
-    max_output_tokens: Budget | None = Field(
-        None, description="Tokens to write at most; 32 unless the server says otherwise."
-    )
+    max_output_tokens: Budget | None = Field(None, description="Tokens to write at most.")
     metadata: (
         Annotated[
             dict[Annotated[Text, StringConstraints(max_length=64)], Annotated[Text, StringConstraints(max_length=512)]],
