@@ -55,6 +55,7 @@ from colaserve_client.results import ModelShape as ModelShape
 from colaserve_client.results import Preview as Preview
 from colaserve_client.results import Probes as Probes
 from colaserve_client.results import Reconstruction as Reconstruction
+from colaserve_client.results import Score as Score
 from colaserve_client.results import SequenceEncoding as SequenceEncoding
 from colaserve_client.results import ServerInfo as ServerInfo
 from colaserve_client.results import ServiceInfo as ServiceInfo
@@ -76,6 +77,7 @@ from colaserve_client.settings import Prompt as Prompt
 from colaserve_client.settings import Retry as Retry
 from colaserve_client.settings import Sampler as Sampler
 from colaserve_client.settings import Sampling as Sampling
+from colaserve_client.settings import Scoring as Scoring
 from colaserve_client.settings import Solver as Solver
 from colaserve_client.settings import Steering as Steering
 from colaserve_client.settings import Tls as Tls

@@ -196,6 +196,7 @@ class Client(BaseClient[AsyncClient]):
     encode_text = _blocking(AsyncClient.encode_text)
     decode_latents = _blocking(AsyncClient.decode_latents)
     logprobs = _blocking(AsyncClient.logprobs)
+    score = _blocking(AsyncClient.score)
     sample_latents = _opening(AsyncClient.sample_latents, Stream)
     interpolate = _blocking(AsyncClient.interpolate)
     infill = _blocking(AsyncClient.infill)

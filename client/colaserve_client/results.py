@@ -234,6 +234,24 @@ class Logprobs(_Text):
 
 
 @_value
+class Score:
+    """The likelihood of a text after a prefix: sums over all its tokens, in nats."""
+
+    log_likelihood: Annotated[float, Field("The three terms together: a lower bound, unless samples is 0.")]
+    standard_error: Annotated[
+        float, Field("Of log_likelihood; below two samples of the probes alone, from two on of the samples.")
+    ]
+    decoder_term: Annotated[float, Field("Mean log-probability of the text given its latents.")]
+    posterior_entropy: Annotated[float, Field("Entropy of the encoder's posterior.")]
+    prior_log_density: Annotated[float, Field("Mean log density of the latents under the prior.")]
+    token_ids: Annotated[tuple[int, ...], Field("The tokens of the text.")]
+    positions: Annotated[int, Field("Latent positions in the prior's term, those that fill the last block included.")]
+    evaluations: Annotated[int, Field("Velocities that the prior evaluated.")]
+    seed: Annotated[NoiseSeed, Field("Repeats this score.")]
+    timing: Annotated[Timing, Field("Where the time of the call went.")]
+
+
+@_value
 class LatentBlock:
     """One block that the prior wrote, or a preview of it."""
 

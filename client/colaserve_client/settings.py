@@ -229,6 +229,17 @@ class SamplerFields(CallFields, total=False):
     steering: Sequence[Steering]
 
 
+class ScoringFields(CallFields, total=False):
+    """The fields of `Scoring`, and what else `score` takes as keywords."""
+
+    samples: int | None
+    probes: int | None
+    steps: int | None
+    solver: Solver | None
+    seed: int | NoiseSeed | None
+    cache_salt: str
+
+
 class SamplingFields(CallFields, total=False):
     """A `Sampling`, or its fields, as keywords of a call."""
 

@@ -208,6 +208,17 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
             timing=TIMING,
         )
 
+    def Score(self, request, context):
+        self.behaviour.enter(request, context)
+        return latent_service_pb2.LatentServiceScoreResponse(
+            log_likelihood=-12.5,
+            standard_error=0.25,
+            token_ids=request.text.encode(),
+            evaluations=64 * (1 + 2 * request.probes),
+            seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
+            timing=TIMING,
+        )
+
     def SampleLatents(self, request, context):
         self.behaviour.enter(request, context)
         seed = request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234)

@@ -19,13 +19,13 @@ Branch BranchBlock Cancelled Client ColaserveError Connection DeadlineExceeded D
 DecodeSession Embedding EncoderClient FinishReason GenerationChunk GenerationOutcome GenerationRequest GenerationResult
 InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents LatentsLike Limits load_latents
 Logprobs LogprobsDtype MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported
-Overloaded Pooling Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents SequenceEncoding
-ServerError ServerInfo ServiceInfo Solver StageInfo Steering Stream TextEncoding Timing Tls TokenLogprobs Tokens
-TopToken Trajectory Unavailable Usage
+Overloaded Pooling Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents Score
+Scoring SequenceEncoding ServerError ServerInfo ServiceInfo Solver StageInfo Steering Stream TextEncoding Timing Tls
+TokenLogprobs Tokens TopToken Trajectory Unavailable Usage
 """
 METHODS = """
 close decode_latents detokenize embed encode_text fork fork_all generate generate_many healthy infill info
-interpolate latent_info logprobs reconstruct sample_latents stream target tokenize wait_until_ready
+interpolate latent_info logprobs reconstruct sample_latents score stream target tokenize wait_until_ready
 """
 PAIRS = ["Client", "EncoderClient", "PriorClient", "DecoderClient", "DecodeSession", "Stream"]
 

@@ -146,6 +146,19 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
             },
         ),
         "Reconstruct": (pb.ReconstructRequest, texts, {"texts": {"texts": [OTHER]}}),
+        "Score": (
+            pb.LatentServiceScoreRequest,
+            {"text": ONE, "probes": 2, "steps": 2, "solver": types_pb2.SOLVER_EULER, **base(seed=SEED)},
+            {
+                "prefix": {"prefix": OTHER},
+                "text": {"text": OTHER},
+                "samples": {"samples": 2},
+                "probes": {"probes": 3},
+                "steps": {"steps": 3},
+                "solver": {"solver": types_pb2.SOLVER_HEUN},
+                **others(seed=SEED),
+            },
+        ),
         "Logprobs": (
             pb.LogprobsRequest,
             {"text": ONE},
@@ -178,7 +191,7 @@ def test_the_walk_covers_every_method_and_field() -> None:
     # Noise: see test_forks.py.
     elsewhere = {"Generate": {"ignore_end", "print_special", *WATCHED}, "SampleLatents": WATCHED,
                  "Fork": {"ignore_end", "print_special", "branches.noise"}}  # fmt: skip
-    salted = {"Generate", "Fork", "SampleLatents", "Infill", "Logprobs"}
+    salted = {"Generate", "Fork", "SampleLatents", "Infill", "Logprobs", "Score"}
     for method, (request, _, changes) in found.items():
         changed = set(changes) | elsewhere.get(method, set()) | ({"cache_salt"} if method in salted else set())
         assert changed == set(leaves(request.DESCRIPTOR)), method

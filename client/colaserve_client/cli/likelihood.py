@@ -1,4 +1,4 @@
-"""The verbs of likelihood: logprobs."""
+"""The verbs of likelihood: logprobs and score."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 from colaserve_client.blocking import Client
 from colaserve_client.cli import options, output
 from colaserve_client.latents import Latents
-from colaserve_client.settings import LogprobsDtype
+from colaserve_client.settings import LogprobsDtype, NoiseSeed, Scoring
 
 option = options.option
 
@@ -56,3 +56,25 @@ def logprobs(
     )
     rows = [(each.token_id, f"{each.logprob:.3f}", repr(each.text)) for each in found.logprobs]
     output.answer(found, as_json, lambda: output.table(("ID", "LOGPROB", "TOKEN"), rows))
+
+
+@click.command(cls=options.SectionedCommand)
+@click.argument("text")
+@option("--prefix", default="", help="What comes before TEXT.")
+@options.scoring_options
+@options.seed_options
+@options.json_option
+@options.client_options
+def score(*, client: Client, text: str, prefix: str, scoring: Scoring, seed: NoiseSeed | None, as_json: bool) -> None:
+    """How likely the model finds TEXT: a lower bound of its log-likelihood, in nats.
+
+    Likelihood and quality need not agree. Compare texts of as many tokens.
+
+    \b
+      colaserve score " Paris." --prefix "The capital of France is"
+      colaserve score " Paris." --prefix "The capital of France is" --samples 8 --probes 16 --json
+    """
+    found = client.score(text, prefix, seed=seed, **vars(scoring))
+    names = ("log_likelihood", "standard_error", "decoder_term", "posterior_entropy", "prior_log_density")
+    rows = [(name.replace("_", " "), f"{getattr(found, name):.3f}") for name in names]
+    output.answer(found, as_json, lambda: output.pairs([*rows, ("tokens", len(found.token_ids))]))

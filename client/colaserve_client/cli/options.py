@@ -15,7 +15,16 @@ from colaserve_client.blocking import BaseClient, Client
 from colaserve_client.cli.types import JsonFile, Number, TrimmedPath
 from colaserve_client.errors import ColaserveError, InvalidRequest
 from colaserve_client.fields import Field, fields_of, flat_fields
-from colaserve_client.settings import DEFAULT_TARGET, GenerationRequest, NoiseSeed, Retry, Sampler, Sampling, Tls
+from colaserve_client.settings import (
+    DEFAULT_TARGET,
+    GenerationRequest,
+    NoiseSeed,
+    Retry,
+    Sampler,
+    Sampling,
+    Scoring,
+    Tls,
+)
 
 Verb = Callable[..., Any]
 C = TypeVar("C", bound=BaseClient[Any])
@@ -210,6 +219,7 @@ _LATENTS = field_options(Sampler, "From noise to latents (default: as the server
 _TOKENS = field_options(Sampling, "From latents to tokens (default: as the server has it)")
 sampler_options = grouped("sampler", _LATENTS, partial(taken, Sampler))
 sampling_options = grouped("sampling", _TOKENS, partial(taken, Sampling))
+scoring_options = grouped("scoring", field_options(Scoring), partial(taken, Scoring))
 seed_options = grouped("seed", field_options(NoiseSeed), _seed)
 
 

@@ -46,6 +46,7 @@ VERBS: Mapping[str, Verb] = {
     "encode": _client(LATENT, "Turn texts into latents.", "latent", "encode"),
     "decode": _client(LATENT, "Turn latents into text.", "latent", "decode"),
     "logprobs": _client(LATENT, "Log-probabilities of a text's tokens, or of latents.", "likelihood", "logprobs"),
+    "score": _client(LATENT, "How likely the model finds a text.", "likelihood", "score"),
     "interpolate": _client(LATENT, "Walk from one text to another.", "latent", "interpolate"),
     "reconstruct": _client(LATENT, "Send texts through the latent space and back.", "latent", "reconstruct"),
     "plot": Verb(LATENT, "Draw latents.", "colaserve_client.cli.plot", "plot", "plot"),

@@ -97,6 +97,14 @@ def looked_up(asked: decoder_pb2.OpenDecode, model: Model) -> int:
     return model.vocab_size if asked.all_logprobs else len(asked.logprob_ids)
 
 
+def scored(response: prior_pb2.PriorServiceScoreResponse, blocks: int, call: Call) -> None:
+    """Raise StageFault unless these are the densities of so many blocks."""
+    _count("log_densities", response.log_densities, blocks)
+    _count("standard_errors", response.standard_errors, blocks)
+    _finite("log densities", [*response.log_densities, *response.standard_errors])
+    _timing(response.timing, call)
+
+
 def _latents(latents: types_pb2.Latents, count: int, model: Model) -> None:
     if latents.space and model.space and latents.space != model.space:
         raise StageFault("space", f"it sent latents of space {latents.space[:64]!r}, expected {model.space}")

@@ -8,7 +8,7 @@ from operator import attrgetter, methodcaller
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
-from colaserve_services.coordinator import embedding, fork, generation, infill, interpolation, latent_space
+from colaserve_services.coordinator import embedding, fork, generation, infill, interpolation, latent_space, scoring
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.coordinator import Coordinator
@@ -101,6 +101,7 @@ class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     Logprobs = _unary(latent_space.logprobs)
     Fork = _streaming(fork.fork)
     Embed = _unary(embedding.embed)
+    Score = _unary(scoring.score)
 
     async def GetInfo(
         self, request: latent_service_pb2.LatentServiceGetInfoRequest, context: Any

@@ -79,6 +79,8 @@ class Model:
     max_context: int  # latent positions, a multiple of B
     max_message_bytes: int
     has_variance: bool
+    scaling_factor: float = 0.0  # of means, in normalising; 0: the encoder does not say
+    prior_dtype: str = ""
 
     @property
     def block_tokens(self) -> int:
@@ -121,6 +123,8 @@ def agree(infos: dict[str, Any], max_context: int, max_message_bytes: int) -> Mo
         max_context=max_context,
         max_message_bytes=max_message_bytes,
         has_variance=infos["encoder"].has_variance,
+        scaling_factor=infos["encoder"].scaling_factor,
+        prior_dtype=infos["prior"].server.dtype,
     )
     for stage in ("encoder", "prior"):
         if difference := model.difference(infos[stage]):

@@ -159,7 +159,7 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
         super().__init__("encoder", model, shape, device, limits, observer, picked)
         self.pad_id = pad_id
         self.most_blocks = self.limits.prefill_chunk // shape.block_size  # of a pass
-        self.has_variance = model.config.use_variation
+        self.has_variance, self.scaling_factor = model.config.use_variation, model.config.scaling_factor
 
     async def encode(
         self,

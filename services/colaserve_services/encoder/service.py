@@ -31,7 +31,9 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> encoder_pb2.EncoderServiceGetInfoResponse:
         """Describe the model, its limits and its load."""
         fields = about.info(self._engine, self._identity)
-        return encoder_pb2.EncoderServiceGetInfoResponse(has_variance=self._engine.has_variance, **fields)
+        return encoder_pb2.EncoderServiceGetInfoResponse(
+            has_variance=self._engine.has_variance, scaling_factor=self._engine.scaling_factor, **fields
+        )
 
     def _message(self, encoded: Encoded) -> encoder_pb2.Encoding:
         variance = encoded.log_variance

@@ -216,6 +216,14 @@ def test_logprobs_of_a_text_or_of_latents(run: Run, tmp_path: Path) -> None:
     assert (found["text"], found["position_logprobs"]) == ("ab", [[-0.5, -0.5], [-0.5, -0.5]])
 
 
+def test_score_shows_the_bound_and_takes_its_settings(run: Run, behaviour: Behaviour) -> None:
+    assert "log likelihood     -12.500" in run("score", "fox", "--prefix", "a ", "--probes", "4").out
+    found = run("score", "fox", "--samples", "0", "--solver", "ab2", "--seed", "7", "--json").json
+    assert found["seed"]["base_seed"] == 7
+    sent = behaviour.requests[-1]
+    assert (sent.samples, sent.HasField("samples"), sent.solver, sent.HasField("steps")) == (0, True, 2, False)
+
+
 # Look
 
 

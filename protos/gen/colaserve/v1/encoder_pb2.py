@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colaserve.v1 import types_pb2 as colaserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63olaserve/v1/encoder.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"e\n\rEncodeRequest\x12)\n\tsequences\x18\x01 \x03(\x0b\x32\x16.colaserve.v1.TokenIds\x12\x15\n\rwith_variance\x18\x02 \x01(\x08\x12\x12\n\ncache_salt\x18\x03 \x01(\t\"a\n\x0e\x45ncodeResponse\x12)\n\tencodings\x18\x01 \x03(\x0b\x32\x16.colaserve.v1.Encoding\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"^\n\x08\x45ncoding\x12&\n\x07latents\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12*\n\x0clog_variance\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Tensor\"\x1e\n\x1c\x45ncoderServiceGetInfoRequest\"\xce\x01\n\x1d\x45ncoderServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12\x14\n\x0chas_variance\x18\x05 \x01(\x08\x12\x0f\n\x07weights\x18\x06 \x01(\t2\xb9\x01\n\x0e\x45ncoderService\x12\x43\n\x06\x45ncode\x12\x1b.colaserve.v1.EncodeRequest\x1a\x1c.colaserve.v1.EncodeResponse\x12\x62\n\x07GetInfo\x12*.colaserve.v1.EncoderServiceGetInfoRequest\x1a+.colaserve.v1.EncoderServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63olaserve/v1/encoder.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"e\n\rEncodeRequest\x12)\n\tsequences\x18\x01 \x03(\x0b\x32\x16.colaserve.v1.TokenIds\x12\x15\n\rwith_variance\x18\x02 \x01(\x08\x12\x12\n\ncache_salt\x18\x03 \x01(\t\"a\n\x0e\x45ncodeResponse\x12)\n\tencodings\x18\x01 \x03(\x0b\x32\x16.colaserve.v1.Encoding\x12$\n\x06timing\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Timing\"^\n\x08\x45ncoding\x12&\n\x07latents\x18\x01 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12*\n\x0clog_variance\x18\x02 \x01(\x0b\x32\x14.colaserve.v1.Tensor\"\x1e\n\x1c\x45ncoderServiceGetInfoRequest\"\xe6\x01\n\x1d\x45ncoderServiceGetInfoResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x02 \x01(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12\x14\n\x0chas_variance\x18\x05 \x01(\x08\x12\x0f\n\x07weights\x18\x06 \x01(\t\x12\x16\n\x0escaling_factor\x18\x07 \x01(\x02\x32\xb9\x01\n\x0e\x45ncoderService\x12\x43\n\x06\x45ncode\x12\x1b.colaserve.v1.EncodeRequest\x1a\x1c.colaserve.v1.EncodeResponse\x12\x62\n\x07GetInfo\x12*.colaserve.v1.EncoderServiceGetInfoRequest\x1a+.colaserve.v1.EncoderServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,7 +41,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODERSERVICEGETINFOREQUEST']._serialized_start=368
   _globals['_ENCODERSERVICEGETINFOREQUEST']._serialized_end=398
   _globals['_ENCODERSERVICEGETINFORESPONSE']._serialized_start=401
-  _globals['_ENCODERSERVICEGETINFORESPONSE']._serialized_end=607
-  _globals['_ENCODERSERVICE']._serialized_start=610
-  _globals['_ENCODERSERVICE']._serialized_end=795
+  _globals['_ENCODERSERVICEGETINFORESPONSE']._serialized_end=631
+  _globals['_ENCODERSERVICE']._serialized_start=634
+  _globals['_ENCODERSERVICE']._serialized_end=819
 # @@protoc_insertion_point(module_scope)

@@ -37,17 +37,19 @@ class EncoderServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EncoderServiceGetInfoResponse(_message.Message):
-    __slots__ = ("model", "space", "limits", "server", "has_variance", "weights")
+    __slots__ = ("model", "space", "limits", "server", "has_variance", "weights", "scaling_factor")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
     HAS_VARIANCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FACTOR_FIELD_NUMBER: _ClassVar[int]
     model: _types_pb2.ModelShape
     space: str
     limits: _types_pb2.Limits
     server: _types_pb2.ServerInfo
     has_variance: bool
     weights: str
-    def __init__(self, model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ..., has_variance: bool = ..., weights: _Optional[str] = ...) -> None: ...
+    scaling_factor: float
+    def __init__(self, model: _Optional[_Union[_types_pb2.ModelShape, _Mapping]] = ..., space: _Optional[str] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., server: _Optional[_Union[_types_pb2.ServerInfo, _Mapping]] = ..., has_variance: bool = ..., weights: _Optional[str] = ..., scaling_factor: _Optional[float] = ...) -> None: ...

@@ -391,6 +391,50 @@ class Embedding(_message.Message):
     space: str
     def __init__(self, values: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., token_count: _Optional[int] = ..., space: _Optional[str] = ...) -> None: ...
 
+class LatentServiceScoreRequest(_message.Message):
+    __slots__ = ("prefix", "text", "samples", "probes", "steps", "solver", "seed", "cache_salt")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SOLVER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    prefix: str
+    text: str
+    samples: int
+    probes: int
+    steps: int
+    solver: _types_pb2.Solver
+    seed: _types_pb2.NoiseSeed
+    cache_salt: str
+    def __init__(self, prefix: _Optional[str] = ..., text: _Optional[str] = ..., samples: _Optional[int] = ..., probes: _Optional[int] = ..., steps: _Optional[int] = ..., solver: _Optional[_Union[_types_pb2.Solver, str]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class LatentServiceScoreResponse(_message.Message):
+    __slots__ = ("log_likelihood", "standard_error", "decoder_term", "posterior_entropy", "prior_log_density", "token_ids", "positions", "evaluations", "seed", "timing")
+    LOG_LIKELIHOOD_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_ERROR_FIELD_NUMBER: _ClassVar[int]
+    DECODER_TERM_FIELD_NUMBER: _ClassVar[int]
+    POSTERIOR_ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    PRIOR_LOG_DENSITY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    log_likelihood: float
+    standard_error: float
+    decoder_term: float
+    posterior_entropy: float
+    prior_log_density: float
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    positions: int
+    evaluations: int
+    seed: _types_pb2.NoiseSeed
+    timing: _types_pb2.Timing
+    def __init__(self, log_likelihood: _Optional[float] = ..., standard_error: _Optional[float] = ..., decoder_term: _Optional[float] = ..., posterior_entropy: _Optional[float] = ..., prior_log_density: _Optional[float] = ..., token_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[int] = ..., evaluations: _Optional[int] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+
 class LatentServiceGetInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -81,6 +81,11 @@ class LatentServiceStub(object):
                 request_serializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/colaserve.v1.LatentService/Score',
+                request_serializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceScoreRequest.SerializeToString,
+                response_deserializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceScoreResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/colaserve.v1.LatentService/GetInfo',
                 request_serializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceGetInfoRequest.SerializeToString,
@@ -161,6 +166,18 @@ class LatentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """A lower bound of the log-likelihood of a text after a prefix. With the latents of the prefix c (its posterior mean,
+        as Generate takes it) and q(z | x) the encoder's posterior of the text x:
+        log p(x | c) >= E_q[log p(x | z, c)] + H(q) + E_q[log p(z | c)].
+        The last term is the prior's, without guidance, by the probability-flow ODE, block by block, see
+        PriorService.Score. FAILED_PRECONDITION when the prior does not compute in float32; INVALID_ARGUMENT when the
+        checkpoint has no posterior variance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """Describes the space and its limits.
         """
@@ -215,6 +232,11 @@ def add_LatentServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedRequest.FromString,
                     response_serializer=colaserve_dot_v1_dot_latent__service__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceScoreRequest.FromString,
+                    response_serializer=colaserve_dot_v1_dot_latent__service__pb2.LatentServiceScoreResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -467,6 +489,33 @@ class LatentService(object):
             '/colaserve.v1.LatentService/Embed',
             colaserve_dot_v1_dot_latent__service__pb2.EmbedRequest.SerializeToString,
             colaserve_dot_v1_dot_latent__service__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/colaserve.v1.LatentService/Score',
+            colaserve_dot_v1_dot_latent__service__pb2.LatentServiceScoreRequest.SerializeToString,
+            colaserve_dot_v1_dot_latent__service__pb2.LatentServiceScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
