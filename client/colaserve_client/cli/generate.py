@@ -9,6 +9,7 @@ import click
 from colaserve_client.blocking import Client
 from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.batch import run_batch
+from colaserve_client.cli.screen import Screen
 from colaserve_client.forks import generation_result
 from colaserve_client.reading import read_text, standard_input
 from colaserve_client.results import GenerationResult
@@ -21,6 +22,7 @@ option = options.option
 @click.argument("prompt", required=False)
 @option("--file", type=options.EXISTING_FILE, help="Read the prompt from a file; - is standard input.")
 @option("--echo", is_flag=True, help="Print the prompt before the text.")
+@option("--watch", is_flag=True, help="Show the block under way where it will stand, on a terminal.")
 @option("--stats", is_flag=True, help="Print tokens, time and seed on standard error.")
 @option("--input", "input_file", type=options.EXISTING_FILE, help="A batch: JSON lines with a prompt each.")
 @option("--output", "output_file", type=options.FILE, help="Where a batch's answers go.  [default: standard output]")
@@ -36,6 +38,7 @@ def generate(
     prompt: str | None,
     file: Path | None,
     echo: bool,
+    watch: bool,
     stats: bool,
     input_file: Path | None,
     output_file: Path | None,
@@ -52,6 +55,7 @@ def generate(
       colaserve generate "The capital of France is"
       colaserve generate "Germany is a country in" --max-new-tokens 100 --temperature 0.8 --seed 7
       echo "The capital of France is" | colaserve generate --json
+      colaserve generate "The capital of France is" --watch
 
     A batch has a JSON object on each line: a prompt (text, or a list of token ids) and, where it differs from the
     options, max_new_tokens, stop, seed, temperature and so on. Answers come in the same order, with the line's id
@@ -62,13 +66,13 @@ def generate(
       colaserve generate --input prompts.jsonl --output texts.jsonl --max-new-tokens 64 --resume
     """
     if input_file:
-        if prompt is not None or file or echo or stats:
-            raise click.UsageError("--input is a batch: it goes without PROMPT, --file, --echo and --stats")
+        if prompt is not None or file or echo or watch or stats:
+            raise click.UsageError("--input is a batch: it goes without PROMPT, --file, --echo, --watch and --stats")
         return run_batch(client, input_file, output_file, request, concurrency=concurrency, resume=resume)
     if output_file or resume:
         raise click.UsageError("--output and --resume belong to a batch: give --input")
-    if not as_json and (request.top_logprobs is not None or request.with_latents):
-        raise click.UsageError("--top-logprobs and --latents are seen with --json only")
+    _check_seen(request, as_json, watch)
+    request = replace(request, preview_every=request.preview_every or 1) if watch else request
     started = time.monotonic()
     request = replace(request, prompt=read_prompt(prompt, file))
     result = _write(client, request, echo=echo, quiet=as_json)
@@ -77,6 +81,16 @@ def generate(
     if stats:
         click.echo(output.summary(result, time.monotonic() - started), err=True)
     return exits.OK
+
+
+def _check_seen(request: GenerationRequest, as_json: bool, watch: bool) -> None:
+    """Refuse what would be asked for and not shown."""
+    if not as_json and (request.top_logprobs is not None or request.with_latents or request.with_probes):
+        raise click.UsageError("--top-logprobs, --latents and --probes are seen with --json only")
+    if request.preview_every and not (as_json or watch):
+        raise click.UsageError("--preview-every: previews are seen with --json or --watch only")
+    if watch and (as_json or not output.standard_output().isatty()):
+        raise click.UsageError("--watch draws on a terminal: it goes without --json, and without a file or a pipe")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -99,13 +113,15 @@ def read_prompt_file(file: Path) -> str:
 def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: bool) -> GenerationResult:
     """Generate; print block by block unless quiet."""
     chunks = []
-    with client.stream(**vars(request)) as stream:
+    with client.stream(**vars(request)) as stream, Screen() as screen:
         if echo and not quiet:
-            output.echo(str(request.prompt), end="")
+            screen.write(str(request.prompt))
         for chunk in stream:
             chunks.append(chunk)
-            if not quiet:
-                output.echo(chunk.text, end="")
+            if chunk.preview and not quiet:
+                screen.show(chunk.preview.text)
+            elif not quiet:
+                screen.write(chunk.text)
     if not quiet:
         output.echo()
     return generation_result(chunks, stream.request_id)
