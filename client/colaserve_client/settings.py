@@ -323,11 +323,11 @@ class ForkFields(WritingFields, total=False):
     ignore_end: bool
     top_logprobs: int | None
     print_special: bool
+    preview_every: int | None
+    with_probes: bool
 
 
 class GenerationFields(ForkFields, total=False):
     """The fields of `GenerationRequest`, and those of its sampler and its sampling, as keywords of a call."""
 
     with_latents: bool
-    preview_every: int | None
-    with_probes: bool

@@ -256,16 +256,13 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
 
     def Embed(self, request, context):
         self.behaviour.enter(request, context)
-        sequences = [each.ids for each in request.sequences] or [text.encode() for text in request.texts]
-        pooled = [latents_of([round(sum(ids) / len(ids))]).values for ids in sequences]
-        if request.pooling != latent_service_pb2.POOLING_PER_BLOCK:
-            for values in pooled:
+        response = latent_service_pb2.EmbedResponse(timing=TIMING)
+        for ids in [each.ids for each in request.sequences] or [text.encode() for text in request.texts]:
+            values = latents_of([round(sum(ids) / len(ids))]).values
+            if request.pooling != latent_service_pb2.POOLING_PER_BLOCK:
                 values.shape[:] = [2]
-        embeddings = [
-            latent_service_pb2.Embedding(values=values, token_count=len(ids), space=SPACE)
-            for values, ids in zip(pooled, sequences, strict=True)
-        ]
-        return latent_service_pb2.EmbedResponse(embeddings=embeddings, timing=TIMING)
+            response.embeddings.add(values=values, token_count=len(ids), space=SPACE)
+        return response
 
     def Interpolate(self, request, context):
         self.behaviour.enter(request, context)

@@ -125,6 +125,7 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
                 "max_new_tokens": {"max_new_tokens": 5},
                 "stop": {"stop": ["e", "a", "o", "i"]},
                 "top_logprobs": {"top_logprobs": 2},
+                "with_probes": {"with_probes": True},
                 "branches.seed.base_seed": {"branches": [{"seed": {"base_seed": 6}}]},
                 "branches.seed.sample_id": {"branches": [{"seed": {"base_seed": 5, "sample_id": 3}}]},
                 "branches.max_new_tokens": {"branches": [{"max_new_tokens": 5}]},
@@ -190,7 +191,7 @@ def test_the_walk_covers_every_method_and_field() -> None:
     # See the test below; what a salt changes is time, see test_prefix_cache.py.
     # Noise: see test_forks.py.
     elsewhere = {"Generate": {"ignore_end", "print_special", *WATCHED}, "SampleLatents": WATCHED,
-                 "Fork": {"ignore_end", "print_special", "branches.noise"}}  # fmt: skip
+                 "Fork": {"ignore_end", "print_special", "branches.noise", *WATCHED}}  # fmt: skip
     salted = {"Generate", "Fork", "SampleLatents", "Infill", "Logprobs", "Score"}
     for method, (request, _, changes) in found.items():
         changed = set(changes) | elsewhere.get(method, set()) | ({"cache_salt"} if method in salted else set())

@@ -15,7 +15,7 @@ from colaserve_client.latents import Latents
 from colaserve_client.settings import ForkFields, GenerationRequest, Pooling
 
 option = options.option
-_BESIDE = {each.name for each in fields(GenerationRequest)} - ForkFields.__annotations__.keys()
+_BESIDE = {each.name for each in fields(GenerationRequest)} - ForkFields.__annotations__.keys() | {"preview_every"}
 
 
 @click.command(cls=options.SectionedCommand)
@@ -45,8 +45,8 @@ def fork(
     """
     if prefix is not None and (prompt is not None or file is not None):
         raise click.UsageError("give PROMPT, --file or --latents, one of them")
-    if not as_json and request.top_logprobs is not None:
-        raise click.UsageError("--top-logprobs is seen with --json only")
+    if not as_json and (request.top_logprobs is not None or request.with_probes):
+        raise click.UsageError("--top-logprobs and --probes are seen with --json only")
     shared = {name: value for name, value in vars(request).items() if name not in _BESIDE}
     results = client.fork_all(read_prompt(prompt, file) if prefix is None else Latents.load(prefix), branches, **shared)
     rows = [(str(index), result.text) for index, result in enumerate(results)]

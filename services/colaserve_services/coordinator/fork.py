@@ -47,13 +47,18 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
     call.preempt = preempt
     streams = [write(services, replace(plan, latents=latents), each) for plan, each in zip(plans, calls, strict=True)]
     written = [0] * len(plans)  # blocks of each
-    async with aclosing(side_by_side(streams, AT_ONCE)) as responses:
+    async with aclosing(side_by_side(streams, AT_ONCE, is_preview)) as responses:
         async for branch, response in responses:
             if response.finish_reason:
                 add_timing(response.timing, timing)
             fields = {field.name: value for field, value in response.ListFields()}
             yield pb.ForkResponse(branch=branch, block_index=written[branch], **fields)
-            written[branch] += 1
+            written[branch] += not response.HasField("preview")
+
+
+def is_preview(response: pb.ForkResponse | generation_pb2.GenerateResponse) -> bool:
+    """Whether it may be left out where its reader is slow."""
+    return response.HasField("preview")
 
 
 async def _prefix(services: ServiceContext, request: pb.ForkRequest) -> tuple[Sequence[int], types_pb2.Latents | None]:

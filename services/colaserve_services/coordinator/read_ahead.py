@@ -91,16 +91,18 @@ class ReadAhead(Generic[T]):
         await self._queue.put(end)
 
 
-async def side_by_side(streams: Sequence[AsyncGenerator[T, None]], most: int) -> AsyncGenerator[tuple[int, T], None]:
-    """The items of several streams as they come, each with its stream's number, of `most` streams at once. The first
-    failure is raised; leaving closes those that have begun."""
+async def side_by_side(
+    streams: Sequence[AsyncGenerator[T, None]], most: int, passing: Callable[[T], bool]
+) -> AsyncGenerator[tuple[int, T], None]:
+    """The items of several streams as they come, each with its stream's number, of `most` streams at once, each read
+    ahead. The first failure is raised; leaving closes those that have begun."""
     waiting, reading = deque(enumerate(streams)), dict[asyncio.Task[T], tuple[int, ReadAhead[T]]]()
     async with AsyncExitStack() as stack:
         try:
             while waiting or reading:
                 while waiting and len(reading) < most:
                     index, stream = waiting.popleft()
-                    ahead = await stack.enter_async_context(ReadAhead(stream))
+                    ahead = await stack.enter_async_context(ReadAhead(stream, passing=passing))
                     reading[asyncio.create_task(ahead.next())] = index, ahead
                 done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:

@@ -39,7 +39,7 @@ def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
 
 def _streaming(
     work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]],
-    is_preview: Callable[[Any], bool] = lambda response: False,
+    is_preview: Callable[[Any], bool],
 ) -> Any:
     """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away. A slow one
     misses previews."""
@@ -99,7 +99,7 @@ class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     Infill = _unary(infill.infill)
     Reconstruct = _unary(latent_space.reconstruct)
     Logprobs = _unary(latent_space.logprobs)
-    Fork = _streaming(fork.fork)
+    Fork = _streaming(fork.fork, fork.is_preview)
     Embed = _unary(embedding.embed)
     Score = _unary(scoring.score)
 

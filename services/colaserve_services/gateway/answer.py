@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, TokenTexts
-from colaserve_services.gateway.dialects.base import Dialect, Usage
+from colaserve_services.gateway.dialects.base import Dialect, Message, Usage
 from colaserve_services.gateway.edge import RequestRecord
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.settings import Bounds
@@ -58,7 +58,7 @@ class CallsAnswer(ABC):
 
         try:
             async with asyncio.timeout_at(end):
-                await side_by_side(calls, self.bounds.parallel_choices, take, receive)
+                await side_by_side(calls, self.at_once(), take, receive)
             if not self.streaming:
                 await (await self.whole())(scope, receive, send)
                 return
@@ -72,6 +72,10 @@ class CallsAnswer(ABC):
             await self._give_up(events, api_error(error))
         except Exception as error:
             await self._give_up(events, self.error(error))
+
+    def at_once(self) -> int:
+        """Calls that run side by side."""
+        return self.bounds.parallel_choices
 
     @abstractmethod
     async def take(self, index: int, message: Any) -> Iterable[bytes]:
@@ -116,16 +120,22 @@ class CallsAnswer(ABC):
 
 @dataclass
 class Answer(CallsAnswer):
-    """The answer to a request for generations: choice i of prompt p is call number p * per_prompt + i."""
+    """The answer to a request for generations, a call a prompt: sample i of prompt p is choice p * per_prompt + i."""
 
     per_prompt: int
     dialect: Dialect[Any]
 
     def __post_init__(self) -> None:
-        self._choices = [GenerateResponse() for _ in self.calls]  # each as one message; of a stream the last of each
-        self._texts = [TokenTexts(self.backend) for _ in self.calls]
+        count = len(self.calls) * self.per_prompt
+        self._choices = [GenerateResponse() for _ in range(count)]  # each as one message; of a stream the last of each
+        self._texts = [TokenTexts(self.backend) for _ in range(count)]
 
-    async def take(self, index: int, message: GenerateResponse) -> Iterable[bytes]:
+    def at_once(self) -> int:
+        return max(super().at_once() // self.per_prompt, 1)
+
+    async def take(self, number: int, part: Message) -> Iterable[bytes]:
+        sample, message = part
+        index = number * self.per_prompt + sample
         if not message.HasField("preview"):
             self.record.saw_block()
         await self._texts[index].fill_in(message)

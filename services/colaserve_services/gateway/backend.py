@@ -13,13 +13,22 @@ import grpc
 
 from colaserve.v1 import generation_pb2 as pb
 from colaserve.v1 import types_pb2
-from colaserve.v1.latent_service_pb2 import InfillRequest, InfillResponse, LogprobsRequest, LogprobsResponse
+from colaserve.v1.latent_service_pb2 import (
+    ForkBranch,
+    ForkRequest,
+    ForkResponse,
+    InfillRequest,
+    InfillResponse,
+    LogprobsRequest,
+    LogprobsResponse,
+)
 from colaserve_services.errors import ColaserveError, Unavailable
 from colaserve_services.inference.open_inference_pb2 import ModelMetadataRequest, ModelMetadataResponse
 from colaserve_services.rpc.requests import outgoing_metadata
 
 INFO_TIMEOUT: Final = 5.0
 UNARY_TIMEOUT: Final = 30.0
+_RESPONSE: Final = pb.GenerateResponse.DESCRIPTOR.fields_by_name
 INCOMPLETE: Final = "\ufffd"  # in the text of a token that holds a part of a character
 
 Reach = Callable[[], Awaitable[None]]
@@ -68,16 +77,30 @@ class Backend:
         finally:
             call.cancel()
 
-    def generate(self, request: pb.GenerateRequest, deadline: float) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """A generation's messages, as `messages` gives them."""
-        return self.messages("Generate", request, deadline, streaming=True)
+    async def generate(
+        self, request: pb.GenerateRequest, samples: int, deadline: float
+    ) -> AsyncGenerator[tuple[int, pb.GenerateResponse], None]:
+        """The messages of so many samples of a prompt, the first of which the request is, each with its number."""
+        if samples == 1:
+            async with aclosing(self.messages("Generate", request, deadline, streaming=True)) as messages:
+                async for message in messages:
+                    yield 0, message
+            return
+        names = {"prompt": "text", "prompt_ids": "ids", "with_latents": ""}
+        fields = {names.get(field.name, field.name): value for field, value in request.ListFields()}
+        fork = ForkRequest(branches=[ForkBranch()] * samples, **{name: fields[name] for name in fields if name})
+        async with aclosing(self.messages("Fork", fork, deadline, streaming=True)) as messages:
+            async for message in messages:
+                yield message.branch, _of_branch(message, request.with_latents)
 
-    async def infill(self, request: InfillRequest, deadline: float) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The text of an infill's one hole before a suffix, as a generation of one message."""
+    async def infill(
+        self, request: InfillRequest, deadline: float
+    ) -> AsyncGenerator[tuple[int, pb.GenerateResponse], None]:
+        """The text of an infill's one hole before a suffix, as the one message of one sample."""
         response: InfillResponse = await self._answer("Infill", request, deadline)
         [reason] = response.finish_reasons or [types_pb2.FINISH_REASON_LENGTH]  # earlier versions leave it unset
         text = response.segments[len(request.segments) - 2]
-        yield pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
+        yield 0, pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
 
     async def inference_model(self, name: str, version: str) -> ModelMetadataResponse:
         """What a model of the Open Inference Protocol takes and returns."""
@@ -151,6 +174,17 @@ class Backend:
         for stage in info.stages:
             if not stage.serving:
                 raise Unavailable(f"{stage.stage} is not serving")
+
+
+def _of_branch(message: ForkResponse, with_latents: bool) -> pb.GenerateResponse:
+    """What a generation alone would have sent."""
+    fields = {field.name: value for field, value in message.ListFields() if field.name in _RESPONSE}
+    response = pb.GenerateResponse(**fields)
+    if not with_latents:
+        response.ClearField("latents")
+        if response.HasField("preview"):
+            response.preview.ClearField("latents")
+    return response
 
 
 def _until(deadline: float) -> dict[str, Any]:

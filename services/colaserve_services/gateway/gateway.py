@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
@@ -60,10 +59,9 @@ class Gateway:
         if len(starts) * per_prompt > bounds.choices:
             what = f"{len(starts)} prompts with n = {per_prompt} are more than the {bounds.choices} texts allowed"
             raise invalid("prompt", what)
-        calls = [partial(start, sample) for start in starts for sample in range(per_prompt)]
-        record.user, record.choices = body.end_user(), len(calls)
+        record.user, record.choices = body.end_user(), len(starts) * per_prompt
         until, streaming = deadline(request, bounds), bool(body.stream)
-        return Answer(self._backend, bounds, record, until, calls, streaming, per_prompt, asked)
+        return Answer(self._backend, bounds, record, until, starts, streaming, per_prompt, asked)
 
     async def list_models(self, _: Request) -> shapes.ModelList:
         """The served model, with what unset fields of a request mean."""

@@ -196,7 +196,7 @@ def test_fork_prints_each_branch(run: Run, tmp_path: Path) -> None:
         "0   the\n"
     )
     assert "give PROMPT, --file or --latents" in run("fork", "x", "--latents", str(tmp_path / "one.safetensors")).err
-    assert "--top-logprobs is seen with --json only" in run("fork", "x", "--top-logprobs", "1").err
+    assert "--top-logprobs and --probes are seen with --json only" in run("fork", "x", "--top-logprobs", "1").err
 
 
 def test_embed_prints_vectors(run: Run) -> None:

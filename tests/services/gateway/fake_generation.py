@@ -63,6 +63,9 @@ class FakeGeneration(GenerationServiceServicer):
     running: int = 0
     most_running: int = 0
 
+    def __post_init__(self) -> None:
+        self.infill.generation = self
+
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         copy = pb.GenerateRequest()
         copy.CopyFrom(request)
@@ -176,6 +179,44 @@ class FakeInfill(LatentServiceServicer):
     seen: list[latent_pb.InfillRequest] = field(default_factory=list)
     failure: Exception | None = None
     older: bool = False
+    generation: Any = None  # which writes the branches of forks
+    forks: list[latent_pb.ForkRequest] = field(default_factory=list)
+
+    async def Fork(self, request: latent_pb.ForkRequest, context: Any) -> AsyncIterator[latent_pb.ForkResponse]:
+        """The branches side by side; latents with all."""
+        self.forks.append(request)
+        names = {"text": "prompt", "ids": "prompt_ids"}
+        fields = {names.get(field.name, field.name): value for field, value in request.ListFields()}
+        branches, queue = fields.pop("branches"), asyncio.Queue[Any]()
+
+        async def write(branch: int) -> None:
+            alone = pb.GenerateRequest(**fields)
+            if request.HasField("seed"):
+                alone.seed.sample_id += branch
+            try:
+                async for block in self.generation.Generate(alone, context):
+                    found = {field.name: value for field, value in block.ListFields()}
+                    latents = types_pb2.Latents(space="x")
+                    queue.put_nowait(latent_pb.ForkResponse(branch=branch, latents=latents, **found))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(write(branch)) for branch in range(len(branches))]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def Logprobs(self, request: latent_pb.LogprobsRequest, context: Any) -> latent_pb.LogprobsResponse:
         ids = list(request.ids.ids) or list(request.text.encode())

@@ -78,6 +78,7 @@ async def test_prompts_and_choices_come_in_their_order_and_run_side_by_side(gate
     assert [choice["text"] for choice in answer["choices"]] == [f"{SAYS}#7.{sample}" for sample in (0, 1, 2, 0, 1, 2)]
     assert [seen.request.prompt for seen in gateway.fake.seen] == ["a"] * 3 + ["bb"] * 3
     assert gateway.fake.most_running == 6
+    assert [fork.text for fork in gateway.fake.infill.forks] == ["a", "bb"]  # each prompt goes once
     assert answer["usage"]["prompt_tokens"] == 3  # a prompt counts once
 
 

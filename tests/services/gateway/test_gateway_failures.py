@@ -163,7 +163,7 @@ async def test_the_servers_bound_holds_for_every_deadline(start):
 
 async def test_more_texts_than_may_run_side_by_side_wait(start):
     gateway = await start(GatewaySettings(bounds=Bounds(parallel_choices=2)))
-    answer = await gateway.complete(n=7, max_tokens=200)
+    answer = await gateway.complete(["x"] * 7, max_tokens=200)
     assert [choice["text"] for choice in answer.json()["choices"]] == [SAYS] * 7
     assert gateway.fake.most_running == 2
 

@@ -1,3 +1,4 @@
+from colaserve.v1 import generation_pb2 as _generation_pb2
 from colaserve.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -282,7 +283,7 @@ class LogprobsResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., position_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForkRequest(_message.Message):
-    __slots__ = ("text", "ids", "latents", "branches", "sampler", "sampling", "seed", "max_new_tokens", "stop", "ignore_end", "print_special", "top_logprobs", "cache_salt")
+    __slots__ = ("text", "ids", "latents", "branches", "sampler", "sampling", "seed", "max_new_tokens", "stop", "ignore_end", "print_special", "top_logprobs", "cache_salt", "preview_every", "with_probes")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +297,8 @@ class ForkRequest(_message.Message):
     PRINT_SPECIAL_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    WITH_PROBES_FIELD_NUMBER: _ClassVar[int]
     text: str
     ids: _types_pb2.TokenIds
     latents: _types_pb2.Latents
@@ -309,7 +312,9 @@ class ForkRequest(_message.Message):
     print_special: bool
     top_logprobs: int
     cache_salt: str
-    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., branches: _Optional[_Iterable[_Union[ForkBranch, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., print_special: bool = ..., top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    preview_every: int
+    with_probes: bool
+    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., branches: _Optional[_Iterable[_Union[ForkBranch, _Mapping]]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., print_special: bool = ..., top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., preview_every: _Optional[int] = ..., with_probes: bool = ...) -> None: ...
 
 class ForkBranch(_message.Message):
     __slots__ = ("seed", "noise", "sampler", "sampling", "max_new_tokens", "stop", "written")
@@ -330,7 +335,7 @@ class ForkBranch(_message.Message):
     def __init__(self, seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., written: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ...) -> None: ...
 
 class ForkResponse(_message.Message):
-    __slots__ = ("branch", "block_index", "latents", "text", "token_ids", "tokens", "text_offsets", "logprobs", "top_logprobs", "finish_reason", "stop_string", "usage", "seed", "timing")
+    __slots__ = ("branch", "block_index", "latents", "text", "token_ids", "tokens", "text_offsets", "logprobs", "top_logprobs", "finish_reason", "stop_string", "usage", "seed", "timing", "preview", "probes")
     BRANCH_FIELD_NUMBER: _ClassVar[int]
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
@@ -345,6 +350,8 @@ class ForkResponse(_message.Message):
     USAGE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
     branch: int
     block_index: int
     latents: _types_pb2.Latents
@@ -359,7 +366,9 @@ class ForkResponse(_message.Message):
     usage: _types_pb2.Usage
     seed: _types_pb2.NoiseSeed
     timing: _types_pb2.Timing
-    def __init__(self, branch: _Optional[int] = ..., block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., stop_string: _Optional[str] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ...) -> None: ...
+    preview: _generation_pb2.Preview
+    probes: _types_pb2.Probes
+    def __init__(self, branch: _Optional[int] = ..., block_index: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., stop_string: _Optional[str] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., preview: _Optional[_Union[_generation_pb2.Preview, _Mapping]] = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("texts", "sequences", "pooling", "normalize")

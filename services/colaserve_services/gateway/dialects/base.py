@@ -17,7 +17,8 @@ from colaserve_services.gateway.errors import ApiError
 from colaserve_services.gateway.shapes import ErrorAnswer
 
 Body = TypeVar("Body", bound=GenerationFields)
-Start = Callable[[int, float], AsyncIterator[GenerateResponse]]  # of a sample, with its deadline (time.monotonic())
+Message = tuple[int, GenerateResponse]  # of the sample of this number
+Start = Callable[[float], AsyncIterator[Message]]  # of all samples of a prompt, with a deadline (time.monotonic())
 
 
 class Usage(TypedDict):
@@ -69,10 +70,9 @@ class Dialect(ABC, Generic[Body]):
         """Continues a prompt with what else the client set."""
         return partial(self._generate, backend, prompt)
 
-    def _generate(
-        self, backend: Backend, prompt: GenerateRequest, sample: int, deadline: float
-    ) -> AsyncIterator[GenerateResponse]:
-        return backend.generate(generate_request(prompt, self.body, sample), deadline)  # late: prompts may be large
+    def _generate(self, backend: Backend, prompt: GenerateRequest, deadline: float) -> AsyncIterator[Message]:
+        request = generate_request(prompt, self.body)  # late: prompts may be large
+        return backend.generate(request, self.body.choices(), deadline)
 
 
 class WithoutFirstSpace:

@@ -101,7 +101,11 @@ class Chat(ChoiceDialect[ChatRequest]):
 
     def names(self) -> Mapping[str, str]:
         newer = self.body.max_completion_tokens is not None
-        return {"prompt": "messages", "max_new_tokens": "max_completion_tokens" if newer else "max_tokens"}
+        return {
+            "prompt": "messages",
+            "text": "messages",
+            "max_new_tokens": "max_completion_tokens" if newer else "max_tokens",
+        }
 
     def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
         answer: AnswerMessage = {"role": "assistant", "content": WithoutFirstSpace()(message.text), "refusal": None}

@@ -18,7 +18,7 @@ from colaserve_client.results import FinishReason
 from colaserve_client.settings import GenerationRequest
 from colaserve_services.bounds import FINISH_REASONS
 from colaserve_services.gateway.backend import Backend, Info
-from colaserve_services.gateway.dialects.base import Start, Usage
+from colaserve_services.gateway.dialects.base import Message, Start, Usage
 from colaserve_services.gateway.dialects.fields import (
     EACH_BLOCK,
     UINT32,
@@ -149,7 +149,7 @@ class Completions(ChoiceDialect[CompletionRequest]):
     def prompts(self, backend: Backend) -> Sequence[Start]:
         if self.body.suffix:
             request = infill_request(self.body, self.info)
-            return [lambda _, deadline: backend.infill(request, deadline)]
+            return [partial(backend.infill, request)]
         each = completion_prompts(self.body.prompt, self.info.model.vocab_size)
         starts = [self.generations(backend, prompt) for prompt in each]
         if self.body.echo:
@@ -170,22 +170,23 @@ class Completions(ChoiceDialect[CompletionRequest]):
             yield {**self.choice(index, message), **more}
 
     async def _echoed(
-        self, backend: Backend, prompt: GenerateRequest, start: Start, sample: int, deadline: float
-    ) -> AsyncIterator[GenerateResponse]:
-        """A generation whose first message is its prompt, sent with the first block: what fails before it has a status
+        self, backend: Backend, prompt: GenerateRequest, start: Start, deadline: float
+    ) -> AsyncIterator[Message]:
+        """Generations whose first message is the prompt, sent with the first block: what fails before it has a status
         of its own."""
         echo = await self._echo(backend, prompt, deadline)
-        length, sent = len(echo.text), False
+        length, unsent = len(echo.text), set(range(self.body.choices()))
         if self.body.max_tokens == 0:
             echo.finish_reason, echo.usage.prompt_tokens = types_pb2.FINISH_REASON_LENGTH, len(echo.token_ids)
-            yield echo
+            for sample in unsent:
+                yield sample, echo
             return
-        async for message in start(sample, deadline):
-            if not sent:
-                yield echo
-            sent = True
+        async for sample, message in start(deadline):
+            if sample in unsent:
+                unsent.remove(sample)
+                yield sample, echo
             message.text_offsets[:] = [length + offset for offset in message.text_offsets]
-            yield message
+            yield sample, message
 
     async def _echo(self, backend: Backend, prompt: GenerateRequest, deadline: float) -> GenerateResponse:
         """The prompt as it would be had it been written; with log-probabilities if they are asked for."""

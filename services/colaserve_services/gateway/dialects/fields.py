@@ -154,14 +154,14 @@ class TextPart(Strict):
     text: Text
 
 
-def generate_request(prompt: GenerateRequest, fields: GenerationFields, sample: int) -> GenerateRequest:
-    """The request for one text: `prompt` with all else that the client set. `sample` counts a prompt's choices."""
+def generate_request(prompt: GenerateRequest, fields: GenerationFields) -> GenerateRequest:
+    """The request for the first text of a prompt: `prompt` with all else that the client set."""
     request = GenerateRequest()
     request.CopyFrom(prompt)
     if (budget := fields.budget()) is not None:
         request.max_new_tokens = budget
     if fields.seed is not None:
-        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=fields.seed, sample_id=sample))
+        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=fields.seed))
     if (alternatives := fields.alternatives()) is not None:
         request.top_logprobs = alternatives
     request.stop.extend(fields.stops())

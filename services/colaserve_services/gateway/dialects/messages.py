@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from colaserve_services.gateway.backend import Backend, Info
-from colaserve_services.gateway.dialects.base import OneText, Start, Usage, event
+from colaserve_services.gateway.dialects.base import Message, OneText, Start, Usage, event
 from colaserve_services.gateway.dialects.fields import (
     MOST_MESSAGES,
     Budget,
@@ -160,12 +160,10 @@ class Messages(OneText[MessagesRequest]):
         start = super().generations(backend, prompt)
         return partial(self._counted, backend, prompt.prompt, start) if self.body.stream else start
 
-    async def _counted(
-        self, backend: Backend, prompt: str, start: Start, sample: int, deadline: float
-    ) -> AsyncIterator[GenerateResponse]:
+    async def _counted(self, backend: Backend, prompt: str, start: Start, deadline: float) -> AsyncIterator[Message]:
         """A generation whose prompt is counted first: the first event has that number."""
         self._input_tokens = len((await backend.tokenize(prompt)).token_ids)
-        async for message in start(sample, deadline):
+        async for message in start(deadline):
             yield message
 
     def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> MessageAnswer:

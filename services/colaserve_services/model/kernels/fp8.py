@@ -16,7 +16,12 @@ _LARGEST = 448.0
 _LEAST = 1e-12  # of a scale's numerator: rows of zeros
 # Up to so many rows: tiles of rows, columns and sums, warps, stages. Few rows wait for the weights' bytes: small tiles
 # of columns, so that all of a card reads them.
-_TILES = ((16, (16, 16, 512, 4, 4)), (32, (32, 16, 512, 4, 4)), (128, (64, 64, 128, 4, 4)), (1 << 31, (128, 128, 128, 8, 3)))
+_TILES = (
+    (16, (16, 16, 512, 4, 4)),
+    (32, (32, 16, 512, 4, 4)),
+    (128, (64, 64, 128, 4, 4)),
+    (1 << 31, (128, 128, 128, 8, 3)),
+)
 
 
 @triton.jit
@@ -72,7 +77,9 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu
     (R, K), N = x.shape, len(weight)
     inner, inner_scales = torch.empty_like(x, dtype=FLOAT8), torch.empty(R, device=x.device)
     out, tile = x.new_empty(R, N), padded(K)
-    launch(_quantize, (R,), x, inner, inner_scales, LARGEST=_LARGEST, LEAST=_LEAST, D=K, TILE=tile, warps=warps_of(tile))
+    launch(
+        _quantize, (R,), x, inner, inner_scales, LARGEST=_LARGEST, LEAST=_LEAST, D=K, TILE=tile, warps=warps_of(tile)
+    )
     rows, columns, sums, warps, stages = next(tiles for most, tiles in _TILES if most >= R)
     launch(
         _product, (-(-N // columns), -(-R // rows)), inner, inner_scales, weight, scales, bias, out, R, GELU=gelu, N=N,
