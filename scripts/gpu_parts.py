@@ -1,0 +1,324 @@
+"""The parts of scripts/check-gpu, each a process of its own: `gpu_parts.py PART DEVICE FOLDER`."""
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from array import array
+from functools import partial
+from itertools import chain, starmap
+
+from gpu_setup import (
+    BANDWIDTH,
+    DEVICE,
+    DTYPE,
+    FLOPS,
+    GOALS,
+    LACKING,
+    NAME,
+    OUT,
+    ROOT,
+    SOURCES,
+    TOY,
+    engines,
+    network,
+    picked,
+    predicted,
+    relative,
+    say,
+    seconds,
+    wait,
+    written,
+)  # fmt: skip
+
+# isort: split
+import torch
+import triton
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+
+from colaserve_services.decoder.engine import DecodeJob
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.model import kernels
+from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda, ops
+from colaserve_services.model.backend.buckets import ROWS
+from colaserve_services.model.backend.streams import CudaStream, Stream
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.config import ModelShape
+from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.loading import STAGES, load
+from colaserve_services.model.sampling import Draw, SamplingSettings, sample_blocks
+from colaserve_services.prior.sampling_run import SampleJob
+
+
+def parity():
+    said = [torch.__version__, triton.__version__]
+    if not TOY:
+        said += [torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.version.cuda]
+    say("versions", " ".join(map(str, said)))
+    attention_against_float64()
+    for dtype, most in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        for name in ("tiny_b4", "tiny_b4_vae1", "tiny_b16_scaled"):
+            golden(name, dtype, most)
+
+
+def attention_against_float64():
+    """The kernel on memory full of NaN, ragged histories, pages in any order."""
+    n, heads, dim, longest, device = 16, 2, 64, (2 if TOY else 40), DEVICE
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        count = 4 * (longest + 1)
+        storage = kernels.Storage(ops.PageShape(1, n, heads, dim, dtype), count, device)
+        storage.memory.copy_(torch.randn(storage.memory.shape))
+        tables = torch.randperm(count)[: 4 * longest].view(4, longest).int()
+        history = torch.tensor([0, n, n * (longest // 2), n * (longest - 1)], dtype=torch.int32)
+        own = tables[torch.arange(4), history // n]
+        moved = (x.to(device) for x in (tables, torch.arange(4, dtype=torch.int32), history, own.contiguous()))
+        rows = ops.Rows(n, *moved, torch.empty(0), int(history.max()))
+        q = torch.randn(4 * n, heads, dim, device=device).to(dtype)
+        poison = torch.full((1 << 20,), math.nan, device=device)
+        del poison  # an output that nobody writes holds it
+        got = kernels.attention(storage, 0, q, rows)
+        exact = ops.Storage(ops.PageShape(1, n, heads, dim, torch.float64), count, device)
+        exact.memory.copy_(storage.memory)
+        say(f"attention {dtype}", relative(got, ops.attention(exact, 0, q.double(), rows)), most=most)
+
+
+def golden(name, dtype, most):
+    """Blocks and tokens of all recorded texts at once, and texts with pinned positions alone and among others."""
+    if "tokenizers" in LACKING:
+        say(f"{name}: left out, tokenizers is not installed", None)
+        return
+    from tokenizers import Tokenizer
+
+    folder = ROOT / "tests" / "data" / "golden" / name
+    tensors, meta = load_file(folder / "golden.safetensors"), json.loads((folder / "golden.json").read_text())
+    tokenizer, checkpoint = Tokenizer.from_file(str(folder / "tokenizer.json")), Checkpoint.open(folder)
+    networks = {stage: load(checkpoint, stage, DEVICE, dtype) for stage in STAGES}
+    shape, B, P, same = checkpoint.shape, checkpoint.shape.block_size, checkpoint.shape.patch_size, []
+
+    async def text(made, case, sample):
+        ids = tokenizer.encode(case["prompts"][sample], add_special_tokens=False).ids
+        (encoded,), _ = await made["encoder"].encode([ids])
+        settings = {"steps": case["params"]["timestep_num"], "guidance_scale": case["params"]["guidance_scale"]}
+        seed = {"base_seed": case["noise_base_seed"], "sample_id": sample}
+        job = SampleJob(encoded.latents, case["n_blocks"], sampler=SamplerSettings(**settings), **seed)
+        blocks, m = await written(made["prior"], job), len(encoded.latents)
+        sampling = SamplingSettings(repetition_penalty=case["params"].get("repetition_penalty", 1.1))
+        prefix, tokens = encoded.latents[: m // B * B], []
+        async with made["decoder"].session(DecodeJob(prefix, sampling)) as decoder:
+            for block in blocks:
+                tokens += (await decoder.decode(block)).token_ids
+        same.append(tokens[len(ids) - len(prefix) * P if m % B else 0 :] == case["tokens"][sample])
+        recorded = (tensors[f"gen{case['index']}.block_latents.{b}"][sample] for b in range(len(blocks)))
+        return max(map(relative, blocks, recorded))
+
+    def pinned(i):
+        z = torch.randn(B * 3 + B // 2, shape.latent_dim, generator=torch.Generator().manual_seed(i))
+        return SampleJob(z, 2 + i % 2, sampler=SamplerSettings(steps=3 + i, solver="ab2"), base_seed=i)
+
+    async def everything(made):
+        apart = [await text(made, case, 0) for case in meta["cases"]]
+        for case in meta["cases"]:
+            apart += await asyncio.gather(*(text(made, case, i) for i in range(len(case["prompts"]))))
+        alone = [await written(made["prior"], pinned(i)) for i in range(6)]
+        among = await asyncio.gather(*(written(made["prior"], pinned(i)) for i in range(6)))
+        return max(apart), max(starmap(relative, zip(chain(*alone), chain(*among), strict=True)))
+
+    with engines(networks, shape, EngineLimits(max_context=512)) as made:
+        apart, among = asyncio.run(everything(made))
+    kind = f"{name} {str(dtype).removeprefix('torch.')}"
+    say(f"{kind}: latents", apart, most=most)
+    say(f"{kind}: among others against alone", among, most=1e-4 if dtype == torch.float32 else 3e-2)
+    say(f"{kind}: texts with the recorded tokens", sum(same) / len(same), least=1.0 if most < 1e-3 else None)
+
+
+def rows_of(backend, k, context, t, first):
+    """A pass of k sessions at one time, over pages of any content."""
+    B, d = backend.sizes.block_size, backend.model.config.txt_in_channels
+    pages = [array("i", range(i * (context // B + 1), (i + 1) * (context // B + 1))) for i in range(k)]
+    z = torch.randn(k, B, d, generator=torch.Generator().manual_seed(1)) if first else [None] * k
+    return [Row(pages[i], context // B, z[i], t, Denoise(i, Update(1.0, -1 / 16), 7.0)) for i in range(k)]
+
+
+def prior_of(stream=None, slots=32, context=512):
+    """Over pages of any content."""
+    backend = cuda.Prior(network("prior"), Sizes(1 << 40, slots, 16, context + 32), picked().prior.args[0], stream)
+    torch.manual_seed(3)
+    for layer in backend.storage.memory.flatten(0, 1):
+        layer.copy_(torch.randn(layer.shape, device=DEVICE))
+    wait()
+    return backend
+
+
+def passes(backend, count, context):
+    """Of as many sessions as run there; the latents after the last one. On a GPU nothing in them may wait."""
+    for step in range(count):
+        rows = rows_of(backend, backend.sizes.slots, context, 500.0 * (1 + step % 2), step == 0)
+        under_way = backend.run(backend.plan(rows))
+        while not under_way.done():
+            pass
+        last = under_way.results()
+    return torch.stack([each.latents for each in last])
+
+
+def graphs():
+    found, context = [], 64 if TOY else 512
+    for with_graphs in (True, False):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            backend = prior_of(Stream(DEVICE) if TOY else CudaStream(DEVICE, graphs=with_graphs), 8, context)
+            say(f"start with graphs {with_graphs}", time.perf_counter() - began, "s")
+            backend.prepare([1000.0, 500.0])
+            wait()
+            if not TOY:
+                torch.cuda.set_sync_debug_mode("error")
+            found.append(passes(backend, 4 if TOY else 50, context))
+            if not TOY:
+                torch.cuda.set_sync_debug_mode("default")
+            say(f"nothing waited, graphs {with_graphs}", 1.0, least=1.0)
+            some = [backend.run(backend.plan(rows_of(backend, k, context, 500.0, True))).results() for k in (1, 4, 8)]
+            say("a row in other passes", max(relative(each[0].velocity, some[0][0].velocity) for each in some))
+    say("graph against eager, largest difference", (found[0] - found[1]).abs().max().item(), most=0.0)
+
+
+def products(x, weights):
+    for weight in weights:
+        torch.nn.functional.linear(x, weight)
+
+
+def ceilings():
+    size = 1 << (20 if TOY else 32)
+    one, other = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    say("copy", 2 * size / seconds(lambda: other.copy_(one), 5) / 1e9, "GB/s", predicted=BANDWIDTH / 1e9)
+    D = 64 if TOY else 2048
+    for name, out, inner in (("qkv", 3 * D, D), ("out", D, D), ("mlp in", 4 * D, D), ("mlp out", D, 4 * D)):
+        weights = [torch.randn(out, inner, device=DEVICE, dtype=DTYPE) for _ in range(8)]  # more than a cache
+        for rows in ROWS[:: 8 if TOY else 3]:
+            x = torch.randn(16 * rows, inner, device=DEVICE, dtype=DTYPE)
+            took = seconds(partial(products, x, weights)) / len(weights)
+            floor = max(2 * 16 * rows * out * inner / FLOPS, 2 * out * inner / BANDWIDTH)
+            say(f"{name}, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6)
+
+
+class Steps(EngineObserver):
+    def __init__(self):
+        self.found = []
+
+    def stepped(self, seconds, rows, sessions):
+        self.found.append(seconds)
+
+
+async def paced(prior, k, context, blocks):
+    """Tokens a second of k sessions that go on together once all have a block, and those that they ran ahead."""
+    together = asyncio.Barrier(k)
+
+    async def one(i):
+        z = torch.randn(context, 16, generator=torch.Generator().manual_seed(i))
+        job = SampleJob(z, blocks + 3, sampler=SamplerSettings(guidance_scale=7.0), base_seed=i)
+        ends = []
+        async with prior.session(job) as session:
+            async for _ in session:
+                ends.append(time.perf_counter())
+                if len(ends) == 1:
+                    await together.wait()
+        return ends[2:]
+
+    ends = await asyncio.gather(*map(one, range(k)))
+    begun, over = max(each[0] for each in ends), min(each[-1] for each in ends)
+    done = sum(begun < end <= over for each in ends for end in each)
+    return 16 * done / (over - begun) if over > begun else math.nan
+
+
+def engine():
+    loads, contexts = ((1, 3), (32,)) if TOY else ((1, 8, 32, 128), (512, 64, 2048))
+    watch, began = Steps(), time.perf_counter()
+    limits = EngineLimits(max_context=2304, max_running=max(loads), kv_bytes=(1 << 28 if TOY else 80 << 30))
+    with engines({"prior": network("prior")}, ModelShape(16, 16, 16, 1, 512), limits, watch) as made:
+        say("the engine starts", time.perf_counter() - began, "s")
+        for context, k in ((context, k) for context in contexts for k in loads):
+            asyncio.run(paced(made["prior"], k, 32, 1))
+            watch.found.clear()
+            got, (step, floor) = asyncio.run(paced(made["prior"], k, context, 4)), predicted(k, context)
+            what, goal = f"{k} sessions, context {context}", GOALS.get(k) if context == 512 else None
+            say(f"{what}: tokens a second", got, predicted=k / step, least=None if TOY else goal)
+            middle = sorted(watch.found)[len(watch.found) // 2]
+            say(f"{what}: step", middle * 1e3, "ms", predicted=step * 1e3)
+            say(f"{what}: of the floor", got * floor / k)
+    if not TOY:
+        say("memory, most", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+
+
+def stage_pass(backend, stage, count):
+    """Milliseconds of one over so many blocks without a history."""
+    pages = [array("i", backend.pages.reserve(1)) for _ in range(count)]
+    inputs = torch.zeros(16, 16) if stage == "decoder" else torch.zeros(16, dtype=torch.int64)
+    draws = [Draw(SamplingSettings(temperature=0.7), {1, 2}, i) for i in range(count)]
+    then = (lambda logits: sample_blocks(logits, draws),) if stage == "decoder" else ()
+    rows = [Row(each, 0, inputs) for each in pages]
+    took = seconds(lambda: backend.run(backend.plan(rows), *then).results())
+    backend.pages.free([page for each in pages for page in each])
+    return took * 1e3
+
+
+def stages():
+    slots = 4 if TOY else 64
+    for stage, kind, counts in (("decoder", cuda.Decoder, (1, 16, 64)), ("encoder", cuda.Encoder, (1, 32, 256))):
+        with torch.inference_mode():
+            backend = kind(network(stage), Sizes(4 << 30, slots, 16, 128), picked().prior.args[0])
+            for count in counts[: 1 if TOY else 3]:
+                say(f"{stage}, a pass of {count} blocks", stage_pass(backend, stage, count), "ms")
+
+
+def up():
+    """The bundled model behind all services: callers over HTTP."""
+    if LACKING:
+        say(f"left out: {', '.join(sorted(LACKING))} not installed", None)
+        return
+    ports, environment = OUT / "ports.json", os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)}
+    ports.unlink(missing_ok=True)
+    options = f"up --device {DEVICE} --grpc-port 0 --http-port 0 --metrics-port 0 --max-running 128 --ports-file"
+    command, began = [sys.executable, "-m", "colaserve_services.launch", *options.split(), ports], time.perf_counter()
+    server = subprocess.Popen(command, env=environment)  # noqa: S603
+    try:
+        while not ports.exists() and server.poll() is None and time.perf_counter() - began < 120:
+            time.sleep(0.1)
+        address = json.loads(ports.read_text())["grpc"]
+        say("up is ready", time.perf_counter() - began, "s")
+        for callers in (1, 4) if TOY else (32, 128):
+            say(f"{callers} callers: tokens a second", asyncio.run(called(address, callers, 32 if TOY else 256)))
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+async def called(address, callers, tokens):
+    from colaserve_client import AsyncClient
+
+    async with AsyncClient(address) as client:
+        began = time.perf_counter()
+        ask = partial(client.generate, max_new_tokens=tokens, ignore_end=True)
+        found = await asyncio.gather(*(ask(f"Question: what is {i} and {i}? Answer:") for i in range(callers)))
+        return sum(len(each.token_ids) for each in found) / (time.perf_counter() - began)
+
+
+def profile():
+    activities = [ProfilerActivity.CPU] + ([] if TOY else [ProfilerActivity.CUDA])
+    with torch.inference_mode():
+        backend = prior_of(None, 32, 64 if TOY else 512)
+        for k in (1,) if TOY else (1, 32):
+            with profiled(activities=activities) as trace:
+                for step in range(3):
+                    backend.run(backend.plan(rows_of(backend, k, 64 if TOY else 512, 500.0, step == 0))).results()
+            trace.export_chrome_trace(str(OUT / f"trace_{k}.json.gz"))
+            say(f"trace_{k}.json.gz", None)
+
+
+PARTS = {part.__name__: part for part in (parity, graphs, engine, ceilings, stages, up, profile)}
+
+if __name__ == "__main__":
+    PARTS[NAME]()

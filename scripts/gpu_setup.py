@@ -1,0 +1,170 @@
+# ruff: noqa: E402
+"""What the parts of scripts/check-gpu share: imports of this tree, lines of the report, networks, engines."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from functools import cache, partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from unittest.mock import MagicMock
+
+
+def found(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [str(ROOT / name) for name in ("services", "client", "protos/gen", "")]
+WIRE = (
+    "grpc", "grpc_status", "grpc_health", "grpc_reflection", "google.protobuf", "prometheus_client", "click",
+    "pydantic", "starlette", "uvicorn", "huggingface_hub", "tokenizers", "tqdm",
+)  # fmt: skip
+LACKING = {name.partition(".")[0] for name in WIRE if not found(name)}
+TOY = sys.argv[2:3] == ["cpu"]
+BANDWIDTH, FLOPS = 4.3e12, 700e12  # of an H200: a measured copy; bfloat16 products of this width, assumed
+ATTENTION, LAUNCH, HOST = 3e12, 1.5e-6, (150e-6, 8e-6)  # bytes/s, s a kernel, s a pass and a session: assumed
+GOALS = {1: 1000, 8: 4500, 32: 5500, 128: 5500}  # tokens/s at context 512
+
+
+class StandIn(MetaPathFinder, Loader):
+    """For packages of the wire that a bare machine lacks: the engines import their names and call none."""
+
+    def find_spec(self, name, path=None, target=None):
+        root = name.partition(".")[0]
+        lacks = root in LACKING or (root == "colaserve" and LACKING)
+        return ModuleSpec(name, self, is_package=True) if lacks else None
+
+    def create_module(self, spec):
+        return MagicMock(__path__=[], __name__=spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+os.environ |= {"TRITON_INTERPRET": "1"} if TOY else {}
+sys.path[:0] = SOURCES
+sys.meta_path.insert(0, StandIn())
+
+import torch
+
+from colaserve_services.decoder.engine import DecoderEngine
+from colaserve_services.encoder.engine import EncoderEngine
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.model.backend.buckets import ROWS
+from colaserve_services.model.backend.pick import bucketed, pick
+from colaserve_services.model.config import DiTConfig, TextVAEConfig
+from colaserve_services.model.dit import DiT
+from colaserve_services.model.layers import Linear
+from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
+from colaserve_services.prior.engine import PriorEngine
+
+NAME, DEVICE, OUT = sys.argv[1], torch.device(sys.argv[2]), Path(sys.argv[3]).resolve()
+DTYPE = torch.float32 if TOY else torch.bfloat16
+if not TOY:
+    DEVICE = torch.device("cuda", DEVICE.index or 0)
+    torch.cuda.set_device(DEVICE)
+
+
+def say(what, value, unit="", predicted=None, most=None, least=None):
+    """One line: a figure with what was predicted, or with what it may be at most or must be at least."""
+    ok = None
+    if (most, least) != (None, None):
+        ok = not math.isnan(value) and (most is None or value <= most) and (least is None or value >= least)
+    found = {"part": NAME, "what": what, "value": value, "unit": unit, "predicted": predicted, "ok": ok}
+    found["limit"] = most if least is None else least
+    print(json.dumps(found), flush=True)
+    with open(OUT / "lines.jsonl", "a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def wait():
+    if not TOY:
+        torch.cuda.synchronize()
+
+
+def seconds(call, repeats=5):
+    """Of one call, the least of three rounds."""
+    call()
+    best = math.inf
+    for _ in range(3):
+        wait()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        best = min(best, (time.perf_counter() - began) / repeats)
+    return best
+
+
+@cache
+def picked():
+    """The backend for GPUs; on a CPU with the kernels' references in their place."""
+    if TOY:
+        from tests.services.kernel_references import references
+
+        return bucketed(references(), DEVICE)
+    found = pick(DEVICE, DTYPE)
+    assert found.name == "cuda", found.why
+    return found
+
+
+def network(stage):
+    """Random weights of the released shape, made on the device."""
+    dit, vae = {"block_size": 16}, {"block_size": 16}
+    if TOY:
+        dit |= {"txt_dim": 64, "emb_dim": 64, "heads": 2, "head_dim": 32, "num_layers": 2, "rope_dim": 24}
+        vae |= {"vocab_size": 512, "encoder_num_blocks": 1, "decoder_num_blocks": 1, "dim": 64, "ffn_dim": 128}
+        vae["num_heads"] = 2
+    kind = {"prior": DiT, "decoder": TextVAEDecoder, "encoder": TextVAEEncoder}[stage]
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = kind(DiTConfig(**dit) if stage == "prior" else TextVAEConfig(**vae)).requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear | torch.nn.Embedding):
+            module.to(DTYPE)
+        if isinstance(module, Linear):
+            module.pack()
+    return model.eval()
+
+
+def predicted(k, context):
+    """Seconds of a step of k sessions out of step at released size, and the floor: bytes, operations, launches."""
+    rows = 16 * next(size for size in ROWS if size >= min(2 * k + -(-k // 16), ROWS[-1]))
+    weights, kv, elements = 2.416e9, 196_608 * context * k, 40 * 2048 * 24 * rows
+    products = max(weights / BANDWIDTH, weights * rows / FLOPS)
+    step = products + kv / ATTENTION + elements / BANDWIDTH / 2 + (9 * 24 + 12) * LAUNCH + HOST[0] + HOST[1] * k
+    return step, max(weights / BANDWIDTH, weights * 32 * k / 790e12) + kv / BANDWIDTH
+
+
+def relative(got, expected):
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@contextlib.contextmanager
+def engines(networks, shape, limits, observer=None):
+    """Of some stages, by name."""
+    thread, made = DeviceThread(), {}
+    kinds = {"prior": PriorEngine, "decoder": DecoderEngine, "encoder": partial(EncoderEngine, pad_id=2)}
+    for stage, network in networks.items():
+        at = (network, shape, thread, limits)
+        made[stage] = kinds[stage](*at, observer=observer or EngineObserver(), picked=picked())
+    thread.start()
+    try:
+        yield made
+    finally:
+        thread.stop()
+
+
+async def written(prior, job):
+    async with prior.session(job) as session:
+        return [block.latents async for block in session]
