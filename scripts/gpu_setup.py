@@ -12,6 +12,7 @@ from functools import cache, partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 
@@ -40,11 +41,15 @@ class StandIn(MetaPathFinder, Loader):
 
     def find_spec(self, name, path=None, target=None):
         root = name.partition(".")[0]
-        lacks = root in LACKING or (root == "colaserve" and LACKING)
+        lacks = root in LACKING or (root == "colaserve" and LACKING & {"grpc", "google"})
         return ModuleSpec(name, self, is_package=True) if lacks else None
 
     def create_module(self, spec):
-        return MagicMock(__path__=[], __name__=spec.name)
+        module = MagicMock(__path__=[], __name__=spec.name)
+        names = ("SOLVER_UNSPECIFIED", "SOLVER_EULER", "SOLVER_AB2", "SOLVER_HEUN")  # as in types.proto
+        values = {number: SimpleNamespace(name=name) for number, name in enumerate(names)}
+        module.types_pb2.Solver.DESCRIPTOR.values_by_number = values
+        return module
 
     def exec_module(self, module):
         pass
