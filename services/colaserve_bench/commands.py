@@ -12,6 +12,7 @@ from colaserve_bench.engine import engine, solvers
 from colaserve_bench.load import load
 from colaserve_bench.prefix import prefix
 from colaserve_bench.serve import serve
+from colaserve_bench.stable import stable
 from colaserve_bench.stall import stall
 from colaserve_bench.verbs import FOLDER
 from colaserve_services.launch.options import run_or_explain
@@ -40,5 +41,5 @@ def make_checkpoint_command(directory: Path, preset: str, dtype: str, seed: int)
     run_or_explain(work)
 
 
-for _verb in (engine, solvers, stall, load, prefix, serve):
+for _verb in (engine, solvers, stable, stall, load, prefix, serve):
     bench.add_command(_verb)

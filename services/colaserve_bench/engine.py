@@ -28,7 +28,6 @@ from colaserve_bench.verbs import (
 )
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import narrow_dtype
-from colaserve_services.model.flow import SamplerSettings
 
 SESSIONS, CONTEXT = Column("sessions", "sessions"), Column("context", "context")
 TOKENS = Column("tokens_per_second", "tokens/s", "{:.1f}", drawn=True)
@@ -111,19 +110,18 @@ async def measure_engine(
 
 @benchmark("solvers", *OPTIONS, quick={"rounds": 1})
 async def solvers(sessions: Sequence[int], context: Sequence[int], blocks: int, rounds: int, **options: Any) -> Report:
-    """What fewer steps with a higher-order solver and a guidance interval save."""
+    """What fewer steps with a higher-order solver and a guidance interval save, and what previews and probes cost."""
     measured: list[Row] = []
     with _started(options, sessions, context, blocks) as engines:
         for number, count, length in itertools.product(range(rounds), sessions, context):
             rows: list[Row] = []
-            for name, sampler in _variants(sampler_of(options)).items():
-                load = Load(count, length, blocks, sampler)
+            for name, load in _variants(Load(count, length, blocks, sampler_of(options))).items():
                 rows.append(await run(engines, load, seed=100 * number + len(rows)))
                 rows[-1] |= {
                     "variant": name,
                     "round": number,
                     "ratio": rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"],
-                    "evaluations": sampler.evaluations(),
+                    "evaluations": load.sampler.evaluations(),
                     "guided": load.guided_evaluations,
                 }
             ratios = ", ".join(f"{row['variant']} {row['ratio']:.2f}" for row in rows)
@@ -149,13 +147,18 @@ def _usual_rows(engines: Engines, load: Load) -> int:
     return load.sessions * engines.prior.shape.block_size * branches
 
 
-def _variants(plain: SamplerSettings) -> dict[str, SamplerSettings]:
-    """Name -> sampler; the plain one first."""
-    half = max(1, plain.steps // 2)
-    return {
-        "plain": plain,
-        "half guidance": replace(plain, guidance_end=0.5),
-        "ab2, half the steps": replace(plain, solver="ab2", steps=half),
-        "heun, half the steps": replace(plain, solver="heun", steps=half),
-        "ab2, half the steps, half guidance": replace(plain, solver="ab2", steps=half, guidance_end=0.5),
+def _variants(plain: Load) -> dict[str, Load]:
+    """Name -> load; the plain one first."""
+    sampler = plain.sampler
+    half = max(1, sampler.steps // 2)
+    samplers = {
+        "half guidance": replace(sampler, guidance_end=0.5),
+        "ab2, half the steps": replace(sampler, solver="ab2", steps=half),
+        "heun, half the steps": replace(sampler, solver="heun", steps=half),
+        "ab2, half the steps, half guidance": replace(sampler, solver="ab2", steps=half, guidance_end=0.5),
     }
+    watched = {
+        "previews every 4 steps": replace(plain, preview_every=4),
+        "probes": replace(plain, with_probes=True),
+    }
+    return {"plain": plain, **watched, **{name: replace(plain, sampler=each) for name, each in samplers.items()}}

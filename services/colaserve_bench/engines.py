@@ -59,6 +59,8 @@ class Load:
     context: int  # latents; whole blocks
     blocks: int  # to write, at least 2: the first one is warm-up; each session writes AHEAD more
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    preview_every: int = 0
+    with_probes: bool = False
 
     @property
     def written(self) -> int:
@@ -242,11 +244,16 @@ def random_context(engines: Engines, latents: int, seed: int) -> Tensor:
 async def _session(engines: Engines, load: Load, seed: int, together: asyncio.Barrier) -> float:
     """Time of the first block. The engine pauses a session that is not read, so none is done before all have begun."""
     latents, first = random_context(engines, load.context, seed), None
-    job = SampleJob(latents, load.written, sampler=load.sampler, base_seed=seed)
+    job = SampleJob(
+        latents, load.written, sampler=load.sampler, base_seed=seed,
+        preview_every=load.preview_every, with_probes=load.with_probes,
+    )  # fmt: skip
     positions = len(latents) + load.written * engines.prior.shape.block_size
     decoding = engines.decoder.session(DecodeJob(latents, max_latents=positions)) if engines.decoder else nullcontext()
     async with engines.prior.session(job) as session, decoding as decoder:
         async for block in session:
+            if block.timings is None:  # a preview
+                continue
             if decoder is not None:
                 await decoder.decode(block.latents)
             if first is None:
