@@ -85,6 +85,8 @@ def test_solvers_are_compared_within_their_round(run_bench: RunBench) -> None:
         assert row["ratio"] == pytest.approx(row["tokens_per_second"] / rows[0]["tokens_per_second"])
     assert {row["variant"]: (row["evaluations"], row["guided"]) for row in rows} == {
         "plain": (4, 4),
+        "previews every 4 steps": (4, 4),
+        "probes": (4, 4),
         "half guidance": (4, 2),
         "ab2, half the steps": (2, 2),
         "heun, half the steps": (3, 3),

@@ -15,6 +15,7 @@ from colaserve_bench.commands import bench
 from colaserve_bench.report import Column, Report, percentile
 from colaserve_bench.requests import Mix, Record, closed_loop, open_loop
 from colaserve_bench.serve import ENGINE, summarise, with_ratios
+from colaserve_bench.stable import Formed, table
 from colaserve_client import ServerError
 
 INFO: Any = SimpleNamespace(model=SimpleNamespace(vocab_size=8), end_ids=(0, 1), pad_id=2)
@@ -175,6 +176,21 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], code: int, pr
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_an_early_stop_is_counted_where_the_steps_before_it_hardly_moved() -> None:
+    first = Formed([0.3, 0.1, 0.1, 0.3], [(1,), (2,), (2,), (3,), (3,)])
+    assert [first.stop(1, 0.2), first.stop(2, 0.2), first.stop(3, 0.2), first.stop(1, 0.1)] == [3, 4, 5, 5]
+    other = Formed([0.1] * 4, [(5,)] * 5)
+    [row] = table([first, other], [1], [0.2])
+    assert (row["blocks"], row["saved"], row["final"]) == (2, pytest.approx((2 + 3) / 10), 0.5)
+
+
+@pytest.mark.slow
+def test_an_early_stop_is_measured_on_the_demos_questions(run_bench: Callable[..., Any]) -> None:
+    result, report = run_bench("stable", "--start=up", "--stable-steps=1,2")
+    assert result.exit_code == 0, result.output
+    assert [(row["stable_steps"], row["stable_distance"]) for row in report["rows"][:2]] == [(1, 0.05), (1, 0.1)]
+
+
 def test_loading_is_measured_in_processes_of_its_own(run_bench: Callable[..., Any]) -> None:
     result, report = run_bench("load")
     assert result.exit_code == 0, result.output
