@@ -32,7 +32,7 @@ WIRE = (
 LACKING = {name.partition(".")[0] for name in WIRE if not found(name)}
 TOY = sys.argv[2:3] == ["cpu"]
 BANDWIDTH, FLOPS = 4.3e12, 700e12  # of an H200: a measured copy; bfloat16 products of this width, assumed
-ATTENTION, LAUNCH, HOST = 3e12, 1.5e-6, (150e-6, 8e-6)  # bytes/s, s a kernel, s a pass and a session: assumed
+ATTENTION, LAUNCH, HOST = 3e12, 1.5e-6, (150e-6, 15e-6)  # bytes/s, s a kernel, s a pass and a session: assumed
 GOALS = {1: 1000, 8: 4500, 32: 5500, 128: 5500}  # tokens/s at context 512
 
 

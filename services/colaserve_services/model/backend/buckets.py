@@ -14,9 +14,33 @@ from colaserve_services.model.backend import Row
 from colaserve_services.model.backend.streams import Moment, Stream
 
 ROWS: Final = (
-    1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 72, 96, 128, 144, 160, 192, 224, 256, 288, 320, 384,
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    20,
+    24,
+    32,
+    40,
+    48,
+    56,
+    64,
+    72,
+    96,
+    128,
+    144,
+    160,
+    192,
+    224,
+    256,
+    288,
+    320,
+    384,
 )  # of blocks: two a session, a context's and finished ones; what lacks is computed in vain
-
 KEYS: Final = 256  # of a split of the kernels' attention
 STEERING: Final = 1024  # columns of `Denoise.steering` in a pass; rpc/steering.py takes no more for a row
 _ALIGNED = 16  # bytes: compiled kernels are told so
@@ -85,6 +109,7 @@ class Buckets:
     def capture(self, fill: Callable[[Bucket], Filled]) -> None:
         """Make what computes each size, the largest first, since the others find their memory in its; `fill` gives a
         pass of a size over no session's rows."""
+        self.stream.join()
         with self.stream.on():
             for rows in reversed(self._sizes):
                 for splits in reversed(self._splits):

@@ -53,6 +53,9 @@ class Stream:
         """A copy for the CPU, there at the next moment that is done."""
         return values.clone()
 
+    def join(self) -> None:
+        """What was launched elsewhere before, such as copies of weights, comes before all that is launched here."""
+
     def on(self) -> AbstractContextManager[object]:
         """What is launched inside is launched here."""
         return nullcontext()
@@ -97,6 +100,9 @@ class CudaStream(Stream):
 
     def fetched(self, values: Tensor) -> Tensor:
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+    def join(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def on(self) -> AbstractContextManager[object]:
         stack = ExitStack()
