@@ -12,6 +12,12 @@ docs/client.md is the guide.
 
 from inspect import ismodule as _ismodule
 
+from colaserve_client.about import Limits as Limits
+from colaserve_client.about import ModelInfo as ModelInfo
+from colaserve_client.about import ModelShape as ModelShape
+from colaserve_client.about import ServerInfo as ServerInfo
+from colaserve_client.about import ServiceInfo as ServiceInfo
+from colaserve_client.about import StageInfo as StageInfo
 from colaserve_client.blocking import Client as Client
 from colaserve_client.blocking import DecoderClient as DecoderClient
 from colaserve_client.blocking import DecodeSession as DecodeSession
@@ -38,6 +44,7 @@ from colaserve_client.latents import load_latents as load_latents
 from colaserve_client.latents import save_latents as save_latents
 from colaserve_client.pictures import Trajectory as Trajectory
 from colaserve_client.results import BranchBlock as BranchBlock
+from colaserve_client.results import ChoiceScore as ChoiceScore
 from colaserve_client.results import DecodedBlock as DecodedBlock
 from colaserve_client.results import DecodedLatents as DecodedLatents
 from colaserve_client.results import Embedding as Embedding
@@ -48,18 +55,12 @@ from colaserve_client.results import GenerationResult as GenerationResult
 from colaserve_client.results import InfillResult as InfillResult
 from colaserve_client.results import InterpolationPoint as InterpolationPoint
 from colaserve_client.results import LatentBlock as LatentBlock
-from colaserve_client.results import Limits as Limits
 from colaserve_client.results import Logprobs as Logprobs
-from colaserve_client.results import ModelInfo as ModelInfo
-from colaserve_client.results import ModelShape as ModelShape
 from colaserve_client.results import Preview as Preview
 from colaserve_client.results import Probes as Probes
 from colaserve_client.results import Reconstruction as Reconstruction
 from colaserve_client.results import Score as Score
 from colaserve_client.results import SequenceEncoding as SequenceEncoding
-from colaserve_client.results import ServerInfo as ServerInfo
-from colaserve_client.results import ServiceInfo as ServiceInfo
-from colaserve_client.results import StageInfo as StageInfo
 from colaserve_client.results import TextEncoding as TextEncoding
 from colaserve_client.results import Timing as Timing
 from colaserve_client.results import TokenLogprobs as TokenLogprobs

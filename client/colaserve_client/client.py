@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any, TypeVar, Unpack
 
 from colaserve.v1 import generation_pb2, latent_service_pb2
+from colaserve_client.about import ModelInfo, ServiceInfo
 from colaserve_client.calls import AsyncStream
 from colaserve_client.errors import ColaserveError, invalid
 from colaserve_client.forks import AsyncForks, generation_result
@@ -25,9 +26,7 @@ from colaserve_client.results import (
     InfillResult,
     InterpolationPoint,
     LatentBlock,
-    ModelInfo,
     Reconstruction,
-    ServiceInfo,
     TextEncoding,
     Tokens,
 )
@@ -71,6 +70,8 @@ class AsyncClient(AsyncForks, AsyncLikelihood):
             sampling: how tokens are drawn; or its fields as keywords: temperature, top_k and so on, sampling_seed.
             seed: of the noise; equal seeds give equal texts. None: random, and returned.
             stop: up to 16 strings of up to 1,000 characters; the text ends before the first of them.
+            choices: 2 to 64 texts, none empty: the text is the one that the written latents read as best, by the sum
+                of its tokens' log-probabilities. Begin them with a space where the text would.
             ignore_end: write on past end tokens.
             with_latents: also return the latents of the written blocks.
             top_logprobs: 0 to 20: also return every token's log-probability and those of so many likely ones.
@@ -104,6 +105,7 @@ class AsyncClient(AsyncForks, AsyncLikelihood):
         """
         if prompt is None:
             raise invalid("prompt", "expected a text or token ids, got None")
+        strings(settings.get("choices", ()), "choices")
         strings(settings.get("stop", ()), "stop")
         texts, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         message = request(generation_pb2.GenerateRequest, settings, prompt=texts, prompt_ids=ids)

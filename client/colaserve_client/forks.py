@@ -111,4 +111,5 @@ def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> Gen
         request_id=request_id,
         previews=tuple(chunk.preview for chunk in chunks if chunk.preview is not None),
         probes=tuple(chunk.probes for chunk in chunks if chunk.probes is not None and chunk.preview is None),
+        choices=last.choices,
     )

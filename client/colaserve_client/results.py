@@ -9,7 +9,7 @@ from colaserve_client.arrays import FloatArray
 from colaserve_client.errors import ColaserveError
 from colaserve_client.fields import Field, documented
 from colaserve_client.latents import Latents, html_table
-from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import GenerationRequest, NoiseSeed
 
 T = TypeVar("T")
 _SHOWN = 200  # characters of a value, in a notebook
@@ -23,7 +23,7 @@ _VARIANCE = Field("Log variance of the posterior, in the latents' shape, on requ
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def _value(kind: type[T]) -> type[T]:
+def value(kind: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass whose docstring describes its fields, and which a notebook shows as a table
     of them."""
     if not hasattr(kind, "_repr_html_"):
@@ -37,7 +37,7 @@ def _rows(value: Any) -> list[tuple[str, str]]:
     return [(name, text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ...") for name, text in values.items()]
 
 
-@_value
+@value
 class _Text:
     """What is a text before all: `str` gives it, and a notebook shows it above the rest, tokens that have
     log-probabilities the darker the less likely they were."""
@@ -55,7 +55,7 @@ class _Text:
         return f"<p>{shaded}</p>{table}" if shaded else table
 
 
-@_value
+@value
 class Timing:
     """Where the time of a call, or of one block, went."""
 
@@ -63,7 +63,7 @@ class Timing:
     compute_us: Annotated[int, Field("Microseconds between the first work and the result.")]
 
 
-@_value
+@value
 class Usage:
     """What a generation used."""
 
@@ -74,7 +74,7 @@ class Usage:
     steps_saved: Annotated[int, Field("Steps of these blocks that stable_steps left out.")] = 0
 
 
-@_value
+@value
 class TopToken:
     """A likely token at a position."""
 
@@ -85,7 +85,7 @@ class TopToken:
     ] = ""
 
 
-@_value
+@value
 class TokenLogprobs(TopToken):
     """A token with its log-probability, and what else was likely at its position."""
 
@@ -100,7 +100,7 @@ def _shaded(token: TokenLogprobs) -> str:
     return f'<span style="{style}" title="{escape(f"{chance:.1%} {token.text!r}{likely}")}">{escape(token.text)}</span>'
 
 
-@_value
+@value
 class Probes:
     """How sure a block is. The first four are root mean squares, in units of the latents; None: it does not exist."""
 
@@ -115,7 +115,7 @@ class Probes:
 _PROBES = Field("Probes of the block, on request.")
 
 
-@_value
+@value
 class Preview:
     """The block under way, as it would be if the prior stopped where it is."""
 
@@ -125,7 +125,16 @@ class Preview:
     latents: Annotated[Latents | None, Field("The expected clean latents, (B, d), with with_latents.")]
 
 
-@_value
+@value
+class ChoiceScore:
+    """What one of a generation's choices is worth."""
+
+    text: Annotated[str, Field("As given.")]
+    token_count: Annotated[int, Field("Tokens it has; longer ones have lower sums.")]
+    logprob: Annotated[float, Field("Sum over its tokens, of the raw logits, in nats.")]
+
+
+@value
 class GenerationChunk(_Text):
     """What one written block brought; or a preview of it, without text."""
 
@@ -137,9 +146,10 @@ class GenerationChunk(_Text):
     timing: Annotated[Timing, Field("Where the time of the block went; in the last chunk, that of the whole call.")]
     preview: Annotated[Preview | None, Field("Between the blocks' chunks, with preview_every; None in those.")] = None
     probes: Annotated[Probes | None, _PROBES] = None
+    choices: Annotated[tuple[ChoiceScore, ...], Field("In the last chunk: each of choices, in order.")] = ()
 
 
-@_value
+@value
 class BranchBlock(GenerationChunk):
     """One block of one branch of a fork; finish reason, usage and seed are in the last of each."""
 
@@ -147,7 +157,7 @@ class BranchBlock(GenerationChunk):
     index: Annotated[int, Field("Index of the block in the branch, from 0 on.", wire="block_index")] = 0
 
 
-@_value
+@value
 class GenerationResult(_Text):
     """A whole generation."""
 
@@ -162,9 +172,10 @@ class GenerationResult(_Text):
     request_id: Annotated[str, Field("To be found again in the server's logs.")]
     previews: Annotated[tuple[Preview, ...], Field("How the blocks formed, with preview_every.")] = ()
     probes: Annotated[tuple[Probes, ...], Field("One for each block, on request.")] = ()
+    choices: Annotated[tuple[ChoiceScore, ...], Field("Each of choices, in order; the best is the text.")] = ()
 
 
-@_value
+@value
 class GenerationOutcome:
     """One request of a batch and what came of it: a result or an error."""
 
@@ -180,7 +191,7 @@ class GenerationOutcome:
         return self.result
 
 
-@_value
+@value
 class Tokens:
     """A tokenized text."""
 
@@ -190,7 +201,7 @@ class Tokens:
     ]
 
 
-@_value
+@value
 class SequenceEncoding:
     """What the encoder made of one sequence of token ids."""
 
@@ -198,7 +209,7 @@ class SequenceEncoding:
     log_variance: Annotated[FloatArray | None, _VARIANCE] = field(compare=False)
 
 
-@_value
+@value
 class TextEncoding(SequenceEncoding):
     """An encoded text."""
 
@@ -206,7 +217,7 @@ class TextEncoding(SequenceEncoding):
     tokens: Annotated[tuple[str, ...], _TOKENS]
 
 
-@_value
+@value
 class Embedding:
     """What stands for a text."""
 
@@ -215,7 +226,7 @@ class Embedding:
     space: Annotated[str, Field("Fingerprint of the latent space.")]
 
 
-@_value
+@value
 class DecodedLatents(_Text):
     """Latents turned into text."""
 
@@ -224,7 +235,7 @@ class DecodedLatents(_Text):
     timing: Annotated[Timing, Field("Where the time of the call went.")]
 
 
-@_value
+@value
 class Logprobs(_Text):
     """A text, or latents as text, with the log-probabilities of its tokens: of given latents the most likely ones."""
 
@@ -233,7 +244,7 @@ class Logprobs(_Text):
     timing: Annotated[Timing, Field("Where the time of the call went.")]
 
 
-@_value
+@value
 class Score:
     """The likelihood of a text after a prefix: sums over all its tokens, in nats."""
 
@@ -251,7 +262,7 @@ class Score:
     timing: Annotated[Timing, Field("Where the time of the call went.")]
 
 
-@_value
+@value
 class LatentBlock:
     """One block that the prior wrote, or a preview of it."""
 
@@ -265,7 +276,7 @@ class LatentBlock:
     steps_saved: Annotated[int, Field("Steps that stable_steps left out.")] = 0
 
 
-@_value
+@value
 class InterpolationPoint(_Text):
     """One point of a walk between two texts or latents."""
 
@@ -273,7 +284,7 @@ class InterpolationPoint(_Text):
     latents: Annotated[Latents, Field("The point itself.")]
 
 
-@_value
+@value
 class InfillResult(_Text):
     """A text whose holes were written."""
 
@@ -287,7 +298,7 @@ class InfillResult(_Text):
     timing: Annotated[Timing, Field("Where the time of the call went.")]
 
 
-@_value
+@value
 class Reconstruction(_Text):
     """A text after its round trip through the latent space."""
 
@@ -296,7 +307,7 @@ class Reconstruction(_Text):
     bits_per_token: Annotated[float, Field("-log2 of the decoder's probability of the original ids, mean.")]
 
 
-@_value
+@value
 class DecodedBlock:
     """What the decoder made of one block; nothing is trimmed."""
 
@@ -308,89 +319,3 @@ class DecodedBlock:
     timing: Annotated[Timing, Field("Where the time of the block went.")]
     provisional: Annotated[bool, Field("Whether a preview was asked for.")] = False
     probes: Annotated[Probes | None, _PROBES] = None
-
-
-@_value
-class ModelShape:
-    """The shape of the model that a service holds."""
-
-    latent_dim: Annotated[int, Field("Channels of a latent (d).")]
-    block_size: Annotated[int, Field("Latents in a block (B).")]
-    vae_block_size: Annotated[int, Field("Latents in a block of the Text VAE's mask.")]
-    patch_size: Annotated[int, Field("Tokens in a latent (P).")]
-    vocab_size: Annotated[int, Field("Tokens that the tokenizer and the decoder know.")]
-    parameters: Annotated[int, Field("Parameters of the networks of this service.")]
-
-
-@_value
-class Limits:
-    """What a service takes at most; 0: not limited by it."""
-
-    max_context: Annotated[int, Field("Latent positions of a session.")]
-    max_message_bytes: Annotated[int, Field("Bytes of one message.")]
-    max_running: Annotated[int, Field("Sessions that run at a time.")]
-    max_waiting: Annotated[int, Field("Sessions that are queued at a time.")]
-    kv_bytes: Annotated[int, Field("Memory of the KV cache.")]
-    run_ahead: Annotated[int, Field("Blocks that a prior writes before they are read.")]
-
-
-@_value
-class ServerInfo:
-    """The process that answers, and its load at that moment."""
-
-    version: Annotated[str, Field("Version of colaserve.")]
-    device: Annotated[str, Field("Device of the network; empty where none runs.")]
-    dtype: Annotated[str, Field("Type in which the network computes.")]
-    running: Annotated[int, Field("Sessions that run.")]
-    waiting: Annotated[int, Field("Sessions that are queued.")]
-    kv_bytes_used: Annotated[int, Field("Memory of the KV cache that sessions hold.")]
-    uptime_seconds: Annotated[float, Field("Seconds since the process was first ready.")]
-    backend: Annotated[str, Field("What computes, and why it was chosen.")]
-
-
-@_value
-class StageInfo:
-    """A stage as the coordinator sees it."""
-
-    stage: Annotated[str, Field('"encoder", "prior" or "decoder".')]
-    target: Annotated[str, Field('"in-process" when it runs in the coordinator\'s process.')]
-    serving: Annotated[bool, Field("Whether the last health check found it serving.")]
-    space: Annotated[str, Field("Fingerprint of its latent space.")]
-    limits: Annotated[Limits, Field("What it takes at most.")]
-    server: Annotated[ServerInfo, Field("Its process, and the load.")]
-
-
-@_value
-class ServiceInfo:
-    """A service: what it holds and how busy it is."""
-
-    model: Annotated[ModelShape, Field("Shape of the model.")]
-    space: Annotated[str, Field("Fingerprint of its latent space.")]
-    limits: Annotated[Limits, Field("What it takes at most.")]
-    server: Annotated[ServerInfo, Field("Its process, and the load.")]
-    has_variance: Annotated[bool | None, Field("Whether an encoder knows log variances; None for other services.")] = (
-        None
-    )
-
-
-@_value
-class ModelInfo:
-    """What a coordinator serves."""
-
-    name: Annotated[str, Field("The model's name in requests.", wire="model_name")]
-    model: Annotated[ModelShape, Field("Shape of the model, with the parameters of all stages.")]
-    space: Annotated[str, Field("Fingerprint of the latent space.")]
-    limits: Annotated[Limits, Field("What the coordinator takes at most.")]
-    server: Annotated[ServerInfo, Field("The coordinator's process, and its load.")]
-    default_sampler: Annotated[Sampler, Field("What a Sampler's unset fields mean.")]
-    default_sampling: Annotated[Sampling, Field("What a Sampling's unset fields mean.")]
-    default_max_new_tokens: Annotated[int, Field("What an unset max_new_tokens means.")]
-    chat_frame: Annotated[
-        str, Field('Text around a single user message, which replaces "{prompt}"; empty: the message as it is.')
-    ]
-    end_ids: Annotated[tuple[int, ...], Field("Tokens that end a text.")]
-    pad_id: Annotated[int, Field("The token that fills up.")]
-    stages: Annotated[tuple[StageInfo, ...], Field("The stages behind the coordinator.")]
-    description: Annotated[
-        str, Field("What the model can and cannot do, by its own card; empty where it has none.")
-    ] = ""

@@ -290,6 +290,7 @@ class GenerationRequest:
     with_probes: Annotated[
         bool, Field("Return probes of each block, numbers that tell how sure it is, too.", option="--probes")
     ] = False
+    choices: Annotated[Sequence[str], Field("Write one of these, 2 to 64: the likeliest.", option="--choice")] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,3 +332,4 @@ class GenerationFields(ForkFields, total=False):
     """The fields of `GenerationRequest`, and those of its sampler and its sampling, as keywords of a call."""
 
     with_latents: bool
+    choices: Sequence[str]

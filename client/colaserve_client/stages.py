@@ -6,12 +6,13 @@ from typing import Unpack
 from numpy.typing import ArrayLike
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve_client.about import ServiceInfo
 from colaserve_client.base import AsyncBaseClient
 from colaserve_client.calls import AsyncExchange, AsyncStream
 from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.messages import build, one, request, several
-from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding, ServiceInfo
+from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding
 from colaserve_client.settings import CallFields, LogprobsDtype, NoiseSeed, SamplerFields, SamplingFields
 
 

@@ -197,14 +197,12 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
     def Logprobs(self, request, context):
         self.behaviour.enter(request, context)
         ids = request.text.encode() or request.ids.ids or ids_of(request.latents, context)
-        values = np.full((len(ids), len(request.logprob_ids)), -0.5, np.float32)
         return latent_service_pb2.LogprobsResponse(
             text=text_of(ids),
             token_ids=ids,
             tokens=texts_of(ids),
             logprobs=[-0.25] * len(ids),
-            top_logprobs=tops(ids, request.top_logprobs),
-            position_logprobs=tensor_from_array(values) if request.logprob_ids else None,
+            position_logprobs=tensor_from_array([[-0.5] * len(request.logprob_ids)] * len(ids)),
             timing=TIMING,
         )
 
@@ -213,7 +211,6 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
         return latent_service_pb2.LatentServiceScoreResponse(
             log_likelihood=-12.5,
             standard_error=0.25,
-            token_ids=request.text.encode(),
             evaluations=64 * (1 + 2 * request.probes),
             seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
             timing=TIMING,

@@ -64,6 +64,7 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
                 "max_new_tokens": {"max_new_tokens": 5},
                 "stop": {"stop": ["e", "a", "o", "i"]},
                 "with_latents": {"with_latents": False},
+                "choices": {"choices": ["a", "b"], "ignore_end": False, "sampling": {"temperature": 0}},
                 "top_logprobs": {"top_logprobs": 2},
                 "with_probes": {"with_probes": True},
                 **others(**all_of_them),

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
+from colaserve_client.about import ModelInfo, StageInfo
 from colaserve_client.blocking import Client, DecoderClient, EncoderClient, PriorClient
 from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.types import Number
 from colaserve_client.errors import NotSupported
-from colaserve_client.results import ModelInfo, StageInfo
 
 STAGES: dict[str, type[EncoderClient] | type[PriorClient] | type[DecoderClient]] = {
     "encoder": EncoderClient,

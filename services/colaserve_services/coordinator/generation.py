@@ -46,8 +46,9 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
         writer = plan.writer(services.tokenizer)
         asked = plan.request
         decoder = DecoderRun(
-            services, call, prefix, plan.blocks, plan.sampling, asked.top_logprobs, with_probes=asked.with_probes
-        )
+            services, call, prefix, plan.blocks, plan.sampling, asked.top_logprobs,
+            with_probes=asked.with_probes, lookup=plan.choices.lookup,
+        )  # fmt: skip
         run = PriorRun(
             services, ticket, prompt, plan.blocks, plan.sampler, plan.noise or plan.seed,
             on_wait=decoder.prior_waits, written=plan.written,
@@ -63,7 +64,7 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
                             yield _preview(plan, block, look, writer)
                         continue
                     decoded = await decoder.decode(block.latents)
-                    piece = writer.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
+                    piece = writer.read(decoded)
                     response = _response(plan, services.tokenizer, block, decoded, piece)
                     watch.block(response)
                     if writer.finish_reason:
@@ -74,6 +75,7 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
     end = Response(finish_reason=writer.finish_reason, usage=watch.usage, timing=watch.total, seed=plan.seed)
     response.MergeFrom(end)
     response.stop_string = writer.stop_string
+    response.choices.extend(writer.scores)
     yield response
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from colaserve.v1 import generation_pb2, types_pb2
 from colaserve_services.bounds import MAX_NEW_TOKENS, PREVIEW_EVERY, TOP_LOGPROBS, check
+from colaserve_services.coordinator.choices import GREEDY, Choices, Chooser, read_choices
 from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
 from colaserve_services.coordinator.stages import Model
@@ -35,6 +37,7 @@ class Plan:
     latents: types_pb2.Latents | None = None  # of the prompt; None: it is yet to be encoded
     noise: types_pb2.Latents | None = None  # of all blocks, row by row, instead of the seed
     written: Sequence[types_pb2.Latents] = ()  # its first blocks
+    choices: Choices = field(default_factory=Choices)
 
     def positions(self, model: Model) -> int:
         """Latents of the prompt and of what is to be written."""
@@ -45,6 +48,8 @@ class Plan:
         end_ids = frozenset() if self.request.ignore_end else tokenizer.special.end
         unprinted = frozenset() if self.request.print_special else tokenizer.special.end | {tokenizer.special.pad}
         before = self.prompt_ids[-1] if self.prompt_ids else None
+        if self.choices.texts:
+            return Chooser(self.choices, partial(tokenizer.detokenizer, self.prompt_ids), self.redecoded, before)
         detokenizer = tokenizer.detokenizer(self.prompt_ids)
         stops, budget = self.request.stop, self.max_new_tokens
         return Writer(detokenizer, stops, end_ids, budget, self.redecoded, unprinted, before)
@@ -53,22 +58,30 @@ class Plan:
 async def plan_generation(services: ServiceContext, request: generation_pb2.GenerateRequest) -> Plan:
     """Raises InvalidRequest naming the field that cannot be honoured."""
     prompt_ids = await _prompt_ids(services, request)
-    return plan_behind(services, request, prompt_ids, len(prompt_ids))
+    return plan_behind(services, request, prompt_ids, len(prompt_ids), await read_choices(services, request))
 
 
 def plan_behind(
-    services: ServiceContext, request: generation_pb2.GenerateRequest, prompt_ids: Sequence[int], tokens: int
+    services: ServiceContext,
+    request: generation_pb2.GenerateRequest,
+    prompt_ids: Sequence[int],
+    tokens: int,
+    choices: Choices | None = None,
 ) -> Plan:
     """As `plan_generation`, behind a prompt of so many tokens, whose ids may be unknown."""
     context, redecoded = split_prompt(tokens, services.model)
-    if request.HasField("max_new_tokens"):
+    choices = choices or Choices()
+    if choices.texts:
+        budget = choices.longest
+    elif request.HasField("max_new_tokens"):
         budget = request.max_new_tokens
     else:  # nobody asked for so many
         most = (services.model.max_context - context) * services.model.patch_size - redecoded
         budget = min(services.defaults.max_new_tokens, max(most, 1))
     check(MAX_NEW_TOKENS, "max_new_tokens", budget)
     blocks = -(-(redecoded + budget) // services.model.block_tokens)
-    _check_fits(services.model, tokens, budget, context + blocks * services.model.block_size)
+    name = "choices" if choices.texts else "max_new_tokens"
+    _check_fits(services.model, tokens, budget, context + blocks * services.model.block_size, name)
     _check_stops(request.stop)
     check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
     check(PREVIEW_EVERY, "preview_every", request.preview_every)
@@ -82,8 +95,11 @@ def plan_behind(
         blocks=blocks,
         max_new_tokens=budget,
         sampler=resolve_sampler(request.sampler, services.defaults, services.model.latent_dim),
-        sampling=resolve_sampling(request.sampling, services.defaults, sampling_seed(seed)),
+        sampling=resolve_sampling(
+            request.sampling, services.defaults, sampling_seed(seed), **(GREEDY if choices.texts else {})
+        ),
         seed=seed,
+        choices=choices,
     )
 
 
@@ -106,12 +122,12 @@ async def _prompt_ids(services: ServiceContext, request: generation_pb2.Generate
     return services.checked(request.prompt_ids.ids, "prompt_ids")
 
 
-def _check_fits(model: Model, prompt: int, budget: int, needed: int) -> None:
+def _check_fits(model: Model, prompt: int, budget: int, needed: int, name: str) -> None:
     if needed > model.max_context:
-        field = "prompt" if model.positions(prompt) >= model.max_context else "max_new_tokens"
+        field = "prompt" if model.positions(prompt) >= model.max_context else name
         raise InvalidRequest(
             field,
-            f"a prompt of {prompt} tokens and max_new_tokens {budget} need {needed} latent positions, "
+            f"a prompt of {prompt} tokens and {name} {budget} need {needed} latent positions, "
             f"at most {model.max_context} fit (max_context)",
         )
 

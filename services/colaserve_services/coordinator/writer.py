@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from colaserve.v1 import types_pb2
+from colaserve.v1 import decoder_pb2, generation_pb2, types_pb2
 from colaserve_services.text import Detokenizer, StopStrings
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
@@ -55,12 +55,17 @@ class Writer:
         self._seen = 0  # new ids taken in
         self._text_length, self._sent_end = 0, 0  # characters taken in; those up to the last token sent
         self.sent = 0
+        self.scores: list[generation_pb2.ChoiceScore] = []  # of choices
         self.finish_reason: Any = types_pb2.FINISH_REASON_UNSPECIFIED
 
     @property
     def stop_string(self) -> str:
         """The stop string that ended the text; empty: none did."""
         return self._stops.hit.stop if self._stops.hit else ""
+
+    def read(self, decoded: decoder_pb2.DecodeResponse) -> Piece:
+        """As `append`, of a decoder's answer."""
+        return self.append(decoded.token_ids, decoded.logprobs, decoded.top_logprobs)
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] = (), tops: Sequence[Any] = ()) -> Piece:
         """Take a block's ids, untrimmed; return what is certain now. In the last block: all the rest."""

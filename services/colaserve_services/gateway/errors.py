@@ -48,6 +48,8 @@ _TYPES: Final = {429: "rate_limit_error", 500: "server_error", 503: "server_erro
 # Fields of GenerationService as a client of the gateway calls them; a request's own names go before these.
 FIELD_NAMES: Final[Mapping[str, str]] = {
     "max_new_tokens": "max_tokens",
+    "choices": "guided_choice",
+    **{f"choices[{index}]": f"guided_choice[{index}]" for index in range(64)},
     "ids": "prompt",
     "prompt_ids": "prompt",
     "sampling.seed": "sampling_seed",

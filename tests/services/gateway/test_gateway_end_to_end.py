@@ -144,3 +144,31 @@ def test_litellm_unmodified_completes_streams_and_is_refused(served: Served):
         env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_guided_choice_is_the_same_over_grpc_and_http(served: Served) -> None:
+    prompt, texts = "The capital of France is", [" Rome", " Paris", " Addis Ababa"]
+    seed = types_pb2.NoiseSeed(base_seed=3)
+    *_, last = served.stub.Generate(GenerateRequest(prompt=prompt, choices=texts, seed=seed), timeout=60)
+    values = [{"text": each.text, "tokens": each.token_count, "logprob": each.logprob} for each in last.choices]
+    body = {"prompt": prompt, "guided_choice": texts, "seed": 3, "max_tokens": 40, "temperature": 0}
+    [choice] = served.http.post(COMPLETIONS, json=body).json()["choices"]
+    best = max(values, key=lambda each: each["logprob"])["text"]
+    assert (choice["text"], choice["finish_reason"]) == (last.text, "stop") == (best, "stop")
+    assert [each["text"] for each in choice["guided_choice"]] == texts
+    for one, other in zip(values, choice["guided_choice"], strict=True):
+        assert other == one | {"logprob": pytest.approx(one["logprob"], abs=1e-4)}
+    chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "seed": 3}
+    chat["guided_choice"] = ["Rome.", "Paris."]
+    [choice] = served.http.post(CHAT, json=chat).json()["choices"]
+    assert choice["message"]["content"] == max(choice["guided_choice"], key=lambda each: each["logprob"])["text"]
+    assert [each["text"] for each in choice["guided_choice"]] == chat["guided_choice"]
+    streamed = served.http.post(CHAT, json=chat | {"stream": True}).text
+    *_, end = (json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {"))
+    assert end["choices"][0]["finish_reason"] == "stop"
+    assert [each["text"] for each in end["choices"][0]["guided_choice"]] == chat["guided_choice"]
+    for fields in ({"stop": "."}, {"temperature": 1}, {"n": 2}, {"guided_choice": ["a"]}):
+        refused = served.http.post(COMPLETIONS, json=body | fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, *fields)
+    same = served.http.post(COMPLETIONS, json=body | {"guided_choice": ["a", "b", "a"]}).json()["error"]
+    assert same["param"] == "guided_choice[2]"

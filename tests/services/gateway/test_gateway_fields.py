@@ -70,6 +70,7 @@ FIRST = GenerateRequest(max_new_tokens=9)  # of messages, which must say how man
 MADE = {
     CHAT: [
         *BOTH,
+        ({"guided_choice": ["a", " b"]}, GenerateRequest(choices=[" a", " b"])),  # an answer loses its first space
         ({"max_completion_tokens": 5}, GenerateRequest(max_new_tokens=5)),
         ({"logprobs": True}, GenerateRequest(top_logprobs=0)),
         ({"logprobs": False, "top_logprobs": 0}, GenerateRequest()),
@@ -77,6 +78,7 @@ MADE = {
     ],
     COMPLETIONS: [
         *BOTH,
+        ({"guided_choice": ["a", " b"]}, GenerateRequest(choices=["a", " b"])),
         ({"logprobs": 3}, GenerateRequest(top_logprobs=3)),
         ({"stream": True, "preview_every": 3}, GenerateRequest(preview_every=3)),
         ({"stream": True, "with_probes": True}, GenerateRequest(with_probes=True)),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colaserve.v1 import types_pb2 as colaserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63olaserve/v1/generation.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"\xc8\x03\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12&\n\x07sampler\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12%\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_end\x18\x07 \x01(\x08\x12\x14\n\x0cwith_latents\x18\x08 \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12*\n\nprompt_ids\x18\n \x01(\x0b\x32\x16.colaserve.v1.TokenIds\x12\x15\n\rprint_special\x18\x0b \x01(\x08\x12\x12\n\ncache_salt\x18\x0c \x01(\t\x12\x1a\n\rpreview_every\x18\r \x01(\rH\x02\x88\x01\x01\x12\x13\n\x0bwith_probes\x18\x0e \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x0f\n\r_top_logprobsB\x10\n\x0e_preview_every\"\xcb\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12&\n\x07latents\x18\x05 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x31\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1a.colaserve.v1.FinishReason\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.colaserve.v1.Usage\x12$\n\x06timing\x18\x08 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12%\n\x04seed\x18\t \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x0e\n\x06tokens\x18\n \x03(\t\x12\x14\n\x0ctext_offsets\x18\x0b \x03(\r\x12\x13\n\x0bstop_string\x18\x0c \x01(\t\x12&\n\x07preview\x18\r \x01(\x0b\x32\x15.colaserve.v1.Preview\x12$\n\x06probes\x18\x0e \x01(\x0b\x32\x14.colaserve.v1.Probes\"b\n\x07Preview\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12&\n\x07latents\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x0c\n\x04text\x18\x04 \x01(\t\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"2\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"!\n\x1fGenerationServiceGetInfoRequest\"\xb3\x03\n GenerationServiceGetInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\'\n\x05model\x18\x02 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x03 \x01(\t\x12$\n\x06limits\x18\x04 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x05 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12.\n\x0f\x64\x65\x66\x61ult_sampler\x18\x06 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12\x30\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x08 \x01(\r\x12\x12\n\nchat_frame\x18\t \x01(\t\x12\x0f\n\x07\x65nd_ids\x18\n \x03(\r\x12\x0e\n\x06pad_id\x18\x0b \x01(\r\x12\'\n\x06stages\x18\x0c \x03(\x0b\x32\x17.colaserve.v1.StageInfo\x12\x13\n\x0b\x64\x65scription\x18\r \x01(\t\"\x9a\x01\n\tStageInfo\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12\r\n\x05space\x18\x06 \x01(\t2\xe6\x02\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.colaserve.v1.GenerateRequest\x1a\x1e.colaserve.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.colaserve.v1.TokenizeRequest\x1a\x1e.colaserve.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.colaserve.v1.DetokenizeRequest\x1a .colaserve.v1.DetokenizeResponse\x12h\n\x07GetInfo\x12-.colaserve.v1.GenerationServiceGetInfoRequest\x1a..colaserve.v1.GenerationServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63olaserve/v1/generation.proto\x12\x0c\x63olaserve.v1\x1a\x18\x63olaserve/v1/types.proto\"\xd9\x03\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12&\n\x07sampler\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12%\n\x04seed\x18\x05 \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_end\x18\x07 \x01(\x08\x12\x14\n\x0cwith_latents\x18\x08 \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12*\n\nprompt_ids\x18\n \x01(\x0b\x32\x16.colaserve.v1.TokenIds\x12\x15\n\rprint_special\x18\x0b \x01(\x08\x12\x12\n\ncache_salt\x18\x0c \x01(\t\x12\x1a\n\rpreview_every\x18\r \x01(\rH\x02\x88\x01\x01\x12\x13\n\x0bwith_probes\x18\x0e \x01(\x08\x12\x0f\n\x07\x63hoices\x18\x0f \x03(\tB\x11\n\x0f_max_new_tokensB\x0f\n\r_top_logprobsB\x10\n\x0e_preview_every\"\xf7\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.colaserve.v1.TopLogprobs\x12&\n\x07latents\x18\x05 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x31\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1a.colaserve.v1.FinishReason\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.colaserve.v1.Usage\x12$\n\x06timing\x18\x08 \x01(\x0b\x32\x14.colaserve.v1.Timing\x12%\n\x04seed\x18\t \x01(\x0b\x32\x17.colaserve.v1.NoiseSeed\x12\x0e\n\x06tokens\x18\n \x03(\t\x12\x14\n\x0ctext_offsets\x18\x0b \x03(\r\x12\x13\n\x0bstop_string\x18\x0c \x01(\t\x12&\n\x07preview\x18\r \x01(\x0b\x32\x15.colaserve.v1.Preview\x12$\n\x06probes\x18\x0e \x01(\x0b\x32\x14.colaserve.v1.Probes\x12*\n\x07\x63hoices\x18\x0f \x03(\x0b\x32\x19.colaserve.v1.ChoiceScore\"A\n\x0b\x43hoiceScore\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"b\n\x07Preview\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12&\n\x07latents\x18\x03 \x01(\x0b\x32\x15.colaserve.v1.Latents\x12\x0c\n\x04text\x18\x04 \x01(\t\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"2\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"!\n\x1fGenerationServiceGetInfoRequest\"\xb3\x03\n GenerationServiceGetInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\'\n\x05model\x18\x02 \x01(\x0b\x32\x18.colaserve.v1.ModelShape\x12\r\n\x05space\x18\x03 \x01(\t\x12$\n\x06limits\x18\x04 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12(\n\x06server\x18\x05 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12.\n\x0f\x64\x65\x66\x61ult_sampler\x18\x06 \x01(\x0b\x32\x15.colaserve.v1.Sampler\x12\x30\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x16.colaserve.v1.Sampling\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x08 \x01(\r\x12\x12\n\nchat_frame\x18\t \x01(\t\x12\x0f\n\x07\x65nd_ids\x18\n \x03(\r\x12\x0e\n\x06pad_id\x18\x0b \x01(\r\x12\'\n\x06stages\x18\x0c \x03(\x0b\x32\x17.colaserve.v1.StageInfo\x12\x13\n\x0b\x64\x65scription\x18\r \x01(\t\"\x9a\x01\n\tStageInfo\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12(\n\x06server\x18\x04 \x01(\x0b\x32\x18.colaserve.v1.ServerInfo\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.colaserve.v1.Limits\x12\r\n\x05space\x18\x06 \x01(\t2\xe6\x02\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.colaserve.v1.GenerateRequest\x1a\x1e.colaserve.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.colaserve.v1.TokenizeRequest\x1a\x1e.colaserve.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.colaserve.v1.DetokenizeRequest\x1a .colaserve.v1.DetokenizeResponse\x12h\n\x07GetInfo\x12-.colaserve.v1.GenerationServiceGetInfoRequest\x1a..colaserve.v1.GenerationServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colaserve.v1.generation_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=74
-  _globals['_GENERATEREQUEST']._serialized_end=530
-  _globals['_GENERATERESPONSE']._serialized_start=533
-  _globals['_GENERATERESPONSE']._serialized_end=992
-  _globals['_PREVIEW']._serialized_start=994
-  _globals['_PREVIEW']._serialized_end=1092
-  _globals['_TOKENIZEREQUEST']._serialized_start=1094
-  _globals['_TOKENIZEREQUEST']._serialized_end=1125
-  _globals['_TOKENIZERESPONSE']._serialized_start=1127
-  _globals['_TOKENIZERESPONSE']._serialized_end=1180
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1182
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1220
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1222
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1272
-  _globals['_GENERATIONSERVICEGETINFOREQUEST']._serialized_start=1274
-  _globals['_GENERATIONSERVICEGETINFOREQUEST']._serialized_end=1307
-  _globals['_GENERATIONSERVICEGETINFORESPONSE']._serialized_start=1310
-  _globals['_GENERATIONSERVICEGETINFORESPONSE']._serialized_end=1745
-  _globals['_STAGEINFO']._serialized_start=1748
-  _globals['_STAGEINFO']._serialized_end=1902
-  _globals['_GENERATIONSERVICE']._serialized_start=1905
-  _globals['_GENERATIONSERVICE']._serialized_end=2263
+  _globals['_GENERATEREQUEST']._serialized_end=547
+  _globals['_GENERATERESPONSE']._serialized_start=550
+  _globals['_GENERATERESPONSE']._serialized_end=1053
+  _globals['_CHOICESCORE']._serialized_start=1055
+  _globals['_CHOICESCORE']._serialized_end=1120
+  _globals['_PREVIEW']._serialized_start=1122
+  _globals['_PREVIEW']._serialized_end=1220
+  _globals['_TOKENIZEREQUEST']._serialized_start=1222
+  _globals['_TOKENIZEREQUEST']._serialized_end=1253
+  _globals['_TOKENIZERESPONSE']._serialized_start=1255
+  _globals['_TOKENIZERESPONSE']._serialized_end=1308
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1310
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1348
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1350
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1400
+  _globals['_GENERATIONSERVICEGETINFOREQUEST']._serialized_start=1402
+  _globals['_GENERATIONSERVICEGETINFOREQUEST']._serialized_end=1435
+  _globals['_GENERATIONSERVICEGETINFORESPONSE']._serialized_start=1438
+  _globals['_GENERATIONSERVICEGETINFORESPONSE']._serialized_end=1873
+  _globals['_STAGEINFO']._serialized_start=1876
+  _globals['_STAGEINFO']._serialized_end=2030
+  _globals['_GENERATIONSERVICE']._serialized_start=2033
+  _globals['_GENERATIONSERVICE']._serialized_end=2391
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "max_new_tokens", "sampler", "sampling", "seed", "stop", "ignore_end", "with_latents", "top_logprobs", "prompt_ids", "print_special", "cache_salt", "preview_every", "with_probes")
+    __slots__ = ("prompt", "max_new_tokens", "sampler", "sampling", "seed", "stop", "ignore_end", "with_latents", "top_logprobs", "prompt_ids", "print_special", "cache_salt", "preview_every", "with_probes", "choices")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
     WITH_PROBES_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     max_new_tokens: int
     sampler: _types_pb2.Sampler
@@ -36,10 +37,11 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     preview_every: int
     with_probes: bool
-    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., print_special: bool = ..., cache_salt: _Optional[str] = ..., preview_every: _Optional[int] = ..., with_probes: bool = ...) -> None: ...
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., sampler: _Optional[_Union[_types_pb2.Sampler, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.Sampling, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_end: bool = ..., with_latents: bool = ..., top_logprobs: _Optional[int] = ..., prompt_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., print_special: bool = ..., cache_salt: _Optional[str] = ..., preview_every: _Optional[int] = ..., with_probes: bool = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed", "tokens", "text_offsets", "stop_string", "preview", "probes")
+    __slots__ = ("text", "token_ids", "logprobs", "top_logprobs", "latents", "finish_reason", "usage", "timing", "seed", "tokens", "text_offsets", "stop_string", "preview", "probes", "choices")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,7 @@ class GenerateResponse(_message.Message):
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_FIELD_NUMBER: _ClassVar[int]
     PROBES_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -68,7 +71,18 @@ class GenerateResponse(_message.Message):
     stop_string: str
     preview: Preview
     probes: _types_pb2.Probes
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., stop_string: _Optional[str] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[ChoiceScore]
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[_types_pb2.TopLogprobs, _Mapping]]] = ..., latents: _Optional[_Union[_types_pb2.Latents, _Mapping]] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_types_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_types_pb2.Timing, _Mapping]] = ..., seed: _Optional[_Union[_types_pb2.NoiseSeed, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., text_offsets: _Optional[_Iterable[int]] = ..., stop_string: _Optional[str] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., probes: _Optional[_Union[_types_pb2.Probes, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceScore, _Mapping]]] = ...) -> None: ...
+
+class ChoiceScore(_message.Message):
+    __slots__ = ("text", "token_count", "logprob")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_count: int
+    logprob: float
+    def __init__(self, text: _Optional[str] = ..., token_count: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Preview(_message.Message):
     __slots__ = ("block_index", "step", "latents", "text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -15,7 +15,7 @@ from colaserve_services.gateway.backend import Backend, Info
 from colaserve_services.gateway.dialects.base import Start, Usage, WithoutFirstSpace
 from colaserve_services.gateway.dialects.fields import MOST_MESSAGES, Budget, Strict, Text, TextPart, at_most
 from colaserve_services.gateway.dialects.logprobs import TokenLogprob, positions_of
-from colaserve_services.gateway.dialects.openai import MOST_LOGPROBS, ChoiceDialect, ChoiceFields
+from colaserve_services.gateway.dialects.openai import MOST_LOGPROBS, ChoiceDialect, ChoiceFields, GuidedChoice
 from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.errors import invalid
 
@@ -47,6 +47,10 @@ class ChatRequest(ChoiceFields):
             raise invalid("max_completion_tokens", f"got {newer}, and max_tokens {self.max_tokens}: set one of them")
         return self.max_tokens if newer is None else newer
 
+    def guided(self) -> Sequence[str]:
+        """An answer's text comes without its first space, so a choice is given without it."""
+        return [text if text[:1].isspace() else f" {text}" for text in super().guided()]
+
     def alternatives(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
@@ -69,6 +73,7 @@ class ChatChoice(TypedDict):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    guided_choice: NotRequired[list[GuidedChoice]]
 
 
 class ChatCompletion(TypedDict):
@@ -111,7 +116,8 @@ class Chat(ChoiceDialect[ChatRequest]):
         answer: AnswerMessage = {"role": "assistant", "content": WithoutFirstSpace()(message.text), "refusal": None}
         logprobs = _chat_logprobs(positions_of(message)) if self._logprobs else None
         reason = FINISH_REASONS[message.finish_reason]
-        return {"index": index, "message": answer, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "message": answer, "logprobs": logprobs, "finish_reason": reason}
+        return choice | self.guided(message)
 
     def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
         if index not in self._spoken:
@@ -121,7 +127,7 @@ class Chat(ChoiceDialect[ChatRequest]):
         if text or positions:
             yield self._delta(index, {"content": text}, positions)
         if reason := FINISH_REASONS.get(message.finish_reason):
-            yield self._delta(index, {}, reason=reason)
+            yield {**self._delta(index, {}, reason=reason), **self.guided(message)}
 
     def _delta(
         self,

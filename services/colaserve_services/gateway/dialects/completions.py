@@ -34,6 +34,7 @@ from colaserve_services.gateway.dialects.openai import (
     STOPS,
     ChoiceDialect,
     ChoiceFields,
+    GuidedChoice,
 )
 from colaserve_services.gateway.errors import invalid
 
@@ -43,6 +44,7 @@ _BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill canno
     "logprobs": (None,),
     "echo": (None, False),
     "stop": (None, []),
+    "guided_choice": (None,),
     "ignore_eos": (None, False),
     "skip_special_tokens": (None, True),
     **dict.fromkeys(EACH_BLOCK, (None, 0, False)),
@@ -112,6 +114,7 @@ class CompletionChoice(TypedDict):
     preview: NotRequired[CompletionPreview]
     probes: NotRequired[dict[str, float]]
     latents: NotRequired[dict[str, Any]]
+    guided_choice: NotRequired[list[GuidedChoice]]
 
 
 class Completion(TypedDict):
@@ -162,7 +165,8 @@ class Completions(ChoiceDialect[CompletionRequest]):
     def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
         logprobs = _completion_logprobs(message) if self._logprobs else None
         reason = FINISH_REASONS.get(message.finish_reason)
-        return {"index": index, "text": message.text, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "text": message.text, "logprobs": logprobs, "finish_reason": reason}
+        return choice | self.guided(message)
 
     def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
         more = _of_block(message)

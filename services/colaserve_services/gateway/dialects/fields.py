@@ -142,6 +142,10 @@ class GenerationFields(Strict):
         """How many likely tokens to return beside each token; None: no log-probabilities at all."""
         return None
 
+    def guided(self) -> Sequence[str]:
+        """The texts of which the answer is one; none: free text."""
+        return ()
+
     def end_user(self) -> str:
         """Whom the client calls for; logged."""
         return ""
@@ -165,6 +169,7 @@ def generate_request(prompt: GenerateRequest, fields: GenerationFields) -> Gener
     if (alternatives := fields.alternatives()) is not None:
         request.top_logprobs = alternatives
     request.stop.extend(fields.stops())
+    request.choices.extend(fields.guided())
     request.ignore_end = bool(fields.ignore_eos)
     request.print_special = fields.skip_special_tokens is False
     request.cache_salt = fields.cache_salt or ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.gateway.backend import Info
@@ -37,6 +38,10 @@ class ChoiceFields(GenerationFields):
     stop: StopString | Annotated[list[StopString], at_most(MOST_STOPS)] | None = Field(
         None, description="Up to 4 strings that end the text, which ends before them."
     )
+    guided_choice: Annotated[list[StopString], Field(min_length=2, max_length=64, fail_fast=True)] | None = Field(
+        None,
+        description="2 to 64 texts, of which the answer is one; each choice of the answer has the value of each.",
+    )
     stream_options: StreamOptions | None = None
     user: EndUser | None = Field(None, description="Your end user's id: logged.")
 
@@ -49,8 +54,19 @@ class ChoiceFields(GenerationFields):
     def stops(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def guided(self) -> Sequence[str]:
+        return self.guided_choice or ()
+
     def end_user(self) -> str:
         return self.user or ""
+
+
+class GuidedChoice(TypedDict):
+    """One of `guided_choice`: its tokens, and the sum of their log-probabilities."""
+
+    text: str
+    tokens: int
+    logprob: float
 
 
 C = TypeVar("C", bound=ChoiceFields)
@@ -69,6 +85,8 @@ class ChoiceDialect(Dialect[C]):
                       "system_fingerprint": info.space}  # fmt: skip
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "needs stream to be true")
+        if body.guided_choice and body.choices() > 1:
+            raise invalid("n", f"got {body.choices()}, expected 1 beside guided_choice", "unsupported_parameter")
         self._usage_chunk = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._logprobs = body.alternatives() is not None
 
@@ -86,6 +104,12 @@ class ChoiceDialect(Dialect[C]):
 
     def failure(self, error: ApiError) -> bytes:
         return event(error.content())
+
+    def guided(self, message: GenerateResponse) -> dict[str, list[GuidedChoice]]:
+        """What a choice has beside its text when that was one of several."""
+        pairs = zip(self.body.guided_choice or (), message.choices, strict=False)
+        found = [GuidedChoice(text=text, tokens=each.token_count, logprob=each.logprob) for text, each in pairs]
+        return {"guided_choice": found} if found else {}
 
     @abstractmethod
     def choice(self, index: int, message: GenerateResponse) -> Mapping[str, Any]:
