@@ -1,4 +1,4 @@
-"""The verbs of `colaserve eval`: run, score, sweep, report, vae."""
+"""The verbs of `colaserve eval`: run, score, sweep, report, vae, retrieval."""
 
 import asyncio
 import sys
@@ -29,6 +29,7 @@ from colaserve_eval.demo import demo_tasks, held_out_texts
 from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_settings
 from colaserve_eval.records import EvalError, Record, read_records, write_object
 from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
+from colaserve_eval.retrieval import retrieval
 from colaserve_eval.runner import GenerationSettings, Limits, run_tasks
 from colaserve_eval.scores import Table, score, score_table
 from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
@@ -219,6 +220,23 @@ def vae(
         output.mkdir(parents=True, exist_ok=True)
         write_object(output / VAE_FILE, figures)
     show(figures, figures_table(figures), as_json)
+
+
+@evaluate.command("retrieval", short_help="How well vectors of latents find the demo's questions again.")
+@server_options
+@json_option
+def retrieval_command(server: Server, as_json: bool) -> None:
+    """Let held-out phrasings of the demo's questions look for trained ones that ask for the same, by the vectors of
+    `colaserve embed` and, beside them, by a bag of words.
+    """
+
+    async def main() -> dict[str, Mapping[str, float]]:
+        async with connected(server) as client:
+            return await retrieval(client)
+
+    found = asyncio.run(main())
+    headings = ["vectors", "queries", "documents", "first %", "reciprocal rank"]
+    show(found, (headings, [[name, *map(str, each.values())] for name, each in found.items()]), as_json)
 
 
 def show(value: Any, rows: Table, as_json: bool) -> None:

@@ -242,11 +242,8 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
         )
 
     def _branch(self, request, number):
-        branch = request.branches[number]
-        budget = branch.max_new_tokens or request.max_new_tokens or 32
-        alone = generation_pb2.GenerateRequest(max_new_tokens=budget, stop=branch.stop, with_latents=True)
-        if branch.HasField("seed"):
-            alone.seed.CopyFrom(branch.seed)
+        branch, alone = request.branches[number], generation_pb2.GenerateRequest(with_latents=True)
+        alone.max_new_tokens = branch.max_new_tokens or request.max_new_tokens or 32
         for index, block in enumerate(Generation(self.behaviour)._blocks(alone)):
             fields = {field.name: value for field, value in block.ListFields()}
             yield latent_service_pb2.ForkResponse(branch=number, block_index=index, **fields)

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from colaserve_services.gateway import inference, latents, playground, shapes
+from colaserve_services.gateway import embeddings, inference, latents, playground, shapes
 from colaserve_services.gateway.answer import Answer, json_response
 from colaserve_services.gateway.backend import Backend, Reach
 from colaserve_services.gateway.body import checked_body
@@ -55,6 +55,7 @@ def create_app(
     gateway = Gateway(backend, settings, metrics)
     endpoints = [
         *_endpoints(gateway),
+        embeddings.endpoint(backend, settings),
         *latents.endpoints(backend, settings),
         *inference.endpoints(backend, settings.bounds, gateway.ready),
         *playground.endpoints(),

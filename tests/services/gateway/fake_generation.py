@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from colaserve.v1 import generation_pb2 as pb
 from colaserve.v1 import latent_service_pb2 as latent_pb
 from colaserve.v1 import types_pb2
@@ -217,6 +219,17 @@ class FakeInfill(LatentServiceServicer):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def Embed(self, request: latent_pb.EmbedRequest, context: Any) -> latent_pb.EmbedResponse:
+        """A vector of the length, the number of the pooling, and whether it is scaled."""
+        response = latent_pb.EmbedResponse()
+        for ids in [each.ids for each in request.sequences] or [text.encode() for text in request.texts]:
+            if len(ids) > 100:
+                raise InvalidRequest("texts[0]", "needs 101 latent positions")
+            values = np.array([len(ids), request.pooling, request.normalize, *[0] * 13], "<f4")
+            tensor = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=[16], data=values.tobytes())
+            response.embeddings.add(values=tensor, token_count=len(ids), space="0123456789abcdef")
+        return response
 
     async def Logprobs(self, request: latent_pb.LogprobsRequest, context: Any) -> latent_pb.LogprobsResponse:
         ids = list(request.ids.ids) or list(request.text.encode())

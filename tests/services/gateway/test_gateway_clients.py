@@ -86,6 +86,39 @@ async def test_openai_completes_prompts_and_takes_our_fields(client: openai.Asyn
     assert keyed.fake.seen[0].request.sampler.steps == 3
 
 
+async def test_openai_embeds_texts_and_tokens(client: openai.AsyncOpenAI):
+    """As base64, which it asks for unless told otherwise, and as numbers."""
+    for one in ("fox", [102, 111, 120]):
+        answer = await client.embeddings.create(model=MODEL, input=one, dimensions=16, user="me")
+        assert answer.data[0].embedding[:4] == [3, 1, 1, 0]  # tokens, the mean, of length 1
+        assert (answer.model, answer.usage.prompt_tokens, answer.usage.total_tokens) == (MODEL, 3, 3)
+    for several in (["a"] * 600, [[97]] * 600):
+        answer = await client.embeddings.create(
+            model=MODEL, input=[*several, several[0] * 2], encoding_format="float",
+            extra_body={"pooling": "last_block", "normalize": False},
+        )  # fmt: skip
+        assert [each.index for each in answer.data] == list(range(601))
+        assert [each.embedding[:4] for each in answer.data] == [*[[1, 2, 0, 0]] * 600, [2, 2, 0, 0]]
+        assert answer.usage.prompt_tokens == 602
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["a", ""]}, "input[1]"),
+        ({"input": [[1], []]}, "input[1]"),
+        ({"input": [1, -1]}, "input"),
+        ({"input": "a" * 101}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"dimensions": 8}, "dimensions"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+        ({"extra_body": {"pooling": "per_block"}}, "pooling"),
+        ({"extra_body": {"store": True}}, "store"),
+    ]
+    for fields, param in wrong:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.embeddings.create(**{"model": MODEL, "input": "a"} | fields)
+        assert refused.value.param == param
+
+
 async def test_the_synchronous_client_does_the_same(keyed: Running):
     def ask() -> tuple[str, str, list[str]]:
         with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="secret", max_retries=0) as sync:
