@@ -111,11 +111,12 @@ def test_the_block_under_way_is_shown_behind_the_text_and_replaced_by_what_it_be
 
 
 def test_a_prompt_of_wide_characters_is_left_as_it_is(server: FakeServer) -> None:
-    with on_a_terminal(server, 9, "日本e\u0301", "--watch", "--echo") as (process, ours):
+    prompt = "日本e\u0301" * 9  # more than the terminal has rows for
+    with on_a_terminal(server, 9, prompt, "--watch", "--echo") as (process, ours):
         terminal = Terminal(9)
         terminal.feed(read(ours))
         assert process.wait(30) == 0
-    assert "".join(terminal.text.split()) == "日本e\u0301" + STORY.decode().replace(" ", "")
+    assert "".join(terminal.text.split()) == prompt + STORY.decode().replace(" ", "")
     assert len(terminal.seen) == 3 * 7
 
 

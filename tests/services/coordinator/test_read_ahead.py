@@ -5,6 +5,7 @@ import pytest
 
 from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.errors import Cancelled
+from tests.waiting import eventually
 
 
 class Counting:
@@ -85,3 +86,16 @@ async def test_who_is_cancelled_while_the_stream_closes_hears_of_it():
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
+
+
+async def test_passing_items_give_way_to_the_next_and_are_left_out_where_another_waits():
+    sent = []
+
+    async def stream():
+        for item in ("p1", "p2", "A", "p3", "B"):
+            sent.append(item)
+            yield item
+
+    async with ReadAhead(stream(), passing=lambda item: item.startswith("p")) as ahead:
+        await eventually(lambda: len(sent) == 5)
+        assert [await ahead.next(), await ahead.next(), ahead.received] == ["A", "B", 2]
