@@ -8,7 +8,8 @@ from html import escape
 from typing import Any, Final
 
 _STYLE: Final = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; color: light-dark(#222, #ddd); background: light-dark(#fff, #16181b) }
+a { color: light-dark(#0b5cad, #7fbcff) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin-top: 2.5rem; font-size: 1.1rem; overflow-wrap: anywhere }
 h2 code { background: light-dark(#eef, #223); padding: .15rem .4rem; border-radius: 4px }
@@ -48,7 +49,7 @@ def docs_page(document: Mapping[str, Any], defaults: Mapping[str, Any], playgrou
 
 def _page(title: str, body: str) -> str:
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>{_STYLE}</style></head><body>{body}</body></html>"""
 
 
@@ -57,7 +58,9 @@ def _section(
 ) -> str:
     heading = f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['description'])}</p>"
     answers = ((code, answer["description"]) for code, answer in operation["responses"].items())
-    fields = _table("fields", ["Field", "Type", "Default", "Meaning"], _fields(operation, schemas, defaults))
+    body = operation.get("requestBody", {}).get("content", {}).values()
+    rows = (row for content in body for row in _fields(content["schema"], schemas, defaults))
+    fields = _table("fields", ["Field", "Type", "Default", "Meaning"], rows)
     return heading + fields + _table("statuses", ["Status", "Meaning"], answers)
 
 
@@ -68,16 +71,27 @@ def _table(name: str, heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> 
 
 
 def _fields(
-    operation: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any]
+    reference: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any], path: str = ""
 ) -> Iterator[tuple[str, ...]]:
-    if "requestBody" not in operation:
-        return
-    [content] = operation["requestBody"]["content"].values()
-    schema = schemas[_name(content["schema"])]
-    for name, field in schema["properties"].items():
-        needed = name in schema.get("required", ())
+    """A row for each field of a schema, and behind it for each field in it."""
+    schema = schemas[_name(reference)]
+    for name, field in schema.get("properties", {}).items():
+        needed, where = name in schema.get("required", ()), f"{path}{name}"
         default = json.dumps("" if needed else defaults.get(name, "")).strip('"')
-        yield f"{name} (required)" if needed else name, _type(field), default, field.get("description", "")
+        yield f"{where} (required)" if needed else where, _type(field), default, field.get("description", "")
+        within = defaults if name in ("sampler", "sampling") else {}
+        for items, inner in _objects(field):
+            yield from _fields(inner, schemas, within, f"{where}{items}.")
+
+
+def _objects(field: Mapping[str, Any], items: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The schemas that a field refers to, each with a [] for a list around it."""
+    if "$ref" in field:
+        yield items, field
+    for one in field.get("anyOf", ()):
+        yield from _objects(one, items)
+    if "items" in field:
+        yield from _objects(field["items"], f"{items}[]")
 
 
 def _name(schema: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ async def opened(
         await page.goto(f"{url}/playground")
         yield page
         expected = [line for line in said if refused and f"the server responded with a status of {refused}" in line]
-        assert said == expected
+        assert said == expected, said
         assert bool(expected) == bool(refused)
     finally:
         await context.close()

@@ -137,6 +137,10 @@ async def test_each_tool_does_its_work(served: Served, tmp_path: Path, width: in
         curls, _, _ = await exported(page, tmp_path)
         assert json.loads(shlex.split(curls[-1])[-1]).items() >= {"steps": 16, "guidance_scale": 2}.items()
 
+        await page.goto(f"{served.url}/docs")
+        assert await page.evaluate(WIDTH) <= width
+        assert await page.evaluate(PALE) == []
+
 
 async def test_the_map_shows_the_principal_components(served: Served):
     points = np.random.default_rng(0).normal(size=(20, 5)) * [5, 3, 1, 1, 1]
