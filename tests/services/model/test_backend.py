@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Update
+from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Update, ops
 from colaserve_services.model.backend.pick import Picked, pick, plain
+from colaserve_services.model.backend.self_check import disagreement
+from colaserve_services.model.backend.streams import Stream
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.dit import DiT
 from colaserve_services.model.loading import load
 from tests.conftest import Golden
-from tests.services.kernel_references import on_cpu
+from tests.services.engines.faults import MARK_LATENT, Broken, Network, marked_latents, raises
+from tests.services.kernel_references import on_cpu, references
 
 CPU, B, D = torch.device("cpu"), 4, 16
 
@@ -66,6 +70,36 @@ def test_branches_that_share_the_pages_of_a_prefix_go_on_as_if_each_had_its_own(
         prior.pages.share(prefix)
         torch.testing.assert_close(branch(lambda: prefix + prior.pages.reserve(1), seed, slot), alone[slot])
     assert prior.pages.held == held + 2  # a page of its own each
+
+
+@pytest.fixture
+def checked(tiny: Golden):
+    return load(Checkpoint.open(tiny.directory), "prior", CPU, torch.float32)
+
+
+def test_a_pass_of_several_pieces_that_raises_has_changed_no_slot(checked: DiT) -> None:
+    prior = on_cpu().prior(Network(checked, {MARK_LATENT: raises}), Sizes(1 << 22, 4, B, 128))
+    with torch.inference_mode():
+        pages, others = (array("i", prior.pages.reserve(20)) for _ in range(2))
+        step = Denoise(0, Update(1.0, -0.25, -0.25, keeps=True))
+        context = [Row(others, i, draw(i)) for i in range(20)]
+        found = []
+        for marked in (False, True):
+            run(prior, Row(pages, 0, draw(9), 1000.0, step))
+            if marked:
+                with pytest.raises(Broken):
+                    run(prior, Row(pages, 0, None, 900.0, step), *context, Row(others, 19, marked_latents(draw(1))))
+            found += run(prior, Row(pages, 0, None, 900.0, step))
+        torch.testing.assert_close(found[0].latents, found[1].latents)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_are_not_chosen_where_they_compute_something_else(wrong: bool) -> None:
+    kernels = references()
+    if wrong:
+        kernels.adaln = lambda x, y, gate, scale, *rest: ops.adaln(x, y, gate, 1.01 * scale, *rest)
+    found = disagreement(kernels, Stream(CPU), torch.float32)
+    assert (found is not None and "velocities" in found) if wrong else found is None
 
 
 def test_a_pass_that_raises_has_changed_no_slot(prior) -> None:

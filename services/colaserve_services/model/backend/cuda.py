@@ -144,7 +144,13 @@ class Prior(_Bucketed, reference.Prior):
         stream = self._buckets.stream
         with stream.on():
             begin = stream.mark()
-            found = [stream.fetched(self._buckets.start(filled)[0]) for filled in plan]
+            before = (self._z.clone(), self._previous.clone()) if len(plan) > 1 else None
+            try:
+                found = [stream.fetched(self._buckets.start(filled)[0]) for filled in plan]
+            except Exception:
+                if before is not None:  # a piece may have done its part
+                    self._z.copy_(before[0]), self._previous.copy_(before[1])
+                raise
             end = stream.mark()
         return UnderWay(
             begin, end, lambda: [each for pair in zip(plan, found, strict=True) for each in _denoised(*pair)]

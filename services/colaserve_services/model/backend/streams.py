@@ -90,7 +90,8 @@ class CudaStream(Stream):
     def __init__(self, device: torch.device, priority: int = 0, graphs: bool | None = None):
         super().__init__(device)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from torch 2.9 on; off before
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
         self._stream = torch.cuda.Stream(device, priority)
         self._graphs = os.environ.get("COLASERVE_CUDA_GRAPHS") != "0" if graphs is None else graphs
         self._pool = torch.cuda.graph_pool_handle()
