@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 from colaserve_client import Client, InvalidRequest, Latents, Preview, TokenLogprobs, TopToken, Trajectory, save_latents
 from colaserve_client.cli.main import main
 
-LINE = [Latents(np.full((2, 3), step, np.float32)) for step in (0, 1, 3)]
+LINE = [Latents(np.full((2, 3), step, np.float32) + [9, 0, 0]) for step in (0, 1, 3)]
 
 
 def test_a_heat_map_shows_every_number_around_zero() -> None:
     values = np.array([[1, -4], [2, 3], [0, 0.5]], np.float32)
-    axes = Latents(values).plot(Figure().subplots(), labels=["a", "$b", " c\n"])
+    axes = Latents(values).plot(Figure().subplots(), labels=["a", "$\\b$", " c\n"])
     image = axes.images[0]
     assert np.array_equal(image.get_array(), values.T)
     assert image.get_clim() == (-4, 4)
-    assert [each.get_text() for each in axes.get_xticklabels()] == ["a", "$b", "c"]
+    assert [each.get_text() for each in axes.get_xticklabels()] == ["a", "$\\b$", "c"]
     axes.figure.draw_without_rendering()  # a label is no formula
     with pytest.raises(InvalidRequest, match="labels: got 1, expected one for each of 3 positions"):
         Latents(values).plot(labels=["a"])
@@ -40,7 +40,7 @@ def test_a_trajectory_is_drawn_in_the_plane_where_it_moves() -> None:
 
 def test_steps_of_several_lengths_are_compared_by_their_means() -> None:
     mixed = Trajectory([LINE[0], LINE[2][:1]], labels=["a", "b"])
-    assert mixed.vectors().tolist() == [[0, 0, 0], [3, 3, 3]]
+    assert mixed.vectors().tolist() == [[9, 0, 0], [12, 3, 3]]
     assert mixed.labels == ("a", "b")
     assert Trajectory(LINE[:1]).plane()[0].tolist() == [[0, 0]]
 
