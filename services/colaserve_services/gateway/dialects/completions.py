@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired
@@ -11,9 +10,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from colaserve.v1 import types_pb2
-from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse, Preview
+from colaserve.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from colaserve.v1.latent_service_pb2 import InfillRequest, InfillSegment, LogprobsRequest
-from colaserve_client.arrays import shortest
 from colaserve_client.results import FinishReason
 from colaserve_client.settings import GenerationRequest
 from colaserve_services.bounds import FINISH_REASONS
@@ -37,6 +35,7 @@ from colaserve_services.gateway.dialects.openai import (
     GuidedChoice,
 )
 from colaserve_services.gateway.errors import invalid
+from colaserve_services.gateway.json_form import plain
 
 MOST_PROMPTS: Final = 1_024
 _BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill cannot honour -> values that ask for nothing
@@ -207,20 +206,8 @@ class Completions(ChoiceDialect[CompletionRequest]):
 
 def _of_block(message: GenerateResponse) -> dict[str, Any]:
     """What comes with a block, or a preview, on request."""
-    found: dict[str, Any] = {}
-    if message.HasField("preview"):
-        look = message.preview
-        found["preview"] = {"block_index": look.block_index, "step": look.step, "text": look.text, **_latents(look)}
-    if message.HasField("probes"):
-        found["probes"] = {field.name: shortest(value) for field, value in message.probes.ListFields()}
-    return found | _latents(message)
-
-
-def _latents(message: GenerateResponse | Preview) -> dict[str, Any]:
-    if not message.HasField("latents"):
-        return {}
-    values, data = message.latents.values, b64encode(message.latents.values.data).decode()
-    return {"latents": {"shape": list(values.shape), "dtype": "float32", "data": data, "space": message.latents.space}}
+    parts = ("preview", "probes", "latents")
+    return {name: plain(getattr(message, name), as_lists=False) for name in parts if message.HasField(name)}
 
 
 def _completion_logprobs(message: GenerateResponse) -> CompletionLogprobs:
