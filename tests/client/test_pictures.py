@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from colaserve_client import Client, InvalidRequest, Latents, Preview, TokenLogprobs, TopToken, Trajectory, save_latents
 from colaserve_client.cli.main import main
 
-LINE = [Latents(np.full((2, 3), step, np.float32) + [9, 0, 0]) for step in (0, 1, 3)]
+LINE = [Latents(np.full((2, 3), step) + np.array([9, 0, 0])) for step in (0, 1, 3)]
 
 
 def test_a_heat_map_shows_every_number_around_zero() -> None:
