@@ -1,4 +1,4 @@
-"""The verbs of `colaserve eval`: run, score, sweep, report, vae, retrieval."""
+"""The verbs of `colaserve eval`: run, score, sweep, report, vae, likelihood, retrieval."""
 
 import asyncio
 import sys
@@ -19,14 +19,16 @@ from colaserve_client.cli.options import (
     option,
     sampler_options,
     sampling_options,
+    scoring_options,
     server_options,
 )
 from colaserve_client.cli.output import echo, plain, print_json, table
 from colaserve_client.cli.types import Listed
 from colaserve_client.client import AsyncClient
-from colaserve_client.settings import SOLVERS, Sampler, Sampling, Solver
+from colaserve_client.settings import SOLVERS, Sampler, Sampling, Scoring, Solver
 from colaserve_eval.demo import demo_tasks, held_out_texts
 from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_settings
+from colaserve_eval.likelihood import measure as measure_likelihood
 from colaserve_eval.records import EvalError, Record, read_records, write_object
 from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
 from colaserve_eval.retrieval import retrieval
@@ -237,6 +239,32 @@ def retrieval_command(server: Server, as_json: bool) -> None:
     found = asyncio.run(main())
     headings = ["vectors", "queries", "documents", "first %", "reciprocal rank"]
     show(found, (headings, [[name, *map(str, each.values())] for name, each in found.items()]), as_json)
+
+
+@evaluate.command("likelihood", short_help="Tell right answers from wrong ones by likelihood.")
+@click.argument("file", type=FILE)
+@click.option("--limit", type=click.IntRange(1), help="At most so many questions, evenly spread.")
+@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of wrong answers, draws and probes.")
+@scoring_options
+@concurrency_option
+@server_options
+@json_option
+def likelihood_command(
+    file: Path, limit: int | None, seed: int, scoring: Scoring, concurrency: int, server: Server, as_json: bool
+) -> None:
+    """Score each answer of FILE (jsonl: prompt, ground_truth), and another question's that has as many tokens.
+
+    auc is the probability that a right answer scores above a wrong one; paired, above that of the same question.
+    """
+    questions = spread(read_records(file), limit)
+
+    async def main() -> dict[str, Any]:
+        async with connected(server) as client:
+            with _progress(2 * len(questions), "scores") as bar:
+                return await measure_likelihood(client, questions, scoring, seed, concurrency, bar.update)
+
+    figures = asyncio.run(main())
+    show(figures, figures_table(figures), as_json)
 
 
 def show(value: Any, rows: Table, as_json: bool) -> None:
