@@ -1,5 +1,5 @@
 # make demo   set up, then answer a question through all services
-# make test   set up, then run the tests
+# make test   set up, then run the tests; those of the gateway's page need Chromium, and are skipped without
 # make clean  remove all that the others made
 # TORCH_INDEX=URL chooses where torch comes from: outside a mirror that has CPU builds, the default Linux wheel is CUDA's.
 

@@ -23,10 +23,7 @@ function open() {
   showExport(name);
 }
 
-async function begin() {
-  $("#settings details").open = matchMedia("(min-width: 50rem)").matches;
-  addEventListener("hashchange", open);
-  open();
+async function load() {
   try {
     const [openapi, models] = await Promise.all([answer("openapi.json"), answer("v1/models")]);
     const [model] = models.data;
@@ -36,8 +33,13 @@ async function begin() {
     showSettings(openapi, model.defaults);
     document.body.setAttribute("data-ready", "");
   } catch (problem) {
-    $("header").append(el("p", { class: "error", role: "alert" }, problem.message));
+    const again = el("button", { type: "button", onclick: () => { said.remove(); load(); } }, "Try again");
+    const said = el("p", { class: "error", role: "alert" }, problem.message, " ", again);
+    $("header").append(said);
   }
 }
 
-begin();
+$("#settings details").open = matchMedia("(min-width: 50rem)").matches;
+addEventListener("hashchange", open);
+open();
+load();
