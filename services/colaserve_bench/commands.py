@@ -9,6 +9,7 @@ import click
 
 from colaserve_bench.checkpoint import PRESETS, make_checkpoint
 from colaserve_bench.engine import engine, solvers
+from colaserve_bench.fork import fork
 from colaserve_bench.load import load
 from colaserve_bench.prefix import prefix
 from colaserve_bench.serve import serve
@@ -41,5 +42,5 @@ def make_checkpoint_command(directory: Path, preset: str, dtype: str, seed: int)
     run_or_explain(work)
 
 
-for _verb in (engine, solvers, stable, stall, load, prefix, serve):
+for _verb in (engine, solvers, stable, stall, load, prefix, fork, serve):
     bench.add_command(_verb)

@@ -157,6 +157,14 @@ def test_a_known_prefix_is_compared_with_a_new_one(run_bench: Callable[..., Any]
     assert (row["pairs"], row["ratio"]) == (1, pytest.approx(row["warm_seconds"] / row["cold_seconds"]))
 
 
+@pytest.mark.slow
+def test_a_fork_is_compared_with_one_prefill_and_a_block_of_all(run_bench: Callable[..., Any]) -> None:
+    result, report = run_bench("fork", "--start=up", "--prefix-latents=32", "--branches=3")
+    assert result.exit_code == 0, result.output
+    (row,) = report["rows"]
+    assert row["ratio"] == pytest.approx(row["fork_seconds"] / (row["prefill_seconds"] + row["together_seconds"]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [

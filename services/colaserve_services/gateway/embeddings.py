@@ -16,7 +16,6 @@ from typing_extensions import TypedDict
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
-from colaserve_client.arrays import shortest_all
 from colaserve_services.gateway.answer import CallsAnswer, json_response
 from colaserve_services.gateway.backend import Backend, Info
 from colaserve_services.gateway.dialects.fields import EndUser, Strict, Text, TokenIds, at_most
@@ -139,7 +138,7 @@ class EmbeddingsAnswer(CallsAnswer):
     def _vector(self, data: bytes) -> list[float] | str:
         if self.body.encoding_format == "base64":
             return base64.b64encode(data).decode()
-        numbers: list[float] = shortest_all(np.frombuffer(data, "<f4"))
+        numbers: list[float] = np.frombuffer(data, "<f4").tolist()
         return numbers
 
     def last_events(self) -> Iterable[bytes]:
