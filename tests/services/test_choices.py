@@ -12,7 +12,7 @@ from colaserve_services.coordinator import rows
 from tests.conftest import load_golden
 from tests.services.systems import System, ids_of, system, text_of
 
-PROMPT, CHOICES = "He looked at the river and then he", [" said", " sat down by the fire and said", " went"]
+PROMPT, CHOICES = "He looked at the river and then", [" said", " sat down by the fire and said", " went"]
 SEED: dict[str, Any] = {"seed": {"base_seed": 5}, "sampler": {"steps": 4}}
 
 
