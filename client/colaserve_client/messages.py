@@ -121,11 +121,11 @@ def _settings(field: Any, value: Any, where: str) -> Message:
     """A message of settings, or of a mapping of them; of a seed, a number is the base_seed of sample 0."""
     kind = _SETTINGS[field.name]
     if kind is Steering and isinstance(value, Mapping):
-        try:
-            value = kind(**{name: each for name, each in value.items() if each is not None})
-        except TypeError as error:
-            known = ", ".join(fields_of(kind))
-            raise invalid(where, f"got the fields {', '.join(value) or 'none'}, expected those of {known}") from error
+        given = {name: each for name, each in value.items() if each is not None}
+        if "direction" not in given or given.keys() - fields_of(kind):
+            expected = f"direction, and what else is wanted of {', '.join(fields_of(kind))}"
+            raise invalid(where, f"got {', '.join(given) or 'nothing'}, expected {expected}")
+        value = kind(**given)
     value = NoiseSeed(value) if kind is NoiseSeed and not isinstance(value, NoiseSeed) else of_kind(value, kind, where)
     return settings_message(message_factory.GetMessageClass(field.message_type), value, f"{where}.")
 

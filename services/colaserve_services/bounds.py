@@ -62,7 +62,7 @@ def given(message: Any, table: Fields, path: str) -> dict[str, Any]:
     for name, field in table.items():
         value = getattr(message, name)
         if field.multiple:
-            found[name] = list(value)
+            found[name] = value
         elif field.choices is None:
             if message.HasField(name):
                 found[name] = value
