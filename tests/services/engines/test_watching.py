@@ -60,7 +60,7 @@ def watched(prior: Any, wanted: SampleJob, every: int = 1) -> tuple[list[Written
         if run.done:
             return blocks, previews
         commits = [Row(pages, run.committed + i, block) for i, block in enumerate(run.uncommitted)]
-        *_, result = prior.run(prior.plan([*commits, run.row(0, pages)])).results()
+        *_, result = prior.run(prior.plan([*commits, *run.rows(0, pages, 1)])).results()
         run.commit(len(commits))
         run.advance(result)
         if run.preview is not None:
