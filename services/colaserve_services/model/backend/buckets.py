@@ -13,34 +13,10 @@ from torch import Tensor
 from colaserve_services.model.backend import Row
 from colaserve_services.model.backend.streams import Moment, Stream
 
+# Blocks: two a session, those of contexts and finished ones; what lacks is computed in vain.
 ROWS: Final = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    20,
-    24,
-    32,
-    40,
-    48,
-    56,
-    64,
-    72,
-    96,
-    128,
-    144,
-    160,
-    192,
-    224,
-    256,
-    288,
-    320,
-    384,
-)  # of blocks: two a session, a context's and finished ones; what lacks is computed in vain
+    1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 72, 96, 128, 144, 160, 192, 224, 256, 288, 320, 384,
+)  # fmt: skip
 KEYS: Final = 256  # of a split of the kernels' attention
 STEERING: Final = 1024  # columns of `Denoise.steering` in a pass; rpc/steering.py takes no more for a row
 _ALIGNED = 16  # bytes: compiled kernels are told so
