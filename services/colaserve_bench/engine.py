@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import click
-import torch
 
 from colaserve_bench.engines import AHEAD, Engines, Load, run, started
 from colaserve_bench.peak import Peak
@@ -27,7 +26,7 @@ from colaserve_bench.verbs import (
     say,
 )
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.model.cpu_features import narrow_dtype
+from colaserve_services.model.loading import dtype_beside
 
 SESSIONS, CONTEXT = Column("sessions", "sessions"), Column("context", "context")
 TOKENS = Column("tokens_per_second", "tokens/s", "{:.1f}", drawn=True)
@@ -90,7 +89,7 @@ async def measure_engine(
     measured: list[Row] = []
     with _started(options, sessions, context, blocks, decoder) as engines:
         device = engines.prior.model.device
-        dtype = narrow_dtype() if engines.dtype == torch.int8 else engines.dtype  # int8's own peak is not asked for
+        dtype = dtype_beside(engines.dtype)  # int8's and float8's own peak is not asked for
         peak = await engines.device_calls.run(lambda: Peak(engines.checkpoint, device, dtype))
         for number, count, length in itertools.product(range(rounds), sessions, context):
             load = Load(count, length, blocks, sampler_of(options))

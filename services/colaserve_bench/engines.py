@@ -25,11 +25,12 @@ from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import UsageError
 from colaserve_services.model import loading
 from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import SamplerSettings, schedule
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "float8": FLOAT8}
 AHEAD = EngineLimits().run_ahead  # blocks that a session writes while others are still at their contexts
 _ANY = 1 << 50  # bytes: benchmarks reserve what they need
 

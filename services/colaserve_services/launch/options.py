@@ -33,7 +33,7 @@ TEXT = Text()
 TRIMMED = Trimmed()
 FILE = TrimmedPath(path_type=Path, dir_okay=False)
 MODEL = click.Path()
-DTYPES = click.Choice(["auto", "float32", "bfloat16", "int8"])
+DTYPES = click.Choice(["auto", "float32", "bfloat16", "int8", "float8"])
 POSITIVE = click.IntRange(1, 2**32 - 1)  # what a uint32 of the wire contract holds
 COUNT = click.IntRange(0, 2**32 - 1)
 SECONDS = Number(0, MOST_SECONDS)

@@ -90,8 +90,8 @@ class Compute:
     )
     dtype: str = option(
         "auto",
-        "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA. int8, on a CPU: the matrices of the prior's and "
-        "the decoder's layers.",
+        "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA. int8, on a CPU, and float8, on a GPU: the "
+        "matrices of the prior's and the decoder's layers.",
         DTYPES,
     )
     threads: int | None = option(

@@ -25,9 +25,9 @@ from colaserve_services.errors import CheckpointError, InvalidRequest, StepFaile
 from colaserve_services.launch.memory import budgets
 from colaserve_services.launch.observers import EngineMetrics, Failing
 from colaserve_services.launch.progress import Progress
-from colaserve_services.model import int8, loading
+from colaserve_services.model import float8, int8, loading
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.model.cpu_features import lacks_bfloat16, narrow_dtype
+from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.engine import PriorEngine
@@ -148,15 +148,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: float32 on a CPU, bfloat16 on CUDA. UsageError when it cannot be computed in here."""
     if name == "int8" and (reason := "it is for CPUs" if device.type == "cuda" else int8.missing()):
         raise UsageError(f"--dtype: int8 cannot be had here: {reason}")
+    if name == "float8" and (reason := float8.missing(device)):
+        raise UsageError(f"--dtype: float8 cannot be had here: {reason}")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[name]
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "float8": float8.FLOAT8}
+    return dtypes[name]
 
 
 def _picked(stage: str, device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
-    return device, narrow_dtype() if stage == "encoder" and dtype == torch.int8 else dtype
+    return device, loading.dtype_beside(dtype) if stage == "encoder" else dtype
 
 
 def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:

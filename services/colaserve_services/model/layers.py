@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colaserve_services.model.cpu_features import lacks_bfloat16, packs
+from colaserve_services.model.float8 import FLOAT8, Float8Weight
 from colaserve_services.model.int8 import Int8Weight
 
 # attend(layer, q, k, v) -> output: mixes rows. Queries, keys and values are (..., heads, head_dim), after norm and
@@ -40,16 +41,16 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.activation = activation
         self._packed: Tensor | None = None
-        self._int8: Int8Weight | None = None
+        self._quantized: Int8Weight | Float8Weight | None = None
         self._widens = self._in_epilogue = False
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self._packed is not None:
             x = x.to(self.weight.dtype)
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *_FUSED[self.activation])
-        if self._int8:
+        if self._quantized:
             gelu = self.activation == "gelu_tanh"
-            product = self._int8.product(x, self.bias, gelu, self.weight.dtype)
+            product = self._quantized.product(x, self.bias, gelu, self.weight.dtype)
             return product if gelu else _ACTIVATIONS[self.activation](product)
         if self._widens:
             return self._widened(x)
@@ -78,12 +79,12 @@ class Linear(nn.Linear):
             self._widens = weight.dtype == torch.bfloat16 and lacks_bfloat16() is not None
 
     @property
-    def is_int8(self) -> bool:
-        return self._int8 is not None
+    def is_quantized(self) -> bool:
+        return self._quantized is not None
 
-    def quantize(self, dtype: torch.dtype) -> None:
-        """Keep the weight, which must be float32, as int8; outputs are in `dtype`, and so is what comes in."""
-        self._int8 = Int8Weight(self.weight.detach())
+    def quantize(self, kind: torch.dtype, dtype: torch.dtype) -> None:
+        """Keep the weight, which must be float32, as int8 or float8; outputs are in `dtype`, as what comes in is."""
+        self._quantized = (Float8Weight if kind == FLOAT8 else Int8Weight)(self.weight.detach())
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     def _widened(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from colaserve_services.errors import CheckpointError
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import narrow_dtype
 from colaserve_services.model.dit import DiT
+from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.layers import Linear
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 from colaserve_services.model.weights import WeightFolder
@@ -35,25 +36,30 @@ def load(
 ) -> Any:
     """The network of a stage (TextVAEEncoder, DiT or TextVAEDecoder); weights of the others are not read.
 
-    `dtype` int8 means the matrices of the layers; all else is then in `narrow_dtype()`. Tensors are read, cast and
-    placed one after the other, so that only one is held twice.
+    `dtype` int8 or float8 means the matrices of the layers; all else is then in `dtype_beside`. Tensors are read, cast
+    and placed one after the other, so that only one is held twice.
     """
     model, folder, slots = _empty(checkpoint, stage)
-    int8, dtype = dtype == torch.int8, narrow_dtype() if dtype == torch.int8 else dtype
+    kind, dtype = dtype, dtype_beside(dtype)
     total, done = sum(folder.entries[name].nbytes for name in slots), 0
     with torch.no_grad():
         for name, stored in folder.read(slots):
             _check_finite(folder.entries[name].path, name, stored)
             owner, attribute = slots[name]
-            quantized = int8 and _OF_LAYERS.search(name) is not None and isinstance(owner, Linear)
+            quantized = kind != dtype and _OF_LAYERS.search(name) is not None and isinstance(owner, Linear)
             value = stored.to(device, torch.float32 if quantized else _target_dtype(owner, dtype), copy=True)
             setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
             if isinstance(owner, Linear) and not any(each.is_meta for each in owner.parameters(recurse=False)):
-                owner.quantize(dtype) if quantized else owner.pack()
+                owner.quantize(kind, dtype) if quantized else owner.pack()
             done += folder.entries[name].nbytes
             if progress is not None:
                 progress(done, total)
     return model.eval()
+
+
+def dtype_beside(dtype: torch.dtype) -> torch.dtype:
+    """What is computed beside the matrices of layers in `dtype`."""
+    return {torch.int8: narrow_dtype(), FLOAT8: torch.bfloat16}.get(dtype, dtype)
 
 
 def check(checkpoint: Checkpoint) -> None:

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from colaserve_services.model.backend import ops
 from colaserve_services.model.backend.ops import PageShape, Rows, Storage
+from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import SamplerSettings, solve
+from colaserve_services.model.layers import Linear
 
 pytest.importorskip("triton")
 
 from colaserve_services.model import kernels
 from colaserve_services.model.kernels.adaln import residual_norm_reference, swiglu_reference
+from colaserve_services.model.kernels.fp8 import product_reference, quantized
 from colaserve_services.model.kernels.qkv import wide_qkv_reference
 from colaserve_services.model.kernels.registry import launches
 from colaserve_services.model.kernels.update import BEGINS, KEEPS, update_reference
@@ -219,6 +222,25 @@ def test_update(solver: str, shape: tuple[int, int], dtype: torch.dtype) -> None
         assert difference(got.nan_to_num(), expected.nan_to_num()) < BOUND[FLOAT32]
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 48, 16), (33, 528, 48), (130, 64, 144)])
+def test_products_of_float8(rows: int, inputs: int, outputs: int) -> None:
+    """The interpreter cuts numbers off at float8 where torch rounds them."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(rows))
+    x, bias = draw(rows, inputs).to(BFLOAT16), draw(outputs).to(BFLOAT16)
+    linear = Linear(inputs, outputs, activation="gelu_tanh")
+    linear.weight, linear.bias = torch.nn.Parameter(draw(outputs, inputs)), torch.nn.Parameter(bias)
+    weight, scales = quantized(linear.weight.detach())
+    linear.quantize(FLOAT8, BFLOAT16)
+    with torch.inference_mode():
+        x[1] *= 10
+        x[2, 5] = NAN
+        found, expected = linear(x), product_reference(x, weight, scales, bias, gelu=True)
+        assert torch.equal(found.isnan(), expected.isnan())
+        some = torch.arange(rows) != 2
+        assert difference(found[some], expected[some]) < 0.08
+        assert difference(found[1:2], expected[1:2]) < 0.08
+
+
 def test_they_are_ops_that_graphs_and_shapes_can_be_made_of() -> None:
     given, D = case(VAES[0], FLOAT32), 12
     at = given.rows.tables, given.rows.table, given.rows.history, given.rows.own
@@ -233,6 +255,9 @@ def test_they_are_ops_that_graphs_and_shapes_can_be_made_of() -> None:
     check(colaserve.adaln, (x, x.clone(), *table.unbind(1), torch.tensor([0, 1, 1]).int(), 1e-5, BFLOAT16))
     check(colaserve.residual_norm, (x, x.clone(), None, None, 1e-5, BFLOAT16, "x"))
     check(colaserve.swiglu, (x,))
+    x = torch.randn(16, 16)
+    product = colaserve.float8_product, (x, *quantized(x), None, False)
+    check(*product, test_utils="test_faketensor")  # the other cannot multiply float8
     z, entries = torch.zeros(2, 4, D), torch.zeros(1, 8, dtype=torch.int32)
     rest = torch.zeros(1, 8), torch.zeros(1, 4, dtype=torch.bool), z[:1].clone(), torch.zeros(1, D + 2)
     check(colaserve.update, (z[0].clone(), z[:1].clone(), z, z.clone(), entries, *rest))

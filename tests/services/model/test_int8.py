@@ -65,7 +65,7 @@ def test_a_number_that_is_not_finite_spoils_its_row_alone() -> None:
 def test_only_the_matrices_of_the_layers_are_quantised() -> None:
     for stage in ("prior", "decoder"):
         model = load(Checkpoint.open(GOLDEN / "tiny_b4"), stage, CPU, torch.int8)
-        quantised = {name for name, each in model.named_modules() if isinstance(each, Linear) and each.is_int8}
+        quantised = {name for name, each in model.named_modules() if isinstance(each, Linear) and each.is_quantized}
         assert quantised
         assert all(name.startswith("blocks.") and ".ada." not in name for name in quantised)
 
@@ -73,3 +73,5 @@ def test_only_the_matrices_of_the_layers_are_quantised() -> None:
 def test_where_it_cannot_be_had_it_is_refused() -> None:
     with pytest.raises(UsageError, match="int8 cannot be had here: it is for CPUs"):
         pick_dtype("int8", torch.device("cuda"))
+    with pytest.raises(UsageError, match="float8 cannot be had here: it is for GPUs"):
+        pick_dtype("float8", CPU)

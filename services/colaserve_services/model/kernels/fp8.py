@@ -9,10 +9,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.kernels.registry import launch, padded, warps_of
 
-FLOAT8 = torch.float8_e4m3fn
 _LARGEST = 448.0
+_MULTIPLE = 16  # of inputs and outputs
 _LEAST = 1e-12  # of a scale's numerator: rows of zeros
 # Up to so many rows: tiles of rows, columns and sums, warps, stages. Few rows wait for the weights' bytes: small tiles
 # of columns, so that all of a card reads them.
@@ -29,16 +30,18 @@ def _quantize(x, out, scales, LARGEST: tl.constexpr, LEAST: tl.constexpr, D: tl.
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, TILE)
     value = tl.load(x + i * D + d, d < D, 0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value)), LEAST) / LARGEST
+    scale = tl.maximum(tl.max(tl.abs(value)), LEAST) / LARGEST + tl.sum(value * 0.0)  # NaN if one is not finite
     tl.store(out + i * D + d, (value / scale).to(tl.float8e4nv), d < D)
     tl.store(scales + i, scale)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "outputs", "inputs"])
 def _product(
-    x, x_scales, weight, scales, bias, out, rows, GELU: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    x, x_scales, weight, scales, bias, out, rows, outputs, inputs, MULTIPLE: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """`outputs` and `inputs` are numbers of multiples, so that one compiled kernel takes all weights, as they lie."""
+    N, K = outputs * MULTIPLE, inputs * MULTIPLE
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     found = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -75,6 +78,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu
     """
     assert x.is_contiguous(), "rows lie one after the other"
     (R, K), N = x.shape, len(weight)
+    assert N % _MULTIPLE == K % _MULTIPLE == 0, f"inputs and outputs are multiples of {_MULTIPLE}, got {K} and {N}"
     inner, inner_scales = torch.empty_like(x, dtype=FLOAT8), torch.empty(R, device=x.device)
     out, tile = x.new_empty(R, N), padded(K)
     launch(
@@ -82,8 +86,9 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu
     )
     rows, columns, sums, warps, stages = next(tiles for most, tiles in _TILES if most >= R)
     launch(
-        _product, (-(-N // columns), -(-R // rows)), inner, inner_scales, weight, scales, bias, out, R, GELU=gelu, N=N,
-        K=K, ROWS=rows, COLUMNS=columns, SUMS=sums, warps=warps, stages=stages,
+        _product, (-(-N // columns), -(-R // rows)), inner, inner_scales, weight, scales, bias, out, R,
+        N // _MULTIPLE, K // _MULTIPLE, MULTIPLE=_MULTIPLE, GELU=gelu, ROWS=rows, COLUMNS=columns, SUMS=sums,
+        warps=warps, stages=stages,
     )  # fmt: skip
     return out
 
