@@ -83,8 +83,8 @@ class Compute:
 
     device: Mapping[str, str] = option(
         lambda: {"": "cpu"},
-        "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1. With a GPU, up runs the stages of "
-        "each one in a process of their own.",
+        "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1. With a GPU, up runs the stages "
+        "of each one in a process of their own.",
         Devices(),
         "cpu",
     )
