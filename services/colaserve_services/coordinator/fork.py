@@ -17,7 +17,7 @@ from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_seed
 from colaserve_services.coordinator.generation import write
 from colaserve_services.coordinator.latent_space import given_latents
-from colaserve_services.coordinator.plan import Plan, plan_behind
+from colaserve_services.coordinator.plan import Plan, check_stops, plan_behind
 from colaserve_services.coordinator.read_ahead import side_by_side
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
@@ -85,6 +85,7 @@ def _plans(
     plans = []
     for index, branch in enumerate(request.branches):
         own, path = generation_pb2.GenerateRequest(), f"branches[{index}]."
+        check_stops(branch.stop, f"{path}stop")  # before they are copied
         own.CopyFrom(shared)
         own.seed.sample_id += index
         _replace(own, branch)

@@ -82,7 +82,7 @@ def plan_behind(
     blocks = -(-(redecoded + budget) // services.model.block_tokens)
     name = "choices" if choices.texts else "max_new_tokens"
     _check_fits(services.model, tokens, budget, context + blocks * services.model.block_size, name)
-    _check_stops(request.stop)
+    check_stops(request.stop)
     check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
     check(PREVIEW_EVERY, "preview_every", request.preview_every)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
@@ -132,10 +132,11 @@ def _check_fits(model: Model, prompt: int, budget: int, needed: int, name: str) 
         )
 
 
-def _check_stops(stops: Sequence[str]) -> None:
+def check_stops(stops: Sequence[str], field: str = "stop") -> None:
+    """InvalidRequest naming the field when there are too many stop strings, or one is none."""
     if len(stops) > MOST_STOPS:
-        raise InvalidRequest("stop", f"got {len(stops)} strings, expected at most {MOST_STOPS}")
+        raise InvalidRequest(field, f"got {len(stops)} strings, expected at most {MOST_STOPS}")
     if not all(stops):
-        raise InvalidRequest("stop", "got an empty string, expected strings of one character or more")
+        raise InvalidRequest(field, "got an empty string, expected strings of one character or more")
     if (longest := max(map(len, stops), default=0)) > stop_strings.LONGEST:
-        raise InvalidRequest("stop", f"got {longest} characters, expected at most {stop_strings.LONGEST} in a string")
+        raise InvalidRequest(field, f"got {longest} characters, expected at most {stop_strings.LONGEST} in a string")

@@ -105,7 +105,7 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
     if isinstance(error, ApiError):
         return error
     if isinstance(error, grpc.RpcError):
-        error = error_from_rpc(error)
+        error = _of_rpc(error, "what this needs")
     if isinstance(error, InvalidRequest):
         return _invalid_upstream(error, {**FIELD_NAMES, **(names or {})})
     if isinstance(error, TimeoutError):
@@ -122,10 +122,14 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
 
 def with_own_names(error: grpc.RpcError, lacking: str) -> Exception:
     """The error of a call whose fields are called as the request's; `lacking` is what an earlier coordinator lacks."""
+    known = _of_rpc(error, lacking)
+    return ApiError(400, str(known), "invalid_value", known.field) if isinstance(known, InvalidRequest) else known
+
+
+def _of_rpc(error: grpc.RpcError, lacking: str) -> ColaserveError:
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return Unavailable(f"the coordinator is of an earlier version, without {lacking}")
-    known = error_from_rpc(error)
-    return ApiError(400, str(known), "invalid_value", known.field) if isinstance(known, InvalidRequest) else known
+    return error_from_rpc(error)
 
 
 def _invalid_upstream(error: InvalidRequest, names: Mapping[str, str]) -> ApiError:

@@ -159,6 +159,7 @@ NOISE = types_pb2.Tensor(dtype=1, shape=[2, 4, 2], data=bytes(64))
         (r"branches\[1\].max_new_tokens: got 0", {"branches": [{}, {"max_new_tokens": 0}]}),
         (r"branches\[0\].sampler.steps: got 0", {"branches": [{"sampler": {"steps": 0}}]}),
         (r"branches\[0\].stop: got an empty string", {"branches": [{"stop": [""]}]}),
+        (r"branches\[0\].stop: got 99 strings", {"branches": [{"stop": ["a"] * 99}]}),
         (r"branches\[1\].seed.sample_id: got 10000", {"seed": {"sample_id": 9999}, "branches": [{}, {}]}),
         (r"branches\[0\].noise.shape: got \[2, 4, 2\], expected \[3, 4, 2\]", {"branches": [{"noise": NOISE}]}),
         (

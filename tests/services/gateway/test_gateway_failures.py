@@ -6,10 +6,14 @@ import asyncio
 import json
 import logging
 import re
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from typing import Any
 
+import grpc
 import pytest
 
+from colaserve.v1.latent_service_pb2_grpc import LatentServiceServicer
 from colaserve_services.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -159,6 +163,22 @@ async def test_the_servers_bound_holds_for_every_deadline(start):
     gateway = await start(GatewaySettings(bounds=Bounds(request_seconds=5)))
     await gateway.http.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-timeout": "1000"})
     assert gateway.fake.seen[0].seconds <= 5
+
+
+class Older(LatentServiceServicer):
+    """What a coordinator without forks answers."""
+
+    async def Fork(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        yield
+
+
+async def test_a_coordinator_of_an_earlier_version_is_said_to_be_one():
+    fake = FakeGeneration()
+    async with running(fake, stub=coordinator_stub(LocalStub(fake), LocalStub(Older()))) as gateway:
+        answer = await gateway.complete(n=2)
+        assert (answer.status_code, "of an earlier version" in answer.json()["error"]["message"]) == (503, True)
+        assert (await gateway.complete()).status_code == 200
 
 
 async def test_more_texts_than_may_run_side_by_side_wait(start):
