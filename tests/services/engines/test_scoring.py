@@ -9,11 +9,12 @@ from torch import Tensor
 
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest
+from colaserve_services.errors import DeadlineExceeded, InvalidRequest, StepFailed
 from colaserve_services.model.likelihood import log_density
 from colaserve_services.prior.scoring_run import ScoredBlock, ScoreJob, ScoringSession, scoring_settings
 from tests.conftest import load_golden
 from tests.services.engines.conftest import Engines, engines
+from tests.services.engines.faults import MARK_LATENT, Fault, Network, marked_job, not_finite, raises
 from tests.services.engines.runs import freed, job, noise, patiently, sample
 from tests.waiting import eventually
 
@@ -98,6 +99,21 @@ async def test_a_score_is_the_same_alone_beside_others_and_preempted() -> None:
         for block, same in zip(written, sampled, strict=True):
             torch.testing.assert_close(same.latents, block.latents, rtol=0, atol=1e-4)
     assert preemptions.count > 0
+
+
+@pytest.mark.parametrize("fault", [raises, not_finite])
+async def test_a_score_that_fails_ends_alone(fault: Fault) -> None:
+    golden, wanted = load_golden("tiny_b4"), score_job(1)
+    with engines(golden.directory) as stages:
+        alone = await score(stages, wanted)
+    with engines(golden.directory, network=lambda network: Network(network, {MARK_LATENT: fault})) as stages:
+        works = [score(stages, marked_job(score_job(2))), score(stages, wanted), sample(stages, job(7))]
+        failed, scored, sampled = await asyncio.gather(*works, return_exceptions=True)
+        assert isinstance(failed, StepFailed)
+        assert isinstance(scored, list)
+        assert len(sampled) == 2  # type: ignore[arg-type]
+        torch.testing.assert_close(numbers(scored), numbers(alone), rtol=0, atol=0.02)
+        await freed(stages)
 
 
 async def test_leaving_and_a_deadline_free_what_a_score_holds() -> None:
