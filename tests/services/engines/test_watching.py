@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from colaserve_services.engine.session import Outbox
-from colaserve_services.model.backend import Row, Sizes
+from colaserve_services.model.backend import Denoised, Row, Sizes
 from colaserve_services.model.backend.pick import pick
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import SamplerSettings, Steering, schedule
 from colaserve_services.model.loading import load
 from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, Written
+from colaserve_services.prior.watch import Watch
 from tests.conftest import Golden
 from tests.services.engines.conftest import CPU, engines
 from tests.services.engines.runs import EMPTY, job, noise, sample
@@ -156,6 +157,16 @@ async def test_a_block_ends_after_steps_that_hardly_move_it_and_resumes_the_same
     for again in (resumed[0], together[1][1]):
         torch.testing.assert_close(again.latents, blocks[1].latents, rtol=1e-4, atol=1e-4)
         assert again.step == blocks[1].step
+
+
+def test_only_steps_in_a_row_count_and_only_open_positions() -> None:
+    settings = SamplerSettings(steps=7, stable_steps=2, stable_distance=0.5)
+    watch, stable = Watch(settings, 0, with_probes=False, known=torch.tensor([True, False])), []
+    for known, open_ in ((0.0, 0.0), (9.0, 0.1), (0.0, 2.0), (9.0, 2.2), (0.0, 2.4)):
+        clean = torch.tensor([[known] * 4, [open_] * 4])
+        watch.evaluated(True, Denoised(clean, clean, clean))
+        stable.append(watch.is_stable)
+    assert stable == [False, False, False, False, True]
 
 
 class Ones(torch.nn.Module):
