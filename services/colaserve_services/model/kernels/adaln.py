@@ -40,15 +40,9 @@ def _adaln(
 
 @torch.library.custom_op("colaserve::adaln", mutates_args=("x",))
 def adaln(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    index: Tensor,
-    eps: float,
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, index: Tensor, eps: float,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As ops.adaln: x += gate y, in place; then LayerNorm without affine, times scale, plus shift: (R, D) in `dtype`.
 
     x (R, D) float32; gate, scale and shift are rows (K, D) of a table, `index` (R,) int32 the row for each position:
