@@ -46,13 +46,14 @@ from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import Overloaded
-from colaserve_services.model import kernels
+from colaserve_services.model import float8, kernels
 from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda, ops
 from colaserve_services.model.backend.buckets import ROWS
 from colaserve_services.model.backend.streams import CudaStream, Stream
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.kernels import fp8
 from colaserve_services.model.loading import STAGES, load
 from colaserve_services.model.sampling import Draw, SamplingSettings, sample_blocks
 from colaserve_services.prior.sampling_run import SampleJob
@@ -67,6 +68,7 @@ def parity():
     for dtype, most in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
         for name in ("tiny_b4", "tiny_b4_vae1", "tiny_b16_scaled"):
             golden(name, dtype, most)
+    float8_against_torch()
 
 
 def paged(shape, histories):
@@ -93,6 +95,18 @@ def attention_against_float64():
         exact = ops.Storage(shape._replace(dtype=torch.float64), storage.memory.shape[2], DEVICE)
         exact.memory.copy_(storage.memory)
         say(f"attention {dtype}", relative(got, ops.attention(exact, 0, q.double(), rows)), most=most)
+
+
+def float8_against_torch():
+    """Every kind of tile. The interpreter cuts numbers off where a GPU rounds them."""
+    if not TOY and (reason := float8.missing(DEVICE)):
+        say("float8", reason)
+        return
+    for rows in (3,) if TOY else (3, 24, 100, 300):
+        x, weight = (torch.randn(count, 64 if TOY else 2048, device=DEVICE) for count in (rows, 256))
+        given = x.to(torch.bfloat16), *fp8.quantized(weight), None, True
+        apart = relative(fp8.product(*given), fp8.product_reference(*given))
+        say(f"float8, {rows} rows", apart, most=0.1 if TOY else 2e-2)
 
 
 def attention_alone():
@@ -208,6 +222,11 @@ def products(x, weights):
         torch.nn.functional.linear(x, weight)
 
 
+def products_of_float8(x, weights):
+    for weight in weights:
+        fp8.product(x, *weight, None, False)
+
+
 def ceilings():
     size = 1 << (20 if TOY else 32)
     one, other = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
@@ -215,11 +234,15 @@ def ceilings():
     D = 64 if TOY else 2048
     for name, out, inner in (("qkv", 3 * D, D), ("out", D, D), ("mlp in", 4 * D, D), ("mlp out", D, 4 * D)):
         weights = [torch.randn(out, inner, device=DEVICE, dtype=DTYPE) for _ in range(8)]  # more than a cache
+        pairs = [fp8.quantized(weight) for weight in weights[: 1 if TOY else 8]]
         for rows in ROWS[:: 8 if TOY else 3]:
             x = torch.randn(16 * rows, inner, device=DEVICE, dtype=DTYPE)
             took = seconds(partial(products, x, weights)) / len(weights)
             floor = max(2 * 16 * rows * out * inner / FLOPS, 2 * out * inner / BANDWIDTH)
             say(f"{name}, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6)
+            if rows == 1 if TOY else not float8.missing(DEVICE):
+                took = seconds(partial(products_of_float8, x, pairs)) / len(pairs)
+                say(f"{name} in float8, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6 / 2)
     attention_alone()
 
 
