@@ -134,7 +134,9 @@ def _of_rpc(error: grpc.RpcError, lacking: str) -> ColaserveError:
 
 def _invalid_upstream(error: InvalidRequest, names: Mapping[str, str]) -> ApiError:
     field = error.field.partition("[")[0]
-    param = names.get(error.field) or names.get(field) or field.rpartition(".")[2]
+    within = error.field.removeprefix(field)
+    own = field.rpartition(".")[2] + (within if "." in within else "")
+    param = names.get(error.field) or names.get(field) or own
     return invalid(param, str(error).removeprefix(f"{error.field}: "))
 
 

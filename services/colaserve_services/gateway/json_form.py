@@ -118,7 +118,10 @@ def _field(field: Any) -> tuple[Any, Any]:
     kind: Any = _kind(field, schema_of)
     if _is_repeated(field):
         kind = Annotated[list[kind], at_most(MOST_IDS)]
-    return kind | None, Field(None, description=comment_of(field))
+    about = comment_of(field)
+    for name, number in choices_of(field.enum_type).items() if field.enum_type else ():
+        about = about.replace(field.enum_type.values_by_number[number].name, name)
+    return kind | None, Field(None, description=about)
 
 
 def _kind(field: FieldDescriptor, of_message: Callable[[Descriptor], Any]) -> Any:

@@ -77,8 +77,10 @@ def _fields(
     schema = schemas[_name(reference)]
     for name, field in schema.get("properties", {}).items():
         needed, where = name in schema.get("required", ()), f"{path}{name}"
-        default = json.dumps("" if needed else defaults.get(name, "")).strip('"')
-        yield f"{where} (required)" if needed else where, _type(field), default, field.get("description", "")
+        about = field.get("description", "")
+        own, end, rest = about.removeprefix("[").partition("]") if about.startswith("[") else ("", "", about)
+        default = own if end else json.dumps("" if needed else defaults.get(name, "")).strip('"')
+        yield f"{where} (required)" if needed else where, _type(field), default, rest.strip()
         within = defaults if name in ("sampler", "sampling") else {}
         for items, inner in _objects(field):
             yield from _fields(inner, schemas, within, f"{where}{items}.")

@@ -216,6 +216,9 @@ async def test_the_documents_page_shows_the_served_models_defaults_or_none(start
     assert row.format(defaults["guidance_scale"]) in page
     assert row.format(defaults["guidance_scale"]).replace("<td>g", "<td>sampler.g") in page
     assert "<td>segments[].token_count</td>" in page
+    score = page.partition("<code>POST /v1/latents/score</code>")[2]
+    assert "<td>solver</td><td>&#x27;euler&#x27; | &#x27;ab2&#x27; | &#x27;heun&#x27;</td><td>heun</td>" in score
+    assert "<td>steps</td><td>integer 0..4294967295</td><td>32</td>" in score
     gateway.fake.info_failure = Unavailable("away")
     away = await start()
     assert row.format("") in (await away.http.get("/docs")).text

@@ -170,5 +170,6 @@ def test_a_guided_choice_is_the_same_over_grpc_and_http(served: Served) -> None:
     for fields in ({"stop": "."}, {"temperature": 1}, {"n": 2}, {"guided_choice": ["a"]}):
         refused = served.http.post(COMPLETIONS, json=body | fields)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, *fields)
+    assert refused.json()["error"]["message"] == "guided_choice: got 1 items, expected 2 or more"
     same = served.http.post(COMPLETIONS, json=body | {"guided_choice": ["a", "b", "a"]}).json()["error"]
     assert same["param"] == "guided_choice[2]"

@@ -73,6 +73,7 @@ async def test_what_fails_before_the_first_block_has_its_status(
         (COMPLETIONS, "sampler.guidance_end", "guidance_end"),
         (COMPLETIONS, "sampling.top_p", "top_p"),
         (COMPLETIONS, "stop[1]", "stop"),
+        (COMPLETIONS, "sampler.steering[1].direction.shape", "steering[1].direction.shape"),
         (COMPLETIONS, "top_logprobs", "logprobs"),
     ],
 )
