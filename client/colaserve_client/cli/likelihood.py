@@ -44,6 +44,8 @@ def logprobs(
       colaserve logprobs "The capital of France is Paris."
       colaserve logprobs --latents france.safetensors --id 17 --json
     """
+    if (text is None) == (file is None):
+        raise click.UsageError("give TEXT or --latents, one of them")
     if not as_json and (top_logprobs or logprob_ids or all_logprobs or logprobs_dtype):
         raise click.UsageError("--top-logprobs, --id, --all and --dtype are seen with --json only")
     found = client.logprobs(

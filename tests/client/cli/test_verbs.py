@@ -214,6 +214,8 @@ def test_logprobs_of_a_text_or_of_latents(run: Run, tmp_path: Path) -> None:
     Latents([[97, 0], [98, 0]]).save(tmp_path / "ab")
     found = run("logprobs", "--latents", tmp_path / "ab", "--id", "7", "--id", "8", "--json").json
     assert (found["text"], found["position_logprobs"]) == ("ab", [[-0.5, -0.5], [-0.5, -0.5]])
+    for given in ((), ("ab", "--latents", tmp_path / "ab")):
+        assert "give TEXT or --latents, one of them" in run("logprobs", *given).err
 
 
 def test_score_shows_the_bound_and_takes_its_settings(run: Run, behaviour: Behaviour) -> None:
