@@ -109,6 +109,8 @@ def _wire_value(field: Any, repeated: bool, value: Any, where: str) -> Any:
         return names[value]
     if field.message_type is None:
         return strings(value, where) if repeated and field.cpp_type == FieldDescriptor.CPPTYPE_STRING else value
+    if repeated and (isinstance(value, Mapping) or not isinstance(value, Iterable)):
+        raise invalid(where, f"expected a list, got {_shown(value)}")
     if isinstance(value, Message) or (repeated and any(isinstance(each, Message) for each in value)):
         return value
     convert = _MESSAGES.get(field.message_type.name) or partial(_settings, field)

@@ -150,7 +150,8 @@ def _sentence(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "too_long" and "max_length" in fault.get("ctx", {}):
         return f"expected at most {fault['ctx']['max_length']} items"
     if fault["type"] == "too_short":
-        return f"got {fault['ctx']['actual_length']} items, expected {fault['ctx']['min_length']} or more"
+        what = "characters" if isinstance(fault["input"], str) else "items"
+        return f"got {fault['ctx']['actual_length']} {what}, expected {fault['ctx']['min_length']} or more"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     return f"should {message}, got {_shown(fault['input'])}" if "Input should " in fault["msg"] else message
 
