@@ -6,6 +6,7 @@ import doctest
 import importlib
 import io
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -16,6 +17,7 @@ import pytest
 
 import colaserve_client
 from colaserve_client import Client, Latents
+from colaserve_client.cli.batch import KNOWN
 from tests.client.fakes import FakeServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +68,12 @@ def test_every_public_method_of_the_clients_is_shown() -> None:
     shown = {test.name.rpartition(".")[2] for test in BLOCKING if "blocking.Client." in test.name}
     inherited = {"healthy", "wait_until_ready", "close", "target"}
     assert shown == {name for name in dir(Client) if not name.startswith("_")} - inherited
+
+
+def test_the_page_of_the_command_line_names_every_field_of_a_batch() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    named = page.partition("overrides an option:")[2].partition(". Null")[0]
+    assert set(re.findall(r"`(\w+)`", named)) == KNOWN - {"id", "prompt"}
 
 
 def test_the_guide_does_what_it_shows(server: FakeServer, client: Client, tmp_path: Path, monkeypatch: Any) -> None:
