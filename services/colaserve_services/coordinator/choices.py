@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -68,19 +68,24 @@ class Chooser(Writer):
 
     def __init__(self, choices: Choices, detokenizer: Callable[[], Detokenizer], redecoded: int, before: int | None):
         super().__init__(detokenizer(), (), frozenset(), choices.longest, redecoded, before=before)
-        self._choices, self._fresh, self._redecoded, self._prompt_end = choices, detokenizer, redecoded, before
-        self._rows: list[Any] = []
+        self._choices, self._fresh, self._skipped, self._prompt_end = choices, detokenizer, redecoded, before
+        self._logprobs: list[list[float]] = [[] for _ in choices.ids]  # of each choice's tokens so far
+        looked_up = np.array(choices.lookup.logprob_ids)
+        self._columns = [np.searchsorted(looked_up, ids) for ids in choices.ids]
 
     def read(self, decoded: decoder_pb2.DecodeResponse) -> Piece:
         self.append(decoded.token_ids)  # it counts, and previews go on from here
         self.sent = 0
         found = decoded.position_logprobs
-        self._rows.append(np.frombuffer(found.data, "<f4").reshape(tuple(found.shape)))
+        values = np.frombuffer(found.data, "<f4").reshape(tuple(found.shape))[self._skipped :]
+        self._skipped = 0
+        for columns, logprobs in zip(self._columns, self._logprobs, strict=True):
+            own = columns[len(logprobs) : len(logprobs) + len(values)]
+            logprobs += values[range(len(own)), own].tolist()  # no more is kept: a row has a column for each id
         return self._best() if self.finish_reason else Piece()
 
     def _best(self) -> Piece:
-        values, columns = np.concatenate(self._rows)[self._redecoded :], list(self._choices.lookup.logprob_ids)
-        each = [values[range(len(ids)), np.searchsorted(columns, ids)].tolist() for ids in self._choices.ids]
+        each = self._logprobs
         totals = [math.fsum(logprobs) for logprobs in each]
         for text, logprobs, total in zip(self._choices.texts, each, totals, strict=True):
             self.scores.append(generation_pb2.ChoiceScore(text=text, token_count=len(logprobs), logprob=total))
