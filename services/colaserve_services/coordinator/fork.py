@@ -20,7 +20,7 @@ from colaserve_services.coordinator.latent_space import given_latents
 from colaserve_services.coordinator.plan import Plan, check_stops, plan_behind
 from colaserve_services.coordinator.read_ahead import side_by_side
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.rpc import arrays
+from colaserve_services.rpc import arrays, steering
 
 MOST_BRANCHES: Final = 128
 AT_ONCE: Final = 16
@@ -78,6 +78,7 @@ def _plans(
         raise InvalidRequest("branches", f"got {len(request.branches)} branches, expected 1 to {MOST_BRANCHES}")
     tokens = len(ids) if latents is None else rows.count(latents) * services.model.patch_size
     shared = generation_pb2.GenerateRequest(with_latents=True)
+    _check_counts(request, "")
     _replace(shared, request)
     shared.seed.CopyFrom(resolve_seed(request.seed if request.HasField("seed") else None, 1))
     names = {"prompt": str(request.WhichOneof("prefix"))}
@@ -85,12 +86,18 @@ def _plans(
     plans = []
     for index, branch in enumerate(request.branches):
         own, path = generation_pb2.GenerateRequest(), f"branches[{index}]."
-        check_stops(branch.stop, f"{path}stop")  # before they are copied
+        _check_counts(branch, path)
         own.CopyFrom(shared)
         own.seed.sample_id += index
         _replace(own, branch)
         plans.append(_with_own(services, branch, _planned(services, own, ids, tokens, names, path), path))
     return plans
+
+
+def _check_counts(given: pb.ForkRequest | pb.ForkBranch, path: str) -> None:
+    """Of what is copied item by item, before it is."""
+    check_stops(given.stop, f"{path}stop")
+    steering.check_count(given.sampler.steering, f"{path}sampler.steering")
 
 
 def _planned(

@@ -26,9 +26,14 @@ class Probe(NamedTuple):
 
 def read(messages: Sequence[types_pb2.Steering], field: str, latent_dim: int) -> list[Probe]:
     """The probes. Raises InvalidRequest naming what one cannot have."""
+    check_count(messages, field)
+    return [_read(message, f"{field}[{i}]", latent_dim) for i, message in enumerate(messages)]
+
+
+def check_count(messages: Sequence[types_pb2.Steering], field: str) -> None:
+    """InvalidRequest when there are too many probes."""
     if len(messages) > MOST:
         raise InvalidRequest(field, f"got {len(messages)} probes, expected at most {MOST}")
-    return [_read(message, f"{field}[{i}]", latent_dim) for i, message in enumerate(messages)]
 
 
 def _read(message: types_pb2.Steering, field: str, latent_dim: int) -> Probe:

@@ -1,6 +1,7 @@
 """A branch is what a generation alone would be, at whatever block it is taken up; the prefix is encoded once."""
 
 import asyncio
+import time
 from contextlib import aclosing
 from typing import Any
 
@@ -160,6 +161,7 @@ NOISE = types_pb2.Tensor(dtype=1, shape=[2, 4, 2], data=bytes(64))
         (r"branches\[0\].sampler.steps: got 0", {"branches": [{"sampler": {"steps": 0}}]}),
         (r"branches\[0\].stop: got an empty string", {"branches": [{"stop": [""]}]}),
         (r"branches\[0\].stop: got 99 strings", {"branches": [{"stop": ["a"] * 99}]}),
+        (r"branches\[0\].sampler.steering: got 17 probes", {"branches": [{"sampler": {"steering": [{}] * 17}}]}),
         (r"branches\[1\].seed.sample_id: got 10000", {"seed": {"sample_id": 9999}, "branches": [{}, {}]}),
         (r"branches\[0\].noise.shape: got \[2, 4, 2\], expected \[3, 4, 2\]", {"branches": [{"noise": NOISE}]}),
         (
@@ -191,3 +193,15 @@ async def test_a_branch_that_fails_ends_the_call(make_world):
     with pytest.raises(Exception, match="decoder"):
         await answers(world.coordinator.services, pb.ForkRequest(branches=[{}] * 3, **SHARED))
     await eventually(lambda: world.running == (0, 0))
+
+
+@pytest.mark.parametrize("of_all", [True, False])
+async def test_very_many_probes_are_refused_before_they_are_copied(world, of_all: bool):
+    sampler = types_pb2.Sampler.FromString(b"\x4a\x00" * 500_000)  # steering, each empty
+    request = (
+        pb.ForkRequest(branches=[{}], sampler=sampler) if of_all else pb.ForkRequest(branches=[{"sampler": sampler}])
+    )
+    begun = time.process_time()
+    with pytest.raises(InvalidRequest, match=r"sampler\.steering: got 500000 probes"):
+        await answers(world.coordinator.services, request)
+    assert time.process_time() - begun < 0.1
