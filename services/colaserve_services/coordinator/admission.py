@@ -49,6 +49,7 @@ class Ticket:
     stage: str
     size: int = 0  # latents that it needs there
     first: bool = False  # the call does nothing before it has this one, and is refused when it waits too long
+    slow: bool = False  # it is not preempted in good time: such hold at most half of the slots
     resuming: bool = False  # its run has made progress
     granted: asyncio.Future[None] | None = None  # set while it waits; done once it is launched
     running: bool = False
@@ -72,6 +73,7 @@ class _Queue:
     capacity: int  # what its replicas say that they take
     limit: int  # the same, or what it took when it refused one
     running: int = 0
+    slow: int = 0  # of these
     launched: int = 0  # since a slot was left to other coordinators
     waiting: list[Ticket] = field(default_factory=list)
     refused: list[Ticket] = field(default_factory=list)  # by the stage, and not taken since; some are tried again now
@@ -81,17 +83,22 @@ class _Queue:
 
     def stop(self, ticket: Ticket) -> None:
         """It runs no more."""
-        ticket.running, self.running = False, self.running - 1
+        ticket.running, self.running, self.slow = False, self.running - 1, self.slow - ticket.slow
         self.probe = None if self.probe is ticket else self.probe
+
+    def holds_back(self, ticket: Ticket) -> bool:
+        """Whether slots are left for others than it and its like."""
+        return ticket.slow and self.slow >= max(self.limit // 2, 1)
 
     def candidates(self) -> list[Ticket]:
         """Those that may be tried now."""
         if self.running >= self.limit and (self.too_large == math.inf or self.probe is not None):
             return []
-        here = [ticket for ticket in self.refused if ticket.granted is not None or not ticket.preempted]
-        overdue = [ticket for ticket in here if ticket.passed >= _PASSES][:1]  # it may be on its way to the queue
+        here = [each for each in self.refused if each.granted is not None or not each.preempted]
+        due = (each for each in here if each.passed >= _PASSES and not self.holds_back(each))
+        overdue = [*due][:1]  # it may be on its way to the queue
         found = [ticket for ticket in overdue or self.waiting if ticket.granted is not None and not ticket.running]
-        return [ticket for ticket in found if ticket.size < self.too_large]
+        return [ticket for ticket in found if ticket.size < self.too_large and not self.holds_back(ticket)]
 
 
 class Admission:
@@ -129,14 +136,14 @@ class Admission:
 
     @asynccontextmanager
     async def slot(
-        self, call: Call, stage: str = COORDINATOR, size: int = 0, brief: bool = False
+        self, call: Call, stage: str = COORDINATOR, size: int = 0, brief: bool = False, slow: bool = False
     ) -> AsyncIterator[Ticket]:
         """Work inside, with the ticket for a session of that size at the stage. Raises Overloaded at once when the
         queue is full or the caller has too many calls, and after waiting too long; DeadlineExceeded when the call's
-        deadline comes first. `brief`: the call tells nothing of how long others take."""
+        deadline comes first. `brief`: the call tells nothing of how long others take. `slow`: see `Ticket`."""
         self.check(call, stage)
         self._present[call.caller] += 1
-        ticket = Ticket(call, stage, size, first=True)
+        ticket = Ticket(call, stage, size, first=True, slow=slow)
         try:
             await self.enter(ticket)
             started, beside = time.monotonic(), self.running
@@ -187,8 +194,9 @@ class Admission:
         """Whether a session should be preempted: it has had its slice, and a much smaller one waits for a slot."""
         if time.monotonic() - ticket.launched < self._limits.slice_seconds:
             return False
-        waiting = self._queues[ticket.stage].waiting
-        return any(_MUCH_SMALLER * other.size <= ticket.size and not other.preempted for other in waiting)
+        queue = self._queues[ticket.stage]
+        waiting = (other for other in queue.waiting if not (other.preempted or queue.holds_back(other)))
+        return any(_MUCH_SMALLER * other.size <= ticket.size for other in waiting)
 
     def preempt(self, ticket: Ticket) -> None:
         """Its session has ended so that others get its slot; `enter` waits for another one. At most 16 later sessions
@@ -243,7 +251,7 @@ class Admission:
             queue.waiting.remove(ticket)
             if queue.running >= queue.limit:
                 queue.probe = ticket
-            queue.running += 1
+            queue.running, queue.slow = queue.running + 1, queue.slow + ticket.slow
             queue.launched += 1
             ticket.running, ticket.launched = True, time.monotonic()
             if ticket.begins:

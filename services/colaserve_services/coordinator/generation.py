@@ -16,7 +16,7 @@ from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.plan import Plan, plan_generation
 from colaserve_services.coordinator.read_ahead import ReadAhead
-from colaserve_services.coordinator.runs import DecoderRun, PriorRun
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun, is_slow
 from colaserve_services.coordinator.writer import Piece, Writer
 from colaserve_services.rpc import requests, tracing
 from colaserve_services.rpc.errors import grpc_code
@@ -40,7 +40,8 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
     """Write what is planned, a response a block. All that the stages hold for it is freed before the last response, and
     when the iteration is left early."""
     watch = _Watch(services, call, plan)
-    async with watch, services.admission.slot(call, "prior", plan.positions(services.model)) as ticket:
+    size, slow = plan.positions(services.model), is_slow(plan.sampler)
+    async with watch, services.admission.slot(call, "prior", size, slow=slow) as ticket:
         prompt = plan.latents or await _encode(services, plan, call, watch)
         prefix = rows.take(prompt, 0, plan.context)
         writer = plan.writer(services.tokenizer)

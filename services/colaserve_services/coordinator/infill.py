@@ -14,7 +14,7 @@ from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed, sampling_seed
 from colaserve_services.coordinator.latent_space import check_fits
 from colaserve_services.coordinator.read_ahead import ReadAhead
-from colaserve_services.coordinator.runs import DecoderRun, PriorRun, Span, context_blocks
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun, Span, context_blocks, is_slow
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.text import join
 
@@ -54,7 +54,8 @@ async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call
     seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
     sampling = resolve_sampling(request.sampling, services.defaults, sampling_seed(seed))
     timing = types_pb2.Timing()
-    async with services.admission.slot(call, "prior", layout.end * services.model.block_size) as ticket:
+    size, slow = layout.end * services.model.block_size, is_slow(sampler)
+    async with services.admission.slot(call, "prior", size, slow=slow) as ticket:
         answer = await services.encode([layout.ids], call)
         add_timing(timing, answer.timing)
         written, saved = await _write(

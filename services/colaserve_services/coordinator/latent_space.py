@@ -16,7 +16,7 @@ from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed
-from colaserve_services.coordinator.runs import DecoderRun, PriorRun
+from colaserve_services.coordinator.runs import DecoderRun, PriorRun, is_slow
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
@@ -98,7 +98,7 @@ async def sample_latents(
     check(PREVIEW_EVERY, "preview_every", request.preview_every)
     sampler = resolve_sampler(request.sampler, services.defaults, services.model.latent_dim)
     seed = resolve_seed(request.seed if request.HasField("seed") else None, request.max_blocks)
-    async with services.admission.slot(call, "prior", positions) as ticket:
+    async with services.admission.slot(call, "prior", positions, slow=is_slow(sampler)) as ticket:
         run = PriorRun(
             services, ticket, prefix, request.max_blocks, sampler, seed,
             preview_every=request.preview_every, with_probes=request.with_probes,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
@@ -19,6 +19,8 @@ from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 
 if TYPE_CHECKING:
     from colaserve_services.coordinator.context import ServiceContext
+
+_MANY_PASSES: Final = 256  # some seconds where many runs share them
 
 Span = tuple[int, int]
 
@@ -323,6 +325,12 @@ class DecoderRun:
         if self._call is not None:
             self._call.cancel()
             self._call = None
+
+
+def is_slow(sampler: types_pb2.Sampler) -> bool:
+    """Whether a block takes so many passes that a run, which is preempted between blocks, is not in good time."""
+    evaluations = 2 if sampler.solver == types_pb2.SOLVER_HEUN else 1
+    return sampler.steps * sampler.resamples * evaluations > _MANY_PASSES
 
 
 def context_blocks(positions: int, open_spans: Sequence[Span], block_size: int) -> int:

@@ -61,7 +61,7 @@ async def score(services: ServiceContext, request: pb.LatentServiceScoreRequest,
     seed = resolve_seed(request.seed if request.HasField("seed") else None, positions // model.block_size)
     check(SAMPLE_ID, "seed.sample_id", seed.sample_id + draws - 1)
     seeds = [types_pb2.NoiseSeed(base_seed=seed.base_seed, sample_id=seed.sample_id + i) for i in range(draws)]
-    async with services.admission.slot(call, "prior", positions) as ticket:
+    async with services.admission.slot(call, "prior", positions, slow=True) as ticket:
         sequences = [layout.ids, layout.prefix] if layout.prefix else [layout.ids]
         answer = await services.encode(sequences, call, with_variance=True)
         drawn = [_drawn(answer, layout, model, own, values["samples"] > 0) for own in seeds]

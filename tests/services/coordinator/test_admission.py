@@ -126,6 +126,35 @@ async def test_the_caller_with_the_fewest_calls_at_work_is_next():
     await end(*greedy, *modest)
 
 
+async def test_sessions_that_are_not_preempted_in_good_time_leave_half_of_the_slots_to_others():
+    gate = admission(4)
+    slow = [Worker(gate, stage="prior", slow=True) for _ in range(4)]
+    await settle()
+    assert at_work(slow) == [True, True, False, False]
+    others = [Worker(gate, stage="prior") for _ in range(3)]
+    await settle()
+    assert at_work(others) == [True, True, False]
+    await end(others[0])
+    await settle()
+    assert (at_work(slow)[2:], others[2].working.is_set()) == ([False, False], True)
+    await end(slow[0])
+    await settle()
+    assert at_work(slow) == [True, True, True, False]
+    await end(*slow, *others)
+
+
+async def test_no_run_is_preempted_for_one_that_its_like_keep_waiting():
+    gate = admission(2, slice_seconds=0.0)
+    async with gate.slot(Call(), "prior", 100) as large, gate.slot(Call(), "prior", 1, slow=True) as slow:
+        waiting = Worker(gate, stage="prior", size=1, slow=True)
+        await settle()
+        assert not gate.outlasts(large)
+        gate.leave(slow)
+        await settle()
+        assert waiting.working.is_set()
+        await end(waiting)
+
+
 async def test_the_hint_and_the_refusals_follow_the_pace_of_the_calls_that_ended():
     gate = admission(max_running=2, max_waiting=1000, queue_seconds=0.8)
     for _ in range(20):

@@ -44,6 +44,13 @@ async def test_a_run_is_preempted_for_a_much_smaller_one(make_world, tokens, sli
     await eventually(lambda: world.prior.running == world.decoder.running == 0)
 
 
+@pytest.mark.parametrize("sampler", [{"steps": 1000}, {"steps": 16, "resamples": 17}, {"steps": 129, "solver": 3}])
+async def test_runs_whose_blocks_take_very_long_leave_room_for_others(make_world, sampler):
+    world = await make_world(max_running=2)
+    _, ended = await finished_in_order(world, *[LONG | {"sampler": sampler}] * 3, LONG | {"max_new_tokens": 4})
+    assert ended[0] == 3
+
+
 async def test_at_most_16_later_runs_are_started_before_a_preempted_one(make_world):
     world = await make_world(max_running=1, slice_seconds=0.0)
     short = LONG | {"prompt": "he", "max_new_tokens": 4}
