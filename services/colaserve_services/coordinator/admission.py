@@ -291,6 +291,8 @@ class Admission:
 
     def _patience(self, ticket: Ticket) -> float | None:
         left = ticket.call.left()
+        if ticket.call.admitted:
+            return left
         if ticket.resuming:
             return _RESUMED_SECONDS if left is None and not ticket.preempted else left
         patience = max(self._limits.queue_seconds - ticket.waited, 0.0)
@@ -318,7 +320,7 @@ class Admission:
         limits, queue = self._limits, self._queues[stage]
         if limits.max_per_key and self._present[call.caller] >= limits.max_per_key:
             raise self._refusal("key", f"{limits.max_per_key} calls of this client are under way, its limit", stage)
-        if queue.running < queue.limit and self.running < limits.max_running:
+        if call.admitted or (queue.running < queue.limit and self.running < limits.max_running):
             return
         counts = f"{self.running} calls run and {self.waiting} wait"
         if self.waiting + 1 > limits.max_waiting:

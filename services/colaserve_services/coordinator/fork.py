@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +16,7 @@ from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_seed
-from colaserve_services.coordinator.generation import write
+from colaserve_services.coordinator.generation import Response, write
 from colaserve_services.coordinator.latent_space import given_latents
 from colaserve_services.coordinator.plan import Plan, check_stops, plan_behind
 from colaserve_services.coordinator.read_ahead import side_by_side
@@ -38,22 +39,31 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
             answer = await services.encode([ids], call)
         latents, timing = answer.encodings[0].latents, answer.timing
     call.near = {}
-    calls = [replace(call) for _ in plans]
+    calls = [replace(call, admitted=index > 0) for index in range(len(plans))]
+    at_once = min(AT_ONCE, services.limits.max_per_key or AT_ONCE)
 
     def preempt() -> None:
         for each in calls:
             each.preempt()
 
     call.preempt = preempt
-    streams = [write(services, replace(plan, latents=latents), each) for plan, each in zip(plans, calls, strict=True)]
+    streams = [_branch(services, replace(plan, latents=latents), each) for plan, each in zip(plans, calls, strict=True)]
     written = [0] * len(plans)  # blocks of each
-    async with aclosing(side_by_side(streams, AT_ONCE, is_preview)) as responses:
+    async with aclosing(side_by_side(streams, at_once, is_preview)) as responses:
         async for branch, response in responses:
             if response.finish_reason:
                 add_timing(response.timing, timing)
             fields = {field.name: value for field, value in response.ListFields()}
             yield pb.ForkResponse(branch=branch, block_index=written[branch], **fields)
             written[branch] += not response.HasField("preview")
+
+
+async def _branch(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[Response, None]:
+    """It queues as a call that comes now: branches that begin late do not pass calls which came before them."""
+    call.arrived = time.monotonic()
+    async with aclosing(write(services, plan, call)) as responses:
+        async for response in responses:
+            yield response
 
 
 def is_preview(response: pb.ForkResponse | generation_pb2.GenerateResponse) -> bool:

@@ -205,3 +205,26 @@ async def test_very_many_probes_are_refused_before_they_are_copied(world, of_all
     with pytest.raises(InvalidRequest, match=r"sampler\.steering: got 500000 probes"):
         await answers(world.coordinator.services, request)
     assert time.process_time() - begun < 0.1
+
+
+async def test_branches_that_begin_late_do_not_pass_calls_that_came_before(make_world):
+    world = await make_world(max_running=1)
+    await world.generate(prompt="a", max_new_tokens=4)  # so that it is known how long a call takes
+    world.prior.gate.clear()
+    request = pb.ForkRequest(branches=[{}] * 2 * AT_ONCE, **SHARED)
+    forked = asyncio.create_task(answers(world.coordinator.services, request))
+    await eventually(lambda: world.coordinator.services.admission.waiting == AT_ONCE - 1)
+    other = asyncio.create_task(world.generate(prompt="a", max_new_tokens=4))
+    await eventually(lambda: world.coordinator.services.admission.waiting == AT_ONCE)
+    world.prior.gate.set()
+    await other
+    assert len(world.prior.calls) <= AT_ONCE + 3
+    await forked
+
+
+@pytest.mark.parametrize("limits", [{"max_running": 1}, {"max_per_key": 3}, {"max_running": 1, "queue_seconds": 1e-6}])
+async def test_no_branch_is_refused_once_the_first_one_is_taken(make_world, limits: dict[str, Any]):
+    world = await make_world(**limits)
+    request = pb.ForkRequest(branches=[{}] * 2 * AT_ONCE, **SHARED)
+    found = await answers(world.coordinator.services, request)
+    assert all(branch[-1].finish_reason for branch in found)
