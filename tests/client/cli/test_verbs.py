@@ -174,6 +174,8 @@ def test_interpolate_walks_between_texts_or_files(run: Run, tmp_path: Path) -> N
     files = [tmp_path / "a.safetensors", tmp_path / "c.safetensors"]
     for file, text in zip(files, ("aaa", "ccc"), strict=True):
         run("encode", text, "--output", file)
+    missing = run("interpolate", files[0], tmp_path / "none", "--latents")
+    assert (missing.code, f"File '{tmp_path / 'none'}' does not exist" in missing.err) == (2, True)
     walk = run("interpolate", *files, "--latents", "--points", "2", "--path", "lerp", "--json").json
     assert [point["text"] for point in walk] == ["aaa", "ccc"]
 
