@@ -139,8 +139,8 @@ def interpolate(
     \b
       colaserve interpolate "The capital of France is Paris." "The capital of Japan is Tokyo." --points 7
     """
-    file = click.Path(exists=True, dir_okay=False)
-    ends = [Latents.load(file.convert(end_, None, None)) if as_latents else end_ for end_ in (start, end)]
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    ends = [Latents.load(file.convert(each, None, None)) if as_latents else each for each in (start, end)]
     walk = client.interpolate(ends[0], ends[1], points=points, interpolation=path, sampling=sampling)
     output.answer(walk, as_json, lambda: output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))
 
