@@ -318,7 +318,7 @@ class Admission:
     def check(self, call: Call, stage: str = COORDINATOR) -> None:
         """Raise Overloaded when queue or caller are full. `slot` does it too; this is for before the first work."""
         limits, queue = self._limits, self._queues[stage]
-        if limits.max_per_key and self._present[call.caller] >= limits.max_per_key:
+        if limits.max_per_key and self._present[call.caller] >= limits.max_per_key and not call.admitted:
             raise self._refusal("key", f"{limits.max_per_key} calls of this client are under way, its limit", stage)
         if call.admitted or (queue.running < queue.limit and self.running < limits.max_running):
             return
@@ -327,6 +327,11 @@ class Admission:
             raise self._refusal("queue", f"{counts}, the limits", stage)
         if self._too_long(queue):
             raise self._refusal("queue", f"{counts}, which takes too long", stage)
+
+    def left_to(self, call: Call, most: int) -> int:
+        """How many of `most` calls its caller may have beside those under way; one at least, which may be refused."""
+        bound = self._limits.max_per_key
+        return max(min(most, bound - self._present[call.caller]), 1) if bound else most
 
     def _too_long(self, queue: _Queue) -> bool:
         """Whether one more call would likely wait in vain. Estimates err, so half the patience counts; before the first

@@ -40,7 +40,7 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
         latents, timing = answer.encodings[0].latents, answer.timing
     call.near = {}
     calls = [replace(call, admitted=index > 0) for index in range(len(plans))]
-    at_once = min(AT_ONCE, services.limits.max_per_key or AT_ONCE)
+    at_once = services.admission.left_to(call, AT_ONCE)
 
     def preempt() -> None:
         for each in calls:

@@ -228,3 +228,17 @@ async def test_no_branch_is_refused_once_the_first_one_is_taken(make_world, limi
     request = pb.ForkRequest(branches=[{}] * 2 * AT_ONCE, **SHARED)
     found = await answers(world.coordinator.services, request)
     assert all(branch[-1].finish_reason for branch in found)
+
+
+async def test_a_caller_forks_as_far_as_its_other_calls_leave_room(make_world):
+    world = await make_world(max_per_key=4)
+    world.prior.gate.clear()
+    async with world.coordinator.services.admission.slot(Call()):
+        request = pb.ForkRequest(branches=[{}] * 9, **SHARED)
+        forked = asyncio.create_task(answers(world.coordinator.services, request))
+        await eventually(lambda: world.prior.running >= 3)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert world.prior.running == 3
+        world.prior.gate.set()
+        await forked
