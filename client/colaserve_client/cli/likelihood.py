@@ -73,8 +73,8 @@ def score(*, client: Client, text: str, prefix: str, scoring: Scoring, seed: Noi
     Likelihood and quality need not agree. Compare texts of as many tokens.
 
     \b
-      colaserve score " Paris." --prefix "The capital of France is"
-      colaserve score " Paris." --prefix "The capital of France is" --samples 8 --probes 16 --json
+      colaserve score " Lima." --prefix "The capital of Peru is"
+      colaserve score " Lima." --prefix "The capital of Peru is" --samples 2 --probes 4 --json
     """
     found = client.score(text, prefix, seed=seed, **vars(scoring))
     names = ("log_likelihood", "standard_error", "decoder_term", "posterior_entropy", "prior_log_density")

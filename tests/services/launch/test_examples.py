@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import psutil
 import pytest
 
-from colaserve_client import AsyncClient
+from colaserve_client import AsyncClient, Latents
 from colaserve_client.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,7 +58,9 @@ SAID = {  # by the scripts of examples/
     "walk": "1.000  The capital of Japan is Tokyo.",
 }
 SERVING = ("up", "coordinator", "gateway", "encoder", "prior", "decoder", "pull", "bench", "train")
-ONLY_READ = (*SERVING, "eval sweep", "status --target prior-0")  # the last one needs another machine
+# These need another machine, and a terminal.
+ELSEWHERE = ("status --target prior-0", 'generate "The capital of France is" --watch')
+ONLY_READ = (*SERVING, "eval sweep", *ELSEWHERE)
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 INLINE = re.compile(r"(?:`colaserve |^\| `(?=bench ))([a-z][^`]*)`", re.MULTILINE)
 
@@ -141,6 +144,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "raw").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    Latents(np.zeros((8, 16)), space="").save(tmp_path / "france.safetensors")
     return tmp_path
 
 
@@ -182,7 +186,7 @@ def fault_of_lines(text: str, addresses: dict[str, str]) -> str:
     lines = text.replace("\\\n", " ").splitlines()
     only_read = [line for line in lines if line.startswith(tuple(f"colaserve {words}" for words in ONLY_READ))]
     for line in only_read:
-        if unknown := unknown_in(" ".join(shlex.split(line, comments=True)[1:]).removesuffix(" &")):
+        if unknown := unknown_in(shlex.join(shlex.split(line, comments=True)[1:]).removesuffix(" '&'")):
             return f"{line}: has no {' '.join(unknown)}"
     left = [line for line in lines if line not in only_read]
     script = "\n".join(["set -e", *left]).replace(" --demo", " --demo --limit 1").replace("curl ", "curl --fail ")
