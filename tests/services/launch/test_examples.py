@@ -58,8 +58,8 @@ SAID = {  # by the scripts of examples/
     "walk": "1.000  The capital of Japan is Tokyo.",
 }
 SERVING = ("up", "coordinator", "gateway", "encoder", "prior", "decoder", "pull", "bench", "train")
-# These need another machine, and a terminal.
-ELSEWHERE = ("status --target prior-0", 'generate "The capital of France is" --watch')
+# These need another machine, a terminal, and questions whose answers have as many tokens.
+ELSEWHERE = ("status --target prior-0", 'generate "The capital of France is" --watch', "eval likelihood")
 ONLY_READ = (*SERVING, "eval sweep", *ELSEWHERE)
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 INLINE = re.compile(r"(?:`colaserve |^\| `(?=bench ))([a-z][^`]*)`", re.MULTILINE)
