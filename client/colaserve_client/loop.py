@@ -93,7 +93,13 @@ class LoopThread:
             self.check()
             if self._thread is threading.current_thread():
                 raise RuntimeError("a blocking client was called on the event loop of the blocking clients")
-            future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._started())
+            loop = self._started()
+            coroutine = function(*args, **kwargs)
+            try:
+                future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            except BaseException:  # Ctrl-C: a coroutine that is lost unstarted would warn
+                coroutine.close()
+                raise
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         return future
