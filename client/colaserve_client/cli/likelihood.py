@@ -56,7 +56,7 @@ def logprobs(
         all_logprobs=all_logprobs,
         logprobs_dtype=logprobs_dtype,
     )
-    rows = [(each.token_id, f"{each.logprob:.3f}", repr(each.text)) for each in found.logprobs]
+    rows = [(each.token_id, f"{each.logprob:z.3f}", repr(each.text)) for each in found.logprobs]
     output.answer(found, as_json, lambda: output.table(("ID", "LOGPROB", "TOKEN"), rows))
 
 
@@ -78,5 +78,5 @@ def score(*, client: Client, text: str, prefix: str, scoring: Scoring, seed: Noi
     """
     found = client.score(text, prefix, seed=seed, **vars(scoring))
     names = ("log_likelihood", "standard_error", "decoder_term", "posterior_entropy", "prior_log_density")
-    rows = [(name.replace("_", " "), f"{getattr(found, name):.3f}") for name in names]
+    rows = [(name.replace("_", " "), f"{getattr(found, name):z.3f}") for name in names]
     output.answer(found, as_json, lambda: output.pairs([*rows, ("tokens", len(found.token_ids))]))
