@@ -17,7 +17,7 @@ from colaserve_client.errors import ColaserveError, invalid
 from colaserve_client.forks import AsyncForks, generation_result
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.likelihood import AsyncLikelihood
-from colaserve_client.messages import build, of_kind, one, request, several, strings
+from colaserve_client.messages import build, of_kind, one, request, several
 from colaserve_client.results import (
     DecodedLatents,
     GenerationChunk,
@@ -105,8 +105,6 @@ class AsyncClient(AsyncForks, AsyncLikelihood):
         """
         if prompt is None:
             raise invalid("prompt", "expected a text or token ids, got None")
-        strings(settings.get("choices", ()), "choices")
-        strings(settings.get("stop", ()), "stop")
         texts, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         message = request(generation_pb2.GenerateRequest, settings, prompt=texts, prompt_ids=ids)
         return self._stream(message, one(GenerationChunk), settings)
@@ -175,8 +173,7 @@ class AsyncClient(AsyncForks, AsyncLikelihood):
         >>> [encoding.latents.shape for encoding in encodings]
         [(3, 2), (5, 2)]
         """
-        found = strings(texts, "texts")
-        message = request(latent_service_pb2.EncodeTextRequest, call, texts=found, with_variance=with_variance)
+        message = request(latent_service_pb2.EncodeTextRequest, call, texts=texts, with_variance=with_variance)
         return await self._unary(message, several(TextEncoding, "encodings"), call)
 
     async def decode_latents(
@@ -288,7 +285,7 @@ class AsyncClient(AsyncForks, AsyncLikelihood):
         >>> reconstruction.text, reconstruction.token_accuracy
         ('fox', 1.0)
         """
-        message = request(latent_service_pb2.ReconstructRequest, call, texts=strings(texts, "texts"))
+        message = request(latent_service_pb2.ReconstructRequest, call, texts=texts)
         return await self._unary(message, several(Reconstruction, "reconstructions"), call)
 
 

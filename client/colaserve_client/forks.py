@@ -10,7 +10,7 @@ from colaserve_client.base import AsyncBaseClient
 from colaserve_client.calls import AsyncStream, converted
 from colaserve_client.errors import Details, ServerError
 from colaserve_client.latents import Latents, LatentsLike
-from colaserve_client.messages import build, of_kind, one, request, several, strings
+from colaserve_client.messages import build, of_kind, one, request, several
 from colaserve_client.results import BranchBlock, Embedding, GenerationChunk, GenerationResult
 from colaserve_client.settings import Branch, CallFields, ForkFields, Pooling, Prompt
 
@@ -41,8 +41,10 @@ class AsyncForks(AsyncBaseClient):
         is_latents = isinstance(prefix, Latents) or (not isinstance(prefix, str) and np.ndim(prefix) == 2)
         kind = "text" if isinstance(prefix, str) else "latents" if is_latents else "ids"
         each = [Branch()] * branches if isinstance(branches, int) else branches
-        made = [_branch(branch, f"branches[{index}]") for index, branch in enumerate(each)]
-        strings(settings.get("stop", ()), "stop")
+        made = [
+            build(latent_service_pb2.ForkBranch, vars(of_kind(branch, Branch, f"branches[{at}]")), f"branches[{at}].")
+            for at, branch in enumerate(each)
+        ]
         message = request(latent_service_pb2.ForkRequest, settings, **{kind: prefix}, branches=made)
         return self._stream(message, one(BranchBlock), settings)
 
@@ -82,14 +84,9 @@ class AsyncForks(AsyncBaseClient):
         [((2,), 3), ((2,), 5)]
         """
         as_ids = not isinstance(texts, str) and any(not isinstance(text, str) for text in texts)
-        given = {"sequences": texts} if as_ids else {"texts": strings(texts, "texts")}  # type: ignore[arg-type]
+        given = {"sequences" if as_ids else "texts": texts}
         message = request(latent_service_pb2.EmbedRequest, call, **given, pooling=pooling, normalize=normalize)
         return await self._unary(message, several(Embedding, "embeddings"), call)
-
-
-def _branch(branch: Branch, path: str) -> latent_service_pb2.ForkBranch:
-    strings(of_kind(branch, Branch, path).stop, f"{path}.stop")
-    return build(latent_service_pb2.ForkBranch, vars(branch), f"{path}.")
 
 
 def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> GenerationResult:

@@ -5,7 +5,7 @@ from typing import Unpack
 
 from colaserve.v1 import latent_service_pb2
 from colaserve_client.base import AsyncBaseClient
-from colaserve_client.latents import Latents, LatentsLike
+from colaserve_client.latents import LatentsLike
 from colaserve_client.messages import one, request
 from colaserve_client.results import Logprobs, Score
 from colaserve_client.settings import CallFields, LogprobsDtype, Prompt, ScoringFields
@@ -51,7 +51,7 @@ class AsyncLikelihood(AsyncBaseClient):
             call,
             text=texts,
             ids=ids,
-            latents=None if latents is None else Latents.of(latents),
+            latents=latents,
             top_logprobs=top_logprobs,
             logprob_ids=logprob_ids,
             all_logprobs=all_logprobs,

@@ -69,17 +69,18 @@ def _merged(name: str, kind: type[Any], settings: Mapping[str, Any]) -> Any:
 
 
 def build(kind: type[M], values: Mapping[str, object], path: str = "", table: Mapping[str, Field] | None = None) -> M:
-    """A message of Python values; None leaves a field unset. Errors name the field, with `path` before it.
+    """A message of Python values; None leaves a field unset, but for lists of strings, where it is an error. Errors
+    name the field, with `path` before it.
 
     Latents and tensors may be arrays, enums are their names in lower case, and settings their dataclasses. `table` has
     the ranges of numbers, by default those of a generation.
     """
     message, table = kind(), fields_of(GenerationRequest) if table is None else table
     for name, value in values.items():
-        if value is None:
-            continue
         field, where = kind.DESCRIPTOR.fields_by_name[name], f"{path}{name}"
         repeated = hasattr(getattr(message, name), "extend")
+        if value is None and not (repeated and field.cpp_type == FieldDescriptor.CPPTYPE_STRING):
+            continue
         expected = None if repeated else _NUMBERS.get(field.cpp_type)
         wire = _wire_value(field, repeated, value, where)
         try:
