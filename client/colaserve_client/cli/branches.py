@@ -21,8 +21,7 @@ _BESIDE = {each.name for each in fields(GenerationRequest)} - ForkFields.__annot
 @click.command(cls=options.SectionedCommand)
 @click.argument("prompt", required=False)
 @option("--file", type=options.EXISTING_FILE, help="Read the prompt from a file; - is standard input.")
-@option("--latents", "prefix", type=click.Path(path_type=Path, dir_okay=False, exists=True),
-        help="Continue the one sequence of a safetensors file instead.")  # fmt: skip
+@option("--latents", "prefix", type=options.LATENTS_FILE, help="Continue the one sequence of this safetensors file.")
 @option("--branches", type=click.IntRange(1, 128), default=4, show_default=True, help="How many texts.")
 @partial(options.request_options, without=_BESIDE)
 @options.json_option
@@ -60,14 +59,7 @@ def fork(
 @option("--normalize", is_flag=True, help="Scale each vector to length 1.")
 @options.json_option
 @options.client_options
-def embed(
-    *,
-    client: Client,
-    texts: Sequence[str],
-    pooling: Pooling,
-    normalize: bool,
-    as_json: bool,
-) -> None:
+def embed(*, client: Client, texts: Sequence[str], pooling: Pooling, normalize: bool, as_json: bool) -> None:
     """Turn TEXTS into vectors: means of their latents.
 
     \b
@@ -80,12 +72,12 @@ def embed(
             each.token_count,
             "x".join(map(str, each.values.shape)),
             " ".join(f"{one:.4g}" for one in each.values.flat[:4]),
+            repr(text[:50]),
         )
-        for each in found
+        for text, each in zip(texts, found, strict=True)
     ]
-    headings = ("TOKENS", "SHAPE", "BEGINS WITH", "TEXT")
     output.answer(
         [{"text": text, **output.plain(each)} for text, each in zip(texts, found, strict=True)],
         as_json,
-        lambda: output.table(headings, [(*row, repr(text[:50])) for row, text in zip(rows, texts, strict=True)]),
+        lambda: output.table(("TOKENS", "SHAPE", "BEGINS WITH", "TEXT"), rows),
     )

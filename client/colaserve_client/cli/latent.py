@@ -72,7 +72,7 @@ def _row(text: str, encoding: TextEncoding) -> tuple[object, ...]:
 
 
 @click.command(cls=options.SectionedCommand)
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("file", type=options.LATENTS_FILE)
 @option("--name", help="Only the sequence of this name.  [default: all]")
 @option("--token-count", type=int, help="Tokens to return.  [default: all up to the first end or pad token]")
 @option("--top-logprobs", type=int, help="With --json: log-probabilities, and those of so many likely tokens.")
@@ -139,7 +139,7 @@ def interpolate(
     \b
       colaserve interpolate "The capital of France is Paris." "The capital of Japan is Tokyo." --points 7
     """
-    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    file = options.LATENTS_FILE
     ends = [Latents.load(file.convert(each, None, None)) if as_latents else each for each in (start, end)]
     walk = client.interpolate(ends[0], ends[1], points=points, interpolation=path, sampling=sampling)
     output.answer(walk, as_json, lambda: output.pairs([(f"{point.weight:.2f}", point.text) for point in walk]))

@@ -15,16 +15,11 @@ option = options.option
 
 @click.command(cls=options.SectionedCommand)
 @click.argument("text", required=False)
-@option(
-    "--latents",
-    "file",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Latents (safetensors, one sequence) instead of TEXT.",
-)
+@option("--latents", "file", type=options.LATENTS_FILE, help="Latents (safetensors, one sequence) instead of TEXT.")
 @option("--top-logprobs", type=int, default=0, help="With --json: those of so many likely tokens beside each.")
 @option("--id", "logprob_ids", type=int, multiple=True, help="With --json: of this token at every position, too.")
 @option("--all", "all_logprobs", is_flag=True, help="With --json: of every token of the vocabulary.")
-@option("--dtype", "logprobs_dtype", type=click.Choice(["float32", "float16"]), help="Of --id and --all on their way.")
+@option("--dtype", "logprobs_dtype", type=click.Choice(["float32", "float16"]), help="Wire type of --id and --all.")
 @options.json_option
 @options.client_options
 def logprobs(

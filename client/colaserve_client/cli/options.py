@@ -30,6 +30,7 @@ Verb = Callable[..., Any]
 C = TypeVar("C", bound=BaseClient[Any])
 T = TypeVar("T")
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
+LATENTS_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
 PEM_FILE = TrimmedPath(path_type=Path, dir_okay=False)
 VARIABLES = ("target", "key", "timeout", "tls_ca", "tls_client_cert", "tls_client_key")  # COLASERVE_TARGET and so on

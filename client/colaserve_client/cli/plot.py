@@ -20,7 +20,7 @@ _KINDS = (".png", ".svg", ".pdf")
 
 
 @click.command(cls=options.SectionedCommand)
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("file", type=options.LATENTS_FILE)
 @option("-o", "--output", "output_file", type=options.FILE, required=True, help="The picture: .png, .svg or .pdf.")
 @option("--name", help="Only the sequence of this name.  [default: all]")
 @option("--map", "as_map", is_flag=True, help="A point for each sequence, in the plane where they differ most.")
