@@ -65,9 +65,7 @@ class ServiceInfo:
     space: Annotated[str, Field("Fingerprint of its latent space.")]
     limits: Annotated[Limits, Field("What it takes at most.")]
     server: Annotated[ServerInfo, Field("Its process, and the load.")]
-    has_variance: Annotated[bool | None, Field("Whether an encoder knows log variances; None for other services.")] = (
-        None
-    )
+    has_variance: Annotated[bool | None, Field("Of an encoder, whether it knows log variances; else None.")] = None
 
 
 @value
@@ -88,6 +86,4 @@ class ModelInfo:
     end_ids: Annotated[tuple[int, ...], Field("Tokens that end a text.")]
     pad_id: Annotated[int, Field("The token that fills up.")]
     stages: Annotated[tuple[StageInfo, ...], Field("The stages behind the coordinator.")]
-    description: Annotated[
-        str, Field("What the model can and cannot do, by its own card; empty where it has none.")
-    ] = ""
+    description: Annotated[str, Field("What the model's card says it can and cannot do; empty without one.")] = ""

@@ -1,4 +1,4 @@
-"""Continuations of one prefix, and vectors that stand for texts: calls of the asyncio client."""
+"""The asyncio client's calls for forks of a prefix and for embeddings of texts."""
 
 from collections.abc import Sequence
 from typing import Unpack
@@ -16,7 +16,7 @@ from colaserve_client.settings import Branch, CallFields, ForkFields, Pooling, P
 
 
 class AsyncForks(AsyncBaseClient):
-    """These calls, for `AsyncClient`."""
+    """`fork`, `fork_all` and `embed` of `AsyncClient`."""
 
     def fork(
         self,

@@ -12,7 +12,7 @@ from colaserve_client.settings import CallFields, LogprobsDtype, Prompt, Scoring
 
 
 class AsyncLikelihood(AsyncBaseClient):
-    """These calls, for `AsyncClient`: how likely a text is to the model, and each of its tokens."""
+    """`logprobs` and `score` of `AsyncClient`: how likely the model finds a text, and each of its tokens."""
 
     async def logprobs(
         self,

@@ -38,10 +38,8 @@ class Trajectory:
         self._labels = tuple(map(_label, found, range(len(found)))) if labels is None else tuple(labels)
         if len(self._labels) != len(found):
             raise invalid("labels", f"got {len(self._labels)}, expected one for each of {len(found)} latents")
-        if len({point.dim for point in self._points}) > 1:
-            raise invalid(
-                "steps", f"latents of {sorted({point.dim for point in self._points})} channels do not compare"
-            )
+        if len(dims := sorted({point.dim for point in self._points})) > 1:
+            raise invalid("steps", f"latents of {dims} channels do not compare")
 
     @property
     def points(self) -> tuple[Latents, ...]:

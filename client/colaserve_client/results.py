@@ -39,8 +39,8 @@ def _rows(value: Any) -> list[tuple[str, str]]:
 
 @value
 class _Text:
-    """What is a text before all: `str` gives it, and a notebook shows it above the rest, tokens that have
-    log-probabilities the darker the less likely they were."""
+    """A result that is mainly a text: `str` gives the text, and a notebook shows it above the other fields. Tokens that
+    have log-probabilities are shaded, unlikely ones darker."""
 
     text: Annotated[str, Field("The text.")]
     token_ids: Annotated[tuple[int, ...], Field("Its tokens.")]
@@ -127,7 +127,7 @@ class Preview:
 
 @value
 class ChoiceScore:
-    """What one of a generation's choices is worth."""
+    """How likely one of a generation's choices is."""
 
     text: Annotated[str, Field("As given.")]
     token_count: Annotated[int, Field("Tokens it has; longer ones have lower sums.")]
@@ -219,7 +219,7 @@ class TextEncoding(SequenceEncoding):
 
 @value
 class Embedding:
-    """What stands for a text."""
+    """An embedding of a text."""
 
     values: Annotated[FloatArray, Field("A vector (d), or one a block, (blocks, d).")] = field(compare=False)
     token_count: Annotated[int, Field("Tokens of the text.")]

@@ -19,7 +19,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Score each question's answer and another question's of as many tokens, both with an end token behind them.
 
-    `auc`: the probability that a right answer scores above a wrong one, of whatever questions; `paired`: of one.
+    `auc`: the probability that a right answer scores above a wrong one, of any two questions; `paired`: of the same.
     """
     end = await client.detokenize([(await client.info()).end_ids[0]])
     answers = [str(question.ground_truth) for question in questions]

@@ -13,22 +13,22 @@ from colaserve_client.settings import Pooling
 from colaserve_eval.demo import HELD_OUT, TRAINED, demo_tasks
 
 _AT_ONCE: Final = 256  # texts of one call
-_EVERY: Final = 8  # a query is made of each 8th held-out question
+_EVERY: Final = 8  # every 8th held-out question is a query
 _POOLINGS: Final[Sequence[Pooling]] = ("mean", "last_block")
 
 Asked = Sequence[tuple[str, str]]  # texts, each with its kind of question and its answer
 
 
 def questions(ending: str) -> Asked:
-    """The demo's questions about countries in such phrasings."""
+    """The demo's questions about countries, of the sets whose names end so."""
     tasks = [task for task in demo_tasks() if task.name.endswith(ending) and not task.name.startswith("addition")]
     kinds = [(task.name.removesuffix(ending), each) for task in tasks for each in task.questions]
     return [(each.prompt, f"{kind}: {each.ground_truth}") for kind, each in kinds]
 
 
 async def retrieval(client: AsyncClient) -> dict[str, Mapping[str, float]]:
-    """By the kind of vectors: queries, documents, per cent of the queries whose nearest document asks for the same
-    (`first`), and the mean of 1 / rank of the nearest that does (`reciprocal_rank`)."""
+    """For each kind of vectors: the numbers of queries and documents, the percentage of queries whose nearest document
+    asks for the same (`first`), and the mean of 1 / rank of the nearest that does (`reciprocal_rank`)."""
     documents, queries = questions(TRAINED), questions(HELD_OUT)[::_EVERY]
     texts = [text for text, _ in (*documents, *queries)]
     same = np.array([own for _, own in queries])[:, None] == np.array([own for _, own in documents])
@@ -46,23 +46,24 @@ async def _embedded(client: AsyncClient, texts: Sequence[str], pooling: Pooling)
 
 
 def bag_of_words(texts: Sequence[str], documents: int) -> FloatArray:
-    """Counts of words, each times log(documents / those that have it), of length 1; words of no document do not count.
-    The first `documents` texts are the documents."""
+    """The tf-idf vector of each text, of length 1. The first `documents` texts are the documents; words that none of
+    them has do not count."""
     counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    having = Counter(word for each in counts[:documents] for word in each)
-    columns = {word: column for column, word in enumerate(having)}
+    frequency = Counter(word for each in counts[:documents] for word in each)
+    columns = {word: column for column, word in enumerate(frequency)}
     found = np.zeros((len(texts), len(columns)), np.float32)
     for row, each in enumerate(counts):
         for word in each.keys() & columns.keys():
-            found[row, columns[word]] = each[word] * np.log(documents / having[word])
+            found[row, columns[word]] = each[word] * np.log(documents / frequency[word])
     return unit(found)
 
 
 def figures(documents: FloatArray, queries: FloatArray, same: np.ndarray) -> dict[str, float]:
-    """Of vectors of length 1; `same`, (queries, documents), says which belong together. Ties count against them."""
-    likeness = queries @ documents.T
-    best = np.where(same, likeness, -np.inf).max(axis=1, keepdims=True)
-    ranks = 1 + (~same & (likeness >= best)).sum(axis=1)
+    """The figures of `retrieval` for vectors of length 1. `same`, (queries, documents), says which ask for the same;
+    another document that is equally near ranks before them."""
+    similarity = queries @ documents.T
+    best = np.where(same, similarity, -np.inf).max(axis=1, keepdims=True)
+    ranks = 1 + (~same & (similarity >= best)).sum(axis=1)
     first, reciprocal = 100 * (ranks == 1).mean(), (1 / ranks).mean()
     return {
         "queries": len(queries),

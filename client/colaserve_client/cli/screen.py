@@ -1,4 +1,4 @@
-"""A text on a terminal whose end is shown before it is certain."""
+"""A text on a terminal, with a preview behind it that can be replaced."""
 
 import math
 from shutil import get_terminal_size
@@ -12,11 +12,11 @@ _NO_CELL = ("Mn", "Me", "Cf", "Cc")  # categories of characters
 
 
 class Screen:
-    """Text that stays, and behind it text that the next replaces. Leaving the context takes that back."""
+    """Text that stays, and behind it a preview, which whatever comes next replaces. Leaving the context erases it."""
 
     def __init__(self) -> None:
         self._column = 0  # of the cursor, behind the text that stays
-        self._take_back = ""  # what brings it there from the end of the other text, and erases that
+        self._take_back = ""  # moves it there from the end of the preview, and erases the preview
 
     def __enter__(self) -> Self:
         return self
@@ -25,13 +25,13 @@ class Screen:
         self._replace("")
 
     def write(self, text: str) -> None:
-        """Text that stays."""
+        """Append text that stays."""
         self._replace("")
         output.echo(text, end="")
         *_, self._column = _laid_out(output.printable(text), self._column, math.inf)
 
     def show(self, text: str) -> None:
-        """Text that may change, as much of it as the terminal has room for."""
+        """Show a preview, as much of it as the terminal has room for."""
         columns, lines = get_terminal_size()
         if self._column == columns:  # no way leads back behind the last cell of a row
             self.write("\n")
@@ -48,7 +48,7 @@ class Screen:
 
 
 def _laid_out(text: str, column: int, most: float) -> tuple[str, int, int]:
-    """What of a text that begins in this column fits into so many rows below; those that it reaches; where it ends."""
+    """The part of a text from this column on that takes at most so many more rows; how many it takes; where it ends."""
     width, rows = get_terminal_size().columns, 0
     for index, character in enumerate(text):
         cells = 2 if east_asian_width(character) in "WF" else int(category(character) not in _NO_CELL)
