@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from colaserve.v1.generation_pb2 import GenerateResponse
 from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.backend import Backend, TokenTexts
-from colaserve_services.gateway.dialects.base import Dialect, Message, Usage
+from colaserve_services.gateway.dialects.base import Dialect, Message, Usage, event
 from colaserve_services.gateway.edge import RequestRecord
 from colaserve_services.gateway.errors import ApiError, api_error
 from colaserve_services.gateway.settings import Bounds
@@ -53,8 +53,8 @@ class CallsAnswer(ABC):
         calls = [partial(start, self.deadline) for start in self.calls]
 
         async def take(index: int, message: Any) -> None:
-            for event in await self.take(index, message):
-                await self._read_in_time(events.send(event))
+            for added in await self.take(index, message):
+                await self._read_in_time(events.send(added))
 
         try:
             async with asyncio.timeout_at(end):
@@ -62,8 +62,8 @@ class CallsAnswer(ABC):
             if not self.streaming:
                 await (await self.whole())(scope, receive, send)
                 return
-            for event in self.last_events():
-                await events.send(event)
+            for last in self.last_events():
+                await events.send(last)
             await events.end()
         except ClientDisconnect:
             raise
@@ -85,21 +85,20 @@ class CallsAnswer(ABC):
     async def whole(self) -> Response:
         """The answer, when it is no stream."""
 
-    @abstractmethod
     def last_events(self) -> Iterable[bytes]:
         """What ends a complete stream."""
+        return ()
 
     @abstractmethod
     def error(self, error: Exception) -> ApiError:
         """The answer to a failure."""
 
-    @abstractmethod
     def failure(self, error: ApiError) -> bytes:
         """The event that ends a begun stream which cannot go on."""
+        return event(error.content())
 
     async def _read_in_time(self, sending: Coroutine[Any, Any, None]) -> None:
-        """Send. Raises Unavailable when the client does not read for so long that its slot is better given to others
-        that are queued."""
+        """Send. Raises Unavailable when the client has not read for `unread_seconds` and other calls are queued."""
         seconds, task = self.bounds.unread_seconds, asyncio.create_task(sending)
         try:
             await asyncio.wait([task], timeout=seconds)
@@ -148,10 +147,10 @@ class Answer(CallsAnswer):
         return ()
 
     async def whole(self) -> Response:
-        return json_response(self.dialect.answer(self._choices, self._usage(self._choices)))
+        return json_response(self.dialect.answer(self._choices, self._usage()))
 
     def last_events(self) -> Iterable[bytes]:
-        return self.dialect.last_events(self._choices, self._usage(self._choices))
+        return self.dialect.last_events(self._choices, self._usage())
 
     def error(self, error: Exception) -> ApiError:
         return api_error(error, self.dialect.names())
@@ -159,12 +158,12 @@ class Answer(CallsAnswer):
     def failure(self, error: ApiError) -> bytes:
         return self.dialect.failure(error)
 
-    def _usage(self, last: Sequence[GenerateResponse]) -> Usage:
+    def _usage(self) -> Usage:
         """Of all choices, from the last message of each; a prompt counts once, however often it was continued."""
-        if not all(message.finish_reason for message in last):
+        if not all(message.finish_reason for message in self._choices):
             raise Unavailable("a generation ended without saying why; a retry may succeed")
-        prompt = sum(message.usage.prompt_tokens for message in last[:: self.per_prompt])
-        completion = sum(message.usage.completion_tokens for message in last)
+        prompt = sum(message.usage.prompt_tokens for message in self._choices[:: self.per_prompt])
+        completion = sum(message.usage.completion_tokens for message in self._choices)
         self.record.prompt_tokens, self.record.completion_tokens = prompt, completion
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 

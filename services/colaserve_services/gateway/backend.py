@@ -80,18 +80,19 @@ class Backend:
     async def generate(
         self, request: pb.GenerateRequest, samples: int, deadline: float
     ) -> AsyncGenerator[tuple[int, pb.GenerateResponse], None]:
-        """The messages of so many samples of a prompt, the first of which the request is, each with its number."""
+        """The messages of several samples of a prompt, each with the number of its sample. `request` is the first."""
         if samples == 1:
             async with aclosing(self.messages("Generate", request, deadline, streaming=True)) as messages:
                 async for message in messages:
                     yield 0, message
             return
-        names = {"prompt": "text", "prompt_ids": "ids", "with_latents": ""}
+        names = {"prompt": "text", "prompt_ids": "ids"}
         fields = {names.get(field.name, field.name): value for field, value in request.ListFields()}
-        fork = ForkRequest(branches=[ForkBranch()] * samples, **{name: fields[name] for name in fields if name})
+        with_latents = fields.pop("with_latents", False)  # the messages of a fork always have them
+        fork = ForkRequest(branches=[ForkBranch()] * samples, **fields)
         async with aclosing(self.messages("Fork", fork, deadline, streaming=True)) as messages:
             async for message in messages:
-                yield message.branch, _of_branch(message, request.with_latents)
+                yield message.branch, _of_branch(message, with_latents)
 
     async def infill(
         self, request: InfillRequest, deadline: float
@@ -103,16 +104,14 @@ class Backend:
         yield 0, pb.GenerateResponse(text=text, finish_reason=reason, usage=response.usage, seed=response.seed)
 
     async def inference_model(self, name: str, version: str) -> ModelMetadataResponse:
-        """What a model of the Open Inference Protocol takes and returns."""
+        """The inputs and outputs of a model of the Open Inference Protocol."""
         request = ModelMetadataRequest(name=name, version=version)
         found: ModelMetadataResponse = await self._unary(self._stub.ModelMetadata, request)
         return found
 
     async def logprobs(self, request: LogprobsRequest, deadline: float) -> pb.GenerateResponse:
         """A given text as a message of a generation that wrote it."""
-        found: LogprobsResponse = await self._answer("Logprobs", request, deadline)
-        found.ClearField("timing")
-        return pb.GenerateResponse(**{field.name: value for field, value in found.ListFields()})
+        return _as_generated(await self._answer("Logprobs", request, deadline))
 
     async def _answer(self, method: str, request: Any, deadline: float) -> Any:
         async with aclosing(self.messages(method, request, deadline)) as messages:
@@ -159,7 +158,7 @@ class Backend:
         return info
 
     async def others_wait(self) -> bool:
-        """Whether calls wait for the coordinator now; one that does not answer does not say so."""
+        """Whether calls are queued at the coordinator now; False when it does not answer."""
         try:
             return (await self.fresh_info()).server.waiting > 0
         except (grpc.RpcError, ColaserveError, TimeoutError):
@@ -176,10 +175,15 @@ class Backend:
                 raise Unavailable(f"{stage.stage} is not serving")
 
 
-def _of_branch(message: ForkResponse, with_latents: bool) -> pb.GenerateResponse:
-    """What a generation alone would have sent."""
+def _as_generated(message: ForkResponse | LogprobsResponse) -> pb.GenerateResponse:
+    """A message of Generate with the fields of another one that have the same names."""
     fields = {field.name: value for field, value in message.ListFields() if field.name in _RESPONSE}
-    response = pb.GenerateResponse(**fields)
+    return pb.GenerateResponse(**fields)
+
+
+def _of_branch(message: ForkResponse, with_latents: bool) -> pb.GenerateResponse:
+    """The message that Generate would have sent for this branch."""
+    response = _as_generated(message)
     if not with_latents:
         response.ClearField("latents")
         if response.HasField("preview"):
@@ -188,7 +192,7 @@ def _of_branch(message: ForkResponse, with_latents: bool) -> pb.GenerateResponse
 
 
 def _until(deadline: float) -> dict[str, Any]:
-    """What each call is made with."""
+    """The timeout and the metadata of a call."""
     return {"timeout": max(deadline - time.monotonic(), 0.001), "metadata": outgoing_metadata()}
 
 

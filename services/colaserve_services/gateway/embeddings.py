@@ -141,11 +141,5 @@ class EmbeddingsAnswer(CallsAnswer):
         numbers: list[float] = np.frombuffer(data, "<f4").tolist()
         return numbers
 
-    def last_events(self) -> Iterable[bytes]:
-        return ()
-
     def error(self, error: Exception) -> ApiError:
         return api_error(error, {"texts": "input", "sequences": "input"})
-
-    def failure(self, error: ApiError) -> bytes:
-        return b""

@@ -6,7 +6,6 @@ import math
 import time
 from typing import Any, Final
 
-from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -20,6 +19,7 @@ from colaserve_services.gateway.dialects.messages import CountTokensRequest, Tok
 from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
+from colaserve_services.gateway.json_form import plain
 from colaserve_services.gateway.pages import docs_page, root_page
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.gateway.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
@@ -140,10 +140,10 @@ class Gateway:
         return HTMLResponse(root_page(shown))
 
     async def docs(self, request: Request) -> Response:
-        """The OpenAPI document as a page, with the served model's defaults when the coordinator tells them."""
+        """The OpenAPI document as a page, with the served model's defaults when the coordinator answers."""
         try:
             defaults = _defaults(await self._backend.info())
-        except Exception:  # whatever ails the coordinator, the page is there
+        except Exception:  # the page is shown without the coordinator, too
             defaults = {}
         budgets = dict.fromkeys(("max_completion_tokens", "max_output_tokens"), defaults.get("max_tokens", ""))
         return HTMLResponse(docs_page(request.app.state.document, budgets | defaults, playground.served(request)))
@@ -180,10 +180,8 @@ def _seconds(request: Request) -> float:
 
 
 def _defaults(info: Info) -> dict[str, Any]:
-    sampler = MessageToDict(info.default_sampler, preserving_proto_field_name=True)
-    sampling = MessageToDict(info.default_sampling, preserving_proto_field_name=True)
-    if "solver" in sampler:
-        sampler["solver"] = sampler["solver"].removeprefix("SOLVER_").lower()
-    if "guidance_start" in sampler and "guidance_end" in sampler:
-        sampler["guidance_interval"] = [sampler["guidance_start"], sampler["guidance_end"]]
-    return {"max_tokens": info.default_max_new_tokens, **sampler, **sampling}
+    found = {**plain(info.default_sampler, as_lists=False), **plain(info.default_sampling, as_lists=False)}
+    del found["steering"]  # no model has probes by default
+    if "guidance_start" in found and "guidance_end" in found:
+        found["guidance_interval"] = [found["guidance_start"], found["guidance_end"]]
+    return {"max_tokens": info.default_max_new_tokens, **found}

@@ -1,7 +1,7 @@
-"""Messages of a service as JSON: fields are called as in its protos, enums by their names, and arrays are arrays.
+"""Messages of a service as JSON: fields have the names of the protos, enums are their names in lower case.
 
-The schemas, which check a request and make the OpenAPI document, come of the messages' descriptors, and ranges of the
-one table of settings: what a service gains has its JSON form.
+The schemas, which check requests and make the OpenAPI document, are derived from the messages' descriptors, the ranges
+from client/colaserve_client/settings.py. A new method or field of a service needs no code here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Final, Literal, NotRequired, Union
@@ -76,7 +75,7 @@ class LatentArray(Array):
 
 
 def comment_of(item: FieldDescriptor | MethodDescriptor) -> str:
-    """What the protos say of a field or a method."""
+    """The comment of a field or a method in the protos."""
     return _comments().get(item.full_name.removeprefix("colaserve.v1."), "")
 
 
@@ -100,7 +99,7 @@ def _or(model: type[Strict], name: str, *short: Any) -> Any:
 
 @cache
 def schema_of(message: Descriptor, base: type[Strict] = Strict) -> Any:
-    """What checks the JSON of a message that is sent; `base` has further fields."""
+    """The pydantic model that checks the JSON of a message of a request; `base` has further fields."""
     if message.name in ("Tensor", "Latents"):
         return _or(ArrayFields if message.name == "Tensor" else LatentFields, "data", list, float, int)
     if message.name == "TokenIds":
@@ -111,8 +110,8 @@ def schema_of(message: Descriptor, base: type[Strict] = Strict) -> Any:
 
 
 def _field(field: Any) -> tuple[Any, Any]:
-    settings = _SETTINGS.get(field.containing_type.name, object)
-    setting = fields_of(settings).get(field.name) if is_dataclass(settings) else None
+    settings = _SETTINGS.get(field.containing_type.name)
+    setting = fields_of(settings).get(field.name) if settings else None
     if setting and field.message_type is None:
         return kind_of(setting), Field(getattr(settings, field.name, None), description=setting.help)
     kind: Any = _kind(field, schema_of)
@@ -125,7 +124,7 @@ def _field(field: Any) -> tuple[Any, Any]:
 
 
 def _kind(field: FieldDescriptor, of_message: Callable[[Descriptor], Any]) -> Any:
-    """Of a value of the field."""
+    """The type of one value of the field."""
     if field.message_type is not None:
         return of_message(field.message_type)
     if field.enum_type is not None:
@@ -139,7 +138,7 @@ def _is_repeated(field: Any) -> bool:
 
 
 def message_of(message: Descriptor, fields: Strict, path: str = "") -> Any:
-    """The message that checked JSON stands for. ApiError 400 names what no schema finds."""
+    """The message that checked JSON stands for. ApiError 400 names a fault that the schema cannot find."""
     values, chosen = dict[str, Any](), dict[str, str]()
     for name, value in fields:
         field, where = message.fields_by_name.get(name), f"{path}{name}"
@@ -163,13 +162,13 @@ def _wire_value(field: Any, value: Any, where: str) -> Any:
         return types_pb2.Latents(values=_tensor(value, where), space=value.space)
     if isinstance(value, ArrayFields):
         return _tensor(value, where)
-    return (
-        types_pb2.TokenIds(ids=value) if isinstance(value, list) else message_of(field.message_type, value, f"{where}.")
-    )
+    if isinstance(value, list):
+        return types_pb2.TokenIds(ids=value)
+    return message_of(field.message_type, value, f"{where}.")
 
 
 def _tensor(array: ArrayFields, where: str) -> types_pb2.Tensor | None:
-    """What does not fit together is left to the service, which names it. None for an empty list."""
+    """The tensor; None for an empty list. Whether its shape fits its data is checked by the service."""
     data, shape, dtype = array.data, array.shape, array.dtype or "float32"
     if isinstance(data, str):
         if shape is None:
@@ -197,7 +196,7 @@ def _tensor(array: ArrayFields, where: str) -> types_pb2.Tensor | None:
 
 @cache
 def answer_of(message: Descriptor) -> Any:
-    """The kind of the JSON of a message that is received."""
+    """The type of the JSON of a message of an answer."""
     if message.name in ("Tensor", "Latents"):
         return Array if message.name == "Tensor" else LatentArray
     if message.name == "TokenIds":
@@ -214,7 +213,7 @@ def _answer_field(field: FieldDescriptor) -> Any:
 
 
 def plain(message: Any, as_lists: bool) -> Any:
-    """A message as JSON knows it. Fields that are unset are left out, `as_lists`: arrays are nested lists."""
+    """A message as JSON's types, without unset fields. `as_lists`: arrays as nested lists, otherwise as base64."""
     name = message.DESCRIPTOR.name
     if name == "TokenIds":
         return list(message.ids)

@@ -11,12 +11,11 @@ from typing import Any, Final, Literal
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from pydantic import Field
-from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
 from colaserve.v1 import latent_service_pb2
-from colaserve_services.gateway.answer import CallsAnswer
+from colaserve_services.gateway.answer import CallsAnswer, json_response
 from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.body import MOST_ITEMS, json_body, parse
 from colaserve_services.gateway.dialects.base import event
@@ -36,7 +35,7 @@ _SMALL: Final = 64 * 1024  # bytes; a longer answer is written in a thread
 
 
 class LatentsRequest(Strict):
-    """What every request takes beside the fields of its message."""
+    """The fields that every request has besides those of its message."""
 
     model: str | None = Field(None, description="The served model's name; left out, the served model.")
     encoding: Literal["base64", "list"] | None = Field(
@@ -57,8 +56,7 @@ def _endpoint(method: MethodDescriptor, backend: Backend, settings: GatewaySetti
     async def handle(request: Request) -> LatentsAnswer:
         read = partial(_read, method, schema, settings.allow_unknown_fields)
         fields, message = await json_body(request, read, settings.bounds)
-        if fields.model is not None:
-            checked_model(fields.model, await backend.info())
+        checked_model(fields.model, await backend.info())
         call = partial(backend.messages, method.name, message, streaming=method.server_streaming)
         record, until = record_of(request.scope), deadline(request, settings.bounds)
         as_lists = fields.encoding == "list"
@@ -72,7 +70,7 @@ def _endpoint(method: MethodDescriptor, backend: Backend, settings: GatewaySetti
 
 
 def _read(method: MethodDescriptor, schema: Any, allow_unknown: bool, body: bytes) -> tuple[LatentsRequest, Any]:
-    """What the client sets, and the message of it."""
+    """The fields that the client set, and the message that they stand for."""
     fields = parse(body, schema)
     refuse_extras(fields, allow_unknown=allow_unknown)
     return fields, message_of(method.input_type, fields)
@@ -80,34 +78,32 @@ def _read(method: MethodDescriptor, schema: Any, allow_unknown: bool, body: byte
 
 @dataclass
 class LatentsAnswer(CallsAnswer):
-    """The answer of a method; in a stream each message is an event, and [DONE] the last one."""
+    """The answer of a method. In a stream each message is an event, and the last event is [DONE]."""
 
     method: MethodDescriptor
     as_lists: bool
-
-    def __post_init__(self) -> None:
-        self._message: Any = None
+    message: Any = None  # the whole answer
 
     async def take(self, index: int, message: Any) -> Iterable[bytes]:
         if self.as_lists and message.ByteSize() > 4 * MOST_ITEMS:
             raise invalid("encoding", f"the answer has more than {MOST_ITEMS} numbers, the most that come as lists")
         if not self.streaming:
-            self._message = message
+            self.message = message
             return ()
         if not getattr(message, "provisional", False):
             self.record.saw_block()
         return [event(plain(message, self.as_lists))]
 
     async def whole(self) -> Response:
-        usage = getattr(self._message, "usage", None)
+        usage = getattr(self.message, "usage", None)
         if usage is not None:
             self.record.prompt_tokens, self.record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
-        if self._message.ByteSize() <= _SMALL:
+        if self.message.ByteSize() <= _SMALL:
             return self._response()
         return await offload(self._response)
 
     def _response(self) -> Response:
-        return Response(to_json(plain(self._message, self.as_lists)), media_type=JSON)
+        return json_response(plain(self.message, self.as_lists))
 
     def last_events(self) -> Iterable[bytes]:
         return [DONE]
@@ -120,6 +116,3 @@ class LatentsAnswer(CallsAnswer):
             return known
         param = known.param.replace(".values", "")  # latents are an array here
         return invalid(param, known.message.removeprefix(f"{known.param}: "))
-
-    def failure(self, error: ApiError) -> bytes:
-        return event(error.content())

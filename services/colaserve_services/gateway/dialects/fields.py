@@ -19,11 +19,11 @@ from colaserve_client.fields import flat_fields
 from colaserve_client.settings import Sampler, Sampling, Steering
 from colaserve_services.bounds import SAMPLER, SAMPLING, SEED_END, wire
 from colaserve_services.gateway.errors import invalid
+from colaserve_services.rpc.steering import MOST as MOST_PROBES
 
 # The most items of each list. Where a list is checked, its first wrong item ends the check (fail_fast).
 MOST_MESSAGES: Final = 2_048  # also parts of one message
 MOST_IDS: Final = 131_072  # of one prompt
-MOST_PROBES: Final = 16
 EACH_BLOCK: Final = ("preview_every", "with_probes", "with_latents")  # settings whose answers come block by block
 UINT32: Final = 2**32 - 1
 NAMES: Final[set[str]] = set()  # of all fields of all requests
