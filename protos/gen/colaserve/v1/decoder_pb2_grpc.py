@@ -54,8 +54,9 @@ class DecoderServiceServicer(object):
     def Decode(self, request_iterator, context):
         """Decodes one run. The stream owns the session: its KV cache is freed when the stream ends, however it ends. The first
         request must set `open`, each later one `block` or `preview`; any other order is INVALID_ARGUMENT. One response
-        answers each of them, in order. A session that is idle for --idle-seconds while others are queued is evicted: its stream ends with
-        UNAVAILABLE. RESOURCE_EXHAUSTED means that the decoder is full: nothing ran, retrying (elsewhere) is safe.
+        answers each block and each preview, in order. A session that is idle for --idle-seconds while others are queued is
+        evicted: its stream ends with UNAVAILABLE. RESOURCE_EXHAUSTED means that the decoder is full: nothing ran, retrying
+        (elsewhere) is safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

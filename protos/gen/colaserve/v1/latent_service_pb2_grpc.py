@@ -144,16 +144,16 @@ class LatentServiceServicer(object):
         """Log-probabilities of a given text's tokens, as the model's own reconstruction gives them: the text is encoded, the
         decoder decodes the latents block by block with those before them, and its raw logits are looked up at the given
         ids. This says how well the latent space keeps each token, not how likely the prior finds the text.
-        So it does for given latents, of which no text is known: then the ids are the most likely ones.
+        Latents may be given instead of a text; then the ids are the most likely ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fork(self, request, context):
-        """Continues one prefix in several ways, a message a block and branch as it is written. The prefix is encoded once, and
-        the branches go to one replica of each stage, which computes it once and holds its KV once. Each branch is as
-        Generate would write it alone. The first that fails ends the call; cancelling it frees all.
+        """Continues one prefix in several branches, with a message for each block of each branch. The prefix is encoded once,
+        and all branches run on one replica of each stage, which computes the prefix and holds its KV once. Each branch is as
+        Generate would write it alone. The first branch that fails ends the call; cancelling the call frees all branches.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

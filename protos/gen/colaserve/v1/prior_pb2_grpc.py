@@ -75,7 +75,7 @@ class PriorServiceServicer(object):
         log p(z_0) = log N(z_1; 0, I) + integral over t/T from 0 to 1 of div v.
         The divergence is Hutchinson's estimate (Grathwohl et al. 2019, arXiv:1810.01367), the mean over probes e, drawn
         anew at each evaluation, every element +1 or -1, of e . (v(z + h e) - v(z - h e)) / 2h, h = 0.01. Guidance is off.
-        FAILED_PRECONDITION unless the prior computes in float32: differences of rounded velocities say nothing. The call
+        FAILED_PRECONDITION unless the prior computes in float32: in a narrower type the differences are rounding. The call
         owns a session as a Sample stream does, shares passes with others, and ends in the same ways.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
