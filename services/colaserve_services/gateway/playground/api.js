@@ -47,9 +47,9 @@ async function reason(response) {
 /** The JSON answer of GET, or with a body of POST. */
 export const answer = async (path, body, signal) => (await call(path, body, signal)).json();
 
-/** The chunks of a stream of server-sent events, until [DONE]. */
+/** The chunks of a stream of server-sent events, until [DONE]; `body` asks for a stream. */
 export async function* chunks(path, body, signal) {
-  const reader = (await call(path, { ...body, stream: true }, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = (await call(path, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read();
     if (done) throw new Error("The connection broke before the text was complete.");

@@ -19,14 +19,14 @@ export function choose(nodes, index) {
   [...nodes].forEach((node, i) => (i === index ? node.setAttribute("aria-current", "true") : node.removeAttribute("aria-current")));
 }
 
-/** A heat map of latents, a pixel a number: orange above zero, blue below, clear at zero. `scale` is full colour. */
-export function heatMap({ shape: [rows, columns], data }, attributes = {}, scale = 2.5) {
+/** A heat map of latents, a pixel a number: orange above zero, blue below, clear at zero, full colour from 2.5 on. */
+export function heatMap({ shape: [rows, columns], data }, attributes = {}) {
   const canvas = el("canvas", { width: columns, height: rows, role: "img", "aria-label": "Heat map of latents", ...attributes });
   const brush = canvas.getContext("2d");
   const root = getComputedStyle(document.documentElement);
   const [high, low] = ["--high", "--low"].map((name) => root.getPropertyValue(name));
   data.forEach((value, i) => {
-    brush.fillStyle = `rgba(${value > 0 ? high : low}, ${Math.min(Math.abs(value) / scale, 1)})`;
+    brush.fillStyle = `rgba(${value > 0 ? high : low}, ${Math.min(Math.abs(value) / 2.5, 1)})`;
     brush.fillRect(i % columns, Math.floor(i / columns), 1, 1);
   });
   return canvas;

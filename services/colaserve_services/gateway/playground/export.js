@@ -1,6 +1,6 @@
-// What is on screen as a curl line, as lines of Python, and as a safetensors file.
+// The results on screen as curl lines, as lines of Python, and as a safetensors file.
 import { hasKey } from "./api.js";
-import { $ } from "./dom.js";
+import { $, el } from "./dom.js";
 
 const takings = {}; // tool: {calls: [[path, body]], python: [line], tensors: {name: {shape, data}}}
 let shown = "write", space = "";
@@ -62,9 +62,7 @@ export function safetensors(tensors) {
 }
 
 $("#save").addEventListener("click", () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(safetensors(takings[shown].tensors));
-  link.download = `${shown}.safetensors`;
+  const link = el("a", { href: URL.createObjectURL(safetensors(takings[shown].tensors)), download: `${shown}.safetensors` });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 });

@@ -1,4 +1,4 @@
-// The settings: their types, ranges and descriptions come of /openapi.json, the grey values of the served model.
+// The settings: their types, ranges and descriptions come from /openapi.json, the grey values from the served model.
 import { $, el } from "./dom.js";
 
 const NAMES = ["max_tokens", "steps", "guidance_scale", "solver", "temperature", "seed"];
