@@ -199,8 +199,7 @@ class Scoring:
     """How the likelihood of a text is estimated. In brackets as for `Sampler`."""
 
     samples: Annotated[
-        int | None,
-        Field("Draws from the encoder's posterior; 0 takes its mean instead.", Range(0, 64), 1),
+        int | None, Field("Draws from the encoder's posterior; 0 takes its mean instead.", Range(0, 64), 1)
     ] = None
     probes: Annotated[int | None, Field("Probes of Hutchinson's estimator.", Range(1, 256), 8)] = None
     steps: Annotated[int | None, Field("Steps from latents to noise.", Range(1, 1000), 32)] = None

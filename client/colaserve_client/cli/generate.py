@@ -75,7 +75,7 @@ def generate(
     request = replace(request, preview_every=request.preview_every or 1) if watch else request
     started = time.monotonic()
     request = replace(request, prompt=read_prompt(prompt, file))
-    result = _write(client, request, echo=echo, quiet=as_json)
+    result = client.generate(**vars(request)) if as_json else _write(client, request, echo)
     if as_json:
         output.print_json({"prompt": request.prompt, **output.plain(result)})
     if stats:
@@ -110,18 +110,17 @@ def read_prompt_file(file: Path) -> str:
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def _write(client: Client, request: GenerationRequest, *, echo: bool, quiet: bool) -> GenerationResult:
-    """Generate; print block by block unless quiet."""
+def _write(client: Client, request: GenerationRequest, echo: bool) -> GenerationResult:
+    """Generate and print block by block."""
     chunks = []
     with client.stream(**vars(request)) as stream, Screen() as screen:
-        if echo and not quiet:
+        if echo:
             screen.write(str(request.prompt))
         for chunk in stream:
             chunks.append(chunk)
-            if chunk.preview and not quiet:
+            if chunk.preview:
                 screen.show(chunk.preview.text)
-            elif not quiet:
+            else:
                 screen.write(chunk.text)
-    if not quiet:
-        output.echo()
+    output.echo()
     return generation_result(chunks, stream.request_id)
