@@ -38,14 +38,14 @@ class AsyncForks(AsyncBaseClient):
         ...     print(sorted([(block.branch, block.index, block.text) async for block in blocks]))
         [(0, 0, ' the'), (0, 1, 're w'), (1, 0, ' the')]
         """
-        is_latents = isinstance(prefix, Latents) or (not isinstance(prefix, str) and np.ndim(prefix) == 2)
-        kind = "text" if isinstance(prefix, str) else "latents" if is_latents else "ids"
+        kind = "text" if isinstance(prefix, str) else "latents" if np.ndim(prefix) == 2 else "ids"
+        given = {"text": None, "ids": None, "latents": None, kind: prefix}
         each = [Branch()] * branches if isinstance(branches, int) else branches
         made = [
             build(latent_service_pb2.ForkBranch, vars(of_kind(branch, Branch, f"branches[{at}]")), f"branches[{at}].")
             for at, branch in enumerate(each)
         ]
-        message = request(latent_service_pb2.ForkRequest, settings, **{kind: prefix}, branches=made)
+        message = request(latent_service_pb2.ForkRequest, settings, **given, branches=made)
         return self._stream(message, one(BranchBlock), settings)
 
     async def fork_all(

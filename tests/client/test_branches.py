@@ -33,6 +33,8 @@ def test_a_fork_sends_each_branch_its_own_and_all_what_they_share(client: Client
 def test_a_prefix_is_a_text_ids_or_latents(client: Client, server: FakeServer, prefix: object, kind: str) -> None:
     assert len(client.fork_all(prefix, 3, max_new_tokens=4)) == 3  # type: ignore[arg-type]
     assert [asked.WhichOneof("prefix") for asked in server.behaviour.requests] == [kind]
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        client.fork(prefix, 3, ids=[3])  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
