@@ -21,7 +21,7 @@ from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda
 from colaserve_services.model.backend.buckets import KEYS
 from colaserve_services.model.backend.pick import Picked
-from colaserve_services.model.backend.streams import Moment, Stream
+from colaserve_services.model.backend.streams import Event, Stream
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.loading import load
 from colaserve_services.model.sampling import Draw, SamplingSettings, sample_blocks
@@ -139,11 +139,11 @@ def test_passes_of_one_size_do_the_same_on_the_same_memory(backends: Callable[[s
 
 
 class Looked(Stream):
-    """Whose moments come when they were looked at often enough; once it serves, waiting for one fails."""
+    """Whose events are done when they were queried often enough; once it serves, waiting for one fails."""
 
     serves = False
 
-    class Moment:
+    class Event:
         def __init__(self, looks: int) -> None:
             self._looks = looks
 
@@ -154,11 +154,11 @@ class Looked(Stream):
         def wait(self) -> None:
             assert self._looks <= 0, "the device is waited for"
 
-        def since(self, earlier: Moment) -> float | None:
+        def since(self, earlier: Event) -> float | None:
             return 0.25
 
-    def mark(self) -> Any:
-        return self.Moment(3 if self.serves else 0)
+    def record(self) -> Any:
+        return self.Event(3 if self.serves else 0)
 
 
 async def test_nothing_of_an_engine_waits_for_the_device(tiny: Golden) -> None:

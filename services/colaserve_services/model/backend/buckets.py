@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colaserve_services.model.backend import Row
-from colaserve_services.model.backend.streams import Moment, Stream
+from colaserve_services.model.backend.streams import Event, Stream
 
 # Blocks: two a session, those of contexts and finished ones; what lacks is computed in vain.
 ROWS: Final = (
@@ -93,7 +93,7 @@ class Buckets:
                     self._move(fill(bucket))
                     fields = self._fields[rows].of(self._staged)
                     self._passes[bucket] = self.stream.captured(partial(self._body, bucket, fields))
-            self.stream.mark().wait()
+            self.stream.record().wait()
 
     def cut(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Pieces that one graph each takes, in their order: what a later one reads an earlier one has written."""
@@ -137,9 +137,9 @@ class Buckets:
 
 
 class UnderWay:
-    """A pass on a stream, between two moments."""
+    """A pass on a stream, between two events."""
 
-    def __init__(self, begin: Moment, end: Moment, results: Callable[[], Sequence[Any]]):
+    def __init__(self, begin: Event, end: Event, results: Callable[[], Sequence[Any]]):
         self._begin, self._end, self._results = begin, end, results
 
     @property

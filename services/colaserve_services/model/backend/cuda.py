@@ -143,7 +143,7 @@ class Prior(_Bucketed, reference.Prior):
     def run(self, plan: Plan) -> UnderWay:  # type: ignore[override]
         stream = self._buckets.stream
         with stream.on():
-            begin = stream.mark()
+            begin = stream.record()
             before = (self._z.clone(), self._previous.clone()) if len(plan) > 1 else None
             try:
                 found = [stream.fetched(self._buckets.start(filled)[0]) for filled in plan]
@@ -151,7 +151,7 @@ class Prior(_Bucketed, reference.Prior):
                 if before is not None:  # a piece may have done its part
                     self._z.copy_(before[0]), self._previous.copy_(before[1])
                 raise
-            end = stream.mark()
+            end = stream.record()
         return UnderWay(
             begin, end, lambda: [each for pair in zip(plan, found, strict=True) for each in _denoised(*pair)]
         )
@@ -252,7 +252,7 @@ class Decoder(_VAE, reference.Decoder):
         stream, ids = self._buckets.stream, self.sizes.block_size * self.model.config.patch_size
         asked = [row for filled in plan for row in filled.rows]
         with stream.on():
-            begin = stream.mark()
+            begin = stream.record()
             hidden = []
             for filled in plan:
                 count = sum(row.wanted for row in filled.rows)
@@ -262,7 +262,7 @@ class Decoder(_VAE, reference.Decoder):
                 logits = self.model.logits(torch.cat(hidden).flatten(0, 1)).view(-1, ids, self.model.config.vocab_size)
                 values = () if then is None else [stream.fetched(each) for each in then(logits)]
                 found = logits if then is None else list(zip(logits, *values, strict=True))
-            end = stream.mark()
+            end = stream.record()
 
         def results() -> list[Any]:
             answers = iter(found)
@@ -286,9 +286,9 @@ class Encoder(_VAE, reference.Encoder):
     def run(self, plan: Plan) -> UnderWay:  # type: ignore[override]
         stream, B = self._buckets.stream, self.sizes.block_size
         with stream.on():
-            begin = stream.mark()
+            begin = stream.record()
             found = [[stream.fetched(each) for each in self._buckets.start(filled)] for filled in plan]
-            end = stream.mark()
+            end = stream.record()
 
         def results() -> list[tuple[Tensor, Tensor | None]]:
             blocks: list[tuple[Tensor, Tensor | None]] = []

@@ -1,8 +1,11 @@
-"""What passes need of a device: memory, a stream, moments on it, graphs. A CPU has the same, and computes at once."""
+"""Streams: queues of work on a device, with the memory, events and graphs that passes need there.
+
+`Stream` is the interface, and computes at once, as a CPU does; `CudaStream` is a CUDA stream.
+"""
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,65 +14,65 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Moment(Protocol):
-    """A point in a stream."""
+class Event(Protocol):
+    """A point in a stream's work."""
 
     def done(self) -> bool:
-        """Whether the device has come so far."""
+        """Whether the device has finished all work before it."""
 
     def wait(self) -> None:
-        """Return when it has."""
+        """Block until it has."""
 
-    def since(self, earlier: "Moment") -> float | None:
-        """Seconds of the device between two moments that have come; None where nobody measures them."""
+    def since(self, earlier: "Event") -> float | None:
+        """Seconds on the device between two events, both done; None where they are not measured."""
 
 
-class _Now:
+class _Done:
     def done(self) -> bool:
         return True
 
     def wait(self) -> None:
         pass
 
-    def since(self, earlier: Moment) -> float | None:
+    def since(self, earlier: Event) -> float | None:
         return None
 
 
 class Stream:
-    """Computes at once, as a CPU does."""
+    """Work that is done at once, as a CPU does it."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def memory(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 of the device, zeros."""
+        """(nbytes,) uint8 zeros on the device."""
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
     def host(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 that the device copies from while the caller goes on, zeros."""
+        """(nbytes,) uint8 zeros on the CPU, pinned where a device copies from them asynchronously."""
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def fetched(self, values: Tensor) -> Tensor:
-        """A copy for the CPU, there at the next moment that is done."""
+        """A copy on the CPU, complete once an event recorded after this call is done."""
         return values.clone()
 
     def join(self) -> None:
-        """What was launched elsewhere before, such as copies of weights, comes before all that is launched here."""
+        """Do what was launched on the current stream, such as copies of weights, before all later work here."""
 
     def on(self) -> AbstractContextManager[object]:
-        """What is launched inside is launched here."""
+        """Work launched inside the context goes to this stream."""
         return nullcontext()
 
-    def mark(self) -> Moment:
-        """The moment when all that is launched so far is done."""
-        return _Now()
+    def record(self) -> Event:
+        """An event that is done when all work launched so far is."""
+        return _Done()
 
     def captured(self, body: Callable[[], T]) -> Callable[[], T]:
-        """Launches the same again, on the same memory, whenever it is called."""
+        """A function that launches the work of `body` again, on the same memory, and returns the same tensors."""
         return body
 
 
-class _Event:
+class _CudaEvent:
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record()
@@ -80,12 +83,12 @@ class _Event:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def since(self, earlier: Moment) -> float | None:
-        return earlier._event.elapsed_time(self._event) / 1e3 if isinstance(earlier, _Event) else None
+    def since(self, earlier: Event) -> float | None:
+        return earlier._event.elapsed_time(self._event) / 1e3 if isinstance(earlier, _CudaEvent) else None
 
 
 class CudaStream(Stream):
-    """A stream of its own on a GPU; one of less than 0 goes before others. Without `graphs` every launch is a call."""
+    """A CUDA stream; a lower priority goes first. `graphs`: make CUDA graphs; None: unless COLASERVE_CUDA_GRAPHS=0."""
 
     def __init__(self, device: torch.device, priority: int = 0, graphs: bool | None = None):
         super().__init__(device)
@@ -106,18 +109,15 @@ class CudaStream(Stream):
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def on(self) -> AbstractContextManager[object]:
-        stack = ExitStack()
-        stack.enter_context(torch.cuda.device(self.device))
-        stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
+        return torch.cuda.stream(self._stream)  # it also makes the stream's device the current one
 
-    def mark(self) -> Moment:
-        return _Event()
+    def record(self) -> Event:
+        return _CudaEvent()
 
     def captured(self, body: Callable[[], T]) -> Callable[[], T]:
         if not self._graphs:
             return body
-        body()  # what is made on first use, such as compiled kernels, may not be made during a capture
+        body()  # compiles kernels and creates what libraries create on first use, which a capture does not allow
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -134,5 +134,5 @@ class CudaStream(Stream):
 
 
 def stream(device: torch.device, priority: int = 0) -> Stream:
-    """Of the device."""
+    """A stream on the device."""
     return CudaStream(device, priority) if device.type == "cuda" else Stream(device)
