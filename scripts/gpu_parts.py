@@ -1,5 +1,6 @@
 """The parts of scripts/check-gpu, each a process of its own: `gpu_parts.py PART DEVICE FOLDER`."""
 
+# ruff: noqa: I001
 import asyncio
 import json
 import math
@@ -9,30 +10,11 @@ import sys
 import time
 from array import array
 from functools import partial
-from itertools import chain, starmap
+from itertools import chain, product, starmap
 
 from gpu_setup import (
-    ATTENTION,
-    BANDWIDTH,
-    DEVICE,
-    DTYPE,
-    FLOPS,
-    GOALS,
-    LACKING,
-    NAME,
-    OUT,
-    ROOT,
-    SOURCES,
-    TOY,
-    engines,
-    network,
-    picked,
-    predicted,
-    relative,
-    say,
-    seconds,
-    wait,
-    written,
+    ATTENTION, BANDWIDTH, DEVICE, DTYPE, FLOPS, GOALS, LACKING, NAME, OUT, ROOT, SOURCES, TOY, engines, network, picked,
+    predicted, relative, say, seconds, wait, written,
 )  # fmt: skip
 
 # isort: split
@@ -42,9 +24,9 @@ from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
+from colaserve_bench.engines import Load, run
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import Overloaded
 from colaserve_services.model import float8, kernels
 from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda, ops
@@ -134,14 +116,14 @@ def golden(name, dtype, most):
 
     async def text(made, case, sample):
         ids = tokenizer.encode(case["prompts"][sample], add_special_tokens=False).ids
-        (encoded,), _ = await made["encoder"].encode([ids])
+        (encoded,), _ = await made.encoder.encode([ids])
         settings = {"steps": case["params"]["timestep_num"], "guidance_scale": case["params"]["guidance_scale"]}
         seed = {"base_seed": case["noise_base_seed"], "sample_id": sample}
         job = SampleJob(encoded.latents, case["n_blocks"], sampler=SamplerSettings(**settings), **seed)
-        blocks, m = await written(made["prior"], job), len(encoded.latents)
+        blocks, m = await written(made.prior, job), len(encoded.latents)
         sampling = SamplingSettings(repetition_penalty=case["params"].get("repetition_penalty", 1.1))
         prefix, tokens = encoded.latents[: m // B * B], []
-        async with made["decoder"].session(DecodeJob(prefix, sampling)) as decoder:
+        async with made.decoder.session(DecodeJob(prefix, sampling)) as decoder:
             for block in blocks:
                 tokens += (await decoder.decode(block)).token_ids
         same.append(tokens[len(ids) - len(prefix) * P if m % B else 0 :] == case["tokens"][sample])
@@ -156,8 +138,8 @@ def golden(name, dtype, most):
         apart = [await text(made, case, 0) for case in meta["cases"]]
         for case in meta["cases"]:
             apart += await asyncio.gather(*(text(made, case, i) for i in range(len(case["prompts"]))))
-        alone = [await written(made["prior"], pinned(i)) for i in range(6)]
-        among = await asyncio.gather(*(written(made["prior"], pinned(i)) for i in range(6)))
+        alone = [await written(made.prior, pinned(i)) for i in range(6)]
+        among = await asyncio.gather(*(written(made.prior, pinned(i)) for i in range(6)))
         return max(apart), max(starmap(relative, zip(chain(*alone), chain(*among), strict=True)))
 
     with engines(networks, shape, EngineLimits(max_context=512, max_running=8)) as made:
@@ -217,14 +199,9 @@ def graphs():
     say("graph against eager, largest difference", (found[0] - found[1]).abs().max().item(), most=0.0)
 
 
-def products(x, weights):
-    for weight in weights:
-        torch.nn.functional.linear(x, weight)
-
-
-def products_of_float8(x, weights):
-    for weight in weights:
-        fp8.product(x, *weight, None, False)
+def each(call, given):
+    """Seconds of a call, over different arguments."""
+    return seconds(lambda: [call(*some) for some in given]) / len(given)
 
 
 def ceilings():
@@ -233,68 +210,38 @@ def ceilings():
     say("copy", 2 * size / seconds(lambda: other.copy_(one), 5) / 1e9, "GB/s", predicted=BANDWIDTH / 1e9)
     D = 64 if TOY else 2048
     for name, out, inner in (("qkv", 3 * D, D), ("out", D, D), ("mlp in", 4 * D, D), ("mlp out", D, 4 * D)):
-        weights = [torch.randn(out, inner, device=DEVICE, dtype=DTYPE) for _ in range(8)]  # more than a cache
-        pairs = [fp8.quantized(weight) for weight in weights[: 1 if TOY else 8]]
+        weights = [(torch.randn(out, inner, device=DEVICE, dtype=DTYPE),) for _ in range(8)]  # more than a cache
+        quantized = [(*fp8.quantized(*weight), None, False) for weight in weights[: 1 if TOY else 8]]
         for rows in ROWS[:: 8 if TOY else 3]:
             x = torch.randn(16 * rows, inner, device=DEVICE, dtype=DTYPE)
-            took = seconds(partial(products, x, weights)) / len(weights)
+            took = each(partial(torch.nn.functional.linear, x), weights)
             floor = max(2 * 16 * rows * out * inner / FLOPS, 2 * out * inner / BANDWIDTH)
             say(f"{name}, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6)
             if rows == 1 if TOY else not float8.missing(DEVICE):
-                took = seconds(partial(products_of_float8, x, pairs)) / len(pairs)
+                took = each(partial(fp8.product, x), quantized)
                 say(f"{name} in float8, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6 / 2)
     attention_alone()
 
 
-class Steps(EngineObserver):
-    def __init__(self):
-        self.found = []
-
-    def stepped(self, seconds, rows, sessions):
-        self.found.append(seconds)
-
-
-async def paced(prior, k, context, blocks):
-    """Tokens a second of k sessions that go on together once all have a block, and those that they ran ahead."""
-    together = asyncio.Barrier(k)
-
-    async def one(i):
-        z = torch.randn(context, 16, generator=torch.Generator().manual_seed(i))
-        job = SampleJob(z, blocks + 3, sampler=SamplerSettings(guidance_scale=7.0), base_seed=i)
-        ends = []
-        async with prior.session(job) as session:
-            async for _ in session:
-                ends.append(time.perf_counter())
-                if len(ends) == 1:
-                    await together.wait()
-        return ends[2:]
-
-    ends = await asyncio.gather(*map(one, range(k)))
-    begun, over = max(each[0] for each in ends), min(each[-1] for each in ends)
-    done = sum(begun < end <= over for each in ends for end in each)
-    return 16 * done / (over - begun) if over > begun else math.nan
-
-
 def engine():
     loads, contexts = ((1, 3), (32,)) if TOY else ((1, 8, 32, 128), (512, 64, 2048))
-    watch, began = Steps(), time.perf_counter()
+    began = time.perf_counter()
     kv_bytes = 1 << 28 if TOY else int(0.6 * torch.cuda.mem_get_info()[0])
     limits = EngineLimits(max_context=2304, max_running=max(loads), kv_bytes=kv_bytes)
-    with engines({"prior": network("prior")}, ModelShape(16, 16, 16, 1, 512), limits, watch) as made:
+    with engines({"prior": network("prior")}, ModelShape(16, 16, 16, 1, 512), limits) as made:
         say("the engine starts", time.perf_counter() - began, "s")
-        for context, k in ((context, k) for context in contexts for k in loads):
+        for seed, (context, k) in enumerate(product(contexts, loads)):
             what, goal = f"{k} sessions, context {context}", GOALS.get(k) if context == 512 else None
             try:
-                asyncio.run(paced(made["prior"], k, 32, 1))
-                watch.found.clear()
-                got, (step, floor) = asyncio.run(paced(made["prior"], k, context, 4)), predicted(k, context)
+                asyncio.run(run(made, Load(k, 32, 2), 2 * seed))  # warm-up
+                got, (step, floor) = asyncio.run(run(made, Load(k, context, 5), 2 * seed + 1)), predicted(k, context)
             except Overloaded as error:  # a smaller card
                 say(f"{what}: left out, {error}", None)
                 continue
-            say(f"{what}: tokens a second", got, predicted=k / step, least=None if TOY else goal)
-            middle = sorted(watch.found)[len(watch.found) // 2]
-            say(f"{what}: step", middle * 1e3, "ms", predicted=step * 1e3)
-            say(f"{what}: of the floor", got * floor / k)
+            tokens = got["tokens_per_second"]
+            say(f"{what}: tokens a second", tokens, predicted=k / step, least=None if TOY else goal)
+            say(f"{what}: step", got["step_ms_p50"], "ms", predicted=step * 1e3)
+            say(f"{what}: of the floor", tokens * floor / k)
     if not TOY:
         say("memory, most", torch.cuda.max_memory_allocated() / 2**30, "GiB")
 

@@ -61,10 +61,10 @@ sys.meta_path.insert(0, StandIn())
 
 import torch
 
+from colaserve_bench.engines import DeviceCalls, StepRecorder
 from colaserve_services.decoder.engine import DecoderEngine
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.engine.device import DeviceThread
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.backend.buckets import ROWS
 from colaserve_services.model.backend.pick import bucketed, pick
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
@@ -158,16 +158,18 @@ def relative(got, expected):
 
 
 @contextlib.contextmanager
-def engines(networks, shape, limits, observer=None):
-    """Of some stages, by name."""
-    thread, made = DeviceThread(), {}
+def engines(networks, shape, limits):
+    """Engines of some stages, by name, with what benchmarks of `colaserve_bench.engines` take beside them."""
+    thread, steps = DeviceThread(), StepRecorder()
     kinds = {"prior": PriorEngine, "decoder": DecoderEngine, "encoder": partial(EncoderEngine, pad_id=2)}
+    made = {"decoder": None, "steps": steps, "device_calls": DeviceCalls(thread)}
+    made["block_tokens"] = shape.block_size * shape.patch_size
     for stage, network in networks.items():
-        at = (network, shape, thread, limits)
-        made[stage] = kinds[stage](*at, observer=observer or EngineObserver(), picked=picked())
+        observer = {"observer": steps} if stage == "prior" else {}
+        made[stage] = kinds[stage](network, shape, thread, limits, picked=picked(), **observer)
     thread.start()
     try:
-        yield made
+        yield SimpleNamespace(**made)
     finally:
         thread.stop()
 
