@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model.backend import ops
-from colaserve_services.model.backend.ops import PageShape, Rows, Storage
+from colaserve_services.model.backend.ops import BEGINS, KEEPS, PageShape, Rows, Storage
 from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import SamplerSettings, solve
 from colaserve_services.model.layers import Linear
@@ -23,7 +23,7 @@ from colaserve_services.model.kernels.adaln import residual_norm_reference, swig
 from colaserve_services.model.kernels.fp8 import product_reference, quantized
 from colaserve_services.model.kernels.qkv import wide_qkv_reference
 from colaserve_services.model.kernels.registry import launches
-from colaserve_services.model.kernels.update import BEGINS, KEEPS, update_reference
+from colaserve_services.model.kernels.update import update_reference
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 BOUND = {FLOAT32: 2e-6, BFLOAT16: 6e-3}

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from colaserve_services.model.backend import Denoised, Row, Sizes, Then, reference
 from colaserve_services.model.backend.buckets import KEYS, STEERING, Bucket, Buckets, Filled, Shapes, UnderWay
-from colaserve_services.model.backend.ops import Rows
+from colaserve_services.model.backend.ops import BEGINS, KEEPS, Rows
 from colaserve_services.model.backend.streams import Stream, stream
 from colaserve_services.model.dit import TIME_SCALE, DiT
 from colaserve_services.model.text_vae import TextVAEBlock, TextVAEDecoder, TextVAEEncoder
 
-_KEEPS, _BEGINS = 1, 2  # flags of kernels.update
 _ROWS_A_SESSION = 4  # a point, the same without a condition, a finished block, and one of a context
 _F32, _I32, _BOOL = torch.float32, torch.int32, torch.bool
 
@@ -128,7 +127,7 @@ class Prior(_Bucketed, reference.Prior):
             steers = 0 if step.steering is None else len(step.steering)
             if step.steering is not None:
                 host["steering"][columns : columns + steers] = step.steering.numpy()
-            flags = _KEEPS * step.update.keeps + _BEGINS * (row.inputs is not None)
+            flags = KEEPS * step.update.keeps + BEGINS * (row.inputs is not None)
             other = unconditional.get(i, -1)
             host["entries"][entry] = i, other, step.slot, flags, noise, columns, steers, 0
             host["numbers"][entry] = row.time / TIME_SCALE, *step.update[:4], step.guidance or 0.0, 0.0, 0.0

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Flags of kernels.update: this velocity becomes the slot's previous one; the slot has no previous one yet.
+KEEPS, BEGINS = 1, 2
 Norm = tuple[Tensor, Tensor]  # weight and bias, float32
 
 

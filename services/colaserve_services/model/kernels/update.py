@@ -5,13 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colaserve_services.model.backend.ops import BEGINS, KEEPS
 from colaserve_services.model.kernels.registry import launch, padded, warps_of
 
-# Columns of `entries` and `numbers`, and the flags among them.
-ROW, UNCONDITIONAL, SLOT, FLAGS, NOISE, STEERING, STEERS = range(7)
-TIME, LATENTS, VELOCITY, PREVIOUS, NOISE_SCALE, GUIDANCE = range(6)
-COLUMNS = 8
-KEEPS, BEGINS = 1, 2
+COLUMNS = 8  # of `entries` and `numbers`
 
 
 @triton.jit
@@ -95,9 +92,9 @@ def update(
 
     velocity (N B, d) and latents (N, B, d): of the rows that `entries` counts. z and previous (slots, B, d) float32 are
     those of `Update`, changed in place. entries (E, 8) int32: a row, or -1 for an entry that is none; its unconditional
-    row or -1; a slot, in no other entry; flags; a row of `noise` (K, B, d) or -1; the first of its rows of `steering`
-    (M, d + 2), as in `Denoise`, and how many. numbers (E, 8) float32: t/T, the four of `Update`, guidance. pinned
-    (E, B) bool: positions that stay as they are.
+    row or -1; a slot, in no other entry; flags of `ops`; a row of `noise` (K, B, d) or -1; the first of its rows of
+    `steering` (M, d + 2), as in `Denoise`, and how many. numbers (E, 8) float32: t/T, the four of `Update`, guidance.
+    pinned (E, B) bool: positions that stay as they are.
     """
     given = (velocity, latents, z, previous, entries, numbers, pinned, noise, steering)
     assert all(t.is_contiguous() for t in given), "all is read as it lies"
