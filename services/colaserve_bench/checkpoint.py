@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from colaserve_bench.engines import DTYPES
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import rotary_frequencies
+from colaserve_services.model.loading import DTYPES
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_services.text.special_ids import END_OF_TEXT, IM_END, PAD, RELEASE_IDS
 from colaserve_training.release import FIXED, write_json

@@ -25,12 +25,10 @@ from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import UsageError
 from colaserve_services.model import loading
 from colaserve_services.model.checkpoint import Checkpoint
-from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import SamplerSettings, schedule
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "float8": FLOAT8}
 AHEAD = EngineLimits().run_ahead  # blocks that a session writes while others are still at their contexts
 _ANY = 1 << 50  # bytes: benchmarks reserve what they need
 
@@ -170,7 +168,7 @@ def started(compute: Compute, max_context: int, max_running: int, decode: bool =
     def load() -> Engines:
         if compute.threads:
             torch.set_num_threads(compute.threads)
-        checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, DTYPES[compute.dtype]
+        checkpoint, device, dtype = Checkpoint.open(compute.model), compute.torch_device, loading.DTYPES[compute.dtype]
         limits = EngineLimits(max_context=max_context, max_running=max_running, kv_bytes=_ANY, share_prefixes=False)
         steps, decoder = StepRecorder(), None
         if decode:

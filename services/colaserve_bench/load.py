@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from colaserve_bench.engines import DTYPES, Compute
+from colaserve_bench.engines import Compute
 from colaserve_bench.report import Column, Report, Row
 from colaserve_bench.verbs import COMPUTE_OPTIONS, benchmark, compute_of, in_own_process, rounds, say
 from colaserve_services.errors import UsageError
@@ -61,7 +61,7 @@ def _load(compute: Compute, stages: Sequence[str]) -> Row:
     checkpoint, device = Checkpoint.open(compute.model), compute.torch_device
     level, started = anonymous_bytes(), time.monotonic()
     with _highest() as highest:
-        models = [loading.load(checkpoint, stage, device, DTYPES[compute.dtype]) for stage in stages]
+        models = [loading.load(checkpoint, stage, device, loading.DTYPES[compute.dtype]) for stage in stages]
         seconds = time.monotonic() - started
         resident = anonymous_bytes()
     del models

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 import click
 
-from colaserve_bench.engines import DTYPES, Compute
+from colaserve_bench.engines import Compute
 from colaserve_bench.report import Report
 from colaserve_client.cli.types import Listed
 from colaserve_client.cli.verbs import pip_line
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import run_or_explain
 from colaserve_services.model.flow import SamplerSettings
+from colaserve_services.model.loading import DTYPES
 
 POSITIVE = click.IntRange(min=1)
 FOLDER = click.Path(file_okay=False, path_type=Path)

@@ -152,8 +152,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         raise UsageError(f"--dtype: float8 cannot be had here: {reason}")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "float8": float8.FLOAT8}
-    return dtypes[name]
+    return loading.DTYPES[name]
 
 
 def _picked(stage: str, device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:

@@ -20,6 +20,7 @@ from colaserve_services.model.weights import WeightFolder
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 STAGES = ("encoder", "prior", "decoder")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "float8": FLOAT8}  # of `load`
 
 _OF_LAYERS = re.compile(r"\bblocks\.\d+\.(?!ada\.)")  # the DiT's `ada` is computed once for each time
 
