@@ -73,10 +73,20 @@ class PriorSession(Session[B]):
 
     def advance(self, results: list[Denoised]) -> None:
         """What came of the current points."""
-        raise NotImplementedError
+        self.run.advance(results)
+        self.deliver()
 
     def deliver(self) -> None:
-        """Hand over completed blocks."""
+        """Hand over completed blocks; given ones follow each other without a pass."""
+        while self.run.finished is not None:
+            self.outbox.put(self.completed(self.job.first_block + self.run.block))
+            self._since, self._wrote = time.monotonic(), True
+        if self.run.done:
+            self.finished = True
+            self.outbox.close()
+
+    def completed(self, index: int) -> B:
+        """What its reader gets of the block just completed, taken from the run."""
         raise NotImplementedError
 
     def start(self, known: int, beside: Sequence[Any]) -> None:
@@ -123,21 +133,12 @@ class SamplingSession(PriorSession[SampledBlock]):
         self.show()
         self.deliver()
 
-    def deliver(self) -> None:
-        """Hand over completed blocks; given ones follow each other without a pass."""
-        run = self.run
-        while run.finished is not None:
-            index = self.job.first_block + run.block
-            latents, step, saved, probes = run.take_finished()
-            check_latents(f"the latents of block {index}", latents)
-            now = time.monotonic()
-            self._engine.observer.block(now - self._since, first=run.block == 1)
-            self._engine.observer.tokens(0, len(latents))
-            self.outbox.put(SampledBlock(index, latents, self.timings(self._since), step, saved, probes))
-            self._since, self._wrote = now, True
-        if run.done:
-            self.finished = True
-            self.outbox.close()
+    def completed(self, index: int) -> SampledBlock:
+        written = self.run.take_finished()
+        check_latents(f"the latents of block {index}", written.latents)
+        self._engine.observer.block(time.monotonic() - self._since, first=self.run.block == 1)
+        self._engine.observer.tokens(0, len(written.latents))
+        return SampledBlock(index, written.latents, self.timings(self._since), *written[1:])
 
     def show(self) -> None:
         """Hand over a preview, if there is one that another stage would take."""
@@ -169,7 +170,7 @@ class _ScheduledSession:
 
 
 class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
-    """Continuous batching over `SamplingRun`s: sessions join and leave between steps, rows are at any step."""
+    """Continuous batching of runs: sessions join and leave between steps, rows are at any step."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from colaserve_services.model.backend import Denoise, Denoised, Row
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.flow import SamplerSettings, solve
 from colaserve_services.prior.watch import Probes, Watch
+
+F = TypeVar("F")
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class Written(NamedTuple):
     probes: Probes | None = None
 
 
-class Run:
-    """The blocks of a run that are complete.
+class Run(Generic[F]):
+    """The blocks of a run that are complete, each with an F that came of it.
 
     `uncommitted` blocks have final latents that are not in the KV cache yet: the context at first, later the block
     written last. They go into the cache with the next pass, which is how a commit costs no pass of its own.
@@ -149,6 +151,7 @@ class Run:
         self.committed = 0  # blocks in the KV cache
         self._kept: list[Tensor] = []  # their latents
         self.block = -1  # row of the canvas that is under way
+        self.finished: F | None = None  # of the block just completed, until taken
 
     @property
     def done(self) -> bool:
@@ -165,8 +168,18 @@ class Run:
         self.uncommitted[:0] = self._kept
         self._kept, self.committed = [], 0
 
+    def take_finished(self) -> F:
+        """What came of the block just completed; the next one has begun."""
+        finished, self.finished = self.finished, None
+        assert finished is not None
+        self._next_block()
+        return finished
 
-class SamplingRun(Run):
+    def _next_block(self) -> None:
+        raise NotImplementedError
+
+
+class SamplingRun(Run[Written]):
     """The state of a run between forward passes, but for the latents of the block under way: the backend has them."""
 
     def __init__(self, job: SampleJob, canvas: Canvas):
@@ -176,7 +189,6 @@ class SamplingRun(Run):
         self._evaluations, self._step = solve(job.sampler), 0
         self._initial: Tensor | None = None  # latents of the block's first point, which the backend has not got yet
         self._fresh: Tensor | None = None  # noise that the current point's update adds
-        self.finished: Written | None = None  # the block just completed, until taken
         self.preview: Tensor | None = None  # (B, d), x0 after the last step where it is to be shown
         self._next_block()
 
@@ -221,13 +233,6 @@ class SamplingRun(Run):
             self._complete(watch.clean)
         else:
             self._draw_fresh()
-
-    def take_finished(self) -> Written:
-        """The block just completed; the next one has begun."""
-        written, self.finished = self.finished, None
-        assert written is not None
-        self._next_block()
-        return written
 
     def _complete(self, latents: Tensor) -> None:
         previous = next(reversed(self.uncommitted or self._kept), None)

@@ -1,7 +1,6 @@
 """One run of the prior that scores the open positions of a canvas instead of writing them."""
 
 import math
-import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,12 +49,13 @@ class ScoredBlock:
     timings: Timings
 
 
-class ScoringRun(Run):
-    """The state of a run between passes: the points of the current evaluation, and the velocities that came of some."""
+class ScoringRun(Run[Tensor]):
+    """The state of a run between passes: the points of the current evaluation, and the velocities that came of some.
+
+    Of a block come estimates of its log density, (K,)."""
 
     def __init__(self, job: ScoreJob, canvas: Canvas, most_rows: int):
         super().__init__(job, canvas)
-        self.finished: Tensor | None = None  # (K,): estimates of the block just completed, until taken
         context, B, d = canvas.context.shape
         self._probes, self._most_rows = job.probes, most_rows
         self._data = job.latents.view(-1, B, d)[context:]
@@ -93,13 +93,6 @@ class ScoringRun(Run):
             except StopIteration as end:
                 self._complete(end.value)
 
-    def take_finished(self) -> Tensor:
-        """The estimates of the block just completed; the next one has begun."""
-        estimates, self.finished = self.finished, None
-        assert estimates is not None
-        self._next_block()
-        return estimates
-
     def _complete(self, estimates: Tensor) -> None:
         self.finished = estimates
         self._points = Points(0.0, self._data[:0])
@@ -135,20 +128,9 @@ class ScoringSession(PriorSession[ScoredBlock]):
     def begun(self, canvas: Canvas) -> ScoringRun:
         return ScoringRun(self.job, canvas, self._rows)
 
-    def advance(self, results: list[Denoised]) -> None:
-        self.run.advance(results)
-        self.deliver()
-
-    def deliver(self) -> None:
-        run, evaluations = self.run, len(solve(self.job.sampler, ascending=True)) * (1 + 2 * self.job.probes)
-        while run.finished is not None:
-            scored = not bool(run.canvas.known[run.block].all())
-            estimates = run.take_finished()
-            check_finite(f"the log density of block {run.block - 1}", estimates)
-            error = estimates.std().item() / math.sqrt(len(estimates)) if len(estimates) > 1 else 0.0
-            timings = self.timings(self._since)
-            self.outbox.put(ScoredBlock(estimates.mean().item(), error, evaluations if scored else 0, timings))
-            self._since, self._wrote = time.monotonic(), True
-        if run.done:
-            self.finished = True
-            self.outbox.close()
+    def completed(self, index: int) -> ScoredBlock:
+        given, estimates = bool(self.run.canvas.known[index].all()), self.run.take_finished()
+        check_finite(f"the log density of block {index}", estimates)
+        error = estimates.std().item() / math.sqrt(len(estimates)) if len(estimates) > 1 else 0.0
+        evaluations = 0 if given else len(solve(self.job.sampler, ascending=True)) * (1 + 2 * self.job.probes)
+        return ScoredBlock(estimates.mean().item(), error, evaluations, self.timings(self._since))
