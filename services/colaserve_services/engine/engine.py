@@ -165,9 +165,9 @@ class Engine(Generic[S, T]):
                 return
             session.slot = self._slots.pop()
             session.begin()
-        keys, pages = session.keys, self.backend.pages
-        if self._awaits(session, pages.leading(keys)):
+        if any(self._awaits(session, other) for other in self._sessions.all):
             return
+        keys, pages = session.keys, self.backend.pages
         found, beside = pages.find(keys)
         others = pages.reserve(max(0, session.claim - len(found)))
         if others is None:
@@ -181,13 +181,14 @@ class Engine(Generic[S, T]):
         session.remembered = len(found)
         session.start(len(found), beside)
 
-    def _awaits(self, session: S, known: int) -> bool:
-        """Whether another session's next passes compute the block behind those that are known, which it then finds."""
-        return known < len(session.keys) and any(
-            other.holds_kv and other.wanted and other.ready() and other.cached <= known
-            for other in self._sessions.all
-            if other.keys[known : known + 1] == session.keys[known : known + 1]
-        )
+    def _awaits(self, session: S, other: S) -> bool:
+        """Whether the other's next passes compute the first leading block of a session that is not known yet."""
+        if not (other.holds_kv and other.wanted and other.ready()):
+            return False
+        keys, at = session.keys, other.cached
+        if other.keys[at : at + 1] == keys[at : at + 1]:  # so those before, which the other holds, are known
+            at += self.backend.pages.leading(keys[at:])
+        return at < len(keys) and other.keys[at : at + 1] == keys[at : at + 1]
 
     def looked_up(self, keys: Sequence[bytes], found: int) -> None:
         """A session begins with blocks of these keys, of which so many were known."""
