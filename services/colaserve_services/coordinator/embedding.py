@@ -10,7 +10,7 @@ from colaserve.v1 import latent_service_pb2 as pb
 from colaserve_client.arrays import unit
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext
-from colaserve_services.coordinator.latent_space import MOST_TEXTS, check_fits, check_size, tokenize_many
+from colaserve_services.coordinator.latent_space import MOST_TEXTS, check_size, given_ids, tokenize_many
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
 from colaserve_services.rpc.arrays import FloatArray
@@ -49,11 +49,4 @@ def pooled(latents: FloatArray, pooling: int, block_size: int) -> FloatArray:
 def _checked(services: ServiceContext, request: pb.EmbedRequest) -> list[list[int]]:
     if len(request.sequences) > MOST_TEXTS:
         raise InvalidRequest("sequences", f"got {len(request.sequences)} sequences, expected 1 to {MOST_TEXTS}")
-    found = []
-    for index, sequence in enumerate(request.sequences):
-        ids, field = services.checked(sequence.ids, f"sequences[{index}]"), f"sequences[{index}]"
-        if not ids:
-            raise InvalidRequest(field, "got no ids, expected one or more")
-        check_fits(services, field, services.model.positions(len(ids)))
-        found.append(ids)
-    return found
+    return [given_ids(services, each, f"sequences[{index}]") for index, each in enumerate(request.sequences)]

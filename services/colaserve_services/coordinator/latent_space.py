@@ -171,11 +171,7 @@ async def _given_text(services: ServiceContext, request: pb.LogprobsRequest) -> 
     if request.text:
         [ids] = await tokenize_whole(services, [request.text], ["text"])
         return ids
-    ids = services.checked(request.ids.ids, "ids")
-    if request.HasField("ids") and not ids:
-        raise InvalidRequest("ids", "got no ids, expected one or more")
-    check_fits(services, "ids", services.model.positions(len(ids)))
-    return ids
+    return given_ids(services, request.ids, "ids") if request.HasField("ids") else []
 
 
 def _lookup(services: ServiceContext, request: pb.LogprobsRequest, count: int) -> decoder_pb2.OpenDecode:
@@ -289,6 +285,13 @@ async def tokenize_whole(services: ServiceContext, texts: Sequence[str], fields:
             raise InvalidRequest(field_, "got a text without tokens")
         check_fits(services, field_, services.model.positions(len(ids)))
     return found
+
+
+def given_ids(services: ServiceContext, sequence: types_pb2.TokenIds, field: str) -> list[int]:
+    """A caller's ids of a text, checked: one or more, within the context and the vocabulary."""
+    if not sequence.ids:
+        raise InvalidRequest(field, "got no ids, expected one or more")
+    return services.checked(sequence.ids, field)
 
 
 def given_latents(services: ServiceContext, latents: types_pb2.Latents, field: str, least: int) -> types_pb2.Latents:
