@@ -20,6 +20,7 @@ Fields = Mapping[str, Field]
 SAMPLER: Final[Fields] = fields_of(Sampler)
 SAMPLING: Final[Fields] = fields_of(Sampling)
 SCORING: Final[Fields] = fields_of(Scoring)
+INTEGRATION: Final[Fields] = {name: SCORING[name] for name in ("probes", "steps", "solver")}  # the prior's part
 STEERING: Final[Fields] = fields_of(Steering)
 MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
 TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]

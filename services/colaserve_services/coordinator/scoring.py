@@ -11,7 +11,7 @@ import numpy as np
 
 from colaserve.v1 import encoder_pb2, prior_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
-from colaserve_services.bounds import SAMPLE_ID, SCORING, check, check_all, defaults, given, wire
+from colaserve_services.bounds import INTEGRATION, SAMPLE_ID, SCORING, check, check_all, defaults, given, wire
 from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
@@ -119,8 +119,9 @@ async def _density(
     """The prior's log density of the text's latents."""
     count, size = rows.count(latents), attempts.services.model.block_size
     canvas = types_pb2.Canvas(latents=latents, open=[types_pb2.Span(start=layout.known, end=count)])
-    integration = wire({name: SCORING[name] for name in ("probes", "steps", "solver")}, values)
-    request = prior_pb2.PriorServiceScoreRequest(canvas=canvas, seed=seed, cache_salt=attempts.call.salt, **integration)
+    request = prior_pb2.PriorServiceScoreRequest(
+        canvas=canvas, seed=seed, cache_salt=attempts.call.salt, **wire(INTEGRATION, values)
+    )
     while True:
         try:
             stub = await attempts.stub()

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
-from colaserve_services.bounds import SCORING, defaults, given, sampler_values
+from colaserve_services.bounds import INTEGRATION, defaults, given, sampler_values
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.model.flow import SamplerSettings, Steering
 from colaserve_services.prior.engine import PriorEngine
 from colaserve_services.prior.sampling_run import SampleJob
 from colaserve_services.prior.scoring_run import ScoreJob, ScoringSession, scoring_settings
 from colaserve_services.rpc import about, arrays, cancellation, steering
-
-INTEGRATION = {name: SCORING[name] for name in ("probes", "steps", "solver")}
 
 
 class PriorService(prior_pb2_grpc.PriorServiceServicer):
