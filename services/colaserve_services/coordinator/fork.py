@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Final
@@ -16,7 +16,7 @@ from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_seed
-from colaserve_services.coordinator.generation import Response, write
+from colaserve_services.coordinator.generation import Response, is_preview, write
 from colaserve_services.coordinator.latent_space import given_latents
 from colaserve_services.coordinator.plan import Plan, check_stops, plan_behind
 from colaserve_services.coordinator.read_ahead import side_by_side
@@ -55,7 +55,7 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
                 add_timing(response.timing, timing)
             fields = {field.name: value for field, value in response.ListFields()}
             yield pb.ForkResponse(branch=branch, block_index=written[branch], **fields)
-            written[branch] += not response.HasField("preview")
+            written[branch] += not is_preview(response)
 
 
 async def _branch(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[Response, None]:
@@ -64,11 +64,6 @@ async def _branch(services: ServiceContext, plan: Plan, call: Call) -> AsyncGene
     async with aclosing(write(services, plan, call)) as responses:
         async for response in responses:
             yield response
-
-
-def is_preview(response: pb.ForkResponse | generation_pb2.GenerateResponse) -> bool:
-    """Whether it may be left out where its reader is slow."""
-    return response.HasField("preview")
 
 
 async def _prefix(services: ServiceContext, request: pb.ForkRequest) -> tuple[Sequence[int], types_pb2.Latents | None]:
@@ -92,7 +87,15 @@ def _plans(
     _replace(shared, request)
     shared.seed.CopyFrom(resolve_seed(request.seed if request.HasField("seed") else None, 1))
     names = {"prompt": str(request.WhichOneof("prefix"))}
-    _planned(services, shared, ids, tokens, names, "")
+
+    def planned(asked: generation_pb2.GenerateRequest, path: str) -> Plan:
+        try:
+            return plan_behind(services, asked, ids, tokens)
+        except InvalidRequest as error:
+            message = str(error).removeprefix(f"{error.field}: ")
+            raise InvalidRequest(names.get(error.field) or path + error.field, message) from error
+
+    planned(shared, "")
     plans = []
     for index, branch in enumerate(request.branches):
         own, path = generation_pb2.GenerateRequest(), f"branches[{index}]."
@@ -100,7 +103,7 @@ def _plans(
         own.CopyFrom(shared)
         own.seed.sample_id += index
         _replace(own, branch)
-        plans.append(_with_own(services, branch, _planned(services, own, ids, tokens, names, path), path))
+        plans.append(_with_own(services, branch, planned(own, path), path))
     return plans
 
 
@@ -108,21 +111,6 @@ def _check_counts(given: pb.ForkRequest | pb.ForkBranch, path: str) -> None:
     """Of what is copied item by item, before it is."""
     check_stops(given.stop, f"{path}stop")
     steering.check_count(given.sampler.steering, f"{path}sampler.steering")
-
-
-def _planned(
-    services: ServiceContext,
-    request: generation_pb2.GenerateRequest,
-    ids: Sequence[int],
-    tokens: int,
-    names: Mapping[str, str],
-    path: str,
-) -> Plan:
-    try:
-        return plan_behind(services, request, ids, tokens)
-    except InvalidRequest as error:
-        message = str(error).removeprefix(f"{error.field}: ")
-        raise InvalidRequest(names.get(error.field) or path + error.field, message) from error
 
 
 def _replace(message: Message, given: Message) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +23,7 @@ from colaserve_services.rpc.errors import grpc_code
 from colaserve_services.text import Tokenizer
 
 Response = generation_pb2.GenerateResponse
+is_preview = methodcaller("HasField", "preview")  # of a response: a slow reader may miss it
 
 
 async def generate(
@@ -75,15 +76,15 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
             watch.ended(writer, prior.received, run.steps_saved)
     end = Response(finish_reason=writer.finish_reason, usage=watch.usage, timing=watch.total, seed=plan.seed)
     response.MergeFrom(end)
-    response.stop_string = writer.stop_string
-    response.choices.extend(writer.scores)
+    response.MergeFrom(Response(stop_string=writer.stop_string, choices=writer.scores))
     yield response
 
 
 async def _with_written(
     blocks: AsyncGenerator[prior_pb2.SampleResponse, None], written: Sequence[types_pb2.Latents]
 ) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
-    """The written blocks, then the others, once the first of those is here: who waits for a prior holds no decoder."""
+    """The given blocks, then those that the prior writes. The given ones are held back until the prior has sent its
+    first: they would open a decoder's session, and a call that is queued for a prior may hold none."""
     async with aclosing(blocks):
         first = await anext(blocks, None)
         for index, latents in enumerate(written):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
@@ -78,7 +78,7 @@ async def detokenize(
 class GenerationServicer(Servicer, generation_pb2_grpc.GenerationServiceServicer):
     """Text in, text out."""
 
-    Generate = _streaming(generation.generate, methodcaller("HasField", "preview"))
+    Generate = _streaming(generation.generate, generation.is_preview)
     Tokenize = _unary(tokenize)
     Detokenize = _unary(detokenize)
 
@@ -99,7 +99,7 @@ class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
     Infill = _unary(infill.infill)
     Reconstruct = _unary(latent_space.reconstruct)
     Logprobs = _unary(latent_space.logprobs)
-    Fork = _streaming(fork.fork, fork.is_preview)
+    Fork = _streaming(fork.fork, generation.is_preview)
     Embed = _unary(embedding.embed)
     Score = _unary(scoring.score)
 
