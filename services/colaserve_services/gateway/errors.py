@@ -121,7 +121,7 @@ def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiEr
 
 
 def with_own_names(error: grpc.RpcError, lacking: str) -> Exception:
-    """The error of a call whose fields are called as the request's; `lacking` is what an earlier coordinator lacks."""
+    """The error of a call that has the client's field names. `lacking`: what a coordinator without the method lacks."""
     known = _of_rpc(error, lacking)
     return ApiError(400, str(known), "invalid_value", known.field) if isinstance(known, InvalidRequest) else known
 

@@ -28,7 +28,7 @@ class Bounds:
     answer_seconds: float = 30.0  # without reading any of what is left of a whole answer, then a client is cut off
     connections: int = field(default_factory=_half_of_the_descriptors)  # open ones; more are cut off at once
     choices: int = 128  # prompts times n of one request
-    parallel_choices: int = 16  # of these, how many run side by side, yet all of one prompt; others wait in the gateway
+    parallel_choices: int = 16  # of these at once, but always all of one prompt; others are queued in the gateway
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

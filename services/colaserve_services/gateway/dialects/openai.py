@@ -106,7 +106,7 @@ class ChoiceDialect(Dialect[C]):
         return event(error.content())
 
     def guided(self, message: GenerateResponse) -> dict[str, list[GuidedChoice]]:
-        """What a choice has beside its text when that was one of several."""
+        """The `guided_choice` of a choice; no field where the request has none."""
         pairs = zip(self.body.guided_choice or (), message.choices, strict=False)
         found = [GuidedChoice(text=text, tokens=each.token_count, logprob=each.logprob) for text, each in pairs]
         return {"guided_choice": found} if found else {}
