@@ -18,7 +18,7 @@ from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_services.gateway.answer import CallsAnswer, json_response
 from colaserve_services.gateway.backend import Backend, Info
-from colaserve_services.gateway.dialects.fields import EndUser, Strict, Text, TokenIds, at_most
+from colaserve_services.gateway.dialects.fields import EndUser, ServedModel, Strict, Text, TokenIds, at_most
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
 from colaserve_services.gateway.gateway import checked_model, deadline
@@ -37,7 +37,7 @@ class EmbeddingsRequest(Strict):
         "input": "expected a string, a list of strings, a list of token ids or a list of lists of token ids"
     }
 
-    model: str | None = Field(None, description="The served model's name; left out, the served model.")
+    model: ServedModel = None
     input: (
         Text | Annotated[list[Text], at_most(MOST_INPUTS)] | TokenIds | Annotated[list[TokenIds], at_most(MOST_INPUTS)]
     ) = Field(description="One text or up to 2048, as text or as token ids; none empty.")
@@ -99,13 +99,11 @@ def _requests(body: EmbeddingsRequest) -> list[pb.EmbedRequest]:
             raise invalid(where, "is empty, expected a text or token ids")
     made = []
     for start in range(0, len(inputs), _AT_ONCE):
-        asked = pb.EmbedRequest(pooling=_POOLING[body.pooling or "mean"], normalize=body.normalize is not False)
         some = inputs[start : start + _AT_ONCE]
-        if isinstance(some[0], str):
-            asked.texts.extend(some)
-        else:
-            asked.sequences.extend(types_pb2.TokenIds(ids=ids) for ids in some)
-        made.append(asked)
+        texts = isinstance(some[0], str)
+        what = {"texts": some} if texts else {"sequences": [types_pb2.TokenIds(ids=ids) for ids in some]}
+        pooling = _POOLING[body.pooling or "mean"]
+        made.append(pb.EmbedRequest(pooling=pooling, normalize=body.normalize is not False, **what))
     return made
 
 

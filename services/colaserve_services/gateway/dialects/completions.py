@@ -35,7 +35,7 @@ from colaserve_services.gateway.dialects.openai import (
     GuidedChoice,
 )
 from colaserve_services.gateway.errors import invalid
-from colaserve_services.gateway.json_form import plain
+from colaserve_services.gateway.json_form import LatentArray, plain
 
 MOST_PROMPTS: Final = 1_024
 _BESIDE: Final[Mapping[str, tuple[Any, ...]]] = {  # fields that an infill cannot honour -> values that ask for nothing
@@ -99,12 +99,11 @@ class CompletionPreview(TypedDict):
     block_index: int
     step: int
     text: str
-    latents: NotRequired[dict[str, Any]]
+    latents: NotRequired[LatentArray]
 
 
 class CompletionChoice(TypedDict):
-    """In a stream also, on request: a preview, beside an empty text, or the probes and the latents of a block. Latents
-    (B, d) are as /v1/latents/decode takes them: shape, dtype, base64 data, space."""
+    """In a stream also, on request: a preview beside an empty text, or the probes and the latents (B, d) of a block."""
 
     index: int
     text: str
@@ -112,7 +111,7 @@ class CompletionChoice(TypedDict):
     finish_reason: FinishReason | None
     preview: NotRequired[CompletionPreview]
     probes: NotRequired[dict[str, float]]
-    latents: NotRequired[dict[str, Any]]
+    latents: NotRequired[LatentArray]
     guided_choice: NotRequired[list[GuidedChoice]]
 
 
@@ -205,7 +204,7 @@ class Completions(ChoiceDialect[CompletionRequest]):
 
 
 def _of_block(message: GenerateResponse) -> dict[str, Any]:
-    """What comes with a block, or a preview, on request."""
+    """The fields that a choice has when the client asked for previews, probes or latents."""
     parts = ("preview", "probes", "latents")
     return {name: plain(getattr(message, name), as_lists=False) for name in parts if message.HasField(name)}
 

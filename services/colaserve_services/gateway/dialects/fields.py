@@ -24,7 +24,7 @@ from colaserve_services.rpc.steering import MOST as MOST_PROBES
 # The most items of each list. Where a list is checked, its first wrong item ends the check (fail_fast).
 MOST_MESSAGES: Final = 2_048  # also parts of one message
 MOST_IDS: Final = 131_072  # of one prompt
-EACH_BLOCK: Final = ("preview_every", "with_probes", "with_latents")  # settings whose answers come block by block
+EACH_BLOCK: Final = ("preview_every", "with_probes", "with_latents")  # what they ask for comes with each block
 UINT32: Final = 2**32 - 1
 NAMES: Final[set[str]] = set()  # of all fields of all requests
 
@@ -52,6 +52,7 @@ Numbers = Annotated[list[float], Field(fail_fast=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Budget = Annotated[int, Field(ge=1, le=UINT32)]
 EndUser = Annotated[Text, Field(max_length=256)]
+ServedModel = Annotated[str | None, Field(description="The served model's name; left out, the served model.")]
 
 
 class Strict(BaseModel):
@@ -108,7 +109,7 @@ class GenerationFields(Strict):
     """What every dialect takes, each setting of the sampler and of the sampling among it. A field left out takes the
     server's default, see GET /v1/models."""
 
-    model: str | None = Field(None, description="The served model's name; left out, the served model.")
+    model: ServedModel = None
     stream: bool | None = Field(None, description="Send server-sent events, one or more for each block.")
     seed: int | None = Field(
         None, ge=0, lt=SEED_END, description="Repeats a run; choice i of a prompt is sample i of this seed."

@@ -18,6 +18,7 @@ from colaserve_services.gateway.dialects.fields import (
     Budget,
     EndUser,
     GenerationFields,
+    ServedModel,
     StopString,
     Strict,
     Text,
@@ -54,7 +55,7 @@ class Metadata(Strict):
 class Conversation(Strict):
     """What is counted and what is answered."""
 
-    model: str | None = Field(None, description="The served model's name; left out, the served model.")
+    model: ServedModel = None
     messages: list[ConversationMessage] = Field(
         min_length=1,
         max_length=MOST_MESSAGES,
