@@ -19,7 +19,7 @@ from colaserve_services.gateway.answer import CallsAnswer, json_response
 from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.body import MOST_ITEMS, json_body, parse
 from colaserve_services.gateway.dialects.base import event
-from colaserve_services.gateway.dialects.fields import Strict
+from colaserve_services.gateway.dialects.fields import ServedModel, Strict
 from colaserve_services.gateway.dialects.openai import DONE
 from colaserve_services.gateway.dialects.refusals import refuse_extras
 from colaserve_services.gateway.edge import record_of
@@ -37,7 +37,7 @@ _SMALL: Final = 64 * 1024  # bytes; a longer answer is written in a thread
 class LatentsRequest(Strict):
     """The fields that every request has besides those of its message."""
 
-    model: str | None = Field(None, description="The served model's name; left out, the served model.")
+    model: ServedModel = None
     encoding: Literal["base64", "list"] | None = Field(
         None, description="How arrays come back: base64 of little-endian float32, or nested lists; base64."
     )
@@ -90,7 +90,7 @@ class LatentsAnswer(CallsAnswer):
         if not self.streaming:
             self.message = message
             return ()
-        if not getattr(message, "provisional", False):
+        if not {"provisional", "preview"}.intersection(field.name for field, _ in message.ListFields()):
             self.record.saw_block()
         return [event(plain(message, self.as_lists))]
 

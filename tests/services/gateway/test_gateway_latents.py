@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from colaserve.v1.latent_service_pb2 import DESCRIPTOR, EncodeTextResponse, TextEncoding
+from colaserve.v1.generation_pb2 import Preview
+from colaserve.v1.latent_service_pb2 import (
+    DESCRIPTOR,
+    EncodeTextResponse,
+    ForkResponse,
+    SampleLatentsResponse,
+    TextEncoding,
+)
 from colaserve.v1.latent_service_pb2_grpc import LatentServiceServicer
 from colaserve.v1.types_pb2 import Steering
 from colaserve_services.coordinator.service import LatentServicer
@@ -220,6 +227,26 @@ async def test_a_failure_after_the_first_block_ends_the_stream_with_an_error_eve
         assert "block_index" in block
         assert set(json.loads(failure.removeprefix("data: "))["error"]) == {"message", "type", "param", "code"}
         assert rest == ""
+
+
+class OnlyPreviews(LatentServiceServicer):
+    """Streams that end before the first block."""
+
+    async def SampleLatents(self, request: Any, context: Any) -> AsyncIterator[SampleLatentsResponse]:
+        yield SampleLatentsResponse(provisional=True)
+
+    async def Fork(self, request: Any, context: Any) -> AsyncIterator[ForkResponse]:
+        yield ForkResponse(preview=Preview(step=1))
+
+
+async def test_a_preview_is_no_first_block(fake: FakeGeneration, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    async with running(fake, stub=coordinator_stub(LocalStub(fake), LocalStub(OnlyPreviews()))) as it:
+        for name in ("sample", "fork"):
+            assert "data: [DONE]" in (await post(it, name)).text
+    served = [record.fields for record in caplog.records if record.name == "colaserve_services.access"]
+    assert len(served) == 2
+    assert not any("first_block_seconds" in fields for fields in served)
 
 
 class Large(LatentServiceServicer):
