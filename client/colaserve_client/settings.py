@@ -129,7 +129,7 @@ class Steering:
 
     direction: Annotated[FloatArray, Field("Numbers (d), or (d, k) for k columns, 1 to 64.")]
     bias: Annotated[FloatArray | None, Field("Of a logistic probe: a number, or (k) of them; unset: 0.")] = None
-    scale: Annotated[float, Field("How strongly; above 0 raises the score, below lowers it.", Range(-1000, 1000))] = 1.0
+    scale: Annotated[float, Field("Strength; above 0 raises the score, below 0 lowers it.", Range(-1000, 1000))] = 1.0
     start: Annotated[float, Field("It steers from this time down; 1 is noise, 0 the end.", Range(0, 1))] = 1.0
     end: Annotated[float, Field("It does not steer at and below this time.", Range(0, 1))] = 0.0
     logistic: Annotated[bool, Field("Whether the probe is a logistic regression.")] = False
@@ -155,16 +155,11 @@ class Sampler:
     resamples: Annotated[int | None, Field("Times each step runs (RePaint).", Range(1, 100), 1)] = None
     stable_steps: Annotated[
         int | None,
-        Field(
-            "A block ends early after so many steps that hardly moved its expected end; 0 is off.", Range(0, 1000), 0
-        ),
+        Field("End a block once its expected latents hardly move for so many steps; 0: never.", Range(0, 1000), 0),
     ] = None
     stable_distance: Annotated[
         float | None,
-        Field(
-            "What they changed at most, the root mean square at each position; needs stable_steps.",
-            Range(0, 10_000, above=True),
-        ),
+        Field("The most that a position may move (RMS) in each; needs stable_steps.", Range(0, 10_000, above=True)),
     ] = None
     steering: Annotated[Sequence[Steering], Field("Probes that steer the latents, up to 16; they add up.")] = ()
 
