@@ -18,12 +18,12 @@ BRANCHES = {
 
 
 def main() -> None:
-    """Four branches; the first one again from its own first blocks, elsewhere if need be."""
+    """Write four branches, then resume the first from its own first two blocks."""
     with Client(os.environ.get("COLASERVE_TARGET", "127.0.0.1:50051")) as client:
         block_size = client.info().model.block_size
         with client.fork(PREFIX, list(BRANCHES.values()), max_new_tokens=16) as blocks:
             order = [block.branch for block in blocks]
-        print(f"blocks came of branches {order}")
+        print(f"blocks came in the order of branches {order}")
         whole = client.fork_all(PREFIX, list(BRANCHES.values()), max_new_tokens=16)
         for name, result in zip(BRANCHES, whole, strict=True):
             print(f"{name}: {result.text!r}")

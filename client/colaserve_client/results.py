@@ -102,7 +102,7 @@ def _shaded(token: TokenLogprobs) -> str:
 
 @value
 class Probes:
-    """How sure a block is. The first four are root mean squares, in units of the latents; None: it does not exist."""
+    """How sure the model is of a block. The first four are root mean squares in the latents' units; None: undefined."""
 
     norm: Annotated[float | None, Field("Of its latents.")]
     distance: Annotated[float | None, Field("Of the difference to the block before.")]
@@ -117,11 +117,11 @@ _PROBES = Field("Probes of the block, on request.")
 
 @value
 class Preview:
-    """The block under way, as it would be if the prior stopped where it is."""
+    """The block being written, as the prior expects it to end."""
 
     index: Annotated[int, Field("Index of the block in the run, from 0 on.", wire="block_index")]
     step: Annotated[int, Field("Steps of the block that have run.")]
-    text: Annotated[str, Field("What the text would go on with after the chunks before.")]
+    text: Annotated[str, Field("The text that it would add to the chunks before.")]
     latents: Annotated[Latents | None, Field("The expected clean latents, (B, d), with with_latents.")]
 
 
@@ -136,7 +136,7 @@ class ChoiceScore:
 
 @value
 class GenerationChunk(_Text):
-    """What one written block brought; or a preview of it, without text."""
+    """The text of one written block; or a preview of a block, without text."""
 
     logprobs: Annotated[tuple[TokenLogprobs, ...], _LOGPROBS]
     latents: Annotated[Latents | None, Field("Latents of the block, (B, d), on request.")]

@@ -289,16 +289,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One continuation of `Client.fork`. What is None or empty is that of the call.
+    """One continuation of `Client.fork`. A field that is None or empty is taken from the call.
 
     Attributes:
         seed: of the noise; None: sample i of the call's seed for branch i.
         noise: the noise itself instead, (blocks, B, d), as many blocks as max_new_tokens needs.
-        sampler: how latents are sampled; its fields of None are the call's.
-        sampling: how tokens are drawn; its fields of None are the call's.
+        sampler: how latents are sampled; unset fields are the call's.
+        sampling: how tokens are drawn; unset fields are the call's.
         max_new_tokens: tokens to write at most.
         stop: the text ends before the first of these strings.
-        written: its first blocks as they were written before, (k * B, d); it goes on behind them as it would have.
+        written: its first k blocks, (k * B, d), of an earlier run; the branch continues after them as that run did.
     """
 
     seed: int | NoiseSeed | None = None
