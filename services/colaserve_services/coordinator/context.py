@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from colaserve.v1 import encoder_pb2, types_pb2
@@ -12,7 +13,7 @@ from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.defaults import Defaults
-from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
+from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.limits import CoordinatorLimits
 from colaserve_services.coordinator.pool import Pool
 from colaserve_services.coordinator.stages import Model
@@ -75,26 +76,14 @@ class ServiceContext:
         whole, size = encoder_pb2.EncodeResponse(), max(map(len, sequences))
         with Attempts(self, Ticket(call, "encoder", size)) as attempts:
             for start in range(0, len(sequences), ENCODED_AT_ONCE):
-                part = await self._encode(sequences[start : start + ENCODED_AT_ONCE], with_variance, attempts)
+                some = sequences[start : start + ENCODED_AT_ONCE]
+                ids = [types_pb2.TokenIds(ids=sequence) for sequence in some]
+                request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance, cache_salt=call.salt)
+                check = partial(checks.encodings, sequences=some, with_variance=with_variance, model=self.model)
+                part = await attempts.answer("Encode", request, check)
                 whole.encodings.extend(part.encodings)
                 add_timing(whole.timing, part.timing)
         return whole
-
-    async def _encode(
-        self, sequences: Sequence[Sequence[int]], with_variance: bool, attempts: Attempts
-    ) -> encoder_pb2.EncodeResponse:
-        ids = [types_pb2.TokenIds(ids=sequence) for sequence in sequences]
-        salt = attempts.call.salt
-        request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance, cache_salt=salt)
-        while True:
-            try:
-                stub = await attempts.stub()
-                response: encoder_pb2.EncodeResponse = await stub.Encode(request, timeout=attempts.call.left())
-                checks.encodings(response, sequences, with_variance, self.model, attempts.call)
-                attempts.progressed()
-                return response
-            except STAGE_ERRORS as error:
-                await attempts.failed(error)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -109,6 +110,18 @@ class Attempts:
         self.choice = self.pool.choose(self.brand, self.avoided, near.get(self.stage))
         near[self.stage] = self.choice.replica.address
         return self.choice.replica.stub
+
+    async def answer(self, method: str, request: Any, check: Callable[..., None]) -> Any:
+        """The answer to a unary call, asked for until `check`, of it and `call`, finds nothing wrong with one."""
+        while True:
+            try:
+                stub = await self.stub()
+                response = await getattr(stub, method)(request, timeout=self.call.left())
+                check(response, call=self.call)
+                self.progressed()
+                return response
+            except STAGE_ERRORS as error:
+                await self.failed(error)
 
     def release(self) -> None:
         """The run needs no slot now; the next attempt waits for one again."""

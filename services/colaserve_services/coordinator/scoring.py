@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_seed
-from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
+from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.latent_space import check_fits, decode_sampling, tokenize_whole
 from colaserve_services.coordinator.runs import DecoderRun
 from colaserve_services.coordinator.stages import Model
@@ -122,15 +123,10 @@ async def _density(
     request = prior_pb2.PriorServiceScoreRequest(
         canvas=canvas, seed=seed, cache_salt=attempts.call.salt, **wire(INTEGRATION, values)
     )
-    while True:
-        try:
-            stub = await attempts.stub()
-            response: prior_pb2.PriorServiceScoreResponse = await stub.Score(request, timeout=attempts.call.left())
-            checks.scored(response, (count - layout.context) // size, attempts.call)
-            attempts.progressed()
-            return response
-        except STAGE_ERRORS as error:
-            await attempts.failed(error)
+    response: prior_pb2.PriorServiceScoreResponse = await attempts.answer(
+        "Score", request, partial(checks.scored, blocks=(count - layout.context) // size)
+    )
+    return response
 
 
 async def _decoded(
