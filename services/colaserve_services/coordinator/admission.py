@@ -49,7 +49,7 @@ class Ticket:
     stage: str
     size: int = 0  # latents that it needs there
     first: bool = False  # the call does nothing before it has this one, and is refused when it waits too long
-    slow: bool = False  # it is not preempted in good time: such hold at most half of the slots
+    slow: bool = False  # its blocks take long, and it is preempted between them only: such hold half of the slots
     resuming: bool = False  # its run has made progress
     granted: asyncio.Future[None] | None = None  # set while it waits; done once it is launched
     running: bool = False
@@ -87,7 +87,7 @@ class _Queue:
         self.probe = None if self.probe is ticket else self.probe
 
     def holds_back(self, ticket: Ticket) -> bool:
-        """Whether slots are left for others than it and its like."""
+        """Whether it stays queued because slow ones hold half of the slots."""
         return ticket.slow and self.slow >= max(self.limit // 2, 1)
 
     def candidates(self) -> list[Ticket]:

@@ -22,7 +22,7 @@ class Call:
     caller: str = ANONYMOUS
     arrived: float = field(default_factory=time.monotonic)
     waited: float = 0.0  # seconds in the queue
-    admitted: bool = False  # a part of a call whose first part is or was queued: it waits however long that takes
+    admitted: bool = False  # a part of a call that was let in: it is never refused, and is queued without a time limit
     salt: str = ""  # of the stages' prefix caches
     preempt: Callable[[], None] = lambda: None  # ends its sessions at the stages until it is read again
     near: dict[str, str] | None = None  # by stage, address that its sessions are to go to; None: to any

@@ -23,7 +23,7 @@ _BESIDE: Final = ("stop", "top_logprobs", "ignore_end", "print_special")  # mean
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts, and their ids; whose log-probabilities the decoder is asked for."""
+    """The texts, their ids, and the request to the decoder for the log-probabilities of all these ids."""
 
     texts: Sequence[str] = ()
     ids: Sequence[Sequence[int]] = ()

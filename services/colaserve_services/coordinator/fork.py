@@ -59,7 +59,7 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
 
 
 async def _branch(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[Response, None]:
-    """It queues as a call that comes now: branches that begin late do not pass calls which came before them."""
+    """Write a branch. It is queued as if its call had just come, so it does not overtake calls that came before."""
     call.arrived = time.monotonic()
     async with aclosing(write(services, plan, call)) as responses:
         async for response in responses:

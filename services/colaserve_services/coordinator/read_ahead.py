@@ -18,10 +18,10 @@ Patience = Callable[[asyncio.Future[None]], Awaitable[None]]
 
 class ReadAhead(Generic[T]):
     """`async with ReadAhead(stream) as ahead: item = await ahead.next()`. Leaving closes the stream and waits for
-    that. At most two items wait unread; `received` counts those that came and are not passing.
+    that. At most two items are queued; `received` counts those that came and are not passing.
 
-    `patience` is awaited with the handing over of an item, and may raise: the stream is then closed. A `passing` item
-    gives way to the next one, and is left out where another waits."""
+    While the queue is full, `patience` is awaited with the future of the put; if it raises, the stream is closed.
+    An unread `passing` item (a preview) is replaced by the next item, and is dropped if another item is queued."""
 
     def __init__(
         self,

@@ -251,8 +251,8 @@ class DecoderRun:
     def prior_waits(self, waits: bool) -> None:
         """While the run's prior waits for a replica, free the stage's session after every block; the next opens one.
 
-        A call that waits for a prior holds no decoder: calls that hold all slots of the one and wait for the other
-        would wait for ever.
+        Else calls that hold all of the decoder's slots and are queued for a prior could block those that hold the
+        prior's slots and are queued for a decoder, for ever.
         """
         self._let_go = waits
         if waits and not self._decoding:
