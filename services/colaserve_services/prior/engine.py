@@ -165,7 +165,7 @@ class _ScheduledSession:
         commits = len(rows)
         if commits == len(run.uncommitted):
             rows += run.rows(session.slot, session.pages, count - commits)
-        guided = rows[-1].denoise is not None and rows[-1].denoise.guidance is not None
+        guided = rows[-1].guided
         return cls(session, rows, commits, B * (len(rows) + guided))
 
 

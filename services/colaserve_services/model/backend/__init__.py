@@ -51,6 +51,11 @@ class Row(NamedTuple):
     denoise: Denoise | None = None
     wanted: bool = True  # whether a decoder gives logits
 
+    @property
+    def guided(self) -> bool:
+        """Whether a pass computes an unconditional row beside it."""
+        return self.denoise is not None and self.denoise.guidance is not None
+
 
 class Sizes(NamedTuple):
     """Of what a backend makes at start."""

@@ -99,7 +99,7 @@ class Buckets:
         """Pieces that one graph each takes, in their order: what a later one reads an earlier one has written."""
         begin = count = columns = 0
         for i, row in enumerate(rows):
-            more = 1 + (row.denoise is not None and row.denoise.guidance is not None)
+            more = 1 + row.guided
             steers = 0 if row.denoise is None or row.denoise.steering is None else len(row.denoise.steering)
             if i > begin and (count + more > self._sizes[-1] or columns + steers > STEERING):
                 yield rows[begin:i]
@@ -108,9 +108,10 @@ class Buckets:
         if rows:
             yield rows[begin:]
 
-    def size(self, rows: int) -> int:
-        """The least that takes so many."""
-        return next(size for size in self._sizes if size >= rows)
+    def size(self, rows: Sequence[Row]) -> int:
+        """The smallest bucket that takes them and the unconditional ones beside them."""
+        count = len(rows) + sum(row.guided for row in rows)
+        return next(size for size in self._sizes if size >= count)
 
     def host(self, rows: int, number: int) -> dict[str, NDArray[Any]]:
         """The arrays of a size in a memory of the CPU, which hold anything; whoever has filled it before is done."""

@@ -41,6 +41,10 @@ class _Bucketed(reference.Paged[Any]):
         self._buckets = Buckets(stream, most, self._shapes, self._body)
         self._buckets.capture(lambda bucket: self._filled((), bucket.rows, 0))
 
+    def plan(self, rows: Sequence[Row]) -> Any:  # a Plan, where `reference` has others
+        pieces = enumerate(self._buckets.cut(rows))
+        return [self._filled(piece, self._buckets.size(piece), i) for i, piece in pieces]
+
     def _shapes(self, rows: int) -> Shapes:
         B, n, pages = self.sizes.block_size, self._row, self.sizes.max_context // self.sizes.block_size + 1
         pieces = dict.fromkeys(("table", "history", "own"), (_I32, (rows * B // n,)))
@@ -99,11 +103,10 @@ class Prior(_Bucketed, reference.Prior):
     def plan(self, rows: Sequence[Row]) -> Plan:  # type: ignore[override]
         with self._buckets.stream.on():
             self.table.rows([0.0, *(row.time for row in rows)])
-        pieces = enumerate(self._buckets.cut(rows))
-        return [self._filled(piece, self._buckets.size(_with_guided(piece)), i) for i, piece in pieces]
+        return super().plan(rows)
 
     def _filled(self, rows: Sequence[Row], size: int, number: int) -> Filled:
-        guided = [i for i, row in enumerate(rows) if row.denoise and row.denoise.guidance is not None]
+        guided = [i for i, row in enumerate(rows) if row.guided]
         host, longest = self._laid(rows, size, number, len(guided))
         zero, *times = self.table.rows([0.0, *(row.time for row in rows)])
         index = host["index"].reshape(size, -1)
@@ -113,11 +116,12 @@ class Prior(_Bucketed, reference.Prior):
         entry = noises = columns = 0
         for i, row in enumerate(rows):
             index[i], step = times[i], row.denoise
+            host["given"][i] = row.inputs is not None
+            if row.inputs is not None:
+                host["latents"][i] = row.inputs.numpy()
             if step is None:
-                _give(host, i, row)
                 continue
             host["slots"][i] = step.slot
-            _give(host, i, row)
             if step.pinned is not None:
                 host["pinned"][entry] = step.pinned.numpy()
                 index[i][host["pinned"][entry]] = zero
@@ -156,16 +160,6 @@ class Prior(_Bucketed, reference.Prior):
         )
 
 
-def _with_guided(rows: Sequence[Row]) -> int:
-    return len(rows) + sum(row.denoise is not None and row.denoise.guidance is not None for row in rows)
-
-
-def _give(host: dict[str, Any], i: int, row: Row) -> None:
-    host["given"][i] = row.inputs is not None
-    if row.inputs is not None:
-        host["latents"][i] = row.inputs.numpy()
-
-
 def _denoised(filled: Filled, found: Tensor) -> list[Denoised | None]:
     entries = iter(found)
     of_rows: list[Denoised | None] = []
@@ -174,7 +168,7 @@ def _denoised(filled: Filled, found: Tensor) -> list[Denoised | None]:
             of_rows.append(None)
             continue
         z, v, clean, conditional, unconditional = next(entries)
-        branches = None if row.denoise.guidance is None else (conditional, unconditional)
+        branches = (conditional, unconditional) if row.guided else None
         of_rows.append(Denoised(z, v, clean, branches))
     return of_rows
 
@@ -190,10 +184,6 @@ class _VAE(_Bucketed, reference.VAE[Any]):
         self._turns = torch.stack(turns, dim=1)
         self._fused = model.config.post_norm and model.config.rope_full_precision
         self._capture(on or stream(model.device, priority=-1), kernels)
-
-    def plan(self, rows: Sequence[Row]) -> Plan:  # type: ignore[override]
-        pieces = enumerate(self._buckets.cut(rows))
-        return [self._filled(piece, self._buckets.size(len(piece)), i) for i, piece in pieces]
 
     def _filled(self, rows: Sequence[Row], size: int, number: int) -> Filled:
         host, longest = self._laid(rows, size, number)

@@ -143,10 +143,7 @@ class Steps(NamedTuple):
             moved = [default if value is None else to_device(value, device) for value in given]
             return pad_sequence(moved, batch_first=True)
 
-        pinned, zeros = (
-            stacked("pinned", torch.zeros(shape[0], dtype=torch.bool, device=device)),
-            torch.zeros(shape, device=device),
-        )
+        pinned = stacked("pinned", torch.zeros(shape[0], dtype=torch.bool, device=device))
         return cls(
             numbers,
             to_device(torch.tensor([each.slot for each in wanted], dtype=torch.int64), device),
@@ -154,7 +151,8 @@ class Steps(NamedTuple):
             to_device(torch.tensor(guided, dtype=torch.int64), device),
             to_device(scales, device),
             None if pinned is None else pinned[..., None],
-            stacked("noise", zeros), stacked("steering", torch.zeros(1, shape[1] + 2, device=device)),
+            stacked("noise", torch.zeros(shape, device=device)),
+            stacked("steering", torch.zeros(1, shape[1] + 2, device=device)),
         )  # fmt: skip
 
 
@@ -178,14 +176,8 @@ class Prior(Paged[DiT]):
         angles = rotary_angles(torch.arange(sizes.max_context), rotary_frequencies(config.rope_dim, 10000.0))
         self._turns = torch.stack(angles, dim=1).to(model.device)
         # Of attending to a block, beside a row's own products.
-        self.key_cost = (
-            self._kernels.key_cost(model.dtype)
-            * config.block_size
-            * 2
-            * config.heads
-            * config.head_dim
-            / config.layer_weights
-        )
+        operations = 2 * config.block_size * config.heads * config.head_dim
+        self.key_cost = self._kernels.key_cost(model.dtype) * operations / config.layer_weights
         size = (sizes.slots + 1, config.block_size, config.txt_in_channels)
         self._z, self._previous = (torch.zeros(size, device=model.device) for _ in range(2))
 
@@ -198,7 +190,7 @@ class Prior(Paged[DiT]):
 
     def plan(self, rows: Sequence[Row]) -> PriorPlan:
         device, B = self.model.device, self.sizes.block_size
-        guided = [i for i, row in enumerate(rows) if row.denoise and row.denoise.guidance is not None]
+        guided = [i for i, row in enumerate(rows) if row.guided]
         latents = [self._latents(row) for row in rows]
         zero, *times = self.table.rows([0.0, *(row.time for row in rows)])
         index = torch.tensor(times, dtype=torch.int32)[:, None].repeat(1, B)
