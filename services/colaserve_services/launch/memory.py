@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from colaserve_client.reading import Unreadable, read_text
 from colaserve_services.engine.limits import EngineLimits
 
 GROUPS = Path("/sys/fs/cgroup")
-KEPT = 0.1  # of what is left, for what nobody counts: fragments, workspaces of libraries
-OF_A_MACHINE = 0.5  # of what is available where nothing limits this process: others live there too
+KEPT = 0.1  # of what is left, for what is not counted: fragmentation, workspaces of libraries
+OF_A_MACHINE = 0.5  # of what is available where no limit is set: other processes need memory, too
 ROWS_AT_ONCE = 16  # rows of a layer's width, in float32, that a pass holds for each position at its peak
 COPIES = 3  # of logits, in float32
 
 
 def budgets(models: Mapping[str, Any], limits: EngineLimits, block_size: int) -> dict[str, int]:
-    """Bytes for the KV cache of each stage, by its loaded network; those on one device hold equally many latents."""
+    """Bytes for the KV cache of each stage with its loaded network; stages on one device hold equally many latents."""
     found: dict[str, int] = {}
     for device in {model.device for model in models.values()}:
         here = {stage: model for stage, model in models.items() if model.device == device}
@@ -49,21 +50,22 @@ def _left(device: torch.device) -> int:
 
 
 def _available() -> int:
-    try:
-        lines = read_text(Path("/proc/meminfo")).splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (Unreadable, StopIteration):  # no Linux: half of what is there at all
+    kib = _number(Path("/proc/meminfo"), "MemAvailable:")
+    if kib is None:  # no Linux: half of what is there at all
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return kib << 10
 
 
 def container_left(groups: Path, own: Path) -> int | None:
     """What the tightest of this process's control groups (version 2, or 1) leaves; None where none has a limit."""
     left = []
     for folder in _groups(groups, own):
+        # Pages of files, such as those that weights were read through: the kernel frees them when memory is short.
+        reclaimable = _number(folder / "memory.stat", "inactive_file ") or 0
         for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             limit = _number(folder / most)
             if limit is not None and limit < 1 << 60:  # version 1 says "none" by a number
-                left.append(limit - (_number(folder / used) or 0) + _reclaimable(folder / "memory.stat"))
+                left.append(limit - (_number(folder / used) or 0) + reclaimable)
     return max(0, min(left)) if left else None
 
 
@@ -81,16 +83,10 @@ def _groups(groups: Path, own: Path) -> list[Path]:
     return [each for each in found if each.is_dir()]
 
 
-def _number(path: Path) -> int | None:
+def _number(path: Path, name: str = "") -> int | None:
+    """The first number of a file, or of its line that begins with `name`; None where there is none, as for "max"."""
     try:
-        return int(read_text(path))
-    except (Unreadable, ValueError):  # "max"
+        found = re.search(rf"^{name}\s*(\d+)", read_text(path), re.MULTILINE)
+    except Unreadable:
         return None
-
-
-def _reclaimable(path: Path) -> int:
-    """Files' pages, which the kernel gives up when memory is short; weights were read through them."""
-    try:
-        return sum(int(n) for name, n in map(str.split, read_text(path).splitlines()) if name == "inactive_file")
-    except (Unreadable, ValueError):
-        return 0
+    return int(found[1]) if found else None
