@@ -43,7 +43,7 @@ from colaserve_services.launch.settings import (
     engine_limits,
     target,
 )
-from colaserve_services.launch.split import Family, unless_one_ends
+from colaserve_services.launch.split import Launcher, unless_one_ends
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
 from colaserve_services.rpc.connections import Connection, Replicas
@@ -99,32 +99,31 @@ def run_coordinator(settings: CoordinatorSettings) -> None:
 
 
 def run_apart(settings: UpSettings, said: Mapping[str, str], groups: Sequence[tuple[str, ...]]) -> None:
-    """Coordinator and gateway in this process, each group of stages in another, as with a GPU: what drives a GPU shares
-    its interpreter with nobody."""
+    """Coordinator and gateway in this process, each group of stages in another. With a GPU: the thread that launches
+    its kernels then shares a Python interpreter with no other role."""
     check_ports(settings)
     check_tls(settings)
-    family = Family(settings, said)
-    os.environ[ROLE_KEY] = family.key
+    launcher = Launcher(settings, said)
+    os.environ[ROLE_KEY] = launcher.key
 
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
         checkpoint = await _checkpoint(settings)
         host.description = description(checkpoint.directory)
-        children = await _children(host, family, groups, checkpoint.directory)
-        targets = {stage: reachable(child.addresses["grpc"]) for child, stages in children for stage in stages}
+        children = await _children(host, launcher, groups, checkpoint.directory)
+        by_group = zip(children, groups, strict=True)
+        targets = {stage: reachable(child.addresses["grpc"]) for child, stages in by_group for stage in stages}
         servicers = await _serve_text(host, settings, checkpoint, await _elsewhere(host, settings, targets))
         await _gateway(host, settings, coordinator_stub(*map(LocalStub, servicers)))
-        for child, _ in children:
+        for child in children:
             host.addresses |= {f"{child.name} {kind}": address for kind, address in child.addresses.items()}
 
     run("colaserve", settings, assemble)
 
 
-async def _children(
-    host: Host, family: Family, groups: Sequence[tuple[str, ...]], model: Path
-) -> list[tuple[Child, tuple[str, ...]]]:
-    """A process for each group of stages, serving, that is started again when it ends."""
-    children = [family.stages(group) for group in groups]
+async def _children(host: Host, launcher: Launcher, groups: Sequence[tuple[str, ...]], model: Path) -> list[Child]:
+    """A process for each group of stages, which serves when this returns and is started again when it ends."""
+    children = [launcher.stages(group) for group in groups]
     for child in children:
         child.arguments.append(f"--model={model}")
         host.stack.push_async_callback(child.stop, signal.SIGTERM)
@@ -136,7 +135,7 @@ async def _children(
     await unless_one_ends(children, start())
     for child in children:
         host.stack.callback(asyncio.ensure_future(child.keep_running()).cancel)
-    return list(zip(children, groups, strict=True))
+    return children
 
 
 async def _elsewhere(host: Host, settings: CoordinatorSettings | UpSettings, targets: Mapping[str, str]) -> Stages:

@@ -40,17 +40,17 @@ def groups(devices: Mapping[str, str]) -> list[tuple[str, ...]]:
     return [tuple(stages) for stages in found.values()]
 
 
-class Family:
-    """What the processes of one `up` have in common."""
+class Launcher:
+    """Makes the processes of one `up`, which share its settings, its environment and a key."""
 
     def __init__(self, settings: UpSettings, said: Mapping[str, str]):
         """`said`: what the command line says, as variables."""
         self._settings = settings
-        self.key = role_key() or secrets.token_urlsafe(32)  # by which the coordinator knows the gateway, stages it
+        self.key = role_key() or secrets.token_urlsafe(32)  # gateway and coordinator send it to what they call
         self._environment = {**os.environ, **said, ROLE_KEY: self.key}
 
     def stages(self, stages: tuple[str, ...], name: str = "") -> Child:
-        """The process of some stages."""
+        """The process that runs these stages."""
         devices = ",".join(f"{stage}={self._settings.device_of(stage)}" for stage in stages)
         return self.child("+".join(stages), *PRIVATE, f"--device={devices}", name=name)
 
@@ -68,18 +68,18 @@ class Children:
 
     def __init__(self, settings: UpSettings, said: Mapping[str, str]):
         """`said`: what the command line says, as variables."""
-        family = Family(settings, said)
-        self.stages = {stage: _replicas(family, stage, settings.replicas.get(stage, 1)) for stage in STAGES}
-        self.coordinator, self.gateway = family.child("coordinator"), family.child("gateway", "--metrics-port=0")
+        launcher = Launcher(settings, said)
+        self.stages = {stage: _replicas(launcher, stage, settings.replicas.get(stage, 1)) for stage in STAGES}
+        self.coordinator, self.gateway = launcher.child("coordinator"), launcher.child("gateway", "--metrics-port=0")
 
     @property
     def all(self) -> list[Child]:
-        """All of them."""
+        """All processes."""
         return [*(child for stage in self.stages.values() for child in stage), self.coordinator, self.gateway]
 
     @property
     def addresses(self) -> dict[str, dict[str, str]]:
-        """Of each one, by its kind."""
+        """The addresses of each process by their kind."""
         return {child.name: child.addresses for child in self.all}
 
     async def start(self) -> None:
@@ -107,9 +107,9 @@ class Children:
         await asyncio.gather(*(child.stop(signal.SIGKILL) for child in self.all))
 
 
-def _replicas(family: Family, stage: str, count: int) -> list[Child]:
+def _replicas(launcher: Launcher, stage: str, count: int) -> list[Child]:
     names = [stage] if count == 1 else [f"{stage}-{index}" for index in range(count)]
-    return [family.stages((stage,), name) for name in names]
+    return [launcher.stages((stage,), name) for name in names]
 
 
 def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
@@ -124,7 +124,7 @@ def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
 
 
 async def unless_one_ends(children: Sequence[Child], work: Awaitable[None]) -> None:
-    """Do the work; raise ColaserveError when a process ends meanwhile."""
+    """Do the work; raise ColaserveError when one of the processes ends before it is done."""
     task, ends = asyncio.ensure_future(work), {asyncio.ensure_future(child.ended()): child for child in children}
     try:
         await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
