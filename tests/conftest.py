@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from hypothesis import HealthCheck, settings
 # reads it when it is imported, comes later.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; on a GPU with 0
+
+# Tests send SIGINT to themselves and to processes they start, which would ignore it where the shell had it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine that stands still for a moment is no failure, and a run is to fail again when it is repeated.
 settings.register_profile("colaserve", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
