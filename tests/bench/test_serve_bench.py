@@ -181,9 +181,6 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], code: int, pr
     assert result.exit_code == code
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_an_early_stop_is_counted_where_the_steps_before_it_hardly_moved() -> None:
     first = Formed([0.3, 0.1, 0.1, 0.3], [(1,), (2,), (2,), (3,), (3,)])
     assert [first.stop(1, 0.2), first.stop(2, 0.2), first.stop(3, 0.2), first.stop(1, 0.1)] == [3, 4, 5, 5]
@@ -199,6 +196,9 @@ def test_an_early_stop_is_measured_on_the_demos_questions(run_bench: Callable[..
     assert [(row["stable_steps"], row["stable_distance"]) for row in report["rows"][:2]] == [(1, 0.05), (1, 0.1)]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_loading_is_measured_in_processes_of_its_own(run_bench: Callable[..., Any]) -> None:
     result, report = run_bench("load")
     assert result.exit_code == 0, result.output
