@@ -167,18 +167,23 @@ async def test_the_servers_bound_holds_for_every_deadline(start):
 
 
 class Older(LatentServiceServicer):
-    """What a coordinator without forks answers."""
+    """What a coordinator without these methods answers."""
+
+    async def EncodeText(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
     async def Fork(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        yield
+        yield await self.EncodeText(request, context)
 
 
 async def test_a_coordinator_of_an_earlier_version_is_said_to_be_one():
     fake = FakeGeneration()
     async with running(fake, stub=coordinator_stub(LocalStub(fake), LocalStub(Older()))) as gateway:
-        answer = await gateway.complete(n=2)
-        assert (answer.status_code, "of an earlier version" in answer.json()["error"]["message"]) == (503, True)
+        encoded = await gateway.http.post("/v1/latents/encode", json={"texts": ["a"]})
+        forked = await gateway.complete(n=2)
+        for answer, lacking in ((encoded, "LatentService.EncodeText"), (forked, "what this needs")):
+            assert answer.status_code == 503
+            assert f"of an earlier version, without {lacking}" in answer.json()["error"]["message"]
         assert (await gateway.complete()).status_code == 200
 
 
