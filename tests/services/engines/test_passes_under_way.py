@@ -130,5 +130,6 @@ async def test_a_lost_device_ends_the_process(tiny: Golden) -> None:
     watchdog = Watchdog(end=said.append, interval=0.01)
     with engines(tiny.directory, network=lambda x: Network(x, {MARK_LATENT: lost}), watchdog=watchdog) as stages:
         writing = asyncio.create_task(sample(stages, marked_job(job())))
-        await eventually(lambda: said == ["the device thread is gone"])
+        await eventually(lambda: said)
         writing.cancel()
+    assert said == ["the device thread is gone"]
