@@ -69,7 +69,7 @@ def test_a_notebook_shows_text_as_text(client: Client) -> None:
     result = client.generate("<b>", max_new_tokens=4, top_logprobs=1)
     evil = TokenLogprobs(1, -0.7, "<script>", (TopToken(2, -0.7, '"><img>'),))
     shown = type(result)(**{**vars(result), "text": "<i>", "logprobs": (evil,)})._repr_html_()
-    assert not {"<script", "<img", "<i>"} & {tag for tag in ("<script", "<img", "<i>") if tag in shown}
+    assert not [tag for tag in ("<script", "<img", "<i>") if tag in shown]
     assert "&lt;script&gt;</span>" in shown
     assert "49.7%" in shown
     assert "<td>completion_tokens</td><td>4</td>" in result.usage._repr_html_()

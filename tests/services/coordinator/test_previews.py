@@ -149,11 +149,14 @@ async def test_the_text_of_a_preview_continues_what_was_sent_within_the_budget(w
     assert sent == tokenizer.decode(ids[:7])
 
 
-@pytest.mark.parametrize("work", [generate, sample_latents])
-async def test_too_many_steps_between_previews_are_refused_by_name(world, work: Any):
-    kind, more = generation_pb2.GenerateRequest, {}
-    if work is sample_latents:
-        kind, more = latent_service_pb2.SampleLatentsRequest, {"max_blocks": 1}
+@pytest.mark.parametrize(
+    ("work", "request_"),
+    [
+        (generate, generation_pb2.GenerateRequest(preview_every=1001)),
+        (sample_latents, latent_service_pb2.SampleLatentsRequest(preview_every=1001, max_blocks=1)),
+    ],
+)
+async def test_too_many_steps_between_previews_are_refused_by_name(world, work: Any, request_: Any):
     with pytest.raises(InvalidRequest, match=r"^preview_every: got 1001, expected 0 to 1000"):
-        await anext(world.ask(work, kind(preview_every=1001, **more)))
+        await anext(world.ask(work, request_))
     assert world.prior.calls == []
