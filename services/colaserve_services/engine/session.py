@@ -44,20 +44,17 @@ class Outbox(Generic[T]):
     def put(self, item: T) -> None:
         with self._lock:
             self.unread += 1
-        self._post(item)
+        self.soon(self._add, item)
 
     def show(self, item: T) -> None:
         """An item that does not count as unread, and that the next one of any kind replaces while it is unread."""
-        self._post(_Shown(item))
+        self.soon(self._add, _Shown(item))
 
     def close(self) -> None:
-        self._post(None)
+        self.soon(self._add, None)
 
     def fail(self, error: BaseException) -> None:
-        self._post(error)
-
-    def _post(self, item: T | _Shown[T] | BaseException | None) -> None:
-        self.soon(self._add, item)
+        self.soon(self._add, error)
 
     def _add(self, item: T | _Shown[T] | BaseException | None) -> None:
         if self._shown is not None:
@@ -67,7 +64,7 @@ class Outbox(Generic[T]):
 
     def soon(self, call: Callable[..., object], *values: object) -> None:
         """Call on the reader's event loop."""
-        with suppress(RuntimeError):  # it is closed: nobody waits any more
+        with suppress(RuntimeError):  # it is closed, and with it the reader is gone
             self._loop.call_soon_threadsafe(call, *values)
 
     async def get(self) -> T | None:
