@@ -19,7 +19,7 @@ from colaserve_services.coordinator.defaults import resolve_seed
 from colaserve_services.coordinator.generation import Response, is_preview, write
 from colaserve_services.coordinator.latent_space import given_latents
 from colaserve_services.coordinator.plan import Plan, check_stops, plan_behind
-from colaserve_services.coordinator.read_ahead import side_by_side
+from colaserve_services.coordinator.read_ahead import merged
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays, steering
 
@@ -49,7 +49,7 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
     call.preempt = preempt
     streams = [_branch(services, replace(plan, latents=latents), each) for plan, each in zip(plans, calls, strict=True)]
     written = [0] * len(plans)  # blocks of each
-    async with aclosing(side_by_side(streams, at_once, is_preview)) as responses:
+    async with aclosing(merged(streams, at_once, is_preview)) as responses:
         async for branch, response in responses:
             if response.finish_reason:
                 add_timing(response.timing, timing)

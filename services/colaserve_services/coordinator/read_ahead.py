@@ -91,7 +91,7 @@ class ReadAhead(Generic[T]):
         await self._queue.put(end)
 
 
-async def side_by_side(
+async def merged(
     streams: Sequence[AsyncGenerator[T, None]], most: int, passing: Callable[[T], bool]
 ) -> AsyncGenerator[tuple[int, T], None]:
     """The items of several streams as they come, each with its stream's number, of `most` streams at once, each read
