@@ -204,7 +204,7 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
             pieces: list[tuple[_Sequence, int]] | None = []
             with self._alone(session):
                 pieces = session.next_blocks(capacity)
-            if pieces is None:  # whoever comes later does not take the pages that it waits for
+            if pieces is None:  # later sessions leave it the pages that it lacks
                 break
             if pieces:
                 blocks = sum(count for _, count in pieces)
