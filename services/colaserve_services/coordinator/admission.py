@@ -37,6 +37,7 @@ _WEIGHT = 0.1  # of the latest call in the running mean of the pace
 _FIRST_ROUND = 8  # calls that may wait at least while nobody knows how long one takes
 _UNREAD_LOOK = 0.2  # seconds between two looks whether anybody waits, at a stream that nobody reads
 _MUCH_SMALLER = 4  # times, what a session that has had its slice is preempted for
+_LARGE = 1024  # latents; larger sessions leave an eighth of a stage's slots to others
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,11 @@ class Ticket:
     waited: float = 0.0  # seconds, of all its waits
 
     @property
+    def large(self) -> bool:
+        """Whether it lasts so long that short ones would notice if it took the last slot."""
+        return self.size > _LARGE
+
+    @property
     def begins(self) -> bool:
         """Whether it adds its call to those at work."""
         return self.first and not self.at_work
@@ -74,6 +80,7 @@ class _Queue:
     limit: int  # the same, or what it took when it refused one
     running: int = 0
     slow: int = 0  # of these
+    large: int = 0
     launched: int = 0  # since a slot was left to other coordinators
     waiting: list[Ticket] = field(default_factory=list)
     refused: list[Ticket] = field(default_factory=list)  # by the stage, and not taken since; some are tried again now
@@ -81,14 +88,27 @@ class _Queue:
     probe: Ticket | None = None  # a smaller one that is tried beyond the limit
     timer: asyncio.TimerHandle | None = None
 
+    def start(self, ticket: Ticket) -> None:
+        """It runs now."""
+        ticket.running, ticket.launched = True, time.monotonic()
+        self.launched += 1
+        self._count(ticket, 1)
+
     def stop(self, ticket: Ticket) -> None:
         """It runs no more."""
-        ticket.running, self.running, self.slow = False, self.running - 1, self.slow - ticket.slow
+        ticket.running = False
+        self._count(ticket, -1)
         self.probe = None if self.probe is ticket else self.probe
 
+    def _count(self, ticket: Ticket, by: int) -> None:
+        self.running += by
+        self.slow += by * ticket.slow
+        self.large += by * ticket.large
+
     def holds_back(self, ticket: Ticket) -> bool:
-        """Whether it stays queued because slow ones hold half of the slots."""
-        return ticket.slow and self.slow >= max(self.limit // 2, 1)
+        """Whether it stays queued because its like hold all slots that they may: slow ones half, large ones 7/8."""
+        slow = ticket.slow and self.slow >= max(self.limit // 2, 1)
+        return slow or (ticket.large and self.large >= self.limit - self.limit // 8)
 
     def candidates(self) -> list[Ticket]:
         """Those that may be tried now."""
@@ -251,9 +271,7 @@ class Admission:
             queue.waiting.remove(ticket)
             if queue.running >= queue.limit:
                 queue.probe = ticket
-            queue.running, queue.slow = queue.running + 1, queue.slow + ticket.slow
-            queue.launched += 1
-            ticket.running, ticket.launched = True, time.monotonic()
+            queue.start(ticket)
             if ticket.begins:
                 self._working[ticket.call.caller] += 1
             ticket.at_work, ticket.preempted = ticket.first, False

@@ -143,6 +143,21 @@ async def test_sessions_that_are_not_preempted_in_good_time_leave_half_of_the_sl
     await end(*slow, *others)
 
 
+async def test_large_sessions_leave_an_eighth_of_the_slots_to_others():
+    gate = admission(8)
+    large = [Worker(gate, stage="prior", size=6000) for _ in range(9)]
+    small = [Worker(gate, stage="prior", size=64) for _ in range(2)]
+    await settle()
+    assert (at_work(large), at_work(small)) == ([True] * 7 + [False] * 2, [True, False])
+    await end(small[0])
+    await settle()
+    assert (at_work(large)[7:], at_work(small)) == ([False] * 2, [True, True])
+    await end(large[0])
+    await settle()
+    assert at_work(large)[7:] == [True, False]
+    await end(*large, *small)
+
+
 async def test_no_run_is_preempted_for_one_that_its_like_keep_waiting():
     gate = admission(2, slice_seconds=0.0)
     async with gate.slot(Call(), "prior", 100) as large, gate.slot(Call(), "prior", 1, slow=True) as slow:
