@@ -109,12 +109,14 @@ async def measure_engine(
 
 @benchmark("solvers", *OPTIONS, quick={"rounds": 1})
 async def solvers(sessions: Sequence[int], context: Sequence[int], blocks: int, rounds: int, **options: Any) -> Report:
-    """What fewer steps with a higher-order solver and a guidance interval save, and what previews and probes cost."""
+    """What fewer steps with a higher-order solver and a guidance interval save, and what previews, probes and given
+    positions of a block cost."""
     measured: list[Row] = []
     with _started(options, sessions, context, blocks) as engines:
         for number, count, length in itertools.product(range(rounds), sessions, context):
             rows: list[Row] = []
-            for name, load in _variants(Load(count, length, blocks, sampler_of(options))).items():
+            plain = Load(count, length, blocks, sampler_of(options))
+            for name, load in _variants(plain, engines.prior.shape.block_size).items():
                 rows.append(await run(engines, load, seed=100 * number + len(rows)))
                 rows[-1] |= {
                     "variant": name,
@@ -146,7 +148,7 @@ def _usual_rows(engines: Engines, load: Load) -> int:
     return load.sessions * engines.prior.shape.block_size * branches
 
 
-def _variants(plain: Load) -> dict[str, Load]:
+def _variants(plain: Load, block_size: int) -> dict[str, Load]:
     """Name -> load; the plain one first."""
     sampler = plain.sampler
     half = max(1, sampler.steps // 2)
@@ -159,5 +161,6 @@ def _variants(plain: Load) -> dict[str, Load]:
     watched = {
         "previews every 4 steps": replace(plain, preview_every=4),
         "probes": replace(plain, with_probes=True),
+        "half of each block given": replace(plain, given=block_size // 2),
     }
     return {"plain": plain, **watched, **{name: replace(plain, sampler=each) for name, each in samplers.items()}}

@@ -60,6 +60,7 @@ class Load:
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     preview_every: int = 0
     with_probes: bool = False
+    given: int = 0  # positions of each written block
 
     @property
     def written(self) -> int:
@@ -242,13 +243,16 @@ def random_context(engines: Engines, latents: int, seed: int) -> Tensor:
 
 async def _session(engines: Engines, load: Load, seed: int, together: asyncio.Barrier) -> float:
     """Time of the first block. The engine pauses a session that is not read, so none is done before all have begun."""
-    latents, first = random_context(engines, load.context, seed), None
+    B, first = engines.prior.shape.block_size, None
+    positions = load.context + load.written * B
+    latents = random_context(engines, positions if load.given else load.context, seed)
+    spans = [(end - B + load.given, end) for end in range(load.context + B, positions + B, B)] if load.given else []
     job = SampleJob(
-        latents, load.written, sampler=load.sampler, base_seed=seed,
+        latents, load.written, spans, sampler=load.sampler, base_seed=seed,
         preview_every=load.preview_every, with_probes=load.with_probes,
     )  # fmt: skip
-    positions = len(latents) + load.written * engines.prior.shape.block_size
-    decoding = engines.decoder.session(DecodeJob(latents, max_latents=positions)) if engines.decoder else nullcontext()
+    decode = DecodeJob(latents[: load.context], max_latents=positions)
+    decoding = engines.decoder.session(decode) if engines.decoder else nullcontext()
     async with engines.prior.session(job) as session, decoding as decoder:
         async for block in session:
             if block.timings is None:  # a preview
