@@ -32,9 +32,11 @@ lint: $(VENV)/.dev
 	cd protos && ../$(BIN)/buf format --diff --exit-code
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
 
-types: $(VENV)/.dev
-	for version in $(PYTHONS); do $(BIN)/mypy --python-version $$version services && \
-		$(BIN)/mypy --python-version $$version --strict client || exit 1; done
+types: $(addprefix types-,$(PYTHONS))
+
+types-%: $(VENV)/.dev
+	$(BIN)/mypy --python-version $* services
+	$(BIN)/mypy --python-version $* --strict client
 
 protos:
 	PYTHON="$(PYTHON)" scripts/generate-protos
