@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from colaserve_bench.requests import Mix, Record, closed_loop, open_loop
 from colaserve_bench.serve import ENGINE, summarise, with_ratios
 from colaserve_bench.stable import Formed, table
 from colaserve_client import ServerError
+from tests.services.launch.processes import FREE_PORTS, started
 
 INFO: Any = SimpleNamespace(model=SimpleNamespace(vocab_size=8), end_ids=(0, 1), pad_id=2)
 
@@ -150,19 +152,22 @@ def test_a_started_system_is_measured_beside_the_engine_and_then_gone(run_bench:
 
 
 @pytest.mark.slow
-def test_a_known_prefix_is_compared_with_a_new_one(run_bench: Callable[..., Any]) -> None:
-    result, report = run_bench("prefix", "--start=up", "--prefix-tokens=32")
-    assert result.exit_code == 0, result.output
-    (row,) = report["rows"]
-    assert (row["pairs"], row["ratio"]) == (1, pytest.approx(row["warm_seconds"] / row["cold_seconds"]))
+def test_a_running_system_is_measured_by_the_other_verbs(
+    run_bench: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    with started(tmp_path, "up", *FREE_PORTS, model=tiny_model) as running:
 
+        def rows_of(verb: str, *options: str) -> Any:
+            result, report = run_bench(verb, f"--target={running.target}", *options)
+            assert result.exit_code == 0, result.output
+            return report["rows"]
 
-@pytest.mark.slow
-def test_a_fork_is_compared_with_one_prefill_and_a_block_of_all(run_bench: Callable[..., Any]) -> None:
-    result, report = run_bench("fork", "--start=up", "--prefix-latents=32", "--branches=3")
-    assert result.exit_code == 0, result.output
-    (row,) = report["rows"]
-    assert row["ratio"] == pytest.approx(row["fork_seconds"] / (row["prefill_seconds"] + row["together_seconds"]))
+        (row,) = rows_of("prefix", "--prefix-tokens=32")
+        assert (row["pairs"], row["ratio"]) == (1, pytest.approx(row["warm_seconds"] / row["cold_seconds"]))
+        (row,) = rows_of("fork", "--prefix-latents=32", "--branches=3")
+        assert row["ratio"] == pytest.approx(row["fork_seconds"] / (row["prefill_seconds"] + row["together_seconds"]))
+        found = rows_of("stable", "--stable-steps=1,2")
+        assert [(row["stable_steps"], row["stable_distance"]) for row in found[:2]] == [(1, 0.05), (1, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -187,13 +192,6 @@ def test_an_early_stop_is_counted_where_the_steps_before_it_hardly_moved() -> No
     other = Formed([0.1] * 4, [(5,)] * 5)
     [row] = table([first, other], [1], [0.2])
     assert (row["blocks"], row["saved"], row["final"]) == (2, pytest.approx((2 + 3) / 10), 0.5)
-
-
-@pytest.mark.slow
-def test_an_early_stop_is_measured_on_the_demos_questions(run_bench: Callable[..., Any]) -> None:
-    result, report = run_bench("stable", "--start=up", "--stable-steps=1,2")
-    assert result.exit_code == 0, result.output
-    assert [(row["stable_steps"], row["stable_distance"]) for row in report["rows"][:2]] == [(1, 0.05), (1, 0.1)]
 
 
 @pytest.mark.slow
