@@ -1,14 +1,17 @@
 """Real processes of `colaserve`, started, asked and stopped."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import grpc
 import psutil
+from click.testing import CliRunner
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc
 from tests.conftest import GOLDEN
@@ -77,6 +80,16 @@ def started(
             if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
                 left.kill()
         process.wait(10)
+
+
+def invoked(command, *arguments):
+    """The result of a command that ends by itself, in this process, which logs as before afterwards."""
+    root = logging.getLogger()
+    handlers, level, hook = root.handlers[:], root.level, threading.excepthook
+    try:
+        return CliRunner().invoke(command, [*map(str, arguments)])
+    finally:
+        root.handlers[:], root.level, threading.excepthook = handlers, level, hook
 
 
 def ready(log):

@@ -1,30 +1,20 @@
 """What cannot be served is one clear line at start, an exit code, and no traceback."""
 
 import json
-import logging
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from contextlib import ExitStack
 
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from colaserve_services.commands import COMMANDS
 from tests.conftest import GOLDEN
+from tests.services.launch.processes import invoked
 
 DIT, VAE = "cola_dlm/cola_dit", "cola_dlm/cola_vae"
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was():
-    root = logging.getLogger()
-    handlers, level, hook = root.handlers[:], root.level, threading.excepthook
-    yield
-    root.handlers[:], root.level, threading.excepthook = handlers, level, hook
 
 
 @pytest.fixture
@@ -34,7 +24,7 @@ def checkpoint(tmp_path):
 
 def start(*arguments):
     quiet = ("--grpc-port=0", "--metrics-port=0", "--http-port=0", "--threads=1")
-    return CliRunner().invoke(COMMANDS["up"], [*quiet, *arguments])
+    return invoked(COMMANDS["up"], *quiet, *arguments)
 
 
 def line(done, code):
@@ -127,6 +117,13 @@ def test_a_checkpoint_that_cannot_be_served_is_one_line(checkpoint, damage, said
     assert done.exit_code in (1, 2)
 
 
+@pytest.mark.parametrize(("role", "wrong"), [("up", "--device=tpu"), ("prior", "--max-running=0")])
+def test_with_json_logs_the_line_is_json(checkpoint, role, wrong):
+    done = invoked(COMMANDS[role], f"--model={checkpoint}", "--grpc-port=0", "--metrics-port=0", "--log=json", wrong)
+    assert done.exit_code == 2
+    assert [json.loads(row)["level"] for row in done.stderr.splitlines()] == ["error"]
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     assert "no such folder" in line(start(f"--model={tmp_path / 'absent'}"), 1)
 
@@ -140,7 +137,7 @@ def test_taken_ports_are_one_line_that_names_all_before_weights_are_read(role, c
     with ExitStack() as stack:
         ports = {kind: stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for kind in kinds}
         arguments += [f"--{kind}-port={port}" for kind, port in ports.items()]
-        said = line(CliRunner().invoke(COMMANDS[role.split()[0]], arguments), 2)
+        said = line(invoked(COMMANDS[role.split()[0]], *arguments), 2)
     for kind, port in ports.items():
         assert f"--{kind}-port: cannot listen on 127.0.0.1:{port}: Address already in use" in said
 
@@ -199,16 +196,16 @@ def test_the_key_of_the_roles_is_checked(checkpoint, tmp_path, monkeypatch):
 
 def test_a_role_takes_no_device_of_another_one_and_none_that_is_not_there(checkpoint):
     ports = ("--grpc-port=0", "--metrics-port=0")
-    done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=cuda:99", *ports])
+    done = invoked(COMMANDS["prior"], f"--model={checkpoint}", "--device=cuda:99", *ports)
     assert "--device: " in line(done, 2)
-    done = CliRunner().invoke(COMMANDS["prior"], [f"--model={checkpoint}", "--device=decoder=cpu", *ports])
+    done = invoked(COMMANDS["prior"], f"--model={checkpoint}", "--device=decoder=cpu", *ports)
     assert "--device: names decoder, and this is the prior" in line(done, 2)
 
 
 def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
     ports = ("--grpc-port=0", "--metrics-port=0")
-    assert "--encoder" in line(CliRunner().invoke(COMMANDS["coordinator"], [f"--model={checkpoint}", *ports]), 2)
-    assert "--coordinator" in line(CliRunner().invoke(COMMANDS["gateway"], ["--http-port=0", "--metrics-port=0"]), 2)
+    assert "--encoder" in line(invoked(COMMANDS["coordinator"], f"--model={checkpoint}", *ports), 2)
+    assert "--coordinator" in line(invoked(COMMANDS["gateway"], "--http-port=0", "--metrics-port=0"), 2)
 
 
 def test_a_model_that_does_not_fit_into_memory_is_one_line():
