@@ -37,7 +37,7 @@ REMOVED: Final[Mapping[str, str]] = {
     "max-queued": "it is twice --max-generations",
     **dict.fromkeys(("max-waiting", "max-waiting-work"), "sessions wait in the coordinator: see --queue-seconds"),
     "prefill-chunk": _FIXED,
-    "prefix-cache-bytes": "it is an eighth of --kv-bytes, beside them",
+    "prefix-cache-bytes": "it lives in what sessions leave of --kv-bytes",
     **dict.fromkeys(("tls-ca", "tls-cert", "tls-client-ca", "tls-client-cert", "tls-client-key", "tls-key"), _TLS),
     "tls-server-name": "certificates name the hosts that are called",
     "upstream-key": "set the variable COLASERVE_ROLE_KEY at the gateway and at the coordinator",
