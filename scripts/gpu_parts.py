@@ -86,7 +86,7 @@ def float8_against_torch():
         return
     for rows in (3,) if TOY else (3, 24, 100, 300):
         x, weight = (torch.randn(count, 64 if TOY else 2048, device=DEVICE) for count in (rows, 256))
-        given = x.to(torch.bfloat16), *fp8.quantized(weight), None, True
+        given = *fp8.quantize(x.to(torch.bfloat16)), *float8.quantized(weight), None, True, torch.bfloat16
         apart = relative(fp8.product(*given), fp8.product_reference(*given))
         say(f"float8, {rows} rows", apart, most=0.1 if TOY else 2e-2)
 
@@ -211,14 +211,14 @@ def ceilings():
     D = 64 if TOY else 2048
     for name, out, inner in (("qkv", 3 * D, D), ("out", D, D), ("mlp in", 4 * D, D), ("mlp out", D, 4 * D)):
         weights = [(torch.randn(out, inner, device=DEVICE, dtype=DTYPE),) for _ in range(8)]  # more than a cache
-        quantized = [(*fp8.quantized(*weight), None, False) for weight in weights[: 1 if TOY else 8]]
+        quantized = [(*float8.quantized(*weight), None, False, DTYPE) for weight in weights[: 1 if TOY else 8]]
         for rows in ROWS[:: 8 if TOY else 3]:
             x = torch.randn(16 * rows, inner, device=DEVICE, dtype=DTYPE)
             took = each(partial(torch.nn.functional.linear, x), weights)
             floor = max(2 * 16 * rows * out * inner / FLOPS, 2 * out * inner / BANDWIDTH)
             say(f"{name}, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6)
             if rows == 1 if TOY else not float8.missing(DEVICE):
-                took = each(partial(fp8.product, x), quantized)
+                took = each(partial(fp8.product, *fp8.quantize(x)), quantized)
                 say(f"{name} in float8, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6 / 2)
     attention_alone()
 

@@ -18,7 +18,7 @@ def references() -> SimpleNamespace:
     from colaserve_services.model.kernels.qkv import wide_qkv_reference
     from colaserve_services.model.kernels.update import update_reference
 
-    names = ("Storage", "takes", "key_cost", "adaln", "qkv", "write", "attention")
+    names = ("Storage", "takes", "key_cost", "adaln", "qkv", "write", "attention", "float8_attention")
     return SimpleNamespace(
         **{name: getattr(ops, name) for name in names},
         update=update_reference,

@@ -1,12 +1,34 @@
-"""Products of float8 on a GPU: weights with a scale for each output channel, inputs with a scale for each row."""
+"""Products of float8 (e4m3) on a GPU: a scale for each output channel of weights, and for each row of inputs."""
 
 from importlib.util import find_spec
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
+LARGEST: Final = 448.0
+LEAST: Final = 1e-12  # of a scale's numerator: rows of zeros
 _LEAST_CAPABILITY = (8, 9)
+
+
+class Scaled(NamedTuple):
+    """What such a product reads."""
+
+    rows: Tensor  # (R, K) float8
+    scales: Tensor  # (R,) float32, what each row was divided by: its largest absolute value over 448
+
+
+def quantized(x: Tensor) -> Scaled:
+    """Rows (R, K) to float8. One with a number that is not finite gives NaN in a product."""
+    x = x.float()
+    scale = x.abs().amax(dim=1).clamp_min(LEAST) / LARGEST
+    return Scaled((x / scale[:, None]).to(FLOAT8), scale)
+
+
+def inputs_in(x: Tensor, dtype: torch.dtype) -> Tensor | Scaled:
+    """Rows (R, K) as products in `dtype` read them."""
+    return quantized(x) if dtype == FLOAT8 else x.to(dtype)
 
 
 def missing(device: torch.device) -> str | None:
@@ -26,12 +48,15 @@ class Float8Weight:
     def __init__(self, weight: Tensor):
         from colaserve_services.model.kernels import fp8  # importing it takes Triton
 
-        self._product, (self._weight, self._scales) = fp8.product, fp8.quantized(weight)
+        self._kernels, self._weight = fp8, quantized(weight)
 
-    def product(self, x: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype) -> Tensor:
-        """x W^T + bias, then GELU (with tanh) if wanted: (..., in) to (..., out) in `dtype`.
+    def product(self, x: Tensor | Scaled, bias: Tensor | None, gelu: bool, dtype: torch.dtype) -> Tensor:
+        """x W^T + bias, then GELU (with tanh) if wanted: (..., in) to (..., out) in `dtype`; rows with scales as they
+        are.
 
         A row with a number that is not finite gives NaN.
         """
-        rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
-        return self._product(rows, self._weight, self._scales, bias, gelu).unflatten(0, x.shape[:-1])
+        if isinstance(x, Scaled):
+            return self._kernels.product(*x, *self._weight, bias, gelu, dtype)
+        rows = self._kernels.quantize(x.to(dtype).reshape(-1, x.shape[-1]).contiguous())
+        return self._kernels.product(*rows, *self._weight, bias, gelu, dtype).unflatten(0, x.shape[:-1])

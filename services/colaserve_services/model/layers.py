@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colaserve_services.model.cpu_features import lacks_bfloat16, packs
-from colaserve_services.model.float8 import FLOAT8, Float8Weight
+from colaserve_services.model.float8 import FLOAT8, Float8Weight, Scaled
 from colaserve_services.model.int8 import Int8Weight
 
 # attend(layer, q, k, v) -> output: mixes rows. Queries, keys and values are (..., heads, head_dim), after norm and
@@ -44,14 +44,15 @@ class Linear(nn.Linear):
         self._quantized: Int8Weight | Float8Weight | None = None
         self._widens = self._in_epilogue = False
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        if self._packed is not None:
-            x = x.to(self.weight.dtype)
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *_FUSED[self.activation])
+    def forward(self, x: Tensor | Scaled) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self._quantized:
             gelu = self.activation == "gelu_tanh"
             product = self._quantized.product(x, self.bias, gelu, self.weight.dtype)
             return product if gelu else _ACTIVATIONS[self.activation](product)
+        assert isinstance(x, Tensor), "rows with scales are for products of float8"
+        if self._packed is not None:
+            x = x.to(self.weight.dtype)
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *_FUSED[self.activation])
         if self._widens:
             return self._widened(x)
         if not torch.is_grad_enabled():
@@ -81,6 +82,11 @@ class Linear(nn.Linear):
     @property
     def is_quantized(self) -> bool:
         return self._quantized is not None
+
+    @property
+    def inputs(self) -> torch.dtype:
+        """What it is fastest with; with float8 those are `Scaled`."""
+        return FLOAT8 if isinstance(self._quantized, Float8Weight) else self.weight.dtype
 
     def quantize(self, kind: torch.dtype, dtype: torch.dtype) -> None:
         """Keep the weight, which must be float32, as int8 or float8; outputs are in `dtype`, as what comes in is."""

@@ -84,7 +84,7 @@ class PatchEmbedder(Linear):
         super().__init__(dim * patch_size, dim)
         self.weight = nn.Parameter(self.weight.detach().view(dim, patch_size, dim).transpose(1, 2).contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., P * D), token after token -> (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # (..., P * D), token after token -> (..., D)
         if self.weight.ndim == 3:  # in training
             return F.linear(x, self._flat(), self.bias)
         return super().forward(x)

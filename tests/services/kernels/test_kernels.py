@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colaserve_services.model.backend import ops
 from colaserve_services.model.backend.ops import BEGINS, KEEPS, PageShape, Rows, Storage
-from colaserve_services.model.float8 import FLOAT8
+from colaserve_services.model.float8 import FLOAT8, Scaled, quantized
 from colaserve_services.model.flow import SamplerSettings, solve
 from colaserve_services.model.layers import Linear
 
@@ -20,13 +20,13 @@ pytest.importorskip("triton")
 
 from colaserve_services.model import kernels
 from colaserve_services.model.kernels.adaln import residual_norm_reference, swiglu_reference
-from colaserve_services.model.kernels.fp8 import product_reference, quantized
+from colaserve_services.model.kernels.fp8 import product_reference, quantize
 from colaserve_services.model.kernels.qkv import wide_qkv_reference
 from colaserve_services.model.kernels.registry import launches
 from colaserve_services.model.kernels.update import update_reference
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-BOUND = {FLOAT32: 2e-6, BFLOAT16: 6e-3}
+BOUND = {FLOAT32: 2e-6, BFLOAT16: 6e-3, FLOAT8: 0.08}
 NAN = float("nan")
 
 # heads, head_dim, rope_dim, positions of a page, positions of a row: golden's, the bundled's and the released's kinds
@@ -98,6 +98,11 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
+def widened(x: Tensor | Scaled) -> Tensor:
+    """What a product reads; the interpreter cuts numbers off at float8 where torch rounds them."""
+    return x.rows.float() * x.scales[:, None] if isinstance(x, Scaled) else x
+
+
 def same_pages(got: Storage, expected: Storage, dtype: torch.dtype) -> bool:
     """Close where written, and NaN where nothing was."""
     a, b = got.memory, expected.memory
@@ -115,6 +120,10 @@ def test_a_layer_of_the_prior(shape: tuple[int, int, int, int, int], dtype: torc
     out = kernels.attention(given.storage, 1, q, given.rows)
     assert difference(out[:-n], ops.attention(given.storage, 1, q[:-n], given.real)) < BOUND[dtype]
     assert not out[-n:].any()
+    if dtype == BFLOAT16:
+        scaled, same = kernels.float8_attention(given.storage, 1, q, given.rows), quantized(out)
+        assert torch.equal(scaled.scales, same.scales)
+        assert difference(widened(scaled), widened(same)) < BOUND[FLOAT8]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [*product(VAES, [FLOAT32]), (VAES[0], BFLOAT16)])
@@ -172,11 +181,11 @@ def test_what_is_no_number_is_not_hidden() -> None:
         assert found.sum() == found[2, :, 1].sum()
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT8])
 @pytest.mark.parametrize("dim", [48, 192])
 def test_residuals_norms_and_activations(dim: int, dtype: torch.dtype) -> None:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(dim))
-    table, x, y = draw(5, 6, dim), 3 + draw(7, dim), draw(7, dim).to(dtype)
+    table, x, y = draw(5, 6, dim), 3 + draw(7, dim), draw(7, dim).to(FLOAT32 if dtype == FLOAT32 else BFLOAT16)
     index = torch.tensor([0, 3, 3, 1, 3, 4, 0]).int()  # pinned positions among others: row 0 is time 0's
     for residual, gate in ((None, None), (y, table[:, 2])):
         results = []
@@ -184,16 +193,18 @@ def test_residuals_norms_and_activations(dim: int, dtype: torch.dtype) -> None:
             mine = x.clone()
             rest = table[:, 1], table[:, 0], index, 1e-5, dtype
             results.append((module.adaln(mine, residual, gate, *rest), mine))
-        for got, expected in zip(*results, strict=True):
-            assert got.dtype == expected.dtype
-            assert difference(got, expected) < BOUND[got.dtype]
+        (got, mine), (expected, beside) = results
+        assert type(got) is type(expected)
+        assert difference(widened(got), widened(expected)) < BOUND[dtype]
+        assert difference(mine, beside) < BOUND[FLOAT32]
     for of, affine in product(("x", "y"), ((draw(dim), draw(dim)), (None, None))):
         mine, beside = x.clone(), x.clone()
         got = kernels.residual_norm(mine, y, *affine, 1e-6, dtype, of)
         expected = residual_norm_reference(beside, y, *affine, 1e-6, dtype, of)
-        assert difference(got, expected) < BOUND[dtype]
+        assert difference(widened(got), widened(expected)) < BOUND[dtype]
         assert difference(mine, beside) < BOUND[FLOAT32]
-    assert difference(kernels.swiglu(y), swiglu_reference(y)) < BOUND[dtype]
+    got, expected = kernels.swiglu(y, dtype), swiglu_reference(y, dtype)
+    assert difference(widened(got), widened(expected)) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -224,7 +235,6 @@ def test_update(solver: str, shape: tuple[int, int], dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 48, 16), (33, 528, 48), (130, 64, 144)])
 def test_products_of_float8(rows: int, inputs: int, outputs: int) -> None:
-    """The interpreter cuts numbers off at float8 where torch rounds them."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(rows))
     x, bias = draw(rows, inputs).to(BFLOAT16), draw(outputs).to(BFLOAT16)
     linear = Linear(inputs, outputs, activation="gelu_tanh")
@@ -234,11 +244,12 @@ def test_products_of_float8(rows: int, inputs: int, outputs: int) -> None:
     with torch.inference_mode():
         x[1] *= 10
         x[2, 5] = NAN
-        found, expected = linear(x), product_reference(x, weight, scales, bias, gelu=True)
-        assert torch.equal(found.isnan(), expected.isnan())
+        expected = product_reference(*quantized(x), weight, scales, bias, True, BFLOAT16)
         some = torch.arange(rows) != 2
-        assert difference(found[some], expected[some]) < 0.08
-        assert difference(found[1:2], expected[1:2]) < 0.08
+        for found in (linear(x), linear(quantize(x))):
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert difference(found[some], expected[some]) < BOUND[FLOAT8]
+            assert difference(found[1:2], expected[1:2]) < BOUND[FLOAT8]
 
 
 def test_they_are_ops_that_graphs_and_shapes_can_be_made_of() -> None:
@@ -252,11 +263,12 @@ def test_they_are_ops_that_graphs_and_shapes_can_be_made_of() -> None:
     calls = [
         (ops_.qkv, (memory, 1, given.x.nan_to_num(), *norms, 1e-5, True, None, *at[2:], given.rows.rotary)),
         (ops_.write, (memory, 1, k, k, *at[2:])),
-        (ops_.attention, (memory, 1, k, *at, given.rows.n, given.rows.most)),
+        (ops_.attention, (memory, 1, k, *at, given.rows.n, given.rows.most, True)),
         (ops_.adaln, (x, x.clone(), *table.unbind(1), index, 1e-5, BFLOAT16)),
-        (ops_.residual_norm, (x, x.clone(), None, None, 1e-5, BFLOAT16, "x")),
-        (ops_.swiglu, (x,)),
-        (ops_.float8_product, (wide, *quantized(wide), None, False)),
+        (ops_.residual_norm, (x, x.clone(), None, None, 1e-5, FLOAT8, "x")),
+        (ops_.swiglu, (x, FLOAT8)),
+        (ops_.float8_quantize, (x,)),
+        (ops_.float8_product, (*quantized(wide), *quantized(wide), None, False, BFLOAT16)),
         (ops_.update, (z[0].clone(), z[:1].clone(), z, z.clone(), entries, *rest)),
     ]
     for op, arguments in calls:

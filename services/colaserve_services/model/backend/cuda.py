@@ -16,6 +16,7 @@ from colaserve_services.model.backend.buckets import KEYS, STEERING, Bucket, Buc
 from colaserve_services.model.backend.ops import BEGINS, KEEPS, Rows
 from colaserve_services.model.backend.streams import Stream, stream
 from colaserve_services.model.dit import TIME_SCALE, DiT
+from colaserve_services.model.float8 import Scaled
 from colaserve_services.model.text_vae import TextVAEBlock, TextVAEDecoder, TextVAEEncoder
 
 _ROWS_A_SESSION = 4  # a point, the same without a condition, a finished block, and one of a context
@@ -203,21 +204,22 @@ class _VAE(_Bucketed, reference.VAE[Any]):
             cos, sin = rows.rotary.unbind(1)
             return self.model.transform(x, (cos, sin), self._attend(rows))
         x = x.float()
-        h, block = x, TextVAEBlock
+        h: Tensor | Scaled = x
+        block: TextVAEBlock
         for number, block in enumerate(self.model.blocks):
             h = self._block(number, block, x, h, rows)
         return x
 
-    def _block(self, number: int, block: TextVAEBlock, x: Tensor, h: Tensor, rows: Rows) -> Tensor:
-        """A layer; x in place, and given in the dtype of products."""
-        config, kernels, dtype = block.config, self._kernels, self.model.dtype
+    def _block(self, number: int, block: TextVAEBlock, x: Tensor, h: Tensor | Scaled, rows: Rows) -> Any:
+        """A layer; x in place, and given as products read it."""
+        config, kernels, dtype = block.config, self._kernels, self._inputs
         norms = (_affine(block.q_norm), _affine(block.k_norm)) if config.qk_norm else None
         eps = config.layer_norm_eps
         q = kernels.wide_qkv(self.storage, number, block.qkv_proj(h), norms, eps, rows, config.clip_qkv)
-        y = block.attn_out_proj(kernels.attention(self.storage, number, q, rows))
+        y = block.attn_out_proj(self._attention(self.storage, number, q, rows))
         h = kernels.residual_norm(x, y, *_affine(block.norm_attn), eps, dtype, "x")
         hidden = block.ffn_proj(h)
-        y = block.ffn_out(kernels.swiglu(hidden) if config.act == "swiglu" else hidden)
+        y = block.ffn_out(kernels.swiglu(hidden, dtype) if config.act == "swiglu" else hidden)
         return kernels.residual_norm(x, y, *_affine(block.norm_ffn), eps, dtype, "y")
 
 

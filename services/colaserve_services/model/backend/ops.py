@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colaserve_services.model.float8 import Scaled, inputs_in, quantized
+
 # Flags of kernels.update: this velocity becomes the slot's previous one; the slot has no previous one yet.
 KEEPS, BEGINS = 1, 2
 Norm = tuple[Tensor, Tensor]  # weight and bias, float32
@@ -71,7 +73,7 @@ def adaln(
     index: Tensor,
     eps: float,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor | Scaled:
     """x += gate y, in place; then LayerNorm without affine, times scale, plus shift: (R, D) in `dtype`.
 
     x (R, D) float32; gate, scale and shift are rows (K, D) of a table, `index` (R,) the row for each position.
@@ -79,7 +81,7 @@ def adaln(
     if y is not None and gate is not None:
         x.addcmul_(gate.index_select(0, index), y)
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(shift.index_select(0, index), normed, scale.index_select(0, index)).to(dtype)
+    return inputs_in(torch.addcmul(shift.index_select(0, index), normed, scale.index_select(0, index)), dtype)
 
 
 def qkv(storage: Storage, layer: int, x: Tensor, q_norm: Norm, k_norm: Norm, eps: float, rows: Rows) -> Tensor:
@@ -107,6 +109,11 @@ def write(storage: Storage, layer: int, k: Tensor, v: Tensor, rows: Rows) -> Non
     for side, values in enumerate((k, v)):
         flat = storage.memory[side, layer].flatten(0, 1)
         flat.index_copy_(0, places.flatten(), values.to(flat.dtype))
+
+
+def float8_attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Scaled:
+    """As `attention`, for a product of float8."""
+    return quantized(attention(storage, layer, q, rows))
 
 
 def attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Tensor:

@@ -20,8 +20,9 @@ from colaserve_services.model.backend import Denoise, Denoised, Row, Sizes, Then
 from colaserve_services.model.backend.ops import PageShape, Rows
 from colaserve_services.model.backend.pages import Pages
 from colaserve_services.model.dit import TIME_SCALE, DiT, DiTBlock
+from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import guide, steer
-from colaserve_services.model.layers import Attend, rotary_angles, rotary_frequencies, to_device
+from colaserve_services.model.layers import Attend, Linear, rotary_angles, rotary_frequencies, to_device
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 
@@ -57,6 +58,10 @@ class Paged(Generic[M]):
         self.model: M = model
         shape = PageShape(layers, sizes.block_size, heads, head_dim, model.dtype)
         self.sizes, self._kernels = sizes, kernels if kernels.takes(shape) else ops
+        linear = next(each for each in model.blocks.modules() if isinstance(each, Linear))
+        self._inputs = linear.inputs  # dtype of what products of layers read
+        float8 = self._inputs == FLOAT8
+        self._attention = self._kernels.float8_attention if float8 else self._kernels.attention
         self._row: int = model.config.block_size  # positions of a row
         self.page_bytes: int = self._kernels.Storage.page_bytes(shape)
         self.pages = Pages(sizes.pages(self.page_bytes))
@@ -226,7 +231,7 @@ class Prior(Paged[DiT]):
     def _transformed(self, latents: Tensor, rows: Rows, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(R, d) through all layers: x, and what is still to be added to it, y times the rows of a gate."""
         model, kernels = self.model, self._kernels
-        eps, dtype = model.config.norm_eps, model.dtype
+        eps, dtype = model.config.norm_eps, self._inputs
         x = model.txt_in(latents).float()
         y = gate = None
         layer: DiTBlock
@@ -235,7 +240,7 @@ class Prior(Paged[DiT]):
             h = kernels.adaln(x, y, gate, m[1], m[0], index, eps, dtype)
             norms = ((norm.weight, norm.bias) for norm in (msa.norm_q, msa.norm_k))
             q = kernels.qkv(self.storage, number, msa.proj_qkv(h), *norms, eps, rows)
-            y = msa.proj_out(kernels.attention(self.storage, number, q, rows))
+            y = msa.proj_out(self._attention(self.storage, number, q, rows))
             h = kernels.adaln(x, y, m[2], m[4], m[3], index, eps, dtype)
             y, gate = layer.mlp(h), m[5]
         return x, y, gate

@@ -5,7 +5,7 @@ Each launches as many kernels whatever the rows hold, and reads no tensor on the
 
 from colaserve_services.model.backend.ops import Storage
 from colaserve_services.model.kernels.adaln import adaln, residual_norm, swiglu
-from colaserve_services.model.kernels.attention import attention, key_cost, takes
+from colaserve_services.model.kernels.attention import attention, float8_attention, key_cost, takes
 from colaserve_services.model.kernels.qkv import qkv, wide_qkv, write
 from colaserve_services.model.kernels.update import update
 
@@ -13,6 +13,7 @@ __all__ = [
     "Storage",
     "adaln",
     "attention",
+    "float8_attention",
     "key_cost",
     "qkv",
     "residual_norm",

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from colaserve_services.model.float8 import Scaled, inputs_in
+from colaserve_services.model.kernels.fp8 import operation, rows_for, store_row
 from colaserve_services.model.kernels.registry import launch, padded, warps_of
 
 
@@ -21,7 +23,7 @@ def normed(x, seen, eps: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _adaln(
-    x, y, gate, scale, shift, index, out,
+    x, y, gate, scale, shift, index, out, scales,
     GATE_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, SHIFT_ROW: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -35,14 +37,14 @@ def _adaln(
         tl.store(x + i * D + d, value, seen)
     found = normed(value, seen, EPS, D) * tl.load(scale + row * SCALE_ROW + d, seen, 0.0)
     found += tl.load(shift + row * SHIFT_ROW + d, seen, 0.0)
-    tl.store(out + i * D + d, found, seen)
+    store_row(out, i * D + d, scales, i, found, seen)
 
 
-@torch.library.custom_op("colaserve::adaln", mutates_args=("x",))
+@operation("adaln", lambda x, *rest: (x, x.shape[1], rest[-1]), ["x"])
 def adaln(
     x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, index: Tensor, eps: float,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ops.adaln: x += gate y, in place; then LayerNorm without affine, times scale, plus shift: (R, D) in `dtype`.
 
     x (R, D) float32; gate, scale and shift are rows (K, D) of a table, `index` (R,) int32 the row for each position:
@@ -52,22 +54,20 @@ def adaln(
     assert x.is_contiguous(), "positions lie one after the other"
     assert y is None or (y.is_contiguous() and gate is not None)
     assert all(t is None or t.stride(1) == 1 for t in (gate, scale, shift)), "rows of a table"
-    out = torch.empty_like(x, dtype=dtype)
+    out, scales = rows_for(x, D, dtype)
     gate = scale if gate is None else gate
     rows = {"GATE_ROW": gate.stride(0), "SCALE_ROW": scale.stride(0), "SHIFT_ROW": shift.stride(0)}
     tile = padded(D)
     launch(
-        _adaln, (R,), x, y, gate, scale, shift, index, out, **rows, EPS=eps, D=D, TILE=tile, warps=warps_of(tile)
+        _adaln, (R,), x, y, gate, scale, shift, index, out, scales if len(scales) else None, **rows, EPS=eps, D=D,
+        TILE=tile, warps=warps_of(tile),
     )  # fmt: skip
-    return out
-
-
-adaln.register_fake(lambda x, y, gate, scale, shift, index, eps, dtype: torch.empty_like(x, dtype=dtype))
+    return out, scales
 
 
 @triton.jit
 def _residual_norm(
-    x, y, weight, bias, out, OF_X: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
+    x, y, weight, bias, out, scales, OF_X: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, TILE)
@@ -79,7 +79,7 @@ def _residual_norm(
         found = found * tl.load(weight + d, seen, 0.0) + tl.load(bias + d, seen, 0.0)
     found += branch if OF_X else value
     tl.store(x + i * D + d, found, seen)
-    tl.store(out + i * D + d, found, seen)
+    store_row(out, i * D + d, scales, i, found, seen)
 
 
 Normed = Literal["x", "y"]
@@ -87,15 +87,15 @@ Normed = Literal["x", "y"]
 
 def residual_norm_reference(
     x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, of: Normed
-) -> Tensor:
+) -> Tensor | Scaled:
     one, other = (x, y.float()) if of == "x" else (y.float(), x)
-    return x.copy_(F.layer_norm(one, x.shape[-1:], weight, bias, eps) + other).to(dtype)
+    return inputs_in(x.copy_(F.layer_norm(one, x.shape[-1:], weight, bias, eps) + other), dtype)
 
 
-@torch.library.custom_op("colaserve::residual_norm", mutates_args=("x",))
+@operation("residual_norm", lambda x, *rest: (x, x.shape[1], rest[-2]), ["x"])
 def residual_norm(
     x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, of: str
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """x = LayerNorm(x) + y for `of` "x", x + LayerNorm(y) for "y", in place; the same in `dtype`, (R, D).
 
     x (R, D) float32; weight and bias (D,) float32, or both None.
@@ -103,39 +103,36 @@ def residual_norm(
     assert of in ("x", "y")
     assert (x.shape, x.is_contiguous(), y.is_contiguous()) == (y.shape, True, True), "positions lie one after the other"
     D = x.shape[1]
-    out, tile = torch.empty_like(x, dtype=dtype), padded(D)
+    (out, scales), tile = rows_for(x, D, dtype), padded(D)
     launch(
-        _residual_norm, (len(x),), x, y, weight, bias, out, OF_X=of == "x", EPS=eps, D=D, TILE=tile,
-        warps=warps_of(tile),
+        _residual_norm, (len(x),), x, y, weight, bias, out, scales if len(scales) else None, OF_X=of == "x", EPS=eps,
+        D=D, TILE=tile, warps=warps_of(tile),
     )  # fmt: skip
-    return out
-
-
-residual_norm.register_fake(lambda x, y, weight, bias, eps, dtype, of: torch.empty_like(x, dtype=dtype))
+    return out, scales
 
 
 @triton.jit
-def _swiglu(x, out, D: tl.constexpr, TILE: tl.constexpr):
+def _swiglu(x, out, scales, D: tl.constexpr, TILE: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     value = tl.load(x + 2 * i * D + d, d < D, 0.0).to(tl.float32)
     gate = tl.load(x + (2 * i + 1) * D + d, d < D, 0.0).to(tl.float32)
-    tl.store(out + i * D + d, gate * tl.sigmoid(gate) * value, d < D)
+    store_row(out, i * D + d, scales, i, gate * tl.sigmoid(gate) * value, d < D)
 
 
-def swiglu_reference(x: Tensor) -> Tensor:
+def swiglu_reference(x: Tensor, dtype: torch.dtype) -> Tensor | Scaled:
     value, gate = x.float().chunk(2, dim=-1)
-    return (F.silu(gate) * value).to(x.dtype)
+    return inputs_in(F.silu(gate) * value, dtype)
 
 
-@torch.library.custom_op("colaserve::swiglu", mutates_args=())
-def swiglu(x: Tensor) -> Tensor:
-    """(R, 2 D) as values and gates to silu(gate) * value, (R, D), computed in float32."""
+@operation("swiglu", lambda x, dtype: (x, x.shape[1] // 2, dtype))
+def swiglu(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(R, 2 D) as values and gates to silu(gate) * value, (R, D) in `dtype`, computed in float32."""
     assert x.is_contiguous(), "positions lie one after the other"
     D = x.shape[1] // 2
-    out, tile = x.new_empty(len(x), D), min(1024, padded(D))
-    launch(_swiglu, (len(x), -(-D // tile)), x, out, D=D, TILE=tile, warps=warps_of(tile))
-    return out
-
-
-swiglu.register_fake(lambda x: x.new_empty(len(x), x.shape[1] // 2))
+    out, scales = rows_for(x, D, dtype)
+    tile = padded(D) if len(scales) else min(1024, padded(D))  # a scale takes all of a row
+    launch(
+        _swiglu, (len(x), -(-D // tile)), x, out, scales if len(scales) else None, D=D, TILE=tile, warps=warps_of(tile)
+    )
+    return out, scales

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from colaserve_services.model.backend.ops import PageShape, Rows, Storage
+from colaserve_services.model.float8 import FLOAT8, Scaled
+from colaserve_services.model.kernels.fp8 import rows_for, store_row
 from colaserve_services.model.kernels.registry import dot_type, launch, padded, warps_of
 
 SPLIT = 256  # keys of a program
@@ -84,38 +86,44 @@ def _attend(
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
-    sums, weights, history, own, out, splits,
+    sums, weights, history, own, out, inputs, scales, splits,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
-    QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """A program is a position: all heads, of which float8's scale is to be found. `inputs`: where those rows go."""
+    i, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     end = tl.where(tl.load(own + row) < 0, 0, tl.load(history + row) + N)
+    h, d = tl.arange(0, HEADS), tl.arange(0, CHANNELS)[None, :]
+    seen, at = (h[:, None] < H) & (d < D), (row * N + i) * (H * D) + h[:, None] * D + d
     if end > SPLIT:
-        i, d = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)[None, :]
-        within = i[:, None] * D + d
-        seen = (i[:, None] < N) & (d < D)
-        largest = tl.full([QUERIES], float("-inf"), tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        found = tl.zeros([QUERIES, CHANNELS], tl.float32)
+        largest = tl.full([HEADS], float("-inf"), tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        found = tl.zeros([HEADS, CHANNELS], tl.float32)
         for first in range(0, tl.cdiv(end, SPLIT), AT_ONCE):
             for s in tl.static_range(AT_ONCE):  # their loads do not wait for one another
                 there = (first + s) * SPLIT < end
-                part = ((row * H + head) * splits + first + s) * N
-                peak = tl.where(there, tl.load(weights + part * 2 + i, (i < N) & there, 0.0), float("-inf"))
+                part = ((row * H + h) * splits + first + s) * N
+                peak = tl.where(there, tl.load(weights + part * 2 + i, (h < H) & there, 0.0), float("-inf"))
                 now = tl.maximum(largest, peak)
                 shrunk, share = tl.exp2(largest - now), tl.exp2(peak - now)
-                total = total * shrunk + tl.load(weights + part * 2 + N + i, (i < N) & there, 0.0) * share
-                found = found * shrunk[:, None] + tl.load(sums + part * D + within, seen & there, 0.0) * share[:, None]
+                total = total * shrunk + tl.load(weights + part * 2 + N + i, (h < H) & there, 0.0) * share
+                some = tl.load(sums + (part[:, None] + i) * D + d, seen & there, 0.0)
+                found = found * shrunk[:, None] + some * share[:, None]
                 largest = now
-        at = row * N * (H * D) + head * D + i[:, None] * (H * D) + d
-        tl.store(out + at, found / total[:, None], seen)
+        found = tl.where(seen, found / total[:, None], 0.0).to(out.dtype.element_ty)
+        if scales is None:
+            tl.store(out + at, found, seen)
+        else:
+            store_row(inputs, at, scales, row * N + i, found.to(tl.float32), seen)
+    elif scales is not None:
+        store_row(inputs, at, scales, row * N + i, tl.load(out + at, seen, 0.0).to(tl.float32), seen)
 
 
 @torch.library.custom_op("colaserve::attention", mutates_args=())
 def _attention_op(
     memory: Tensor, layer: int, q: Tensor, tables: Tensor, table: Tensor, history: Tensor, own: Tensor, n: int,
-    most: int,
-) -> Tensor:  # fmt: skip
+    most: int, float8: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     positions, H, D = memory.shape[-3:]
     rows, splits, queries = len(own), -(-(most + n) // SPLIT), padded(n, _QUERIES)
     assert q.is_contiguous(), "positions lie one after the other"
@@ -129,19 +137,29 @@ def _attention_op(
         weights, tables.stride(0), splits, POSITIONS=positions, SCALE=D**-0.5 * _LOG2_E, TILE=tile, QUERIES=queries,
         DOT=dot_type(memory.dtype), **sizes, warps=_WARPS, stages=_STAGES,
     )  # fmt: skip
-    if splits > 1:
+    inputs, scales = rows_for(out, H * D, FLOAT8) if float8 else (out, torch.empty(0, device=q.device))
+    if splits > 1 or float8:
         launch(
-            _combine, (H, rows), sums, weights, history, own, out, splits, AT_ONCE=_AT_ONCE, QUERIES=padded(n), **sizes,
-            warps=warps_of(padded(n) * padded(D)),
+            _combine, (n, rows), sums, weights, history, own, out, inputs if float8 else None,
+            scales if float8 else None, splits, AT_ONCE=_AT_ONCE, HEADS=padded(H), **sizes,
+            warps=warps_of(padded(H) * padded(D)),
         )  # fmt: skip
-    return out
+    return inputs, scales
 
 
-_attention_op.register_fake(lambda memory, layer, q, *_: memory.new_empty(len(q), memory[0, 0, 0, 0].numel()))
+_attention_op.register_fake(
+    lambda memory, layer, q, *rest: rows_for(q, memory[0, 0, 0, 0].numel(), FLOAT8 if rest[-1] else memory.dtype)
+)
 
 
 def attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Tensor:
     """As ops.attention: softmax(q k^T / sqrt(head_dim)) v over what each row sees, (R, heads * head_dim) in the
     storage's dtype; 0 for a row whose `own` is -1. rows.most may be more than any history: it sets the grid alone."""
     at = rows.tables, rows.table, rows.history, rows.own, rows.n, rows.most
-    return _attention_op(storage.memory, layer, q, *at)
+    return _attention_op(storage.memory, layer, q, *at, False)[0]
+
+
+def float8_attention(storage: Storage, layer: int, q: Tensor, rows: Rows) -> Scaled:
+    """As `attention`, for a product of float8; two launches, however long the rows are."""
+    at = rows.tables, rows.table, rows.history, rows.own, rows.n, rows.most
+    return Scaled(*_attention_op(storage.memory, layer, q, *at, True))

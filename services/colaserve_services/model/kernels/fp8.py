@@ -3,18 +3,21 @@
 cuBLAS has none for a few rows and many columns. It takes compute capability 8.9.
 """
 
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from colaserve_services.model.float8 import FLOAT8
+from colaserve_services.model.float8 import FLOAT8, LARGEST, LEAST, Scaled
 from colaserve_services.model.kernels.registry import launch, padded, warps_of
 
-_LARGEST = 448.0
+_LARGEST, _LEAST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
 _MULTIPLE = 16  # of inputs and outputs
-_LEAST = 1e-12  # of a scale's numerator: rows of zeros
 # Up to so many rows: tiles of rows, columns and sums, warps, stages. Few rows wait for the weights' bytes: small tiles
 # of columns, so that all of a card reads them.
 _TILES = (
@@ -26,13 +29,52 @@ _TILES = (
 
 
 @triton.jit
-def _quantize(x, out, scales, LARGEST: tl.constexpr, LEAST: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
+def scale_of(row):
+    """Of a row's numbers, a tile of any shape; NaN if one is not finite."""
+    return tl.maximum(tl.max(tl.abs(row), axis=None), _LEAST) / _LARGEST + tl.sum(row * 0.0, axis=None)
+
+
+@triton.jit
+def store_row(out, at, scales, i, row, seen):
+    """Write the i-th row: as float8 with its scale where there are scales. What is not seen of it is 0."""
+    if scales is not None:
+        scale = scale_of(row)
+        tl.store(scales + i, scale)
+        row = row / scale
+    tl.store(out + at, row.to(out.dtype.element_ty), seen)
+
+
+def rows_for(x: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a kernel writes for rows of x on the device: (R, width) in `dtype`, and scales (R,), of float8 alone."""
+    scales = x.new_empty(len(x) if dtype == FLOAT8 else 0, dtype=torch.float32)
+    return x.new_empty(len(x), width, dtype=dtype), scales
+
+
+def operation(
+    name: str, like: Callable[..., tuple[Tensor, int, torch.dtype]], mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., tuple[Tensor, Tensor]]], Callable[..., Any]]:
+    """Make an operation of a function that returns what `rows_for` made for `like` of its arguments; what is called
+    gives that as a product takes it: a tensor, or `Scaled`."""
+
+    def registered(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"colaserve::{name}", function, mutates_args=mutates)
+        op.register_fake(lambda *given: rows_for(*like(*given)))
+
+        @wraps(function)
+        def called(*given: Any) -> Tensor | Scaled:
+            rows, scales = op(*given)
+            return Scaled(rows, scales) if rows.dtype == FLOAT8 else rows
+
+        return called
+
+    return registered
+
+
+@triton.jit
+def _quantize(x, out, scales, D: tl.constexpr, TILE: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, TILE)
-    value = tl.load(x + i * D + d, d < D, 0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value)), LEAST) / LARGEST + tl.sum(value * 0.0)  # NaN if one is not finite
-    tl.store(out + i * D + d, (value / scale).to(tl.float8e4nv), d < D)
-    tl.store(scales + i, scale)
+    store_row(out, i * D + d, scales, i, tl.load(x + i * D + d, d < D, 0.0).to(tl.float32), d < D)
 
 
 @triton.jit(do_not_specialize=["rows", "outputs", "inputs"])
@@ -58,39 +100,41 @@ def _product(
     tl.store(out + m.to(tl.int64)[:, None] * N + n, found, (m[:, None] < rows) & (n[None, :] < N))
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (R, K) to float8 and each row's scale (R,), float32: its largest absolute value over 448."""
-    scale = x.float().abs().amax(dim=1).clamp_min(_LEAST) / _LARGEST
-    return (x.float() / scale[:, None]).to(FLOAT8), scale
+@operation("float8_quantize", lambda x: (x, x.shape[1], FLOAT8))
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As float8.quantized, of rows (R, K) float32 or bfloat16; for what no kernel of this package writes."""
+    assert x.is_contiguous(), "rows lie one after the other"
+    (R, K), (out, scales) = x.shape, rows_for(x, x.shape[1], FLOAT8)
+    launch(_quantize, (R,), x, out, scales, D=K, TILE=padded(K), warps=warps_of(padded(K)))
+    return out, scales
 
 
-def product_reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    rows, scale = quantized(x)
-    out = rows.float() @ weight.float().T * scale[:, None] * scales + (0.0 if bias is None else bias.float())
-    return (F.gelu(out, approximate="tanh") if gelu else out).to(x.dtype)
+def product_reference(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype
+) -> Tensor:
+    out = x.float() @ weight.float().T * x_scales[:, None] * scales + (0.0 if bias is None else bias.float())
+    return (F.gelu(out, approximate="tanh") if gelu else out).to(dtype)
 
 
 @torch.library.custom_op("colaserve::float8_product", mutates_args=())
-def product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """x W^T + bias, then GELU (with tanh) if wanted: (R, K) float32 or bfloat16 to (R, N) in its dtype; two launches.
+def product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype
+) -> Tensor:
+    """x W^T + bias, then GELU (with tanh) if wanted: (R, K) to (R, N) in `dtype`.
 
-    weight (N, K) float8 and scales (N,) as of `quantized`. A row with a number that is not finite gives NaN.
+    x (R, K) and weight (N, K) float8, x_scales (R,) and scales (N,), as in `Scaled`.
     """
     assert x.is_contiguous(), "rows lie one after the other"
     (R, K), N = x.shape, len(weight)
     assert N % _MULTIPLE == K % _MULTIPLE == 0, f"inputs and outputs are multiples of {_MULTIPLE}, got {K} and {N}"
-    inner, inner_scales = torch.empty_like(x, dtype=FLOAT8), torch.empty(R, device=x.device)
-    out, tile = x.new_empty(R, N), padded(K)
-    launch(
-        _quantize, (R,), x, inner, inner_scales, LARGEST=_LARGEST, LEAST=_LEAST, D=K, TILE=tile, warps=warps_of(tile)
-    )
+    out = x.new_empty(R, N, dtype=dtype)
     rows, columns, sums, warps, stages = next(tiles for most, tiles in _TILES if most >= R)
     launch(
-        _product, (-(-N // columns), -(-R // rows)), inner, inner_scales, weight, scales, bias, out, R,
+        _product, (-(-N // columns), -(-R // rows)), x, x_scales, weight, scales, bias, out, R,
         N // _MULTIPLE, K // _MULTIPLE, MULTIPLE=_MULTIPLE, GELU=gelu, ROWS=rows, COLUMNS=columns, SUMS=sums,
         warps=warps, stages=stages,
     )  # fmt: skip
     return out
 
 
-product.register_fake(lambda x, weight, scales, bias, gelu: x.new_empty(len(x), len(weight)))
+product.register_fake(lambda x, x_scales, weight, *rest: x.new_empty(len(x), len(weight), dtype=rest[-1]))
