@@ -17,7 +17,8 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.services.gateway.running_gateway import BUDGET, CHAT, COMPLETIONS, MESSAGES, RESPONSES, asking, outcome
+from colaserve_client import DecoderClient, PriorClient
+from tests.services.gateway.running_gateway import BUDGET, CHAT, COMPLETIONS, MESSAGES, RESPONSES, asking
 from tests.services.launch.processes import FREE_PORTS, started
 from tests.waiting import wait_until
 
@@ -28,22 +29,21 @@ class Served:
 
     http: httpx.Client
     stub: GenerationServiceStub
+    stages: tuple[PriorClient, DecoderClient]
 
     def generate(self, prompt: str, tokens: int, sample: int, **sampling: float) -> str:
         seed = types_pb2.NoiseSeed(base_seed=3, sample_id=sample)
         request = GenerateRequest(prompt=prompt, max_new_tokens=tokens, seed=seed, sampling=sampling)
         return "".join(response.text for response in self.stub.Generate(request, timeout=60))
 
-    def kv_bytes(self) -> float:
-        """Reserved in all stages together."""
-        return self._sum_of("colaserve_engine_kv_bytes{")
+    def kv_bytes(self) -> int:
+        """Reserved in the stages that have any."""
+        return sum(stage.info().server.kv_bytes_used for stage in self.stages)
 
     def written(self) -> float:
-        """Latents that the prior has written."""
-        return self._sum_of('colaserve_engine_tokens_total{direction="out",stage="prior"}')
-
-    def _sum_of(self, begin: str) -> float:
+        """Latents that the prior had written a moment ago."""
         lines = self.http.get("/metrics").text.splitlines()
+        begin = 'colaserve_engine_tokens_total{direction="out",stage="prior"}'
         return sum(float(line.split()[-1]) for line in lines if line.startswith(begin))
 
 
@@ -54,8 +54,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         started(tmp_path_factory.mktemp("served"), "up", "--threads=1", *FREE_PORTS) as up,
         httpx.Client(base_url=up.http, timeout=60) as http,
         grpc.insecure_channel(up.target) as channel,
+        PriorClient(up.target) as prior,
+        DecoderClient(up.target) as decoder,
     ):
-        yield Served(http, GenerationServiceStub(channel))
+        yield Served(http, GenerationServiceStub(channel), (prior, decoder))
 
 
 def test_choices_are_the_samples_that_grpc_gives(served: Served):
@@ -67,15 +69,6 @@ def test_choices_are_the_samples_that_grpc_gives(served: Served):
     assert answer["usage"]["completion_tokens"] == 26
 
 
-def test_a_streamed_chat_has_the_text_of_a_whole_one(served: Served):
-    body = {"messages": [{"role": "user", "content": "He looked at"}], "max_tokens": 20, "seed": 3}
-    whole = served.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
-    streamed = served.http.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")
-    chunks = [json.loads(line.removeprefix("data: ")) for line in streamed if line and "[DONE]" not in line]
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole
-    assert whole == served.generate("He looked at", 20, 0).removeprefix(" ")
-
-
 def test_a_hole_is_written_between_two_texts(served: Served):
     body = {"prompt": "He looked at", "suffix": " and went home.", "max_tokens": 6, "seed": 3}
     answers = [served.http.post("/v1/completions", json=body).json() for _ in range(2)]
@@ -83,27 +76,17 @@ def test_a_hole_is_written_between_two_texts(served: Served):
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES])
-def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served, path: str):
-    body = asking(path, "x", model=None, stream=True, ignore_eos=True, **{BUDGET[path]: 8000})
+def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served):
     before = served.written()
-    with served.http.stream("POST", path, json=body) as response:
-        lines = response.iter_lines()
-        next(lines)
-        wait_until(lambda: served.kv_bytes() > 0)  # metrics are kept for a moment
-    wait_until(lambda: served.kv_bytes() == 0)
-    assert 0 < served.written() - before < 1000
-
-
-def test_the_same_prompt_and_seed_give_the_same_text_reason_and_usage_in_every_dialect(served: Served):
-    found = []
-    for path in (CHAT, RESPONSES, MESSAGES, COMPLETIONS):
-        body = asking(path, "He looked at", model=None, seed=3, temperature=0.7, **{BUDGET[path]: 20})
-        found.append(outcome(path, served.http.post(path, json=body).json()))
-    text, reason, usage = found.pop()
-    assert found == [(text.removeprefix(" "), reason, usage)] * 3
-    assert usage[1] <= 20
-    assert text == served.generate("He looked at", 20, 0, temperature=0.7)
+    for path in (CHAT, COMPLETIONS, RESPONSES, MESSAGES):
+        body = asking(path, "x", model=None, stream=True, ignore_eos=True, **{BUDGET[path]: 8000})
+        with served.http.stream("POST", path, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            wait_until(lambda: served.kv_bytes() > 0)
+        wait_until(lambda: served.kv_bytes() == 0)
+    wait_until(lambda: served.written() > before)  # metrics are kept for a moment
+    assert served.written() - before < 4000
 
 
 def test_an_echoed_prompt_is_scored_as_latents_of_it_are(served: Served):

@@ -24,7 +24,7 @@ from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
 from tests.services.inference.serving import connected
 
-EXAMPLES = int(os.environ.get("COLASERVE_FUZZ_EXAMPLES", "40"))  # for each endpoint and mode
+EXAMPLES = int(os.environ.get("COLASERVE_FUZZ_EXAMPLES", "20"))  # for each endpoint and mode
 
 
 @pytest.fixture(scope="module")
