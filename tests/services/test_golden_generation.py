@@ -8,10 +8,9 @@ import grpc
 import numpy as np
 import pytest
 
-from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
+from colaserve.v1 import latent_service_pb2, types_pb2
 from colaserve_services.rpc import arrays
 from tests.services.systems import ids_of, recorded, system, text_of
-from tests.waiting import eventually
 
 pb = latent_service_pb2
 NEVER = 1_000_000
@@ -97,37 +96,6 @@ class _Cut:
         if self._left < 0:
             self._owner.cuts += 1
             raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "cut", "")
-
-
-@pytest.mark.parametrize(
-    "prompt", ["", "a", "four", "a\0b", "😀 is a face", "日本語", "say <|im_end|> <|pad|>", "The " * 120]
-)
-async def test_any_prompt_gives_exactly_the_tokens_asked_for(tiny, prompt: str):
-    async with system(tiny, split=False) as served:
-        responses = await served.generate(prompt=prompt, max_new_tokens=6, ignore_end=True, sampler={"steps": 2})
-    assert len(ids_of(responses)) == 6
-    assert text_of(responses) == served.tokenizer.decode(ids_of(responses))
-
-
-async def test_a_sampled_text_repeats_with_its_seed_and_differs_with_another(tiny):
-    hot = {"prompt": "The", "max_new_tokens": 12, "sampling": {"temperature": 1.0}, "ignore_end": True}
-    async with system(tiny, split=False) as served:
-        first = await served.generate(**hot, seed={"base_seed": 1})
-        again = await served.generate(**hot, seed={"base_seed": 1})
-        hotter = {**hot, "sampling": {"temperature": 1.0, "seed": 5}}
-        other = await served.generate(**hotter, seed={"base_seed": 1})
-    assert ids_of(first) == ids_of(again) != ids_of(other)
-
-
-async def test_a_client_that_goes_away_frees_all_kv(tiny):
-    async with system(tiny, split=True) as served:
-        call = served.generation.Generate(
-            generation_pb2.GenerateRequest(prompt="The", max_new_tokens=200, ignore_end=True)
-        )
-        await call.read()
-        assert served.stages.kv_bytes("prior") > 0
-        call.cancel()
-        await eventually(lambda: served.stages.kv_bytes("prior") == served.stages.kv_bytes("decoder") == 0)
 
 
 async def test_the_latent_calls_work_on_a_real_model(golden):

@@ -16,7 +16,6 @@ from colaserve.v1 import (
     latent_service_pb2,
     latent_service_pb2_grpc,
     prior_pb2_grpc,
-    types_pb2,
 )
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
@@ -82,24 +81,6 @@ def request(**fields: Any) -> generation_pb2.GenerateRequest:
 
 async def generate(served: Any, **fields: Any) -> list[generation_pb2.GenerateResponse]:
     return [response async for response in served.generation.Generate(request(**fields))]
-
-
-async def test_text_streams_over_both_wires_as_in_one_process(served, world):
-    seed = types_pb2.NoiseSeed(base_seed=3)
-    over_wires = await generate(served, seed=seed)
-    in_process = await world.generate(prompt="he looked", ignore_end=True, seed=seed)
-    assert [r.token_ids for r in over_wires] == [r.token_ids for r in in_process]
-    assert "".join(r.text for r in over_wires) == "".join(r.text for r in in_process)
-
-
-async def test_a_broken_stream_is_resumed_over_the_wire(served):
-    seed = types_pb2.NoiseSeed(base_seed=3)
-    undisturbed = await generate(served, seed=seed)
-    served.prior.faults[1] = (2, grpc.StatusCode.UNAVAILABLE)
-    served.decoder.faults[1] = (3, grpc.StatusCode.INTERNAL)
-    again = await generate(served, seed=seed)
-    assert [r.token_ids for r in again] == [r.token_ids for r in undisturbed]
-    assert (len(served.prior.calls), len(served.decoder.calls)) == (3, 3)
 
 
 @pytest.mark.parametrize("latents", [False, True])
@@ -175,22 +156,6 @@ async def test_what_is_too_large_to_tokenize_or_detokenize_is_refused(served):
         await served.generation.Tokenize(generation_pb2.TokenizeRequest(text="a" * 1_000_000))
     with pytest.raises(grpc.aio.AioRpcError, match="token_ids: got 257 ids, at most 256 fit"):
         await served.generation.Detokenize(generation_pb2.DetokenizeRequest(token_ids=[5] * 257))
-
-
-async def test_every_latent_call_answers_over_the_wire(served):
-    pb, latents = latent_service_pb2, served.latents
-    encoded = (await latents.EncodeText(pb.EncodeTextRequest(texts=["he looked"]))).encodings[0].latents
-    assert (await latents.DecodeLatents(pb.DecodeLatentsRequest(latents=encoded))).token_ids
-    sampled = latents.SampleLatents(pb.SampleLatentsRequest(prefix=encoded, max_blocks=2))
-    assert len([block async for block in sampled]) == 2
-    ends = {"start": pb.Endpoint(text="he"), "end": pb.Endpoint(text="looked"), "points": 3}
-    assert len((await latents.Interpolate(pb.InterpolateRequest(**ends))).points) == 3
-    segments = [pb.InfillSegment(text="he "), pb.InfillSegment(token_count=3)]
-    assert (await latents.Infill(pb.InfillRequest(segments=segments))).text.startswith("he ")
-    assert (await latents.Reconstruct(pb.ReconstructRequest(texts=["he"]))).reconstructions
-    assert (await latents.Logprobs(pb.LogprobsRequest(text="he"))).logprobs
-    assert (await latents.GetInfo(pb.LatentServiceGetInfoRequest())).space == served.prior.space
-    assert (await served.generation.GetInfo(generation_pb2.GenerationServiceGetInfoRequest())).stages
 
 
 async def test_tokenizing_shares_the_queue_of_generations(served):

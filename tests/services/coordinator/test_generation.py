@@ -108,16 +108,6 @@ async def test_a_drawn_seed_is_returned_and_repeats_the_run(world):
     assert first[-1].seed == again[-1].seed != other[-1].seed
 
 
-@pytest.mark.parametrize("prompt", ["", "\0", "a\0b", "😀", "日本語", "<|endoftext|>", "a<|pad|>b<|im_end|>", " "])
-async def test_any_text_is_a_prompt(world, prompt: str):
-    responses = await world.generate(prompt=prompt, max_new_tokens=5, ignore_end=True)
-    assert len(ids_of(responses)) == 5
-    if prompt:
-        assert list(world.encoder.calls[0].sequences[0].ids) == world.tokenizer.encode(prompt)
-    else:
-        assert not world.encoder.calls
-
-
 async def test_an_end_id_ends_the_text_before_it(make_world, tokenizer):
     world = await make_world(scripted(tokenizer, "one two<|im_end|>three", PROMPT))
     responses = await world.generate(prompt=PROMPT, max_new_tokens=60)
@@ -332,22 +322,6 @@ async def test_blocks_of_a_text_that_did_not_come_to_its_end_are_not_wasted(worl
     assert world.counted("wasted_blocks_total") == {}
 
 
-async def test_leaving_early_frees_the_stages(world):
-    async def reading() -> None:
-        async for _ in world.ask(generate, request):
-            first.set()
-            await asyncio.sleep(60)
-
-    request, first = generation_request(max_new_tokens=200, ignore_end=True), asyncio.Event()
-    task = asyncio.create_task(reading())
-    await first.wait()
-    assert world.decoder.running == 1
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
-    assert world.coordinator.services.admission.running == 0
-
-
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
 async def test_a_deadline_reaches_each_stage_and_ends_the_call(world, stage: str):
     getattr(world, stage).gate.clear()
@@ -364,14 +338,6 @@ async def test_without_a_deadline_none_is_passed_on(world):
     assert world.prior.remaining == world.decoder.remaining == world.encoder.remaining == [None]
 
 
-async def test_concurrent_generations_give_the_tokens_of_single_ones(world):
-    prompts = [PROMPT[:length] for length in range(8)]
-    seeds = [types_pb2.NoiseSeed(base_seed=3, sample_id=i) for i in range(8)]
-    alone = [ids_of(await world.generate(prompt=p, seed=s)) for p, s in zip(prompts, seeds, strict=True)]
-    together = await asyncio.gather(*(world.generate(prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)))
-    assert [ids_of(responses) for responses in together] == alone
-
-
 async def test_blocks_and_tokens_are_counted(world):
     responses = await world.generate(prompt=PROMPT, max_new_tokens=12, ignore_end=True)
     prompt = len(world.tokenizer.encode(PROMPT))
@@ -386,9 +352,3 @@ def test_a_derived_sampling_seed_is_a_function_of_the_noise_seed(base: int, samp
     assert 0 <= sampling_seed(seed) < 2**63
     assert sampling_seed(seed) == sampling_seed(types_pb2.NoiseSeed(base_seed=base, sample_id=sample))
     assert sampling_seed(seed) != sampling_seed(types_pb2.NoiseSeed(base_seed=base + 1, sample_id=sample))
-
-
-def generation_request(**fields: Any) -> Any:
-    from colaserve.v1 import generation_pb2
-
-    return generation_pb2.GenerateRequest(**fields)

@@ -102,13 +102,6 @@ async def test_a_seed_repeats_an_infill_and_is_returned(world):
     assert again.token_ids == drawn.token_ids
 
 
-async def test_sampler_and_sampling_reach_the_stages(world):
-    sampler = types_pb2.Sampler(steps=2, resamples=3)
-    await filled(world, "ab", 2, sampler=sampler, sampling=types_pb2.Sampling(temperature=0.5))
-    assert (world.prior.calls[0].sampler.steps, world.prior.calls[0].sampler.resamples) == (2, 3)
-    assert world.decoder.calls[0].sampling.temperature == 0.5
-
-
 async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_reported_in_full(make_world):
     world = await make_world()
     world.decoder.script = [20, 1, 21, 22]

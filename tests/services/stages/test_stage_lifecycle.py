@@ -166,16 +166,6 @@ def _info_request(stage):
     return getattr(module, f"{stage.title()}ServiceGetInfoRequest")()
 
 
-async def test_liveness_and_info_answer_while_every_slot_is_taken(tiny):
-    limits = EngineLimits(max_context=512, max_running=1)
-    async with serving(tiny, limits) as served:
-        call = await sampling(served)
-        for _ in range(20):
-            assert isinstance(await refused(served.prior.Sample(served.run()).read()), Overloaded)
-        assert (await served.prior.GetInfo(_info_request("prior"), timeout=15)).server.running == 1
-        call.cancel()
-
-
 def _first(response):
     return tensor_of(response.encodings[0].latents.values)
 
