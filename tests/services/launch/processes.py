@@ -47,15 +47,7 @@ class Running:
 
 
 @contextmanager
-def started(
-    folder,
-    *arguments,
-    model=GOLDEN / "tiny_b4",
-    env=None,
-    log=None,
-    program=LAUNCH,
-    **settings,
-):
+def started(folder, *arguments, model=GOLDEN / "tiny_b4", env=None, log=None, program=LAUNCH, **settings):
     """`colaserve ...` once it is ready; killed with all its children at the end, whatever happened. `settings` are
     those of Popen."""
     ports_file, log = folder / "ports.json", log or folder / "log.txt"

@@ -19,7 +19,7 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow
 
 FREE = (f"--model={GOLDEN / 'tiny_b4'}", "--host=127.0.0.1", "--grpc-port=0", "--metrics-port=0", "--drain-seconds=0")
-LIVENESS = Liveness(period=0.1, timeout=2.0, failures=3)
+LIVENESS = Liveness(period=0.1, timeout=0.5, failures=3)
 
 
 def processes():
@@ -31,7 +31,7 @@ async def stand_still_until_ended(process):
     while process.is_running():
         process.suspend()
         with contextlib.suppress(AssertionError):
-            await eventually(lambda: not process.is_running(), 15)
+            await eventually(lambda: not process.is_running(), 4)
             return
         process.resume()
         await asyncio.sleep(1)
