@@ -100,7 +100,7 @@ class NoiseSeed:
     """The seed of a run's noise; equal seeds repeat a run."""
 
     base_seed: Annotated[
-        int, Field("Seed of the noise; equal seeds give equal texts.", Range(0, 2**63 - 1), flat="seed")
+        int, Field("Seed of what is drawn at random; equal seeds give equal results.", Range(0, 2**63 - 1), flat="seed")
     ]
     sample_id: Annotated[int, Field("Tells samples of one seed apart.", Range(0, 9_999))] = 0
 
