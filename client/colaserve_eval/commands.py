@@ -254,14 +254,16 @@ def likelihood_command(
 ) -> None:
     """Score each answer of FILE (jsonl: prompt, ground_truth), and another question's that has as many tokens.
 
-    auc is the probability that a right answer scores above a wrong one; paired, above that of the same question.
+    auc is the probability that a right answer scores above a wrong one; paired, above that of the same question. A
+    question is left out when no other answer in FILE has as many tokens as its own, which left_out names.
     """
-    questions = spread(read_records(file), limit)
+    records = read_records(file)
+    questions, answers = spread(records, limit), [record.ground_truth for record in records]
 
     async def main() -> dict[str, Any]:
         async with connected(server) as client:
             with _progress(2 * len(questions), "scores") as bar:
-                return await measure_likelihood(client, questions, scoring, seed, concurrency, bar.update)
+                return await measure_likelihood(client, questions, answers, scoring, seed, concurrency, bar.update)
 
     figures = asyncio.run(main())
     show(figures, figures_table(figures), as_json)

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -15,21 +15,33 @@ Shown = Callable[[int], object]
 
 
 async def measure(
-    client: AsyncClient, questions: Sequence[Record], scoring: Scoring, seed: int, concurrency: int, shown: Shown
+    client: AsyncClient,
+    questions: Sequence[Record],
+    answers: Collection[str],
+    scoring: Scoring,
+    seed: int,
+    concurrency: int,
+    shown: Shown,
 ) -> dict[str, Any]:
-    """Score each question's answer and another question's of as many tokens, both with an end token behind them.
+    """Score each question's answer and another one of `answers` of as many tokens, an end token behind both.
 
     `auc`: the probability that a right answer scores above a wrong one, of any two questions; `paired`: of the same.
+    `left_out`: answers that no other one has as many tokens as; their questions are not scored. `shown` is called with
+    how many scores more are done.
     """
     end = await client.detokenize([(await client.info()).end_ids[0]])
-    answers = [str(question.ground_truth) for question in questions]
     lengths = {answer: len((await client.tokenize(f" {answer}")).ids) for answer in dict.fromkeys(answers)}
-    draw, texts = random.Random(seed), list[tuple[str, str]]()
-    for question, right in zip(questions, answers, strict=True):
+    draw, texts, left_out = random.Random(seed), list[tuple[str, str]](), dict[str, None]()
+    for question in questions:
+        right = question.ground_truth
         others = [each for each in lengths if each != right and lengths[each] == lengths[right]]
-        if not others:
-            raise EvalError(f"no other answer has as many tokens as {right!r} ({lengths[right]})")
-        texts += [(f" {answer}{end}", question.prompt) for answer in (right, draw.choice(others))]
+        if others:
+            texts += [(f" {answer}{end}", question.prompt) for answer in (right, draw.choice(others))]
+        else:
+            left_out[right] = None
+            shown(2)
+    if not texts:
+        raise EvalError(f"no two answers have as many tokens: {', '.join(map(repr, left_out))}")
 
     async def score(text: tuple[str, str]) -> Score:
         found = await client.score(*text, seed=seed, **vars(scoring))
@@ -38,11 +50,12 @@ async def measure(
 
     scores = await asyncio.gather(*map(bounded(score, concurrency), texts))
     good, bad = ([each.log_likelihood for each in scores[start::2]] for start in (0, 1))
-    return {
-        "questions": len(questions),
+    means = {
         "auc": fmean((a > b) + 0.5 * (a == b) for a in good for b in bad),
         "paired": fmean(a > b for a, b in zip(good, bad, strict=True)),
         "right": fmean(good),
         "wrong": fmean(bad),
         "standard_error": fmean(each.standard_error for each in scores),
     }
+    rounded = {name: round(value, 4) for name, value in means.items()}
+    return {"questions": len(good), "left_out": list(left_out), **rounded}

@@ -1,5 +1,6 @@
 """Right answers against wrong ones of as many tokens, by a likelihood that is known."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,13 +36,18 @@ class Knows:
 
 
 async def test_figures_are_those_of_the_scores() -> None:
+    done: list[int] = []
     client, questions = Knows(), [Record(id=n, prompt=name, ground_truth=name) for n, name in enumerate(ANSWERS)]
-    found = await measure(client, questions, Scoring(samples=0, probes=2), 3, 2, lambda count: None)  # type: ignore[arg-type]
-    assert found == pytest.approx(
-        {"questions": 5, "auc": 0.9, "paired": 0.8, "right": 1.8, "wrong": 1.0, "standard_error": 0.5}
-    )
+    alone = Record(id=5, prompt="Where?", ground_truth="Zanzibar")
+    scoring = Scoring(samples=0, probes=2)
+    asked = partial(measure, client, scoring=scoring, seed=3, concurrency=2, shown=done.append)  # type: ignore[arg-type]
+    found = await asked([*questions, alone], [*ANSWERS, "Zanzibar"])
+    figures = {"auc": 0.9, "paired": 0.8, "right": 1.8, "wrong": 1.0, "standard_error": 0.5}
+    assert found == {"questions": 5, "left_out": ["Zanzibar"], **figures}
+    assert sum(done) == 2 * 6
     for text, prefix in client.asked:
         assert text.endswith("<end>")
         assert len(text.strip()) == len(f"{prefix}<end>"), "as many tokens"
-    with pytest.raises(EvalError, match="no other answer"):
-        await measure(client, questions[:1], Scoring(samples=0, probes=2), 3, 2, lambda count: None)  # type: ignore[arg-type]
+    assert (await asked(questions[:1], ANSWERS))["questions"] == 1, "others of the file are partners, too"
+    with pytest.raises(EvalError, match="no two answers have as many tokens: 'Zanzibar'"):
+        await asked([alone], [*ANSWERS, "Zanzibar"])
