@@ -47,6 +47,7 @@ from colaserve_client.results import BranchBlock as BranchBlock
 from colaserve_client.results import ChoiceScore as ChoiceScore
 from colaserve_client.results import DecodedBlock as DecodedBlock
 from colaserve_client.results import DecodedLatents as DecodedLatents
+from colaserve_client.results import Density as Density
 from colaserve_client.results import Embedding as Embedding
 from colaserve_client.results import FinishReason as FinishReason
 from colaserve_client.results import GenerationChunk as GenerationChunk

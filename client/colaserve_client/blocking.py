@@ -221,6 +221,7 @@ class EncoderClient(BaseClient[AsyncEncoderClient]):
 class PriorClient(BaseClient[AsyncPriorClient]):
     _kind = AsyncPriorClient
     sample = _opening(AsyncPriorClient.sample, Stream)
+    score = _blocking(AsyncPriorClient.score)
     info = _blocking(AsyncPriorClient.info)
 
 

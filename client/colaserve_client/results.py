@@ -263,6 +263,16 @@ class Score:
 
 
 @value
+class Density:
+    """The log density of latents under the prior, in nats: a number for each block after the context."""
+
+    log_densities: Annotated[tuple[float, ...], Field("Means over the probes; 0 for a block without an open position.")]
+    standard_errors: Annotated[tuple[float, ...], Field("Of these means; 0 with one probe, which shows none.")]
+    evaluations: Annotated[int, Field("Velocities that the prior evaluated.")]
+    timing: Annotated[Timing, Field("Where the time of the call went.")]
+
+
+@value
 class LatentBlock:
     """One block that the prior wrote, or a preview of it."""
 

@@ -12,8 +12,8 @@ from colaserve_client.calls import AsyncExchange, AsyncStream
 from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.messages import build, one, request, several
-from colaserve_client.results import DecodedBlock, LatentBlock, SequenceEncoding
-from colaserve_client.settings import CallFields, LogprobsDtype, NoiseSeed, SamplerFields, SamplingFields
+from colaserve_client.results import DecodedBlock, Density, LatentBlock, SequenceEncoding
+from colaserve_client.settings import CallFields, LogprobsDtype, NoiseSeed, SamplerFields, SamplingFields, Solver
 
 
 class AsyncEncoderClient(AsyncBaseClient):
@@ -88,6 +88,36 @@ class AsyncPriorClient(AsyncBaseClient):
             with_probes=with_probes,
         )
         return self._stream(message, one(LatentBlock), settings)
+
+    async def score(
+        self,
+        latents: LatentsLike,
+        *,
+        open_spans: Sequence[tuple[int, int]] | None = None,
+        probes: int | None = None,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        seed: int | NoiseSeed | None = None,
+        **call: Unpack[CallFields],
+    ) -> Density:
+        """The log density of latents, whole blocks of them, by the probability-flow ODE: see docs/likelihood.md.
+
+        Args:
+            latents: (blocks * B, d).
+            open_spans: positions [start, end), ascending, disjoint, whose density is wanted; None: all. Leading blocks
+                without one are context, other positions are given.
+            probes: 1 to 256 at each evaluation, 8 unless set; more lessen the error.
+            steps: of the integration, 32 unless set.
+            solver: "heun" unless set, which evaluates twice a step.
+            seed: of the probes, 0 unless set.
+
+        Raises `ModelMismatch` unless the prior computes in float32.
+        """
+        known = Latents.of(latents)
+        canvas = _canvas(known, [(0, len(known))] if open_spans is None else open_spans)
+        kind = prior_pb2.PriorServiceScoreRequest
+        message = request(kind, call, canvas=canvas, probes=probes, steps=steps, solver=solver, seed=seed)
+        return await self._unary(message, one(Density), call)
 
     async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The model, its limits and its load."""

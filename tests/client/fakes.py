@@ -320,15 +320,13 @@ class Prior(Fake, prior_pb2_grpc.PriorServiceServicer):
 
     def Sample(self, request, context):
         self.behaviour.enter(request, context)
-        blocks = (
-            prior_pb2.SampleResponse(
-                block_index=request.first_block + index,
-                latents=latents_of(STORY[index * BLOCK :][:BLOCK]),
-                timing=TIMING,
-            )
-            for index in range(request.max_blocks)
-        )
+        written = [(request.first_block + i, latents_of(STORY[i * BLOCK :][:BLOCK])) for i in range(request.max_blocks)]
+        blocks = (prior_pb2.SampleResponse(block_index=i, latents=block, timing=TIMING) for i, block in written)
         yield from self.behaviour.messages(blocks, context)
+
+    def Score(self, request, context):
+        self.behaviour.enter(request, context)
+        return prior_pb2.PriorServiceScoreResponse(log_densities=[-3.5], standard_errors=[0.25], evaluations=64)
 
 
 class Decoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = """
 __version__ AsyncClient AsyncDecoderClient AsyncDecodeSession AsyncEncoderClient AsyncPriorClient AsyncStream
 Branch BranchBlock Cancelled ChoiceScore Client ColaserveError Connection DeadlineExceeded DecodedBlock DecodedLatents
-DecoderClient DecodeSession Embedding EncoderClient FinishReason GenerationChunk GenerationOutcome GenerationRequest
-GenerationResult
+DecoderClient DecodeSession Density Embedding EncoderClient FinishReason GenerationChunk GenerationOutcome
+GenerationRequest GenerationResult
 InfillResult Interpolation InterpolationPoint InvalidRequest LatentBlock Latents LatentsLike Limits load_latents
 Logprobs LogprobsDtype MessageTooLarge ModelInfo ModelMismatch ModelShape NoiseSeed NotAuthenticated NotSupported
 Overloaded Pooling Preview PriorClient Probes Prompt Reconstruction Retry Sampler Sampling save_latents Score

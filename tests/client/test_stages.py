@@ -147,6 +147,17 @@ def test_the_prior_takes_seed_or_noise(server: FakeServer, behaviour: Behaviour)
         assert list(behaviour.requests[-1].noise.shape) == [1, 4, 2]
 
 
+def test_the_prior_scores_all_positions_or_those_that_are_open(server: FakeServer, behaviour: Behaviour) -> None:
+    with PriorClient(server.target) as prior:
+        found = prior.score(LETTERS, probes=2, steps=4, solver="ab2", seed=7)
+        assert (found.log_densities, found.standard_errors, found.evaluations) == ((-3.5,), (0.25,), 64)
+        request = behaviour.requests[-1]
+        assert (list(request.canvas.open), request.seed.base_seed) == ([types_pb2.Span(start=0, end=4)], 7)
+        assert (request.probes, request.steps, request.solver) == (2, 4, types_pb2.SOLVER_AB2)
+        prior.score(LETTERS, open_spans=[(1, 3)])
+        assert list(behaviour.requests[-1].canvas.open) == [types_pb2.Span(start=1, end=3)]
+
+
 def test_a_session_decodes_block_by_block(server: FakeServer, behaviour: Behaviour) -> None:
     with DecoderClient(server.target) as decoder:
         with decoder.session(
