@@ -9,7 +9,6 @@ from tests.chaos.fleet import SMALL, STAGES, FleetSettings
 from tests.chaos.kill import kill_under_load
 from tests.chaos.load import jobs, undisturbed
 from tests.chaos.proxy import Harm
-from tests.chaos.rolling import roll_under_load
 from tests.chaos.soak import soak
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -26,20 +25,11 @@ async def harmed(tmp_path_factory):
 
 async def test_no_request_is_lost_or_changed_when_replicas_are_killed(harmed):
     fleet, _ = harmed
-    tally, killer = await kill_under_load(fleet, SOME, concurrency=6, period=3.0, kills=5)
-    assert killer.killed.total() >= 5
+    tally, killer = await kill_under_load(fleet, SOME, concurrency=6, period=2.0, kills=4)
+    assert killer.killed.total() >= 4
     assert (tally.failed, tally.wrong) == ([], [])
     for replica in fleet.all:
         await replica.until_serving()
-
-
-async def test_no_request_is_lost_when_replicas_are_restarted_in_turn_though_nobody_asks_twice(harmed):
-    fleet, _ = harmed
-    tally, codes = await roll_under_load(fleet, SOME, 4, ("prior", "coordinator"))
-    assert len(codes) == 4
-    assert set(codes.values()) == {0}
-    assert len(tally.outcomes) > 4
-    assert (tally.failed, tally.wrong) == ([], [])
 
 
 async def test_bad_connections_to_the_stages_make_no_hang_no_wrong_text_and_leak_nothing(harmed):
@@ -55,8 +45,8 @@ async def test_bad_connections_to_the_stages_make_no_hang_no_wrong_text_and_leak
 async def test_requests_that_are_left_or_run_late_leave_nothing_behind(harmed):
     fleet, _ = harmed
     seen: set[str] = set()
-    for seed in range(1, 7):  # a slow machine gets few requests into one round, and one in five is left
-        ended, watch, free = await soak(fleet, SOME, 4, seconds=8, seed=seed)
+    for seed in range(1, 13):  # a slow machine gets few requests into one round, and one in five is left
+        ended, watch, free = await soak(fleet, SOME, 4, seconds=4, seed=seed)
         seen |= set(ended)
         assert free
         if {"left", "whole"} <= seen:
@@ -68,7 +58,8 @@ async def test_requests_that_are_left_or_run_late_leave_nothing_behind(harmed):
 
 
 async def test_a_fleet_changes_its_prior_and_then_its_checkpoint_and_no_text_is_of_both(harmed, tmp_path):
-    """The last test: the fleet serves another checkpoint afterwards."""
+    """Replicas are drained and restarted in turn, and nobody asks twice. The last test: the fleet serves another
+    checkpoint afterwards."""
     fleet, _ = harmed
     fine_tuned = varied(fleet.settings.model, tmp_path / "prior", PRIOR)
     tally, before, after = await change_under_load(fleet, SOME, 4, of_the_prior(fleet), fine_tuned, kill=True)
