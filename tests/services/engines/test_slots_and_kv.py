@@ -24,15 +24,6 @@ from tests.services.engines.runs import freed, job, noise, patiently, sample
 from tests.waiting import eventually
 
 
-async def test_an_unread_run_pauses_and_continues_when_read(tiny: Golden) -> None:
-    with engines(tiny.directory, EngineLimits(max_context=512, run_ahead=2)) as stages:
-        async with stages.prior.session(job(blocks=6)) as session:
-            await eventually(lambda: session.outbox.unread == 2)
-            await asyncio.sleep(0.1)  # in which it would go on
-            assert session.run.block == 2
-            assert [block.index async for block in session] == list(range(6))
-
-
 async def test_a_passed_deadline_ends_a_run_and_frees_it(tiny: Golden) -> None:
     async def sample_until(stages: Engines, wanted: SampleJob, seconds: float) -> None:
         async with stages.prior.session(wanted, deadline=time.monotonic() + seconds) as session:
@@ -45,19 +36,6 @@ async def test_a_passed_deadline_ends_a_run_and_frees_it(tiny: Golden) -> None:
         await freed(stages)
         with pytest.raises(DeadlineExceeded):  # while it is paused
             await sample_until(stages, job(blocks=20), 0.2)
-        await freed(stages)
-
-
-async def test_a_full_engine_refuses_at_once_and_harms_nobody(tiny: Golden) -> None:
-    limits = EngineLimits(max_context=512, max_running=2, run_ahead=1)
-    with engines(tiny.directory, limits) as stages:
-        async with stages.prior.session(job(1)) as first, stages.prior.session(job(2)) as second:
-            with pytest.raises(Overloaded, match="2 sessions run, and there is no slot") as refused:
-                async with stages.prior.session(job(3)):
-                    pass
-            assert 0 < refused.value.retry_after <= 60
-            assert len([block async for block in first]) == 2
-            assert len([block async for block in second]) == 2
         await freed(stages)
 
 
@@ -105,17 +83,6 @@ async def test_who_does_not_read_keeps_others_waiting_only_so_long(tiny: Golden)
             assert [(await anext(got)).index for _ in range(2)] == [0, 1]  # what was written is not lost
             with pytest.raises(Unavailable, match=r"nothing to compute for 0\.3 s while others wait"):
                 await anext(got)
-        await freed(stages)
-
-
-async def test_who_sends_nothing_keeps_others_waiting_only_so_long(tiny: Golden) -> None:
-    wanted = DecodeJob(noise(4), max_latents=16)
-    with engines(tiny.directory, EngineLimits(max_context=512, max_running=1, idle_seconds=0.3)) as stages:
-        async with stages.decoder.session(wanted) as silent:
-            await silent.decode(noise(4))
-            await patiently(lambda: decode_one(stages, wanted))
-            with pytest.raises(Unavailable, match="nothing to compute"):
-                await silent.decode(noise(4))
         await freed(stages)
 
 

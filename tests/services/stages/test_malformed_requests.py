@@ -1,6 +1,6 @@
 """Requests that are half right, wrong, or no requests: each gets an answer or a named error, and the services serve on.
 
-COLASERVE_FUZZ_REQUESTS=2000 sends so many to every stage (default 150).
+COLASERVE_FUZZ_REQUESTS=2000 sends so many to every stage (default 75).
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from tests.conftest import load_golden
 from tests.services.stages.serving import serving
 from tests.waiting import PATIENCE, wait_until
 
-REQUESTS = int(os.environ.get("COLASERVE_FUZZ_REQUESTS", "150"))
+REQUESTS = int(os.environ.get("COLASERVE_FUZZ_REQUESTS", "75"))
 SECONDS = 5  # deadline of a request
 EXPECTED = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -26,12 +26,7 @@ EXPECTED = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-FUZZ = settings(
-    max_examples=REQUESTS,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+FUZZ = settings(max_examples=REQUESTS, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False)
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 16, 20, 21, 63, 64, 65, 256, 511, 512, 10_000, 2**31, 2**32 - 1])
 LONGS = NUMBERS | st.sampled_from([2**53, 2**63 - 1, 2**63, 2**64 - 1])

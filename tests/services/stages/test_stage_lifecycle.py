@@ -2,11 +2,9 @@
 
 import asyncio
 import time
-from contextlib import suppress
 
 import grpc
 import pytest
-import torch
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2_grpc
 from colaserve_services.engine.limits import EngineLimits
@@ -17,7 +15,7 @@ from colaserve_services.rpc.channels import open_channel
 from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.settings import ChannelSettings
 from tests.services.engines.runs import patiently
-from tests.services.stages.serving import serving, tensor_of
+from tests.services.stages.serving import serving
 from tests.waiting import eventually
 
 LONG = {"blocks": 60, "steps": 1000}  # minutes of work
@@ -160,27 +158,10 @@ async def test_get_info_reports_model_limits_and_load(tiny):
 
 
 def _info_request(stage):
-    from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2
+    from colaserve.v1 import decoder_pb2, prior_pb2
 
     module = {"encoder": encoder_pb2, "prior": prior_pb2, "decoder": decoder_pb2}[stage]
     return getattr(module, f"{stage.title()}ServiceGetInfoRequest")()
-
-
-def _first(response):
-    return tensor_of(response.encodings[0].latents.values)
-
-
-async def test_encoding_many_at_once_gives_what_one_by_one_gives(tiny):
-    async with serving(tiny, EngineLimits(max_context=256)) as served:
-        requests = [encoder_pb2.EncodeRequest(sequences=[{"ids": range(n, 2 * n)}]) for n in (1, 3, 8, 40, 100)]
-        alone = [await served.encoder.Encode(request) for request in requests]
-        together = await asyncio.gather(*(served.encoder.Encode(request) for request in requests))
-        for one, other in zip(alone, together, strict=True):
-            expected, got = (tensor_of(r.encodings[0].latents.values) for r in (one, other))
-            torch.testing.assert_close(got, expected)
-        with suppress(grpc.aio.AioRpcError):
-            await served.encoder.Encode(requests[0], timeout=0.0001)
-        await eventually(lambda: served.stages.engines["encoder"].load().running == 0)
 
 
 async def unread(served, channel):
