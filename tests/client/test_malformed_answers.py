@@ -5,14 +5,7 @@ from typing import Any
 
 import pytest
 
-from colaserve_client import (
-    Cancelled,
-    Client,
-    DecoderClient,
-    EncoderClient,
-    Latents,
-    ServerError,
-)
+from colaserve_client import Cancelled, Client, DecoderClient, EncoderClient, Latents, ServerError
 from tests.client.behaviour import Behaviour
 from tests.client.fakes import SPACE, FakeServer
 from tests.waiting import wait_until as eventually

@@ -28,7 +28,7 @@ async def test_every_recorded_text_is_written_again_eight_at_once(golden, split:
                 assert responses[-1].usage.completion_tokens == len(ids)
 
 
-@pytest.mark.parametrize("extra", [-9, -1, 1, 7])
+@pytest.mark.parametrize("extra", [-9, 1])
 async def test_the_tokens_agree_as_far_as_both_go_whatever_the_budget(tiny, extra: int):
     case = tiny.meta["cases"][0]
     async with system(tiny, split=False) as served:

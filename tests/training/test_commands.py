@@ -160,10 +160,7 @@ def test_a_share_of_the_rows_is_held_out_and_validates(base, tmp_path):
     [
         (["prior", "--out", "x"], "--init or --vae: expected exactly one"),
         (["vae", "--out", "x"], "--init or --tokenizer: expected exactly one"),
-        (
-            ["vae", "--out", "x", "--tokenizer", "none.json"],
-            "none.json: no such tokenizer; `train tokenizer`",
-        ),
+        (["vae", "--out", "x", "--tokenizer", "none.json"], "none.json: no such tokenizer; `train tokenizer`"),
         (["prior", "--out", "x", "--init", "none"], "none"),
         (["vae", "--out", "x", "--tokenizer", TOKENIZER, "--dim", "48"], "--dim: got 48, expected a multiple of 32"),
         (["prior", "--out", "x", "--init", "bundled", "--data", "a=0"], "a=0: got weight 0, expected a number above 0"),

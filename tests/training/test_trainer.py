@@ -192,10 +192,7 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_all_else():
 def test_muon_is_torchs_to_the_bit_where_the_cpu_has_bfloat16_and_close_elsewhere():
     shapes = [(12, 40), (40, 12), (16, 16)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    optimizers = (
-        Muon(ours, lr=0.02, weight_decay=0.1),
-        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1),
-    )
+    optimizers = (Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1))
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for one, two in zip(ours, theirs, strict=True):

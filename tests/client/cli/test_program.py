@@ -222,10 +222,7 @@ def test_text_appears_before_the_generation_has_ended(server: FakeServer, behavi
 
 @pytest.mark.parametrize("arguments", [["generate", "Once"], ["generate", "--input", "INPUT"]])
 def test_ctrl_c_cancels_and_exits_with_130(
-    server: FakeServer,
-    behaviour: Behaviour,
-    arguments: Sequence[str],
-    tmp_path: Path,
+    server: FakeServer, behaviour: Behaviour, arguments: Sequence[str], tmp_path: Path
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' * 20)
     behaviour.wait_after = 1

@@ -20,12 +20,7 @@ from colaserve_services.coordinator.infill import infill
 from colaserve_services.coordinator.latent_space import decode_latents
 from colaserve_services.coordinator.runs import PriorRun
 from colaserve_services.coordinator.stages import Model
-from colaserve_services.errors import (
-    ColaserveError,
-    DeadlineExceeded,
-    Overloaded,
-    Unavailable,
-)
+from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable
 from tests.waiting import eventually
 
 PROMPT = "He looked at the river and then he said nothing"  # its tail is decoded again

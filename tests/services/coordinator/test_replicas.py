@@ -46,10 +46,7 @@ class Fleet:
             stage: [FakeReplica(kind(), f"{stage}-{index}") for index in range(count)] for stage, kind in KINDS.items()
         }
         self.coordinator = Coordinator(
-            Stages(**self.replicas),
-            tokenizer,
-            limits=CoordinatorLimits(retry_seconds=0.001, **limits),
-            space=SPACE,
+            Stages(**self.replicas), tokenizer, limits=CoordinatorLimits(retry_seconds=0.001, **limits), space=SPACE
         )
 
     async def generate(self) -> list[generation_pb2.GenerateResponse]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import openai
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI
 
 from colaserve_services.errors import Overloaded, StepFailed
 from colaserve_services.gateway.settings import GatewaySettings
@@ -78,14 +77,6 @@ async def test_openais_stream_helper_ends_with_the_whole_answer(client: openai.A
     assert answer.choices[0].finish_reason == "stop"
 
 
-async def test_openai_completes_prompts_and_takes_our_fields(client: openai.AsyncOpenAI, keyed: Running):
-    answer = await client.completions.create(
-        model=MODEL, prompt=["a", "b"], n=2, logprobs=1, max_tokens=8, extra_body={"steps": 3, "solver": "ab2"}
-    )
-    assert [choice.text for choice in answer.choices] == [SAYS[:8]] * 4
-    assert keyed.fake.seen[0].request.sampler.steps == 3
-
-
 async def test_openai_embeds_texts_and_tokens(client: openai.AsyncOpenAI):
     """As base64, which it asks for unless told otherwise, and as numbers."""
     for one in ("fox", [102, 111, 120]):
@@ -117,16 +108,6 @@ async def test_openai_embeds_texts_and_tokens(client: openai.AsyncOpenAI):
         with pytest.raises(openai.BadRequestError) as refused:
             await client.embeddings.create(**{"model": MODEL, "input": "a"} | fields)
         assert refused.value.param == param
-
-
-async def test_the_synchronous_client_does_the_same(keyed: Running):
-    def ask() -> tuple[str, str, list[str]]:
-        with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="secret", max_retries=0) as sync:
-            whole = sync.completions.create(model=MODEL, prompt="x", max_tokens=200).choices[0].text
-            stream = sync.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
-            return whole, "".join(chunk.choices[0].text for chunk in stream), [one.id for one in sync.models.list()]
-
-    assert await asyncio.to_thread(ask) == (SAYS, SAYS, [MODEL])
 
 
 async def test_openais_errors_are_raised_with_their_param(client: openai.AsyncOpenAI, keyed: Running):
@@ -162,9 +143,3 @@ async def test_langchain_chats_streams_and_batches(keyed: Running):
     assert keyed.fake.seen[0].request.prompt == "System: Be short.\nUser: Hi\nAssistant:"
     assert "".join([str(chunk.content) async for chunk in chat.astream("Hi")]) == ANSWER
     assert [one.content for one in await chat.abatch(["a", "b", "c"])] == [ANSWER] * 3
-
-
-async def test_langchain_completes_as_a_plain_model(keyed: Running):
-    model = OpenAI(model=MODEL, base_url=f"{keyed.url}/v1", api_key="secret", max_tokens=200)
-    assert await model.ainvoke("Hi") == SAYS
-    assert "".join([chunk async for chunk in model.astream("Hi")]) == SAYS

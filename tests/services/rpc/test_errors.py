@@ -4,14 +4,7 @@ from google.rpc import error_details_pb2
 from grpc.aio import AioRpcError, Metadata
 
 from colaserve_services import errors
-from colaserve_services.rpc.errors import (
-    TABLE,
-    error_from_rpc,
-    grpc_code,
-    http_status,
-    rpc_error,
-    status_proto,
-)
+from colaserve_services.rpc.errors import TABLE, error_from_rpc, grpc_code, http_status, rpc_error, status_proto
 
 
 def crossed(error):

@@ -16,12 +16,7 @@ from colaserve_services.rpc import logs
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
-from colaserve_services.rpc.settings import (
-    ClientTls,
-    LogSettings,
-    ServerSettings,
-    ServerTls,
-)
+from colaserve_services.rpc.settings import ClientTls, LogSettings, ServerSettings, ServerTls
 from colaserve_services.rpc.tls import channel_credentials, server_credentials
 from tests.services.rpc.conftest import ONE, refusal, running
 from tests.waiting import PATIENCE, eventually
