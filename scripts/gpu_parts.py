@@ -234,12 +234,12 @@ def engine():
             what, goal = f"{k} sessions, context {context}", GOALS.get(k) if context == 512 else None
             try:
                 asyncio.run(run(made, Load(k, 32, 2), 2 * seed))  # warm-up
-                got, (step, floor) = asyncio.run(run(made, Load(k, context, 5), 2 * seed + 1)), predicted(k, context)
+                got = asyncio.run(run(made, Load(k, context, 5), 2 * seed + 1))
             except Overloaded as error:  # a smaller card
                 say(f"{what}: left out, {error}", None)
                 continue
-            tokens = got["tokens_per_second"]
-            say(f"{what}: tokens a second", tokens, predicted=k / step, least=None if TOY else goal)
+            tokens, (expected, step, _, floor) = got["tokens_per_second"], predicted(k, context)
+            say(f"{what}: tokens a second", tokens, predicted=expected, least=None if TOY else goal)
             say(f"{what}: step", got["step_ms_p50"], "ms", predicted=step * 1e3)
             say(f"{what}: of the floor", tokens * floor / k)
     if not TOY:

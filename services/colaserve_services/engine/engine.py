@@ -35,7 +35,8 @@ class Engine(Generic[S, T]):
     computes it, and that session ends as `StepFailed`; or it does not, and the engine is at fault: all its sessions end
     as `Unavailable`, and it takes no others until it computes the row again.
 
-    One pass runs at a time. While it does, nothing of the engine's changes, and its thread is free for others.
+    While a pass runs, its thread is free for others. A second one may already be queued behind it, for sessions that
+    need nothing of what it gives; whoever joins or leaves does so when none runs.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Engine(Generic[S, T]):
         self._slots = list(range(limits.max_running))  # without a session
         self._look_again: float | None = None  # when (time.monotonic) an engine at fault tries its warm-up row again
         self._passes, self._reported = 0, Load(0, 0)
-        self._running: Running[T] | None = None
+        self._running: list[Running[T]] = []
         self.observer.load(0, 0, self.limits.kv_bytes)
         device.register(self)
 
@@ -108,6 +109,10 @@ class Engine(Generic[S, T]):
         """Start one pass. It changes no session, so it can run again, for some of them too."""
         raise NotImplementedError
 
+    def _ahead(self, running: Running[T]) -> list[S]:
+        """Sessions for a pass behind the one that runs: those that need nothing of what it gives have moved on."""
+        return []
+
     def _results(self, scheduled: list[T], found: Sequence[Any]) -> Sequence[Any]:
         """A result for each session, of those of a pass."""
         raise NotImplementedError
@@ -120,13 +125,23 @@ class Engine(Generic[S, T]):
 
     def step(self) -> bool:
         """Let sessions leave and join, then start one forward pass for those that are ready. False while one runs."""
+        before = len(self._running)
         if not self._landed():
-            return False
+            return len(self._running) < before and self._launch(self._ahead(self._running[0]))
         self._release_ended()
         if self._look_again is not None and not self._works_again():
             return False
         self._preempt_and_start()
-        ready = self._grown(self._ready())
+        if not self._launch(self._grown(self._ready())):
+            return False
+        if self._landed():
+            self._release_ended()
+        else:
+            self._launch(self._ahead(self._running[0]))
+        return True
+
+    def _launch(self, ready: list[S]) -> bool:
+        """Start one forward pass for some of these; False if there are none."""
         if not ready:
             return False
         started = time.monotonic()
@@ -135,14 +150,12 @@ class Engine(Generic[S, T]):
         for each in scheduled:
             each.session.served = self._passes
         if scheduled := [each for each in scheduled if not each.session.finished]:
-            self._running = Running(scheduled, self._begun(scheduled), started)
-        if self._landed():
-            self._release_ended()
+            self._running.append(Running(scheduled, self._begun(scheduled), started))
         return True
 
     def next_deadline(self) -> float | None:
         """When a session's deadline passes, an engine at fault tries again, or a pass may be done."""
-        if self._running is not None:
+        if self._running:
             return time.monotonic() + BETWEEN_LOOKS
         due = [session.deadline for session in self._sessions.all if session.deadline is not None]
         return min(due if self._look_again is None else [*due, self._look_again], default=None)
@@ -270,16 +283,12 @@ class Engine(Generic[S, T]):
     # The isolation of failures.
 
     def _landed(self) -> bool:
-        """Whether no pass runs any more; hands over what one gave that is done."""
-        running = self._running
-        if running is None:
-            return True
-        if not running.over():
-            return False
-        self._running = None
-        self._hand_over(running.scheduled, running.run)
-        self.observer.stepped(*running.figures())
-        return True
+        """Whether no pass runs any more; hands over what those gave that are done."""
+        while self._running and self._running[0].over():
+            running = self._running.pop(0)
+            self._hand_over(running.scheduled, running.run)
+            self.observer.stepped(*running.figures())
+        return not self._running
 
     def _begun(self, scheduled: list[T]) -> Pass:
         self._device.expect((type(self), len(scheduled), sum(each.rows for each in scheduled)))

@@ -11,7 +11,7 @@ _MOST_LOOKED_AT: Final = 10.0  # seconds; a pass that lasts longer is waited for
 
 
 class ScheduledSession(Protocol):
-    """What one session sends through a pass."""
+    """What one session sends through a pass; enough to run it again, wherever the session has moved on to."""
 
     @property
     def session(self) -> Any: ...

@@ -13,6 +13,7 @@ from colaserve_services.engine.engine import Engine
 from colaserve_services.engine.failures import NotFinite, OutOfBounds, check_latents
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
+from colaserve_services.engine.passes import Running
 from colaserve_services.engine.session import Session, Timings
 from colaserve_services.model.backend import Denoised, Pass, Row
 from colaserve_services.model.backend.pages import chain_keys
@@ -70,6 +71,10 @@ class PriorSession(Session[B]):
     def begun(self, canvas: Canvas) -> Any:
         """The run, a `Run` with its points."""
         raise NotImplementedError
+
+    def steady(self) -> bool:
+        """Whether it moves on without results but for a block's last."""
+        return False
 
     def advance(self, results: list[Denoised]) -> None:
         """What came of the current points."""
@@ -133,6 +138,9 @@ class SamplingSession(PriorSession[SampledBlock]):
         self.show()
         self.deliver()
 
+    def steady(self) -> bool:
+        return not self.run.watched
+
     def completed(self, index: int) -> SampledBlock:
         written = self.run.take_finished()
         check_latents(f"the latents of block {index}", written.latents)
@@ -149,7 +157,7 @@ class SamplingSession(PriorSession[SampledBlock]):
                 self.outbox.show(SampledBlock(self.job.first_block + run.block, run.preview, None, run.step))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ScheduledSession:
     """What one session sends through a pass: blocks to commit, then, once all are in, its current points."""
 
@@ -157,6 +165,7 @@ class _ScheduledSession:
     rows_of: list[Row]
     commits: int
     rows: int  # positions
+    moved_on: bool = False  # whether the session needs nothing of what comes of them any more
 
     @classmethod
     def of(cls, session: PriorSession[Any], count: int) -> "_ScheduledSession":
@@ -167,6 +176,14 @@ class _ScheduledSession:
             rows += run.rows(session.slot, session.pages, count - commits)
         guided = rows[-1].guided
         return cls(session, rows, commits, B * (len(rows) + guided))
+
+    def move_on(self) -> bool:
+        """Do what can be done before the results are known; False if that is nothing."""
+        run = self.session.run
+        self.moved_on = self.commits == len(self.rows_of) or run.skip()
+        if self.moved_on:
+            run.commit(self.commits)
+        return self.moved_on
 
 
 class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
@@ -199,6 +216,19 @@ class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
         """The heartbeat: one pass for what every session needs next."""
         return self.backend.run(self.backend.plan([row for each in scheduled for row in each.rows_of]))
 
+    def _ahead(self, running: Running[_ScheduledSession]) -> list[PriorSession[Any]]:
+        """None while somebody joins or leaves, or needs results all the time: leaving such ones out of each second pass
+        would slow them down. What a session lacks at a block's end it gets one pass later."""
+        sessions, now = self._sessions.all, time.monotonic()
+        stay = all(each.wanted and each.reserves and each.holds_kv for each in sessions)
+        late = any(each.deadline is not None and each.deadline <= now for each in sessions)
+        if not stay or late or running.run.done() or not all(each.session.steady() for each in running.scheduled):
+            return []
+        waiting = {id(each.session) for each in running.scheduled if not each.move_on()}
+        ready = [session for session in self._ready() if id(session) not in waiting]
+        lacking = sum(max(0, session.lacking()) for session in ready)
+        return self._grown(ready) if lacking <= self.backend.pages.available else []
+
     def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Denoised | None]) -> list[list[Denoised]]:
         """What came of each session's current points."""
         results = iter(found)
@@ -206,6 +236,8 @@ class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
         return [[one for one in some if one is not None] for some in each]
 
     def _take(self, scheduled: _ScheduledSession, result: list[Denoised]) -> None:
+        if scheduled.moved_on:
+            return
         session = scheduled.session
         session.run.commit(scheduled.commits)
         if result:

@@ -234,6 +234,20 @@ class SamplingRun(Run[Written]):
         else:
             self._draw_fresh()
 
+    @property
+    def watched(self) -> bool:
+        """Whether the velocities of this block are looked at before it is written."""
+        return self._watch.looks
+
+    def skip(self) -> bool:
+        """Move on to the next point of an unwatched block before the current velocity is known; False at the last."""
+        if self._step + 1 == len(self._evaluations):
+            return False
+        self._watch.unseen(self._evaluations[self._step].ends_step)
+        self._step, self._initial = self._step + 1, None
+        self._draw_fresh()
+        return True
+
     def _complete(self, latents: Tensor) -> None:
         previous = next(reversed(self.uncommitted or self._kept), None)
         probes = self._watch.probes(latents, previous) if self.job.with_probes else None

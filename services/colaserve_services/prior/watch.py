@@ -42,6 +42,15 @@ class Watch:
         self._still = 0  # steps in a row that moved x0 by less than the distance
 
     @property
+    def looks(self) -> bool:
+        """Whether it may look at any evaluation."""
+        return self._every > 0 or self._with_probes or self._settings.stable_steps > 0
+
+    def unseen(self, ends_step: bool) -> None:
+        """Count the next evaluation, of a block at which nobody looks."""
+        self._evaluations, self.step = self._evaluations + 1, self.step + ends_step
+
+    @property
     def is_stable(self) -> bool:
         """Whether the remaining steps may be left out: the block ends as `clean`."""
         return 0 < self._settings.stable_steps <= self._still

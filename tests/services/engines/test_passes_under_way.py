@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.watchdog import Watchdog
 from colaserve_services.errors import StepFailed
-from colaserve_services.model.backend import Pass
+from colaserve_services.model.backend import Pass, Row
 from colaserve_services.model.backend.pick import Picked, plain
 from tests.conftest import Golden
 from tests.services.engines import faults
@@ -38,12 +39,23 @@ class Slow:
 
     def __init__(self, backend: Any, under_way: Callable[[], Callable[[], bool]]):
         self._backend, self._under_way = backend, under_way
+        self._running, self.most = 0, 0  # passes whose results are not taken
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def run(self, *plan: Any) -> Later:
-        return Later(partial(self._backend.run, *plan), self._under_way())
+    def plan(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return rows
+
+    def run(self, rows: Sequence[Row], *then: Any) -> Later:
+        self._running += 1
+        self.most = max(self.most, self._running)
+        return Later(partial(self._taken, rows, *then), self._under_way())
+
+    def _taken(self, rows: Sequence[Row], *then: Any) -> Pass:
+        self._running -= 1
+        passed: Pass = self._backend.run(self._backend.plan(rows), *then)
+        return passed
 
 
 def slow(prior: Callable[[], Callable[[], bool]], others: Callable[[], Callable[[], bool]]) -> Picked:
@@ -77,6 +89,21 @@ async def test_passes_that_are_looked_at_give_what_they_give_at_once(tiny: Golde
             found.append(await ask(stages))
             await freed(stages)
     assert found[0] == found[1]
+
+
+async def test_a_second_pass_is_queued_for_sessions_that_need_no_results(tiny: Golden) -> None:
+    runs = [job(i, blocks=2) for i in range(3)]
+    for watched, most in ((False, 2), (True, 1)):
+        some = [replace(run, with_probes=watched) for run in runs]
+        with engines(tiny.directory, picked=slow(looks, looks)) as stages:
+            together = await asyncio.gather(*(sample(stages, run) for run in some))
+            backend: Any = stages.prior.backend
+            assert backend.most == most
+            alone = [await sample(stages, run) for run in runs]
+            assert backend.most == 2
+            await freed(stages)
+        found = [[[block.latents for block in run] for run in each] for each in (together, alone)]
+        torch.testing.assert_close(*found)
 
 
 async def test_while_the_priors_pass_runs_the_decoder_answers(tiny: Golden) -> None:

@@ -112,6 +112,7 @@ class Backend(Protocol[P]):
     """A network on a device, and the pool of pages for its keys and values.
 
     A pass that raises has changed no slot: its rows can be planned and run again, some of them without the others too.
+    One more may be planned and run while a pass is not done: it computes after that, or not if that raises.
     """
 
     pages: Pages

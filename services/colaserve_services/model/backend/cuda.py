@@ -33,6 +33,7 @@ class _Bucketed(reference.Paged[Any]):
     """Rows in arrays of buckets."""
 
     _buckets: Buckets
+    _odd = False
 
     def _capture(self, stream: Stream, kernels: ModuleType) -> None:
         if self._kernels is not kernels:
@@ -43,8 +44,9 @@ class _Bucketed(reference.Paged[Any]):
         self._buckets.capture(lambda bucket: self._filled((), bucket.rows, 0))
 
     def plan(self, rows: Sequence[Row]) -> Any:  # a Plan, where `reference` has others
+        self._odd = not self._odd  # a pass may run whose copy of the other memory is not done
         pieces = enumerate(self._buckets.cut(rows))
-        return [self._filled(piece, self._buckets.size(piece), i) for i, piece in pieces]
+        return [self._filled(piece, self._buckets.size(piece), 2 * i + self._odd) for i, piece in pieces]
 
     def _shapes(self, rows: int) -> Shapes:
         B, n, pages = self.sizes.block_size, self._row, self.sizes.max_context // self.sizes.block_size + 1
