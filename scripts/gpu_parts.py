@@ -5,12 +5,14 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from array import array
 from functools import partial
 from itertools import chain, product, starmap
+from unittest.mock import Mock
 
 from gpu_setup import (
     ATTENTION, BANDWIDTH, DEVICE, DTYPE, FLOPS, GOALS, LACKING, NAME, OUT, ROOT, SOURCES, TOY, engines, network, picked,
@@ -29,7 +31,7 @@ from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import Overloaded
 from colaserve_services.model import float8, kernels
-from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda, ops
+from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda, ops, self_check
 from colaserve_services.model.backend.buckets import ROWS
 from colaserve_services.model.backend.streams import CudaStream, Stream
 from colaserve_services.model.checkpoint import Checkpoint
@@ -51,6 +53,29 @@ def parity():
         for name in ("tiny_b4", "tiny_b4_vae1", "tiny_b16_scaled"):
             golden(name, dtype, most)
     float8_against_torch()
+
+
+def small():
+    """All kernels on little."""
+    attention_against_float64()
+    float8_against_torch()
+    for dtype in (torch.float32, torch.bfloat16):
+        on = Stream(DEVICE) if TOY else CudaStream(DEVICE, graphs=False)
+        apart = self_check.disagreement(picked().prior.args[0], on, dtype)
+        say(f"self-check in {dtype}: {apart or 'agrees'}", float(apart is None), least=1.0)
+
+
+def sanitizer():
+    """`small` where each access to memory is checked; the allocator keeps none back that would hide one."""
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if tool is None or TOY:
+        say("left out: compute-sanitizer is not installed, or there is no GPU", None)
+        return
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "small", str(DEVICE), OUT]
+        code = subprocess.run(command, env=environment).returncode  # noqa: S603
+        say(f"compute-sanitizer, {kind}: exit code", code, most=0)
 
 
 def paged(shape, histories):
@@ -242,8 +267,51 @@ def engine():
             say(f"{what}: tokens a second", tokens, predicted=expected, least=None if TOY else goal)
             say(f"{what}: step", got["step_ms_p50"], "ms", predicted=step * 1e3)
             say(f"{what}: of the floor", tokens * floor / k)
+        asyncio.run(without_memory(made.prior))
     if not TOY:
         say("memory, most", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+
+
+async def without_memory(prior):
+    """A newcomer whose times take memory that is not there is refused, and the others do not notice."""
+
+    async def wrote(i, steps, begun):
+        z = torch.randn(32, 16, generator=torch.Generator().manual_seed(i))
+        job, blocks = SampleJob(z, 3 if TOY else 64, sampler=SamplerSettings(steps=steps), base_seed=i), []
+        async with prior.session(job) as session:
+            async for block in session:
+                blocks.append(block.latents)
+                begun.set()
+        return torch.stack(blocks)
+
+    found, refused = [], 0.0
+    for lacking in (False, True):
+        begun = [asyncio.Event() for _ in range(3)]
+        writing = [asyncio.ensure_future(wrote(i, 16, each)) for i, each in enumerate(begun)]
+        await asyncio.gather(*(each.wait() for each in begun))
+        if lacking:
+            held = filled(prior.backend)
+            try:
+                await wrote(9, 200, asyncio.Event())
+            except Overloaded:
+                refused = 1.0
+            del held
+        found.append(await asyncio.gather(*writing))
+    say("no memory left: the newcomer is refused", refused, least=1.0)
+    say("no memory left: the others' latents", max(map(relative, *found)), most=3e-2)
+
+
+def filled(backend):
+    """All memory that is left; a CPU's backend only says so."""
+    if TOY:
+        backend.prepare = Mock(side_effect=torch.OutOfMemoryError())
+    held, size = [], 0 if TOY else 1 << 34
+    while size > 1 << 20:
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device=DEVICE))
+        except torch.OutOfMemoryError:
+            size //= 2
+    return held
 
 
 def stage_pass(backend, stage, count):
@@ -311,7 +379,7 @@ def profile():
             say(f"trace_{k}.json.gz", None)
 
 
-PARTS = {part.__name__: part for part in (parity, graphs, engine, ceilings, stages, up, profile)}
+PARTS = {part.__name__: part for part in (parity, small, graphs, engine, sanitizer, ceilings, stages, up, profile)}
 
 if __name__ == "__main__":
     PARTS[NAME]()
