@@ -22,9 +22,10 @@ import click
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from colaserve_client import AsyncClient, Latents
-from colaserve_client.cli.main import cli
+from colaserve_client.cli.main import cli, main
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -59,8 +60,9 @@ SAID = {  # by the scripts of examples/
 SERVING = ("up", "coordinator", "gateway", "encoder", "prior", "decoder", "pull", "bench", "train")
 # These need another machine, a terminal, and questions whose answers have as many tokens.
 ELSEWHERE = ("status --target prior-0", 'generate "The capital of France is" --watch', "eval likelihood")
-ONLY_READ = (*SERVING, "eval sweep", *ELSEWHERE)
+ONLY_READ = (*SERVING, "eval sweep", "eval retrieval", *ELSEWHERE)
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
+SHELL = frozenset("|&;<>$`")  # which only a shell reads
 INLINE = re.compile(r"(?:`colaserve |^\| `(?=bench ))([a-z][^`]*)`", re.MULTILINE)
 
 
@@ -190,12 +192,31 @@ def fault_of_lines(text: str, addresses: dict[str, str]) -> str:
     left = [line for line in lines if line not in only_read]
     script = "\n".join(["set -e", *left]).replace(" --demo", " --demo --limit 1").replace("curl ", "curl --fail ")
     script = script.replace("localhost:8000", addresses["localhost:8000"])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "COLASERVE_TARGET": addresses["127.0.0.1:50051"]}
-    shell = ["bash", "-c", script]
-    ran = subprocess.run(shell, input="Hello?\n", env=environment, capture_output=True, text=True, timeout=120)
-    missing = [known for asked, known in KNOWN.items() if asked in script and known not in ran.stdout]
-    return f"{script}\n{ran.stdout}{ran.stderr}\nmissing: {missing}" if ran.returncode or missing else ""
+    target = {"COLASERVE_TARGET": addresses["127.0.0.1:50051"]}
+    commands = [line.partition(" #")[0] for line in script.splitlines()[1:] if line]
+    if all(line.startswith("colaserve ") and not SHELL & set(line) for line in commands):
+        code, out = run_here(commands, target)
+    else:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        shell, environment = ["bash", "-c", script], {**os.environ, "PATH": path, **target}
+        ran = subprocess.run(shell, input="Hello?\n", env=environment, capture_output=True, text=True, timeout=120)
+        code, out = ran.returncode, ran.stdout + ran.stderr
+    missing = [known for asked, known in KNOWN.items() if asked in script and known not in out]
+    return f"{script}\n{out}\nmissing: {missing}" if code or missing else ""
+
+
+def run_here(commands: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output in this process, since starting one for each takes long; the first failure ends it."""
+    code, output = 0, ""
+    for line in commands:
+        codes: list[int] = []
+        words = shlex.split(line)[1:]
+        command = click.Command("line", callback=lambda words=words, codes=codes: codes.append(main(words)))
+        done = CliRunner().invoke(command, [], input="Hello?\n", env=environment, catch_exceptions=False)
+        code, output = codes[0], output + done.output
+        if code:
+            break
+    return code, output
 
 
 def run_python(text: str, addresses: dict[str, str]) -> None:
