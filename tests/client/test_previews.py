@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from colaserve_client import AsyncClient, Client, DecoderClient, InvalidRequest, PriorClient, Probes
+from colaserve_client import Client, DecoderClient, InvalidRequest, PriorClient, Probes
 from tests.client.behaviour import Behaviour
 from tests.client.fakes import STORY, FakeServer
 
@@ -29,12 +29,6 @@ def test_a_result_has_the_probes_of_its_blocks_alone(client: Client) -> None:
     chunks = list(client.stream("Once", with_probes=True, preview_every=2))
     assert all(chunk.probes == PROBES for chunk in chunks)
     assert {chunk.probes for chunk in client.stream("Once")} == {None}
-
-
-async def test_the_asyncio_client_gives_the_same(server: FakeServer, client: Client) -> None:
-    async with AsyncClient(server.target) as aio, aio.stream("Once", preview_every=1, with_probes=True) as stream:
-        chunks = [chunk async for chunk in stream]
-    assert chunks == list(client.stream("Once", preview_every=1, with_probes=True))
 
 
 def test_sampled_latents_and_the_stages_have_them_too(server: FakeServer, client: Client, behaviour: Behaviour) -> None:

@@ -1,6 +1,5 @@
 """The client, and the command line, against real services in a process of their own."""
 
-import json
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +15,6 @@ from colaserve_client import (
     Sampler,
     Sampling,
 )
-from colaserve_client.cli.main import main
 from tests.conftest import load_golden
 from tests.services.launch.processes import started
 from tests.waiting import wait_until as eventually
@@ -106,17 +104,3 @@ def test_leaving_early_frees_the_cache(client: Client, target: str) -> None:
             assert prior.info().server.kv_bytes_used > 0
             assert decoder.info().server.kv_bytes_used > 0
         eventually(lambda: prior.info().server.kv_bytes_used == decoder.info().server.kv_bytes_used == 0)
-
-
-def test_the_command_line_does_the_same(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def reported(*arguments: str) -> str:
-        assert main([*arguments, "--target", target]) == 0
-        return capsys.readouterr().out
-
-    seed = ("--seed", str(GOLDEN["noise_base_seed"]), "--steps", "16", "--guidance-scale", "7", "--ignore-end")
-    written = json.loads(reported("generate", GOLDEN["prompts"][0], *seed, "--max-new-tokens", "15", "--json"))
-    assert tuple(written["token_ids"]) == expected(0)
-    rows = json.loads(reported("status", "--wait", "5", "--json"))
-    assert [row["service"] for row in rows] == ["coordinator", "encoder", "prior", "decoder"]
-    assert len({row["space"] for row in rows}) == 1
-    assert "walked in" in reported("infill", "A guardian [[3]] walked in")

@@ -1,7 +1,6 @@
 """Forks and embeddings through real stages."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -9,13 +8,9 @@ import numpy as np
 import pytest
 
 from colaserve.v1 import latent_service_pb2 as pb
-from colaserve.v1 import prior_pb2, prior_pb2_grpc, types_pb2
+from colaserve.v1 import types_pb2
 from colaserve_client.arrays import array_from_tensor, tensor_from_array
 from colaserve_client.settings import NoiseSeed
-from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
-from colaserve_services.coordinator.service import LatentServicer
-from colaserve_services.errors import Unavailable
-from colaserve_services.rpc.local import LocalStub
 from tests.conftest import load_golden
 from tests.services.systems import System, ids_of, system
 
@@ -69,48 +64,6 @@ async def test_a_branch_is_replayed_from_its_noise_and_from_each_of_its_blocks(s
     for blocks in range(1, len(whole) + 1):
         branches = [{"sampling": sampling, "written": joined(whole[:blocks])}]
         assert_same(await forked(served.latents, branches=branches), [whole])
-
-
-class Killed(prior_pb2_grpc.PriorServiceServicer):
-    """A prior that sends so many blocks, of all runs together, and is then away."""
-
-    def __init__(self, prior: Any, blocks: int):
-        self._prior, self._left = prior, blocks
-
-    async def Sample(self, request: Any, context: Any) -> AsyncIterator[prior_pb2.SampleResponse]:
-        async for response in self._prior.Sample(request):
-            self._left -= 1
-            if self._left < 0:
-                raise Unavailable("killed")
-            yield response
-
-    async def GetInfo(self, request: Any, context: Any) -> Any:
-        if self._left < 0:
-            raise Unavailable("killed")
-        return await self._prior.GetInfo(request)
-
-
-@dataclass
-class Replica:
-    stub: Any
-    address: str
-    serving: bool = True
-    lives: int = 0
-
-
-async def test_branches_are_the_same_when_the_replica_that_writes_them_is_killed(served: System) -> None:
-    undisturbed = await forked(served.latents, branches=[{}] * 4)
-    stages = {name: LocalStub(served.stages.stages.services[name]) for name in ("encoder", "decoder")}
-    priors = [Replica(LocalStub(Killed(served.stages.prior, 9)), "a"), Replica(served.stages.prior, "b")]
-    coordinator = Coordinator(
-        Stages(prior=priors, **stages), served.tokenizer, limits=CoordinatorLimits(max_context=256)
-    )
-    await coordinator.connect()
-    stub = LocalStub(LatentServicer(coordinator))
-    for _ in range(2):  # calls go round: one of them begins at the prior that is killed
-        assert_same(await forked(stub, branches=[{}] * 4), undisturbed)
-    with pytest.raises(grpc.aio.AioRpcError, match="killed"):
-        await priors[0].stub.GetInfo(prior_pb2.PriorServiceGetInfoRequest())
 
 
 async def test_embeddings_are_means_of_the_latents(served: System) -> None:

@@ -208,18 +208,6 @@ async def test_limits_follow_the_stages(tokenizer):
     watching.cancel()
 
 
-async def test_a_stage_that_comes_back_with_another_model_does_not_count(tokenizer):
-    stages = fakes()
-    coordinator = over(stages, tokenizer, watch_seconds=0.01)
-    await coordinator.connect()
-    stages["prior"].space = "ffffffffffffffff"
-    watching = asyncio.create_task(coordinator.watch(lambda ready: None))
-    await eventually(lambda: not coordinator.ready)
-    watching.cancel()
-    [prior] = (each for each in (await coordinator.generation_info()).stages if each.stage == "prior")
-    assert not prior.serving
-
-
 async def test_info_reports_model_defaults_limits_and_stages(make_world):
     world = await make_world(defaults=Defaults.of(steps=9, chat_frame="Q: {prompt}\nA:"), max_running=3, max_waiting=5)
     info = await world.coordinator.generation_info()
