@@ -1,6 +1,6 @@
 """Requests that are half right, wrong, or no requests: each gets an answer or a named error, and the services serve on.
 
-COLASERVE_FUZZ_REQUESTS=2000 sends so many to every stage (default 75).
+COLASERVE_FUZZ_REQUESTS=2000, with --timeout=0, sends so many to every service (default 75).
 """
 
 import asyncio
@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
 from tests.conftest import load_golden
-from tests.services.stages.serving import serving
+from tests.services.systems import system
+from tests.services.test_every_field import merged, walks
 from tests.waiting import PATIENCE, wait_until
 
 REQUESTS = int(os.environ.get("COLASERVE_FUZZ_REQUESTS", "75"))
 SECONDS = 5  # deadline of a request
+BRIEF = 0.5  # of one that may ask for an hour's work
 EXPECTED = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -75,7 +77,7 @@ def spoil_repeated(data, message, field, inner, depth):
 
 
 class Server:
-    """The stages in their own thread and event loop, called from here without one."""
+    """A coordinator and its stages in their own thread and event loop, called from here without one."""
 
     def __init__(self):
         self._ready, self._stop = threading.Event(), None
@@ -88,11 +90,22 @@ class Server:
         self.decoder = decoder_pb2_grpc.DecoderServiceStub(self.channel)
 
     async def _serve(self):
-        async with serving(load_golden("tiny_b4")) as self.served:
+        async with system(load_golden("tiny_b4"), split=True) as self.system:
+            self.served = self.system.stages
             self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
             self.target = self.served.target
             self._ready.set()
             await self._stop.wait()
+
+    def ask(self, method, request, timeout):
+        """Run a call of the coordinator to its end."""
+
+        async def run():
+            services = self.system.generation, self.system.latents
+            call = next(getattr(each, method) for each in services if hasattr(each, method))(request, timeout=timeout)
+            return [each async for each in call] if hasattr(call, "__aiter__") else await call
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def close(self):
         self.channel.close()
@@ -134,9 +147,13 @@ def test_nothing_malformed_harms_the_prior(server):
     @FUZZ
     @given(st.data())
     def send(data):
-        request = server.served.run(known=6, blocks=2, steps=1)
+        request = server.served.run(known=6, blocks=2, steps=1, preview_every=1, with_probes=True)
         spoil(data, request)
         answered(lambda: list(server.prior.Sample(request, timeout=SECONDS)))
+        canvas = {"latents": server.served.latents(8), "open": [{"start": 5, "end": 8}]}
+        scored = prior_pb2.PriorServiceScoreRequest(canvas=canvas, probes=2, steps=1)
+        spoil(data, scored)
+        answered(lambda: server.prior.Score(scored, timeout=BRIEF))
 
     send()
     assert len(list(server.prior.Sample(still_serves, timeout=PATIENCE))) == 1
@@ -190,3 +207,23 @@ def test_bytes_that_are_no_messages_harm_nobody(server):
 
     send()
     assert server.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest(), timeout=PATIENCE)
+
+
+def test_nothing_malformed_harms_the_coordinator(server):
+    """Neither generations nor what is asked of latents, from each request of the walk over every field."""
+    asked = walks(server.served.latents(7), server.served.latents(7, seed=1))
+    kind, base, _ = asked["Generate"]
+    undisturbed = server.ask("Generate", kind(**base), PATIENCE)
+
+    @FUZZ
+    @given(st.data())
+    def send(data):
+        method = data.draw(st.sampled_from(sorted(asked)))
+        kind, base, changes = asked[method]
+        request = kind(**merged(base, data.draw(st.sampled_from(list(changes.values())))))
+        spoil(data, request)
+        answered(lambda: server.ask(method, request, BRIEF))
+
+    send()
+    again = server.ask("Generate", kind(**base), PATIENCE)
+    assert [each.token_ids for each in again] == [each.token_ids for each in undisturbed]
