@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -38,17 +41,18 @@ FIRST_ANSWER = 10.0  # seconds from opening the page
 
 @dataclass(frozen=True)
 class Served:
-    """A browser, and where the page is."""
+    """A browser, and where the page is and what it calls."""
 
     browser: Browser
     url: str
+    grpc: str
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     with started(tmp_path_factory.mktemp("up"), "up", "--threads=1", *FREE_PORTS, model=None) as up:
         async with chromium() as browser:
-            yield Served(browser, up.http)
+            yield Served(browser, up.http, up.target)
 
 
 async def begun(page: Page, tool: str) -> Locator:
@@ -76,12 +80,15 @@ async def done(page: Page, section: Locator) -> None:
     assert await page.evaluate(NAMELESS) == []
 
 
-async def exported(page: Page, folder: Path) -> tuple[list[str], str, dict[str, object]]:
-    """The export's curl lines, its Python and its latents."""
+async def exported(page: Page, folder: Path, target: str = "") -> tuple[list[str], str, dict[str, object]]:
+    """The export's curl lines, its Python (or what that prints, run against a target) and its latents."""
     if await page.locator("#export").get_attribute("open") is None:
         await page.locator("#export summary").click()
     curl, python = [await page.locator(f"#{name}").inner_text() for name in ("curl", "python")]
     ast.parse(python)
+    if target:
+        code = python.replace('"127.0.0.1:50051"', repr(target))
+        python = await asyncio.to_thread(subprocess.check_output, [sys.executable, "-c", code], text=True, cwd=folder)
     if not await page.locator("#save").is_visible():
         return curl.splitlines(), python, {}
     async with page.expect_download() as saving:
@@ -107,9 +114,9 @@ async def test_each_tool_does_its_work(served: Served, tmp_path: Path, width: in
         await expect(write.locator("output")).to_have_text(re.compile(r"block 1, step \d+"))
         assert await page.locator("#strip canvas").count() >= 2
         await expect(page.locator("#probes")).to_contain_text("entropy")
-        [curl], python, saved = await exported(page, tmp_path)
-        assert "client.generate" in python
-        assert saved["latents"].dim == 16
+        [curl], printed, saved = await exported(page, tmp_path, served.grpc)
+        assert f"{await page.locator('#prompt').input_value()}{printed}" == f"{whole}\n"
+        assert saved["latents"] == load_latents(tmp_path / "write.safetensors")["latents"]
         url, body = shlex.split(curl)[2], json.loads(shlex.split(curl)[-1])
         async with httpx.AsyncClient(timeout=20) as http:
             again = await http.post(url, json={name: body[name] for name in body.keys() & {"prompt", "seed", "steps"}})
@@ -127,9 +134,11 @@ async def test_each_tool_does_its_work(served: Served, tmp_path: Path, width: in
         await used(page, "walk")
         await page.locator("#way").press("End")
         await expect(page.locator("#there")).to_have_text("The capital of Japan is Tokyo.")
+        assert (await exported(page, tmp_path, served.grpc))[1].endswith("1.00 The capital of Japan is Tokyo.\n")
 
         await used(page, "infill")
         assert await page.locator("#filled mark").all_inner_texts() == [" Asia", " Tokyo"]
+        assert (await exported(page, tmp_path, served.grpc))[1] == f"{await page.locator('#filled').inner_text()}\n"
 
         await page.locator("nav a[href='#grid']").click()
         await page.locator("#scales").fill("1, 2")
@@ -138,7 +147,8 @@ async def test_each_tool_does_its_work(served: Served, tmp_path: Path, width: in
         cells = await page.locator("#tool-grid td").all_inner_texts()
         assert len(cells) == 4
         assert "Tokyo" in cells[-1]
-        curls, _, _ = await exported(page, tmp_path)
+        curls, printed, _ = await exported(page, tmp_path, served.grpc)
+        assert printed.endswith("16 2  Tokyo\n")
         assert json.loads(shlex.split(curls[-1])[-1]).items() >= {"steps": 16, "guidance_scale": 2}.items()
 
         await page.goto(f"{served.url}/docs")
