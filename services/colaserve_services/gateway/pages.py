@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any, Final
@@ -56,7 +57,7 @@ def _page(title: str, body: str) -> str:
 def _section(
     method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> str:
-    heading = f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['description'])}</p>"
+    heading = f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{_text(operation['description'])}</p>"
     answers = ((code, answer["description"]) for code, answer in operation["responses"].items())
     body = operation.get("requestBody", {}).get("content", {}).values()
     rows = (row for content in body for row in _fields(content["schema"], schemas, defaults))
@@ -64,8 +65,13 @@ def _section(
     return heading + fields + _table("statuses", ["Status", "Meaning"], answers)
 
 
+def _text(text: str) -> str:
+    """HTML of plain text in which backticks mark code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
+
+
 def _table(name: str, heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{head}</th>" for head in heads)
     return f'<table class="{name}"><tr>{head}</tr>{lines}</table>' if lines else ""
 
@@ -111,5 +117,5 @@ def _type(field: Mapping[str, Any]) -> str:
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
-    ends = ["" if end is None else f"{end:.10g}" for end in (low, high)]
+    ends = ["" if end is None else str(end) if isinstance(end, int) else f"{end:.10g}" for end in (low, high)]
     return f"{field.get('type', 'any')} {'..'.join(ends)}" if any(ends) else str(field.get("type", "any"))

@@ -203,7 +203,9 @@ async def test_the_documents_page_shows_every_path_and_loads_nothing(gateway: Ru
     page = (await gateway.http.get("/docs")).text
     document = (await gateway.http.get("/openapi.json")).json()
     assert all(path in page for path in document["paths"])
-    assert "guidance_interval" in page
+    assert "integer 0..9223372036854775807" in page
+    assert "With <code>stream</code>, server-sent" in page
+    assert "`" not in page
     assert "src=" not in page
     assert "http://" not in page
 
