@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import re
+import runpy
 import shlex
 import socket
 import subprocess
@@ -161,12 +162,17 @@ def test_blocks_of_pages_succeed(block: tuple[Path, str, str], addresses: dict[s
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_scripts_succeed(script: Path, addresses: dict[str, str], folder: Path) -> None:
-    environment = {**os.environ, "COLASERVE_TARGET": addresses["127.0.0.1:50051"]}
-    command = [sys.executable, script, *(["walk.png"] if script.stem == "walk" else [])]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert SAID[script.stem] in ran.stdout
+def test_scripts_succeed(
+    script: Path,
+    addresses: dict[str, str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLASERVE_TARGET", addresses["127.0.0.1:50051"])
+    monkeypatch.setattr(sys, "argv", [str(script), *(["walk.png"] if script.stem == "walk" else [])])
+    runpy.run_path(str(script), run_name="__main__")
+    assert SAID[script.stem] in capsys.readouterr().out
     assert script.stem != "walk" or (folder / "walk.png").exists()
 
 
