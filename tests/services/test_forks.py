@@ -63,7 +63,9 @@ async def test_a_branch_is_replayed_from_its_noise_and_from_each_of_its_blocks(s
     )
     for blocks in range(1, len(whole) + 1):
         branches = [{"sampling": sampling, "written": joined(whole[:blocks])}]
-        assert_same(await forked(served.latents, branches=branches), [whole])
+        [again] = await forked(served.latents, branches=branches)
+        assert_same([again], [whole])
+        assert (again[-1].usage.completion_tokens, again[-1].usage.blocks) == (21, len(whole) - blocks)
 
 
 async def test_embeddings_are_means_of_the_latents(served: System) -> None:

@@ -15,7 +15,7 @@ from colaserve_services.coordinator.fork import AT_ONCE, MOST_BRANCHES, fork
 from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.text import Tokenizer
-from tests.services.coordinator.stage_fakes import SPACE, FakeDecoder
+from tests.services.coordinator.stage_fakes import FakeDecoder
 from tests.services.coordinator.test_replicas import Fleet
 from tests.waiting import eventually
 
@@ -60,12 +60,6 @@ def reported(responses: Any) -> list[Any]:
     return [[getattr(response, name) for name in SAME] for response in responses]
 
 
-def joined(responses: Any) -> types_pb2.Latents:
-    data = b"".join(response.latents.values.data for response in responses)
-    values = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=[len(data) // 8, 2], data=data)
-    return types_pb2.Latents(values=values, space=SPACE)
-
-
 async def test_each_branch_is_what_a_generation_alone_is_and_the_prefix_is_encoded_once(world):
     expected = [[each async for each in world.ask(generate, alone(index))] for index in range(3)]
     encoded = len(world.encoder.calls)
@@ -76,20 +70,6 @@ async def test_each_branch_is_what_a_generation_alone_is_and_the_prefix_is_encod
     ids = types_pb2.TokenIds(ids=world.tokenizer.encode(PROMPT))
     again = await answers(world.coordinator.services, pb.ForkRequest(ids=ids, branches=OWN, **SHARED))
     assert list(map(reported, again)) == list(map(reported, expected))
-
-
-async def test_a_branch_taken_up_at_any_block_goes_on_as_it_would_have(world):
-    services = world.coordinator.services
-    [whole] = await answers(services, pb.ForkRequest(text=PROMPT, branches=OWN[:1], **SHARED))
-    for blocks in range(len(whole) + 1):
-        branches = [{**OWN[0], "written": joined(whole[:blocks])}]
-        [again] = await answers(services, pb.ForkRequest(text=PROMPT, branches=branches, **SHARED))
-        assert reported(again)[:-1] == reported(whole)[:-1]
-        last = again[-1]
-        assert (last.text, last.latents, last.finish_reason) == (
-            whole[-1].text, whole[-1].latents, whole[-1].finish_reason,
-        )  # fmt: skip
-        assert (last.usage.completion_tokens, last.usage.blocks) == (18, len(whole) - blocks)
 
 
 async def test_latents_are_a_prefix_too(world):

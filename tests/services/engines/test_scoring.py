@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.errors import DeadlineExceeded, InvalidRequest, StepFailed
+from colaserve_services.errors import DeadlineExceeded, StepFailed
 from colaserve_services.model.likelihood import log_density
 from colaserve_services.prior.scoring_run import ScoredBlock, ScoreJob, ScoringSession, scoring_settings
 from tests.conftest import load_golden
@@ -127,9 +127,3 @@ async def test_leaving_and_a_deadline_free_what_a_score_holds() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await freed(stages)
-
-
-@pytest.mark.parametrize(("probes", "steps", "named"), [(0, 4, "probes"), (257, 4, "probes"), (1, 0, "steps")])
-def test_impossible_settings_are_refused_by_name(probes: int, steps: int, named: str) -> None:
-    with pytest.raises(InvalidRequest, match=named):
-        ScoreJob(noise(4), 1, [(0, 4)], sampler=scoring_settings(steps, "heun"), base_seed=0, probes=probes)
