@@ -106,9 +106,7 @@ class AsyncPriorClient(AsyncBaseClient):
             latents: (blocks * B, d).
             open_spans: positions [start, end), ascending, disjoint, whose density is wanted; None: all. Leading blocks
                 without one are context, other positions are given.
-            probes: 1 to 256 at each evaluation, 8 unless set; more lessen the error.
-            steps: of the integration, 32 unless set.
-            solver: "heun" unless set, which evaluates twice a step.
+            probes, steps, solver: as for `Client.score`; 8, 32 and "heun" unless set.
             seed: of the probes, 0 unless set.
 
         Raises `ModelMismatch` unless the prior computes in float32.
