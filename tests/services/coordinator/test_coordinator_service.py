@@ -16,6 +16,7 @@ from colaserve.v1 import (
     latent_service_pb2,
     latent_service_pb2_grpc,
     prior_pb2_grpc,
+    types_pb2,
 )
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
@@ -81,6 +82,16 @@ def request(**fields: Any) -> generation_pb2.GenerateRequest:
 
 async def generate(served: Any, **fields: Any) -> list[generation_pb2.GenerateResponse]:
     return [response async for response in served.generation.Generate(request(**fields))]
+
+
+async def test_a_broken_stream_is_resumed_over_the_wire(served):
+    seed = types_pb2.NoiseSeed(base_seed=3)
+    undisturbed = await generate(served, seed=seed)
+    served.prior.faults[1] = (2, grpc.StatusCode.UNAVAILABLE)
+    served.decoder.faults[1] = (3, grpc.StatusCode.INTERNAL)
+    again = await generate(served, seed=seed)
+    assert [r.token_ids for r in again] == [r.token_ids for r in undisturbed]
+    assert (len(served.prior.calls), len(served.decoder.calls)) == (3, 3)
 
 
 @pytest.mark.parametrize("latents", [False, True])

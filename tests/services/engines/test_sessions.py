@@ -11,6 +11,7 @@ import torch
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.session import Session
+from colaserve_services.errors import InvalidRequest
 from colaserve_services.model import modulation
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
@@ -130,6 +131,17 @@ async def test_decoding_resumes_with_the_same_draws_from_prefix_and_history(tiny
         assert await decode(16, whole[:8]) == whole
         assert await decode(16, []) != whole[8:]
         await freed(stages)
+
+
+async def test_arrays_of_other_shapes_are_refused_by_field_also_from_who_calls_an_engine_itself(tiny: Golden) -> None:
+    with engines(tiny.directory) as stages:
+        for wanted, field in (
+            (SampleJob(torch.zeros(2, 3), max_blocks=1, base_seed=0), "canvas.latents"),
+            (SampleJob(noise(0), max_blocks=2, noise=torch.zeros(1, 4, 16)), "noise"),
+        ):
+            with pytest.raises(InvalidRequest) as refused:
+                stages.prior.session(wanted)
+            assert refused.value.field == field
 
 
 async def test_a_call_of_many_sequences_takes_one_slot(tiny: Golden) -> None:
