@@ -28,10 +28,17 @@ class AsyncEncoderClient(AsyncBaseClient):
     """
 
     async def encode(
-        self, sequences: Sequence[Sequence[int]], *, with_variance: bool = False, **call: Unpack[CallFields]
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        with_variance: bool = False,
+        cache_salt: str = "",
+        **call: Unpack[CallFields],
     ) -> list[SequenceEncoding]:
-        """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others."""
-        message = request(encoder_pb2.EncodeRequest, call, sequences=sequences, with_variance=with_variance)
+        """Encode 1 to 256 sequences of token ids, none empty; each result is independent of the others. `cache_salt`
+        here and below as in `Client.generate`."""
+        kind = encoder_pb2.EncodeRequest
+        message = request(kind, call, sequences=sequences, with_variance=with_variance, cache_salt=cache_salt)
         return await self._unary(message, several(SequenceEncoding, "encodings"), call)
 
     async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
@@ -59,6 +66,7 @@ class AsyncPriorClient(AsyncBaseClient):
         noise: ArrayLike | None = None,
         preview_every: int | None = None,
         with_probes: bool = False,
+        cache_salt: str = "",
         **settings: Unpack[SamplerFields],
     ) -> AsyncStream[LatentBlock]:
         """Write the blocks of a canvas and yield them; leaving early cancels and frees.
@@ -86,6 +94,7 @@ class AsyncPriorClient(AsyncBaseClient):
             noise=noise,
             preview_every=preview_every,
             with_probes=with_probes,
+            cache_salt=cache_salt,
         )
         return self._stream(message, one(LatentBlock), settings)
 
@@ -98,6 +107,7 @@ class AsyncPriorClient(AsyncBaseClient):
         steps: int | None = None,
         solver: Solver | None = None,
         seed: int | NoiseSeed | None = None,
+        cache_salt: str = "",
         **call: Unpack[CallFields],
     ) -> Density:
         """The log density of latents, whole blocks of them, by the probability-flow ODE: see docs/likelihood.md.
@@ -113,8 +123,16 @@ class AsyncPriorClient(AsyncBaseClient):
         """
         known = Latents.of(latents)
         canvas = _canvas(known, [(0, len(known))] if open_spans is None else open_spans)
-        kind = prior_pb2.PriorServiceScoreRequest
-        message = request(kind, call, canvas=canvas, probes=probes, steps=steps, solver=solver, seed=seed)
+        message = request(
+            prior_pb2.PriorServiceScoreRequest,
+            call,
+            canvas=canvas,
+            probes=probes,
+            steps=steps,
+            solver=solver,
+            seed=seed,
+            cache_salt=cache_salt,
+        )
         return await self._unary(message, one(Density), call)
 
     async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
@@ -147,6 +165,7 @@ class AsyncDecoderClient(AsyncBaseClient):
         logprobs_dtype: LogprobsDtype | None = None,
         max_latents: int = 0,
         with_probes: bool = False,
+        cache_salt: str = "",
         **settings: Unpack[SamplingFields],
     ) -> "AsyncDecodeSession":
         """Open a session: a context manager that decodes block after block and frees its cache at the end.
@@ -176,6 +195,7 @@ class AsyncDecoderClient(AsyncBaseClient):
             logprobs_dtype=logprobs_dtype,
             max_latents=max_latents,
             with_probes=with_probes,
+            cache_salt=cache_salt,
         )
         message = decoder_pb2.DecodeRequest(open=opening)
         return self._begun(AsyncDecodeSession, "stream_stream", message, one(DecodedBlock), settings)

@@ -143,8 +143,8 @@ def test_the_prior_takes_seed_or_noise(server: FakeServer, behaviour: Behaviour)
         request = behaviour.requests[-1]
         assert list(request.canvas.open) == [types_pb2.Span(start=1, end=3)]
         assert Latents.from_proto(request.canvas.latents) == LETTERS
-        list(prior.sample(max_blocks=1, noise=np.ones((1, 4, 2))))
-        assert list(behaviour.requests[-1].noise.shape) == [1, 4, 2]
+        list(prior.sample(max_blocks=1, noise=np.ones((1, 4, 2)), cache_salt="ours"))
+        assert (list(behaviour.requests[-1].noise.shape), behaviour.requests[-1].cache_salt) == ([1, 4, 2], "ours")
 
 
 def test_the_prior_scores_all_positions_or_those_that_are_open(server: FakeServer, behaviour: Behaviour) -> None:
@@ -154,8 +154,9 @@ def test_the_prior_scores_all_positions_or_those_that_are_open(server: FakeServe
         request = behaviour.requests[-1]
         assert (list(request.canvas.open), request.seed.base_seed) == ([types_pb2.Span(start=0, end=4)], 7)
         assert (request.probes, request.steps, request.solver) == (2, 4, types_pb2.SOLVER_AB2)
-        prior.score(LETTERS, open_spans=[(1, 3)])
-        assert list(behaviour.requests[-1].canvas.open) == [types_pb2.Span(start=1, end=3)]
+        prior.score(LETTERS, open_spans=[(1, 3)], cache_salt="ours")
+        request = behaviour.requests[-1]
+        assert (list(request.canvas.open), request.cache_salt) == ([types_pb2.Span(start=1, end=3)], "ours")
 
 
 def test_a_session_decodes_block_by_block(server: FakeServer, behaviour: Behaviour) -> None:
