@@ -105,10 +105,12 @@ class _Queue:
         self.slow += by * ticket.slow
         self.large += by * ticket.large
 
-    def holds_back(self, ticket: Ticket) -> bool:
-        """Whether it stays queued because its like hold all slots that they may: slow ones half, large ones 7/8."""
-        slow = ticket.slow and self.slow >= max(self.limit // 2, 1)
-        return slow or (ticket.large and self.large >= self.limit - self.limit // 8)
+    def holds_back(self, ticket: Ticket, beside: Ticket | None = None) -> bool:
+        """Whether it stays queued because its like hold all slots that they may: slow ones half, large ones 7/8.
+        `beside`: one that would end."""
+        slow, large = (self.slow - beside.slow, self.large - beside.large) if beside else (self.slow, self.large)
+        too_slow = ticket.slow and slow >= max(self.limit // 2, 1)
+        return too_slow or (ticket.large and large >= self.limit - self.limit // 8)
 
     def candidates(self) -> list[Ticket]:
         """Those that may be tried now."""
@@ -215,7 +217,7 @@ class Admission:
         if time.monotonic() - ticket.launched < self._limits.slice_seconds:
             return False
         queue = self._queues[ticket.stage]
-        waiting = (other for other in queue.waiting if not (other.preempted or queue.holds_back(other)))
+        waiting = (other for other in queue.waiting if not (other.preempted or queue.holds_back(other, ticket)))
         return any(_MUCH_SMALLER * other.size <= ticket.size for other in waiting)
 
     def preempt(self, ticket: Ticket) -> None:
@@ -324,9 +326,9 @@ class Admission:
             await asyncio.wait([reading], timeout=min(_UNREAD_LOOK, seconds))
             if reading.done():
                 return
-            if self.waiting and not preempted:
+            if self.waiting:
                 preempted = True
-                call.preempt()
+                call.preempt()  # at each look: it may have been given a slot again
             if preempted and time.monotonic() - since >= seconds:
                 error = Unavailable(f"not read for {seconds:g} s while others waited")
                 self._refusals.labels(COORDINATOR, "idle").inc()

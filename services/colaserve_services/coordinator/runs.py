@@ -60,6 +60,7 @@ class PriorRun:
         self.steps_saved = 0  # of the blocks that came
         self._preview_every, self._with_probes = preview_every, with_probes
         self._unread: Any = None  # the stream, while a block of it is handed over
+        self._gives_way = False  # after the block under way
 
     async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
         """Each written block, in order, and previews of the one under way."""
@@ -98,7 +99,8 @@ class PriorRun:
                 if self._unread is None:
                     return
                 self._unread = None
-                if len(self._written) < self._blocks and self._admission.outlasts(self._ticket):
+                gives_way = self._gives_way or self._admission.outlasts(self._ticket)
+                if len(self._written) < self._blocks and gives_way:
                     self._preempt()
                     return
             if len(self._written) < self._blocks:
@@ -119,8 +121,11 @@ class PriorRun:
             self._unread.cancel()
             self._unread = None
             self._preempt()
+        else:
+            self._gives_way = True
 
     def _preempt(self) -> None:
+        self._gives_way = False
         self._on_wait(True)
         self._admission.preempt(self._ticket)
 

@@ -6,13 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from colaserve.v1 import encoder_pb2, prior_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
-from colaserve_services.bounds import INTEGRATION, SAMPLE_ID, SCORING, check, check_all, defaults, given, wire
+from colaserve_services.bounds import (
+    INTEGRATION,
+    SAMPLE_ID,
+    SCORING,
+    block_seed,
+    check,
+    check_all,
+    defaults,
+    given,
+    wire,
+)
 from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
@@ -25,6 +35,9 @@ from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
 
 Response = pb.LatentServiceScoreResponse
+
+_PASSES_AT_ONCE: Final = 256  # of the prior, if it can, for one answer: some seconds where many runs share them
+_ROWS: Final = 128  # of a score in a pass, about
 
 
 @dataclass(frozen=True)
@@ -117,16 +130,34 @@ async def _density(
     layout: _Layout,
     values: Mapping[str, Any],
 ) -> prior_pb2.PriorServiceScoreResponse:
-    """The prior's log density of the text's latents."""
-    count, size = rows.count(latents), attempts.services.model.block_size
-    canvas = types_pb2.Canvas(latents=latents, open=[types_pb2.Span(start=layout.known, end=count)])
-    request = prior_pb2.PriorServiceScoreRequest(
-        canvas=canvas, seed=seed, cache_salt=attempts.call.salt, **wire(INTEGRATION, values)
-    )
-    response: prior_pb2.PriorServiceScoreResponse = await attempts.answer(
-        "Score", request, partial(checks.scored, blocks=(count - layout.context) // size)
-    )
-    return response
+    """The prior's log density of the text's latents, asked for some blocks at a time, whose seeds follow each other:
+    between them a much smaller call may have the slot, and what is there is not computed again when a replica ends."""
+    count, size, admission = rows.count(latents), attempts.services.model.block_size, attempts.services.admission
+    step, whole = size * _blocks_at_once(values, size), prior_pb2.PriorServiceScoreResponse()
+    for start in range(layout.context, count, step):
+        end, first = min(start + step, count), (start - layout.context) // size
+        request = prior_pb2.PriorServiceScoreRequest(
+            canvas=types_pb2.Canvas(
+                latents=rows.take(latents, 0, end), open=[types_pb2.Span(start=max(start, layout.known), end=end)]
+            ),
+            seed=types_pb2.NoiseSeed(base_seed=block_seed(seed.base_seed, 0, first), sample_id=seed.sample_id),
+            cache_salt=attempts.call.salt,
+            **wire(INTEGRATION, values),
+        )
+        part = await attempts.answer("Score", request, partial(checks.scored, blocks=(end - start) // size))
+        whole.log_densities.extend(part.log_densities)
+        whole.standard_errors.extend(part.standard_errors)
+        whole.evaluations += part.evaluations
+        add_timing(whole.timing, part.timing)
+        if end < count and admission.outlasts(attempts.ticket):
+            admission.preempt(attempts.ticket)
+    return whole
+
+
+def _blocks_at_once(values: Mapping[str, Any], block_size: int) -> int:
+    evaluations = values["steps"] * (2 if values["solver"] == "heun" else 1)
+    rows_of = block_size * (1 + 2 * values["probes"])
+    return max(1, _PASSES_AT_ONCE // (evaluations * -(-rows_of // _ROWS)))
 
 
 async def _decoded(

@@ -20,13 +20,18 @@ from tests.waiting import eventually
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
 LONG = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=200, ignore_end=True)
 SHORT = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=4, ignore_end=True)
+BRANCH = latent_service_pb2.ForkRequest(text="he looked", branches=[{}], max_new_tokens=200, ignore_end=True)
 BLOCKS = latent_service_pb2.SampleLatentsRequest(max_blocks=40)
 
 
 def streams(world: Any) -> dict[str, Callable[[], Any]]:
     generation = LocalStub(GenerationServicer(world.coordinator))
     latents = LocalStub(LatentServicer(world.coordinator))
-    return {"Generate": lambda: generation.Generate(LONG), "SampleLatents": lambda: latents.SampleLatents(BLOCKS)}
+    return {
+        "Generate": lambda: generation.Generate(LONG),
+        "SampleLatents": lambda: latents.SampleLatents(BLOCKS),
+        "Fork": lambda: latents.Fork(BRANCH),
+    }
 
 
 async def drained(call: Any) -> int:
@@ -48,6 +53,21 @@ async def test_a_stream_that_nobody_reads_ends_while_others_wait(make_world, met
     assert caught.value.code() == StatusCode.UNAVAILABLE
     assert caught.value.details() == "not read for 0.1 s while others waited"
     assert world.counted("refused_total") == {("coordinator", "idle"): 1}
+    await eventually(lambda: world.prior.running == world.decoder.running == 0)
+
+
+@pytest.mark.parametrize("method", ["Generate", "Fork"])
+async def test_a_stream_that_nobody_reads_gives_way_though_its_blocks_come_slowly(make_world, method: str):
+    world = await make_world(max_running=1, idle_seconds=60)
+    world.prior.turns = asyncio.Semaphore(0)
+    call = streams(world)[method]()
+    await eventually(lambda: world.prior.running == 1)
+    waiting = asyncio.create_task(world.generate(prompt="he", max_new_tokens=4))
+    async with asyncio.timeout(10):
+        while not waiting.done():
+            world.prior.turns.release()
+            await asyncio.wait([waiting], timeout=0.3)  # longer than between two looks whether the stream is read
+    call.cancel()
     await eventually(lambda: world.prior.running == world.decoder.running == 0)
 
 
