@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass, field
 
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.auth import Keys
-from colaserve_services.rpc.settings import MAX_CALLS
-
-
-def _half_of_the_descriptors() -> int:
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**20 if descriptors == resource.RLIM_INFINITY else max(descriptors // 2, 1)
+from colaserve_services.rpc.settings import MAX_CALLS, descriptors
 
 
 @dataclass(frozen=True)
@@ -26,7 +20,7 @@ class Bounds:
     unread_seconds: float = 60.0  # that a client may leave a stream unread while others wait for the coordinator
     last_word_seconds: float = 2.0  # that a client has to read why its stream ended
     answer_seconds: float = 30.0  # without reading any of what is left of a whole answer, then a client is cut off
-    connections: int = field(default_factory=_half_of_the_descriptors)  # open ones; more are cut off at once
+    connections: int = field(default_factory=lambda: descriptors(0.5))  # open ones; more are cut off at once
     choices: int = 128  # prompts times n of one request
     parallel_choices: int = 16  # of these at once, but always all of one prompt; others are queued in the gateway
 

@@ -149,6 +149,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         *network.options(MOST_BYTES, KEEPALIVE_SECONDS),
         network.UNCOMPRESSED,
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", 1000),  # of one connection
         ("grpc.server_handshake_timeout_ms", round(settings.first_message_seconds * 1000)),  # by default two minutes
         ("grpc.http2.min_ping_interval_without_data_ms", 500),  # a client may probe each second,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_CALLS = 1024
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one gRPC message, either way; requests have 16 MiB at most
+
+
+def descriptors(share: float) -> int:
+    """So much of the files that the process may have open, at least one."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if most == resource.RLIM_INFINITY else max(int(most * share), 1)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class ServerSettings:
     tls: ServerTls | None = None
     role_key: str = field(default="", repr=False)  # that the roles show each other; whoever shows it may name a caller
     max_calls: int = MAX_CALLS  # at once; health checks and GetInfo are not counted
+    max_connections: int = field(default_factory=lambda: descriptors(0.25))  # open ones; more are closed at once
     first_message_seconds: float = 30.0  # that a connection's handshake, or a call's first message, may take to come
     max_connection_age: float = 120.0  # seconds, then clients connect anew and find new replicas; 0: for ever
     drain_seconds: float = 2.0  # between NOT_SERVING and refusing calls, so that balancers see it

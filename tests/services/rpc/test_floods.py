@@ -6,9 +6,10 @@ from contextlib import suppress
 import grpc
 
 from colaserve_services.rpc.auth import Keys
+from colaserve_services.rpc.settings import ServerSettings
 from tests.services.rpc import frames
 from tests.services.rpc.conftest import ONE, running
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, eventually
 
 PATH = "/colaserve.v1.EncoderService/Encode"
 
@@ -60,3 +61,16 @@ async def test_a_few_pings_are_no_flood_and_are_answered():
             await asyncio.wait_for(reader.readuntil(frames.answer_to_ping(number)), PATIENCE)
         writer.close()
         assert await it.stub.Encode(ONE)
+
+
+async def test_connections_beyond_the_bound_are_closed_and_those_within_it_stay():
+    async with running(ServerSettings(max_connections=3)) as it:
+        assert await it.stub.Encode(ONE)
+        held = [await frames.connect(it.port) for _ in range(6)]
+        ends = [asyncio.create_task(reader.read()) for reader, _ in held]
+        await eventually(lambda: sum(end.done() for end in ends) == 4)
+        assert await it.stub.Encode(ONE)
+        for _, writer in held:
+            writer.close()
+        await asyncio.gather(*ends, return_exceptions=True)
+        assert it.channel.get_state() is grpc.ChannelConnectivity.READY
