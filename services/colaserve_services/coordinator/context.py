@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -72,18 +73,25 @@ class ServiceContext:
     async def encode(
         self, sequences: Sequence[Sequence[int]], call: Call, with_variance: bool = False
     ) -> encoder_pb2.EncodeResponse:
-        """The encodings of all sequences, a few at a time, so that one call does not keep the encoder to itself."""
-        whole, size = encoder_pb2.EncodeResponse(), max(map(len, sequences))
-        with Attempts(self, Ticket(call, "encoder", size)) as attempts:
+        """The encodings of all sequences."""
+        whole = encoder_pb2.EncodeResponse()
+        async with aclosing(self.encoded(sequences, call, with_variance)) as parts:
+            async for part in parts:
+                whole.encodings.extend(part.encodings)
+                add_timing(whole.timing, part.timing)
+        return whole
+
+    async def encoded(
+        self, sequences: Sequence[Sequence[int]], call: Call, with_variance: bool = False
+    ) -> AsyncGenerator[encoder_pb2.EncodeResponse, None]:
+        """The same a few sequences at a time, so that one call does not keep the encoder to itself."""
+        with Attempts(self, Ticket(call, "encoder", max(map(len, sequences)))) as attempts:
             for start in range(0, len(sequences), ENCODED_AT_ONCE):
                 some = sequences[start : start + ENCODED_AT_ONCE]
                 ids = [types_pb2.TokenIds(ids=sequence) for sequence in some]
                 request = encoder_pb2.EncodeRequest(sequences=ids, with_variance=with_variance, cache_salt=call.salt)
                 check = partial(checks.encodings, sequences=some, with_variance=with_variance, model=self.model)
-                part = await attempts.answer("Encode", request, check)
-                whole.encodings.extend(part.encodings)
-                add_timing(whole.timing, part.timing)
-        return whole
+                yield await attempts.answer("Encode", request, check)
 
     def no_latents(self) -> types_pb2.Latents:
         """Latents of no position."""

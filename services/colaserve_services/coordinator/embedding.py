@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
+from collections.abc import Sequence
+from contextlib import aclosing
 
 import numpy as np
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve_client.arrays import unit
 from colaserve_services.coordinator.call import Call
-from colaserve_services.coordinator.context import ServiceContext
+from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.latent_space import MOST_TEXTS, check_size, given_ids, tokenize_many
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
@@ -23,18 +26,20 @@ async def embed(services: ServiceContext, request: pb.EmbedRequest, call: Call) 
         raise InvalidRequest("pooling", f"got {request.pooling}, expected mean (1), last_block (2) or per_block (3)")
     if request.texts and request.sequences:
         raise InvalidRequest("sequences", "got both texts and sequences, expected one of them")
+    ids: Sequence[Sequence[int]]
     ids = _checked(services, request) if request.sequences else await tokenize_many(services, request.texts)
     blocks = sum(services.model.blocks(services.model.positions(len(one))) for one in ids)
     check_size(services, "texts", blocks if request.pooling == pb.POOLING_PER_BLOCK else len(ids))
-    async with services.admission.slot(call):
-        answer = await services.encode(ids, call)
-    response = pb.EmbedResponse(timing=answer.timing)
-    for encoding, tokens in zip(answer.encodings, ids, strict=True):
-        latents = arrays.from_message(encoding.latents.values, "latents", (None, services.model.latent_dim))
-        values = pooled(latents, request.pooling, services.model.block_size)
-        values = unit(values) if request.normalize else values
-        response.embeddings.add(values=arrays.to_message(values), token_count=len(tokens), space=services.model.space)
-        await asyncio.sleep(0)  # 256 long texts take their time; other tasks run between them
+    response, tokens = pb.EmbedResponse(), iter(ids)
+    async with services.admission.slot(call), aclosing(services.encoded(ids, call)) as parts:
+        async for part in parts:  # 256 long texts have some 100 MB of latents
+            add_timing(response.timing, part.timing)
+            for encoding in part.encodings:
+                latents = arrays.from_message(encoding.latents.values, "latents", (None, services.model.latent_dim))
+                vectors = pooled(latents, request.pooling, services.model.block_size)
+                values = arrays.to_message(unit(vectors) if request.normalize else vectors)
+                response.embeddings.add(values=values, token_count=len(next(tokens)), space=services.model.space)
+                await asyncio.sleep(0)  # and take their time; other tasks run between them
     return response
 
 
@@ -46,7 +51,7 @@ def pooled(latents: FloatArray, pooling: int, block_size: int) -> FloatArray:
     return np.stack(blocks) if pooling == pb.POOLING_PER_BLOCK else blocks[-1]
 
 
-def _checked(services: ServiceContext, request: pb.EmbedRequest) -> list[list[int]]:
+def _checked(services: ServiceContext, request: pb.EmbedRequest) -> Sequence[Sequence[int]]:
     if len(request.sequences) > MOST_TEXTS:
         raise InvalidRequest("sequences", f"got {len(request.sequences)} sequences, expected 1 to {MOST_TEXTS}")
-    return [given_ids(services, each, f"sequences[{index}]") for index, each in enumerate(request.sequences)]
+    return [array("I", given_ids(services, one, f"sequences[{i}]")) for i, one in enumerate(request.sequences)]
