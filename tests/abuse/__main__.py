@@ -15,8 +15,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.abuse.attacks import ATTACKS, MIB, Attack, Target, short_generations
+from tests.abuse import heavy  # noqa: F401 (registers attacks)
+from tests.abuse.attacks import short_generations
 from tests.abuse.server import OURS, Bystander, Delay, Server
+from tests.abuse.target import ATTACKS, MIB, Attack, Target
 
 ANSWERS = 100  # of the bystander, undisturbed and again beside the attack
 HALF_SECONDS = 60.0  # that either half takes at most
@@ -129,6 +131,8 @@ async def started(server: Server) -> AsyncIterator[Bystander]:
     bystander = await Bystander.start(server)
     try:
         await bystander.answers(5, HALF_SECONDS)
+        for _ in range(2):  # as many rows in a pass as honest load has
+            await short_generations(Target(server), 48)
         server.note_level()
         yield bystander
     finally:

@@ -6,119 +6,16 @@ import asyncio
 import contextlib
 import json
 import struct
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import grpc
 
 from colaserve.v1 import generation_pb2, prior_pb2, types_pb2
-from tests.abuse.server import KEY, Server
+from tests.abuse.server import KEY
+from tests.abuse.target import AUTHORIZED, MIB, Target, attack
 from tests.services.rpc import frames
 
-MIB = 1 << 20
-PIECE = 1 << 16  # bytes written at once
-AUTHORIZED = (("authorization", f"Bearer {KEY}"),)
 WRONG = 1_000_000  # items
-
-
-@dataclass
-class Target:
-    """The server, what was sent to it, and how it answered."""
-
-    server: Server
-    sent: int = 0
-    answers: Counter[str] = field(default_factory=Counter)
-    _open: list[asyncio.StreamWriter] = field(default_factory=list)
-
-    @contextlib.asynccontextmanager
-    async def channel(self, *more: tuple[str, int]) -> AsyncIterator[grpc.aio.Channel]:
-        options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
-                   ("grpc.use_local_subchannel_pool", 1), *more]  # fmt: skip
-        async with grpc.aio.insecure_channel(self.server.grpc, options) as channel:
-            yield channel
-
-    async def call(self, method: str, message: bytes, compression: Any = None) -> None:
-        """One call with raw bytes; its status is noted."""
-        async with self.channel() as channel:
-            self.sent += len(message) if compression is None else len(message) // 1000
-            call = channel.unary_stream(f"/colaserve.v1.{method}")(
-                message, metadata=AUTHORIZED, compression=compression, timeout=60
-            )
-            await self.noted(self._read(call))
-
-    async def noted(self, work: Awaitable[object]) -> None:
-        try:
-            await work
-            self.answers["OK"] += 1
-        except grpc.aio.AioRpcError as error:
-            self.answers[error.code().name] += 1
-
-    @staticmethod
-    async def _read(call: Any) -> None:
-        async for _ in call:
-            pass
-
-    async def post(self, path: str, body: bytes, key: str = KEY, chunked: bool = False, hold: bool = False) -> None:
-        """One request; its status is noted. `hold`: the last byte is never sent."""
-        reader, writer = await self.connect(self.server.http_port)
-        length = "transfer-encoding: chunked" if chunked else f"content-length: {len(body) + hold}"
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
-        data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
-        with contextlib.suppress(ConnectionError):
-            writer.write(f"{head}{length}\r\n\r\n".encode())
-            for start in range(0, len(data), PIECE):
-                writer.write(data[start : start + PIECE])
-                await writer.drain()
-                self.sent += len(data[start : start + PIECE])
-        if hold:
-            self.answers["held"] += 1
-        else:
-            await self.answer(reader)
-            await self.hang_up(writer)
-
-    async def answer(self, reader: asyncio.StreamReader, seconds: float = 60) -> None:
-        try:
-            line = await asyncio.wait_for(reader.readline(), seconds)
-            self.answers[line.decode(errors="replace").split(" ")[1] if line.count(b" ") > 1 else "closed"] += 1
-        except (TimeoutError, ConnectionError) as error:
-            self.answers["closed" if isinstance(error, ConnectionError) else "no answer"] += 1
-
-    async def connect(self, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        self._open.append(writer)
-        return reader, writer
-
-    async def hang_up(self, *writers: asyncio.StreamWriter) -> None:
-        """These connections, or all."""
-        for writer in writers or self._open[:]:
-            writer.transport.abort()
-            with contextlib.suppress(ValueError):
-                self._open.remove(writer)
-        await asyncio.sleep(0)
-
-
-Round = Callable[[Target], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class Attack:
-    name: str
-    round: Round
-    sessions: int = 0  # honest load: so many sessions, compared with as many short ones
-    short: bool = False  # also in the short form
-
-
-ATTACKS: list[Attack] = []
-
-
-def attack(name: str, sessions: int = 0, short: bool = False) -> Callable[[Round], Round]:
-    def add(one: Round) -> Round:
-        ATTACKS.append(Attack(name, one, sessions, short))
-        return one
-
-    return add
 
 
 # --- oversized and malformed over gRPC ---
@@ -296,7 +193,7 @@ LONG = generation_pb2.GenerateRequest(prompt="Once", max_new_tokens=6000, ignore
 
 
 UNREAD_SECONDS = 60.0
-_SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))  # the server writes no more unread
+SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))  # the server writes no more unread
 
 
 @attack("44 gRPC streams that nobody reads", sessions=44)
@@ -304,7 +201,7 @@ async def _(target: Target) -> None:
     async with contextlib.AsyncExitStack() as stack:
         calls = []
         for _ in range(4):
-            channel = await stack.enter_async_context(target.channel(*_SMALL_WINDOW))
+            channel = await stack.enter_async_context(target.channel(*SMALL_WINDOW))
             generate = channel.unary_stream(
                 "/colaserve.v1.GenerationService/Generate",
                 request_serializer=generation_pb2.GenerateRequest.SerializeToString,
@@ -374,7 +271,7 @@ async def _(target: Target) -> None:
     await _flood(target, frames.ping, 20_000)
 
 
-# --- honest load ---
+# --- honest load; more in heavy.py ---
 
 
 async def _generations(target: Target, count: int, request: generation_pb2.GenerateRequest) -> None:
