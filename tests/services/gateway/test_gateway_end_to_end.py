@@ -17,10 +17,8 @@ import pytest
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.generation_pb2_grpc import GenerationServiceStub
-from colaserve_client import DecoderClient, PriorClient
-from tests.services.gateway.running_gateway import BUDGET, CHAT, COMPLETIONS, MESSAGES, RESPONSES, asking
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS
 from tests.services.launch.processes import FREE_PORTS, started
-from tests.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,11 @@ class Served:
 
     http: httpx.Client
     stub: GenerationServiceStub
-    stages: tuple[PriorClient, DecoderClient]
 
-    def generate(self, prompt: str, tokens: int, sample: int, **sampling: float) -> str:
+    def generate(self, prompt: str, tokens: int, sample: int) -> str:
         seed = types_pb2.NoiseSeed(base_seed=3, sample_id=sample)
-        request = GenerateRequest(prompt=prompt, max_new_tokens=tokens, seed=seed, sampling=sampling)
+        request = GenerateRequest(prompt=prompt, max_new_tokens=tokens, seed=seed)
         return "".join(response.text for response in self.stub.Generate(request, timeout=60))
-
-    def kv_bytes(self) -> int:
-        """Reserved in the stages that have any."""
-        return sum(stage.info().server.kv_bytes_used for stage in self.stages)
-
-    def written(self) -> float:
-        """Latents that the prior had written a moment ago."""
-        lines = self.http.get("/metrics").text.splitlines()
-        begin = 'colaserve_engine_tokens_total{direction="out",stage="prior"}'
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(begin))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +41,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         started(tmp_path_factory.mktemp("served"), "up", "--threads=1", *FREE_PORTS) as up,
         httpx.Client(base_url=up.http, timeout=60) as http,
         grpc.insecure_channel(up.target) as channel,
-        PriorClient(up.target) as prior,
-        DecoderClient(up.target) as decoder,
     ):
-        yield Served(http, GenerationServiceStub(channel), (prior, decoder))
+        yield Served(http, GenerationServiceStub(channel))
 
 
 def test_choices_are_the_samples_that_grpc_gives(served: Served):
@@ -74,19 +59,6 @@ def test_a_hole_is_written_between_two_texts(served: Served):
     answers = [served.http.post("/v1/completions", json=body).json() for _ in range(2)]
     assert answers[0]["usage"]["completion_tokens"] == 6
     assert answers[0]["choices"] == answers[1]["choices"]
-
-
-def test_a_client_that_leaves_frees_the_cache_long_before_its_text_would_end(served: Served):
-    before = served.written()
-    for path in (CHAT, COMPLETIONS, RESPONSES, MESSAGES):
-        body = asking(path, "x", model=None, stream=True, ignore_eos=True, **{BUDGET[path]: 8000})
-        with served.http.stream("POST", path, json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            wait_until(lambda: served.kv_bytes() > 0)
-        wait_until(lambda: served.kv_bytes() == 0)
-    wait_until(lambda: served.written() > before)  # metrics are kept for a moment
-    assert served.written() - before < 4000
 
 
 def test_an_echoed_prompt_is_scored_as_latents_of_it_are(served: Served):

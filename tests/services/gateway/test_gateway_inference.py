@@ -17,7 +17,6 @@ from colaserve_services.rpc.local import LocalStub
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
 from tests.services.inference.serving import served
-from tests.waiting import eventually
 
 INFER = "/v2/models/{}/infer"
 HEADER = "inference-header-content-length"
@@ -116,16 +115,6 @@ async def test_what_cannot_be_served_is_a_400_in_the_protocols_shape(fake, model
         answer = await it.http.post(INFER.format(model), **sent)
         assert answer.status_code == 400
         assert said in answer.json()["error"]
-
-
-async def test_a_client_that_leaves_ends_its_generation(fake):
-    stub, prior = await served()
-    prior.gate.clear()
-    async with await gateway(fake, stub) as it:
-        body = {"inputs": [TEXT], "parameters": {"max_new_tokens": 30}}
-        with pytest.raises(httpx.ReadTimeout):
-            await it.http.post(INFER.format("generate"), json=body, timeout=httpx.Timeout(10, read=0.3))
-        await eventually(lambda: prior.calls and not prior.running)
 
 
 class Older(GRPCInferenceServiceServicer):

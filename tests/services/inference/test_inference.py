@@ -10,55 +10,10 @@ import pytest
 from colaserve.v1 import latent_service_pb2
 from colaserve_services.inference import open_inference_pb2 as pb
 from colaserve_services.rpc import arrays
+from tests.services.inference.asking import asked, latents, outputs, raw, streaming, text
 from tests.services.systems import ids_of, recorded, system, text_of
-from tests.waiting import eventually
 
 TEXT = "He looked at the river and then he said"
-
-
-def parameters(**values: Any) -> dict[str, pb.InferParameter]:
-    kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
-    return {name: pb.InferParameter(**{kinds[type(value)]: value}) for name, value in values.items()}
-
-
-def text(value: str | bytes, name: str = "text_input") -> dict[str, Any]:
-    content = value.encode() if isinstance(value, str) else value
-    return {"name": name, "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [content]}}
-
-
-def raw(content: bytes) -> bytes:
-    return len(content).to_bytes(4, "little") + content
-
-
-def streaming(value: bool = True) -> dict[str, Any]:
-    return {"name": "streaming", "datatype": "BOOL", "shape": [1], "contents": {"bool_contents": [value]}}
-
-
-def latents(values: np.ndarray, datatype: str = "FP32", typed: bool = False) -> dict[str, Any]:
-    contents = {"contents": {"fp32_contents": values.ravel()}} if typed else {}
-    return {"name": "latents", "datatype": datatype, "shape": values.shape, **contents}
-
-
-def asked(model: str, *inputs: Any, raw_contents: Any = (), outputs: Any = (), **more: Any) -> pb.ModelInferRequest:
-    wanted = [{"name": name} for name in outputs]
-    given = parameters(**more)
-    return pb.ModelInferRequest(
-        model_name=model, id="x", inputs=inputs, outputs=wanted, parameters=given, raw_input_contents=raw_contents
-    )
-
-
-def outputs(response: pb.ModelInferResponse) -> dict[str, Any]:
-    """By name, each with its type."""
-
-    def read(tensor: Any, content: bytes) -> Any:
-        if tensor.datatype == "BYTES":
-            assert (tensor.shape, int.from_bytes(content[:4], "little")) == ([1], len(content) - 4)
-            return content[4:].decode()
-        kind = {"FP32": "<f4", "UINT32": "<u4"}[tensor.datatype]
-        return np.frombuffer(content, kind).reshape(tensor.shape)
-
-    pairs = zip(response.outputs, response.raw_output_contents, strict=True)
-    return {tensor.name: read(tensor, content) for tensor, content in pairs}
 
 
 async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -146,19 +101,6 @@ async def test_metadata_name_what_each_model_takes_and_returns(tiny):
         assert (await it.inference.ServerMetadata(pb.ServerMetadataRequest())).name == "colaserve"
         unknown = await refusal(it.inference.ModelMetadata(pb.ModelMetadataRequest(name="generate", version="2")))
         assert unknown == (grpc.StatusCode.INVALID_ARGUMENT, "version: got '2', expected '1', or none")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_caller_that_leaves_frees_its_sessions_within_two_steps(tiny, stream: bool):
-    async with system(tiny, split=True) as it:
-        request = asked("generate", text(TEXT), *[streaming()] * stream, max_new_tokens=200, steps=400, ignore_end=True)
-        call = it.inference.ModelStreamInfer(iter([request])) if stream else it.inference.ModelInfer(request)
-        engine = it.stages.stages.engines["prior"]
-        await eventually(lambda: engine.load().running)
-        call.cancel()
-        await eventually(lambda: not it.stages.kv_bytes("prior") and not it.stages.kv_bytes("decoder"))
-        assert it.stages.blocks_written() <= 1
-        await eventually(lambda: not it.coordinator.services.admission.running)
 
 
 def wrong() -> Iterator[tuple[str, pb.ModelInferRequest]]:
