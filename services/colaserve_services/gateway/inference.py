@@ -108,13 +108,16 @@ def endpoints(backend: Backend, bounds: Bounds, ready: Ready) -> list[Endpoint]:
     handlers = _Handlers(backend, bounds, ready)
     plain, versioned = _PATHS
     infer: dict[str, Any] = {"body": InferRequest, "reads_body": True, "error": InferError}
+    shown: dict[str, Any] = {"answers": {JSON: dict[str, Any]}, "error": InferError}
     return [
-        Endpoint("GET", "/v2", handlers.server),
-        Endpoint("GET", "/v2/health/live", handlers.live),
-        Endpoint("GET", "/v2/health/ready", handlers.ready),
-        *(Endpoint("GET", path, handlers.model) for path in _PATHS),
-        *(Endpoint("GET", f"{path}/ready", handlers.model_ready) for path in _PATHS),
+        Endpoint("GET", "/v2", handlers.server_metadata, **shown),
+        Endpoint("GET", "/v2/health/live", handlers.server_live, **shown),
+        Endpoint("GET", "/v2/health/ready", handlers.server_ready, **shown),
+        Endpoint("GET", plain, handlers.model_metadata, **shown),
+        Endpoint("GET", f"{plain}/ready", handlers.model_ready, **shown),
         Endpoint("POST", f"{plain}/infer", handlers.infer, answers={JSON: InferResponse, BINARY: bytes}, **infer),
+        Endpoint("GET", versioned, handlers.model_metadata),  # in the document without a version alone
+        Endpoint("GET", f"{versioned}/ready", handlers.model_ready),
         Endpoint("POST", f"{versioned}/infer", handlers.infer, **infer),
     ]
 
@@ -123,20 +126,20 @@ class _Handlers:
     def __init__(self, backend: Backend, bounds: Bounds, ready: Ready):
         self._backend, self._bounds, self._ready = backend, bounds, ready
 
-    async def server(self, _: Request) -> dict[str, Any]:
+    async def server_metadata(self, _: Request) -> dict[str, Any]:
         """Name and version."""
         return {"name": "colaserve", "version": __version__, "extensions": ["binary_tensor_data"]}
 
-    async def live(self, _: Request) -> dict[str, Any]:
+    async def server_live(self, _: Request) -> dict[str, Any]:
         """The process lives."""
         return {"live": True}
 
-    async def ready(self, request: Request) -> Response:
+    async def server_ready(self, request: Request) -> Response:
         """Whether requests should come here."""
         status = (await self._ready(request)).status_code
         return json_response({"ready": status == 200}, status)
 
-    async def model(self, request: Request) -> dict[str, Any]:
+    async def model_metadata(self, request: Request) -> dict[str, Any]:
         """What a model takes and returns."""
         found = await _answered(self._backend.inference_model(*_model(request)))
         shown: dict[str, Any] = MessageToDict(found)
@@ -146,7 +149,7 @@ class _Handlers:
 
     async def model_ready(self, request: Request) -> Response:
         """Whether a model is there, and requests should come here."""
-        await self.model(request)
+        await self.model_metadata(request)
         status = (await self._ready(request)).status_code
         return json_response({"name": _model(request)[0], "ready": status == 200}, status)
 
