@@ -1,10 +1,16 @@
 """Objects of operators, for which the schema checker has no schema: their fields, as the references name them.
 
-cert-manager.io/v1, gateway.networking.k8s.io/v1, inference.networking.k8s.io/v1, monitoring.coreos.com/v1 and
-keda.sh/v1alpha1, as far as they are used here.
+cert-manager.io/v1, gateway.networking.k8s.io/v1, monitoring.coreos.com/v1 and keda.sh/v1alpha1, as far as they are used
+here; inference.networking.k8s.io/v1 whole, in inference_pool.json.
 """
 
+import json
+from pathlib import Path
+
+import jsonschema
 import pytest
+
+POOL = json.loads(Path(__file__).with_name("inference_pool.json").read_text(encoding="utf-8"))
 
 FIELDS = {  # path and type of every field; * is any name
     "Issuer": {"ca.secretName str"},
@@ -29,10 +35,6 @@ FIELDS = {  # path and type of every field; * is any name
         *(f"rules.timeouts.{name} str" for name in ("request", "backendRequest")),
         *("rules.backendRefs.name str", "rules.backendRefs.port int"),
         *("rules.backendRefs.group str", "rules.backendRefs.kind str"),
-    },
-    "InferencePool": {
-        *("selector.matchLabels.* str", "targetPorts.number int"),
-        *("endpointPickerRef.name str", "endpointPickerRef.port.number int", "endpointPickerRef.failureMode str"),
     },
     "BackendTLSPolicy": {
         *(f"{refs}.{name} str" for refs in ("targetRefs", "validation.caCertificateRefs")
@@ -77,7 +79,7 @@ def test_every_kind_is_either_kubernetes_own_or_listed_here(rendered):
         group = found["apiVersion"].partition("/")[0]
         extensions = ("gateway.networking.k8s.io", "inference.networking.k8s.io")
         own = "." not in group or (group.endswith(".k8s.io") and group not in extensions)
-        assert own == (found["kind"] not in FIELDS), found["kind"]
+        assert own == (found["kind"] not in {*FIELDS, "InferencePool"}), found["kind"]
 
 
 def test_certificates_are_for_what_their_role_does(rendered):
@@ -86,6 +88,23 @@ def test_certificates_are_for_what_their_role_does(rendered):
         assert usages <= USAGES
         if found["metadata"]["name"] in {"colaserve-coordinator", "colaserve-gateway"}:
             assert usages == USAGES
+
+
+def test_a_pool_is_valid_by_its_published_schema_and_would_not_be_with_a_fault(rendered):
+    for found in rendered.kind("InferencePool"):
+        assert found["apiVersion"] == "inference.networking.k8s.io/v1"
+        good, picker = found["spec"], found["spec"]["endpointPickerRef"]
+        jsonschema.validate(good, POOL)
+        for wrong in (
+            {"targetPortNumber": 8000},
+            {"targetPorts": [{"number": "8000"}]},
+            {"targetPorts": []},
+            {"selector": {"matchLabels": {}}},
+            {"endpointPickerRef": {"name": picker["name"]}},
+            {"endpointPickerRef": {**picker, "failureMode": "Open"}},
+        ):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(good | wrong, POOL)
 
 
 @pytest.mark.parametrize("spec", [{"secretname": "x"}, {"secretName": 3}, {"privateKey": {"size": "2048"}}])
