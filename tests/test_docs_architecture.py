@@ -73,3 +73,14 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 def test_lines_have_at_most_120_characters(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 120]
+
+
+def test_the_versions_in_the_readmes_table_of_clients_are_those_that_ci_installs():
+    [table] = re.findall(r"### Clients that were run\n.*?\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    files = ("tests/interop/requirements.txt", "tests/interop/page.py", "constraints.txt", "docs/integrations.md")
+    pins = "\n".join((ROOT / name).read_text() for name in files)
+    for row in table.splitlines()[2:]:
+        names, versions = (cell.strip().replace("`", "").split(", ") for cell in row.split("|")[1:3])
+        for name, version in zip(names, versions, strict=True):
+            known = rf"(?:^|\W){re.escape(name)}[\w\[\],-]*(?:==| ){re.escape(version)}\b"
+            assert version == "as in constraints.txt" or re.search(known, pins), (name, version)
