@@ -3,8 +3,8 @@
 import pytest
 
 from tests.abuse.__main__ import run
-from tests.abuse.attacks import ATTACKS
 from tests.abuse.server import OURS
+from tests.abuse.target import ATTACKS
 
 
 @pytest.mark.slow
