@@ -87,6 +87,7 @@ def test_solvers_are_compared_within_their_round(run_bench: RunBench) -> None:
         "plain": (4, 4),
         "previews every 4 steps": (4, 4),
         "probes": (4, 4),
+        "half of each block given": (4, 4),
         "half guidance": (4, 2),
         "ab2, half the steps": (2, 2),
         "heun, half the steps": (3, 3),
