@@ -13,8 +13,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -93,15 +94,14 @@ class LoopThread:
             self.check()
             if self._thread is threading.current_thread():
                 raise RuntimeError("a blocking client was called on the event loop of the blocking clients")
-            loop = self._started()
-            coroutine = function(*args, **kwargs)
+            future = Future[T]()
+            self._running.add(future)
+            future.add_done_callback(self._running.discard)
             try:
-                future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-            except BaseException:  # Ctrl-C: a coroutine that is lost unstarted would warn
-                coroutine.close()
+                self._started().call_soon_threadsafe(_begin, future, partial(function, *args, **kwargs))
+            except BaseException:  # Ctrl-C, perhaps once the loop has it
+                future.cancel()
                 raise
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
         return future
 
     def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -195,6 +195,31 @@ class LoopThread:
         kept += [each for each in gc.get_objects() if str(getattr(type(each), "__module__", "")).startswith("grpc.")]
         kept.append(kept)  # nothing but the collector frees this, and the collector leaves alone what is frozen
         gc.freeze()
+
+
+def _begin(future: Future[T], function: Callable[[], Coroutine[Any, Any, T]]) -> None:
+    """On the loop: run a coroutine function for a future, which cancels it when it is cancelled itself."""
+    if future.cancelled():
+        return
+    task = asyncio.get_running_loop().create_task(function())
+    task.add_done_callback(partial(_end, future))
+    future.add_done_callback(partial(_cancel, task))
+
+
+def _cancel(task: asyncio.Task[T], future: Future[T]) -> None:
+    loop = task.get_loop()
+    if future.cancelled() and not loop.is_closed():
+        loop.call_soon_threadsafe(task.cancel)
+
+
+def _end(future: Future[T], task: asyncio.Task[T]) -> None:
+    with suppress(InvalidStateError):  # it was cancelled
+        if task.cancelled():
+            future.cancel()
+        elif (error := task.exception()) is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(task.result())
 
 
 async def _short_call() -> None:

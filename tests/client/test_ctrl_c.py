@@ -77,3 +77,18 @@ def test_an_interrupted_session_is_closed(server: FakeServer) -> None:
         with pytest.raises(Cancelled, match="session is closed"):
             session.decode(LETTERS)
         eventually(lambda: server.behaviour.running == 0)
+
+
+@pytest.mark.parametrize("delay", [number * 2e-5 for number in range(1, 41)])
+def test_ctrl_c_at_any_moment_of_a_read_is_nothing_but_that(client: Client, behaviour: Behaviour, delay: float) -> None:
+    behaviour.wait_after = 1
+    stream = client.stream("Once")
+    next(stream)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come before the read has begun
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            next(stream)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    eventually(lambda: behaviour.running == 0)
