@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ START_SECONDS = 180.0
 _GAUGES = re.compile(
     r"^colaserve_(requests_in_progress|engine_running|engine_queue_depth|engine_kv_bytes)\S* (\S+)$", re.M
 )
+_KV = re.compile(r"^colaserve_(engine_kv|prefix_cache)_bytes\{\S* (\S+)$", re.M)  # held, and kept for others
 
 
 class Server:
@@ -76,14 +78,17 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def watching_kv(self) -> AsyncIterator[list[int]]:
-        """A list that grows by the bytes of all KV caches, about once a second."""
+        """A list that grows by the bytes in use of all KV caches, about once a second."""
         seen = [0]
 
         async def watch() -> None:
             while True:
                 with contextlib.suppress(OSError):
                     text = await asyncio.to_thread(self._metrics)
-                    seen.append(sum(round(float(value)) for name, value in _GAUGES.findall(text) if "kv" in name))
+                    held: Counter[str] = Counter()
+                    for kind, value in _KV.findall(text):
+                        held[kind] += round(float(value))
+                    seen.append(max(held.values(), default=0))  # most pages that are kept are held, too, or were
                 await asyncio.sleep(1)
 
         watching = asyncio.create_task(watch())
