@@ -67,6 +67,7 @@ async def test_a_stream_that_nobody_reads_gives_way_though_its_blocks_come_slowl
         while not waiting.done():
             world.prior.turns.release()
             await asyncio.wait([waiting], timeout=0.3)  # longer than between two looks whether the stream is read
+    assert waiting.result()[-1].finish_reason
     call.cancel()
     await eventually(lambda: world.prior.running == world.decoder.running == 0)
 
