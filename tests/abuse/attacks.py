@@ -193,26 +193,11 @@ LONG = generation_pb2.GenerateRequest(prompt="Once", max_new_tokens=6000, ignore
 
 
 UNREAD_SECONDS = 60.0
-SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))  # the server writes no more unread
 
 
 @attack("44 gRPC streams that nobody reads", sessions=44)
 async def _(target: Target) -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        calls = []
-        for _ in range(4):
-            channel = await stack.enter_async_context(target.channel(*SMALL_WINDOW))
-            generate = channel.unary_stream(
-                "/colaserve.v1.GenerationService/Generate",
-                request_serializer=generation_pb2.GenerateRequest.SerializeToString,
-            )
-            calls += [generate(LONG, metadata=AUTHORIZED) for _ in range(11)]
-            target.sent += 11 * LONG.ByteSize()
-        await asyncio.wait([asyncio.ensure_future(call.code()) for call in calls], timeout=UNREAD_SECONDS)
-        for call in calls:
-            if call.done():
-                target.answers[(await call.code()).name] += 1
-            call.cancel()
+    await target.calls("GenerationService/Generate", [LONG] * 44, read=False, seconds=UNREAD_SECONDS)
 
 
 @attack("44 HTTP streams that nobody reads", sessions=44)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from tests.abuse.server import KEY, Server
 
 MIB = 1 << 20
 PIECE = 1 << 16  # bytes written at once
 AUTHORIZED = (("authorization", f"Bearer {KEY}"),)
+LEAVES_AFTER = 30.0  # seconds
+SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))  # the server writes no more unread
 
 
 @dataclass
@@ -42,6 +45,25 @@ class Target:
                 message, metadata=AUTHORIZED, compression=compression, timeout=60
             )
             await self.noted(self.read(call))
+
+    async def calls(
+        self, method: str, requests: Sequence[Message], read: bool = True, seconds: float = LEAVES_AFTER
+    ) -> None:
+        """All at once, on four connections, which nobody reads where `read` is false; then their caller leaves."""
+        async with contextlib.AsyncExitStack() as stack:
+            calls = []
+            for first in range(4):
+                channel = await stack.enter_async_context(self.channel(*(() if read else SMALL_WINDOW)))
+                begin = channel.unary_stream(f"/colaserve.v1.{method}")
+                for request in requests[first::4]:
+                    self.sent += request.ByteSize()
+                    calls.append(begin(request.SerializeToString(), metadata=AUTHORIZED))
+            ends = [asyncio.ensure_future(self.read(call) if read else call.code()) for call in calls]
+            await asyncio.wait(ends, timeout=seconds)
+            for call in calls:
+                self.answers[(await call.code()).name if call.done() else "left"] += 1
+                call.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
 
     async def noted(self, work: Awaitable[object]) -> None:
         try:
