@@ -20,7 +20,7 @@ from colaserve_services.coordinator.failures import STAGE_ERRORS, Attempts
 if TYPE_CHECKING:
     from colaserve_services.coordinator.context import ServiceContext
 
-_MANY_PASSES: Final = 256  # some seconds where many runs share them
+MANY_PASSES: Final = 256  # some seconds where many runs share them
 
 Span = tuple[int, int]
 
@@ -335,7 +335,7 @@ class DecoderRun:
 def is_slow(sampler: types_pb2.Sampler) -> bool:
     """Whether a block takes so many passes that a run, which is preempted between blocks, is not in good time."""
     evaluations = 2 if sampler.solver == types_pb2.SOLVER_HEUN else 1
-    return sampler.steps * sampler.resamples * evaluations > _MANY_PASSES
+    return sampler.steps * sampler.resamples * evaluations > MANY_PASSES
 
 
 def context_blocks(positions: int, open_spans: Sequence[Span], block_size: int) -> int:

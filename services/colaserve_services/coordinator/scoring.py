@@ -29,14 +29,13 @@ from colaserve_services.coordinator.context import ServiceContext, add_timing, s
 from colaserve_services.coordinator.defaults import resolve_seed
 from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.latent_space import check_fits, decode_sampling, tokenize_whole
-from colaserve_services.coordinator.runs import DecoderRun
+from colaserve_services.coordinator.runs import MANY_PASSES, DecoderRun
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
 
 Response = pb.LatentServiceScoreResponse
 
-_PASSES_AT_ONCE: Final = 256  # of the prior, if it can, for one answer: some seconds where many runs share them
 _ROWS: Final = 128  # of a score in a pass, about
 
 
@@ -155,9 +154,10 @@ async def _density(
 
 
 def _blocks_at_once(values: Mapping[str, Any], block_size: int) -> int:
+    """Whose answer takes the prior at most MANY_PASSES, if it can."""
     evaluations = values["steps"] * (2 if values["solver"] == "heun" else 1)
     rows_of = block_size * (1 + 2 * values["probes"])
-    return max(1, _PASSES_AT_ONCE // (evaluations * -(-rows_of // _ROWS)))
+    return max(1, MANY_PASSES // (evaluations * -(-rows_of // _ROWS)))
 
 
 async def _decoded(
