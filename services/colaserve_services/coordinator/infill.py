@@ -151,7 +151,7 @@ def _response(
         hole = written[segment.start - offset : segment.end - offset]
         ids[segment.start : segment.end] = hole
         kept = services.tokenizer.before_end(hole)
-        texts.append(_text_after(services, ids[: segment.start], kept))
+        texts.append(join(services.tokenizer.detokenizer(ids[: segment.start]), kept))
         reasons.append(types_pb2.FINISH_REASON_LENGTH if kept == hole else types_pb2.FINISH_REASON_STOP)
     filled = sum(segment.end - segment.start for segment in layout.holes)
     usage = types_pb2.Usage(
@@ -170,8 +170,3 @@ def _response(
         timing=timing,
         finish_reasons=reasons,
     )
-
-
-def _text_after(services: ServiceContext, before: list[int], ids: list[int]) -> str:
-    """What ids add to the text of those before them."""
-    return join(services.tokenizer.detokenizer(before), ids)

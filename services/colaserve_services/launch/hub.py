@@ -81,7 +81,8 @@ def fetch(wanted: HubId, directory: Path | None = None, check_only: bool = False
     with _hub_errors(wanted):
         info = api.model_info(repository, revision=revision, files_metadata=True)
     commit, found = info.sha or revision, {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    sizes = {name: found[name] for name in sorted(found, key=found.__getitem__) if _is_wanted(name)}
+    wanted_names = (name for name in found if any(fnmatch(name, pattern) for pattern in WANTED))
+    sizes = {name: found[name] for name in sorted(wanted_names, key=found.__getitem__)}
     if not any(name.endswith(".safetensors") for name in sizes):
         raise CheckpointError(f"{wanted}: no cola_dlm/cola_dit/model.safetensors; is it a Cola-DLM checkpoint?")
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
@@ -102,10 +103,6 @@ def fetch(wanted: HubId, directory: Path | None = None, check_only: bool = False
         with _hub_errors(wanted):
             api.resolve_revision(repository, revision=revision)
     return folder
-
-
-def _is_wanted(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in WANTED)
 
 
 def _check(folder: Path, names: Iterable[str], missing: Collection[str], differing: Collection[str]) -> None:
