@@ -12,7 +12,8 @@ _NO_CELL = ("Mn", "Me", "Cf", "Cc")  # categories of characters
 
 
 class Screen:
-    """Text that stays, and behind it a preview, which whatever comes next replaces. Leaving the context erases it."""
+    """Text that stays, and behind it a preview, which whatever comes next replaces. Leaving the context erases it, and
+    an error, which is printed next, ends the line. (click ends it after Ctrl-C.)"""
 
     def __init__(self) -> None:
         self._column = 0  # of the cursor, behind the text that stays
@@ -21,8 +22,10 @@ class Screen:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
         self._replace("")
+        if isinstance(error, Exception) and self._column:
+            self.write("\n")
 
     def write(self, text: str) -> None:
         """Append text that stays."""

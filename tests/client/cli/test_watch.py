@@ -14,6 +14,7 @@ from unicodedata import combining, east_asian_width
 
 import pytest
 
+from tests.client.behaviour import invalid
 from tests.client.cli.conftest import Run
 from tests.client.fakes import STORY, FakeServer
 from tests.waiting import wait_until as eventually
@@ -128,8 +129,17 @@ def test_ctrl_c_takes_back_what_was_not_certain(server: FakeServer) -> None:
         terminal = Terminal(80)
         terminal.feed(written + read(ours))
         assert process.wait(30) == 130
-    assert terminal.text.rstrip("\n") == " the"
+    assert terminal.text == " the\n"
     eventually(lambda: server.behaviour.running == 0)
+
+
+def test_an_error_within_the_text_has_a_line_of_its_own(server: FakeServer) -> None:
+    server.behaviour.fail_after = {1: invalid("prompt", "cannot go on")}
+    with on_a_terminal(server, 80, "Once") as (process, ours):
+        terminal = Terminal(80)
+        terminal.feed(read(ours))
+        assert process.wait(30) == 2
+    assert terminal.text.split("\n")[:2] == [" the", "colaserve: prompt: cannot go on"]
 
 
 @pytest.mark.parametrize(
