@@ -49,6 +49,6 @@ class Int8Weight:
         assert isinstance(x, Tensor), "rows with scales are for products of float8"
         rows, scale = cpu_kernels.quantize(x.reshape(-1, x.shape[-1]).contiguous())
         sums = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, _ZERO, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            rows, 1.0, _ZERO, self._packed, self._scale, self._zeros, None, 1.0, 0, dtype, "none", [], ""
         )
-        return cpu_kernels.rescale(sums, scale, bias, gelu, dtype).unflatten(0, x.shape[:-1])
+        return cpu_kernels.rescale(sums, scale, bias, gelu).unflatten(0, x.shape[:-1])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from colaserve_services.model.backend import cpu_kernels
 from colaserve_services.model.backend.ops import PageShape, Rows
+from colaserve_services.model.layers import Linear
 
 # Where there is a compiler they may not be missing.
 why = cpu_kernels.missing()
@@ -238,3 +239,31 @@ print(*(mapped() - before))
 """
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert [Path(name) for name in loaded] == [cpu_kernels.LIBRARY]
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_scales_bias_and_gelu_behind_a_product(dtype: torch.dtype, gelu: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for rows, width in ((1, 1), (3, 20), (33, 100), (130, 512)):
+        x = (4 * torch.randn(rows, width, generator=generator)).to(dtype)
+        scale, bias = (torch.randn(size, generator=generator) for size in (rows, width))
+        for some in ((None, None), (scale, None), (scale, bias)):
+            by, plus = (torch.zeros(()) if t is None else t.double() for t in some)
+            exact = x.double() * (1 if some[0] is None else by[:, None]) + plus
+            exact = torch.nn.functional.gelu(exact, approximate="tanh") if gelu else exact
+            assert difference(cpu_kernels.rescale(x.clone(), *some, gelu=gelu), exact) < BOUND[dtype]
+    ends = torch.tensor([[-3e38, -100.0, -0.0, 100.0, 3e38]]).to(dtype)
+    found = cpu_kernels.rescale(ends.clone(), gelu=gelu)
+    assert torch.allclose(found, ends.clamp(min=0) if gelu else ends, rtol=0, atol=1e-30)
+    assert cpu_kernels.rescale(torch.tensor([[torch.nan]], dtype=dtype), gelu=gelu).isnan().all()
+
+
+@pytest.mark.parametrize("rows", [127, 128])
+def test_a_packed_products_gelu_is_the_same_where_it_comes_behind(rows: int) -> None:
+    linear = Linear(64, 256, activation="gelu_tanh").bfloat16()
+    x = torch.randn(2, rows, 64, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    product = x.double() @ linear.weight.detach().double().T + linear.bias.detach().double()
+    linear.pack()
+    with torch.inference_mode():
+        assert difference(linear(x), torch.nn.functional.gelu(product, approximate="tanh")) < BOUND[BFLOAT16]

@@ -69,12 +69,12 @@ typedef struct {
     int32_t type; /* of x */
 } Quantize;
 
-/* out = x * scale[r] + bias, then GELU (with tanh) if wanted. */
+/* x = x * scale[r] + bias, then GELU (with tanh) if wanted. */
 typedef struct {
-    const float *x, *scale, *bias; /* bias may be NULL */
-    void *out;
+    void *x;
+    const float *scale, *bias; /* NULL: 1 and 0 */
     int64_t dim;
-    int32_t gelu, type; /* type: of out */
+    int32_t gelu, type;
 } Rescale;
 
 typedef struct {

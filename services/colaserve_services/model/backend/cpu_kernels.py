@@ -59,8 +59,8 @@ class _Quantize(ctypes.Structure):
 
 class _Rescale(ctypes.Structure):
     _fields_ = [
-        ("x", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("out", c_void_p), ("dim", c_int64),
-        ("gelu", c_int32), ("type", c_int32),
+        ("x", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("dim", c_int64), ("gelu", c_int32),
+        ("type", c_int32),
     ]  # fmt: skip
 
 
@@ -101,9 +101,14 @@ def kind() -> int:
     return chosen
 
 
+def by_tiles(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are computed by tiles of AMX."""
+    return missing() is None and dtype == torch.bfloat16 and KINDS[kind()] == "AMX-BF16"
+
+
 def key_cost(dtype: torch.dtype) -> float:
     """Of an operation of attention, in those of a product."""
-    return _TILED_KEY_COST if dtype == torch.bfloat16 and KINDS[kind()] == "AMX-BF16" else _KEY_COST
+    return _TILED_KEY_COST if by_tiles(dtype) else _KEY_COST
 
 
 @cache
@@ -234,10 +239,12 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-def rescale(x: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype) -> Tensor:
-    """x (R, N) float32 times each row's scale, plus bias (N,) float32, then GELU (with tanh) if wanted, in `dtype`."""
-    assert all(t is None or (t.is_contiguous() and t.dtype == torch.float32) for t in (x, scale, bias)), "as they lie"
-    out = torch.empty(x.shape, dtype=dtype)
-    pointers = (x.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
-    _library().colaserve_rescale(kind(), _Rescale(*pointers, x.shape[1], gelu, _type(dtype)), len(x))
-    return out
+def rescale(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x (..., N), float32 or bfloat16, times each row's scale, plus bias (N,), both float32, then GELU (with tanh) if
+    wanted; in place."""
+    assert all(t is None or (t.is_contiguous() and t.dtype == torch.float32) for t in (scale, bias)), "as they lie"
+    assert x.is_contiguous(), "it is read as it lies"
+    pointers = (t if t is None else t.data_ptr() for t in (x, scale, bias))
+    call = _Rescale(*pointers, x.shape[-1], gelu, _type(x.dtype))
+    _library().colaserve_rescale(kind(), call, x.shape[:-1].numel())
+    return x

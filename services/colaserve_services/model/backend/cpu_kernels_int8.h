@@ -1,4 +1,4 @@
-/* What stands before and behind a product of int8; see cpu_kernels.c. */
+/* What stands before and behind a product of int8, and GELU behind others; see cpu_kernels.c. */
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
@@ -38,10 +38,11 @@ INLINE Floats gelu_tanh(Floats x) {
 
 INLINE void rescale_row(const Rescale *a, int64_t r, const int type) {
     const int64_t dim = a->dim, at = r * dim;
+    const float scale = a->scale ? a->scale[r] : 1.0f;
     for (int64_t i = 0; i < dim; i += LANES) {
-        Floats x = load(a->x, at + i, dim - i, FLOAT32) * a->scale[r];
+        Floats x = load(a->x, at + i, dim - i, type) * scale;
         if (a->bias) x += load(a->bias, i, dim - i, FLOAT32);
-        store(a->out, at + i, a->gelu ? gelu_tanh(x) : x, dim - i, type);
+        store(a->x, at + i, a->gelu ? gelu_tanh(x) : x, dim - i, type);
     }
 }
 
