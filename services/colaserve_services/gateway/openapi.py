@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 from pydantic import BaseModel, TypeAdapter
@@ -48,10 +49,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1 of all that have documented answers."""
     documented = [endpoint for endpoint in endpoints if endpoint.answers]
     kinds = {kind: mode for endpoint in documented for kind, mode in _kinds(endpoint)}
-    schemas, definitions = TypeAdapter.json_schemas(
-        [(kind, mode, TypeAdapter(kind)) for kind, mode in kinds.items()], ref_template="#/components/schemas/{model}"
-    )
-    by_kind = {kind: schema for (kind, _), schema in schemas.items()}
+    by_kind, definitions = _schemas(tuple(kinds.items()))
     paths: dict[str, Any] = {}
     for endpoint in documented:
         path = re.sub(r":\w+}", "}", endpoint.path)
@@ -60,8 +58,17 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "colaserve", "version": __version__, "description": _ABOUT},
         "paths": paths,
-        "components": {"schemas": definitions["$defs"]},
+        "components": {"schemas": definitions},
     }
+
+
+@cache
+def _schemas(kinds: tuple[tuple[Any, JsonSchemaMode], ...]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The schema of each kind, and the definitions that they share: made once, since that takes a while."""
+    schemas, definitions = TypeAdapter.json_schemas(
+        [(kind, mode, TypeAdapter(kind)) for kind, mode in kinds], ref_template="#/components/schemas/{model}"
+    )
+    return {kind: schema for (kind, _), schema in schemas.items()}, definitions["$defs"]
 
 
 def _kinds(endpoint: Endpoint) -> Iterator[tuple[Any, JsonSchemaMode]]:
