@@ -5,8 +5,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
@@ -14,10 +12,8 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.inference.service import InferenceServicer
 from colaserve_services.launch.roles import COORDINATOR
 from colaserve_services.rpc.local import LocalStub
-from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.server import RpcServer
-from colaserve_services.rpc.settings import ServerSettings
 from colaserve_services.text import Tokenizer
+from tests.services.servers import served
 from tests.services.stages.serving import Served, serving
 
 
@@ -41,29 +37,21 @@ async def system(
     golden: Any, split: bool, max_context: int = 256, limits: CoordinatorLimits | None = None
 ) -> AsyncIterator[System]:
     """`split`: stages and coordinator each behind a socket; else all called in process."""
-    async with serving(golden, EngineLimits(max_context=max_context)) as served:
-        tokenizer = Tokenizer.open(golden.directory / "tokenizer.json", served.shape.vocab_size)
-        services = served.stages.services
+    async with serving(golden, EngineLimits(max_context=max_context)) as stages:
+        tokenizer = Tokenizer.open(golden.directory / "tokenizer.json", stages.shape.vocab_size)
+        services = stages.stages.services
         fused = {name: LocalStub(services[name]) for name in ("encoder", "prior", "decoder")}
-        stubs = {name: getattr(served, name) for name in fused} if split else fused
-        coordinator = Coordinator(
-            Stages(**stubs), tokenizer, limits=limits or CoordinatorLimits(max_context=max_context)
-        )
+        stubs = {name: getattr(stages, name) for name in fused} if split else fused
+        limits = limits or CoordinatorLimits(max_context=max_context)
+        coordinator = Coordinator(Stages(**stubs), tokenizer, limits=limits, model_name="tiny")
         await coordinator.connect()
         inference = InferenceServicer(coordinator, lambda: True)
         servicers = GenerationServicer(coordinator), LatentServicer(coordinator), inference
         if not split:
-            yield System(coordinator, tokenizer, *map(LocalStub, servicers), served)
+            yield System(coordinator, tokenizer, *map(LocalStub, servicers), stages)
             return
-        server = RpcServer(ServerSettings(), Metrics())
-        for servicer in servicers:
-            server.add(servicer)
-        port = await server.start()
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield System(coordinator, tokenizer, *(stub(channel) for stub in COORDINATOR), served)
-        finally:
-            await server.stop()
+        async with served(*servicers) as it:
+            yield System(coordinator, tokenizer, *(stub(it.channel) for stub in COORDINATOR), stages)
 
 
 def recorded(case: dict[str, Any], sample_id: int, budget: int) -> dict[str, Any]:

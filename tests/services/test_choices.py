@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
@@ -51,27 +50,3 @@ async def test_a_choice_is_worth_the_sum_of_its_log_probabilities(name: str, spl
             prompt=PROMPT, choices=CHOICES, max_new_tokens=40, sampling={"temperature": 0}, preview_every=2, **SEED
         )
         np.testing.assert_allclose([each.logprob for each in watched[-1].choices], expected, atol=1e-3)
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"choices": ["a"]}, "choices: got 1 texts"),
-    ({"choices": [f"{n}" for n in range(65)]}, "choices: got 65 texts"),
-    ({"choices": ["a", ""]}, r"choices\[1\]: got an empty text"),
-    ({"choices": ["a", "b", "a"]}, r"choices\[2\]: got the same text as choices\[0\]"),
-    ({"choices": ["a", "ab " * 300]}, r"choices\[1\]"),
-    ({"max_new_tokens": 1}, r"choices\[1\]: has \d+ tokens, at most max_new_tokens \(1\)"),
-    ({"stop": ["."]}, "stop: not together with choices"),
-    ({"top_logprobs": 0}, "top_logprobs: not together with choices"),
-    ({"ignore_end": True}, "ignore_end: not together with choices"),
-    ({"print_special": True}, "print_special: not together with choices"),
-    ({"sampling": {"temperature": 0.5}}, "sampling.temperature: expected 0"),
-    ({"sampling": {"repetition_penalty": 2}}, "sampling.repetition_penalty: expected 1"),
-]
-
-
-async def test_what_does_not_go_with_choices_is_refused_by_name() -> None:
-    async with system(load_golden("tiny_b4"), split=False) as served:
-        for fields, named in WRONG:
-            with pytest.raises(grpc.aio.AioRpcError, match=named) as refused:
-                await served.generate(**{"prompt": PROMPT, "choices": CHOICES, **fields})
-            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +18,7 @@ from colaserve.v1.generation_pb2 import GenerateRequest
 from colaserve.v1.latent_service_pb2 import SampleLatentsRequest
 from colaserve_services.bounds import FINISH_REASONS
 from colaserve_services.gateway.backend import coordinator_stub
+from colaserve_services.gateway.dialects import DIALECTS
 from colaserve_services.gateway.dialects.logprobs import positions_of
 from tests.conftest import load_golden
 from tests.services.gateway.fake_generation import FakeGeneration
@@ -74,6 +78,7 @@ async def test_the_same_prompt_and_seed_say_the_same_in_every_dialect(served: Se
     usage = [used.prompt_tokens, used.completion_tokens]
     assert FINISH_REASONS[wanted[-1].finish_reason] == reason
 
+    assert BUDGET.keys() == {dialect.path for dialect in DIALECTS}
     names = [one["token"] for message in wanted for one in positions_of(message)]
     for path in BUDGET:
         logprobs = {COMPLETIONS: {"logprobs": 0}, CHAT: {"logprobs": True}}.get(path, {})
@@ -151,3 +156,42 @@ async def test_a_client_that_leaves_during_a_step_lets_at_most_one_more_run(
     await eventually(lambda: not any(served.it.stages.kv_bytes(stage) for stage in ("encoder", "prior", "decoder")))
     assert len(steps) <= 4
     assert not served.it.coordinator.services.admission.running
+
+
+async def test_a_guided_choice_is_the_same_over_grpc_and_http(served: Served):
+    texts = [" Rome", " Paris", " Addis Ababa"]
+    *_, last = await served.it.generate(prompt=PROMPT, choices=texts, seed={"base_seed": 4})
+    values = [{"text": each.text, "tokens": each.token_count, "logprob": each.logprob} for each in last.choices]
+    body = spoken(COMPLETIONS, 40, guided_choice=texts, temperature=0)
+    [choice] = (await served.post(COMPLETIONS, body)).json()["choices"]
+    best = max(values, key=lambda each: each["logprob"])["text"]
+    assert (choice["text"], choice["finish_reason"]) == (last.text, "stop") == (best, "stop")
+    for one, other in zip(values, choice["guided_choice"], strict=True):
+        assert other == one | {"logprob": pytest.approx(one["logprob"], abs=1e-4)}
+    chat = spoken(CHAT, 40, guided_choice=["Rome.", "Paris."])
+    [choice] = (await served.post(CHAT, chat)).json()["choices"]
+    assert choice["message"]["content"] == max(choice["guided_choice"], key=lambda each: each["logprob"])["text"]
+    streamed = (await served.post(CHAT, chat | {"stream": True})).text
+    *_, end = (json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {"))
+    assert end["choices"][0]["finish_reason"] == "stop"
+    assert [each["text"] for each in end["choices"][0]["guided_choice"]] == chat["guided_choice"]
+    for fields, said in (
+        ({"stop": "."}, "stop: "),
+        ({"temperature": 1}, "temperature: "),
+        ({"n": 2}, "n: "),
+        ({"guided_choice": ["a"]}, "guided_choice: got 1 items, expected 2 or more"),
+        ({"guided_choice": ["a", "b", "a"]}, "guided_choice[2]: "),
+    ):
+        refused = await served.http.post(COMPLETIONS, json=body | fields)
+        assert (refused.status_code, refused.json()["error"]["message"].startswith(said)) == (400, True), refused.text
+
+
+@pytest.mark.timeout(300)
+async def test_litellm_unmodified_completes_streams_and_is_refused(served: Served):
+    """In a process of its own: importing litellm changes settings of the whole process."""
+    [model] = (await served.http.get("/v1/models")).json()["data"]
+    script = Path(__file__).with_name("gateway") / "use_litellm.py"
+    words = [sys.executable, script, str(served.http.base_url).rstrip("/"), model["id"]]
+    done = await asyncio.create_subprocess_exec(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said, _ = await done.communicate()
+    assert done.returncode == 0, said.decode()

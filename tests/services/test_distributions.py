@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
 from colaserve.v1 import decoder_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
-from colaserve_services.coordinator import CoordinatorLimits
 from colaserve_services.rpc import arrays
 from tests.conftest import load_golden
 from tests.services.systems import System, system
@@ -64,22 +62,3 @@ async def test_every_id_has_the_log_softmax_of_the_raw_logits_at_every_position(
     np.testing.assert_allclose(found, expected[:, [9, 3, 9]], rtol=1e-3)
     targets = expected[range(len(expected)), list(some.token_ids)]
     np.testing.assert_allclose(some.logprobs, targets, atol=1e-5)
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"text": "a", "latents": {}}, "text: expected one of"),
-    ({"text": "a", "logprob_ids": [10**6]}, "logprob_ids: token id"),
-    ({"text": "a", "logprob_ids": [5] * 513}, "logprob_ids: got 513 ids"),
-    ({"text": "a", "logprob_ids": [5], "all_logprobs": True}, "all_logprobs: got logprob_ids too"),
-    ({"text": "a", "logprobs_dtype": types_pb2.DATA_TYPE_BFLOAT16}, "logprobs_dtype: got 2"),
-    ({"text": TEXT * 8, "all_logprobs": True}, "all_logprobs: 512 ids at"),
-]
-
-
-async def test_what_cannot_be_looked_up_is_refused_by_name() -> None:
-    limits = CoordinatorLimits(max_context=256, max_message_bytes=100_000)
-    async with system(load_golden("tiny_b4"), split=False, limits=limits) as served:
-        for fields, named in WRONG:
-            with pytest.raises(grpc.aio.AioRpcError, match=named) as refused:
-                await served.latents.Logprobs(pb.LogprobsRequest(**fields))
-            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
@@ -46,14 +45,6 @@ def assert_same(found: list[list[pb.ForkResponse]], expected: list[list[pb.ForkR
         np.testing.assert_allclose(*(array_from_tensor(joined(each).values) for each in (ours, theirs)), atol=1e-4)
 
 
-async def test_branches_are_what_generations_alone_are(served: System) -> None:
-    found = await forked(served.latents, branches=[{}] * 4)
-    for index, branch in enumerate(found):
-        seed = {"base_seed": 5, "sample_id": index}
-        alone = await served.generate(**{"prompt": TEXT, **SHARED, "seed": seed, "with_latents": True})
-        assert_same([branch], [alone])  # type: ignore[list-item]
-
-
 async def test_a_branch_is_replayed_from_its_noise_and_from_each_of_its_blocks(served: System) -> None:
     sampling = {"temperature": 1.5, "repetition_penalty": 3}
     [whole] = await forked(served.latents, branches=[{"sampling": sampling}])
@@ -89,20 +80,3 @@ async def test_embeddings_are_means_of_the_latents(served: System) -> None:
     ids = [{"ids": each.token_ids} for each in encoded]
     for one, other in zip(await embedded(texts=[], sequences=ids), await embedded(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-
-
-async def test_what_cannot_be_embedded_is_named(served: System) -> None:
-    faults: list[tuple[dict[str, Any], str]] = [
-        ({}, "texts: got 0 texts"),
-        ({"texts": ["a", ""]}, "texts[1]: got an empty text"),
-        ({"texts": ["a"], "sequences": [{"ids": [5]}]}, "sequences: got both texts and sequences"),
-        ({"sequences": [{"ids": [5]}, {}]}, "sequences[1]: got no ids"),
-        ({"sequences": [{"ids": [10**6]}]}, "sequences[0]: token id 1000000"),
-        ({"sequences": [{"ids": [5]}] * 257}, "sequences: got 257 sequences, expected 1 to 256"),
-        ({"sequences": [{"ids": [5] * 2000}]}, "sequences[0]: got 2000 ids"),
-        ({"texts": ["a"], "pooling": 9}, "pooling: got 9"),
-    ]
-    for fields, fault in faults:
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await served.latents.Embed(pb.EmbedRequest(**fields))
-        assert fault in (refused.value.details() or "")

@@ -38,13 +38,6 @@ async def test_a_prompt_of_any_kind_is_continued_by_exactly_what_was_asked(tiny:
             assert ids_of(as_ids) == ids_of(responses), name
 
 
-async def test_the_text_of_a_special_token_is_that_token(tiny: Golden) -> None:
-    async with system(tiny, split=False) as served:
-        assert list(served.tokenizer.encode("<|im_end|>")) == [tiny.meta["im_end_token_id"]]
-        responses = await write(served, "<|im_end|>")
-        assert responses[-1].usage.prompt_tokens == 1
-
-
 async def test_four_thousand_tokens_are_a_prompt_like_any_other(tiny: Golden) -> None:
     async with system(tiny, split=True, max_context=8192) as served:
         ids = served.tokenizer.encode(FOUR_THOUSAND)

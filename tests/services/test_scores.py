@@ -4,7 +4,6 @@ import asyncio
 import math
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
@@ -86,23 +85,3 @@ async def test_several_draws_are_their_mean_with_its_error() -> None:
         assert together.standard_error == pytest.approx(np.std(totals, ddof=1) / math.sqrt(3), rel=0.01)
         without = await score(served, prefix="", samples=0)
         assert without.positions == -(-len(without.token_ids) // 4) * 4
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"text": ""}, "text"),
-    ({"text": "ab " * 300}, "text"),
-    ({"samples": 65}, "samples: got 65"),
-    ({"probes": 0}, "probes: got 0"),
-    ({"steps": 0}, "steps: got 0"),
-    ({"solver": 7}, "solver: got 7"),
-    ({"samples": 2, "seed": {"sample_id": 9_999}}, "seed.sample_id: got 10000"),
-    ({"cache_salt": "a" * 257}, "cache_salt"),
-]
-
-
-async def test_what_cannot_be_scored_is_refused_by_name() -> None:
-    async with system(load_golden("tiny_b4"), split=False) as served:
-        for fields, named in WRONG:
-            with pytest.raises(grpc.aio.AioRpcError, match=named) as refused:
-                await score(served, **fields)
-            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,6 +1,5 @@
 """Previews and probes through real stages: on or off, alone or among others, what is written is the same."""
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from tests.conftest import load_golden
-from tests.services.systems import System, ids_of, recorded, system, text_of
+from tests.services.systems import System, recorded, system
 
 STEPS = 6
 LOOKS = {"preview_every": 2, "with_probes": True}
@@ -56,16 +55,6 @@ async def test_what_is_written_is_the_same_to_the_byte_with_previews_and_probes(
         assert all(each.keys() == FIRST | {"distance", "disagreement"} for each in probes[1:])
         assert all(0 <= each["end_probability"] <= 1 for each in probes)
         assert not any(each.HasField("probes") for each in plain)
-
-
-async def test_many_that_are_watched_write_what_each_writes_alone() -> None:
-    async with system(load_golden("tiny_b4"), split=False) as served:
-        alone = [await served.generate(**request(sample)) for sample in range(3)]
-        together = await asyncio.gather(
-            *(served.generate(**request(sample % 3), **(LOOKS if sample > 1 else {})) for sample in range(6))
-        )
-        for sample, responses in enumerate(together):
-            assert (text_of(responses), ids_of(responses)) == (text_of(alone[sample % 3]), ids_of(alone[sample % 3]))
 
 
 async def sampled(served: System, **fields: Any) -> list[Any]:

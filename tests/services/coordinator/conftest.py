@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from colaserve_services.coordinator.generation import generate
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.text import Tokenizer
-from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.services.coordinator.stage_fakes import Fake, FakeDecoder, FakeEncoder, FakePrior
 
 T = TypeVar("T")
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny_b4/tokenizer.json"
@@ -48,6 +48,25 @@ class World:
         return self.prior.running, self.decoder.running
 
 
+def fakes() -> dict[str, Fake]:
+    return {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
+
+
+def over(
+    stages: Mapping[str, Any],
+    text: Tokenizer | None = None,
+    defaults: Defaults | None = None,
+    targets: Mapping[str, str] | None = None,
+    space: str = "",
+    **limits: Any,
+) -> Coordinator:
+    """A coordinator over fakes, stubs or replicas, which is not connected yet."""
+    stubs = {name: LocalStub(stage) if isinstance(stage, Fake) else stage for name, stage in stages.items()}
+    bounds = CoordinatorLimits(**{"retry_seconds": 0.001} | limits)
+    text = text or Tokenizer.open(GOLDEN, 512)
+    return Coordinator(Stages(**stubs, targets=targets), text, defaults, bounds, model_name="fake", space=space)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.open(GOLDEN, 512)
@@ -63,18 +82,12 @@ async def make_world(tokenizer: Tokenizer) -> Callable[..., Any]:
         text: Tokenizer | None = None,
         **limits: Any,
     ) -> World:
-        fakes = FakeEncoder(), FakePrior(), decoder or FakeDecoder()
-        for fake in fakes:
-            fake.patch_size, fake.block_size = patch_size, block_size
-        coordinator = Coordinator(
-            Stages(*map(LocalStub, fakes)),
-            text or tokenizer,
-            defaults,
-            CoordinatorLimits(**{"retry_seconds": 0.001} | limits),
-            model_name="fake",
-        )
+        stages = fakes() | ({"decoder": decoder} if decoder else {})
+        for stage in stages.values():
+            stage.patch_size, stage.block_size = patch_size, block_size
+        coordinator = over(stages, text or tokenizer, defaults, **limits)
         await coordinator.connect()
-        return World(coordinator, *fakes)
+        return World(coordinator, **stages)
 
     return make
 

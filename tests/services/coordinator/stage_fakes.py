@@ -44,6 +44,8 @@ class Fake:
         self.faults: dict[int, tuple[int, Fault]] = {}  # call -> (answers before it, what then ends it)
         self.spoils: dict[int, Callable[[Any], Any]] = {}  # call -> what is done to each of its answers
         self.at_fault_after: int | None = None  # calls; GetInfo then says so
+        self.info_calls = 0
+        self.info_fault: Exception | None = None  # what GetInfo raises
         self.gate = asyncio.Event()
         self.gate.set()
         self.space, self.weights, self.dtype = SPACE, "", ""
@@ -67,6 +69,9 @@ class Fake:
         return response
 
     def info(self, kind: Any, **more: Any) -> Any:
+        self.info_calls += 1
+        if self.info_fault:
+            raise self.info_fault
         if self.at_fault_after is not None and len(self.calls) >= self.at_fault_after:
             raise Unavailable(AT_FAULT)
         shape = types_pb2.ModelShape(
@@ -82,7 +87,8 @@ class FakeEncoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):
     has_variance = True
 
     async def GetInfo(self, request: Any, context: Any) -> Any:
-        return self.info(encoder_pb2.EncoderServiceGetInfoResponse, has_variance=self.has_variance)
+        kind = encoder_pb2.EncoderServiceGetInfoResponse
+        return self.info(kind, has_variance=self.has_variance, scaling_factor=1)
 
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Any) -> encoder_pb2.EncodeResponse:
         fault, number = self.begin(request, context), len(self.calls) - 1

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from colaserve.v1 import generation_pb2
-from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits
 from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import DeadlineExceeded, Overloaded
-from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
-from tests.services.coordinator.conftest import counted
-from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.services.coordinator.conftest import counted, fakes, over
+from tests.services.coordinator.stage_fakes import FakePrior
 from tests.waiting import eventually
 
 
@@ -299,9 +298,8 @@ def test_a_coordinator_that_holds_all_slots_of_a_stage_leaves_some_to_a_later_on
 
 
 async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail_none(tokenizer):
-    fakes = {"encoder": FakeEncoder(), "prior": FakePrior(max_running=3), "decoder": FakeDecoder()}
-    stubs, limits = {name: LocalStub(fake) for name, fake in fakes.items()}, CoordinatorLimits(retry_seconds=0.001)
-    coordinators = [Coordinator(Stages(**stubs), tokenizer, limits=limits) for _ in range(2)]
+    stages = fakes() | {"prior": FakePrior(max_running=3)}
+    coordinators = [over(stages, tokenizer) for _ in range(2)]
     for coordinator in coordinators:
         await coordinator.connect()
 
@@ -309,11 +307,11 @@ async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail
         request = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=8, ignore_end=True)
         return [response async for response in generate(coordinator.services, request, Call())][-1]
 
-    fakes["prior"].gate.clear()
+    stages["prior"].gate.clear()
     asked = [asyncio.create_task(ask(coordinator)) for _ in range(8) for coordinator in coordinators]
     waiting = [coordinator.services.admission for coordinator in coordinators]
     await eventually(lambda: sum(gate.waiting for gate in waiting) == 13)
-    fakes["prior"].gate.set()
+    stages["prior"].gate.set()
     assert all(last.usage.completion_tokens == 8 for last in await asyncio.gather(*asked))
     for coordinator in coordinators:
         assert counted(coordinator.services.metrics, "engine_queue_depth") == {}

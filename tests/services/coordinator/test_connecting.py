@@ -7,40 +7,16 @@ from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
-from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults, Stages
+from colaserve_services.coordinator import Defaults
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.coordinator.stages import Local
-from colaserve_services.errors import CheckpointError, ModelMismatch, Unavailable, UsageError
+from colaserve_services.errors import CheckpointError, ModelMismatch, NotAuthenticated, Unavailable
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import SpecialIds, Tokenizer
-from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.services.coordinator.conftest import fakes, over
 from tests.waiting import eventually
 
 CONTEXT: Any = SimpleNamespace(invocation_metadata=tuple, time_remaining=lambda: None, peer=str)
-
-
-def fakes() -> dict[str, Any]:
-    return {"encoder": FakeEncoder(), "prior": FakePrior(), "decoder": FakeDecoder()}
-
-
-def over(stages: dict[str, Any], tokenizer: Tokenizer, **limits: Any) -> Coordinator:
-    stubs = {name: LocalStub(fake) for name, fake in stages.items()}
-    return Coordinator(
-        Stages(**stubs, targets={"prior": "prior.test:1"}), tokenizer, limits=CoordinatorLimits(**limits)
-    )
-
-
-class Starting:
-    """Makes a fake's GetInfo fail until it is ready."""
-
-    def __init__(self, fake: Any, code: StatusCode = StatusCode.UNAVAILABLE):
-        self.up, self._answer, self._code = False, fake.GetInfo, code
-        fake.GetInfo = self.answer
-
-    async def answer(self, request: Any, context: Any) -> Any:
-        if not self.up:
-            await context.abort(self._code, "not yet")
-        return await self._answer(request, context)
 
 
 class Silent:
@@ -48,18 +24,6 @@ class Silent:
 
     async def GetInfo(self, request: Any, **options: Any) -> Any:
         raise AioRpcError(StatusCode.DEADLINE_EXCEEDED, Metadata(), Metadata())
-
-
-class Looked:
-    """Counts the looks at a fake."""
-
-    def __init__(self, fake: Any):
-        self.looks, self._answer = 0, fake.GetInfo
-        fake.GetInfo = self.answer
-
-    async def answer(self, request: Any, context: Any) -> Any:
-        self.looks += 1
-        return await self._answer(request, context)
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior"])
@@ -72,42 +36,32 @@ async def test_stages_of_different_models_are_refused_naming_both(tokenizer, sta
         await over(stages, tokenizer).connect()
 
 
-async def test_stages_that_are_still_starting_are_waited_for(tokenizer):
+async def test_stages_that_are_still_starting_are_waited_for_as_the_log_says(tokenizer, caplog):
     stages = fakes()
-    starting = Starting(stages["prior"])
-    coordinator = over(stages, tokenizer)
-    connecting = asyncio.create_task(coordinator.connect())
-    await asyncio.sleep(0.1)
+    stages["prior"].info_fault = Unavailable("not yet")
+    coordinator = over(stages, tokenizer, targets={"prior": "prior.test:1"})
+    connecting = asyncio.create_task(coordinator.connect(silent_seconds=0))
+    await eventually(lambda: caplog.messages)
     assert not connecting.done()
     assert not coordinator.ready
-    starting.up = True
+    stages["prior"].info_fault = None
     await connecting
     assert coordinator.ready
-
-
-async def test_the_log_says_which_stage_is_waited_for(tokenizer, caplog):
-    stages = fakes()
-    starting = Starting(stages["prior"])
-    connecting = asyncio.create_task(over(stages, tokenizer).connect(silent_seconds=0))
-    await eventually(lambda: caplog.messages)
-    starting.up = True
-    await connecting
     assert set(caplog.messages) == {"waiting for the stages: prior at prior.test:1: UNAVAILABLE"}
 
 
 async def test_stages_of_another_model_than_the_coordinators_are_refused_naming_both(tokenizer):
     stages = fakes()
-    stubs = {name: LocalStub(fake) for name, fake in stages.items()}
     theirs = stages["decoder"].space
-    await Coordinator(Stages(**stubs), tokenizer, space=theirs).connect()
+    await over(stages, tokenizer, space=theirs).connect()
     with pytest.raises(ModelMismatch, match=rf"space is {theirs} there, ffff in the coordinator's checkpoint"):
-        await Coordinator(Stages(**stubs), tokenizer, space="ffff").connect()
+        await over(stages, tokenizer, space="ffff").connect()
 
 
 async def test_a_stage_that_waiting_will_not_change_is_reported_at_once(tokenizer):
     stages = fakes()
-    Starting(stages["prior"], StatusCode.UNAUTHENTICATED)
-    with pytest.raises(Unavailable, match=r"prior at prior\.test:1 answers UNAUTHENTICATED"):
+    stages["prior"].info_fault = NotAuthenticated("no key")
+    with pytest.raises(Unavailable, match="prior at in-process answers UNAUTHENTICATED"):
         await over(stages, tokenizer).connect()
 
 
@@ -146,42 +100,27 @@ async def test_served_calls_do_not_wait_for_ever_for_connecting(tokenizer):
         await servicer.Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT)
 
 
-async def test_the_least_context_and_message_size_hold(tokenizer):
-    stages = fakes()
-    stages["prior"].max_context = 102
-    coordinator = over(stages, tokenizer, max_context=1000, max_message_bytes=777)
-    await coordinator.connect()
-    assert (coordinator.services.model.max_context, coordinator.services.model.max_message_bytes) == (100, 777)
-
-
 async def test_readiness_follows_the_stages(tokenizer):
-    stages = fakes()
-    decoder = Starting(stages["decoder"])
-    decoder.up = True
+    stages, reported = fakes(), list[bool]()
     coordinator = over(stages, tokenizer, watch_seconds=0.01)
     await coordinator.connect()
-    reported: list[bool] = []
     watching = asyncio.create_task(coordinator.watch(reported.append))
-    decoder.up = False
-    await eventually(lambda: reported == [False])
-    assert not coordinator.ready
-    decoder.up = True
-    await eventually(lambda: reported == [False, True])
-    assert coordinator.ready
+    for fault, expected in ((Unavailable("away"), [False]), (None, [False, True])):
+        stages["decoder"].info_fault = fault
+        await eventually(lambda expected=expected: reported == expected)
+        assert coordinator.ready is (fault is None)
     watching.cancel()
 
 
 async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer):
     stages = fakes()
-    prior, stubs = Looked(stages["prior"]), {name: LocalStub(fake) for name, fake in stages.items()}
-    replicas = [Local(Silent(), "a:1"), Local(stubs["prior"], "b:1"), Local(Silent(), "c:1")]
-    coordinator = Coordinator(
-        Stages(**stubs | {"prior": replicas}), tokenizer, limits=CoordinatorLimits(watch_seconds=0)
-    )
+    prior = stages["prior"]
+    replicas = [Local(Silent(), "a:1"), Local(LocalStub(prior), "b:1"), Local(Silent(), "c:1")]
+    coordinator = over(stages | {"prior": replicas}, tokenizer, watch_seconds=0)
     await coordinator.connect()
     reported: list[bool] = []
     watching = asyncio.create_task(coordinator.watch(reported.append))
-    await eventually(lambda: prior.looks >= 30)
+    await eventually(lambda: prior.info_calls >= 30)
     watching.cancel()
     assert coordinator.ready
     assert not reported
@@ -189,17 +128,18 @@ async def test_silent_replicas_do_not_count_while_another_one_answers(tokenizer)
 
 async def test_what_the_stages_are_is_answered_from_the_last_look(tokenizer):
     stages = fakes()
-    prior, coordinator = Looked(stages["prior"]), over(stages, tokenizer)
+    coordinator = over(stages, tokenizer)
     await coordinator.connect()
-    looks = prior.looks
+    looks = stages["prior"].info_calls
     assert all(stage.serving for stage in (await coordinator.generation_info()).stages)
-    assert prior.looks == looks
+    assert stages["prior"].info_calls == looks
 
 
 async def test_limits_follow_the_stages(tokenizer):
     stages = fakes()
-    coordinator = over(stages, tokenizer, max_context=200, watch_seconds=0.01)
+    coordinator = over(stages, tokenizer, max_context=200, max_message_bytes=777, watch_seconds=0.01)
     await coordinator.connect()
+    assert coordinator.services.model.max_message_bytes == 777
     watching = asyncio.create_task(coordinator.watch(lambda ready: None))
     for theirs, least in ((50, 48), (150, 148), (300, 200)):
         stages["decoder"].max_context = theirs
@@ -229,16 +169,3 @@ async def test_a_request_switches_an_early_stop_of_the_defaults_off(make_world):
         await world.generate(prompt="a", sampler=types_pb2.Sampler(**sampler))
         sent = world.prior.calls[-1].sampler
         assert (sent.stable_steps, sent.HasField("stable_distance")) == (steps, steps > 0)
-
-
-@pytest.mark.parametrize(
-    ("bad", "name"),
-    [({"steps": 0}, "sampler.steps"), ({"solver": "rk4"}, "sampler.solver"), ({"top_p": 0.0}, "sampling.top_p"),
-     ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2**40}, "max_new_tokens"),
-     ({"temperature": float("nan")}, "sampling.temperature"),
-     ({"stable_steps": 2}, "sampler.stable_distance"),
-     ({"guidance_start": 0.2, "guidance_end": 0.5}, "sampler.guidance_end")],
-)  # fmt: skip
-def test_impossible_defaults_are_refused(bad: dict[str, Any], name: str):
-    with pytest.raises(UsageError, match=name):
-        Defaults.of(**bad)

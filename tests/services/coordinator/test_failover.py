@@ -54,26 +54,6 @@ async def test_streams_that_break_again_and_again_still_end_the_same(world):
     assert reported(await world.generate(**REQUEST)) == undisturbed
 
 
-async def test_the_resumed_prior_gets_what_was_written(world):
-    world.prior.faults[0] = (2, StatusCode.UNAVAILABLE)
-    responses = await world.generate(**REQUEST)
-    first, second = world.prior.calls
-    assert (second.first_block, second.max_blocks) == (2, first.max_blocks - 2)
-    length = first.canvas.latents.values.shape[0]
-    assert second.canvas.latents.values.shape[0] == length // 4 * 4 + 8
-    assert second.canvas.latents.values.data.endswith(responses[1].latents.values.data)
-    assert (second.sampler, second.seed) == (first.sampler, first.seed)
-
-
-async def test_the_resumed_decoder_gets_latents_and_untrimmed_ids(world):
-    world.decoder.faults[0] = (2, StatusCode.UNAVAILABLE)
-    await world.generate(**REQUEST)
-    first, second = world.decoder.calls
-    assert len(second.history_ids) == 8
-    assert second.prefix.values.shape[0] == first.prefix.values.shape[0] + 8
-    assert (second.max_latents, second.sampling) == (first.max_latents, first.sampling)
-
-
 @pytest.mark.parametrize("stage", ["encoder", "prior", "decoder"])
 async def test_attempts_are_bounded(make_world, stage: str):
     world = await make_world(attempts=4)
@@ -92,13 +72,6 @@ async def test_attempts_end_with_the_deadline(make_world):
     with pytest.raises(ColaserveError):
         await world.generate(**REQUEST, call=Call(deadline=started + 20))
     assert time.monotonic() - started < 15
-
-
-async def test_a_bug_in_a_stage_is_not_tried_for_long(world):
-    world.prior.faults = dict.fromkeys(range(100), (0, StatusCode.INTERNAL))
-    with pytest.raises(ColaserveError):
-        await world.generate(**REQUEST)
-    assert len(world.prior.calls) == 3
 
 
 @pytest.mark.parametrize("bugs", [2, 3])

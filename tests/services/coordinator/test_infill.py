@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_services.coordinator.infill import Segment, infill, open_spans
-from colaserve_services.errors import InvalidRequest
 
 SEED = types_pb2.NoiseSeed(base_seed=5)
 
@@ -111,23 +110,3 @@ async def test_a_holes_text_ends_before_an_end_or_pad_id_and_its_ids_are_reporte
     assert list(response.tokens) == world.tokenizer.token_texts([20, 1, 21, 22])
     assert response.finish_reasons == [types_pb2.FINISH_REASON_STOP]
     assert (await filled(world, 1)).finish_reasons == [types_pb2.FINISH_REASON_LENGTH]
-
-
-@pytest.mark.parametrize(
-    ("given_segments", "field"),
-    [
-        ([], "segments"),
-        (segments("a", "b"), "segments"),
-        ([*segments(1), pb.InfillSegment()], "segments[1]"),
-        (segments(1, ""), "segments[1].text"),
-        (segments("a", 0), "segments[1].token_count"),
-        (segments("a", 256), "segments[1]"),
-        (segments(2**32 - 1), "segments[0]"),
-        (segments(1, "ab " * 300), "segments[1]"),
-    ],
-)
-async def test_bad_segments_are_named(world, given_segments, field: str):
-    with pytest.raises(InvalidRequest) as caught:
-        await world.ask(infill, pb.InfillRequest(segments=given_segments))
-    assert caught.value.field == field
-    assert not world.encoder.calls

@@ -8,12 +8,12 @@ import pytest
 from grpc import StatusCode
 
 from colaserve.v1 import generation_pb2
-from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.text import Tokenizer
-from tests.services.coordinator.conftest import counted
+from tests.services.coordinator.conftest import counted, over
 from tests.services.coordinator.stage_fakes import SPACE, Fake, FakeDecoder, FakeEncoder, FakePrior
 from tests.services.coordinator.test_failover import REQUEST, reported
 from tests.waiting import eventually
@@ -39,15 +39,13 @@ class FakeReplica:
 
 
 class Fleet:
-    """Two replicas of each stage, and a coordinator over them."""
+    """Replicas of each stage, and a coordinator over them."""
 
-    def __init__(self, tokenizer: Tokenizer, count: int = 2, **limits: Any):
+    def __init__(self, tokenizer: Tokenizer, count: int):
         self.replicas = {
             stage: [FakeReplica(kind(), f"{stage}-{index}") for index in range(count)] for stage, kind in KINDS.items()
         }
-        self.coordinator = Coordinator(
-            Stages(**self.replicas), tokenizer, limits=CoordinatorLimits(retry_seconds=0.001, **limits), space=SPACE
-        )
+        self.coordinator = over(self.replicas, tokenizer, space=SPACE, watch_seconds=0.01)
 
     async def generate(self) -> list[generation_pb2.GenerateResponse]:
         request = generation_pb2.GenerateRequest(**REQUEST)
@@ -61,10 +59,14 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet(tokenizer: Tokenizer) -> Fleet:
-    fleet = Fleet(tokenizer, watch_seconds=0.01)
+async def fleet(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Fleet:
+    """Connected; `param`: how many replicas each stage has."""
+    fleet = Fleet(tokenizer, getattr(request, "param", 2))
     await fleet.coordinator.connect()
     return fleet
+
+
+of_three = pytest.mark.parametrize("fleet", [3], indirect=True)
 
 
 async def test_calls_go_round_over_the_replicas_that_serve(fleet: Fleet):
@@ -103,16 +105,6 @@ async def test_a_replica_of_another_checkpoint_is_left_out_and_the_fleet_stays_r
     watching.cancel()
 
 
-async def test_a_replica_of_another_checkpoint_is_left_out_from_the_beginning(tokenizer: Tokenizer):
-    fleet = Fleet(tokenizer)
-    for replicas in fleet.replicas.values():
-        replicas[0].fake.space = "f" * 16
-    await fleet.coordinator.connect()
-    assert fleet.coordinator.ready
-    await fleet.generate()
-    assert [fleet.calls(stage)[0] for stage in KINDS] == [0] * 3
-
-
 async def test_a_stage_without_a_replica_of_the_model_makes_the_coordinator_unready(fleet: Fleet):
     watching = asyncio.create_task(fleet.coordinator.watch(lambda ready: None))
     for replica in fleet.replicas["decoder"]:
@@ -126,7 +118,7 @@ async def test_a_stage_without_a_replica_of_the_model_makes_the_coordinator_unre
 @pytest.mark.parametrize("told_apart", [{"weights": "b" * 16}, {"dtype": "bfloat16"}])
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 async def test_a_run_stays_with_the_weights_and_dtype_that_began_it(tokenizer, stage: str, told_apart: dict[str, str]):
-    fleet = Fleet(tokenizer, count=4, watch_seconds=0.01)
+    fleet = Fleet(tokenizer, count=4)
     for index, replica in enumerate(fleet.replicas[stage]):
         brand = {"weights": "a" * 16, "dtype": "float32"} | (told_apart if index % 2 else {})
         for name, value in brand.items():
@@ -179,35 +171,26 @@ async def test_what_a_replica_said_counts_until_its_connection_changes(fleet: Fl
     assert fleet.calls("prior") == [0, before[1] + 2]
 
 
+@of_three
+@pytest.mark.parametrize("ends", [True, False], ids=["processes end", "engines are at fault"])
 @pytest.mark.parametrize("stage", KINDS)
-async def test_a_run_that_took_two_replicas_with_it_is_not_carried_to_a_third(tokenizer, stage: str):
-    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
-    await fleet.coordinator.connect()
+async def test_a_run_that_took_two_replicas_with_it_is_not_carried_to_a_third(fleet: Fleet, stage: str, ends: bool):
     for replica in fleet.replicas[stage]:
-        ends_with_the_run(replica)
+        if ends:
+            ends_with_the_run(replica)
+        else:
+            replica.fake.faults = {0: (0, Unavailable("the engine is at fault: Broken"))}
+            replica.fake.at_fault_after = 1
     with pytest.raises(StepFailed, match=f"two replicas of the {stage} failed or ended"):
         await fleet.generate()
     assert sorted(fleet.calls(stage)) == [0, 1, 1]
-    assert [replica.serving for replica in fleet.replicas[stage]].count(True) == 1
+    assert [replica.serving for replica in fleet.replicas[stage]].count(False) == (2 if ends else 0)
     assert fleet.coordinator.services.admission.running == 0
 
 
+@of_three
 @pytest.mark.parametrize("stage", KINDS)
-async def test_a_run_that_two_engines_were_at_fault_with_is_not_carried_to_a_third(tokenizer, stage: str):
-    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
-    await fleet.coordinator.connect()
-    for replica in fleet.replicas[stage]:
-        replica.fake.faults = {0: (0, Unavailable("the engine is at fault: Broken"))}
-        replica.fake.at_fault_after = 1
-    with pytest.raises(StepFailed, match=f"two replicas of the {stage} failed or ended"):
-        await fleet.generate()
-    assert sorted(fleet.calls(stage)) == [0, 1, 1]
-
-
-@pytest.mark.parametrize("stage", KINDS)
-async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_guilty(tokenizer, stage: str):
-    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
-    await fleet.coordinator.connect()
+async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_guilty(fleet: Fleet, stage: str):
     undisturbed, answers = reported(await fleet.generate()), ["the engine is at fault: Broken", AT_FAULT]
 
     async def fail(fault: Any, context: Any) -> None:
@@ -220,10 +203,9 @@ async def test_an_engine_that_was_at_fault_before_a_run_came_does_not_make_it_gu
     assert sum(fleet.calls(stage)) == 4
 
 
+@of_three
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-async def test_a_run_whose_two_replicas_ended_at_different_blocks_continues(tokenizer, stage: str):
-    fleet = Fleet(tokenizer, count=3, watch_seconds=0.01)
-    await fleet.coordinator.connect()
+async def test_a_run_whose_two_replicas_ended_at_different_blocks_continues(fleet: Fleet, stage: str):
     undisturbed = reported(await fleet.generate())
     for replica in fleet.replicas[stage]:
         replica.begin_anew(type(replica.fake)())
@@ -246,10 +228,7 @@ def ends_with_the_run(replica: FakeReplica, after: int = 0) -> None:
     fake.faults = {0: (after, StatusCode.UNAVAILABLE)}
 
     async def end(fault: Any, context: Any) -> None:
-        async def nobody(request: Any, context: Any) -> None:
-            await context.abort(StatusCode.UNAVAILABLE, "failed to connect to all addresses")
-
-        fake.GetInfo, replica.serving = nobody, False
+        fake.info_fault, replica.serving = Unavailable("failed to connect to all addresses"), False
         await fail(fault, context)
 
     fake.fail = end

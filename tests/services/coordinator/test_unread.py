@@ -6,18 +6,15 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc import StatusCode
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
-from colaserve_services.rpc.call_limit import CallLimit
-from colaserve_services.rpc.edge import Edge
+from colaserve_services.errors import Unavailable
 from colaserve_services.rpc.local import LocalStub
-from colaserve_services.rpc.metrics import Metrics
 from tests.services.coordinator.conftest import counted
+from tests.services.servers import UNREAD, refusal, served
 from tests.waiting import eventually
 
-SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
 LONG = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=200, ignore_end=True)
 SHORT = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=4, ignore_end=True)
 BRANCH = latent_service_pb2.ForkRequest(text="he looked", branches=[{}], max_new_tokens=200, ignore_end=True)
@@ -48,10 +45,8 @@ async def test_a_stream_that_nobody_reads_ends_while_others_wait(make_world, met
     await eventually(lambda: world.coordinator.services.admission.running == 1)
     answer = await asyncio.wait_for(world.generate(prompt="he", max_new_tokens=4), 10)
     assert answer[-1].finish_reason
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await drained(call)
-    assert caught.value.code() == StatusCode.UNAVAILABLE
-    assert caught.value.details() == "not read for 0.1 s while others waited"
+    refused = await refusal(drained(call))
+    assert (type(refused), str(refused)) == (Unavailable, "not read for 0.1 s while others waited")
     assert world.counted("refused_total") == {("coordinator", "idle"): 1}
     await eventually(lambda: world.prior.running == world.decoder.running == 0)
 
@@ -96,26 +91,18 @@ async def test_a_stream_that_is_read_now_and_then_continues_while_others_wait(ma
 
 async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world):
     world = await make_world(max_running=1, idle_seconds=0.1, max_context=65_536)
-    metrics = Metrics()
     for fake in (world.encoder, world.prior, world.decoder):
         fake.max_context = 65_536
     await world.coordinator.look()
-    server = grpc.aio.server(interceptors=[Edge(metrics, CallLimit())])
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(world.coordinator), server)
-    latent_service_pb2_grpc.add_LatentServiceServicer_to_server(LatentServicer(world.coordinator), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", SMALL_WINDOW) as channel:
-            request = latent_service_pb2.SampleLatentsRequest(max_blocks=16_000)
-            call = latent_service_pb2_grpc.LatentServiceStub(channel).SampleLatents(request)
-            await eventually(lambda: world.coordinator.services.admission.running == 1)
-            stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            assert [response async for response in stub.Generate(SHORT, timeout=20)]
-            await eventually(lambda: counted(metrics, "requests_in_progress") == {})
-            with pytest.raises(grpc.aio.AioRpcError, match="not read for") as caught:
-                await drained(call)
-            assert caught.value.code() == StatusCode.UNAVAILABLE
-            assert counted(metrics, "request_seconds_count")["LatentService", "SampleLatents", "UNAVAILABLE"] == 1
-    finally:
-        await server.stop(None)
+    servicers = GenerationServicer(world.coordinator), LatentServicer(world.coordinator)
+    async with served(*servicers, options=UNREAD) as it:
+        request = latent_service_pb2.SampleLatentsRequest(max_blocks=16_000)
+        call = latent_service_pb2_grpc.LatentServiceStub(it.channel).SampleLatents(request)
+        await eventually(lambda: world.coordinator.services.admission.running == 1)
+        stub = generation_pb2_grpc.GenerationServiceStub(it.channel)
+        assert [response async for response in stub.Generate(SHORT, timeout=20)]
+        await eventually(lambda: counted(it.metrics, "requests_in_progress") == {})
+        refused = await refusal(drained(call))
+        assert isinstance(refused, Unavailable)
+        assert "not read for" in str(refused)
+        assert counted(it.metrics, "request_seconds_count")["LatentService", "SampleLatents", "UNAVAILABLE"] == 1

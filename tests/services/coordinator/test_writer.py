@@ -60,7 +60,7 @@ stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size
 @example([1, 2], ["a", "ab"], 1, 0)
 def test_text_tokens_and_reason_are_those_of_the_whole_run(ids, stops, block, redecoded):
     budget = len(ids)
-    padded = [*range(redecoded), *ids, *[1] * block]
+    padded = [*[END] * redecoded, *ids, *[1] * block]  # an end among the redecoded ids ends nothing
     writer, text, tokens = Writer(Spelling(), stops, frozenset({END}), budget, redecoded), "", []
     start = 0
     while not writer.finish_reason:

@@ -12,7 +12,9 @@ from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import Running, running
+from tests.services.rpc.conftest import authority
 
+__all__ = ["authority"]
 Start = Callable[..., Awaitable[Running]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ def asking(path: str, text: str, /, **fields: Any) -> dict[str, Any]:
         MESSAGES: {"messages": said, "max_tokens": 9},
     }
     return {"model": "fake/cola", **own[path], **fields}
+
+
+def events(response: httpx.Response, end: str = "[DONE]") -> list[Any]:
+    """The JSON of a stream's events, which must end so."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert not end or lines.pop() == end
+    return [json.loads(line) for line in lines]
 
 
 def outcome(path: str, answer: dict[str, Any]) -> tuple[str, str, list[int]]:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
-import httpx
 import pytest
 
 from colaserve_services.errors import Unavailable
 from tests.services.gateway.fake_generation import SAYS
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, events
 
 WHOLE = len(SAYS.encode())
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The JSON of a stream's events; the stream must end in [DONE]."""
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 async def test_a_chat_answer_holds_the_text_the_reason_and_the_usage(gateway: Running):
@@ -255,3 +246,36 @@ def _choices(answers: list[dict]) -> list[list[dict]]:
     """The parts of each choice, in order."""
     every = [choice for answer in answers for choice in answer["choices"]]
     return [[choice for choice in every if choice["index"] == index] for index in range(2)]
+
+
+async def watched(gateway: Running, **fields: Any) -> list[dict[str, Any]]:
+    """The choices in a stream."""
+    response = await gateway.complete(stream=True, max_tokens=100, **fields)
+    return [choice for event in events(response) for choice in event["choices"]]
+
+
+async def test_previews_are_chunks_of_their_own_without_text(gateway: Running):
+    plain = await watched(gateway)
+    found = await watched(gateway, preview_every=2)
+    looks = [choice for choice in found if "preview" in choice]
+    assert [choice for choice in found if "preview" not in choice] == plain
+    assert found[0] == looks[0] == {
+        "index": 0, "text": "", "logprobs": None, "finish_reason": None,
+        "preview": {"block_index": 0, "step": 2, "text": "?"},
+    }  # fmt: skip
+    assert [look["preview"]["block_index"] for look in looks] == list(range(len(looks)))
+    assert "".join(choice["text"] for choice in found) == SAYS
+
+
+async def test_probes_and_latents_come_with_their_block(gateway: Running):
+    for choice in await watched(gateway, preview_every=1, with_probes=True, with_latents=True):
+        where = choice.get("preview", choice)
+        assert where["latents"] == {"shape": [2, 1], "dtype": "float32", "data": "AACAPwAAAEA=", "space": ""}  # 1 and 2
+        if where is choice:
+            assert choice["probes"] == {"norm": 1.25, "entropy": 0.1, "end_probability": 0}
+
+
+async def test_a_preview_is_no_first_block(gateway: Running):
+    """The text of an echoed prompt still comes first."""
+    first, *_ = await watched(gateway, preview_every=1, echo=True)
+    assert first["text"] == "Where?"

@@ -153,5 +153,5 @@ async def test_paths_without_a_body_read_none(gateway: Running, request_line: st
 
 async def test_the_key_is_looked_at_before_the_body(start):
     gateway = await start(GatewaySettings(keys=Keys(["right"])))
-    for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models", "/nowhere"):
+    for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models", "/v1/latents/encode", "/v2", "/nowhere"):
         assert " 401 " in await first_line(gateway, f"POST {path} HTTP/1.1")

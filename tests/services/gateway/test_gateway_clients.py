@@ -56,25 +56,17 @@ async def test_openai_does_not_try_a_failed_step_again(keyed: Running, client: o
     assert len(keyed.fake.seen) == 1
 
 
-async def test_openai_streams_a_chat_with_its_usage(client: openai.AsyncOpenAI):
-    stream = await client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=200, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
-    chunks = [chunk async for chunk in stream]
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens == len(SAYS.encode())
-
-
-async def test_openais_stream_helper_ends_with_the_whole_answer(client: openai.AsyncOpenAI):
+async def test_openais_stream_helper_ends_with_the_whole_answer_and_its_usage(client: openai.AsyncOpenAI):
     messages = [{"role": "user", "content": "Hi"}]
-    async with client.chat.completions.stream(model=MODEL, messages=messages, max_tokens=200) as stream:
+    options = {"max_tokens": 200, "stream_options": {"include_usage": True}}
+    async with client.chat.completions.stream(model=MODEL, messages=messages, **options) as stream:
         async for _ in stream:
             pass
         answer = await stream.get_final_completion()
     assert answer.choices[0].message.content == ANSWER
     assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(SAYS.encode())
 
 
 async def test_openai_embeds_texts_and_tokens(client: openai.AsyncOpenAI):

@@ -9,20 +9,16 @@ import httpx
 import pytest
 
 from colaserve_services.errors import InvalidRequest, Overloaded, Unavailable
-from colaserve_services.gateway.dialects import DIALECTS
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from tests.services.gateway.fake_generation import SAYS
 from tests.services.gateway.running_gateway import (
     BUDGET,
-    CHAT,
-    COMPLETIONS,
     COUNT,
     MESSAGES,
     RESPONSES,
     Running,
     asking,
-    outcome,
 )
 
 WHOLE = len(SAYS.encode())
@@ -36,28 +32,10 @@ def body(path: str, text: str, tokens: int, **fields: Any) -> dict[str, Any]:
     return asking(path, text, **{BUDGET[path]: tokens}, **fields)
 
 
-def events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
+def named_events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     """Names and data of a stream."""
     lines = [event.split("\ndata: ") for event in response.text.split("\n\n") if event]
     return [(name.removeprefix("event: "), json.loads(data)) for name, data in lines]
-
-
-def test_every_dialect_is_among_those_tried():
-    assert {dialect.path for dialect in DIALECTS} == {CHAT, COMPLETIONS, RESPONSES, MESSAGES}
-
-
-@pytest.mark.parametrize("tokens", [200, 9])
-async def test_the_same_prompt_and_seed_mean_the_same_in_every_dialect(gateway: Running, tokens: int):
-    found = {}
-    for path in (CHAT, COMPLETIONS, RESPONSES, MESSAGES):
-        response = await gateway.http.post(path, json=body(path, "Where?", tokens, seed=7, temperature=0.5, steps=3))
-        assert response.status_code == 200, response.text
-        found[path] = outcome(path, response.json())
-    asked = [seen.request for seen in gateway.fake.seen]
-    assert asked == [asked[0]] * len(DIALECTS)
-    text, reason, usage = found.pop(COMPLETIONS)
-    assert (reason, usage[1]) == (("stop", WHOLE + 4) if tokens == 200 else ("length", 9))  # the fake adds "#7.0"
-    assert list(found.values()) == [(text.removeprefix(" "), reason, usage)] * 3
 
 
 BEFORE = ["created", "in_progress", "output_item.added", "content_part.added"]
@@ -70,7 +48,7 @@ async def test_a_response_comes_as_numbered_events_that_end_in_the_whole_one(gat
     whole = (await gateway.http.post(RESPONSES, json=body(RESPONSES, "Where?", tokens, **fields))).json()
     streamed = await gateway.http.post(RESPONSES, json=body(RESPONSES, "Where?", tokens, stream=True, **fields))
     assert "[DONE]" not in streamed.text
-    names, found = zip(*events(streamed), strict=True)
+    names, found = zip(*named_events(streamed), strict=True)
     assert [event["type"] for event in found] == list(names)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     deltas = [event["delta"] for event in found if event["type"].endswith(".delta")]
@@ -94,14 +72,14 @@ async def test_a_responses_output_can_be_sent_back_as_input(gateway: Running):
 
 async def test_a_response_that_fails_in_the_middle_says_so_in_its_last_event(gateway: Running):
     gateway.fake.failure, gateway.fake.fail_after = Overloaded("full"), 2
-    name, last = events(await gateway.http.post(RESPONSES, json={"input": "x", "stream": True}))[-1]
+    name, last = named_events(await gateway.http.post(RESPONSES, json={"input": "x", "stream": True}))[-1]
     assert name == "response.failed"
     assert (last["response"]["status"], last["response"]["output"]) == ("failed", [])
     assert last["response"]["error"] == {"code": "rate_limit_exceeded", "message": "full"}
 
 
 async def test_a_message_comes_as_blocks_between_its_start_and_stop(gateway: Running):
-    streamed = events(await gateway.http.post(MESSAGES, json=body(MESSAGES, "Where?", 200, stream=True)))
+    streamed = named_events(await gateway.http.post(MESSAGES, json=body(MESSAGES, "Where?", 200, stream=True)))
     names, found = zip(*streamed, strict=True)
     deltas = [event["delta"]["text"] for event in found if event["type"] == "content_block_delta"]
     kinds = ["message_start", "content_block_start", *["content_block_delta"] * len(deltas), "content_block_stop"]
@@ -116,7 +94,7 @@ async def test_a_message_comes_as_blocks_between_its_start_and_stop(gateway: Run
 async def test_a_message_names_the_stop_sequence_that_ended_it(gateway: Running, stream: bool):
     fields = {"stop_sequences": ["never", " of"], "stream": stream}
     response = await gateway.http.post(MESSAGES, json=body(MESSAGES, "x", 200, **fields))
-    end = events(response)[-2][1]["delta"] if stream else response.json()
+    end = named_events(response)[-2][1]["delta"] if stream else response.json()
     assert (end["stop_reason"], end["stop_sequence"]) == ("stop_sequence", " of")
 
 
@@ -130,7 +108,7 @@ async def test_a_messages_system_its_blocks_and_its_begun_answer_make_the_prompt
     assert answer["content"][0]["text"] == SAYS, "after a begun answer the first space belongs to the text"
     del asked["metadata"]
     assert (await gateway.http.post(COUNT, json=asked)).json() == {"input_tokens": len(prompt)}
-    streamed = events(await gateway.http.post(MESSAGES, json={**asked, "max_tokens": 200, "stream": True}))
+    streamed = named_events(await gateway.http.post(MESSAGES, json={**asked, "max_tokens": 200, "stream": True}))
     assert streamed[2][1]["delta"]["text"].startswith(" ")
 
 
@@ -160,7 +138,7 @@ async def test_errors_on_anthropics_paths_have_its_shape(gateway: Running):
 
 async def test_a_message_that_fails_in_the_middle_ends_in_an_error_event(gateway: Running):
     gateway.fake.failure, gateway.fake.fail_after = Unavailable("down"), 2
-    name, last = events(await gateway.http.post(MESSAGES, json=body(MESSAGES, "x", 200, stream=True)))[-1]
+    name, last = named_events(await gateway.http.post(MESSAGES, json=body(MESSAGES, "x", 200, stream=True)))[-1]
     assert (name, last["error"]) == ("error", {"type": "api_error", "message": "down"})
 
 

@@ -27,7 +27,7 @@ from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.local import LocalStub
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
-from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, running
+from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, events, running
 from tests.waiting import eventually
 
 BODY = {"model": "fake/cola", "prompt": "x", "stream": True, "max_tokens": 200}
@@ -89,9 +89,9 @@ async def test_a_coordinators_refusal_names_the_field_as_the_client_does(
 async def test_a_failure_in_the_middle_ends_the_stream_with_an_error_and_without_done(gateway: Running):
     gateway.fake.failure, gateway.fake.fail_after = Unavailable("prior is down"), 2
     response = await gateway.complete(stream=True)
-    *texts, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert "".join(json.loads(text)["choices"][0]["text"] for text in texts) == SAYS[:8]
-    assert json.loads(last)["error"]["code"] == "unavailable"
+    *texts, last = events(response, end="")
+    assert "".join(text["choices"][0]["text"] for text in texts) == SAYS[:8]
+    assert last["error"]["code"] == "unavailable"
     assert gateway.counted("request_seconds_count", method=COMPLETIONS, code="503") == 1
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 import schemathesis
+from anyio.from_thread import start_blocking_portal
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -27,28 +27,20 @@ from tests.services.inference.serving import connected
 EXAMPLES = int(os.environ.get("COLASERVE_FUZZ_EXAMPLES", "20"))  # for each endpoint and mode
 
 
+@asynccontextmanager
+async def gateway() -> AsyncIterator[str]:
+    fake, (coordinator, _) = FakeGeneration(), await connected()
+    others = LatentServicer(coordinator), InferenceServicer(coordinator, lambda: True)
+    stub = coordinator_stub(LocalStub(fake), *map(LocalStub, others))
+    async with running(fake, GatewaySettings(bounds=Bounds(choices=8)), stub=stub) as it:
+        yield it.url
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A gateway in a thread of its own."""
-    known: list[str] = []
-    ready, stop, loops = threading.Event(), asyncio.Event(), []
-
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        fake, (coordinator, _) = FakeGeneration(), await connected()
-        others = LatentServicer(coordinator), InferenceServicer(coordinator, lambda: True)
-        stub = coordinator_stub(LocalStub(fake), *map(LocalStub, others))
-        async with running(fake, GatewaySettings(bounds=Bounds(choices=8)), stub=stub) as gateway:
-            known.append(gateway.url)
-            ready.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    assert ready.wait(10)
-    yield known[0]
-    loops[0].call_soon_threadsafe(stop.set)
-    thread.join()
+    """A gateway in an event loop of its own."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(gateway()) as found:
+        yield found
 
 
 def operations() -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ import json
 import logging
 import socket
 import ssl
-import subprocess
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.settings import ServerTls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import Running
+from tests.services.rpc.conftest import make_authority, shown_certificate
 from tests.waiting import PATIENCE, eventually
 
 
@@ -100,79 +100,41 @@ def test_impossible_bounds_are_refused_at_start():
             Bounds(**{name: 0})
 
 
-def certificate(folder: Path, name: str) -> ServerTls:
-    """A self-signed certificate with this common name, in fixed files."""
-    tls = ServerTls(folder / "cert.pem", folder / "key.pem")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-keyout", str(tls.key), "-out", str(tls.cert), "-subj", f"/CN={name}",
-         "-addext", "subjectAltName=DNS:localhost"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return tls
-
-
-async def subject(port: int, ca: Path, host: str = "localhost") -> str:
-    context = ssl.create_default_context(cafile=str(ca))
-    context.check_hostname = host == "localhost"
-    _, writer = await asyncio.open_connection(host, port, ssl=context, family=socket.AF_INET)
-    shown = writer.get_extra_info("ssl_object").getpeercert()["subject"]
-    writer.close()
-    return str(shown[0][0][1])
-
-
-@pytest.fixture
-def renewals(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log of the renewals of certificates."""
+async def test_a_certificate_is_read_again_when_its_files_change_and_are_a_pair(start, authority, caplog):
     caplog.set_level(logging.INFO)
-    return caplog
-
-
-async def test_a_certificate_is_read_again_when_its_files_change_and_are_a_pair(start, tmp_path: Path, renewals):
-    gateway = await start(tls=certificate(tmp_path, "first"))
-    old = tmp_path / "old.pem"
-    old.write_bytes((tmp_path / "cert.pem").read_bytes())
-    (tmp_path / "other").mkdir()
-    new = certificate(tmp_path / "other", "second")
-    (tmp_path / "cert.pem").write_bytes(new.cert.read_bytes())
-    await eventually(lambda: "stays in use" in renewals.text)
-    assert await subject(gateway.server.port, old) == "first"
-    (tmp_path / "key.pem").write_bytes(new.key.read_bytes())
-    await eventually(lambda: "read again" in renewals.text)
+    cert, key = authority.issue("server", "first")
+    gateway = await start(tls=ServerTls(cert, key))
+    new, new_key = authority.issue("other", "second")
+    cert.write_bytes(new.read_bytes())
+    await eventually(lambda: "stays in use" in caplog.text)
+    assert await shown_certificate(gateway.server.port, authority.ca) == "first"
+    key.write_bytes(new_key.read_bytes())
+    await eventually(lambda: "read again" in caplog.text)
     for host in ("localhost", "127.0.0.1"):  # the latter names no server
-        assert await subject(gateway.server.port, tmp_path / "cert.pem", host) == "second"
+        assert await shown_certificate(gateway.server.port, authority.ca, host) == "second"
 
 
-async def test_clients_of_an_authority_that_was_replaced_are_refused(start, tmp_path: Path, renewals):
-    tls = certificate(tmp_path, "mutual")
-    ca = tmp_path / "ca.pem"
-    ca.write_bytes(tls.cert.read_bytes())
-    gateway = await start(tls=ServerTls(tls.cert, tls.key, client_ca=ca))
-    context = ssl.create_default_context(cafile=str(tls.cert))
-    context.load_cert_chain(tls.cert, tls.key)
-    url = f"https://localhost:{gateway.server.port}/health"
-    async with httpx.AsyncClient(verify=context) as http:
-        assert (await http.get(url)).status_code == 200
-    (tmp_path / "other").mkdir()
-    ca.write_bytes(certificate(tmp_path / "other", "mutual").cert.read_bytes())
-    await eventually(lambda: "read again" in renewals.text)
-    async with httpx.AsyncClient(verify=context) as http:
-        with pytest.raises(httpx.HTTPError):
-            await http.get(url)
+async def test_only_clients_of_the_authority_are_served_and_none_once_it_is_replaced(start, authority, caplog):
+    caplog.set_level(logging.INFO)
+    cert, key = authority.issue("server")
+    trusted = authority.folder / "trusted.pem"
+    trusted.write_bytes(authority.ca.read_bytes())
+    gateway = await start(tls=ServerTls(cert, key, client_ca=trusted))
+    context = ssl.create_default_context(cafile=str(authority.ca))
 
+    async def ask() -> str:
+        async with httpx.AsyncClient(verify=context, base_url=f"https://localhost:{gateway.server.port}") as http:
+            answer = await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 200})
+            return str(answer.json()["choices"][0]["text"])
 
-async def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(start, tmp_path: Path):
-    tls = certificate(tmp_path, "mutual")
-    gateway = await start(tls=ServerTls(tls.cert, tls.key, tls.cert))
-    context = ssl.create_default_context(cafile=str(tls.cert))
-    url = f"https://localhost:{gateway.server.port}"
-    async with httpx.AsyncClient(verify=context) as http:
-        with pytest.raises(httpx.HTTPError):
-            await http.get(url + "/health")
-    context.load_cert_chain(tls.cert, tls.key)
-    async with httpx.AsyncClient(verify=context) as http:
-        answer = await http.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 200})
-        assert answer.json()["choices"][0]["text"] == SAYS
+    with pytest.raises(httpx.HTTPError):
+        await ask()
+    context.load_cert_chain(*authority.issue("client"))
+    assert await ask() == SAYS
+    trusted.write_bytes(make_authority(authority.folder / "other").ca.read_bytes())
+    await eventually(lambda: "read again" in caplog.text)
+    with pytest.raises(httpx.HTTPError):
+        await ask()
 
 
 async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):

@@ -2,21 +2,19 @@
 
 from typing import Any
 
-from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Stages
+from colaserve_services.coordinator import Coordinator
 from colaserve_services.inference.service import InferenceServicer
 from colaserve_services.rpc.local import LocalStub
-from colaserve_services.text import Tokenizer
-from tests.services.coordinator.conftest import GOLDEN
-from tests.services.coordinator.stage_fakes import FakeDecoder, FakeEncoder, FakePrior
+from tests.services.coordinator.conftest import fakes, over
+from tests.services.coordinator.stage_fakes import FakePrior
 
 
 async def connected(**limits: Any) -> tuple[Coordinator, FakePrior]:
     """A coordinator, and the prior behind it."""
-    prior = FakePrior()
-    stages = Stages(*map(LocalStub, (FakeEncoder(), prior, FakeDecoder())))
-    coordinator = Coordinator(stages, Tokenizer.open(GOLDEN, 512), limits=CoordinatorLimits(**limits))
+    stages = fakes()
+    coordinator = over(stages, **limits)
     await coordinator.connect()
-    return coordinator, prior
+    return coordinator, stages["prior"]
 
 
 async def served(**limits: Any) -> tuple[Any, FakePrior]:

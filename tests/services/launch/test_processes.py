@@ -231,11 +231,12 @@ def test_a_second_signal_ends_all_at_once_and_leaves_no_file(tmp_path, mode):
             list(stream)
 
 
-def test_a_full_disk_behind_its_output_and_an_ignored_hangup_stop_no_server(tmp_path):
+def test_a_full_disk_behind_its_output_an_ignored_hangup_and_no_collector_of_traces_stop_no_server(tmp_path):
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with started(tmp_path, "up", *FREE_PORTS, log=Path("/dev/full"), preexec_fn=ignore) as full:
+    full_disk = {"log": Path("/dev/full"), "preexec_fn": ignore}
+    with started(tmp_path, "up", *FREE_PORTS, "--otlp-endpoint=http://127.0.0.1:9", **full_disk) as full:
         tokens = generate(full.target)
         full.process.send_signal(signal.SIGHUP)
         assert generate(full.target) == tokens

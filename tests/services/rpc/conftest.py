@@ -1,19 +1,16 @@
 import asyncio
+import socket
+import ssl
 import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import pytest
 
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest
-from colaserve_services.launch.process import keep_grpc
-from colaserve_services.rpc.errors import error_from_rpc
-from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.server import RpcServer
-from colaserve_services.rpc.settings import ServerSettings
+from tests.services.servers import Served, served
 
 
 class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
@@ -41,36 +38,16 @@ ONE = encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}])
 
 
 @dataclass
-class Running:
-    server: RpcServer
+class Running(Served):
     servicer: Encoder
-    metrics: Metrics
-    port: int
-    channel: grpc.aio.Channel
     stub: encoder_pb2_grpc.EncoderServiceStub
 
 
 @asynccontextmanager
 async def running(settings=None, keys=None, ready=True):
-    keep_grpc()
-    metrics, servicer = Metrics(), Encoder()
-    server = RpcServer(settings or ServerSettings(), metrics, keys)
-    server.add(servicer)
-    port = await server.start()
-    if ready:
-        await server.serving()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Running(server, servicer, metrics, port, channel, encoder_pb2_grpc.EncoderServiceStub(channel))
-    finally:
-        await server.stop()
-
-
-async def refusal(call):
-    """Our error for the status that a call ends with."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return error_from_rpc(caught.value)
+    servicer = Encoder()
+    async with served(servicer, settings=settings, keys=keys, ready=ready) as it:
+        yield Running(**vars(it), servicer=servicer, stub=encoder_pb2_grpc.EncoderServiceStub(it.channel))
 
 
 @dataclass(frozen=True)
@@ -121,6 +98,16 @@ def make_authority(folder):
         folder / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority",
     )  # fmt: skip
     return made
+
+
+async def shown_certificate(port, ca, host="127.0.0.1"):
+    """The common name in the certificate that a server shows."""
+    context = ssl.create_default_context(cafile=ca)
+    context.set_alpn_protocols(["h2", "http/1.1"])  # gRPC takes no other
+    _, writer = await asyncio.open_connection(host, port, ssl=context, family=socket.AF_INET)
+    name = dict(pair[0] for pair in writer.get_extra_info("peercert")["subject"])["commonName"]
+    writer.close()
+    return name
 
 
 @pytest.fixture

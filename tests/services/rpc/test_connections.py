@@ -184,15 +184,12 @@ def test_targets_become_names_that_grpc_resolves(target, name):
     "target",
     ["", "prior", "a b:1", "x\n:1", "prior:", "prior:0", "prior:99999", "a:1,,b:2", "a:1,b", "127.0.0.1:1,[::1]:2"],
 )
-def test_what_is_no_target_is_refused(target):
+def test_what_is_no_target_is_refused_also_as_replicas(target):
     with pytest.raises(UsageError):
         resolve(target)
-
-
-@pytest.mark.parametrize("target", ["", "a", "a:1,", "a:1,b", "a:0", "a:70000"])
-def test_what_has_no_replicas_is_refused(target):
-    with pytest.raises(UsageError):
-        Replicas(encoder_pb2_grpc.EncoderServiceStub, target, ChannelSettings(), SERVICE)
+    if not target.startswith("127"):  # replicas are called one by one
+        with pytest.raises(UsageError):
+            Replicas(encoder_pb2_grpc.EncoderServiceStub, target, ChannelSettings(), SERVICE)
 
 
 @asynccontextmanager

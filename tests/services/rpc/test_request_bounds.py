@@ -11,7 +11,8 @@ from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthe
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.request_bounds import KIB, MIB, MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import ServerSettings
-from tests.services.rpc.conftest import ONE, refusal, running
+from tests.services.rpc.conftest import ONE, running
+from tests.services.servers import refusal
 from tests.waiting import PATIENCE, eventually
 
 ENCODE = "/colaserve.v1.EncoderService/Encode"

@@ -18,7 +18,8 @@ from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ClientTls, LogSettings, ServerSettings, ServerTls
 from colaserve_services.rpc.tls import channel_credentials, server_credentials
-from tests.services.rpc.conftest import ONE, refusal, running
+from tests.services.rpc.conftest import ONE, running, shown_certificate
+from tests.services.servers import refusal
 from tests.waiting import PATIENCE, eventually
 
 SERVICE = "colaserve.v1.EncoderService"
@@ -249,29 +250,18 @@ def secure(it_port, tls):
     return grpc.aio.secure_channel(f"127.0.0.1:{it_port}", channel_credentials(tls))
 
 
-async def served_certificate(port, ca):
-    import ssl
-
-    context = ssl.create_default_context(cafile=ca)
-    context.set_alpn_protocols(["h2"])
-    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
-    name = dict(pair[0] for pair in writer.get_extra_info("peercert")["subject"])["commonName"]
-    writer.close()
-    return name
-
-
 async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_is_not(authority):
     cert, key = authority.issue("server", "first")
     async with running(ServerSettings(tls=ServerTls(cert, key))) as it:
-        assert await served_certificate(it.port, authority.ca) == "first"
+        assert await shown_certificate(it.port, authority.ca) == "first"
         authority.issue("server", "second")
-        assert await served_certificate(it.port, authority.ca) == "second"
+        assert await shown_certificate(it.port, authority.ca) == "second"
         cert.unlink()
-        assert await served_certificate(it.port, authority.ca) == "second"
+        assert await shown_certificate(it.port, authority.ca) == "second"
         cert.write_bytes(authority.issue("other", "third")[0].read_bytes())  # without its key
-        assert await served_certificate(it.port, authority.ca) == "second"
+        assert await shown_certificate(it.port, authority.ca) == "second"
         key.write_bytes((authority.folder / "other.key").read_bytes())
-        assert await served_certificate(it.port, authority.ca) == "third"
+        assert await shown_certificate(it.port, authority.ca) == "third"
         async with secure(it.port, ClientTls(authority.ca)) as channel:
             assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
 

@@ -133,12 +133,6 @@ def test_a_process_that_traces_nothing_hands_its_callers_trace_on():
     requests.carry_trace(())
 
 
-def test_a_collector_that_is_not_there_disturbs_nobody(tmp_path):
-    with started(tmp_path, "up", *FREE_PORTS, "--otlp-endpoint=http://127.0.0.1:9") as system:
-        post(system.http, {})
-        assert system.stop() == 0
-
-
 def test_without_opentelemetry_it_says_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(UsageError, match=r"^--otlp-endpoint: needs OpenTelemetry: pip install .*\[trace\]'$"):

@@ -9,13 +9,11 @@ import torch
 
 from colaserve.v1 import decoder_pb2_grpc, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc, types_pb2
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.launch.process import keep_grpc
 from colaserve_services.launch.stages import RunningStages, load_stages
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.rpc import arrays
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.server import RpcServer
-from colaserve_services.rpc.settings import ServerSettings
+from tests.services.servers import served
 
 
 @dataclass
@@ -68,22 +66,15 @@ class Served:
 @asynccontextmanager
 async def serving(golden, limits=None, dtype="float32", network=lambda x: x, failing=lambda *_: None):
     torch.set_num_threads(1)
-    keep_grpc()
     limits = limits or EngineLimits(max_context=256)
     metrics, checkpoint = Metrics(), Checkpoint.open(golden.directory)
     compute = dict.fromkeys(("encoder", "prior", "decoder"), ("cpu", dtype))
     stages = load_stages(checkpoint, compute, limits, metrics, failing, network)
-    server = RpcServer(ServerSettings(), metrics)
-    for service in stages.services.values():
-        server.add(service)
-    port = await server.start()
-    await server.serving()
+    options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
     try:
-        options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-            yield Served(stages, metrics, checkpoint.space, channel, limits, f"127.0.0.1:{port}")
+        async with served(*stages.services.values(), metrics=metrics, options=options) as it:
+            yield Served(stages, metrics, checkpoint.space, it.channel, limits, f"127.0.0.1:{it.port}")
     finally:
-        await server.stop()
         stages.stop()
 
 

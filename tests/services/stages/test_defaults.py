@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from colaserve.v1 import decoder_pb2, types_pb2
-from colaserve_services.errors import CheckpointError
 from tests.services.stages.serving import serving
 
 SAMPLER = {"steps": 3, "guidance_scale": 2.5, "guidance_start": 0.9, "guidance_end": 0.2, "resamples": 2}
@@ -61,10 +60,3 @@ async def test_without_any_the_brackets_of_the_contract_hold(with_defaults):
     async with serving(with_defaults()) as served:
         explicit = {"steps": 16, "guidance_scale": 7, "guidance_start": 1, "guidance_end": 0, "resamples": 1}
         assert await sampled(served) == await sampled(served, **explicit, solver="SOLVER_EULER")
-
-
-@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("solver", "rk4"), ("top_p", 2)])
-async def test_defaults_out_of_their_range_are_refused_naming_the_file(name, value, with_defaults):
-    with pytest.raises(CheckpointError, match=rf"generation_config.json: .*{name}"):
-        async with serving(with_defaults(**{name: value})):
-            pass

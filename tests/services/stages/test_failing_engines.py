@@ -13,11 +13,11 @@ from colaserve_services.coordinator.latent_space import sample_latents
 from colaserve_services.coordinator.stages import Local
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import AT_FAULT, StepFailed, Unavailable
-from colaserve_services.rpc.errors import error_from_rpc
 from colaserve_services.rpc.requests import REQUEST_ID, current_request_id
 from colaserve_services.text import Tokenizer
 from tests.services.engines import faults
 from tests.services.engines.faults import MARK_LATENT, MARK_TOKEN, Network
+from tests.services.servers import refusal
 from tests.services.stages.serving import serving
 from tests.waiting import eventually
 
@@ -47,12 +47,6 @@ async def decode(served, marked):
 ASK = {"encoder": encode, "prior": sample, "decoder": decode}
 
 
-async def failure(asked):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await asked
-    return error_from_rpc(caught.value)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", [faults.raises, faults.not_finite])
 async def test_a_step_that_fails_with_one_session_is_reported_counted_and_no_reason_to_be_unready(tiny, stage, fault):
@@ -61,7 +55,7 @@ async def test_a_step_that_fails_with_one_session_is_reported_counted_and_no_rea
     async with serving(
         tiny, LIMITS, network=lambda x: Network(x, marks), failing=lambda *x: reported.append(x)
     ) as served:
-        error, _ = await asyncio.gather(failure(ASK[stage](served, True)), ASK[stage](served, False))
+        error, _ = await asyncio.gather(refusal(ASK[stage](served, True)), ASK[stage](served, False))
         assert isinstance(error, StepFailed)
         value = served.metrics.registry.get_sample_value
         for each in STAGES:
@@ -81,7 +75,7 @@ async def test_a_failed_step_is_logged_under_the_request_id_of_its_call(tiny):
     try:
         async with serving(tiny, LIMITS, network=lambda x: Network(x, {MARK_LATENT: faults.raises})) as served:
             call = served.prior.Sample(served.run(known=5, value=MARK_LATENT), metadata=((REQUEST_ID, "call-7"),))
-            assert isinstance(await failure(call.read()), StepFailed)
+            assert isinstance(await refusal(call.read()), StepFailed)
     finally:
         logging.getLogger("colaserve_services.engine").removeHandler(handler)
     assert seen == [("a step failed with one session alone: Broken", "call-7")]
@@ -93,10 +87,10 @@ async def test_an_engine_at_fault_is_reported_and_so_is_its_recovery(tiny):
         tiny, LIMITS, network=lambda x: Network(x, everything), failing=lambda *x: reported.append(x)
     ) as served:
         everything[None] = faults.raises
-        assert isinstance(await failure(sample(served, False)), Unavailable)
+        assert isinstance(await refusal(sample(served, False)), Unavailable)
         assert reported == [("prior", True)]
-        assert isinstance(await failure(served.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest())), Unavailable)
-        assert str(await failure(sample(served, False))) == AT_FAULT
+        assert isinstance(await refusal(served.prior.GetInfo(prior_pb2.PriorServiceGetInfoRequest())), Unavailable)
+        assert str(await refusal(sample(served, False))) == AT_FAULT
         everything.clear()
         await eventually(lambda: reported == [("prior", True), ("prior", False)])
         await sample(served, False)
