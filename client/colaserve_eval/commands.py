@@ -1,4 +1,4 @@
-"""The verbs of `colaserve eval`: run, score, sweep, report, vae, likelihood, retrieval."""
+"""The verbs of `colaserve eval`: run, score, sweep, report, vae, likelihood."""
 
 import asyncio
 import sys
@@ -31,7 +31,6 @@ from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_set
 from colaserve_eval.likelihood import measure as measure_likelihood
 from colaserve_eval.records import EvalError, Record, read_records, write_object
 from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
-from colaserve_eval.retrieval import retrieval
 from colaserve_eval.runner import GenerationSettings, Limits, run_tasks
 from colaserve_eval.scores import Table, score, score_table
 from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
@@ -222,23 +221,6 @@ def vae(
         output.mkdir(parents=True, exist_ok=True)
         write_object(output / VAE_FILE, figures)
     show(figures, figures_table(figures), as_json)
-
-
-@evaluate.command("retrieval", short_help="How well vectors of latents find the demo's questions again.")
-@server_options
-@json_option
-def retrieval_command(server: Server, as_json: bool) -> None:
-    """Let held-out phrasings of the demo's questions look for trained ones that ask for the same, by the vectors of
-    `colaserve embed` and, beside them, by a bag of words.
-    """
-
-    async def main() -> dict[str, Mapping[str, float]]:
-        async with connected(server) as client:
-            return await retrieval(client)
-
-    found = asyncio.run(main())
-    headings = ["vectors", "queries", "documents", "first %", "reciprocal rank"]
-    show(found, (headings, [[name, *map(str, each.values())] for name, each in found.items()]), as_json)
 
 
 @evaluate.command("likelihood", short_help="Tell right answers from wrong ones by likelihood.")

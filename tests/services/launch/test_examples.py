@@ -61,7 +61,7 @@ SAID = {  # by the scripts of examples/
 SERVING = ("up", "coordinator", "gateway", "encoder", "prior", "decoder", "pull", "bench", "train")
 # These need another machine, a terminal, and questions whose answers have as many tokens.
 ELSEWHERE = ("status --target prior-0", 'generate "The capital of France is" --watch', "eval likelihood")
-ONLY_READ = (*SERVING, "eval sweep", "eval retrieval", *ELSEWHERE)
+ONLY_READ = (*SERVING, "eval sweep", *ELSEWHERE)
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 SHELL = frozenset("|&;<>$`")  # which only a shell reads
 INLINE = re.compile(r"(?:`colaserve |^\| `(?=bench ))([a-z][^`]*)`", re.MULTILINE)
