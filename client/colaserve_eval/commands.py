@@ -22,17 +22,17 @@ from colaserve_client.cli.options import (
     scoring_options,
     server_options,
 )
-from colaserve_client.cli.output import echo, plain, print_json, table
+from colaserve_client.cli.output import answer, echo, plain, table
 from colaserve_client.cli.types import Listed
 from colaserve_client.client import AsyncClient
-from colaserve_client.settings import SOLVERS, Sampler, Sampling, Scoring, Solver
+from colaserve_client.settings import SOLVERS, GenerationRequest, Sampler, Sampling, Scoring, Solver
 from colaserve_eval.demo import demo_tasks, held_out_texts
 from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_settings
 from colaserve_eval.likelihood import measure as measure_likelihood
 from colaserve_eval.records import EvalError, Record, read_records, write_object
 from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
-from colaserve_eval.runner import GenerationSettings, Limits, run_tasks
-from colaserve_eval.scores import Table, score, score_table
+from colaserve_eval.runner import run_tasks
+from colaserve_eval.scores import score, score_table
 from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
 from colaserve_eval.templates import load_template, read_raw_questions, shipped_templates
 from colaserve_eval.vae import VAE_FILE, measure, read_texts
@@ -40,6 +40,7 @@ from colaserve_eval.vae import VAE_FILE, measure, read_texts
 T = TypeVar("T")
 FIRST_CONTACT = 20.0  # seconds until a server that does not answer at all is given up
 TIMEOUT = 600.0  # seconds for one answer where nothing else is said: a run must not stand still for ever
+_ASKED_WITH = ("max_new_tokens", "sampler", "sampling", "seed", "stop")  # what of a request a folder is made with
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -55,7 +56,7 @@ class Asking:
 
     tasks: Sequence[Task]
     output: Path
-    generation: GenerationSettings  # but for the sampler
+    generation: GenerationRequest  # but for prompt and sampler
     concurrency: int
     server: Server
 
@@ -91,7 +92,7 @@ def asking_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError("give question files, with or without --template, or --demo alone")
         tasks = _chosen(demo_tasks() if demo else _read_tasks(files, template), only)
         limited = [Task(task.name, spread(task.questions, limit)) for task in tasks]
-        generation = GenerationSettings(max_new_tokens, sampling=sampling, seed=seed, stop=stop)
+        generation = GenerationRequest("", max_new_tokens, sampling=sampling, seed=seed, stop=stop)
         return command(asking=Asking(limited, output, generation, concurrency, server), **others)
 
     return wrapped
@@ -176,7 +177,7 @@ def sweep_command(
     points = write_sweep(asking.output, runs)
     if not no_plots:
         plot_sweep(points, asking.output / PLOT_FILE)
-    show({"points": points}, sweep_table(points), as_json)
+    answer({"points": points}, as_json, lambda: table(*sweep_table(points)))
 
 
 @evaluate.command(short_help="Write a Markdown page with plots.")
@@ -220,7 +221,7 @@ def vae(
     if output:
         output.mkdir(parents=True, exist_ok=True)
         write_object(output / VAE_FILE, figures)
-    show(figures, figures_table(figures), as_json)
+    answer(figures, as_json, lambda: table(*figures_table(figures)))
 
 
 @evaluate.command("likelihood", short_help="Tell right answers from wrong ones by likelihood.")
@@ -248,15 +249,7 @@ def likelihood_command(
                 return await measure_likelihood(client, questions, answers, scoring, seed, concurrency, bar.update)
 
     figures = asyncio.run(main())
-    show(figures, figures_table(figures), as_json)
-
-
-def show(value: Any, rows: Table, as_json: bool) -> None:
-    """Print for machines or for people."""
-    if as_json:
-        print_json(value)
-    else:
-        echo(table(*rows))
+    answer(figures, as_json, lambda: table(*figures_table(figures)))
 
 
 async def identity(client: AsyncClient) -> dict[str, Any]:
@@ -280,12 +273,12 @@ def _ask(asking: Asking, runs: Mapping[Path, Sampler]) -> Speed:
         async with connected(asking.server) as client:
             model = await identity(client)
             for path, sampler in runs.items():
-                settings = replace(asking.generation, sampler=sampler)
-                about = {"model": model, "generation": settings.to_json()}
+                request = replace(asking.generation, sampler=sampler)
+                about = {"model": model, "generation": {name: plain(getattr(request, name)) for name in _ASKED_WITH}}
                 with RunFolder.opened(path, about, asking.tasks) as folder:
                     missing = len(folder.missing())
                     with _progress(missing, f"{path.name}: {missing} questions") as bar:
-                        speed = await run_tasks(client, settings, folder, Limits(asking.concurrency), bar.update)
+                        speed = await run_tasks(client, request, folder, asking.concurrency, on_output=bar.update)
         return speed
 
     try:
@@ -311,7 +304,7 @@ def _show_score(folder: Path, as_json: bool, whole: bool) -> None:
     """The score of a folder. Raises EvalError when answers failed or, if `whole`, are missing."""
     tasks = read_outputs(folder)
     figures = score(tasks)
-    show(figures, score_table(figures), as_json)
+    answer(figures, as_json, lambda: table(*score_table(figures)))
     failed = sum(output.error is not None for outputs in tasks.values() for output in outputs)
     asked = read_settings(folder).get("tasks", {}) if whole else {}
     missing = sum(int(task["questions"]) - len(tasks.get(name, ())) for name, task in asked.items())

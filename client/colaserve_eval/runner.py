@@ -3,72 +3,52 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 from colaserve_client.cli.output import plain
 from colaserve_client.client import AsyncClient
 from colaserve_client.errors import ColaserveError, Overloaded
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling
+from colaserve_client.settings import GenerationRequest, NoiseSeed
 from colaserve_eval.folder import RunFolder, Speed, Task
 from colaserve_eval.records import EvalError, Record
 
 T = TypeVar("T")
 OVERLOAD_PAUSE = 1.0  # seconds before an overloaded server is asked again, where it gave no hint
-SERVER_SAMPLER, SERVER_SAMPLING = Sampler(), Sampling()  # every field as the server has it
 SAMPLE_IDS = 10_000  # of one base seed: noise differs between so many neighbouring questions
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How every question of a run is asked. None: what the server has as its default."""
-
-    max_new_tokens: int | None = None
-    sampler: Sampler = SERVER_SAMPLER
-    sampling: Sampling = SERVER_SAMPLING
-    seed: int = 0  # of the noise: the same questions get the same answers
-    stop: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """By field name."""
-        return dict(plain(self))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How hard to press, and when to give up."""
-
-    concurrency: int = 8  # questions in flight
-    failures: int = 20  # failed answers in a row after which no more are asked
-    patience: float = 600.0  # seconds that a question waits for an overloaded server
 
 
 async def run_tasks(
     client: AsyncClient,
-    settings: GenerationSettings,
+    request: GenerationRequest,
     folder: RunFolder,
-    limits: Limits = Limits(),
+    concurrency: int = 8,
+    failures: int = 20,
+    patience: float = 600.0,
     on_output: Callable[[int, Record], None] = lambda count, output: None,
 ) -> Speed:
-    """Ask every question that has no output yet. Returns the speed of this attempt, which the folder counts too.
+    """Ask every question that has no output yet, as `request` but for its prompt; a question's position in its task
+    picks its noise, the sample of the request's seed. Returns the speed of this attempt, which the folder counts too.
 
     An answer that fails is written with its error and asked again by the next attempt. `on_output` is called with 1
-    and each output. Raises EvalError after `limits.failures` failures in a row.
+    and each output. Raises EvalError after so many `failures` in a row; a question waits `patience` seconds at most
+    for an overloaded server.
     """
-    began, answered, failures = time.monotonic(), list[Record](), 0
+    began, answered, failed = time.monotonic(), list[Record](), 0
 
     async def ask(item: tuple[Task, int, Record]) -> None:
-        nonlocal failures
+        nonlocal failed
         task, position, question = item
-        output = await _ask(client, settings, question, position, limits.patience)
+        seed = NoiseSeed(request.seed, position % SAMPLE_IDS) if isinstance(request.seed, int) else request.seed
+        output = await _ask(client, replace(request, prompt=question.prompt, seed=seed), question, patience)
         folder.append(task, output)
         on_output(1, output)
         if output.error is None:
             answered.append(output)
-        failures = 0 if output.error is None else failures + 1
-        if failures >= limits.failures:
+        failed = 0 if output.error is None else failed + 1
+        if failed >= failures:
             raise EvalError(
-                f"{failures} answers in a row failed; the last: {output.error}. "
+                f"{failed} answers in a row failed; the last: {output.error}. "
                 "What was answered is kept: the same command continues from there"
             )
 
@@ -77,7 +57,7 @@ async def run_tasks(
         return Speed(time.monotonic() - began, tokens, len(answered))
 
     try:
-        await work_through(folder.missing(), ask, limits.concurrency)
+        await work_through(folder.missing(), ask, concurrency)
     finally:
         if answered:
             folder.add_speed(speed())
@@ -85,25 +65,13 @@ async def run_tasks(
     return speed()
 
 
-async def _ask(
-    client: AsyncClient, settings: GenerationSettings, question: Record, position: int, patience: float
-) -> Record:
-    """The question with its answer, or with the error that it failed with.
-
-    Its position in its task picks its noise: it is the sample id of the run's seed. An overloaded server has run
-    nothing, so that is no failure of the question, which is asked again after a pause.
-    """
+async def _ask(client: AsyncClient, request: GenerationRequest, question: Record, patience: float) -> Record:
+    """The question with its answer, or with the error that it failed with. An overloaded server has run nothing, so
+    that is no failure of the question, which is asked again after a pause."""
     waited = 0.0
     while True:
         try:
-            result = await client.generate(
-                question.prompt,
-                max_new_tokens=settings.max_new_tokens,
-                sampler=settings.sampler,
-                sampling=settings.sampling,
-                seed=NoiseSeed(settings.seed, position % SAMPLE_IDS),
-                stop=settings.stop,
-            )
+            result = await client.generate(**vars(request))
         except ColaserveError as error:
             if not isinstance(error, Overloaded) or waited >= patience:
                 return replace(question, error=f"{type(error).__name__}: {error}")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from colaserve_client.settings import Sampler
+from colaserve_client.settings import GenerationRequest, Sampler
 from colaserve_eval.folder import RunFolder, Task
 from colaserve_eval.records import EvalError, Record
-from colaserve_eval.runner import GenerationSettings, Limits, run_tasks, work_through
+from colaserve_eval.runner import run_tasks, work_through
 from tests.waiting import wait_until
 
 NAMES = [f"name {number}" for number in range(12)]
@@ -77,29 +77,29 @@ def test_an_overloaded_server_is_waited_for(client, run, tmp_path, read_lines):
 async def ask(tmp_path):
     """Asks a task's questions, one for each name, into tmp_path."""
 
-    async def run(client, names, limits):
+    async def run(client, names, **limits):
         task = Task("task", [Record(name, name, name) for name in names])
         with RunFolder.opened(tmp_path, {}, [task]) as folder:
-            await run_tasks(client, GenerationSettings(), folder, limits)
+            await run_tasks(client, GenerationRequest("", sampler=Sampler(), seed=0), folder, **limits)
 
     return run
 
 
 async def test_patience_with_an_overloaded_server_ends(client, ask, tmp_path, read_lines):
     client.overloaded_times = 10**6
-    await ask(client, ["a"], Limits(patience=0.03))
+    await ask(client, ["a"], patience=0.03)
     assert read_lines(tmp_path / "task.jsonl")[0]["error"] == "Overloaded: busy"
     assert len(client.asked) in (4, 5)
 
 
 async def test_a_run_gives_up_after_many_failures_in_a_row_and_keeps_what_it_has(client, ask, tmp_path, read_lines):
     client.down_for = set(NAMES[::2])
-    await ask(client, NAMES, Limits(concurrency=1, failures=2))
+    await ask(client, NAMES, concurrency=1, failures=2)
     assert client.prompts == NAMES, "failures between answers do not end a run"
     client.asked.clear()
     client.down_for = set(NAMES)
     with pytest.raises(EvalError, match="3 answers in a row failed"):
-        await ask(client, NAMES, Limits(concurrency=1, failures=3))
+        await ask(client, NAMES, concurrency=1, failures=3)
     assert client.prompts == NAMES[:6:2]
     assert len([line for line in read_lines(tmp_path / "task.jsonl") if line["error"] is None]) == 6
 
@@ -128,7 +128,7 @@ async def test_a_cancelled_run_continues_with_the_questions_that_are_left(make_c
         return prompt
 
     client = make_client(answer)
-    run = asyncio.create_task(ask(client, NAMES, Limits(concurrency=2)))
+    run = asyncio.create_task(ask(client, NAMES, concurrency=2))
     await asked.wait()
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -137,7 +137,7 @@ async def test_a_cancelled_run_continues_with_the_questions_that_are_left(make_c
     kept = [line["id"] for line in read_lines(tmp_path / "task.jsonl")]
     assert 4 <= len(kept) < 12
     client.asked.clear()
-    await ask(client, NAMES, Limits())
+    await ask(client, NAMES)
     assert sorted(client.prompts + kept) == sorted(NAMES)
     assert [line["id"] for line in read_lines(tmp_path / "task.jsonl")] == NAMES
 
