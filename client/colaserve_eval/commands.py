@@ -32,7 +32,7 @@ from colaserve_eval.likelihood import measure as measure_likelihood
 from colaserve_eval.records import EvalError, Record, read_records, write_object
 from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
 from colaserve_eval.runner import run_tasks
-from colaserve_eval.scores import score, score_table
+from colaserve_eval.scoring import score, score_table
 from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
 from colaserve_eval.templates import load_template, read_raw_questions, shipped_templates
 from colaserve_eval.vae import VAE_FILE, measure, read_texts

@@ -28,7 +28,7 @@ class Record:
     prompt: str  # whole, few-shot part included
     ground_truth: str
     choices: tuple[str, ...] = ()  # in the order of their letters; empty where the task has none
-    rule: str | None = None  # how an answer is judged, a name of `scores.RULES`; None: by the task's own rule
+    rule: str | None = None  # how an answer is judged, a name of `scoring.RULES`; None: by the task's own rule
     generate: str = ""  # the model's text, not cut; empty before the question is asked and when that failed
     finish_reason: str | None = None  # "stop" or "length"; None when it failed or was not recorded
     usage: Json | None = None  # as Usage has it

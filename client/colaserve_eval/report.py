@@ -11,8 +11,7 @@ from colaserve_client.cli.verbs import pip_line
 from colaserve_client.writing import write_file
 from colaserve_eval.folder import SETTINGS_FILE, read_outputs, read_settings, read_speed
 from colaserve_eval.records import EvalError, Record, read_object
-from colaserve_eval.scores import Table, is_correct, score, score_table
-from colaserve_eval.scoring import cut_answer
+from colaserve_eval.scoring import Table, cut_answer, is_correct, score, score_table
 from colaserve_eval.sweep import PLOT_FILE, SWEEP_FILE, Points, read_sweep, sweep_table
 from colaserve_eval.vae import VAE_FILE
 

@@ -8,7 +8,7 @@ from typing import Any
 from colaserve_client.settings import Sampler, Solver
 from colaserve_eval.folder import read_outputs, read_speed
 from colaserve_eval.records import EvalError, read_object, write_object
-from colaserve_eval.scores import Table, score
+from colaserve_eval.scoring import Table, score
 
 SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
 Points = Sequence[Mapping[str, Any]]  # as in sweep.json

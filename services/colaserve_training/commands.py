@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from colaserve_client.cli.output import table
-from colaserve_eval.scores import score_table
+from colaserve_eval.scoring import score_table
 from colaserve_services.errors import CheckpointError, ColaserveError, UsageError
 from colaserve_services.model.config import check_pair
 from colaserve_services.model.dit import DiT

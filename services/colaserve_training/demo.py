@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from colaserve_eval.demo import demo_folder, demo_tasks
 from colaserve_eval.records import Record
-from colaserve_eval.scores import score
+from colaserve_eval.scoring import score
 from colaserve_training.config import PRESETS, OptimizerConfig, RunConfig, VaeLossConfig
 from colaserve_training.corpus import Corpus, tokenizer_text
 from colaserve_training.generate import Generator, Sampling

@@ -8,7 +8,7 @@ import pytest
 
 from colaserve_eval.demo import demo_tasks
 from colaserve_eval.records import EvalError, Record
-from colaserve_eval.scores import is_correct
+from colaserve_eval.scoring import is_correct
 
 AMERICA = "The United States is a country in North America. Its capital is Washington, D.C."
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from colaserve_eval.records import EvalError, Record, parse_output, read_records
-from colaserve_eval.scores import is_correct, score
+from colaserve_eval.scoring import is_correct, score
 
 
 def output(text: str, truth: str, **fields: object) -> Record:
