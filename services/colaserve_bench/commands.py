@@ -9,9 +9,8 @@ import click
 
 from colaserve_bench.checkpoint import PRESETS, make_checkpoint
 from colaserve_bench.engine import engine, solvers
-from colaserve_bench.fork import fork
 from colaserve_bench.load import load
-from colaserve_bench.prefix import prefix
+from colaserve_bench.prefix import fork, prefix
 from colaserve_bench.serve import serve
 from colaserve_bench.stable import stable
 from colaserve_bench.stall import stall
@@ -21,7 +20,7 @@ from colaserve_services.launch.options import run_or_explain
 
 @click.group()
 def bench() -> None:
-    """Measure speed and memory; JSON with --json, a picture with --plot. docs/performance.md explains it."""
+    """Measure speed and memory; JSON with --json. docs/performance.md explains it."""
 
 
 @bench.command("make-checkpoint")

@@ -29,18 +29,18 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.loading import dtype_beside
 
 SESSIONS, CONTEXT = Column("sessions", "sessions"), Column("context", "context")
-TOKENS = Column("tokens_per_second", "tokens/s", "{:.1f}", drawn=True)
+TOKENS = Column("tokens_per_second", "tokens/s", "{:.1f}")
 COLUMNS = (
     SESSIONS,
     CONTEXT,
     Column("blocks_per_second", "blocks/s", "{:.2f}"),
     TOKENS,
     Column("tokens_per_second_with_prefill", "with prefill", "{:.1f}"),
-    Column("step_ms_p50", "step ms p50", "{:.2f}", drawn=True),
+    Column("step_ms_p50", "step ms p50", "{:.2f}"),
     Column("step_ms_p95", "p95", "{:.2f}"),
     Column("gflops", "GFLOP/s", "{:.1f}"),
     Column("peak_gflops", "peak", "{:.1f}"),
-    Column("roofline_fraction", "of peak", "{:.3f}", drawn=True),
+    Column("roofline_fraction", "of peak", "{:.3f}"),
 )
 NOTES = (
     "GFLOP/s: 2 x rows x weights of the layers' matrices over the time of the steps; attention is not counted",
@@ -54,7 +54,7 @@ SOLVERS_COLUMNS = (
     Column("evaluations", "evaluations a block"),
     Column("guided", "of them guided"),
     TOKENS,
-    Column("ratio", "times the plain one", "{:.2f}", drawn=True),
+    Column("ratio", "times the plain one", "{:.2f}"),
 )
 SOLVERS_NOTES = (
     "ratio: tokens/s over those of the plain sampler in the same round; medians over rounds",

@@ -27,10 +27,10 @@ COLUMNS = (
     Column("role", "role"),
     Column("parameters_millions", "M parameters", "{:.1f}"),
     Column("read_mib", "read MiB", "{:.0f}"),
-    Column("seconds", "seconds", "{:.2f}", drawn=True),
+    Column("seconds", "seconds", "{:.2f}"),
     Column("mib_per_second", "MiB/s", "{:.0f}"),
     Column("resident_mib", "own memory MiB", "{:.0f}"),
-    Column("peak_mib", "peak MiB", "{:.0f}", drawn=True),
+    Column("peak_mib", "peak MiB", "{:.0f}"),
 )
 NOTES = (
     "own memory: anonymous memory (RssAnon) above the level before loading, after it and at its highest meanwhile;",

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on the screen, JSON with everything, a picture on request."""
+"""What a benchmark leaves behind: a table on the screen, and JSON with everything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ class Column:
     key: str
     heading: str
     form: str = "{}"
-    drawn: bool = False  # it is a panel of the picture
 
     def cell(self, row: Row) -> str:
         value = row.get(self.key)
@@ -41,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of one benchmark. `rows` are the medians of `rounds`; `keys` identify a row, the first is the x axis."""
+    """Results of one benchmark. `rows` are the medians of `rounds`; `keys` identify a row."""
 
     columns: Sequence[Column]
     rounds: list[Row]
@@ -70,24 +69,6 @@ class Report:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(content, indent=1, default=str) + "\n")
-
-    def plot(self, path: Path) -> None:
-        """A panel for each drawn column: a line over the first key for each value of the last one."""
-        from matplotlib.figure import Figure
-
-        panels, (x, *_, series) = [column for column in self.columns if column.drawn], (*self.keys[:1], *self.keys)
-        figure = Figure(figsize=(4.5 * len(panels) + 2, 3.5), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for name in dict.fromkeys(row[series] for row in self.rows):
-                line = [row for row in self.rows if row[series] == name and row.get(panel.key) is not None]
-                axes.plot([str(row[x]) for row in line], [row[panel.key] for row in line], "o-", label=str(name))
-            axes.set_title(panel.heading)
-            axes.set_xlabel(x)
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-        figure.legend(handles=axes.get_lines(), title=series, loc="outside right upper", fontsize="small")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
 
 
 def machine() -> dict[str, Any]:

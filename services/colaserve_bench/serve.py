@@ -26,15 +26,15 @@ COLUMNS = (
     Column("loop", "loop"),
     Column("load", "load", "{:g}"),
     Column("blocks_per_second", "blocks/s", "{:.2f}"),
-    Column("tokens_per_second", "tokens/s", "{:.1f}", drawn=True),
+    Column("tokens_per_second", "tokens/s", "{:.1f}"),
     Column("requests_per_second", "requests/s", "{:.2f}"),
     Column("first_block_p50", "first block s p50", "{:.3f}"),
-    Column("first_block_p95", "p95", "{:.3f}", drawn=True),
+    Column("first_block_p95", "p95", "{:.3f}"),
     Column("first_block_p99", "p99", "{:.3f}"),
     Column("inter_block_p50", "inter-block s p50", "{:.3f}"),
-    Column("inter_block_p95", "p95", "{:.3f}", drawn=True),
+    Column("inter_block_p95", "p95", "{:.3f}"),
     Column("inter_block_p99", "p99", "{:.3f}"),
-    Column("goodput", "good requests/s", "{:.2f}", drawn=True),
+    Column("goodput", "good requests/s", "{:.2f}"),
     Column("good_share", "good", "{:.2f}"),
     Column("errors", "errors"),
     Column("of_engine", "of engine", "{:.3f}"),
@@ -92,7 +92,7 @@ async def serve(concurrency: Sequence[int], rate: Sequence[float] | None, rounds
             where = f"{row['system']}, {row['loop']} {row['load']:g}"
             say(f"round {number}, {where}: {row['blocks_per_second']:.2f} blocks/s")
         measured += rows
-    return Report(COLUMNS, measured, ("load", "series"), NOTES)
+    return Report(COLUMNS, measured, ("load", "system", "loop"), NOTES)
 
 
 async def _measure(client: AsyncClient, mix: Mix, loop: str, load: float, number: int, options: dict[str, Any]) -> Row:
@@ -135,15 +135,14 @@ def summarise(records: Sequence[Record], begin: float, end: float) -> Row:
 
 
 def with_ratios(row: Row, rows: Sequence[Row], first: str) -> Row:
-    """The row, what its blocks/s are of those of the engine and of the first system, and its name in a picture."""
-
+    """The row, and what its blocks/s are of those of the engine and of the first system."""
     speeds = {(each["system"], each["loop"], each["load"]): each["blocks_per_second"] for each in rows}
 
     def ratio(system: str) -> float | None:
         other = speeds.get((system, row["loop"], row["load"]))
         return row["blocks_per_second"] / other if other else None
 
-    return row | {"of_engine": ratio(ENGINE), "of_first": ratio(first), "series": f"{row['system']}, {row['loop']}"}
+    return row | {"of_engine": ratio(ENGINE), "of_first": ratio(first)}
 
 
 def _engine(options: Mapping[str, Any], concurrency: Sequence[int]) -> list[Row]:

@@ -23,8 +23,8 @@ COLUMNS = (
     Column("stable_steps", "stable_steps"),
     Column("stable_distance", "stable_distance"),
     Column("blocks", "blocks"),
-    Column("saved", "steps saved", "{:.1%}", drawn=True),
-    Column("final", "blocks with their final tokens", "{:.1%}", drawn=True),
+    Column("saved", "steps saved", "{:.1%}"),
+    Column("final", "blocks with their final tokens", "{:.1%}"),
 )
 NOTES = (
     "first blocks of answers to the demo's questions, with the server's sampler; tokens at temperature 0",

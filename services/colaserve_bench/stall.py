@@ -35,9 +35,9 @@ COLUMNS = (
     Column("prompt", "prompt that joins"),
     Column("before_seconds", "inter-block s before", "{:.3f}"),
     Column("during_seconds", "while it joins", "{:.3f}"),
-    Column("ratio", "ratio", "{:.2f}", drawn=True),
+    Column("ratio", "ratio", "{:.2f}"),
     Column("longest_ratio", "longest", "{:.2f}"),
-    Column("first_block_seconds", "its first block s", "{:.2f}", drawn=True),
+    Column("first_block_seconds", "its first block s", "{:.2f}"),
 )
 NOTES = (
     "while it joins: inter-block times of the running sessions that overlap the time from its start to its first block",

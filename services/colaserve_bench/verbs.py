@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ import click
 from colaserve_bench.engines import Compute
 from colaserve_bench.report import Report
 from colaserve_client.cli.types import Listed
-from colaserve_client.cli.verbs import pip_line
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import run_or_explain
 from colaserve_services.model.flow import SamplerSettings
@@ -32,11 +30,11 @@ Measure = Callable[..., Coroutine[Any, Any, Report]]
 
 
 def benchmark(name: str, *options: Option, quick: Mapping[str, Any]) -> Callable[[Measure], click.Command]:
-    """A verb of a function that measures: with its own options, --json, --plot and --quick, which replaces settings."""
+    """A verb of a function that measures: with its own options, --json and --quick, which replaces settings."""
 
     def make(measure: Measure) -> click.Command:
         @wraps(measure)
-        def verb(json_file: Path | None, plot_file: Path | None, is_quick: bool, **settings: Any) -> None:
+        def verb(json_file: Path | None, is_quick: bool, **settings: Any) -> None:
             def work() -> None:
                 chosen = {**settings, **(quick if is_quick else {})}
                 report = asyncio.run(measure(**chosen))
@@ -45,15 +43,11 @@ def benchmark(name: str, *options: Option, quick: Mapping[str, Any]) -> Callable
                     chosen.pop("key", None)  # a secret
                     report.write_json(json_file, name, chosen)
                     click.echo(f"written: {json_file}")
-                if plot_file is not None:
-                    report.plot(plot_file)
-                    click.echo(f"written: {plot_file}")
 
             run_or_explain(work)
 
         outputs = (
             click.option("--json", "json_file", type=_FILE, help="Write everything as JSON."),
-            click.option("--plot", "plot_file", type=_FILE, callback=_drawable, help="Draw a PNG; needs matplotlib."),
             click.option("--quick", "is_quick", is_flag=True, help="Only see that it works: short measurements."),
         )
         for option in reversed((*options, *outputs)):
@@ -61,13 +55,6 @@ def benchmark(name: str, *options: Option, quick: Mapping[str, Any]) -> Callable
         return click.command(name)(verb)
 
     return make
-
-
-def _drawable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """Before anything is measured."""
-    if path is not None and find_spec("matplotlib") is None:
-        raise click.UsageError(f"--plot: needs matplotlib: {pip_line('plot')}")
-    return path
 
 
 def numbers(name: str, default: str | None, about: str, kind: click.ParamType[Any] = POSITIVE) -> Option:
