@@ -10,43 +10,20 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar, Unpack
 
-from colaserve.v1 import generation_pb2, latent_service_pb2
-from colaserve_client.about import ModelInfo, ServiceInfo
+from colaserve.v1 import generation_pb2
+from colaserve_client.about import ModelInfo
 from colaserve_client.calls import AsyncStream
 from colaserve_client.errors import ColaserveError, invalid
-from colaserve_client.forks import AsyncForks, generation_result
-from colaserve_client.latents import Latents, LatentsLike
-from colaserve_client.likelihood import AsyncLikelihood
-from colaserve_client.messages import build, of_kind, one, request, several
-from colaserve_client.results import (
-    DecodedLatents,
-    GenerationChunk,
-    GenerationOutcome,
-    GenerationResult,
-    InfillResult,
-    InterpolationPoint,
-    LatentBlock,
-    Reconstruction,
-    TextEncoding,
-    Tokens,
-)
-from colaserve_client.settings import (
-    CallFields,
-    GenerationFields,
-    GenerationRequest,
-    Interpolation,
-    NoiseSeed,
-    Prompt,
-    SamplerFields,
-    SamplingFields,
-    WritingFields,
-)
+from colaserve_client.latent_client import AsyncLatentClient, generation_result
+from colaserve_client.messages import of_kind, one, request
+from colaserve_client.results import GenerationChunk, GenerationOutcome, GenerationResult, Tokens
+from colaserve_client.settings import CallFields, GenerationFields, GenerationRequest, Prompt
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-class AsyncClient(AsyncForks, AsyncLikelihood):
+class AsyncClient(AsyncLatentClient):
     """A connection to a coordinator. An asyncio client is for one event loop, a blocking one for any number of threads.
 
     Every call takes `timeout` (seconds, retries included; `math.inf` for no deadline) and `request_id` (sent as
@@ -156,138 +133,6 @@ class AsyncClient(AsyncForks, AsyncLikelihood):
         """
         return await self._unary(request(generation_pb2.GenerationServiceGetInfoRequest, call), one(ModelInfo), call)
 
-    async def latent_info(self, **call: Unpack[CallFields]) -> ServiceInfo:
-        """The latent space, its limits and the server's load.
-
-        >>> (await client.latent_info()).space
-        '0123456789abcdef'
-        """
-        return await self._unary(request(latent_service_pb2.LatentServiceGetInfoRequest, call), one(ServiceInfo), call)
-
-    async def encode_text(
-        self, texts: Sequence[str], *, with_variance: bool = False, **call: Unpack[CallFields]
-    ) -> list[TextEncoding]:
-        """Texts (1 to 256, none empty) to latents, with the log variance of the posterior on request.
-
-        >>> encodings = await client.encode_text(["fox", "a hen"])
-        >>> [encoding.latents.shape for encoding in encodings]
-        [(3, 2), (5, 2)]
-        """
-        message = request(latent_service_pb2.EncodeTextRequest, call, texts=texts, with_variance=with_variance)
-        return await self._unary(message, several(TextEncoding, "encodings"), call)
-
-    async def decode_latents(
-        self,
-        latents: LatentsLike,
-        *,
-        top_logprobs: int | None = None,
-        target_ids: Sequence[int] = (),
-        token_count: int | None = None,
-        **settings: Unpack[SamplingFields],
-    ) -> DecodedLatents:
-        """Latents to text.
-
-        Args:
-            latents: n >= 1 positions of the server's space, `ModelMismatch` otherwise; or an array (n, d).
-            sampling: how tokens are drawn; the repetition penalty is 1 unless set.
-            top_logprobs: as for `generate`.
-            target_ids: ids whose log-probability is wanted at each position.
-            token_count: how many tokens to return; None: all, up to the first end or pad token.
-
-        >>> [encoding] = await client.encode_text(["fox"])
-        >>> (await client.decode_latents(encoding.latents)).text
-        'fox'
-        """
-        message = request(
-            latent_service_pb2.DecodeLatentsRequest,
-            settings,
-            latents=Latents.of(latents),
-            top_logprobs=top_logprobs,
-            target_ids=target_ids,
-            token_count=token_count,
-        )
-        return await self._unary(message, one(DecodedLatents), settings)
-
-    def sample_latents(
-        self,
-        prefix: LatentsLike | None = None,
-        *,
-        max_blocks: int,
-        seed: int | NoiseSeed | None = None,
-        cache_salt: str = "",
-        preview_every: int | None = None,
-        with_probes: bool = False,
-        **settings: Unpack[SamplerFields],
-    ) -> AsyncStream[LatentBlock]:
-        """Continue latents with the prior, block by block; None continues nothing. Leaving early cancels.
-
-        The positions of a partial last block of the prefix are kept, and that block counts. `cache_salt`,
-        `preview_every` and `with_probes` as in `generate`; a preview is a block that is `provisional`.
-
-        >>> async with client.sample_latents(max_blocks=2, seed=7) as blocks:
-        ...     print([(block.index, block.latents.values.shape) async for block in blocks])
-        [(0, (4, 2)), (1, (4, 2))]
-        """
-        message = request(
-            latent_service_pb2.SampleLatentsRequest,
-            settings,
-            prefix=prefix,
-            max_blocks=max_blocks,
-            seed=seed,
-            cache_salt=cache_salt,
-            preview_every=preview_every,
-            with_probes=with_probes,
-        )
-        return self._stream(message, one(LatentBlock), settings)
-
-    async def interpolate(
-        self,
-        start: str | LatentsLike,
-        end: str | LatentsLike,
-        *,
-        points: int = 5,
-        interpolation: Interpolation | None = None,
-        **settings: Unpack[SamplingFields],
-    ) -> list[InterpolationPoint]:
-        """Walk between two texts or latents and decode 2 to 256 points of the way, both ends included.
-
-        interpolation: "slerp" (the default: along the great circle) or "lerp" (along the straight line).
-
-        >>> [point.text for point in await client.interpolate("aaa", "ccc", points=3, interpolation="lerp")]
-        ['aaa', 'bbb', 'ccc']
-        """
-        message = request(
-            latent_service_pb2.InterpolateRequest,
-            settings,
-            start=_endpoint(start, "start"),
-            end=_endpoint(end, "end"),
-            points=points,
-            interpolation=interpolation,
-        )
-        return await self._unary(message, several(InterpolationPoint, "points"), settings)
-
-    async def infill(self, segments: Sequence[str | int], **settings: Unpack[WritingFields]) -> InfillResult:
-        """Write the holes of a text. A string is kept byte for byte, a number is a hole of so many tokens.
-
-        A hole sees what is left of it and what is in its own block. `cache_salt` as in `generate`.
-
-        >>> result = await client.infill(["My name is ", 3, "."], seed=7)
-        >>> result.text, result.segments
-        ('My name is ___.', ('My name is ', '___', '.'))
-        """
-        message = request(latent_service_pb2.InfillRequest, settings, segments=_segments(segments))
-        return await self._unary(message, one(InfillResult), settings)
-
-    async def reconstruct(self, texts: Sequence[str], **call: Unpack[CallFields]) -> list[Reconstruction]:
-        """Texts (1 to 256, none empty) to latents and back: how faithful the latent space is.
-
-        >>> [reconstruction] = await client.reconstruct(["fox"])
-        >>> reconstruction.text, reconstruction.token_accuracy
-        ('fox', 1.0)
-        """
-        message = request(latent_service_pb2.ReconstructRequest, call, texts=texts)
-        return await self._unary(message, several(Reconstruction, "reconstructions"), call)
-
 
 async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | GenerationRequest) -> GenerationOutcome:
     """What comes of one prompt of a batch."""
@@ -296,25 +141,6 @@ async def outcome(client: AsyncClient, timeout: float | None, prompt: Prompt | G
         return GenerationOutcome(request, await client.generate(**vars(request), timeout=timeout), None)
     except ColaserveError as error:
         return GenerationOutcome(request, None, error)
-
-
-def _endpoint(point: str | LatentsLike, field: str) -> latent_service_pb2.Endpoint:
-    if isinstance(point, str):
-        return build(latent_service_pb2.Endpoint, {"text": point}, f"{field}.")
-    return build(latent_service_pb2.Endpoint, {"latents": Latents.of(point, field)})
-
-
-def _segments(segments: Sequence[str | int]) -> list[latent_service_pb2.InfillSegment]:
-    if isinstance(segments, str):
-        raise invalid("segments", "expected a list of texts and hole sizes, got one text without a hole")
-    return [
-        build(
-            latent_service_pb2.InfillSegment,
-            {"text" if isinstance(segment, str) else "token_count": segment},
-            f"segments[{index}].",
-        )
-        for index, segment in enumerate(segments)
-    ]
 
 
 C = TypeVar("C", "asyncio.Task[Any]", "Future[Any]")

@@ -223,15 +223,46 @@ class SamplerFields(CallFields, total=False):
     steering: Sequence[Steering]
 
 
-class ScoringFields(CallFields, total=False):
-    """The fields of `Scoring`, and what else `score` takes as keywords."""
+class DensityFields(CallFields, total=False):
+    """What a prior's `score` takes as keywords."""
 
-    samples: int | None
     probes: int | None
     steps: int | None
     solver: Solver | None
     seed: int | NoiseSeed | None
     cache_salt: str
+
+
+class ScoringFields(DensityFields, total=False):
+    """The fields of `Scoring`, and what else a coordinator's `score` takes as keywords."""
+
+    samples: int | None
+
+
+class LogprobsFields(CallFields, total=False):
+    """What `logprobs` takes as keywords."""
+
+    top_logprobs: int
+    logprob_ids: Sequence[int]
+    all_logprobs: bool
+    logprobs_dtype: LogprobsDtype | None
+    cache_salt: str
+
+
+class SampleFields(SamplerFields, total=False):
+    """A `Sampler`, or its fields, and what else `sample_latents` takes as keywords."""
+
+    seed: int | NoiseSeed | None
+    cache_salt: str
+    preview_every: int | None
+    with_probes: bool
+
+
+class CanvasFields(SampleFields, total=False):
+    """The same of a prior's `sample`."""
+
+    first_block: int
+    noise: ArrayLike | None
 
 
 class SamplingFields(CallFields, total=False):
@@ -243,6 +274,24 @@ class SamplingFields(CallFields, total=False):
     top_p: float | None
     repetition_penalty: float | None
     sampling_seed: int | None
+
+
+class DecodeFields(SamplingFields, total=False):
+    """A `Sampling`, or its fields, and what else `decode_latents` takes as keywords."""
+
+    top_logprobs: int | None
+    target_ids: Sequence[int]
+    token_count: int | None
+
+
+class SessionFields(SamplingFields, LogprobsFields, total=False):
+    """A `Sampling`, or its fields, and what else a decoder's `session` takes as keywords."""
+
+    history_ids: Sequence[int]
+    target_ids: Sequence[int]
+    with_logits: bool
+    with_probes: bool
+    max_latents: int
 
 
 class WritingFields(SamplerFields, SamplingFields, total=False):

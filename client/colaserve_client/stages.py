@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Unpack
 
-from numpy.typing import ArrayLike
-
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_client.about import ServiceInfo
 from colaserve_client.base import AsyncBaseClient
@@ -13,7 +11,7 @@ from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.messages import build, one, request, several
 from colaserve_client.results import DecodedBlock, Density, LatentBlock, SequenceEncoding
-from colaserve_client.settings import CallFields, LogprobsDtype, NoiseSeed, SamplerFields, SamplingFields, Solver
+from colaserve_client.settings import CallFields, CanvasFields, DensityFields, SessionFields
 
 
 class AsyncEncoderClient(AsyncBaseClient):
@@ -61,13 +59,7 @@ class AsyncPriorClient(AsyncBaseClient):
         *,
         max_blocks: int,
         open_spans: Sequence[tuple[int, int]] = (),
-        first_block: int = 0,
-        seed: int | NoiseSeed | None = None,
-        noise: ArrayLike | None = None,
-        preview_every: int | None = None,
-        with_probes: bool = False,
-        cache_salt: str = "",
-        **settings: Unpack[SamplerFields],
+        **settings: Unpack[CanvasFields],
     ) -> AsyncStream[LatentBlock]:
         """Write the blocks of a canvas and yield them; leaving early cancels and frees.
 
@@ -82,20 +74,11 @@ class AsyncPriorClient(AsyncBaseClient):
             preview_every: also yield the block under way, `provisional`, after every so many steps.
             with_probes: also return the prior's probes of each block.
         """
-        if (seed is None) == (noise is None):
+        seed = settings.get("seed")
+        if (seed is None) == (settings.get("noise") is None):
             raise invalid("noise_source", f"expected either seed or noise, got {'none' if seed is None else 'both'}")
-        message = request(
-            prior_pb2.SampleRequest,
-            settings,
-            canvas=_canvas(latents, open_spans),
-            max_blocks=max_blocks,
-            first_block=first_block,
-            seed=seed,
-            noise=noise,
-            preview_every=preview_every,
-            with_probes=with_probes,
-            cache_salt=cache_salt,
-        )
+        canvas = _canvas(latents, open_spans)
+        message = request(prior_pb2.SampleRequest, settings, canvas=canvas, max_blocks=max_blocks)
         return self._stream(message, one(LatentBlock), settings)
 
     async def score(
@@ -103,12 +86,7 @@ class AsyncPriorClient(AsyncBaseClient):
         latents: LatentsLike,
         *,
         open_spans: Sequence[tuple[int, int]] | None = None,
-        probes: int | None = None,
-        steps: int | None = None,
-        solver: Solver | None = None,
-        seed: int | NoiseSeed | None = None,
-        cache_salt: str = "",
-        **call: Unpack[CallFields],
+        **settings: Unpack[DensityFields],
     ) -> Density:
         """The log density of latents, whole blocks of them, by the probability-flow ODE: see docs/likelihood.md.
 
@@ -123,17 +101,8 @@ class AsyncPriorClient(AsyncBaseClient):
         """
         known = Latents.of(latents)
         canvas = _canvas(known, [(0, len(known))] if open_spans is None else open_spans)
-        message = request(
-            prior_pb2.PriorServiceScoreRequest,
-            call,
-            canvas=canvas,
-            probes=probes,
-            steps=steps,
-            solver=solver,
-            seed=seed,
-            cache_salt=cache_salt,
-        )
-        return await self._unary(message, one(Density), call)
+        message = request(prior_pb2.PriorServiceScoreRequest, settings, canvas=canvas)
+        return await self._unary(message, one(Density), settings)
 
     async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The model, its limits and its load."""
@@ -152,22 +121,7 @@ class AsyncDecoderClient(AsyncBaseClient):
     (102, 111, 120, 46)
     """
 
-    def session(
-        self,
-        prefix: LatentsLike | None = None,
-        *,
-        history_ids: Sequence[int] = (),
-        with_logits: bool = False,
-        top_logprobs: int = 0,
-        target_ids: Sequence[int] = (),
-        logprob_ids: Sequence[int] = (),
-        all_logprobs: bool = False,
-        logprobs_dtype: LogprobsDtype | None = None,
-        max_latents: int = 0,
-        with_probes: bool = False,
-        cache_salt: str = "",
-        **settings: Unpack[SamplingFields],
-    ) -> "AsyncDecodeSession":
+    def session(self, prefix: LatentsLike | None = None, **settings: Unpack[SessionFields]) -> "AsyncDecodeSession":
         """Open a session: a context manager that decodes block after block and frees its cache at the end.
 
         Args:
@@ -182,22 +136,7 @@ class AsyncDecoderClient(AsyncBaseClient):
             with_probes: also return the decoder's probes.
             timeout: seconds for the whole session.
         """
-        opening = request(
-            decoder_pb2.OpenDecode,
-            settings,
-            prefix=prefix,
-            history_ids=history_ids,
-            with_logits=with_logits,
-            top_logprobs=top_logprobs,
-            target_ids=target_ids,
-            logprob_ids=logprob_ids,
-            all_logprobs=all_logprobs,
-            logprobs_dtype=logprobs_dtype,
-            max_latents=max_latents,
-            with_probes=with_probes,
-            cache_salt=cache_salt,
-        )
-        message = decoder_pb2.DecodeRequest(open=opening)
+        message = decoder_pb2.DecodeRequest(open=request(decoder_pb2.OpenDecode, settings, prefix=prefix))
         return self._begun(AsyncDecodeSession, "stream_stream", message, one(DecodedBlock), settings)
 
     async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:

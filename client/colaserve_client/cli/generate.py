@@ -10,7 +10,7 @@ from colaserve_client.blocking import Client
 from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.batch import run_batch
 from colaserve_client.cli.screen import Screen
-from colaserve_client.forks import generation_result
+from colaserve_client.latent_client import generation_result
 from colaserve_client.reading import read_text, standard_input
 from colaserve_client.results import GenerationResult
 from colaserve_client.settings import GenerationRequest
