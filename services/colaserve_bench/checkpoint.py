@@ -1,7 +1,5 @@
 """Checkpoints to measure on: random weights in the released layout, with a tokenizer of the right size."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import shutil

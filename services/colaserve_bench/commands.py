@@ -1,7 +1,5 @@
 """The verbs of `colaserve bench`."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

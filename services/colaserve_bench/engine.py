@@ -1,7 +1,5 @@
 """`bench engine` and `bench solvers`: the prior alone, driven on its device thread, in rounds over all loads."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Engines of one process without a server: started, driven as clients would, and watched step by step."""
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 import time

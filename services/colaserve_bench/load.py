@@ -1,7 +1,5 @@
 """`bench load`: how long reading the weights takes, and how much memory of its own a process then holds."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time

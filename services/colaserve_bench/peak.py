@@ -5,8 +5,6 @@ being the latent positions of a pass, both branches and commits included. All el
 solver, copies, the 16-channel input and output projections) counts as no work but takes time.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

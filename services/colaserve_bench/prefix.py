@@ -1,7 +1,5 @@
 """`bench prefix` and `bench fork`: what it saves that the system knows a beginning, to one text and to several."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence

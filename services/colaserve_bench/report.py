@@ -1,7 +1,5 @@
 """What a benchmark leaves behind: a table on the screen, and JSON with everything."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -1,7 +1,5 @@
 """Requests for a running system, and what became of each."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

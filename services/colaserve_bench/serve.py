@@ -1,7 +1,5 @@
 """`bench serve`: systems under load, as their clients see them, and the engine alone to compare with."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import time

@@ -1,7 +1,5 @@
 """`bench stable`: the steps that an early stop of blocks saves, and how often their tokens were final by then."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence

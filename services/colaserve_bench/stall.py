@@ -1,7 +1,5 @@
 """`bench stall`: the time between blocks of running sessions while a session with a long prompt joins them."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import statistics

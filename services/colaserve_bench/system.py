@@ -1,7 +1,5 @@
 """The system that a benchmark calls: one that runs, or `colaserve up` of our own, in one process or split."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """What makes a function a verb of `colaserve bench`: options that several share, and what becomes of the results."""
 
-from __future__ import annotations
-
 import asyncio
 import multiprocessing
 from collections.abc import Callable, Coroutine, Mapping

@@ -1,7 +1,5 @@
 """`colaserve train ...`: tokenizer, vae, prior, demo. Under torchrun the vae and prior verbs use all processes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Settings of a training run, shapes of networks to train from nothing, and the options made of both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@
 they came about. Nothing is random but the `random.Random` passed in, so that an example is a function of a seed.
 """
 
-from __future__ import annotations
-
 import csv
 import random
 import re

@@ -5,8 +5,6 @@ a file unusable (not there, not UTF-8, not JSON, a missing field) is an error th
 and prompt/response pairs longer than the context are left out and counted; longer text is cut into pieces.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from array import array

@@ -1,7 +1,5 @@
 """`colaserve train demo`: the bundled checkpoint from nothing, the same bytes for the same seed on one machine."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -64,7 +62,7 @@ class DemoRecipe:
     prior: RunConfig = PRIOR_RUN
     polish: RunConfig = POLISH_RUN
 
-    def scaled(self, vae_steps: int | None, prior_steps: int | None) -> DemoRecipe:
+    def scaled(self, vae_steps: int | None, prior_steps: int | None) -> "DemoRecipe":
         """The same recipe with other numbers of steps (`prior_steps` for both passes of stage 2); None keeps one."""
         vae = replace(self.vae, steps=vae_steps or self.vae.steps)
         prior, polish = (replace(run, steps=prior_steps or run.steps) for run in (self.prior, self.polish))

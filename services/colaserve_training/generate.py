@@ -4,8 +4,6 @@ Written for clarity, without caches: every step runs the whole rows again. Servi
 are the same, and a test says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile

@@ -1,7 +1,5 @@
 """What a run reports: a progress bar or lines, metrics.jsonl and the loss curve as PNG. None of it ends a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

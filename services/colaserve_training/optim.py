@@ -1,7 +1,5 @@
 """Optimizers, learning-rate schedule and averaged weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 

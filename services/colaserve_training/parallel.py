@@ -4,8 +4,6 @@ DDP keeps whole copies; FSDP shards the parameters of each block, for models of 
 with two CPU processes (gloo). Not run on a GPU.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

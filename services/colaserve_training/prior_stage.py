@@ -8,8 +8,6 @@ b and itself; a clean block sees the clean blocks up to its own; copies never se
 no reader and is left out. Rotary positions are those that the latents have in the row.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Sequence

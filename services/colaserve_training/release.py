@@ -1,7 +1,5 @@
 """Networks to train, new or of a checkpoint, and checkpoints in the released layout: all and only its names."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Token rows: what every source of training data yields, and how a step's rows become micro-batches."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace

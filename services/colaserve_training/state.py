@@ -4,8 +4,6 @@ A state is a folder `state/step-00000500/` with `tensors.safetensors` and `state
 are kept: when the newest cannot be read, a run continues from the one before.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

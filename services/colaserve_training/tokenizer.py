@@ -1,7 +1,5 @@
 """Train a byte-level BPE tokenizer whose special ids are 0 (end of text), 1 (end of turn) and 2 (padding)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

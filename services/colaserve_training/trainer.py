@@ -3,8 +3,6 @@
 Ctrl-C, SIGTERM and SIGHUP end it after the running step, with a state.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -5,8 +5,6 @@
 z ~ q(z | x) is drawn once a token; the decoder sees it with extra noise, so that it forgives the prior's small errors.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The call that work is done for: its deadline, its caller, when it came."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ class Call:
     near: dict[str, str] | None = None  # by stage, address that its sessions are to go to; None: to any
 
     @classmethod
-    def of(cls, context: Any) -> Call:
+    def of(cls, context: Any) -> "Call":
         """The one that gRPC's context, or that of a call in this process, describes."""
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining

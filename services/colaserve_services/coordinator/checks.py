@@ -1,8 +1,6 @@
 """What a stage's answer must be. One that is not is the stage's fault: the call goes on elsewhere, the caller sees
 nothing of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 

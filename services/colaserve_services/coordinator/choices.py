@@ -1,7 +1,5 @@
 """Typed choice: which of the given texts the written latents read as best."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

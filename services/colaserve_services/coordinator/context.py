@@ -1,7 +1,5 @@
 """What all of the coordinator's calls share: the connected stages, the tokenizer, the defaults, the queue."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing

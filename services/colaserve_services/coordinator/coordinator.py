@@ -5,8 +5,6 @@ await coordinator.connect()
 async for response in generate(coordinator.services, request, Call()): ...
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """What unset fields of a request mean: what --defaults says, else the checkpoint, else the table of fields."""
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 from collections.abc import Mapping
@@ -39,7 +37,7 @@ class Defaults:
     chat_frame: str = ""
 
     @classmethod
-    def of(cls, chat_frame: str | None = None, **values: Any) -> Defaults:
+    def of(cls, chat_frame: str | None = None, **values: Any) -> "Defaults":
         """Of values by the fields' names; the table's own for the others. Raises UsageError for what cannot be."""
         sampler, sampling = defaults(SAMPLER) | values, defaults(SAMPLING) | values
         budget = values.get("max_new_tokens", MAX_NEW_TOKENS.default)

@@ -1,7 +1,5 @@
 """Vectors that stand for texts: means of their latents."""
 
-from __future__ import annotations
-
 import asyncio
 from array import array
 from collections.abc import Sequence

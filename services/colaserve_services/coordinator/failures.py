@@ -1,7 +1,5 @@
 """What a stage's failure means, and whether another attempt is made: bounded, with backoff, within the deadline."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random
@@ -65,7 +63,7 @@ class Attempts:
     may start and gives its replica, `progressed` and `failed` say how it went. `failed` returns when another attempt is
     to follow. Leaving the context gives the run's slot back."""
 
-    services: ServiceContext
+    services: "ServiceContext"
     ticket: Ticket
     failures: int = 0  # streams that broke; refusals of a stage that is full do not count
     doubtful: int = 0  # of them
@@ -74,7 +72,7 @@ class Attempts:
     avoided: set[str] = field(default_factory=set)  # addresses of those that failed
     lost: list[Choice] = field(default_factory=list)  # those that the run was in flight in when it broke
 
-    def __enter__(self) -> Attempts:
+    def __enter__(self) -> "Attempts":
         return self
 
     def __exit__(

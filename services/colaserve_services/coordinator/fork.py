@@ -1,7 +1,5 @@
 """Several continuations of one prefix, which is encoded once, and whose KV the stages compute and hold once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing

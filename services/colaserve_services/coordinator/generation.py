@@ -1,7 +1,5 @@
 """The heartbeat: text -> ids -> latents, then block by block: noise -> latents -> ids -> text."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from operator import attrgetter, methodcaller
@@ -95,7 +93,7 @@ async def _with_written(
             yield block
 
 
-async def _encode(services: ServiceContext, plan: Plan, call: Call, watch: _Watch) -> types_pb2.Latents:
+async def _encode(services: ServiceContext, plan: Plan, call: Call, watch: "_Watch") -> types_pb2.Latents:
     if not plan.prompt_ids:
         return services.no_latents()
     answer = await services.encode([plan.prompt_ids], call)

@@ -1,7 +1,5 @@
 """Looks at the stages: patiently while they start, then now and again, so that readiness tells the truth."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """A text with holes: the prior writes the holes, what is kept stays as it is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

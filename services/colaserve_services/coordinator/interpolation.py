@@ -1,7 +1,5 @@
 """A walk through the latent space between two texts or latents, each point decoded."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Final
 

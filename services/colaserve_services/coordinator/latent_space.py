@@ -1,7 +1,5 @@
 """Texts to latents and back, and latents continued: the plain calls of LatentService."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence

@@ -1,7 +1,5 @@
 """What the coordinator takes at most."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

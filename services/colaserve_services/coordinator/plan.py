@@ -1,7 +1,5 @@
 """A generation request, checked and with every open question settled, before any work is done for it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial

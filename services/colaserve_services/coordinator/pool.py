@@ -1,7 +1,5 @@
 """The replicas of one stage: what each says of itself, and which of them a call goes to."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -33,7 +31,7 @@ class Brand(NamedTuple):
     weights: str
     dtype: str
 
-    def suits(self, other: Brand) -> bool:
+    def suits(self, other: "Brand") -> bool:
         """Whether they are the same, as far as both report them: earlier versions do not report their weights."""
         return all(ours == theirs or not ours or not theirs for ours, theirs in zip(self, other, strict=True))
 

@@ -1,7 +1,5 @@
 """Reads a stream in a task of its own, so that its writer works on while the reader is busy elsewhere."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -33,7 +31,7 @@ class ReadAhead(Generic[T]):
         self._queue: asyncio.Queue[tuple[T] | Exception] = asyncio.Queue(maxsize=1)
         self.received = 0
 
-    async def __aenter__(self) -> ReadAhead[T]:
+    async def __aenter__(self) -> "ReadAhead[T]":
         self._task = asyncio.create_task(self._read())
         return self
 

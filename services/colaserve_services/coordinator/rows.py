@@ -1,7 +1,5 @@
 """Rows of a Latents message, taken and joined by their bytes: the values are never looked at."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from colaserve.v1 import types_pb2

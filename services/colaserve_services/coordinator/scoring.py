@@ -1,7 +1,5 @@
 """The likelihood of a text: what the decoder, the posterior and the prior say of it, added up."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +48,7 @@ class _Layout:
     context: int  # of them, in whole blocks
 
     @classmethod
-    def of(cls, prefix: Sequence[int], text: Sequence[int], model: Model, pad: int) -> _Layout:
+    def of(cls, prefix: Sequence[int], text: Sequence[int], model: Model, pad: int) -> "_Layout":
         prefix = [*prefix, *[pad] * (-len(prefix) % model.patch_size)]
         ids = [*prefix, *text]
         ids += [pad] * (-len(ids) % model.block_tokens)

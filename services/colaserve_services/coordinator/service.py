@@ -1,7 +1,5 @@
 """GenerationService and LatentService over gRPC: translate and delegate. Errors become statuses in rpc/errors.py."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """The three stages as the coordinator sees them, and what they say about themselves."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -103,7 +101,7 @@ class Model:
                 return name, theirs, ours
         return None
 
-    def within(self, infos: Iterable[Any], max_context: int, max_message_bytes: int) -> Model:
+    def within(self, infos: Iterable[Any], max_context: int, max_message_bytes: int) -> "Model":
         """The same with the least of these limits and those that the stages name."""
         infos = list(infos)
         context = _least(infos, "max_context", max_context)

@@ -1,7 +1,5 @@
 """From sampled ids to what the caller gets: the prompt's tail dropped, the end found, the budget kept."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

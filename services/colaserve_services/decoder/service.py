@@ -1,7 +1,5 @@
 """DecoderService: latent blocks to token ids. Translates and delegates to the engine, which checks the job."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any

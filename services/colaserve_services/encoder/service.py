@@ -1,7 +1,5 @@
 """EncoderService: token ids to latents. Translates and delegates to the engine, which checks what it is asked for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc

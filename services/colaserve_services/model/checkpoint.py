@@ -5,8 +5,6 @@
 <model>/tokenizer.json       and, optionally, generation_config.json
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from colaserve_services.errors import CheckpointError
@@ -36,7 +34,7 @@ class Checkpoint:
         self.defaults = read_generation_config(own) if own.is_file() else GenerationDefaults()
 
     @classmethod
-    def open(cls, directory: Path | str) -> Checkpoint:
+    def open(cls, directory: Path | str) -> "Checkpoint":
         """Open a folder in the released layout; raise `CheckpointError`, one line, if it cannot be served."""
         return cls(Path(directory))
 

@@ -1,7 +1,5 @@
 """generation_config.json: a checkpoint's own defaults. The file of --defaults has the same form."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ So a row's result depends on that row alone. oneDNN multiplies bytes, unsigned w
 adds in 32 bits; the rows' scales, bias and activation come behind it.
 """
 
-from __future__ import annotations
-
 import platform
 from functools import cache
 

@@ -3,8 +3,6 @@
 Reading tensors imports torch, all else does without: a coordinator opens checkpoints too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -54,7 +52,7 @@ class WeightFolder:
         """Of all tensors whose names begin so."""
         return sum(math.prod(entry.shape) for name, entry in self.entries.items() if name.startswith(prefix))
 
-    def read(self, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+    def read(self, names: Iterable[str]) -> "Iterable[tuple[str, Tensor]]":
         """(name, tensor as stored, on the CPU) one by one, in file order; tensors are only valid until the next one."""
         by_file: dict[Path, list[str]] = {}
         for name in names:

@@ -1,7 +1,5 @@
 """PriorService: a canvas to its written blocks. Translates and delegates to the engine, which checks the job."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
