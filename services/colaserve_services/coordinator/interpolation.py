@@ -50,7 +50,7 @@ async def interpolate(services: ServiceContext, request: pb.InterpolateRequest, 
             [decode_all(services, message, sampling, call, patient=True) for message in messages]
         )
     for weight, message, one in zip(weights, messages, decoded, strict=True):
-        ids = services.tokenizer.before_end(one.ids)
+        ids = services.tokenizer.before_end(list(one.token_ids))
         text, tokens = services.tokenizer.decode(ids), services.tokenizer.token_texts(ids)
         response.points.add(weight=weight, latents=message, text=text, token_ids=ids, tokens=tokens)
         add_timing(response.timing, one.timing)

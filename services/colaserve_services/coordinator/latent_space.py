@@ -4,8 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from colaserve.v1 import decoder_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
@@ -21,18 +20,6 @@ from colaserve_services.rpc import arrays
 
 MOST_TEXTS: Final = 256
 _FLOAT_BYTES: Final = 4
-
-
-@dataclass
-class Decoded:
-    """What came out of decoding latents: n * P ids and what belongs to them."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[Any] = field(default_factory=list)
-    target_logprobs: list[float] = field(default_factory=list)
-    position_logprobs: types_pb2.Tensor = field(default_factory=types_pb2.Tensor)  # (n * P, those looked up)
-    timing: types_pb2.Timing = field(default_factory=types_pb2.Timing)
 
 
 async def encode_text(services: ServiceContext, request: pb.EncodeTextRequest, call: Call) -> pb.EncodeTextResponse:
@@ -68,13 +55,14 @@ async def decode_latents(
     sampling = decode_sampling(services, request.sampling)
     async with services.admission.slot(call):
         decoded = await decode_all(services, latents, sampling, call, request.top_logprobs, targets)
-    ids = decoded.ids[: request.token_count] if request.token_count else services.tokenizer.before_end(decoded.ids)
+    ids = list(decoded.token_ids)
+    ids = ids[: request.token_count] if request.token_count else services.tokenizer.before_end(ids)
     response = pb.DecodeLatentsResponse(
         text=services.tokenizer.decode(ids),
         token_ids=ids,
         tokens=services.tokenizer.token_texts(ids),
         logprobs=decoded.logprobs[: len(ids)] if request.HasField("top_logprobs") else (),
-        top_logprobs=decoded.top[: len(ids)],
+        top_logprobs=decoded.top_logprobs[: len(ids)],
         target_logprobs=decoded.target_logprobs,
         timing=decoded.timing,
     )
@@ -148,12 +136,12 @@ async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: 
             latents, timing = answer.encodings[0].latents, answer.timing
         top = request.top_logprobs
         decoded = await decode_all(services, latents, sampling, call, top, ids, patient=True, lookup=lookup)
-    ids = ids or decoded.ids
+    ids = ids or list(decoded.token_ids)
     response = pb.LogprobsResponse(
         text=services.tokenizer.decode(ids),
         token_ids=ids,
         logprobs=decoded.target_logprobs or decoded.logprobs[: len(ids)],
-        top_logprobs=decoded.top[: len(ids)],
+        top_logprobs=decoded.top_logprobs[: len(ids)],
         tokens=services.tokenizer.token_texts(ids),
         text_offsets=services.tokenizer.offsets(ids),
         timing=add_timing(timing, decoded.timing),
@@ -209,8 +197,10 @@ def _name_likely(services: ServiceContext, response: pb.DecodeLatentsResponse | 
         likely.tokens.extend(services.tokenizer.token_text(id_, before) for id_ in likely.token_ids)
 
 
-def _reconstruction(services: ServiceContext, decoded: Decoded, original: Sequence[int]) -> pb.Reconstruction:
-    ids = decoded.ids[: len(original)]
+def _reconstruction(
+    services: ServiceContext, decoded: decoder_pb2.DecodeResponse, original: Sequence[int]
+) -> pb.Reconstruction:
+    ids = decoded.token_ids[: len(original)]
     agreeing = sum(ours == theirs for ours, theirs in zip(ids, original, strict=True))
     return pb.Reconstruction(
         text=services.tokenizer.decode(ids),
@@ -231,33 +221,30 @@ async def decode_all(
     targets: Sequence[int] = (),
     patient: bool = False,
     lookup: decoder_pb2.OpenDecode | None = None,
-) -> Decoded:
-    """Decode latents (n, d), float32, from the beginning; the last block is filled with zeros."""
+    context: int = 0,
+) -> decoder_pb2.DecodeResponse:
+    """Decode latents (n, d), float32, behind the first `context` of them, which are whole blocks; the last block is
+    filled with zeros. The answers of all blocks in one, whose ids are those of the latents."""
     model, positions = services.model, rows.count(latents)
     blocks = model.blocks(positions)
     filling = rows.zeros(blocks * model.block_size - positions, model.latent_dim, model.space)
     whole = rows.join([latents, filling], model.latent_dim, model.space)
-    out = Decoded()
-    prefix = services.no_latents()
-    parts: list[bytes] = []
+    prefix, blocks = rows.take(whole, 0, context), blocks - context // model.block_size
+    found, parts = decoder_pb2.DecodeResponse(), list[bytes]()
     async with DecoderRun(
         services, call, prefix, blocks, sampling, top_logprobs, targets, patient, lookup=lookup
     ) as decoder:
-        for index in range(blocks):
-            block = rows.take(whole, index * model.block_size, (index + 1) * model.block_size)
-            answer = await decoder.decode(block)
-            out.ids += answer.token_ids
-            out.logprobs += answer.logprobs
-            out.top += answer.top_logprobs
-            out.target_logprobs += answer.target_logprobs
-            out.position_logprobs = answer.position_logprobs
+        for start in range(context, rows.count(whole), model.block_size):
+            answer = await decoder.decode(rows.take(whole, start, start + model.block_size))
             parts.append(answer.position_logprobs.data)
-            add_timing(out.timing, answer.timing)
-    if out.position_logprobs.shape:
-        out.position_logprobs.shape[0] = blocks * model.block_tokens
-        out.position_logprobs.data = b"".join(parts)
-    del out.ids[positions * model.patch_size :]
-    return out
+            add_timing(answer.timing, found.timing)
+            found.ClearField("position_logprobs")
+            found.MergeFrom(answer)
+    if found.position_logprobs.shape:
+        found.position_logprobs.shape[0] = blocks * model.block_tokens
+        found.position_logprobs.data = b"".join(parts)
+    del found.token_ids[(positions - context) * model.patch_size :]
+    return found
 
 
 def decode_sampling(services: ServiceContext, sampling: types_pb2.Sampling) -> types_pb2.Sampling:

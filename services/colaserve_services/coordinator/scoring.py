@@ -26,8 +26,8 @@ from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_seed
 from colaserve_services.coordinator.failures import Attempts
-from colaserve_services.coordinator.latent_space import check_fits, decode_sampling, tokenize_whole
-from colaserve_services.coordinator.runs import MANY_PASSES, DecoderRun
+from colaserve_services.coordinator.latent_space import check_fits, decode_all, decode_sampling, tokenize_whole
+from colaserve_services.coordinator.runs import MANY_PASSES
 from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
@@ -162,17 +162,12 @@ async def _decoded(
     services: ServiceContext, call: Call, latents: types_pb2.Latents, layout: _Layout
 ) -> tuple[list[float], types_pb2.Timing]:
     """log p of each of the text's tokens."""
-    size, timing, logprobs = services.model.block_size, types_pb2.Timing(), list[float]()
-    prefix, targets = rows.take(latents, 0, layout.context), layout.ids[layout.context * services.model.patch_size :]
-    blocks = (rows.count(latents) - layout.context) // size
+    before = layout.context * services.model.patch_size
     sampling = decode_sampling(services, types_pb2.Sampling(temperature=0))
-    async with DecoderRun(services, call, prefix, blocks, sampling, 0, targets, patient=True) as decoder:
-        for start in range(layout.context, rows.count(latents), size):
-            answer = await decoder.decode(rows.take(latents, start, start + size))
-            logprobs += answer.target_logprobs
-            add_timing(timing, answer.timing)
-    start = len(layout.prefix) - layout.context * services.model.patch_size
-    return logprobs[start : start + len(layout.text)], timing
+    targets, context = layout.ids[before:], layout.context
+    decoded = await decode_all(services, latents, sampling, call, targets=targets, patient=True, context=context)
+    start = len(layout.prefix) - before
+    return decoded.target_logprobs[start : start + len(layout.text)], decoded.timing
 
 
 def _response(
