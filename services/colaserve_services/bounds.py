@@ -4,8 +4,6 @@ The table of fields is the client's (`colaserve_client/settings.py`). The edges 
 for it, the engines where they compute.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Final, cast
 

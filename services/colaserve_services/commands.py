@@ -3,8 +3,6 @@
 Importing this module imports neither torch nor a server.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from typing import Any

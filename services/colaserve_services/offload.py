@@ -3,8 +3,6 @@
 More threads would all compete for the interpreter's lock, and the device thread would wait for each of them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`colaserve pull`: fetch a checkpoint from the Hugging Face Hub, and check that every byte and tensor is there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """What is found in place of a large file when a download or a clone did not bring it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _LFS = b"version https://git-lfs.github.com/spec/"

@@ -1,7 +1,5 @@
 """The models of the Open Inference Protocol: each is one of the coordinator's calls, with its checks and its queue."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field

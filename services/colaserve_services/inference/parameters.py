@@ -1,7 +1,5 @@
 """Parameters of a request of the Open Inference Protocol: settings of the one table, by their flat names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from reprlib import repr as brief
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """GRPCInferenceService over gRPC: translate and delegate."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing

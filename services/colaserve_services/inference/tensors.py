@@ -1,7 +1,5 @@
 """Tensors of the Open Inference Protocol: a request's inputs, checked, and an answer's outputs, as raw contents."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as brief
 from typing import Any, Final, NamedTuple

@@ -1,7 +1,5 @@
 """Text out of token ids as they come, never half a character."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

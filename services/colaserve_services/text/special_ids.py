@@ -1,7 +1,5 @@
 """Which ids pad and which end the text; the released config files do not say."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -36,7 +34,7 @@ class SpecialIds:
         pad: int | None = None,
         end_of_text: int | Sequence[int] | None = None,
         im_end: int | None = None,
-    ) -> SpecialIds:
+    ) -> "SpecialIds":
         """Given ids first (generation_config.json's), then the release's when the vocabulary has its size, then a
         look into the tokenizer. Raises CheckpointError for a missing pad or an id outside the vocabulary."""
 

@@ -4,8 +4,6 @@ However the text is cut into pieces, what is let through is whole_text[:p], p th
 strings begins. Only the end of the text that may belong to one of them is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final

@@ -1,7 +1,5 @@
 """The checkpoint's tokenizer: text to ids and back, with its special ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ class Tokenizer:
         self.vocab_size, self.special = vocab_size, special
 
     @classmethod
-    def open(cls, path: Path, vocab_size: int | None = None, defaults: Any = None) -> Tokenizer:
+    def open(cls, path: Path, vocab_size: int | None = None, defaults: Any = None) -> "Tokenizer":
         """Read tokenizer.json. `vocab_size` is the model's (None: one more than the largest id of the tokenizer);
         `defaults` may have pad_token_id, eos_token_id and im_end_token_id, each None where not given,
         and eos_token_id several.
