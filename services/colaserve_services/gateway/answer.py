@@ -1,7 +1,5 @@
 """Runs the generations of a request and answers with them, whole or as server-sent events."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from abc import ABC, abstractmethod
@@ -110,7 +108,7 @@ class CallsAnswer(ABC):
         finally:
             task.cancel()
 
-    async def _give_up(self, events: EventStream, error: ApiError) -> None:
+    async def _give_up(self, events: "EventStream", error: ApiError) -> None:
         if not events.begun:
             raise error
         self.record.failed_with = error.status

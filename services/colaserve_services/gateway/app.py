@@ -4,8 +4,6 @@ app = create_app(coordinator_stub(...), GatewaySettings())
 server = await serve(app, "127.0.0.1", 8000)
 """
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from typing import Any, Final
 

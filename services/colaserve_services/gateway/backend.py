@@ -1,7 +1,5 @@
 """The coordinator as the gateway sees it: its calls with deadline and metadata, and its description of itself, kept."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence

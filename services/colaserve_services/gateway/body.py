@@ -3,8 +3,6 @@
 A body that does not fit the schema is refused with one sentence: the field, what was got, what is expected.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """What happens to every HTTP request: request id, key, call limit, errors in one shape, metrics, one log line."""
 
-from __future__ import annotations
-
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """POST /v1/embeddings: texts as vectors, means of their latents, in OpenAI's shape."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

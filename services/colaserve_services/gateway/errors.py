@@ -1,7 +1,5 @@
 """Errors as answers, in OpenAI's shape or, on its paths, in Anthropic's. Nothing else makes such bodies."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,8 +1,6 @@
 """The Open Inference Protocol over HTTP: JSON, with binary tensors behind it if the client likes, to and from the
 coordinator's GRPCInferenceService, which checks it."""
 
-from __future__ import annotations
-
 import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Mapping

@@ -1,7 +1,5 @@
 """POST /v1/latents/...: the methods of LatentService as JSON; streams are server-sent events."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

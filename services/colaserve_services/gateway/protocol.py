@@ -6,8 +6,6 @@ client skips it, and one that has left answers it with a reset. HTTP/1.0 gets th
 clients need not skip it: proxies speak 1.0, and what they left must not run on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import struct

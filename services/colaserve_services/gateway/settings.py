@@ -1,7 +1,5 @@
 """How a gateway is set up."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from colaserve_services.errors import UsageError

@@ -1,7 +1,5 @@
 """Answers that are no texts. Typed so that mypy and the OpenAPI document know them; sent as plain JSON."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12

@@ -1,7 +1,5 @@
 """POST /tokenize and /detokenize: what they take and answer, as vLLM has them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """What a process says beside its log: where it serves, and why it ends. A full disk behind it stops nothing."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

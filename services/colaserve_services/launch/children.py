@@ -1,7 +1,5 @@
 """A role's process under `up --split`: started, reached, started again when it dies."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

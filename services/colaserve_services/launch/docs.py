@@ -1,7 +1,5 @@
 """The tables of docs/reference/configuration.md: `scripts/generate-config-docs`."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Checkpoints on the Hugging Face Hub: found in its cache, else fetched and compared with the Hub's checksums."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil
@@ -32,7 +30,7 @@ class HubId(NamedTuple):
     revision: str
 
     @classmethod
-    def parse(cls, text: str) -> HubId | None:
+    def parse(cls, text: str) -> "HubId | None":
         """OWNER/NAME[@REVISION], else None."""
         found = _ID.fullmatch(text)
         return found and cls(found[1], found[2] or "main")

@@ -1,7 +1,5 @@
 """`--kv-bytes auto`: KV caches get what memory leaves after the weights and the largest pass, in equal contexts."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

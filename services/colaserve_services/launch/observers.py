@@ -1,7 +1,5 @@
 """What engines report, as Prometheus metrics. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from colaserve_services.engine.observer import EngineObserver

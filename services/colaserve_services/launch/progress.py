@@ -1,7 +1,5 @@
 """Progress of long reads: a bar on a terminal, a log line now and then elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Options of earlier versions, each also a variable: what replaced it, so that no setting is ignored silently."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Final
 

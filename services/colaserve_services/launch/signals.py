@@ -1,7 +1,5 @@
 """SIGTERM, SIGHUP and SIGINT, for work that they end."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import signal

@@ -4,8 +4,6 @@ GPU one for the stages of each, beside the coordinator and the gateway, which sh
 What dies is started again on the same ports, as in Kubernetes: streams go on with another replica where there is one.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets

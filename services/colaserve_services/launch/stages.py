@@ -3,8 +3,6 @@
 The only part of the launcher that needs torch; imported when a stage is started.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence

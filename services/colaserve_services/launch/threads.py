@@ -1,7 +1,5 @@
 """CPU threads. OpenMP reads its settings when torch is imported, so these are set before."""
 
-from __future__ import annotations
-
 import os
 
 # How long OpenMP threads spin before they sleep, on machines that do other work too: long enough for the gaps between

@@ -1,7 +1,5 @@
 """What a stage says about itself (GetInfo), and the conversions that the three stage services share. No torch."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Tensor and Latents messages to numpy arrays and back, without torch. All that a sender can get wrong is checked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from typing import Any

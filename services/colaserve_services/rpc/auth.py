@@ -1,7 +1,5 @@
 """Bearer keys: read from a file or the environment, compared in constant time, read again when the file changes."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import re
@@ -28,7 +26,7 @@ class Keys:
             raise _no_key(file)
 
     @staticmethod
-    def load(file: Path | None, role_key: str = "") -> Keys | None:
+    def load(file: Path | None, role_key: str = "") -> "Keys | None":
         """Keys of a file (`KEY` or `NAME KEY` a line, # begins a comment) and the one that roles show; None without.
 
         UsageError for a file that holds no key, and for a key that HTTP cannot carry."""

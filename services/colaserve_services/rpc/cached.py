@@ -1,7 +1,5 @@
 """An answer that is expensive to compute, cached for a while."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable

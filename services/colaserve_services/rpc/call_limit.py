@@ -1,7 +1,5 @@
 """The bound on the calls that a server runs at once. A refusal comes at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Ends calls whose readers stay away, and tells a task's own cancellation from that of a call which it reads."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Connections to other services: balanced over replicas, skipping those that are not SERVING, with TLS and a key."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import re

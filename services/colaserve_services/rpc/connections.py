@@ -1,7 +1,5 @@
 """Connections to other services that outlive their certificates, and the replicas behind a target, one each."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import logging

@@ -1,7 +1,5 @@
 """What happens to every call at a server's edge: request id, key, call limit, metrics, one log line, status."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

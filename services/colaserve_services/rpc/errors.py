@@ -1,7 +1,5 @@
 """The one table of the services: our errors to gRPC statuses (with google.rpc details) and HTTP statuses, and back."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import traceback

@@ -5,8 +5,6 @@ starlette make them). Python's collector goes by the number of objects, not by t
 of 4 MiB would stay in memory for minutes.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Final

@@ -7,8 +7,6 @@ Errors are `grpc.aio.AioRpcError`, as over a socket. One response waits unread, 
 Messages are passed by reference: neither side may change one that it has handed over.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable

@@ -1,7 +1,5 @@
 """Log lines with the request id: JSON for machines, plain for a terminal. Text and latents never get in."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """What servers and channels have in common."""
 
-from __future__ import annotations
-
 import os
 import socket
 

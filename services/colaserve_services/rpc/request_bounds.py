@@ -1,7 +1,5 @@
 """How large a request of each method may be. Checked on the raw bytes, before protobuf makes objects of them."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from colaserve_services.errors import InvalidRequest

@@ -1,7 +1,5 @@
 """The identity of the call being served: its request id, which crosses every service."""
 
-from __future__ import annotations
-
 import re
 import uuid
 from collections.abc import Iterable

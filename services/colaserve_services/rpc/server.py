@@ -1,7 +1,5 @@
 """A gRPC server of ours: services, health, reflection, bounds, TLS, and a drain that loses nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import sys

@@ -1,7 +1,5 @@
 """The probes that steer a sampler, read from its message. All that a sender can get wrong is checked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 

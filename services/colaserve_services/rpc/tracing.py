@@ -12,8 +12,6 @@ traces nothing hands a caller's context on. Spans hold names, counts and times, 
 OpenTelemetry's own variables (OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_EXPORTER_OTLP_...).
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping

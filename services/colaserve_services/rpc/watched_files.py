@@ -1,7 +1,5 @@
 """Keys and certificates that are renewed while a process runs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an HTTP API for text is to the gateway: one module each, with its schema, its calls, its answers and events."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial

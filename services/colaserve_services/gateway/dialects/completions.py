@@ -1,7 +1,5 @@
 """POST /v1/completions. A completion with `suffix` is an infill: the prompt, a hole of max_tokens and the suffix."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired

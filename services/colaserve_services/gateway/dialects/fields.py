@@ -1,7 +1,5 @@
 """What every dialect's request is made of. Types are strict: "16" is no integer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar

@@ -1,7 +1,5 @@
 """POST /v1/messages and /v1/messages/count_tokens, as Anthropic has them."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Final, Literal

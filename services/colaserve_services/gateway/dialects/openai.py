@@ -1,7 +1,5 @@
 """What OpenAI's two older ways to ask for text share: fields, and answers of choices."""
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What this model cannot honour of each API: a 400, unless the field asks for nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 

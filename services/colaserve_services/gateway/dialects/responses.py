@@ -1,7 +1,5 @@
 """POST /v1/responses."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count

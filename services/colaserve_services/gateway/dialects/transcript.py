@@ -1,7 +1,5 @@
 """Messages to a prompt. The model knows no roles: a chat is a text that ends where the answer begins."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """The page at /playground: its files, beside this one, as they are. They name no other host and need no build step."""
 
-from __future__ import annotations
-
 from functools import partial
 from importlib.resources import files
 from pathlib import PurePath
