@@ -24,6 +24,7 @@ from colaserve_client.blocking import DecodeSession as DecodeSession
 from colaserve_client.blocking import EncoderClient as EncoderClient
 from colaserve_client.blocking import PriorClient as PriorClient
 from colaserve_client.blocking import Stream as Stream
+from colaserve_client.calls import AsyncDecodeSession as AsyncDecodeSession
 from colaserve_client.calls import AsyncStream as AsyncStream
 from colaserve_client.channel import client_version as _version
 from colaserve_client.client import AsyncClient as AsyncClient
@@ -84,7 +85,6 @@ from colaserve_client.settings import Solver as Solver
 from colaserve_client.settings import Steering as Steering
 from colaserve_client.settings import Tls as Tls
 from colaserve_client.stages import AsyncDecoderClient as AsyncDecoderClient
-from colaserve_client.stages import AsyncDecodeSession as AsyncDecodeSession
 from colaserve_client.stages import AsyncEncoderClient as AsyncEncoderClient
 from colaserve_client.stages import AsyncPriorClient as AsyncPriorClient
 

@@ -16,7 +16,7 @@ from colaserve_client.errors import Cancelled, Unavailable
 from colaserve_client.loop import LOOP
 from colaserve_client.settings import DEFAULT_TARGET, Connection, Retry, Tls
 
-C = TypeVar("C", bound=Call[Any, Any])
+C = TypeVar("C", bound=Call[Any])
 T = TypeVar("T")
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # a HealthCheckResponse whose status is SERVING
@@ -52,7 +52,7 @@ class AsyncBaseClient:
         self._open = channel_to(self._target, tls, connection or Connection())
         self._channel: Any = None  # opened by the first call, since it belongs to the running event loop
         self._closed = False
-        self._calls: WeakSet[Call[Any, Any]] = WeakSet()
+        self._calls: WeakSet[Call[Any]] = WeakSet()
 
     @property
     def target(self) -> str:
@@ -90,7 +90,7 @@ class AsyncBaseClient:
 
     async def _unary(self, request: Message, convert: Callable[[Any], T], settings: Mapping[str, Any]) -> T:
         """One answer, converted."""
-        call = self._begun(Call[Message, T], "unary_unary", request, convert, settings)
+        call = self._begun(Call[T], "unary_unary", request, convert, settings)
         return await call._tried(call._answer)
 
     def _stream(self, request: Message, convert: Callable[[Any], T], settings: Mapping[str, Any]) -> AsyncStream[T]:

@@ -12,19 +12,19 @@ from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from colaserve_client.base import AsyncBaseClient
-from colaserve_client.calls import AsyncStream, Call
+from colaserve_client.calls import AsyncDecodeSession, AsyncStream, Call
 from colaserve_client.client import AsyncClient, bounded, outcome, started_ahead
 from colaserve_client.errors import ColaserveError
 from colaserve_client.latents import LatentsLike
 from colaserve_client.loop import LOOP
 from colaserve_client.results import DecodedBlock, GenerationOutcome
 from colaserve_client.settings import GenerationRequest, Prompt
-from colaserve_client.stages import AsyncDecoderClient, AsyncDecodeSession, AsyncEncoderClient, AsyncPriorClient
+from colaserve_client.stages import AsyncDecoderClient, AsyncEncoderClient, AsyncPriorClient
 
 A = TypeVar("A", bound=AsyncBaseClient)
 C_co = TypeVar("C_co", bound=AsyncBaseClient, covariant=True)
 F = TypeVar("F", bound=Callable[..., Any])
-K = TypeVar("K", bound=Call[Any, Any])
+K = TypeVar("K", bound=Call[Any])
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")

@@ -28,10 +28,11 @@ from colaserve_client.errors import (
     error_from_rpc,
     invalid,
 )
+from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.loop import LOOP
+from colaserve_client.results import DecodedBlock
 from colaserve_client.settings import Retry
 
-R = TypeVar("R")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -118,12 +119,14 @@ class Attempts:
         return seconds
 
 
-class Call(Generic[R, T]):
+class Call(Generic[T]):
     """A call with one answer, and what the other kinds have in common with it."""
 
     _left_as = "the call was cancelled"
 
-    def __init__(self, start: Callable[..., Any], request: R, convert: Callable[[Any], T], attempts: Attempts) -> None:
+    def __init__(
+        self, start: Callable[..., Any], request: Message, convert: Callable[[Any], T], attempts: Attempts
+    ) -> None:
         self._start, self._request, self._convert, self._attempts = start, request, convert, attempts
         self._received = self._ended = False
         self._left = asyncio.Event()
@@ -196,7 +199,7 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class AsyncStream(Call[Message, T]):
+class AsyncStream(Call[T]):
     """The answers of a call as they come. Leaving early (break, `aclose`, end of `async with`) cancels the call."""
 
     _left_as = "the stream was left"
@@ -235,16 +238,24 @@ class AsyncStream(Call[Message, T]):
         self._cancel()
 
 
-class AsyncExchange(Call[R, T]):
-    """A session over one stream: it is opened by a request without an answer, then each request gets one."""
+class AsyncDecodeSession(Call[DecodedBlock]):
+    """An open session of a decoder; `AsyncDecoderClient.session` makes it."""
 
     _left_as = "the session is closed"
 
-    async def _ask(self, request: R) -> T:
-        """The answer to a request."""
+    async def decode(self, block: LatentsLike) -> DecodedBlock:
+        """Decode the next block, (B, d)."""
+        return await self._ask(decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto()))
+
+    async def preview(self, block: LatentsLike) -> DecodedBlock:
+        """What the next block would be decoded to, (B, d); the session stays as it is."""
+        return await self._ask(decoder_pb2.DecodeRequest(preview=Latents.of(block, "preview").to_proto()))
+
+    async def _ask(self, request: decoder_pb2.DecodeRequest) -> DecodedBlock:
+        """The answer to a request; the first one opens the session, which has no answer."""
         return await self._tried(lambda: self._write_and_read(request))
 
-    async def _write_and_read(self, request: R) -> T:
+    async def _write_and_read(self, request: decoder_pb2.DecodeRequest) -> DecodedBlock:
         if self._call is None:
             self._call = self._start()
             await self._write(self._request)
@@ -254,7 +265,7 @@ class AsyncExchange(Call[R, T]):
             raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
         return self._taken(answer)
 
-    async def _write(self, request: R) -> None:
+    async def _write(self, request: Message) -> None:
         for _ in range(_ROUNDS):
             await asyncio.sleep(0)
         try:

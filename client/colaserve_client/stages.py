@@ -6,7 +6,7 @@ from typing import Unpack
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_client.about import ServiceInfo
 from colaserve_client.base import AsyncBaseClient
-from colaserve_client.calls import AsyncExchange, AsyncStream
+from colaserve_client.calls import AsyncDecodeSession, AsyncStream
 from colaserve_client.errors import invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.messages import build, one, request, several
@@ -121,7 +121,7 @@ class AsyncDecoderClient(AsyncBaseClient):
     (102, 111, 120, 46)
     """
 
-    def session(self, prefix: LatentsLike | None = None, **settings: Unpack[SessionFields]) -> "AsyncDecodeSession":
+    def session(self, prefix: LatentsLike | None = None, **settings: Unpack[SessionFields]) -> AsyncDecodeSession:
         """Open a session: a context manager that decodes block after block and frees its cache at the end.
 
         Args:
@@ -142,18 +142,6 @@ class AsyncDecoderClient(AsyncBaseClient):
     async def info(self, **call: Unpack[CallFields]) -> ServiceInfo:
         """The model, its limits and its load."""
         return await self._unary(request(decoder_pb2.DecoderServiceGetInfoRequest, call), one(ServiceInfo), call)
-
-
-class AsyncDecodeSession(AsyncExchange[decoder_pb2.DecodeRequest, DecodedBlock]):
-    """An open session of a decoder; `AsyncDecoderClient.session` makes it."""
-
-    async def decode(self, block: LatentsLike) -> DecodedBlock:
-        """Decode the next block, (B, d)."""
-        return await self._ask(decoder_pb2.DecodeRequest(block=Latents.of(block, "block").to_proto()))
-
-    async def preview(self, block: LatentsLike) -> DecodedBlock:
-        """What the next block would be decoded to, (B, d); the session stays as it is."""
-        return await self._ask(decoder_pb2.DecodeRequest(preview=Latents.of(block, "preview").to_proto()))
 
 
 def _canvas(latents: LatentsLike | None, open_spans: Sequence[tuple[int, int]]) -> types_pb2.Canvas:
