@@ -42,7 +42,7 @@ CANNOT_RUN = {  # by page and first line, with the reason
     ("operations.md", "kubectl diff -k ."): "needs Kubernetes",
     ("operations.md", "kubectl -n colaserve create secret generic colaserve-prior-tls"): "needs Kubernetes",
     ("operations.md", "kubectl -n colaserve get pods -l app.kubernetes.io/component=ROLE -o wide"): "needs Kubernetes",
-    ("operations.md", "scripts/capacity measure --model DIR"): "measures for minutes",
+    ("operations.md", "colaserve bench serve --target HOST:PORT"): "measures for minutes",
 }
 # What an answer must hold where an example asks for it: the checkpoint knows these.
 KNOWN = {
