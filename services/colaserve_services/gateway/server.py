@@ -16,7 +16,7 @@ from colaserve_services.errors import UsageError
 from colaserve_services.gateway.protocol import LONGEST_HEAD, HttpProtocol
 from colaserve_services.gateway.settings import Bounds
 from colaserve_services.rpc import network
-from colaserve_services.rpc.settings import ServerTls
+from colaserve_services.rpc.settings import Tls
 from colaserve_services.rpc.tls import server_context
 from colaserve_services.rpc.watched_files import WatchedFiles
 
@@ -26,11 +26,11 @@ _KEEP_ALIVE = 75  # seconds that an idle connection is kept: above what clients 
 class HttpServer:
     """A running server, see `serve`. `stop` ends it; leaving that to the garbage collector does not."""
 
-    def __init__(self, app: Starlette, listener: socket.socket, tls: ServerTls | None, renewal_seconds: float):
+    def __init__(self, app: Starlette, listener: socket.socket, tls: Tls | None, renewal_seconds: float):
         self._app, self._listener = app, listener
         self._bounds: Bounds = app.state.settings.bounds
         self._tls, self._renewal_seconds = tls, renewal_seconds
-        self._files = WatchedFiles(*((tls.cert, tls.key, tls.client_ca) if tls else ()))
+        self._files = WatchedFiles(*((tls.cert, tls.key, tls.ca) if tls else ()))
         self._server = uvicorn.Server(_config(app, tls))
         self._tasks: list[asyncio.Task[None]] = []
         self.host: str = listener.getsockname()[0]
@@ -74,7 +74,7 @@ class HttpServer:
                 assert isinstance(connection, HttpProtocol)
                 connection.look_at_reader()
 
-    async def _follow_certificate(self, tls: ServerTls) -> None:
+    async def _follow_certificate(self, tls: Tls) -> None:
         context = self._server.config.ssl
         assert isinstance(context, ssl.SSLContext)
         while True:
@@ -84,7 +84,7 @@ class HttpServer:
 
 
 async def serve(
-    app: Starlette, host: str, port: int, tls: ServerTls | None = None, renewal_seconds: float = 1.0
+    app: Starlette, host: str, port: int, tls: Tls | None = None, renewal_seconds: float = 1.0
 ) -> HttpServer:
     """Serve `app` in this event loop; port 0 takes a free one, see `.port`. UsageError when it cannot listen.
 
@@ -98,7 +98,7 @@ async def serve(
     return server
 
 
-def _config(app: Starlette, tls: ServerTls | None) -> uvicorn.Config:
+def _config(app: Starlette, tls: Tls | None) -> uvicorn.Config:
     http: Any = partial(HttpProtocol, app.state.settings.bounds)
     config = uvicorn.Config(
         app,

@@ -19,11 +19,13 @@ import click
 from colaserve_client.cli.types import Number, Text, Trimmed, TrimmedPath
 from colaserve_services.errors import ColaserveError, UsageError
 from colaserve_services.launch.removed import check_removed
-from colaserve_services.rpc.settings import LogSettings, ServerTls
+from colaserve_services.rpc.settings import LogSettings, Tls
 
 STAGES: Final = ("encoder", "prior", "decoder")
 MOST_REPLICAS: Final = 64
 TLS_NAMES: Final = ("tls.crt", "tls.key", "ca.crt")
+LOG_FORMATS: Final = ("auto", "json", "text")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MOST_SECONDS: Final = 2_000_000.0  # 23 days; in milliseconds still an option of a gRPC channel
 
 S = TypeVar("S")
@@ -40,89 +42,70 @@ SECONDS = Number(0, MOST_SECONDS)
 SOME_SECONDS = Number(0, MOST_SECONDS, min_open=True)
 
 
-class ByteBudget(Trimmed):
+class Parsed(Trimmed):
+    """A text that `read` makes a value of; its ValueError says what is wrong."""
+
+    def __init__(self, name: str, read: Callable[[str], Any]):
+        self.name, self._read = name, read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value."""
+        if not isinstance(value, str):  # the default
+            return value
+        try:
+            return self._read(super().convert(value, param, ctx))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _whole(text: str, least: int, end: int) -> int | None:
+    """The number that a text of digits is, from `least` and below `end`; else None."""
+    return int(text) if text.isascii() and text.isdecimal() and least <= int(text) < end else None
+
+
+def byte_budget(text: str) -> int:
     """A number of bytes; auto is 0."""
-
-    name = "BYTES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
-        if value == 0 or (text := super().convert(value, param, ctx)) == "auto":
-            return 0
-        if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
-            self.fail(f"got {value!r}, expected auto or a number of bytes, at least 1", param, ctx)
-        return int(text)
+    if text == "auto":
+        return 0
+    if (found := _whole(text, 1, 2**63)) is None:
+        raise ValueError(f"got {text!r}, expected auto or a number of bytes, at least 1")
+    return found
 
 
-class _ByStage(Trimmed):
-    """[STAGE=]VALUE with commas, as {stage: value}; "" is every stage that is not named."""
-
-    def pairs(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Iterator[tuple[str, str]]:
-        text = super().convert(value, param, ctx)
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            stage, sign, found = part.rpartition("=")
-            if sign and stage not in STAGES:
-                self.fail(f"got {part!r}, expected encoder, prior or decoder before the =", param, ctx)
-            yield stage, found
+def _by_stage(text: str) -> Iterator[tuple[str, str]]:
+    """[STAGE=]VALUE with commas, as pairs; "" is every stage that is not named."""
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        stage, sign, found = part.rpartition("=")
+        if sign and stage not in STAGES:
+            raise ValueError(f"got {part!r}, expected encoder, prior or decoder before the =")
+        yield stage, found
 
 
-class Devices(_ByStage):
+def devices(text: str) -> dict[str, str]:
     """Where stages compute: {"": "cpu", "prior": "cuda:1"}. Which devices there are is found out later."""
-
-    name = "[STAGE=]DEVICE,.."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The devices by stage."""
-        found = dict(self.pairs(value, param, ctx))
-        for device in found.values():
-            if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
-                self.fail(f"got {device!r}, expected cpu, cuda or cuda:N", param, ctx)
-        return {"": "cpu", **found}
+    found = dict(_by_stage(text))
+    for device in found.values():
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+            raise ValueError(f"got {device!r}, expected cpu, cuda or cuda:N")
+    return {"": "cpu", **found}
 
 
-class Replicas(_ByStage):
+def replicas(text: str) -> dict[str, int]:
     """How many processes stages have: {"prior": 2}."""
-
-    name = "STAGE=N,.."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The counts by stage."""
-        found = {}
-        for stage, count in self.pairs(value, param, ctx):
-            if not stage or not (count.isascii() and count.isdecimal()) or not 1 <= int(count) <= MOST_REPLICAS:
-                self.fail(f"got {value!r}, expected STAGE=1 to {MOST_REPLICAS}, as in prior=2,decoder=2", param, ctx)
-            found[stage] = int(count)
-        return found
+    counts = {stage: _whole(count, 1, MOST_REPLICAS + 1) for stage, count in _by_stage(text)}
+    found = {stage: count for stage, count in counts.items() if stage and count is not None}
+    if found.keys() != counts.keys():
+        raise ValueError(f"got {text!r}, expected STAGE=1 to {MOST_REPLICAS}, as in prior=2,decoder=2")
+    return found
 
 
-class Log(Trimmed):
+def log_settings(text: str) -> LogSettings:
     """FORMAT[:LEVEL] of log lines."""
-
-    name = "FORMAT[:LEVEL]"
-    FORMATS = ("auto", "json", "text")
-    LEVELS = ("debug", "info", "warning", "error")
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The settings."""
-        format_, _, level = super().convert(value, param, ctx).partition(":")
-        if format_ not in self.FORMATS or (level or "info") not in self.LEVELS:
-            expected = f"one of {', '.join(self.FORMATS)}, and after a colon one of {', '.join(self.LEVELS)}"
-            self.fail(f"got {value!r}, expected {expected}", param, ctx)
-        return LogSettings(format_, level or "info")
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """What a folder of --tls or --http-tls holds."""
-
-    cert: Path | None  # PEM, this side's chain; None: it has no certificate
-    key: Path | None
-    ca: Path | None  # PEM, the authority of the other side; None: it is not verified by a certificate
-
-    @property
-    def server(self) -> ServerTls | None:
-        """How a server uses them."""
-        return None if self.cert is None or self.key is None else ServerTls(self.cert, self.key, self.ca)
+    format_, _, level = text.partition(":")
+    if format_ not in LOG_FORMATS or (level or "info") not in LOG_LEVELS:
+        expected = f"one of {', '.join(LOG_FORMATS)}, and after a colon one of {', '.join(LOG_LEVELS)}"
+        raise ValueError(f"got {text!r}, expected {expected}")
+    return LogSettings(format_, level or "info")
 
 
 class TlsFolder(TrimmedPath):
@@ -137,7 +120,7 @@ class TlsFolder(TrimmedPath):
         cert, key, ca = (file if (file := folder / name).is_file() else None for name in TLS_NAMES)
         if (cert is None) != (key is None) or (cert is None and ca is None):
             self.fail(f"{folder} has no tls.crt and tls.key", param, ctx)
-        return TlsFiles(cert, key, ca)
+        return Tls(cert, key, ca)
 
 
 @dataclass(frozen=True)

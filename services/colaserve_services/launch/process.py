@@ -26,7 +26,7 @@ from colaserve_services.launch.settings import Process
 from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
 from colaserve_services.rpc.garbage import keep_what_is_there
-from colaserve_services.rpc.metrics import Metrics, MetricsEndpoint
+from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint
 from colaserve_services.rpc.network import address, listen
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import ServerSettings
@@ -60,7 +60,10 @@ class Host:
         if settings.otlp_endpoint is not None:
             stop_tracing = tracing.start(settings.otlp_endpoint, self.role)
             self.stack.push_async_callback(asyncio.to_thread, stop_tracing)
-        endpoint = MetricsEndpoint.start(self.metrics, settings.metrics, None if grpc is None else self._serves)
+        if settings.metrics_aliases:
+            self.metrics.registry.register(Aliases(self.metrics))
+        health = None if grpc is None else self._serves
+        endpoint = MetricsEndpoint.start(self.metrics, settings.host, settings.metrics_port, health)
         self.stack.callback(endpoint.close)
         self.addresses["metrics"] = f"http://{address(settings.host, endpoint.port)}/metrics"
         if grpc is not None:

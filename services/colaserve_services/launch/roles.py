@@ -321,7 +321,7 @@ async def _gateway(host: Host, settings: GatewaySettings | UpSettings, stub: Any
         bounds=bounds,
     )
     app = create_app(stub, made, host.metrics, reach)
-    tls = None if settings.http_tls is None else settings.http_tls.server
+    tls = settings.http_tls and settings.http_tls.of_server
     if settings.http_tls is not None and tls is None:
         raise UsageError("--http-tls: the folder has no tls.crt and tls.key")
     host.serve_http(await serve(app, settings.host, settings.http_port, tls), "https" if tls else "http")

@@ -23,21 +23,20 @@ from colaserve_services.launch.options import (
     SOME_SECONDS,
     STAGES,
     TRIMMED,
-    ByteBudget,
-    Devices,
-    Log,
-    Replicas,
-    TlsFiles,
+    Parsed,
     TlsFolder,
+    byte_budget,
+    devices,
+    log_settings,
     option,
+    replicas,
 )
 from colaserve_services.rpc.auth import Keys, checked
 from colaserve_services.rpc.settings import (
     ChannelSettings,
-    ClientTls,
     LogSettings,
-    MetricsSettings,
     ServerSettings,
+    Tls,
 )
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -51,7 +50,7 @@ class Processes:
 
     split: bool = option(False, "Run each role in a process of its own; one that dies is started again.")
     replicas: Mapping[str, int] = option(
-        dict, "With --split: processes of a stage, as in prior=2.", Replicas(), "1 each"
+        dict, "With --split: processes of a stage, as in prior=2.", Parsed("STAGE=N,..", replicas), "1 each"
     )
 
 
@@ -85,7 +84,7 @@ class Compute:
         lambda: {"": "cpu"},
         "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1. With a GPU, up runs the stages "
         "of each one in a process of their own.",
-        Devices(),
+        Parsed("[STAGE=]DEVICE,..", devices),
         "cpu",
     )
     dtype: str = option(
@@ -114,7 +113,7 @@ class Engine:
     )
     kv_bytes: int = option(
         0, "Bytes of one stage's KV cache, or auto: what memory leaves after weights and the largest pass.",
-        ByteBudget(), "auto",
+        Parsed("BYTES", byte_budget), "auto",
     )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ class Http:
     """HTTP"""
 
     http_port: int = option(8000, "HTTP port; 0 takes a free one.", PORT)
-    http_tls: TlsFiles | None = option(
+    http_tls: Tls | None = option(
         None, "Folder with tls.crt and tls.key of the HTTP port; with ca.crt, clients must show a certificate of it.",
         TlsFolder(),
     )  # fmt: skip
@@ -198,7 +197,7 @@ class Process:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4.", TRIMMED)
     metrics_port: int = option(9090, "Prometheus port, which answers probes too; 0 takes a free one.", PORT)
     metrics_aliases: bool = option(False, "Also the vllm: names that inference gateways read.")
-    tls: TlsFiles | None = option(
+    tls: Tls | None = option(
         None,
         "Folder with tls.crt and tls.key of this process, for gRPC; with ca.crt, the other side of each connection "
         "must show a certificate of it.",
@@ -215,17 +214,12 @@ class Process:
     log: LogSettings = option(
         LogSettings(),
         "Log lines: auto (text on a terminal, else JSON), json or text; from debug, info, warning or error on.",
-        Log(),
+        Parsed("FORMAT[:LEVEL]", log_settings),
         "auto:info",
     )
     otlp_endpoint: str | None = option(
         None, "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs the trace extra.", TRIMMED
     )
-
-    @property
-    def metrics(self) -> MetricsSettings:
-        """The Prometheus endpoint."""
-        return MetricsSettings(self.host, self.metrics_port, self.metrics_aliases)
 
     @property
     def keys(self) -> Keys | None:
@@ -237,7 +231,7 @@ class Process:
         return ServerSettings(
             host=self.host,
             port=grpc_port,
-            tls=None if self.tls is None else self.tls.server,
+            tls=self.tls and self.tls.of_server,
             role_key=role_key(),
             drain_seconds=self.drain_seconds,
             grace_seconds=self.grace_seconds,
@@ -246,8 +240,7 @@ class Process:
     @property
     def channel(self) -> ChannelSettings:
         """How other services are called."""
-        tls = None if self.tls is None else ClientTls(self.tls.ca, self.tls.cert, self.tls.key)
-        return ChannelSettings(tls=tls, api_key=role_key())
+        return ChannelSettings(tls=self.tls, api_key=role_key())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +311,7 @@ def target(address: str, name: str) -> str:
 
 def check_tls(settings: Process) -> None:
     """Raise UsageError where --tls would not encrypt what this process serves: it has no certificate."""
-    if settings.tls is not None and settings.tls.server is None:
+    if settings.tls is not None and settings.tls.of_server is None:
         raise UsageError("--tls: the folder has ca.crt alone; this process needs tls.crt and tls.key, too")
 
 

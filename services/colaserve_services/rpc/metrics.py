@@ -18,7 +18,6 @@ from colaserve_services import __version__
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc import network
 from colaserve_services.rpc.cached import Cached
-from colaserve_services.rpc.settings import MetricsSettings
 
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 BLOCK_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30)
@@ -31,6 +30,7 @@ _USUAL_SWITCH = sys.getswitchinterval()
 _SHORT_SWITCH = 0.0002  # seconds that a thread with something to do leaves the interpreter to the one that writes
 
 LONGEST_HEAD = 8192  # bytes of a request for them
+ANSWER_SECONDS = 10.0  # that it and the reading of its answer may take
 
 
 class Metrics:
@@ -248,16 +248,16 @@ class MetricsEndpoint:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     @staticmethod
-    def start(metrics: Metrics, settings: MetricsSettings, health: Health | None = None) -> MetricsEndpoint:
-        """Raise UsageError when the port is taken. `health` is asked on the event loop that runs now."""
+    def start(
+        metrics: Metrics, host: str, port: int, health: Health | None = None, answer_seconds: float = ANSWER_SECONDS
+    ) -> MetricsEndpoint:
+        """Raise UsageError when the port is taken; 0 takes a free one. `health` is asked on the event loop that runs
+        now."""
         prometheus_client.disable_created_metrics()  # a second gauge for every counter; nobody reads them
-        if settings.aliases:
-            metrics.registry.register(Aliases(metrics))
         try:
-            listener = network.listen(settings.host, settings.port)
-            endpoint = MetricsEndpoint(metrics, listener, settings.answer_seconds, health)
+            endpoint = MetricsEndpoint(metrics, network.listen(host, port), answer_seconds, health)
         except OSError as error:
-            where = network.address(settings.host, settings.port)
+            where = network.address(host, port)
             raise UsageError(f"--metrics-port: cannot listen on {where}: {error.strerror or error}") from error
         endpoint._thread.start()
         return endpoint

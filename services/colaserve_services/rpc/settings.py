@@ -17,21 +17,17 @@ def descriptors(share: float) -> int:
 
 
 @dataclass(frozen=True)
-class ServerTls:
-    """A server's certificate; read again when its files change. `client_ca` makes it mutual."""
+class Tls:
+    """PEM files of one side of connections, read again when they change."""
 
-    cert: Path  # PEM, the chain
-    key: Path  # PEM
-    client_ca: Path | None = None  # PEM; clients must show a certificate that it signed
-
-
-@dataclass(frozen=True)
-class ClientTls:
-    """How the servers that this process calls are verified."""
-
-    ca: Path | None = None  # PEM; None: the system's authorities
-    cert: Path | None = None  # PEM, shown to servers that ask for it
+    cert: Path | None = None  # the chain of this side; None: it has no certificate
     key: Path | None = None
+    ca: Path | None = None  # of the other side; None: clients show none, servers the system knows
+
+    @property
+    def of_server(self) -> Tls | None:
+        """How a server uses them: not at all without a certificate."""
+        return None if self.cert is None else self
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
-    tls: ServerTls | None = None
+    tls: Tls | None = None
     role_key: str = field(default="", repr=False)  # that the roles show each other; whoever shows it may name a caller
     max_calls: int = MAX_CALLS  # at once; health checks and GetInfo are not counted
     max_connections: int = field(default_factory=lambda: descriptors(0.25))  # open ones; more are closed at once
@@ -54,18 +50,8 @@ class ServerSettings:
 class ChannelSettings:
     """Connections to other services."""
 
-    tls: ClientTls | None = None
+    tls: Tls | None = None
     api_key: str = field(default="", repr=False)  # sent as a bearer key
-
-
-@dataclass(frozen=True)
-class MetricsSettings:
-    """The Prometheus endpoint."""
-
-    host: str = "127.0.0.1"
-    port: int = 9090  # 0: a free one
-    aliases: bool = False  # also the vllm: names that inference gateways read
-    answer_seconds: float = 10.0  # that a request and the reading of its answer may take
 
 
 @dataclass(frozen=True)

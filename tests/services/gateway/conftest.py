@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
-from colaserve_services.rpc.settings import ServerTls
+from colaserve_services.rpc.settings import Tls
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import Running, running
 from tests.services.rpc.conftest import authority
@@ -28,7 +28,7 @@ async def start(fake: FakeGeneration) -> AsyncIterator[Start]:
     """Starts gateways with settings of their own; stops them all."""
     async with AsyncExitStack() as started:
 
-        async def run(settings: GatewaySettings | None = None, tls: ServerTls | None = None) -> Running:
+        async def run(settings: GatewaySettings | None = None, tls: Tls | None = None) -> Running:
             return await started.enter_async_context(running(fake, settings, tls))
 
         yield run

@@ -16,7 +16,7 @@ from colaserve_services.gateway.server import HttpServer, serve
 from colaserve_services.gateway.settings import GatewaySettings
 from colaserve_services.rpc.local import LocalStub
 from colaserve_services.rpc.metrics import Metrics
-from colaserve_services.rpc.settings import ServerTls
+from colaserve_services.rpc.settings import Tls
 from tests.services.gateway.fake_generation import FakeGeneration
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -85,7 +85,7 @@ class Running:
 async def running(
     fake: FakeGeneration,
     settings: GatewaySettings | None = None,
-    tls: ServerTls | None = None,
+    tls: Tls | None = None,
     stub: object = None,
     reach: Reach | None = None,
 ) -> AsyncIterator[Running]:

@@ -20,7 +20,7 @@ from colaserve_services.gateway.server import serve
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.rpc import network
 from colaserve_services.rpc.local import LocalStub
-from colaserve_services.rpc.settings import ServerTls
+from colaserve_services.rpc.settings import Tls
 from tests.services.gateway.fake_generation import SAYS, FakeGeneration
 from tests.services.gateway.running_gateway import Running
 from tests.services.rpc.conftest import make_authority, shown_certificate
@@ -103,7 +103,7 @@ def test_impossible_bounds_are_refused_at_start():
 async def test_a_certificate_is_read_again_when_its_files_change_and_are_a_pair(start, authority, caplog):
     caplog.set_level(logging.INFO)
     cert, key = authority.issue("server", "first")
-    gateway = await start(tls=ServerTls(cert, key))
+    gateway = await start(tls=Tls(cert, key))
     new, new_key = authority.issue("other", "second")
     cert.write_bytes(new.read_bytes())
     await eventually(lambda: "stays in use" in caplog.text)
@@ -119,7 +119,7 @@ async def test_only_clients_of_the_authority_are_served_and_none_once_it_is_repl
     cert, key = authority.issue("server")
     trusted = authority.folder / "trusted.pem"
     trusted.write_bytes(authority.ca.read_bytes())
-    gateway = await start(tls=ServerTls(cert, key, client_ca=trusted))
+    gateway = await start(tls=Tls(cert, key, ca=trusted))
     context = ssl.create_default_context(cafile=str(authority.ca))
 
     async def ask() -> str:
@@ -140,4 +140,4 @@ async def test_only_clients_of_the_authority_are_served_and_none_once_it_is_repl
 async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):
     app = create_app(LocalStub(FakeGeneration()), GatewaySettings())
     with pytest.raises(UsageError, match=r"none\.pem"):
-        await serve(app, "127.0.0.1", 0, ServerTls(tmp_path / "none.pem", tmp_path / "none.key"))
+        await serve(app, "127.0.0.1", 0, Tls(tmp_path / "none.pem", tmp_path / "none.key"))

@@ -14,13 +14,13 @@ from colaserve_services.commands import COMMANDS
 from colaserve_services.errors import UsageError
 from colaserve_services.launch import threads
 from colaserve_services.launch.docs import filled
-from colaserve_services.launch.options import STAGES, RoleCommand, TlsFiles, sections_of
+from colaserve_services.launch.options import STAGES, RoleCommand, sections_of
 from colaserve_services.launch.process import LONGEST_DESCRIPTION, description
 from colaserve_services.launch.progress import Progress, size
 from colaserve_services.launch.removed import REMOVED, check_removed
 from colaserve_services.launch.settings import DEMO, ROLES
 from colaserve_services.launch.split import Children, groups
-from colaserve_services.rpc.settings import LogSettings
+from colaserve_services.rpc.settings import LogSettings, Tls
 from tests.conftest import GOLDEN
 
 ALL = {each.name: each for settings in ROLES.values() for section in sections_of(settings).values() for each in section}
@@ -114,7 +114,7 @@ def test_settings_that_say_several_things_are_read(tmp_path):
     up, said = settings_of("up", "--device=cuda,decoder=cpu", "--log", "json:debug", *more)
     assert [up.device_of(stage) for stage in STAGES] == ["cuda", "cuda", "cpu"]
     assert up.log == LogSettings("json", "debug")
-    assert up.http_tls == TlsFiles(tmp_path / "tls.crt", tmp_path / "tls.key", None)
+    assert up.http_tls == Tls(tmp_path / "tls.crt", tmp_path / "tls.key", None)
     assert up.replicas == {"prior": 2, "decoder": 3}
     assert said["COLASERVE_DEVICE"] == "cuda,decoder=cpu"
     assert said["COLASERVE_SPLIT"] == "1"

@@ -14,7 +14,7 @@ from colaserve_services.rpc import requests
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.channels import Stub, open_channel, resolve
 from colaserve_services.rpc.connections import Connection, Replicas
-from colaserve_services.rpc.settings import ChannelSettings, ClientTls, ServerSettings, ServerTls
+from colaserve_services.rpc.settings import ChannelSettings, ServerSettings, Tls
 from tests.services.rpc.conftest import ONE, running
 from tests.waiting import eventually
 
@@ -92,8 +92,8 @@ async def test_a_stub_carries_the_key_and_the_request_id_of_the_call_being_serve
 async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority):
     cert, key = authority.issue("server")
     mine, my_key = authority.issue("client", "client")
-    async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
-        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key))
+    async with running(ServerSettings(tls=Tls(cert, key, authority.ca))) as it:
+        settings = ChannelSettings(tls=Tls(mine, my_key, authority.ca))
         async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE, host="localhost") as channel:
             await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=30)
         async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE, host="elsewhere") as channel:
@@ -107,8 +107,8 @@ async def followed_certificate(authority):
     """A server that asks for certificates, and a connection to it that looks often at its own, `client.pem`."""
     cert, key = authority.issue("server")
     mine, my_key = authority.issue("client", "first")
-    async with running(ServerSettings(tls=ServerTls(cert, key, authority.ca))) as it:
-        settings = ChannelSettings(tls=ClientTls(authority.ca, mine, my_key))
+    async with running(ServerSettings(tls=Tls(cert, key, authority.ca))) as it:
+        settings = ChannelSettings(tls=Tls(mine, my_key, authority.ca))
         connection = Connection(encoder_pb2_grpc.EncoderServiceStub, f"127.0.0.1:{it.port}", settings, SERVICE)
         connection.follow(look_seconds=0.05)
         try:
@@ -253,8 +253,8 @@ async def test_certificates_are_for_the_name_that_was_looked_up(authority, monke
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
     cert, key = authority.issue("server")
-    settings = ChannelSettings(tls=ClientTls(authority.ca))
-    async with running(ServerSettings(tls=ServerTls(cert, key))) as it:
+    settings = ChannelSettings(tls=Tls(ca=authority.ca))
+    async with running(ServerSettings(tls=Tls(cert, key))) as it:
         async with found(f"localhost:{it.port}", settings) as replicas:
             [each] = replicas
             await each.stub.Encode(ONE, wait_for_ready=True, timeout=30)

@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 from colaserve.v1.generation_pb2 import GenerationServiceGetInfoResponse
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint, exposition
-from colaserve_services.rpc.settings import MetricsSettings
 
 
 def filled():
@@ -44,15 +43,15 @@ def test_the_exposition_is_clean_to_promtool():
 def test_the_endpoint_serves_what_is_counted_and_frees_its_port():
     metrics = Metrics()
     metrics.wasted_blocks.inc(3)
-    endpoint = MetricsEndpoint.start(metrics, MetricsSettings(port=0))
+    endpoint = MetricsEndpoint.start(metrics, "127.0.0.1", 0)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics", timeout=5) as answer:
             assert "colaserve_wasted_blocks_total 3.0" in answer.read().decode()
         with pytest.raises(UsageError, match=f"--metrics-port.*{endpoint.port}"):
-            MetricsEndpoint.start(metrics, MetricsSettings(port=endpoint.port))
+            MetricsEndpoint.start(metrics, "127.0.0.1", endpoint.port)
     finally:
         endpoint.close()
-    MetricsEndpoint.start(metrics, MetricsSettings(port=endpoint.port)).close()
+    MetricsEndpoint.start(metrics, "127.0.0.1", endpoint.port).close()
 
 
 def test_a_process_reports_its_cpu_seconds_memory_and_open_files_on_demand():
@@ -101,7 +100,7 @@ def test_a_gateways_aliases_are_what_its_coordinator_says():
 
 @contextmanager
 def endpoint(metrics=None, **settings):
-    started = MetricsEndpoint.start(metrics or Metrics(), MetricsSettings(port=0, **settings))
+    started = MetricsEndpoint.start(metrics or Metrics(), "127.0.0.1", 0, **settings)
     try:
         yield started.port
     finally:

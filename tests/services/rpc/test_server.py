@@ -16,7 +16,7 @@ from colaserve_services.rpc import logs
 from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
-from colaserve_services.rpc.settings import ClientTls, LogSettings, ServerSettings, ServerTls
+from colaserve_services.rpc.settings import LogSettings, ServerSettings, Tls
 from colaserve_services.rpc.tls import channel_credentials, server_credentials
 from tests.services.rpc.conftest import ONE, running, shown_certificate
 from tests.services.servers import refusal
@@ -252,7 +252,7 @@ def secure(it_port, tls):
 
 async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_is_not(authority):
     cert, key = authority.issue("server", "first")
-    async with running(ServerSettings(tls=ServerTls(cert, key))) as it:
+    async with running(ServerSettings(tls=Tls(cert, key))) as it:
         assert await shown_certificate(it.port, authority.ca) == "first"
         authority.issue("server", "second")
         assert await shown_certificate(it.port, authority.ca) == "second"
@@ -262,18 +262,18 @@ async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_
         assert await shown_certificate(it.port, authority.ca) == "second"
         key.write_bytes((authority.folder / "other.key").read_bytes())
         assert await shown_certificate(it.port, authority.ca) == "third"
-        async with secure(it.port, ClientTls(authority.ca)) as channel:
+        async with secure(it.port, Tls(ca=authority.ca)) as channel:
             assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
 
 
 async def test_mutual_tls_refuses_clients_without_a_certificate_of_the_authority(authority):
     cert, key = authority.issue("server")
     mine, my_key = authority.issue("client", "client")
-    settings = ServerSettings(tls=ServerTls(cert, key, client_ca=authority.ca))
+    settings = ServerSettings(tls=Tls(cert, key, ca=authority.ca))
     async with running(settings) as it:
-        async with secure(it.port, ClientTls(authority.ca, mine, my_key)) as channel:
+        async with secure(it.port, Tls(mine, my_key, authority.ca)) as channel:
             assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
-        async with secure(it.port, ClientTls(authority.ca)) as channel:
+        async with secure(it.port, Tls(ca=authority.ca)) as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
         with pytest.raises(grpc.aio.AioRpcError):
@@ -284,15 +284,15 @@ def test_certificates_that_do_not_fit_their_keys_are_one_clear_error(authority):
     cert, _ = authority.issue("one")
     _, key = authority.issue("other")
     with pytest.raises(UsageError, match=r"one\.pem, .*other\.key.*mismatch"):
-        channel_credentials(ClientTls(authority.ca, cert, key))
+        channel_credentials(Tls(cert, key, authority.ca))
     with pytest.raises(UsageError, match=r"one\.pem, .*other\.key.*mismatch"):
-        server_credentials(ServerTls(cert, key))
+        server_credentials(Tls(cert, key))
     with pytest.raises(UsageError, match=r"other\.key"):
-        channel_credentials(ClientTls(key))  # holds no certificate
+        channel_credentials(Tls(ca=key))  # holds no certificate
 
 
 def test_a_missing_certificate_is_one_clear_error(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
-        channel_credentials(ClientTls(tmp_path / "absent"))
+        channel_credentials(Tls(ca=tmp_path / "absent"))
     with pytest.raises(UsageError, match="both"):
-        channel_credentials(ClientTls(cert=tmp_path / "cert"))
+        channel_credentials(Tls(cert=tmp_path / "cert"))
