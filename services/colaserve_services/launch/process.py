@@ -45,11 +45,11 @@ class Host:
     def __init__(self, role: str, settings: Process):
         self.role, self.metrics, self.settings = role, Metrics(), settings
         self.stack = contextlib.AsyncExitStack()
-        self.addresses: dict[str, str] = {}
+        self.addresses: dict[str, Any] = {}  # by their kind; of several processes by their name, then by their kind
+        self.drains: list[Callable[[float], Awaitable[None]]] = []  # each is told how long to say not ready before
         self.description = ""  # of the model; announced with the addresses
         self.started = time.monotonic()
         self._grpc: RpcServer | None = None
-        self._http: Any = None
         self._said_ready, self._behind_ready = False, True
         self._following: asyncio.Future[None] | None = None
 
@@ -69,6 +69,7 @@ class Host:
         if grpc is not None:
             self._grpc = RpcServer(grpc, self.metrics, settings.keys)
             self.stack.push_async_callback(self._grpc.stop)
+            self.drains.append(self._grpc.drain)
             self.addresses["grpc"] = address(grpc.host, self._grpc.bind())
 
     def is_ready(self) -> bool:
@@ -89,14 +90,18 @@ class Host:
 
     def serve_http(self, server: Any, scheme: str = "http") -> None:
         """An HttpServer of the gateway, running."""
-        self._http = server
+        self.drains.append(lambda seconds: server.stop(self.settings.grace_seconds, seconds))
         self.stack.push_async_callback(partial(server.stop, 0.0))
         self.addresses["http"] = f"{scheme}://{address(server.host, server.port)}"
 
     def publish(self) -> None:
-        """Write the ports file; `ready` does it too, so this is for those who need the ports earlier."""
-        if self.settings.ports_file is not None:
-            write_ports(self.settings.ports_file, self.addresses)
+        """Write the ports file; `ready` does it too: this is for those who need them earlier. UsageError: it cannot."""
+        if (path := self.settings.ports_file) is None:
+            return
+        try:
+            write_file(path, json.dumps(self.addresses))
+        except OSError as error:
+            raise UsageError(f"--ports-file: cannot write {path}: {error.strerror or error}") from error
 
     def follow(self, ready: bool) -> None:
         """Say SERVING or NOT_SERVING from now on, as what lies behind comes and goes."""
@@ -115,8 +120,7 @@ class Host:
         keep_what_is_there()
         if self._grpc is not None:
             await self._grpc.serving(self._behind_ready)
-        where = ", ".join(f"{kind} {address}" for kind, address in self.addresses.items())
-        text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {where}"
+        text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {_shown(self.addresses)}"
         self.publish()
         announce(self.role, self.settings.log.format == "json", text, self.description, addresses=self.addresses)
 
@@ -124,12 +128,14 @@ class Host:
         """Not ready; wait; let what runs end within the grace."""
         message = "draining: running calls have %g s to end, a second signal ends them at once"
         _log.info(message, self.settings.grace_seconds, extra={"fields": {"drain_seconds": drain_seconds}})
-        works: list[Awaitable[None]] = []
-        if self._grpc is not None:
-            works.append(self._grpc.drain(drain_seconds))
-        if self._http is not None:
-            works.append(self._http.stop(self.settings.grace_seconds, drain_seconds))
-        await asyncio.gather(*works)
+        await asyncio.gather(*(drain(drain_seconds) for drain in self.drains))
+
+
+def _shown(addresses: Mapping[str, Any]) -> str:
+    """On one line; those of several processes on a line each."""
+    if all(isinstance(each, str) for each in addresses.values()):
+        return ", ".join(f"{kind} {address}" for kind, address in addresses.items())
+    return "".join(f"\n  {name:12}{_shown(own)}" for name, own in addresses.items())
 
 
 Assemble = Callable[[Host], Awaitable[None]]
@@ -178,14 +184,6 @@ async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=body, daemon=True, name="start").start()
     return await asyncio.wrap_future(future)
-
-
-def write_ports(path: Path, ports: Mapping[str, Any]) -> None:
-    """Write the file of ports; UsageError when that is not possible."""
-    try:
-        write_file(path, json.dumps(ports))
-    except OSError as error:
-        raise UsageError(f"--ports-file: cannot write {path}: {error.strerror or error}") from error
 
 
 def _end_with_stdin() -> None:

@@ -8,16 +8,12 @@ import asyncio
 import os
 import secrets
 import signal
-import time
 from collections.abc import Awaitable, Mapping, Sequence
 
-from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.children import Child, reachable
 from colaserve_services.launch.options import STAGES
-from colaserve_services.launch.process import check_ports, description, in_thread, keep_grpc, write_ports
+from colaserve_services.launch.process import Host, check_ports, description, in_thread, run
 from colaserve_services.launch.settings import ROLE_KEY, UpSettings, check_tls, role_key
-from colaserve_services.launch.signals import Signals
-from colaserve_services.rpc import logs
 
 PRIVATE = ("--host=127.0.0.1", "--grpc-port=0", "--metrics-port=0", "--drain-seconds=0")  # not for others
 KEYS_FILE = "COLASERVE_API_KEYS_FILE"  # clients do not reach the stages
@@ -114,11 +110,24 @@ def run_split(settings: UpSettings, said: Mapping[str, str]) -> None:
     """Run all roles until a signal. Raises ColaserveError when one of them cannot start."""
     check_ports(settings)
     check_tls(settings)
-    logs.configure(settings.log, "colaserve")
-    try:
-        asyncio.run(_run(settings, said))
-    finally:
-        flush_or_drop()
+
+    async def assemble(host: Host) -> None:
+        children = Children(settings, said)
+        host.stack.push_async_callback(children.kill)
+        folder = await in_thread(settings.folder)  # fetched once; where the bundled one is missing, this says so once
+        for child in children.all[:-1]:  # all but the gateway
+            child.arguments.append(f"--model={folder}")
+        await unless_one_ends(children.all, children.start())
+        host.addresses, host.description = children.addresses, description(folder)
+        watch = asyncio.ensure_future(children.keep_running())
+
+        async def drain(seconds: float) -> None:
+            watch.cancel()
+            await children.stop(signal.SIGTERM if seconds else signal.SIGINT)
+
+        host.drains.append(drain)
+
+    run("colaserve", settings, assemble)
 
 
 async def unless_one_ends(children: Sequence[Child], work: Awaitable[None]) -> None:
@@ -133,31 +142,3 @@ async def unless_one_ends(children: Sequence[Child], work: Awaitable[None]) -> N
         for pending in (task, *ends):
             pending.cancel()
         await asyncio.gather(task, *ends, return_exceptions=True)
-
-
-async def _run(settings: UpSettings, said: Mapping[str, str]) -> None:
-    keep_grpc()
-    children, signals = Children(settings, said), Signals()
-    number: int | None = None
-    try:
-        number = await signals.ended(_start_and_watch(children, settings))
-    finally:
-        gentle = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        if await signals.ended(children.stop(gentle)):
-            await children.kill()
-
-
-async def _start_and_watch(children: Children, settings: UpSettings) -> None:
-    started = time.monotonic()
-    folder = await in_thread(settings.folder)  # fetched once; where the bundled one is missing, this says so once
-    for child in children.all[:-1]:  # all but the gateway
-        child.arguments.append(f"--model={folder}")
-    await unless_one_ends(children.all, children.start())
-    if settings.ports_file is not None:
-        write_ports(settings.ports_file, children.addresses)
-    lines = [f"colaserve ready after {time.monotonic() - started:.1f} s, one process a role:"]
-    for name, addresses in children.addresses.items():
-        lines.append(f"  {name:12}" + ", ".join(f"{kind} {address}" for kind, address in addresses.items()))
-    as_json, text = settings.log.format == "json", "\n".join(lines)
-    announce("colaserve", as_json, text, description(folder), addresses=children.addresses)
-    await children.keep_running()

@@ -73,7 +73,7 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
         assert not [child for child in children if child.is_running()]
         lines = [json.loads(line) for line in split.log.read_text().splitlines()]
     assert not [line for line in lines if line["level"] == "error"]  # also not from a gateway that had nothing to do
-    (ready,) = [line for line in lines if line["role"] == "colaserve"]
+    ready, _ = [line for line in lines if line["role"] == "colaserve"]  # and that it drains
     assert ready["addresses"] == split.ports
 
 
