@@ -1,6 +1,7 @@
 """A field that is added to the table of request settings, and to the proto, arrives everywhere without another line."""
 
 import json
+import runpy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from colaserve_services import bounds
 from colaserve_services.errors import CheckpointError
 from colaserve_services.errors import InvalidRequest as Refused
 from colaserve_services.gateway.dialects.fields import with_settings
-from colaserve_services.launch.docs import settings_of_requests
 from colaserve_services.model.generation_config import read_generation_config
 
 
@@ -57,7 +57,8 @@ def message() -> Any:
 
 def test_it_is_documented_where_it_is_used() -> None:
     assert "made_up: [4] Stirs the noise (0 to 9)." in (Extended.__doc__ or "")
-    assert "| `made_up` | 4 | Stirs the noise (0 to 9). |" in list(settings_of_requests(flat_fields(Extended)))
+    rows = runpy.run_path(str(Path(__file__).parents[2] / "scripts/generate-config-docs"))["settings_of_requests"]
+    assert "| `made_up` | 4 | Stirs the noise (0 to 9). |" in list(rows(flat_fields(Extended)))
 
 
 def test_the_client_sends_it_and_reads_it_back_and_checks_its_range(message: Any) -> None:
