@@ -191,14 +191,7 @@ class _ScheduledSession:
         return cls(session, rows, pending, sum(len(row.inputs) for row in rows if row.inputs is not None))
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a pass gives for one block."""
-
-    logits: Tensor  # (B * P, V)
-    ids: list[int]
-    logprobs: list[float]
-    probes: TokenProbes | None
+_Answer = tuple[Tensor, Tensor, Tensor, Tensor]  # of a block: logits (B * P, V), ids, log-probabilities, probes
 
 
 class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
@@ -245,18 +238,12 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
 
     def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Any]) -> list[_Answer | None]:
         answers = iter(found)
-        last = [(each.session, [next(answers) for _ in each.rows_of][-1]) for each in scheduled]
-        return [None if answer is None else self._answer_of(session, *answer) for session, answer in last]
-
-    @staticmethod
-    def _answer_of(session: DecoderSession, logits: Tensor, ids: Tensor, logprobs: Tensor, probed: Tensor) -> _Answer:
-        given = TokenProbes(*probed.tolist()) if session.job.with_probes else None
-        return _Answer(logits, ids.tolist(), logprobs.tolist(), given)
+        return [[next(answers) for _ in each.rows_of][-1] for each in scheduled]
 
     def _take(self, scheduled: _ScheduledSession, result: _Answer | None) -> None:
         scheduled.session.advance(scheduled)
         if result is not None:
-            self._answer(scheduled.session, result)
+            self._answer(scheduled.session, *result)
 
     def _schedule(self, ready: list[DecoderSession]) -> list[_ScheduledSession]:
         B, scheduled = self.shape.block_size, []
@@ -271,9 +258,9 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
                 scheduled.append(found)
         return scheduled
 
-    def _answer(self, session: DecoderSession, answer: _Answer) -> None:
+    def _answer(self, session: DecoderSession, logits: Tensor, drawn: Tensor, logprobs: Tensor, probed: Tensor) -> None:
         """Hand one block's ids over, with what was asked for beside them."""
-        job, logits, ids, count = session.job, answer.logits, answer.ids, len(answer.ids)
+        job, ids, count = session.job, drawn.tolist(), len(drawn)
         _, arrived, provisional = session.pending.popleft()
         targets = session.take_targets(count)
         looked_up = job.all_logprobs or len(job.logprob_ids) > 0
@@ -283,11 +270,11 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
             index=session.sampled // count,
             provisional=provisional,
             token_ids=ids,
-            logprobs=answer.logprobs,
+            logprobs=logprobs.tolist(),
             top=top_logprobs(every, job.top_logprobs) if job.top_logprobs else [],
             logits=logits.to("cpu", copy=True) if job.with_logits else None,
             target_logprobs=chosen_logprobs(every, targets),
-            probes=answer.probes,
+            probes=TokenProbes(*probed.tolist()) if job.with_probes else None,
             position_logprobs=position_logprobs(every, wanted, job.logprobs_dtype) if looked_up else None,
             timings=session.timings(arrived),
         )
