@@ -6,8 +6,6 @@ coordinators end unseen; after 16 sessions a slot is left to those for a moment.
 memory is short: smaller sessions are then tried before a large one, at most 16 times.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -1,7 +1,5 @@
 """Runs of the prior and of the decoder that go on with another replica when one breaks."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -36,7 +34,7 @@ class PriorRun:
 
     def __init__(
         self,
-        services: ServiceContext,
+        services: "ServiceContext",
         ticket: Ticket,
         latents: types_pb2.Latents,
         blocks: int,
@@ -189,7 +187,7 @@ class DecoderRun:
 
     def __init__(
         self,
-        services: ServiceContext,
+        services: "ServiceContext",
         call: Call,
         prefix: types_pb2.Latents,
         blocks: int,
@@ -212,7 +210,7 @@ class DecoderRun:
         self._call: Any = None
         self._decoding = self._let_go = self._preview_lost = False
 
-    async def __aenter__(self) -> DecoderRun:
+    async def __aenter__(self) -> "DecoderRun":
         return self
 
     async def __aexit__(

@@ -1,7 +1,5 @@
 """What the endpoints answer: each method takes a request, and its checked body where the path takes one."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any, Final

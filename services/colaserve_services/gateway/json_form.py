@@ -4,8 +4,6 @@ The schemas, which check requests and make the OpenAPI document, are derived fro
 from client/colaserve_client/settings.py. A new method or field of a service needs no code here.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable, Iterator, Mapping

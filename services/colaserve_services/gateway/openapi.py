@@ -1,7 +1,5 @@
 """The paths of the gateway, and the OpenAPI document that is made of them."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence

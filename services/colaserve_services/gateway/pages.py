@@ -1,7 +1,5 @@
 """Pages for people: links, and the OpenAPI document. No script, nothing fetched from elsewhere."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Runs the application in the caller's event loop, on a socket without Nagle's delay."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import ssl

@@ -3,8 +3,6 @@
 The command line wins over the variable, the variable over the default.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -1,7 +1,5 @@
 """One process: its servers from the first bind to the last byte of a drain."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """What each role is made of. Torch is imported where a stage, or a checkpoint's files, are needed."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal
@@ -224,7 +222,9 @@ def _context_bytes(settings: Model, checkpoint: Checkpoint) -> int:
     return settings.max_context * checkpoint.shape.latent_dim * 4
 
 
-async def _stages(host: Host, names: tuple[str, ...], settings: StageSettings, checkpoint: Checkpoint) -> RunningStages:
+async def _stages(
+    host: Host, names: tuple[str, ...], settings: StageSettings, checkpoint: Checkpoint
+) -> "RunningStages":
     loop, at_fault = asyncio.get_running_loop(), set[str]()
 
     async def tell(stage: str, failing: bool) -> None:

@@ -1,7 +1,5 @@
 """The settings of each role: frozen dataclasses, made of sections, whose fields are its options (options.py)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

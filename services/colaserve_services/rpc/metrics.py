@@ -1,7 +1,5 @@
 """Every Prometheus metric of colaserve, in one place. A process makes one `Metrics` and hands it to what it runs."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import sys
@@ -250,7 +248,7 @@ class MetricsEndpoint:
     @staticmethod
     def start(
         metrics: Metrics, host: str, port: int, health: Health | None = None, answer_seconds: float = ANSWER_SECONDS
-    ) -> MetricsEndpoint:
+    ) -> "MetricsEndpoint":
         """Raise UsageError when the port is taken; 0 takes a free one. `health` is asked on the event loop that runs
         now."""
         prometheus_client.disable_created_metrics()  # a second gauge for every counter; nobody reads them

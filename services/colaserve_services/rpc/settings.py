@@ -1,7 +1,5 @@
 """How a process serves and calls: small frozen settings, made once from the command line (`launch/settings.py`)."""
 
-from __future__ import annotations
-
 import resource
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ class Tls:
     ca: Path | None = None  # of the other side; None: clients show none, servers the system knows
 
     @property
-    def of_server(self) -> Tls | None:
+    def of_server(self) -> "Tls | None":
         """How a server uses them: not at all without a certificate."""
         return None if self.cert is None else self
 

@@ -1,7 +1,5 @@
 """TLS credentials. Servers read a certificate again when its files change; a broken new one is logged and ignored."""
 
-from __future__ import annotations
-
 import ssl
 from functools import partial
 from typing import Any
