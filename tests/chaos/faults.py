@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
+from tests.authority import make_authority
 from tests.chaos.fleet import STAGES, Fleet, FleetSettings, eventually, free_port
 from tests.chaos.load import DEADLINE, Job, Tally, roads, side_by_side
 from tests.chaos.proxy import Harm, Proxy
-from tests.services.rpc.conftest import make_authority
 
 HARMS = {
     "delay": Harm(delay=0.05),

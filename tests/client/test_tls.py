@@ -1,49 +1,28 @@
 """Encrypted connections: the server's certificate is checked, and with mutual TLS the client's."""
 
 import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from colaserve_client import Client, InvalidRequest, Retry, Tls, Unavailable
+from tests.authority import make_authority
 from tests.client.fakes import FakeServer, start_server
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
 ONCE = Retry(attempts=1)
 
 
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
-def make_authority(folder: Path, name: str) -> None:
-    subject = ["-subj", f"/CN={name}", "-days", "1", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    openssl("req", "-x509", *subject, "-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem")
-
-
-def make_certificate(folder: Path, name: str, authority: str, alternatives: str) -> None:
-    request, extensions = folder / f"{name}.csr", folder / f"{name}.ext"
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", folder / f"{name}.key"]
-    openssl("req", *key, "-subj", f"/CN={name}", "-out", request)
-    extensions.write_text(f"subjectAltName={alternatives}\n")
-    signer = ["-CA", folder / f"{authority}.pem", "-CAkey", folder / f"{authority}.key", "-CAcreateserial"]
-    openssl(
-        "x509", "-req", "-in", request, *signer, "-days", "1", "-extfile", extensions, "-out", folder / f"{name}.pem"
-    )
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificates")
-    for authority in ("ca", "other"):
-        make_authority(folder, authority)
-    make_certificate(folder, "server", "ca", "DNS:colaserve.test,IP:127.0.0.1")
-    make_certificate(folder, "elsewhere", "ca", "DNS:elsewhere.test")
-    make_certificate(folder, "client", "ca", "DNS:client.test")
-    make_certificate(folder, "stranger", "other", "DNS:client.test")
+    ours, other = make_authority(folder), make_authority(folder / "other")
+    ours.issue("server")
+    ours.issue("elsewhere", names="DNS:elsewhere.test")
+    ours.issue("client")
+    other.issue("stranger")
     return folder
 
 
@@ -73,10 +52,15 @@ def test_a_server_of_the_trusted_authority_is_talked_to(encrypted: FakeServer, c
     assert encrypted.behaviour.metadata[0]["authorization"] == "Bearer secret"
 
 
-@pytest.mark.parametrize("tls", ["another authority", "gRPC's own authorities", "none"])
-def test_a_server_that_cannot_prove_itself_gets_nothing(encrypted: FakeServer, certificates: Path, tls: str) -> None:
-    settings = {"another authority": Tls(certificates / "other.pem"), "gRPC's own authorities": Tls(), "none": None}
-    with Client(encrypted.target, tls=settings[tls], retry=ONCE, timeout=10) as client, pytest.raises(Unavailable):
+@pytest.mark.parametrize(
+    "tls",
+    [lambda folder: Tls(folder / "other" / "ca.pem"), lambda folder: Tls(), lambda folder: None],
+    ids=["another authority", "gRPC's own authorities", "none"],
+)
+def test_a_server_that_cannot_prove_itself_gets_nothing(
+    encrypted: FakeServer, certificates: Path, tls: Callable[[Path], Tls | None]
+) -> None:
+    with Client(encrypted.target, tls=tls(certificates), retry=ONCE, timeout=10) as client, pytest.raises(Unavailable):
         client.generate("Once")
     assert encrypted.behaviour.calls == 0
 
@@ -100,7 +84,8 @@ def test_mutual_tls_takes_the_clients_certificate(mutual: FakeServer, certificat
 
 @pytest.mark.parametrize("name", [None, "stranger"])
 def test_mutual_tls_refuses_others(mutual: FakeServer, certificates: Path, name: str | None) -> None:
-    own = (certificates / f"{name}.pem", certificates / f"{name}.key") if name else (None, None)
+    other = certificates / "other"
+    own = (other / f"{name}.pem", other / f"{name}.key") if name else (None, None)
     tls = Tls(certificates / "ca.pem", *own)
     with Client(mutual.target, tls=tls, retry=ONCE, timeout=10) as client, pytest.raises(Unavailable):
         client.tokenize("a")
@@ -111,4 +96,4 @@ def test_a_file_that_is_missing_or_no_certificate_is_named(certificates: Path) -
     with pytest.raises(InvalidRequest, match=r"tls\.ca: cannot read .*nowhere\.pem: No such file"):
         Client("localhost:1", tls=Tls(certificates / "nowhere.pem"))
     with pytest.raises(InvalidRequest, match=r"tls\.ca: .* is no PEM file"):
-        Client("localhost:1", tls=Tls(certificates / "server.ext"))
+        Client("localhost:1", tls=Tls(certificates / "san.cnf"))

@@ -18,9 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc
+from tests.authority import make_authority
 from tests.conftest import GOLDEN
 from tests.services.launch.processes import FREE_PORTS, LAUNCH, QUIET, generate, started
-from tests.services.rpc.conftest import make_authority
 from tests.waiting import wait_until
 
 KEY = "a-key-for-tests"

@@ -1,15 +1,14 @@
 import asyncio
 import socket
 import ssl
-import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
 from colaserve_services.errors import InvalidRequest
+from tests.authority import make_authority
 from tests.services.servers import Served, served
 
 
@@ -48,56 +47,6 @@ async def running(settings=None, keys=None, ready=True):
     servicer = Encoder()
     async with served(servicer, settings=settings, keys=keys, ready=ready) as it:
         yield Running(**vars(it), servicer=servicer, stub=encoder_pb2_grpc.EncoderServiceStub(it.channel))
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority in a folder, and what it signed."""
-
-    folder: Path
-
-    @property
-    def ca(self):
-        return self.folder / "ca.pem"
-
-    def issue(self, name, common_name="localhost"):
-        """Write name.pem and name.key for 127.0.0.1; again with other contents when they are there."""
-        key, request, cert = (self.folder / f"{name}.{end}" for end in ("key", "csr", "pem"))
-        extension = self.folder / "san.cnf"
-        extension.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        _openssl(
-            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key,
-            "-out", request, "-subj", f"/CN={common_name}",
-        )  # fmt: skip
-        _openssl(
-            "x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self.folder / "ca.key", "-CAcreateserial",
-            "-out", cert, "-days", "2", "-extfile", extension,
-        )  # fmt: skip
-        return cert, key
-
-    def issue_folder(self, name, ca=True):
-        """A folder as --tls takes it."""
-        folder = self.folder / name
-        folder.mkdir()
-        cert, key = self.issue(name)
-        files = {"tls.crt": cert, "tls.key": key, **({"ca.crt": self.ca} if ca else {})}
-        for inside, file in files.items():
-            (folder / inside).write_bytes(file.read_bytes())
-        return folder
-
-
-def _openssl(*arguments):
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
-def make_authority(folder):
-    folder.mkdir(exist_ok=True)
-    made = Authority(folder)
-    _openssl(
-        "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout",
-        folder / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority",
-    )  # fmt: skip
-    return made
 
 
 async def shown_certificate(port, ca, host="127.0.0.1"):
