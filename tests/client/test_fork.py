@@ -57,6 +57,8 @@ def lines_of(program: str, target: str, **environment: str) -> list[dict[str, An
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+# Of a child that was forked while a stream was open, gRPC 1.85's own threads close the connection, and may crash in it.
+UNHARMED = {"GRPC_EXPERIMENTS": "-event_engine_fork"}
 USED_BEFORE = {
     "both sides": (
         "text(client); in_child(lambda: text(client)); in_child(lambda: client.close()); say(parent=text(client))",
@@ -122,7 +124,7 @@ in_child(lambda: client.close())
 say(parent=[chunk.text for chunk in stream])
 in_child(lambda: text(client))
 """
-    *refused, closed, disconnected, parent, later = lines_of(program, server.target)
+    *refused, closed, disconnected, parent, later = lines_of(program, server.target, **UNHARMED)
     assert [said["child"] for said in refused] == ["Unavailable"] * 2
     assert "a call was running" in refused[0]["message"]
     assert closed == disconnected == {"child": None}
@@ -131,14 +133,18 @@ in_child(lambda: text(client))
 
 
 def test_a_child_that_cannot_make_calls_ends_like_any_other(server: FakeServer) -> None:
+    server.behaviour.wait_after = 1
     program = """
 stream = client.stream("x", max_new_tokens=8)
 next(stream)
-if child := os.fork():
-    say(status=os.waitpid(child, 0)[1], parent=next(stream).text)
+statuses = []
+while len(statuses) < 5 and (child := os.fork()):
+    statuses.append(os.waitpid(child, 0)[1])
+if child:
+    say(statuses=statuses)
+    stream.cancel()
 """
-    [said] = lines_of(program, server.target)
-    assert said == {"status": 0, "parent": "re w"}
+    assert lines_of(program, server.target, **UNHARMED) == [{"statuses": [0] * 5}]
 
 
 def test_where_grpc_does_not_survive_a_fork_the_child_is_refused_at_once(server: FakeServer) -> None:
