@@ -63,6 +63,15 @@ def texts_of(ids: Any) -> list[str]:
     return [text_of([token]) for token in ids]
 
 
+def spelt(ids: Any) -> dict[str, Any]:
+    """Fields of most answers."""
+    return {"text": text_of(ids), "token_ids": ids, "tokens": texts_of(ids)}
+
+
+def seed_of(request: Any) -> types_pb2.NoiseSeed:
+    return request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234)
+
+
 def tops(ids: Any, count: int, logprob: float = -0.5) -> list[types_pb2.TopLogprobs]:
     return [
         types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[logprob] * count, tokens=texts_of([token] * count))
@@ -127,15 +136,13 @@ class Generation(Fake, generation_pb2_grpc.GenerationServiceServicer):
         last.usage.CopyFrom(
             types_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(story), blocks=len(pieces))
         )
-        last.seed.CopyFrom(request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234))
+        last.seed.CopyFrom(seed_of(request))
         yield last
 
     def _block(self, request, piece):
         wanted = request.HasField("top_logprobs")
         return generation_pb2.GenerateResponse(
-            text=text_of(piece),
-            token_ids=piece,
-            tokens=texts_of(piece),
+            **spelt(piece),
             logprobs=[self.behaviour.logprob] * len(piece) if wanted else [],
             top_logprobs=tops(piece, request.top_logprobs, self.behaviour.logprob - 0.25),
             latents=latents_of(piece) if request.with_latents else None,
@@ -168,26 +175,18 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
         self.behaviour.enter(request, context)
         if not all(request.texts):
             invalid(f"texts[{list(request.texts).index('')}]", "must not be empty").abort(context)
-        ids = [text.encode() for text in request.texts]
-        encodings = [
-            latent_service_pb2.TextEncoding(
-                latents=latents_of(each),
-                token_ids=each,
-                tokens=texts_of(each),
-                log_variance=latents_of(each).values if request.with_variance else None,
-            )
-            for each in ids
-        ]
-        return self.behaviour.sent(latent_service_pb2.EncodeTextResponse(encodings=encodings, timing=TIMING))
+        response = latent_service_pb2.EncodeTextResponse(timing=TIMING)
+        for ids in (text.encode() for text in request.texts):
+            variance = latents_of(ids).values if request.with_variance else None
+            response.encodings.add(latents=latents_of(ids), token_ids=ids, tokens=texts_of(ids), log_variance=variance)
+        return self.behaviour.sent(response)
 
     def DecodeLatents(self, request, context):
         self.behaviour.enter(request, context)
         ids = ids_of(request.latents, context)[: request.token_count or None]
         wanted = request.HasField("top_logprobs")
         return latent_service_pb2.DecodeLatentsResponse(
-            text=text_of(ids),
-            token_ids=ids,
-            tokens=texts_of(ids),
+            **spelt(ids),
             logprobs=[-0.25] * len(ids) if wanted else [],
             top_logprobs=tops(ids, request.top_logprobs),
             target_logprobs=[-0.75] * len(request.target_ids),
@@ -198,9 +197,7 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
         self.behaviour.enter(request, context)
         ids = request.text.encode() or request.ids.ids or ids_of(request.latents, context)
         return latent_service_pb2.LogprobsResponse(
-            text=text_of(ids),
-            token_ids=ids,
-            tokens=texts_of(ids),
+            **spelt(ids),
             logprobs=[-0.25] * len(ids),
             position_logprobs=tensor_from_array([[-0.5] * len(request.logprob_ids)] * len(ids)),
             timing=TIMING,
@@ -212,19 +209,18 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
             log_likelihood=-12.5,
             standard_error=0.25,
             evaluations=64 * (1 + 2 * request.probes),
-            seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
+            seed=seed_of(request),
             timing=TIMING,
         )
 
     def SampleLatents(self, request, context):
         self.behaviour.enter(request, context)
-        seed = request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234)
         blocks = (
             latent_service_pb2.SampleLatentsResponse(
                 block_index=index,
                 latents=latents_of(STORY[index * BLOCK :][:BLOCK]),
                 timing=TIMING,
-                seed=seed,
+                seed=seed_of(request),
                 provisional=provisional,
                 step=2 if provisional else 4,
                 probes=PROBES if request.with_probes else None,
@@ -267,43 +263,27 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
         points = []
         for weight in np.linspace(0, 1, request.points):
             ids = [round(token) for token in (1 - weight) * start + weight * end]
-            points.append(
-                latent_service_pb2.InterpolationPoint(
-                    weight=weight, latents=latents_of(ids), text=text_of(ids), token_ids=ids, tokens=texts_of(ids)
-                )
-            )
+            points.append({"weight": weight, "latents": latents_of(ids), **spelt(ids)})
         return latent_service_pb2.InterpolateResponse(points=points, timing=TIMING)
 
     def Infill(self, request, context):
         self.behaviour.enter(request, context)
         segments = [segment.text or "_" * segment.token_count for segment in request.segments]
         return latent_service_pb2.InfillResponse(
-            text="".join(segments),
+            **spelt("".join(segments).encode()),
             segments=segments,
-            token_ids="".join(segments).encode(),
-            tokens=texts_of("".join(segments).encode()),
             finish_reasons=[types_pb2.FINISH_REASON_LENGTH for segment in request.segments if segment.token_count],
             usage=types_pb2.Usage(completion_tokens=sum(segment.token_count for segment in request.segments)),
-            seed=request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234),
+            seed=seed_of(request),
             timing=TIMING,
         )
 
     def Reconstruct(self, request, context):
         self.behaviour.enter(request, context)
-        return latent_service_pb2.ReconstructResponse(
-            reconstructions=[
-                latent_service_pb2.Reconstruction(
-                    text=text,
-                    token_ids=text.encode(),
-                    tokens=texts_of(text.encode()),
-                    original_ids=text.encode(),
-                    token_accuracy=1,
-                    bits_per_token=0.5,
-                )
-                for text in request.texts
-            ],
-            timing=TIMING,
-        )
+        response = latent_service_pb2.ReconstructResponse(timing=TIMING)
+        for ids in (text.encode() for text in request.texts):
+            response.reconstructions.add(**spelt(ids), original_ids=ids, token_accuracy=1, bits_per_token=0.5)
+        return response
 
 
 class Encoder(Fake, encoder_pb2_grpc.EncoderServiceServicer):

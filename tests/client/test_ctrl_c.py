@@ -21,8 +21,7 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
     sent: list[float] = []
 
     def send() -> None:
-        while not holds():
-            time.sleep(0.005)
+        eventually(holds)
         time.sleep(0.3)  # the main thread waits by now
         sent.append(time.monotonic())
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # no wait of the main thread is interrupted by it

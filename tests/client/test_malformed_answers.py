@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
-from colaserve_client import Cancelled, Client, DecoderClient, EncoderClient, Latents, ServerError
+from colaserve_client import Cancelled, Client, DecoderClient, EncoderClient, ServerError
 from tests.client.behaviour import Behaviour
-from tests.client.fakes import SPACE, FakeServer
+from tests.client.fakes import FakeServer
+from tests.client.test_stages import LETTERS
 from tests.waiting import wait_until as eventually
-
-LETTERS = Latents([[97.0, 0.0], [98.0, 0.0], [99.0, 0.0], [100.0, 0.0]], SPACE)
 
 
 def shorten_latents(answer: Any) -> None:

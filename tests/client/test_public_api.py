@@ -2,16 +2,12 @@
 
 import dataclasses
 import inspect
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import colaserve_client
-
-ROOT = Path(__file__).resolve().parents[2]
 
 PUBLIC = """
 __version__ AsyncClient AsyncDecoderClient AsyncDecodeSession AsyncEncoderClient AsyncPriorClient AsyncStream
@@ -67,10 +63,5 @@ def test_every_class_its_members_and_its_fields_are_documented_where_help_shows_
 def test_importing_loads_nothing_heavy(module: str) -> None:
     heavy = ["torch", "tokenizers", "safetensors", "starlette", "transformers", "matplotlib", "colaserve_services"]
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def environment() -> dict[str, str]:
-    paths = [str(ROOT / folder) for folder in ("client", "services", "protos/gen")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

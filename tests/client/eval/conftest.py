@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,11 @@ from click.testing import CliRunner
 from colaserve_client.cli import exits
 from colaserve_client.cli.options import Server
 from colaserve_client.errors import ColaserveError, Details, Overloaded, Unavailable
+from colaserve_client.reading import read_json_lines
 from colaserve_client.results import Usage
 from colaserve_client.settings import Sampler, Sampling
 from colaserve_eval.commands import evaluate
+from tests.client.cli.conftest import Ran
 
 
 class FakeClient:
@@ -78,34 +79,19 @@ def client() -> FakeClient:
     return FakeClient()
 
 
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run_eval() -> Callable[..., Ended]:
+def run_eval(arguments: Sequence[object], connect: Callable[[Server], object] | None = None) -> Ran:
     """Runs `colaserve eval ...` as the command line does; `connect` gives another client than the real one."""
-
-    def run(arguments: Sequence[object], connect: Callable[[Server], object] | None = None) -> Ended:
-        command = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(evaluate, command, obj=connect, standalone_mode=False)
-        error = result.exception
-        if error is None:
-            return Ended(0, result.stdout, result.stderr)
-        if not isinstance(error, click.ClickException | ColaserveError | OSError):
-            raise error
-        return Ended(exits.code_of(error), result.stdout, result.stderr + exits.line_of(error) + "\n")
-
-    return run
+    result = CliRunner().invoke(evaluate, [str(argument) for argument in arguments], obj=connect, standalone_mode=False)
+    error = result.exception
+    if error is None:
+        return Ran(0, result.stdout, result.stderr)
+    if not isinstance(error, click.ClickException | ColaserveError | OSError):
+        raise error
+    return Ran(exits.code_of(error), result.stdout, result.stderr + exits.line_of(error) + "\n")
 
 
 @pytest.fixture
-def colaserve_eval(client: FakeClient, run_eval: Callable[..., Ended]) -> Callable[..., Ended]:
+def colaserve_eval(client: FakeClient) -> Callable[..., Ran]:
     """Runs `colaserve eval ...` against the fake client."""
 
     @asynccontextmanager
@@ -128,13 +114,6 @@ def write_questions(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def make_client() -> Callable[..., FakeClient]:
-    """Makes a fake client with another answer."""
-    return FakeClient
-
-
-@pytest.fixture
-def read_lines() -> Callable[[Path], list[dict]]:
-    """Reads a jsonl file."""
-    return lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a jsonl file."""
+    return [value for _, value in read_json_lines(path)]

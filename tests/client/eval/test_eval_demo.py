@@ -1,6 +1,5 @@
 """The demo's own question sets are found without importing the services, and its paragraphs are read by its checker."""
 
-import json
 import subprocess
 import sys
 
@@ -65,7 +64,7 @@ def test_run_demo_reports_the_groups_apart(client, colaserve_eval, tmp_path):
     client.answer = lambda prompt, sampler: " Kabul" if "capital" in prompt else "no"
     arguments = ["--only", "capital_*", "--only", "unseen*", "--limit", 4]
     result = colaserve_eval("run", "--demo", *arguments, "--output", tmp_path / "out", "--json")
-    score = json.loads(result.stdout)
+    score = result.json
     assert score["groups"].keys() == {"trained phrasings", "held-out phrasings"}
     assert score["groups"]["trained phrasings"] == 25.0
     assert [task["n"] for task in score["tasks"].values()] == [4, 4, 4]
@@ -82,8 +81,8 @@ def test_run_demo_reports_the_groups_apart(client, colaserve_eval, tmp_path):
 )
 def test_contradictory_choices_of_questions_are_refused(client, colaserve_eval, tmp_path, arguments, message):
     result = colaserve_eval("run", *arguments, "--output", tmp_path / "out")
-    assert result.exit_code in (1, 2)
-    assert message in result.stderr
+    assert result.code in (1, 2)
+    assert message in result.err
     assert client.asked == []
 
 
@@ -94,4 +93,4 @@ def test_a_limit_takes_questions_evenly_spread_and_two_files_of_one_name_are_ref
     colaserve_eval("run", file, "--limit", 4, "--output", tmp_path / "out")
     assert sorted(client.prompts) == ["0", "2", "5", "7"]
     result = colaserve_eval("run", file, file, "--output", tmp_path / "out")
-    assert "a file named task is given already" in result.stderr
+    assert "a file named task is given already" in result.err

@@ -1,24 +1,24 @@
-"""The verbs with the real client, over gRPC: against a small deterministic server, and against the services."""
+"""The verbs with the real client, over gRPC, against a small deterministic server."""
 
 import json
 
 import pytest
 
 from colaserve.v1 import types_pb2
-from tests.services.launch.processes import FREE_PORTS, started
+from tests.client.eval.conftest import read_lines, run_eval
 
 
 @pytest.fixture
-def colaserve_eval(server, run_eval):
+def colaserve_eval(server):
     return lambda *arguments: run_eval([*arguments, "--target", server.target])
 
 
-def test_settings_go_and_answers_come_over_the_wire(colaserve_eval, write_questions, read_lines, behaviour, tmp_path):
+def test_settings_go_and_answers_come_over_the_wire(colaserve_eval, write_questions, behaviour, tmp_path):
     sampler = ["--steps", 4, "--guidance-scale", 2, "--solver", "ab2"]
     others = ["--temperature", 0.5, "--seed", 7, "--max-new-tokens", 32, "--stop", "fox", "--key", "secret"]
     out = tmp_path / "out"
     result = colaserve_eval("run", write_questions("once", "twice"), "--output", out, *sampler, *others)
-    assert result.exit_code == 0, result.stderr
+    assert result.code == 0, result.err
     lines = read_lines(out / "task.jsonl")
     assert [line["finish_reason"] for line in lines] == ["stop"] * 2
     assert lines[0]["usage"].keys() == {"prompt_tokens", "completion_tokens", "blocks", "wasted_blocks", "steps_saved"}
@@ -42,32 +42,10 @@ def test_texts_take_the_round_trip_and_a_server_that_is_not_there_is_one_line(
 ):
     texts, file = tmp_path / "texts.txt", write_questions("once")
     texts.write_text("one text\nanother\n")
-    figures = json.loads(colaserve_eval("vae", texts, "--json").stdout)
+    figures = colaserve_eval("vae", texts, "--json").json
     assert (figures["tokens"], figures["token_accuracy"], figures["bits_per_token"]) == (15, 100.0, 0.5)
     server.stop()
     result = colaserve_eval("run", file, "--output", tmp_path / "out")
-    assert result.exit_code == 3
-    assert result.stderr.count("\n") == 1
+    assert result.code == 3
+    assert result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_answers_of_the_services_depend_neither_on_concurrency_nor_on_a_break(
-    run_eval, write_questions, read_lines, tmp_path
-):
-    file = write_questions("the fox", "a dog runs", "one", "two words", "the fox")
-    options = ["--steps", 4, "--guidance-scale", 3, "--max-new-tokens", 12]
-    one = tmp_path / "one" / "task.jsonl"
-    with started(tmp_path, "up", *FREE_PORTS) as running:
-
-        def answers(folder, concurrency):
-            more = ["--concurrency", concurrency, "--target", running.target]
-            assert run_eval(["run", file, "--output", tmp_path / folder, *options, *more]).exit_code == 0
-            return [line["generate"] for line in read_lines(tmp_path / folder / "task.jsonl")]
-
-        expected = answers("one", 1)
-        assert answers("four", 4) == expected
-        kept = one.read_text().splitlines(keepends=True)
-        one.write_text(kept[3] + kept[0])
-        assert answers("one", 4) == expected
-        assert expected[0] != expected[4], "the same prompt with other noise"

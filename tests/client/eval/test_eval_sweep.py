@@ -37,7 +37,7 @@ def sweep(client, colaserve_eval, write_questions, tmp_path):
 
 def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_path):
     result = sweep()
-    assert result.exit_code == 0, result.stderr
+    assert result.code == 0, result.err
     points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
     assert len(points) == 8
     assert len(client.asked) == 32
@@ -52,7 +52,7 @@ def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_pat
         "tasks": {"task": {"n": 4, "correct": 2, "accuracy": 50.0}},
         "average": 50.0,
     }
-    assert [line.split()[:5] for line in result.stdout.splitlines()[1:3]] == [
+    assert [line.split()[:5] for line in result.out.splitlines()[1:3]] == [
         ["1", "1", "euler", "1", "2.0"],
         ["1", "1", "heun", "1", "2.0"],
     ]
@@ -60,20 +60,20 @@ def test_a_sweep_gives_accuracy_and_cost_of_every_setting(sweep, client, tmp_pat
 
 
 def test_a_sweep_continues_where_it_was_left(sweep, client, tmp_path):
-    first = sweep("--json", "--no-plots").stdout
+    first = sweep("--json", "--no-plots").json["points"]
     (tmp_path / "sweep" / "g1-s2-euler" / "task.jsonl").unlink()
     client.asked.clear()
-    again = json.loads(sweep("--json", "--no-plots").stdout)["points"]
+    again = sweep("--json", "--no-plots").json["points"]
     assert [settings["sampler"].steps for _, settings in client.asked] == [2] * 4
     tell = [{**point, "tokens_per_second": 0} for point in again]
-    assert tell == [{**point, "tokens_per_second": 0} for point in json.loads(first)["points"]]
+    assert tell == [{**point, "tokens_per_second": 0} for point in first]
 
 
 @pytest.mark.parametrize("option", [("--guidance", "1,x"), ("--steps", ""), ("--solver", "euler,rk4")])
 def test_a_bad_list_is_refused_naming_the_option(sweep, client, option):
     result = sweep(*option)
-    assert result.exit_code == 2
-    assert option[0] in result.stderr
+    assert result.code == 2
+    assert option[0] in result.err
     assert client.asked == []
 
 
@@ -85,23 +85,23 @@ def without_matplotlib(monkeypatch):
 @pytest.mark.usefixtures("without_matplotlib")
 def test_without_matplotlib_plots_are_refused_before_anything_is_asked(sweep, client, colaserve_eval, tmp_path):
     result = sweep()
-    assert "plots need matplotlib: pip install " in result.stderr
+    assert "plots need matplotlib: pip install " in result.err
     assert client.asked == []
-    assert sweep("--no-plots").exit_code == 0
+    assert sweep("--no-plots").code == 0
     page = tmp_path / "page.md"
-    assert "plots need matplotlib" in colaserve_eval("report", tmp_path / "sweep").stderr
-    assert colaserve_eval("report", tmp_path / "sweep", "--no-plots", "--output", page).exit_code == 0
+    assert "plots need matplotlib" in colaserve_eval("report", tmp_path / "sweep").err
+    assert colaserve_eval("report", tmp_path / "sweep", "--no-plots", "--output", page).code == 0
     assert "![" not in page.read_text()
 
 
 def test_a_report_shows_scores_settings_wrong_answers_and_the_sweep(sweep, colaserve_eval, write_questions, tmp_path):
-    assert "holds neither outputs nor sweep.json nor vae.json" in colaserve_eval("report", tmp_path / "none").stderr
+    assert "holds neither outputs nor sweep.json nor vae.json" in colaserve_eval("report", tmp_path / "none").err
     out = tmp_path / "sweep"
     sweep()
     colaserve_eval("run", write_questions("1", "9|`9", name="other"), "--output", out, "--steps", 4)
     (out / "vae.json").write_text('{"token_accuracy": 99.5}')
     result = colaserve_eval("report", out)
-    assert result.exit_code == 0, result.stderr
+    assert result.code == 0, result.err
     page = (out / "report.md").read_text()
     assert page.startswith("# Evaluation of tiny\n")
     assert "| other | 2 | 1 | 50.00 |" in page

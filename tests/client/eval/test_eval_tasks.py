@@ -88,18 +88,18 @@ def write_outputs(folder, **tasks: list[tuple[str, str]]) -> None:
 
 
 def test_score_prints_a_table_or_json_of_a_folder_with_outputs(colaserve_eval, tmp_path):
-    assert "is no folder" in colaserve_eval("score", tmp_path / "nowhere").stderr
-    assert "holds no .jsonl file" in colaserve_eval("score", tmp_path).stderr
+    assert "is no folder" in colaserve_eval("score", tmp_path / "nowhere").err
+    assert "holds no .jsonl file" in colaserve_eval("score", tmp_path).err
     write_outputs(tmp_path, squad=[(" a.", "A"), ("b", "c")], lambada=[("x y", "x")])
     table = colaserve_eval("score", tmp_path)
-    assert table.exit_code == 0
-    assert [line.split() for line in table.stdout.splitlines()] == [
+    assert table.code == 0
+    assert [line.split() for line in table.out.splitlines()] == [
         ["task", "n", "correct", "accuracy", "%"],
         ["lambada", "1", "1", "100.00"],
         ["squad", "2", "1", "50.00"],
         ["average", "75.00"],
     ]
-    assert json.loads(colaserve_eval("score", tmp_path, "--json").stdout) == {
+    assert colaserve_eval("score", tmp_path, "--json").json == {
         "tasks": {
             "lambada": {"n": 1, "correct": 1, "accuracy": 100.0},
             "squad": {"n": 2, "correct": 1, "accuracy": 50.0},
@@ -114,9 +114,9 @@ def test_an_unfinished_run_is_scored_but_says_so(colaserve_eval, write_questions
     first = (out / "task.jsonl").read_text().splitlines(keepends=True)[0]
     (out / "task.jsonl").write_text(first)
     result = colaserve_eval("score", out, "--json")
-    assert json.loads(result.stdout)["tasks"]["task"]["n"] == 1
-    assert result.exit_code == 1
-    assert "2 are missing" in result.stderr
+    assert result.json["tasks"]["task"]["n"] == 1
+    assert result.code == 1
+    assert "2 are missing" in result.err
     (out / "task.jsonl").unlink()
     write_outputs(out, other=[("a", "a")])
-    assert "3 are missing" in colaserve_eval("score", out).stderr
+    assert "3 are missing" in colaserve_eval("score", out).err

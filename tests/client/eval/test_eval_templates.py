@@ -133,8 +133,8 @@ def test_a_bad_template_is_refused_naming_the_key(tmp_path, text, message):
 
 def test_an_unknown_template_is_refused_naming_the_shipped_ones(colaserve_eval, tmp_path, write_questions):
     result = colaserve_eval("run", write_questions("a"), "--template", "nope", "--output", tmp_path / "out")
-    assert "template nope: neither a readable UTF-8 file" in result.stderr
-    assert "one of hellaswag, lambada, mmlu" in result.stderr
+    assert "template nope: neither a readable UTF-8 file" in result.err
+    assert "one of hellaswag, lambada, mmlu" in result.err
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,6 @@ def test_run_asks_what_the_template_makes(client, colaserve_eval, tmp_path):
     path.write_text(json.dumps(RAW["race"][0]) + "\n")
     client.answer = lambda prompt, sampler: " (B)"
     result = colaserve_eval("run", path, "--template", "race", "--output", tmp_path / "out", "--json")
-    assert json.loads(result.stdout)["tasks"] == {"race": {"n": 1, "correct": 1, "accuracy": 100.0}}
+    assert result.json["tasks"] == {"race": {"n": 1, "correct": 1, "accuracy": 100.0}}
     assert client.prompts[0].startswith("Read the following article and answer the question.\n\nArticle: ")
     assert client.prompts[0].endswith(RAW["race"][1])

@@ -12,7 +12,7 @@ def test_accuracy_and_bits_are_means_over_tokens_of_all_texts(colaserve_eval, tm
     file = tmp_path / "texts.txt"
     file.write_text("abcd\n\nxx\né\n")
     result = colaserve_eval("vae", file, "--json", "--output", tmp_path / "out")
-    assert result.exit_code == 0, result.stderr
+    assert result.code == 0, result.err
     figures = {
         "texts": 3,
         "exact_texts": 2,
@@ -21,14 +21,14 @@ def test_accuracy_and_bits_are_means_over_tokens_of_all_texts(colaserve_eval, tm
         "bits_per_token": round((5 * 0.5 + 2 * 2.0) / 7, 6),
         "bits_per_byte": round((5 * 0.5 + 2 * 2.0) / 8, 6),
     }
-    assert json.loads(result.stdout) == figures
+    assert result.json == figures
     assert json.loads((tmp_path / "out" / "vae.json").read_text()) == figures
 
 
 def test_texts_of_a_jsonl_file_may_hold_newlines(client, colaserve_eval, tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "a\\nb"}\n{"text": "c"}\n')
-    lines = [line.split() for line in colaserve_eval("vae", file).stdout.splitlines()]
+    lines = [line.split() for line in colaserve_eval("vae", file).out.splitlines()]
     assert ["tokens", "4"] in lines
 
 
@@ -43,8 +43,8 @@ def test_texts_of_a_jsonl_file_may_hold_newlines(client, colaserve_eval, tmp_pat
 def test_bad_texts_are_refused(client, colaserve_eval, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     result = colaserve_eval("vae", tmp_path / name)
-    assert result.exit_code == 1
-    assert message in result.stderr
+    assert result.code == 1
+    assert message in result.err
     assert client.asked == []
 
 
@@ -57,7 +57,7 @@ def test_batches_keep_the_order_and_both_bounds():
 
 def test_the_demos_held_out_questions_serve_as_held_out_text(colaserve_eval):
     result = colaserve_eval("vae", "--demo", "--limit", 50, "--json")
-    assert json.loads(result.stdout)["texts"] == 50
+    assert result.json["texts"] == 50
     assert all(" Answer: " in text for text in held_out_texts())
     for wrong in ([], ["--demo", __file__]):
-        assert "give a file of texts, or --demo alone" in colaserve_eval("vae", *wrong).stderr
+        assert "give a file of texts, or --demo alone" in colaserve_eval("vae", *wrong).err
