@@ -45,11 +45,13 @@ def test_services_and_budgets_select_the_pods_of_their_role(rendered):
         ]
         budgets = [found for found in rendered.kind("PodDisruptionBudget") if found["metadata"]["name"] == name]
         selectors += [budget["spec"]["selector"]["matchLabels"] for budget in budgets]
-        selectors += [it["labelSelector"]["matchLabels"] for it in pods(deployment)["topologySpreadConstraints"]]
-        assert len(selectors) == 4
+        assert len(selectors) == 2
         for selector in selectors:
             assert selector.items() <= labels.items()
             assert selector["app.kubernetes.io/component"] == labels["app.kubernetes.io/component"]
+        for spread in pods(deployment)["topologySpreadConstraints"]:
+            assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+            assert spread["matchLabelKeys"] == ["app.kubernetes.io/component"]
 
 
 def test_only_who_must_talk_may_talk(rendered):
