@@ -1,4 +1,4 @@
-"""Write what is made out of other files here.   python deploy/generate.py [--check]
+"""Write what is made out of other files here.   python deploy/generate.py
 
 grafana/*.json out of grafana/dashboards.yaml; the operator's PrometheusRule out of prometheus/alerts.yaml.
 Needs PyYAML.
@@ -7,7 +7,6 @@ Needs PyYAML.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,21 +139,6 @@ def lines(queries: dict[str, str]) -> Iterator[tuple[str, str]]:
             yield legend.replace("pQ", f"p{round(100 * quantile)}"), filled.replace("(Q,", f"({quantile},")
 
 
-def main() -> int:
-    """Write the files, or with --check say which are not what would be written."""
-    if "--check" not in sys.argv:
-        for path, text in files().items():
-            path.write_text(text, encoding="utf-8")
-        return 0
-    stale = [
-        str(path.relative_to(HERE))
-        for path, text in files().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
-    if stale:
-        print(f"stale in deploy/: {', '.join(stale)}; run python deploy/generate.py", file=sys.stderr)
-    return bool(stale)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
