@@ -235,7 +235,7 @@ async def _stages(
         with suppress(RuntimeError):  # the loop is closed: the process ends
             loop.call_soon_threadsafe(lambda: asyncio.ensure_future(tell(stage, failing)))
 
-    def load() -> RunningStages:
+    def load() -> "RunningStages":
         from colaserve_services.launch.stages import load_stages
 
         compute = {stage: (settings.device_of(stage), settings.dtype) for stage in names}
