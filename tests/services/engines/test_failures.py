@@ -11,7 +11,6 @@ import torch
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.failures import out_of_memory
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import ColaserveError, Overloaded, StepFailed, Unavailable
 from tests.conftest import Golden
 from tests.services.engines import faults
@@ -51,19 +50,6 @@ async def write(stages: Engines, seed: int, mark: int | None) -> list[float]:
 ASK: dict[str, Callable[[Engines, int, int | None], Any]] = {"encoder": encode, "prior": write, "decoder": decode}
 
 
-class Watch(EngineObserver):
-    made: list["Watch"]
-
-    def __init__(self) -> None:
-        self.alone, self.reported = 0, list[bool]()
-
-    def step_failed(self) -> None:
-        self.alone += 1
-
-    def failing(self, failing: bool) -> None:
-        self.reported.append(failing)
-
-
 def close(got: list[Any], expected: list[Any]) -> bool:
     return torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
@@ -74,7 +60,7 @@ async def test_the_session_that_fails_is_ended_and_the_others_end_undisturbed(
     tiny: Golden, stage: str, fault: faults.Fault
 ) -> None:
     marks: dict[float | None, faults.Fault] = {MARK_LATENT: fault, MARK_TOKEN: fault}
-    with engines(tiny.directory, network=lambda network: Network(network, marks), observer=Watch) as stages:
+    with engines(tiny.directory, network=lambda network: Network(network, marks)) as stages:
         engine, ask = getattr(stages, stage), ASK[stage]
         alone = [await ask(stages, seed, None) for seed in range(6)]
         runs = [ask(stages, seed, None) for seed in range(6)]
@@ -96,7 +82,7 @@ async def test_an_engine_that_fails_at_its_warm_up_row_too_is_at_fault_until_it_
     tiny: Golden, stage: str, fault: faults.Fault
 ) -> None:
     everything: dict[float | None, faults.Fault] = {None: fault}
-    with engines(tiny.directory, SOONER, network=lambda x: Network(x, everything), observer=Watch) as stages:
+    with engines(tiny.directory, SOONER, network=lambda x: Network(x, everything)) as stages:
         engine, ask = getattr(stages, stage), ASK[stage]
         ended = await asyncio.gather(*(ask(stages, seed, None) for seed in range(4)), return_exceptions=True)
         assert [type(error) for error in ended] == [Unavailable] * 4
@@ -170,7 +156,7 @@ class Far:
 
 @pytest.mark.parametrize("stage", ["encoder", "prior"])
 async def test_latents_that_no_stage_would_take_end_their_session_alone(tiny: Golden, stage: str) -> None:
-    with engines(tiny.directory, network=Far, observer=Watch) as stages:
+    with engines(tiny.directory, network=Far) as stages:
         engine = getattr(stages, stage)
         with pytest.raises(StepFailed, match=r"the latents.*beyond -10000 to 10000"):
             await ASK[stage](stages, 0, None)

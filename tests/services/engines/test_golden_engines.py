@@ -12,10 +12,10 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.model.backend.pick import Picked, bucketed, plain
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.prior.engine import SampledBlock
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
 from tests.services.engines.conftest import CPU, Engines, engines
+from tests.services.engines.runs import sample
 from tests.services.kernel_references import on_cpu
 
 
@@ -28,11 +28,6 @@ def picked(request: pytest.FixtureRequest) -> Picked | None:
     """What the engines compute with."""
     backend: Picked | None = request.param()
     return backend
-
-
-async def sample(stages: Engines, job: SampleJob) -> list[SampledBlock]:
-    async with stages.prior.session(job) as session:
-        return [block async for block in session]
 
 
 def tokenize(golden: Golden, text: str) -> list[int]:
@@ -48,7 +43,6 @@ async def test_encoder_gives_the_recorded_latents(golden: Golden, picked: Picked
         normalise = stages.encoder.model.normalise
         for i, result in enumerate(results):
             assert relative(result.latents, normalise(golden.tensors[f"encode.mean.{i}"])) < 3e-6
-            assert result.log_variance is not None
             assert relative(result.log_variance, golden.tensors[f"encode.logvar.{i}"]) < 3e-6
 
 
@@ -66,16 +60,17 @@ async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_pref
             async with stages.decoder.session(job) as session:
                 for start in range(prefix, lengths[i], B):
                     block = await session.decode(latents[i][start : start + B])
-                    assert block.logits is not None
                     assert relative(block.logits, logits[i][start * P : (start + B) * P]) < 3e-6
 
         await asyncio.gather(*(decode(i, prefix) for i in range(len(lengths)) for prefix in (0, lengths[i] - B)))
 
 
 async def test_generation_gives_the_recorded_blocks_and_tokens(golden: Golden, picked: Picked | None) -> None:
+    sources = ("seed", "noise") if picked is None else ("seed",)  # what computes sees no difference
     with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=16), picked=picked) as stages:
         for case in golden.meta["cases"]:
-            await asyncio.gather(*(check_generation(stages, golden, case, s) for s in range(len(case["prompts"]))))
+            samples = range(len(case["prompts"]))
+            await asyncio.gather(*(check_generation(stages, golden, case, s, sources) for s in samples))
 
 
 async def test_kernels_for_gpus_interpreted_give_the_recorded_blocks_and_tokens(tiny: Golden) -> None:
@@ -83,12 +78,10 @@ async def test_kernels_for_gpus_interpreted_give_the_recorded_blocks_and_tokens(
     from colaserve_services.model import kernels
 
     with engines(tiny.directory, EngineLimits(max_context=64, max_running=1), picked=bucketed(kernels, CPU)) as stages:
-        await check_generation(stages, tiny, tiny.meta["cases"][1] | {"n_blocks": 2}, 0, ("seed",))
+        await check_generation(stages, tiny, tiny.meta["cases"][1] | {"n_blocks": 1}, 0, ("seed",))
 
 
-async def check_generation(
-    stages: Engines, golden: Golden, case: dict, sample_id: int, sources: Sequence[str] = ("seed", "noise")
-) -> None:
+async def check_generation(stages: Engines, golden: Golden, case: dict, sample_id: int, sources: Sequence[str]) -> None:
     B, P = stages.prior.shape.block_size, stages.prior.shape.patch_size
     params, name = case["params"], f"gen{case['index']}"
     ids = tokenize(golden, case["prompts"][sample_id])

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from colaserve_services.decoder.engine import DecodeJob
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.backend import Denoise, Row, Sizes, Update, cuda
 from colaserve_services.model.backend.buckets import KEYS
 from colaserve_services.model.backend.pick import Picked
@@ -169,12 +168,6 @@ class Looked(Stream):
 async def test_nothing_of_an_engine_waits_for_the_device(tiny: Golden) -> None:
     kernels, on = references(), Looked(CPU)
 
-    lasted: list[float] = []
-
-    class Watch(EngineObserver):
-        def stepped(self, seconds: float, rows: int, sessions: int) -> None:
-            lasted.append(seconds)
-
     async def ask(stages: Engines) -> Any:
         async with stages.decoder.session(decoding) as decoder:
             ids = [(await decoder.decode(noise(4, i))).token_ids for i in range(3)]
@@ -188,10 +181,9 @@ async def test_nothing_of_an_engine_waits_for_the_device(tiny: Golden) -> None:
     found = []
     for kinds in (plain, makers):
         on.serves = False
-        lasted.clear()
-        with engines(tiny.directory, observer=Watch, picked=Picked("cuda", "", 32, *kinds)) as stages:
+        with engines(tiny.directory, picked=Picked("cuda", "", 32, *kinds)) as stages:
             on.serves = True
             found.append(await ask(stages))
             await freed(stages)
     assert found[0] == found[1]
-    assert set(lasted) == {0.25}
+    assert {x for each in (stages.encoder, stages.prior, stages.decoder) for x in each.observer.seconds} == {0.25}

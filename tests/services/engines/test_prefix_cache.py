@@ -2,13 +2,13 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 
 import pytest
 import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.model.backend.pages import Pages, chain_keys
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.prior.sampling_run import SampleJob
@@ -20,44 +20,29 @@ IDS = [int(x) for x in torch.randint(3, 500, (70,), generator=torch.Generator().
 LATENTS = torch.randn(64, 16, generator=torch.Generator().manual_seed(2))
 
 
-class Watch:
-    """Counts the rows an engine computes."""
-
-    def __init__(self, engine: object):
-        self.rows = self.held = 0
-        self.hits: list[tuple[int, int]] = []
-        engine.observer.stepped = lambda seconds, rows, sessions: self.count(rows)  # type: ignore[attr-defined]
-        engine.observer.prefix_cache = self.looked  # type: ignore[attr-defined]
-
-    def looked(self, hits: int, misses: int, held: int) -> None:
-        self.held = held
-        if hits or misses:
-            self.hits.append((hits, misses))
-
-    def count(self, rows: int) -> None:
-        self.rows += rows
-
-    def take(self) -> int:
-        rows, self.rows = self.rows, 0
-        return rows
-
-
-async def sample(stages: Engines, latents: torch.Tensor) -> torch.Tensor:
-    job = SampleJob(latents, max_blocks=2, sampler=SamplerSettings(steps=2, guidance_scale=3.0), base_seed=1)
-    async with stages.prior.session(job) as session:
+async def write(stages: Engines, latents: torch.Tensor, salt: str = "", seed: int = 1) -> torch.Tensor:
+    sampler = SamplerSettings(steps=2, guidance_scale=1.0)
+    async with stages.prior.session(SampleJob(latents, 2, sampler=sampler, base_seed=seed, cache_salt=salt)) as session:
         return torch.cat([block.latents async for block in session])
 
 
-async def decode(stages: Engines, prefix: torch.Tensor) -> torch.Tensor:
-    async with stages.decoder.session(DecodeJob(prefix, with_logits=True)) as session:
-        logits = (await session.decode(LATENTS[:4])).logits
-    assert logits is not None
-    return logits
+async def decode(stages: Engines, prefix: torch.Tensor, salt: str = "", seed: int = 1) -> torch.Tensor:
+    async with stages.decoder.session(DecodeJob(prefix, with_logits=True, cache_salt=salt)) as session:
+        return (await session.decode(LATENTS[4 * seed : 4 * seed + 4])).logits
 
 
-async def encode(stages: Engines, ids: list[int]) -> torch.Tensor:
-    (result,), _ = await stages.encoder.encode([ids])
+async def encode(stages: Engines, ids: list[int], salt: str = "") -> torch.Tensor:
+    (result,), _ = await stages.encoder.encode([ids], cache_salt=salt)
     return result.latents
+
+
+ASK: dict[str, Callable[..., Awaitable[torch.Tensor]]] = {"prior": write, "decoder": decode, "encoder": encode}
+HALF = torch.cat((LATENTS[:32], -LATENTS[32:]))
+KNOWN = {  # what is asked first and again, another, the rows computed for these three, and the blocks found and not
+    "prior": (LATENTS, HALF, [84, 20, 52], [(0, 16), (16, 0), (8, 8)]),
+    "decoder": (LATENTS, HALF, [68, 4, 36], [(0, 16), (16, 0), (8, 8)]),
+    "encoder": (IDS, IDS[:40], [72, 0, 0], [(0, 18), (18, 0), (10, 0)]),
+}
 
 
 async def settled(stages: Engines) -> None:
@@ -66,150 +51,59 @@ async def settled(stages: Engines) -> None:
     await eventually(lambda: all(engine.load().running == 0 for engine in engines_))
 
 
-async def test_prior_computes_a_known_context_once(tiny: Golden) -> None:
+@pytest.mark.parametrize("stage", KNOWN)
+async def test_a_known_beginning_is_computed_once_for_equal_salts_and_changes_nothing(tiny: Golden, stage: str) -> None:
+    first, other, rows, found = KNOWN[stage]
+    asked = [(first, ""), (first, ""), (other, ""), (first, "salt")]
+    for shared in (True, False):
+        with engines(tiny.directory, EngineLimits(max_context=512, share_prefixes=shared)) as stages:
+            engine, answers, computed = getattr(stages, stage), [], []
+            for given, salt in asked:
+                answers.append(await ASK[stage](stages, given, salt))
+                await settled(stages)
+                computed.append(sum(engine.observer.rows) - sum(computed))
+        if shared:
+            assert (computed, engine.observer.hits) == ([*rows, rows[0]], [*found, found[0]])
+            assert (
+                engine.observer.cached_bytes == sum(new for _, new in engine.observer.hits) * engine.backend.page_bytes
+            )
+            expected = answers
+        else:
+            assert (computed[:2], engine.observer.hits) == ([rows[0]] * 2, [])
+        for got, wanted in zip(answers, [expected[0], expected[0], expected[2], expected[0]], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        if stage == "encoder" and shared:
+            assert torch.equal(answers[1], answers[0])
+            assert torch.equal(answers[2], answers[0][:40])
+
+
+@pytest.mark.parametrize(("stage", "rows", "pages"), [("prior", 20, 32), ("decoder", 4, 24)])
+async def test_sessions_that_begin_alike_at_once_compute_and_hold_their_prefix_once(
+    tiny: Golden, stage: str, rows: int, pages: int
+) -> None:
+    """16 blocks that are known to all; each of eight computes `rows` more, and holds as many pages as these take."""
     with engines(tiny.directory) as stages:
-        watch = Watch(stages.prior)
-        cold = await sample(stages, LATENTS)
+        alone = [await ASK[stage](stages, LATENTS, seed=seed) for seed in range(8)]
+    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=16)) as stages:
+        together = await asyncio.gather(*(ASK[stage](stages, LATENTS, seed=seed) for seed in range(8)))
         await settled(stages)
-        cost = watch.take()
-        warm = await sample(stages, LATENTS)
-        await settled(stages)
-        torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-4)
-        assert watch.take() == cost - 64
-        assert watch.held == 16 * stages.prior.backend.page_bytes
-        await sample(stages, torch.cat((LATENTS[:32], -LATENTS[32:])))
-        assert watch.hits == [(0, 16), (16, 0), (8, 8)]
-
-
-async def test_decoder_computes_a_known_prefix_once(tiny: Golden) -> None:
-    with engines(tiny.directory) as stages:
-        watch = Watch(stages.decoder)
-        cold = await decode(stages, LATENTS)
-        await settled(stages)
-        assert watch.take() == 68
-        warm = await decode(stages, LATENTS)
-        await settled(stages)
-        assert watch.take() == 4
-        torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-5)
-
-
-async def test_encoder_gives_the_same_bytes_for_a_known_beginning(tiny: Golden) -> None:
-    with engines(tiny.directory) as stages:
-        watch = Watch(stages.encoder)
-        first = await encode(stages, IDS[:40])
-        await settled(stages)
-        assert watch.take() == 40
-        longer = await encode(stages, IDS)
-        await settled(stages)
-        assert watch.take() == 32  # 72 rows with padding, 40 known
-        assert torch.equal(longer[:40], first)
-        assert torch.equal(await encode(stages, IDS), longer)
-        await settled(stages)
-        assert watch.take() == 0
-    with engines(tiny.directory, EngineLimits(max_context=512, share_prefixes=False)) as stages:
-        torch.testing.assert_close(await encode(stages, IDS), longer, rtol=1e-4, atol=1e-5)
-
-
-class Peak(EngineObserver):
-    """Rows computed, and the most KV that was held at once."""
-
-    def __init__(self) -> None:
-        self.rows = self.kv_bytes = 0
-
-    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
-        self.rows += rows
-
-    def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
-        self.kv_bytes = max(self.kv_bytes, kv_bytes)
-
-
-def branch(seed: int) -> SampleJob:
-    return SampleJob(LATENTS, 2, sampler=SamplerSettings(steps=2, guidance_scale=1.0), base_seed=seed)
-
-
-async def written(stages: Engines, job: SampleJob) -> torch.Tensor:
-    async with stages.prior.session(job) as session:
-        return torch.cat([block.latents async for block in session])
-
-
-async def test_runs_that_begin_alike_at_once_compute_and_hold_their_context_once(tiny: Golden) -> None:
-    """16 blocks of context, 8 runs of 2 more each: a pool of 32 pages holds them all."""
-    with engines(tiny.directory) as stages:
-        alone = [await written(stages, branch(seed)) for seed in range(8)]
-        room = 32 * stages.prior.backend.page_bytes
-    limits = EngineLimits(max_context=512, kv_bytes=room, prefill_chunk=16)
-    with engines(tiny.directory, limits, observer=Peak) as stages:
-        together = await asyncio.gather(*(written(stages, branch(seed)) for seed in range(8)))
-        await settled(stages)
-        for got, expected in zip(together, alone, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        peak = stages.prior.observer
-        assert isinstance(peak, Peak)
-        assert peak.kv_bytes <= room
-        assert peak.rows == 64 + 8 * (2 * 2 + 1) * 4  # the context once; of each run two points a block, and a commit
-
-
-async def test_decoders_that_begin_alike_at_once_compute_and_hold_their_prefix_once(tiny: Golden) -> None:
-    limits = EngineLimits(max_context=512, prefill_chunk=16)
-    with engines(tiny.directory, limits, observer=Peak) as stages:
-        await asyncio.gather(*(decode(stages, LATENTS) for _ in range(8)))
-        await settled(stages)
-        peak = stages.decoder.observer
-        assert isinstance(peak, Peak)
-        assert peak.rows == 64 + 8 * 4
-        assert peak.kv_bytes <= (16 + 8) * stages.decoder.backend.page_bytes
+        engine = getattr(stages, stage)
+        assert sum(engine.observer.rows) == 64 + 8 * rows
+        assert engine.observer.most_kv_bytes <= pages * engine.backend.page_bytes
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 async def test_who_waits_for_the_context_of_another_goes_on_when_that_one_leaves(tiny: Golden) -> None:
-    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=4)) as stages:
-        alone = await written(stages, branch(1))
-    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=4)) as stages:
-        watch = Watch(stages.prior)
-        leaving = asyncio.create_task(written(stages, branch(0)))
-        await eventually(lambda: watch.rows > 0)
-        following = asyncio.create_task(written(stages, branch(1)))
+    limits = EngineLimits(max_context=512, prefill_chunk=4)
+    with engines(tiny.directory, limits) as stages:
+        alone = await write(stages, LATENTS)
+    with engines(tiny.directory, limits) as stages:
+        leaving = asyncio.create_task(write(stages, LATENTS, seed=0))
+        await eventually(lambda: stages.prior.observer.rows)
+        following = asyncio.create_task(write(stages, LATENTS))
         leaving.cancel()
         torch.testing.assert_close(await following, alone, rtol=1e-4, atol=1e-4)
-
-
-async def test_prefixes_that_are_not_to_be_shared_are_not_kept(tiny: Golden) -> None:
-    with engines(tiny.directory, EngineLimits(max_context=512, share_prefixes=False)) as stages:
-        watch = Watch(stages.prior)
-        await sample(stages, LATENTS)
-        await settled(stages)
-        cost = watch.take()
-        await sample(stages, LATENTS)
-        await settled(stages)
-        assert watch.take() == cost
-        assert watch.hits == []
-
-
-async def test_leading_blocks_are_shared_only_among_equal_salts(tiny: Golden) -> None:
-    hits: list[int] = []
-
-    class Hits(EngineObserver):
-        def prefix_cache(self, hits_: int, misses: int, bytes_held: int) -> None:
-            if hits_ or misses:
-                hits.append(hits_)
-
-    async def encode(salt: str) -> None:
-        await stages.encoder.encode([IDS], cache_salt=salt)
-
-    async def write(salt: str) -> None:
-        async with stages.prior.session(SampleJob(LATENTS, 1, base_seed=1, cache_salt=salt)) as session:
-            assert len([block async for block in session]) == 1
-
-    async def decode(salt: str) -> None:
-        async with stages.decoder.session(DecodeJob(LATENTS, cache_salt=salt)) as session:
-            await session.decode(LATENTS[:4])
-
-    with engines(tiny.directory, observer=Hits) as stages:
-        for ask, blocks in ((encode, 18), (write, 16), (decode, 16)):
-            for salt in ("a", "b", "a"):
-                await ask(salt)
-                await settled(stages)
-            assert hits == [0, 0, blocks]
-            hits.clear()
 
 
 def keys(text: str) -> list[bytes]:
@@ -221,7 +115,6 @@ def remembered(pages: Pages, *texts: str) -> None:
     for text in texts:
         found, _ = pages.find(keys(text))
         others = pages.reserve(len(text) - len(found))
-        assert others is not None
         pages.remember(keys(text), found + others)
         pages.free(found + others)
 
@@ -247,7 +140,6 @@ def test_known_blocks_go_when_pages_are_needed_the_least_recently_found_first_an
     remembered(pages, "abcd", "xyz")
     assert known(pages, "ab") == 2
     taken = pages.reserve(3)  # one was free
-    assert taken is not None
     assert (known(pages, "abcd"), known(pages, "xyz")) == (2, 3)
     used, _ = pages.find(keys("ab"))
     assert pages.reserve(4) is None  # what a sequence uses is not taken from it

@@ -33,8 +33,6 @@ async def decoded(stages: Engines, looks: Sequence[torch.Tensor], seed: int = 0)
 
 
 def same(a: DecodedBlock, b: DecodedBlock) -> bool:
-    assert a.logits is not None
-    assert b.logits is not None
     everything = [(each.index, each.token_ids, each.logprobs, each.top, each.probes) for each in (a, b)]
     return everything[0] == everything[1] and torch.equal(a.logits, b.logits)
 
@@ -66,8 +64,6 @@ async def test_probes_are_those_of_the_raw_logits(tiny: Golden) -> None:
         async with stages.decoder.session(DecodeJob(noise(4))) as session:
             assert (await session.decode(noise(4))).probes is None
     for block in blocks:
-        assert block.logits is not None
-        assert block.probes is not None
         likely = block.logits.double().softmax(-1)
         assert block.probes.entropy == pytest.approx(torch.special.entr(likely).sum(-1).mean().item(), rel=1e-5)
         assert block.probes.end_probability == pytest.approx(likely[:, [2, 7, 9]].sum(-1).max().item(), rel=1e-5)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import DeadlineExceeded, StepFailed
 from colaserve_services.model.likelihood import log_density
 from colaserve_services.prior.scoring_run import ScoredBlock, ScoreJob, ScoringSession, scoring_settings
@@ -17,14 +16,6 @@ from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.faults import MARK_LATENT, Fault, Network, marked_job, not_finite, raises
 from tests.services.engines.runs import freed, job, noise, patiently, sample
 from tests.waiting import eventually
-
-
-class Preemptions(EngineObserver):
-    count = 0
-
-    def preempted(self) -> None:
-        self.count += 1
-
 
 SETTINGS = scoring_settings(4, "heun")
 
@@ -87,10 +78,9 @@ async def test_a_score_is_the_same_alone_beside_others_and_preempted() -> None:
         alone = [await score(stages, each) for each in wanted]
         written = await sample(stages, job(7, blocks=4))
         page = stages.prior.backend.page_bytes
-    preemptions = Preemptions()
     few = EngineLimits(max_context=64, kv_bytes=14 * page)  # the first score and the sampled run need more together
     for limits in (None, few):
-        with engines(golden.directory, limits, observer=lambda: preemptions) as stages:
+        with engines(golden.directory, limits) as stages:
             works = [partial(sample, stages, job(7, blocks=4)), *(partial(score, stages, each) for each in wanted)]
             sampled, *beside = await asyncio.gather(*map(patiently, works))
             await freed(stages)
@@ -98,7 +88,7 @@ async def test_a_score_is_the_same_alone_beside_others_and_preempted() -> None:
             torch.testing.assert_close(numbers(other), numbers(one), rtol=0, atol=0.02)
         for block, same in zip(written, sampled, strict=True):
             torch.testing.assert_close(same.latents, block.latents, rtol=0, atol=1e-4)
-    assert preemptions.count > 0
+    assert stages.prior.observer.preemptions > 0
 
 
 @pytest.mark.parametrize("fault", [raises, not_finite])

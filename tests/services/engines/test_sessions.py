@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.session import Session
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model import modulation
-from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.flow import SamplerSettings
-from colaserve_services.model.layers import block_causal_mask, masked_attention, padded_rows
-from colaserve_services.model.loading import load
+from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
@@ -70,14 +67,12 @@ async def test_what_an_open_position_holds_is_ignored(tiny: Golden) -> None:
 async def test_leaving_a_run_frees_its_cache_before_the_second_step(tiny: Golden) -> None:
     limits = EngineLimits(max_context=512, run_ahead=100)
     with engines(tiny.directory, limits) as stages:
-        steps = []
-        stages.prior.observer.stepped = lambda *_: steps.append(time.monotonic())  # type: ignore[method-assign]
         async with stages.prior.session(job(blocks=60, steps=100)) as session:
             await anext(aiter(session))
             assert 0 < stages.prior.load().kv_bytes_used <= 3 * stages.prior.backend.page_bytes  # of 61 in the end
-            left = time.monotonic()
+            steps = len(stages.prior.observer.rows)
         await freed(stages)
-        assert len([step for step in steps if step > left]) <= 2
+        assert len(stages.prior.observer.rows) <= steps + 2
 
 
 async def test_what_a_session_held_goes_with_it_and_waits_for_no_collector_of_cycles(tiny: Golden) -> None:
@@ -153,21 +148,6 @@ async def test_a_call_of_many_sequences_takes_one_slot(tiny: Golden) -> None:
         await freed(stages)
 
 
-async def test_encoding_does_not_depend_on_the_batch_or_on_chunks(tiny: Golden) -> None:
-    sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
-    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=16)) as stages:
-        together, _ = await stages.encoder.encode(sequences, with_variance=True)
-        for ids, result in zip(sequences, together, strict=True):
-            (alone,), _ = await stages.encoder.encode([ids])
-            assert len(result.latents) == len(ids)
-            torch.testing.assert_close(result.latents, alone.latents, rtol=1e-4, atol=1e-5)
-        await freed(stages)
-    with engines(tiny.directory) as stages:
-        whole, _ = await stages.encoder.encode(sequences)
-        for chunked, one in zip(together, whole, strict=True):
-            torch.testing.assert_close(chunked.latents, one.latents, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("chunk", [5, 16, 31])
 async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
     """Positions of a block see each other, whatever size a pass would like to have."""
@@ -183,34 +163,6 @@ async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
-@torch.inference_mode()
-def test_bfloat16_velocity_is_close_to_the_recorded_one(golden: Golden) -> None:
-    model = load(Checkpoint.open(golden.directory), "prior", torch.device("cpu"), torch.bfloat16)
-    B, tensors, row = model.config.block_size, golden.tensors, 0
-    for i, length in enumerate(tensors["dit.prefix_lengths"].tolist()):
-        block = slice(i * B, (i + 1) * B)
-        z = torch.cat((tensors["dit.prefix"][row : row + length], tensors["dit.block"][block]))
-        t = torch.cat((torch.zeros(length), tensors["dit.timestep"][block]))
-        positions = torch.arange(length + B)
-        attend = masked_attention(block_causal_mask(positions, positions, B))
-        velocity, expected = model(z, t, positions, attend)[length:], tensors["dit.cond"][block]
-        assert ((velocity - expected).norm() / expected.norm()).item() < 2e-2
-        row += length
-
-
-async def test_bfloat16_sampling_stays_near_float32(golden: Golden) -> None:
-    """The distance is recorded in docs/decisions.md; here it only must not explode."""
-    case = golden.meta["cases"][0]
-    sampler = SamplerSettings(steps=case["params"]["timestep_num"], guidance_scale=case["params"]["guidance_scale"])
-    noise = golden.tensors["gen0.noise.0"][:1]
-    wanted = SampleJob(torch.zeros(0, noise.shape[-1]), max_blocks=1, sampler=sampler, noise=noise)
-    latents = []
-    for dtype in (torch.float32, torch.bfloat16):
-        with engines(golden.directory, dtype=dtype) as stages:
-            latents.append((await sample(stages, wanted))[0].latents)
-    assert ((latents[1] - latents[0]).norm() / latents[0].norm()).item() < 0.1
-
-
 @pytest.mark.parametrize(("rows", "padded"), [(1, 16), (16, 16), (100, 112), (130, 160), (513, 640), (640, 640)])
 def test_few_numbers_of_rows_reach_the_products_of_a_cpu_in_bfloat16(rows: int, padded: int) -> None:
     assert padded_rows(rows, torch.bfloat16, torch.device("cpu")) == padded
@@ -219,7 +171,8 @@ def test_few_numbers_of_rows_reach_the_products_of_a_cpu_in_bfloat16(rows: int, 
 
 
 async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
-    """bfloat16 on a CPU, where passes are padded, against float32, where none is."""
+    """bfloat16 on a CPU, where passes are padded, against float32, where none is; see docs/decisions.md for the prior's
+    distance, which must not explode here."""
     sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
     found = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -227,16 +180,17 @@ async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
             encoded, _ = await stages.encoder.encode(sequences)
             async with stages.decoder.session(DecodeJob(noise(8), with_logits=True)) as session:
                 block = await session.decode(noise(4, seed=1))
+            (written,) = await sample(stages, job(blocks=1, steps=16, guidance_scale=7.0))
             await freed(stages)
-        found.append([*(result.latents for result in encoded), block.logits])
-    for got, expected in zip(*found, strict=True):
+        found.append([*(result.latents for result in encoded), block.logits, written.latents])
+    for got, expected, bound in zip(*found, [2e-2] * 5 + [0.1], strict=True):
         assert got.shape == expected.shape
-        assert ((got - expected).norm() / expected.norm()).item() < 2e-2
+        assert (got - expected).norm() < bound * expected.norm()
 
 
 async def test_as_many_runs_as_fit_may_each_have_times_of_their_own(tiny: Golden, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(modulation, "_BUDGET_BYTES", 0)
-    jobs = [job(seed, context=0, blocks=1, steps=3 + seed) for seed in range(70)]
-    with engines(tiny.directory, EngineLimits(max_running=80, max_context=256)) as stages:
+    jobs = [job(seed, context=0, blocks=1, steps=3 + seed) for seed in range(40)]
+    with engines(tiny.directory, EngineLimits(max_running=40, max_context=256)) as stages:
         together = await asyncio.gather(*(sample(stages, each) for each in jobs))
-    assert [len(blocks) for blocks in together] == [1] * 70
+    assert [len(blocks) for blocks in together] == [1] * 40

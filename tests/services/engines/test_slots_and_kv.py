@@ -12,7 +12,6 @@ import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
@@ -102,26 +101,6 @@ async def test_time_in_which_a_reader_is_away_is_not_counted_as_computing(tiny: 
         assert late.timings.compute_us < 900_000
 
 
-class Counts(EngineObserver):
-    """Rows of each pass."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-
-    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
-        self.rows.append(rows)
-
-
-class Preempted(EngineObserver):
-    """Counts the sessions that gave their KV back."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def preempted(self) -> None:
-        self.count += 1
-
-
 def assert_same(got: list[SampledBlock], expected: list[SampledBlock]) -> None:
     assert [block.index for block in got] == [block.index for block in expected]
     for ours, theirs in zip(got, expected, strict=True):
@@ -129,12 +108,12 @@ def assert_same(got: list[SampledBlock], expected: list[SampledBlock]) -> None:
 
 
 async def test_a_run_that_holds_most_of_the_kv_is_paused_for_others_and_ends_undisturbed(tiny: Golden) -> None:
-    long, short = job(1, context=40, blocks=60, steps=8), job(2, context=8, blocks=2)
+    long, short = job(1, context=40, blocks=60, steps=2), job(2, context=8, blocks=2)
     with engines(tiny.directory) as stages:
         alone, of_short = await sample(stages, long), await sample(stages, short)
         room = holding(stages, "prior", 70)
     limits = EngineLimits(max_context=512, kv_bytes=room, run_ahead=4)
-    with engines(tiny.directory, limits, observer=Preempted) as stages:
+    with engines(tiny.directory, limits) as stages:
         async with stages.prior.session(long) as session:
             blocks = aiter(session)
             got = [await anext(blocks) for _ in range(45)]
@@ -148,7 +127,7 @@ async def test_a_run_that_holds_most_of_the_kv_is_paused_for_others_and_ends_und
                 assert not session.finished
             got += [block async for block in blocks]
         assert_same(got, alone)
-        assert stages.prior.observer.count > 0  # type: ignore[attr-defined]
+        assert stages.prior.observer.preemptions > 0
         await freed(stages)
 
 
@@ -159,10 +138,10 @@ async def test_runs_that_outgrow_the_kv_together_end_as_they_do_alone(tiny: Gold
         alone = [await sample(stages, each) for each in wanted]
         room = holding(stages, "prior", 40)
     limits = EngineLimits(max_context=512, kv_bytes=room, run_ahead=100)
-    with engines(tiny.directory, limits, observer=Preempted) as stages:
+    with engines(tiny.directory, limits) as stages:
         for got, expected in zip(await asyncio.gather(*(sample(stages, x) for x in wanted)), alone, strict=True):
             assert_same(got, expected)
-        assert 2 <= stages.prior.observer.count <= 6  # type: ignore[attr-defined]
+        assert 2 <= stages.prior.observer.preemptions <= 6
         await freed(stages)
 
 
@@ -184,13 +163,13 @@ async def test_a_decode_stream_that_holds_most_of_the_kv_is_paused_too(tiny: Gol
     with engines(tiny.directory) as stages:
         alone = await decode(stages, nothing)
         room = holding(stages, "decoder", 14)
-    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room), observer=Preempted) as stages:
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room)) as stages:
 
         async def other() -> None:
             await patiently(lambda: decode_one(stages, DecodeJob(noise(12, 2), max_latents=16)))
 
         assert await decode(stages, other) == alone
-        assert stages.decoder.observer.count == 2  # type: ignore[attr-defined]
+        assert stages.decoder.observer.preemptions == 2
         await freed(stages)
 
 
@@ -229,7 +208,7 @@ async def test_a_short_context_does_not_wait_for_long_ones(tiny: Golden, stage: 
             async with stages.decoder.session(DecodeJob(latents)) as session:
                 await session.decode(latents[:4])
 
-    with engines(tiny.directory, limits, observer=Counts) as stages:
+    with engines(tiny.directory, limits) as stages:
         passes = getattr(stages, stage).observer.rows
         others = [asyncio.ensure_future(ask(long)) for _ in range(8)]
         await eventually(lambda: len(passes) >= 2)

@@ -115,17 +115,12 @@ def test_probes_are_what_their_comments_say(prior: Any) -> None:
     given = SampleJob(noise(8), 2, open=((0, 2),), sampler=SamplerSettings(guidance_scale=1.0), base_seed=1)
     [open_, known], _ = watched(prior, given, every=0)
     probes = first.probes
-    assert probes is not None
-    assert second.probes is not None
     assert probes.norm == pytest.approx(rms(first.latents), rel=1e-4)
     assert probes.distance == pytest.approx(rms(first.latents - noise(6)[:4]), rel=1e-4)
     assert second.probes.distance == pytest.approx(rms(second.latents - first.latents), rel=1e-4)
     assert probes.drift == pytest.approx(rms((first.latents - previews[2].latents)[2:]), rel=1e-3)
-    assert single.probes is not None
     assert single.probes.drift is None
     assert single.probes.disagreement == pytest.approx(rms((single.latents - other.latents)[2:]), rel=1e-3)
-    assert open_.probes is not None
-    assert known.probes is not None
     assert (open_.probes.distance, open_.probes.disagreement, known.probes.drift) == (None, None, None)
     assert known.step == 0
 

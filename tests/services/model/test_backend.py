@@ -43,8 +43,6 @@ def test_a_row_tells_its_velocity_and_where_it_leads(prior) -> None:
     pages, z, probe = array("i", prior.pages.reserve(1)), draw(0), torch.cat((draw(1)[:2], torch.ones(2, 2)), dim=1)
     (plain_,) = run(prior, Row(pages, 0, z, 800.0, Denoise(0, Update(1.0, -0.1))))
     (steered,) = run(prior, Row(pages, 0, z, 800.0, Denoise(1, Update(1.0, -0.1), steering=probe)))
-    assert plain_ is not None
-    assert steered is not None
     torch.testing.assert_close(plain_.latents, z - 0.1 * plain_.velocity)
     torch.testing.assert_close(plain_.clean, z - 0.8 * plain_.velocity)
     away = torch.sigmoid(-(plain_.clean @ probe[:, :D].T + 1))
@@ -55,7 +53,6 @@ def test_branches_that_share_the_pages_of_a_prefix_go_on_as_if_each_had_its_own(
     def branch(pages: Callable[[], list[int]], seed: int, slot: int) -> Tensor:
         row = Row(array("i", pages()), 2, draw(seed), 1000.0, Denoise(slot, Update(1.0, -0.5), guidance=3.0))
         (found,) = run(prior, row)
-        assert found is not None
         return found.latents
 
     def written() -> list[int]:
@@ -112,6 +109,4 @@ def test_a_pass_that_raises_has_changed_no_slot(prior) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         run(prior, second, Row(pages, 0, torch.zeros(B, D + 1), 1000.0, step._replace(slot=1)))
     (got,) = run(prior, second)
-    assert expected is not None
-    assert got is not None
     torch.testing.assert_close(got.latents, expected.latents)

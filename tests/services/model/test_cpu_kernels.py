@@ -200,8 +200,8 @@ def test_gate_norm_and_modulation(dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("isa", ["SSE41", "AVX512_CORE_BF16"])
 def test_all_of_it_holds_on_older_cpus(isa: str, tmp_path: Path) -> None:
-    """The environment stands in for them; of more than the CPU has nothing comes. CI runs all tests as with AVX2 and
-    with AVX-512 alone."""
+    """The environment stands in for them; of more than the CPU has nothing comes. CI runs all tests of what computes as
+    with AVX2 and with AVX-512 alone."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     here = cpu_kernels.KINDS[cpu_kernels.kind()]
     expected = {"SSE41": "plain", "AVX512_CORE_BF16": "AVX512-BF16"}[isa]

@@ -134,10 +134,11 @@ def test_dit_of_any_configuration_agrees_with_the_reference(variant: str, tmp_pa
     assert relative(got, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, TOLERANCE), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 @torch.inference_mode()
-def test_velocities_are_the_recorded_ones(golden: Golden, branch: str) -> None:
-    model = load(Checkpoint.open(golden.directory), "prior", CPU, torch.float32)
+def test_velocities_are_the_recorded_ones(golden: Golden, branch: str, dtype: torch.dtype, bound: float) -> None:
+    model = load(Checkpoint.open(golden.directory), "prior", CPU, dtype)
     B, tensors = model.config.block_size, golden.tensors
     lengths = tensors["dit.prefix_lengths"].tolist()
     prefixes, outputs = (tensors[name].split(lengths) for name in ("dit.prefix", "dit.prefix_out"))
@@ -147,6 +148,6 @@ def test_velocities_are_the_recorded_ones(golden: Golden, branch: str) -> None:
         z, positions = torch.cat((before, tensors["dit.block"][block])), torch.arange(len(before) + B)
         t = torch.cat((torch.zeros(len(before)), tensors["dit.timestep"][block]))
         velocity = model(z, t, positions, attending(len(z), B))
-        assert relative(velocity[len(before) :], tensors[f"dit.{branch}"][block]) < TOLERANCE
+        assert relative(velocity[len(before) :], tensors[f"dit.{branch}"][block]) < bound
         if branch == "cond":  # no position sees a later block
-            assert relative(velocity[: len(before)], recorded) < TOLERANCE
+            assert relative(velocity[: len(before)], recorded) < bound
