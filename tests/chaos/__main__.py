@@ -1,14 +1,10 @@
-"""Long runs of the harm in this folder, on one machine: python -m tests.chaos [OPTIONS] COMMAND
-
-`overload` needs a larger model: `colaserve bench make-checkpoint DIR --preset medium`.
-"""
+"""Long runs of the harm in this folder, on one machine: python -m tests.chaos [OPTIONS] COMMAND"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import tempfile
-import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +12,12 @@ from typing import Any
 
 import click
 
-from colaserve_bench.requests import Mix, connected, open_loop
-from tests.chaos import checkpoints, faults, overload
+from tests.chaos import checkpoints, faults
 from tests.chaos.fleet import ROLES, SIZES, SMALL, STAGES, Fleet, FleetSettings
 from tests.chaos.kill import kill_under_load
 from tests.chaos.load import Job, Tally, jobs, undisturbed
 from tests.chaos.rolling import roll_under_load
 from tests.chaos.soak import soak as soaked
-from tests.chaos.watching import Watch, quantile
 from tests.conftest import GOLDEN
 
 
@@ -153,33 +147,6 @@ async def soak(setup: Setup, minutes: float, settle: float) -> bool:
     click.echo(f"requests                 {ended.total()} {dict(ended)}")
     click.echo("\n".join((*watch.lines(settle), f"KV bytes at the end      {held}")))
     return not free
-
-
-@command("overload")
-@click.option("--factor", default=10.0, show_default=True, help="Times the capacity.")
-@click.option("--seconds", default=60.0, show_default=True, help="Of the overload.")
-@click.option("--closed", default=30.0, show_default=True, help="Seconds of each closed loop.")
-@click.option("--callers", default="8,16,32", show_default=True, help="Of the closed loops.")
-@click.option("--queue-seconds", default=30.0, show_default=True, help="As the coordinator's.")
-@click.option("--settle", default=120.0, show_default=True, help="Seconds until the memory's slope counts.")
-async def overloaded(
-    setup: Setup, factor: float, seconds: float, closed: float, callers: str, queue_seconds: float, settle: float
-) -> bool:
-    """Refusals at once, goodput kept, no request later than the queue allows, no memory growing: figures."""
-    settings = setup.settings(sizes=dict.fromkeys(SMALL, 1), arguments=overload.arguments(queue_seconds))
-    async with Fleet(settings) as fleet, connected(fleet.target, None, 300) as client:
-        requests = Mix((16,), (setup.tokens,)).requests(await client.info(), "overload")
-        best = max([await overload.closed_rate(client, requests, int(n), closed) for n in callers.split(",")])
-        if not best:
-            raise click.ClickException(f"--closed: got {closed:g} s, in which no call was answered; give more")
-        before = await overload.refusals(fleet)
-        async with Watch(fleet) as watch:
-            begin = time.monotonic()
-            records = await open_loop(client, requests, factor * best, begin + seconds, seed=1)
-        late = quantile(await overload.refusals(fleet), before, 0.99)
-    click.echo("\n".join(overload.report(records, begin, begin + seconds, best)))
-    click.echo("\n".join((f"refused, s p99 at server {late}", *watch.lines(settle))))
-    return False
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ class FleetSettings:
     folder: Path  # of the logs
     model: Path = GOLDEN / "tiny_b4"
     sizes: Mapping[str, int] = field(default_factory=lambda: SIZES)
-    arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further ones of a role
     through: Mapping[str, str] = field(default_factory=dict)  # stage: address that its callers get instead
     environment: Mapping[str, str] = field(default_factory=dict)
     tls: Path | None = None  # a folder of stages' and one of coordinators' --tls: the stages are called with TLS
@@ -78,8 +77,7 @@ class Replica:
                 sys.executable, "-m", "colaserve_services.launch", self.role, f"{port}={self.port}",
                 f"--metrics-port={self.metrics_port}", f"--drain-seconds={self.settings.drain_seconds}",
                 f"--grace-seconds={self.settings.grace_seconds}", *model, *self.arguments,
-                *(("--threads=1",) if self.role in STAGES else ()), *self.settings.arguments.get(self.role, ()),
-                *self._tls(),
+                *(("--threads=1",) if self.role in STAGES else ()), *self._tls(),
                 stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, env=self._environment(),
             )  # fmt: skip
 
@@ -197,16 +195,6 @@ class Fleet:
         wanted = [replica for role in roles for replica in self.replicas[role]]
         pages = await asyncio.gather(*(get(replica.metrics_port, "/metrics") for replica in wanted))
         return {replica.name: total(page, name, label) for replica, page in zip(wanted, pages, strict=True)}
-
-    async def buckets(self, role: str, name: str, label: str) -> dict[float, float]:
-        """Cumulative counts of a histogram's samples with a label, by upper bound, over all replicas of a role."""
-        found: dict[float, float] = {}
-        for replica in self.replicas[role]:
-            for line in (await get(replica.metrics_port, "/metrics")).splitlines():
-                if line.startswith(f"{name}_bucket{{") and label in line:
-                    bound = float(line.partition('le="')[2].partition('"')[0])
-                    found[bound] = found.get(bound, 0.0) + float(line.rpartition(" ")[2])
-        return found
 
     def _list(self, role: str) -> str:
         return ",".join(replica.address for replica in self.replicas[role])

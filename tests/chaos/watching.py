@@ -1,10 +1,10 @@
-"""Memory and open files of a fleet over time, and quantiles of its histograms."""
+"""Memory and open files of a fleet over time."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 
 import psutil
@@ -69,14 +69,3 @@ def slope(points: list[tuple[float, float]]) -> float:
     x_mean, y_mean = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
     spread = sum((x - x_mean) ** 2 for x, _ in points)
     return sum((x - x_mean) * (y - y_mean) for x, y in points) / spread if spread else 0.0
-
-
-def quantile(after: Mapping[float, float], before: Mapping[float, float], share: float) -> str:
-    """Between which bounds a quantile of what a histogram counted in between lies."""
-    counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
-    total, low = max(counts.values(), default=0.0), 0.0
-    for bound in sorted(counts):
-        if total and counts[bound] >= share * total:
-            return f"{low:g} to {bound:g} ({total:.0f} calls)"
-        low = bound
-    return "none"
