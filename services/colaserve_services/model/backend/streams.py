@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,27 +14,18 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Event(Protocol):
-    """A point in a stream's work."""
+class Event:
+    """A point in a stream's work, which is done at once."""
 
     def done(self) -> bool:
         """Whether the device has finished all work before it."""
+        return True
 
     def wait(self) -> None:
         """Block until it has."""
 
     def since(self, earlier: "Event") -> float | None:
         """Seconds on the device between two events, both done; None where they are not measured."""
-
-
-class _Done:
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-    def since(self, earlier: Event) -> float | None:
         return None
 
 
@@ -65,14 +56,14 @@ class Stream:
 
     def record(self) -> Event:
         """An event that is done when all work launched so far is."""
-        return _Done()
+        return Event()
 
     def captured(self, body: Callable[[], T]) -> Callable[[], T]:
         """A function that launches the work of `body` again, on the same memory, and returns the same tensors."""
         return body
 
 
-class _CudaEvent:
+class _CudaEvent(Event):
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record()
