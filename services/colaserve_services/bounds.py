@@ -24,6 +24,13 @@ MAX_NEW_TOKENS: Final = fields_of(GenerationRequest)["max_new_tokens"]
 TOP_LOGPROBS: Final = fields_of(GenerationRequest)["top_logprobs"]
 PREVIEW_EVERY: Final = fields_of(GenerationRequest)["preview_every"]
 SAMPLE_ID: Final = fields_of(NoiseSeed)["sample_id"]
+COUNTS: Final[Fields] = {  # of requests, no settings
+    "InterpolateRequest.points": Field("Points, both ends included.", Range(2, 256), kind=int),
+    "SampleLatentsRequest.max_blocks": Field(
+        "Blocks to write, a partial last block of the prefix counted.", Range(1, 2**32 - 1), kind=int
+    ),
+    "InfillSegment.token_count": Field("A hole of this many tokens.", Range(1, 2**32 - 1), kind=int),
+}
 LATENT: Final = Range(-10_000, 10_000)  # of latents and noise: beyond, the networks' own numbers overflow
 FINISH_REASONS: Final = cast(Mapping[int, FinishReason], names_of(types_pb2.FinishReason.DESCRIPTOR))
 SEED_END: Final = 2**63  # of the noise of each block; they stay below

@@ -65,9 +65,10 @@ def resolve_sampling(message: types_pb2.Sampling, defaults: Defaults, seed: int,
     return types_pb2.Sampling(**wire(SAMPLING, values))
 
 
-def resolve_seed(message: types_pb2.NoiseSeed | None, blocks: int) -> types_pb2.NoiseSeed:
-    """The seed of a run of so many blocks; drawn when None. Raises InvalidRequest for one that has no noise."""
-    if message is None:
+def resolve_seed(request: Any, blocks: int) -> types_pb2.NoiseSeed:
+    """The `seed` of a request for so many blocks; drawn when unset. Raises InvalidRequest for one without noise."""
+    message: types_pb2.NoiseSeed = request.seed
+    if not request.HasField("seed"):
         return types_pb2.NoiseSeed(base_seed=secrets.randbits(_SEED_BITS))
     check(SAMPLE_ID, "seed.sample_id", message.sample_id)
     if block_seed(message.base_seed, message.sample_id, max(blocks - 1, 0)) >= SEED_END:

@@ -83,7 +83,7 @@ def _plans(
     shared = generation_pb2.GenerateRequest(with_latents=True)
     _check_counts(request, "")
     _replace(shared, request)
-    shared.seed.CopyFrom(resolve_seed(request.seed if request.HasField("seed") else None, 1))
+    shared.seed.CopyFrom(resolve_seed(request, 1))
     names = {"prompt": str(request.WhichOneof("prefix"))}
 
     def planned(asked: generation_pb2.GenerateRequest, path: str) -> Plan:

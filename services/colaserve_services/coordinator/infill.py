@@ -49,7 +49,7 @@ async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call
     layout = await lay_out(services, request.segments)
     sampler = resolve_sampler(request.sampler, services.defaults, services.model.latent_dim)
     blocks = layout.end - layout.context
-    seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
+    seed = resolve_seed(request, blocks)
     sampling = resolve_sampling(request.sampling, services.defaults, sampling_seed(seed))
     timing = types_pb2.Timing()
     size, slow = layout.end * services.model.block_size, is_slow(sampler)

@@ -1,14 +1,13 @@
 """A walk through the latent space between two texts or latents, each point decoded."""
 
 import asyncio
-from typing import Final
 
 import numpy as np
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import lerp, slerp
-from colaserve_services.bounds import LATENT, check
+from colaserve_services.bounds import COUNTS, LATENT, check
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.latent_space import (
@@ -22,15 +21,13 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.rpc import arrays
 from colaserve_services.rpc.arrays import FloatArray
 
-MOST_POINTS: Final = 256
 _LERP, _SLERP = pb.INTERPOLATION_LERP, pb.INTERPOLATION_SLERP
 
 
 async def interpolate(services: ServiceContext, request: pb.InterpolateRequest, call: Call) -> pb.InterpolateResponse:
     """LatentService.Interpolate."""
     services.admission.check(call)
-    if not 2 <= request.points <= MOST_POINTS:
-        raise InvalidRequest("points", f"got {request.points}, expected 2 to {MOST_POINTS}")
+    check(COUNTS["InterpolateRequest.points"], "points", request.points)
     if request.interpolation not in (pb.INTERPOLATION_UNSPECIFIED, _LERP, _SLERP):
         raise InvalidRequest("interpolation", f"got {request.interpolation}, expected lerp (1) or slerp (2)")
     between = lerp if request.interpolation == _LERP else slerp
@@ -51,8 +48,7 @@ async def interpolate(services: ServiceContext, request: pb.InterpolateRequest, 
         )
     for weight, message, one in zip(weights, messages, decoded, strict=True):
         ids = services.tokenizer.before_end(list(one.token_ids))
-        text, tokens = services.tokenizer.decode(ids), services.tokenizer.token_texts(ids)
-        response.points.add(weight=weight, latents=message, text=text, token_ids=ids, tokens=tokens)
+        response.points.add(weight=weight, latents=message, **services.tokenizer.shown(ids))
         add_timing(response.timing, one.timing)
         await asyncio.sleep(0)
     return response

@@ -8,7 +8,7 @@ from typing import Final
 
 from colaserve.v1 import decoder_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
-from colaserve_services.bounds import PREVIEW_EVERY, TOP_LOGPROBS, check
+from colaserve_services.bounds import COUNTS, PREVIEW_EVERY, TOP_LOGPROBS, check
 from colaserve_services.coordinator import checks, rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
@@ -58,9 +58,7 @@ async def decode_latents(
     ids = list(decoded.token_ids)
     ids = ids[: request.token_count] if request.token_count else services.tokenizer.before_end(ids)
     response = pb.DecodeLatentsResponse(
-        text=services.tokenizer.decode(ids),
-        token_ids=ids,
-        tokens=services.tokenizer.token_texts(ids),
+        **services.tokenizer.shown(ids),
         logprobs=decoded.logprobs[: len(ids)] if request.HasField("top_logprobs") else (),
         top_logprobs=decoded.top_logprobs[: len(ids)],
         target_logprobs=decoded.target_logprobs,
@@ -76,14 +74,13 @@ async def sample_latents(
     """LatentService.SampleLatents."""
     call.use_salt(request.cache_salt)
     prefix = given_latents(services, request.prefix, "prefix", least=0)
-    if request.max_blocks < 1:
-        raise InvalidRequest("max_blocks", f"got {request.max_blocks}, expected 1 or more")
+    check(COUNTS["SampleLatentsRequest.max_blocks"], "max_blocks", request.max_blocks)
     size = services.model.block_size
     positions = (rows.count(prefix) // size + request.max_blocks) * size
     check_fits(services, "max_blocks", positions)
     check(PREVIEW_EVERY, "preview_every", request.preview_every)
     sampler = resolve_sampler(request.sampler, services.defaults, services.model.latent_dim)
-    seed = resolve_seed(request.seed if request.HasField("seed") else None, request.max_blocks)
+    seed = resolve_seed(request, request.max_blocks)
     async with services.admission.slot(call, "prior", positions, slow=is_slow(sampler)) as ticket:
         run = PriorRun(
             services, ticket, prefix, request.max_blocks, sampler, seed,
@@ -138,11 +135,9 @@ async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: 
         decoded = await decode_all(services, latents, sampling, call, top, ids, patient=True, lookup=lookup)
     ids = ids or list(decoded.token_ids)
     response = pb.LogprobsResponse(
-        text=services.tokenizer.decode(ids),
-        token_ids=ids,
+        **services.tokenizer.shown(ids),
         logprobs=decoded.target_logprobs or decoded.logprobs[: len(ids)],
         top_logprobs=decoded.top_logprobs[: len(ids)],
-        tokens=services.tokenizer.token_texts(ids),
         text_offsets=services.tokenizer.offsets(ids),
         timing=add_timing(timing, decoded.timing),
     )
@@ -203,9 +198,7 @@ def _reconstruction(
     ids = decoded.token_ids[: len(original)]
     agreeing = sum(ours == theirs for ours, theirs in zip(ids, original, strict=True))
     return pb.Reconstruction(
-        text=services.tokenizer.decode(ids),
-        token_ids=ids,
-        tokens=services.tokenizer.token_texts(ids),
+        **services.tokenizer.shown(ids),
         original_ids=original,
         token_accuracy=agreeing / len(original),
         bits_per_token=-sum(decoded.target_logprobs) / len(original) / math.log(2),

@@ -83,7 +83,7 @@ def plan_behind(
     check_stops(request.stop)
     check(TOP_LOGPROBS, "top_logprobs", request.top_logprobs)
     check(PREVIEW_EVERY, "preview_every", request.preview_every)
-    seed = resolve_seed(request.seed if request.HasField("seed") else None, blocks)
+    seed = resolve_seed(request, blocks)
     return Plan(
         request=request,
         prompt_ids=prompt_ids,

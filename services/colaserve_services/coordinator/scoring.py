@@ -69,7 +69,7 @@ async def score(services: ServiceContext, request: pb.LatentServiceScoreRequest,
     layout = _Layout.of(prefix, text, model, services.tokenizer.special.pad)
     positions, draws = len(layout.ids) // model.patch_size, max(values["samples"], 1)
     check_fits(services, "text", positions)
-    seed = resolve_seed(request.seed if request.HasField("seed") else None, positions // model.block_size)
+    seed = resolve_seed(request, positions // model.block_size)
     check(SAMPLE_ID, "seed.sample_id", seed.sample_id + draws - 1)
     seeds = [types_pb2.NoiseSeed(base_seed=seed.base_seed, sample_id=seed.sample_id + i) for i in range(draws)]
     async with services.admission.slot(call, "prior", positions, slow=True) as ticket:

@@ -5,9 +5,9 @@ from reprlib import repr as brief
 from typing import Any, Final
 
 from colaserve.v1 import types_pb2
-from colaserve_client.fields import Field, Range, fields_of, flat_fields
+from colaserve_client.fields import Field, fields_of, flat_fields
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
-from colaserve_services.bounds import SAMPLER, SAMPLING, Fields, wire
+from colaserve_services.bounds import COUNTS, SAMPLER, SAMPLING, Fields, wire
 from colaserve_services.errors import InvalidRequest, require
 from colaserve_services.inference import open_inference_pb2 as pb
 
@@ -24,7 +24,7 @@ SAMPLE: Final[Fields] = {
     **_NOISE,
     **_SPACE,
     "cache_salt": _TEXT["cache_salt"],
-    "max_blocks": Field("Blocks to write.", Range(1, 2**32 - 1), kind=int),
+    "max_blocks": COUNTS["SampleLatentsRequest.max_blocks"],
 }
 IGNORED: Final = "triton_enable_empty_final_response"  # how Triton's clients ask for what every stream has here
 _KINDS: Final[Mapping[type, tuple[type, ...]]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}

@@ -91,6 +91,10 @@ class Tokenizer:
         """The text of each of a text's ids."""
         return [self.token_text(id_, before) for before, id_ in zip([None, *ids], ids, strict=False)]
 
+    def shown(self, ids: Sequence[int]) -> dict[str, Any]:
+        """A text's ids, the text, and that of each of them, as answers have them."""
+        return {"text": self.decode(ids), "token_ids": ids, "tokens": self.token_texts(ids)}
+
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """Where each of a text's ids begins, in characters; a part of a character begins where that does."""
         detokenizer, offsets, length = self.detokenizer(), [], 0
