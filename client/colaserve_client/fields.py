@@ -13,7 +13,7 @@ from colaserve_client.arrays import FloatArray
 
 T = TypeVar("T", bound=type)
 _KINDS = (bool, int, float, FloatArray)  # of values, beside str and dataclasses of such fields
-_LARGE = 2**31  # bounds from here on say what a number's type holds, and are left out of the help
+LARGE = 2**31  # bounds from here on say what a number's type holds, and are left out of the help
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Range:
         """What is wrong with a value outside; NaN is outside. Empty for one that fits."""
         if value in self:
             return ""
-        expected = f"{self.least} or more" if value < self.least and self.most >= _LARGE else self
+        expected = f"{self.least} or more" if value < self.least and self.most >= LARGE else self
         return f"got {f'{value:g}' if isinstance(value, float) else value}, expected {expected}"
 
 
@@ -58,7 +58,7 @@ class Field:
         """The range as help shows it; empty where it says nothing."""
         if self.choices is not None:
             return ", ".join(self.choices)
-        return str(self.range) if self.range is not None and self.range.most < _LARGE else ""
+        return str(self.range) if self.range is not None and self.range.most < LARGE else ""
 
     @property
     def help(self) -> str:

@@ -18,7 +18,7 @@ from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import ApiError, api_error, invalid
 from colaserve_services.gateway.json_form import plain
-from colaserve_services.gateway.pages import docs_page, root_page
+from colaserve_services.gateway.pages import Served, docs_page, root_page
 from colaserve_services.gateway.settings import Bounds, GatewaySettings
 from colaserve_services.gateway.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from colaserve_services.offload import offload
@@ -26,6 +26,8 @@ from colaserve_services.rpc.cached import Cached
 from colaserve_services.rpc.metrics import CACHED_SECONDS, Metrics, exposition
 
 DEADLINE_HEADER: Final = "x-request-timeout"
+_BUDGETS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
+_IDS: Final = ("ids", "input", "logprob_ids", "prompt", "sequences", "target_ids", "tokens")  # lists of token ids
 LINKS = {
     "playground": "the model and its latents, to try",
     "docs": "every endpoint and field",
@@ -140,11 +142,10 @@ class Gateway:
     async def docs(self, request: Request) -> Response:
         """The OpenAPI document as a page, with the served model's defaults when the coordinator answers."""
         try:
-            defaults = _defaults(await self._backend.info())
+            served = _served(await self._backend.info())
         except Exception:  # the page is shown without the coordinator, too
-            defaults = {}
-        budgets = dict.fromkeys(("max_completion_tokens", "max_output_tokens"), defaults.get("max_tokens", ""))
-        return HTMLResponse(docs_page(request.app.state.document, budgets | defaults, playground.served(request)))
+            served = Served({}, {})
+        return HTMLResponse(docs_page(request.app.state.document, served, playground.served(request)))
 
     async def openapi(self, request: Request) -> dict[str, Any]:
         """The OpenAPI document."""
@@ -175,6 +176,16 @@ def _seconds(request: Request) -> float:
     if not 0 < seconds < math.inf:
         raise invalid(DEADLINE_HEADER, f"should be a number of seconds above 0, got {text[:80]!r}")
     return seconds
+
+
+def _served(info: Info) -> Served:
+    blocks, most = info.limits.max_context // max(info.model.block_size, 1), most_tokens(info)
+    bounds = {
+        "max_blocks": blocks,
+        **dict.fromkeys((*_BUDGETS, "token_count"), most),
+        **dict.fromkeys(_IDS, info.model.vocab_size - 1),
+    }
+    return Served(_defaults(info) | dict.fromkeys(_BUDGETS, info.default_max_new_tokens), bounds)
 
 
 def _defaults(info: Info) -> dict[str, Any]:

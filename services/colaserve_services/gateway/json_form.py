@@ -20,7 +20,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from colaserve.v1 import types_pb2
 from colaserve_client.arrays import array_from_tensor, shortest
 from colaserve_client.fields import choices_of, fields_of, names_of
-from colaserve_client.settings import NoiseSeed, Sampler, Sampling, Steering
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling, Scoring, Steering
+from colaserve_services.bounds import COUNTS
 from colaserve_services.gateway.dialects.fields import MOST_IDS, UINT32, Strict, Text, TokenIds, at_most, kind_of
 from colaserve_services.gateway.errors import invalid
 from colaserve_services.rpc.arrays import to_message
@@ -28,7 +29,10 @@ from colaserve_services.rpc.arrays import to_message
 _DTYPES: Final[Mapping[str, Any]] = choices_of(types_pb2.DataType.DESCRIPTOR)
 _DTYPE_NAMES: Final = names_of(types_pb2.DataType.DESCRIPTOR)
 _LARGEST: Final = float(np.finfo(np.float32).max)
-_SETTINGS: Final[Mapping[str, type]] = {kind.__name__: kind for kind in (NoiseSeed, Sampler, Sampling, Steering)}
+_SETTINGS: Final[Mapping[str, type]] = {  # those of a generation stand for other requests' fields of the same names
+    **{kind.__name__: kind for kind in (NoiseSeed, Sampler, Sampling, Steering)},
+    "LatentServiceScoreRequest": Scoring,
+}
 _SCALARS: Final[Mapping[int, Any]] = {
     FieldDescriptor.CPPTYPE_BOOL: bool,
     FieldDescriptor.CPPTYPE_DOUBLE: float,
@@ -108,14 +112,16 @@ def schema_of(message: Descriptor, base: type[Strict] = Strict) -> Any:
 
 
 def _field(field: Any) -> tuple[Any, Any]:
-    settings = _SETTINGS.get(field.containing_type.name)
-    setting = fields_of(settings).get(field.name) if settings else None
-    if setting and field.message_type is None:
-        return kind_of(setting), Field(getattr(settings, field.name, None), description=setting.help)
+    message = field.containing_type.name
+    settings = _SETTINGS.get(message, GenerationRequest)
+    setting = fields_of(settings).get(field.name) or COUNTS.get(f"{message}.{field.name}")
+    if setting and field.message_type is None and (setting.range or setting.choices):
+        own = f"[{setting.default}] " if settings is Scoring else ""  # no server has others
+        return kind_of(setting), Field(getattr(settings, field.name, None), description=own + setting.doc)
     kind: Any = _kind(field, schema_of)
     if _is_repeated(field):
         kind = Annotated[list[kind], at_most(MOST_IDS)]
-    about = comment_of(field)
+    about = setting.doc if setting and field.message_type is None else comment_of(field)
     for name, number in choices_of(field.enum_type).items() if field.enum_type else ():
         about = about.replace(field.enum_type.values_by_number[number].name, name)
     return kind | None, Field(None, description=about)

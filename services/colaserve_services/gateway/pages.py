@@ -3,8 +3,11 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, Final
+
+from colaserve_client.fields import LARGE
 
 _STYLE: Final = """
 :root { color-scheme: light dark; color: light-dark(#222, #ddd); background: light-dark(#fff, #16181b) }
@@ -29,14 +32,19 @@ def root_page(links: Mapping[str, str]) -> str:
     return _page("colaserve", f"<h1>colaserve</h1><p>{about}</p><ul>{lines}</ul>")
 
 
-def docs_page(document: Mapping[str, Any], defaults: Mapping[str, Any], playground: bool) -> str:
-    """HTML with every endpoint, the fields of its body and its answers.
+@dataclass(frozen=True)
+class Served:
+    """What the served model takes for a field that is left out, and the most that one of a name may be."""
 
-    `defaults`: what the served model takes for a field that is left out. `playground`: whether there is one to link.
-    """
+    defaults: Mapping[str, Any]
+    most: Mapping[str, int]
+
+
+def docs_page(document: Mapping[str, Any], served: Served, playground: bool) -> str:
+    """HTML with every endpoint, the fields of its body and its answers. `playground`: whether there is one to link."""
     info, schemas = document["info"], document["components"]["schemas"]
     sections = "\n".join(
-        _section(method, path, operation, schemas, defaults)
+        _section(method, path, operation, schemas, served)
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     )
@@ -52,13 +60,11 @@ def _page(title: str, body: str) -> str:
 <style>{_STYLE}</style></head><body>{body}</body></html>"""
 
 
-def _section(
-    method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> str:
+def _section(method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any], served: Served) -> str:
     heading = f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{_text(operation['description'])}</p>"
     answers = ((code, answer["description"]) for code, answer in operation["responses"].items())
     body = operation.get("requestBody", {}).get("content", {}).values()
-    rows = (row for content in body for row in _fields(content["schema"], schemas, defaults))
+    rows = (row for content in body for row in _fields(content["schema"], schemas, served))
     fields = _table("fields", ["Field", "Type", "Default", "Meaning"], rows)
     return heading + fields + _table("statuses", ["Status", "Meaning"], answers)
 
@@ -75,7 +81,7 @@ def _table(name: str, heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> 
 
 
 def _fields(
-    reference: Mapping[str, Any], schemas: Mapping[str, Any], defaults: Mapping[str, Any], path: str = ""
+    reference: Mapping[str, Any], schemas: Mapping[str, Any], served: Served, path: str = ""
 ) -> Iterator[tuple[str, ...]]:
     """A row for each field of a schema, and behind it for each field in it."""
     schema = schemas[_name(reference)]
@@ -83,9 +89,9 @@ def _fields(
         needed, where = name in schema.get("required", ()), f"{path}{name}"
         about = field.get("description", "")
         own, end, rest = about.removeprefix("[").partition("]") if about.startswith("[") else ("", "", about)
-        default = own if end else json.dumps("" if needed else defaults.get(name, "")).strip('"')
-        yield f"{where} (required)" if needed else where, _type(field), default, rest.strip()
-        within = defaults if name in ("sampler", "sampling") else {}
+        default = own if end else json.dumps("" if needed else served.defaults.get(name, "")).strip('"')
+        yield f"{where} (required)" if needed else where, _type(field, served.most.get(name)), default, rest.strip()
+        within = served if name in ("sampler", "sampling") else replace(served, defaults={})
         for items, inner in _objects(field):
             yield from _fields(inner, schemas, within, f"{where}{items}.")
 
@@ -105,15 +111,17 @@ def _name(schema: Mapping[str, Any]) -> str:
     return str(schema["$ref"]).rpartition("/")[2]
 
 
-def _type(field: Mapping[str, Any]) -> str:
+def _type(field: Mapping[str, Any], most: int | None) -> str:
+    """The type and the range of a field; `most` stands for a bound that only says what its type holds."""
     if "anyOf" in field:
-        return " or ".join(_type(one) for one in field["anyOf"] if one.get("type") != "null")
+        return " or ".join(_type(one, most) for one in field["anyOf"] if one.get("type") != "null")
     if "$ref" in field:
         return _name(field)
     if "enum" in field or "const" in field:
         return " | ".join(repr(value) for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":
-        return f"list of {_type(field.get('items', {}))}"
+        return f"list of {_type(field.get('items', {}), most)}"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
+    low, high = None if low is not None and low <= -LARGE else low, most if high is None or high >= LARGE else high
     ends = ["" if end is None else str(end) if isinstance(end, int) else f"{end:.10g}" for end in (low, high)]
     return f"{field.get('type', 'any')} {'..'.join(ends)}" if any(ends) else str(field.get("type", "any"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 
 from colaserve_services.errors import Unavailable
-from tests.services.gateway.fake_generation import SAYS
+from tests.services.gateway.fake_generation import BLOCK, SAYS
 from tests.services.gateway.running_gateway import CHAT, COMPLETIONS, Running, events
 
 WHOLE = len(SAYS.encode())
@@ -194,14 +195,13 @@ async def test_the_documents_page_shows_every_path_and_loads_nothing(gateway: Ru
     page = (await gateway.http.get("/docs")).text
     document = (await gateway.http.get("/openapi.json")).json()
     assert all(path in page for path in document["paths"])
-    assert "integer 0..9223372036854775807" in page
     assert "With <code>stream</code>, server-sent" in page
     assert "`" not in page
     assert "src=" not in page
     assert "http://" not in page
 
 
-async def test_the_documents_page_shows_the_served_models_defaults_or_none(start):
+async def test_the_documents_page_shows_the_served_models_defaults_and_bounds_or_none(start):
     gateway = await start()
     defaults = (await gateway.http.get("/v1/models")).json()["data"][0]["defaults"]
     row = "<td>guidance_scale</td><td>number 0..1000</td><td>{}</td>"
@@ -211,10 +211,16 @@ async def test_the_documents_page_shows_the_served_models_defaults_or_none(start
     assert "<td>segments[].token_count</td>" in page
     score = page.partition("<code>POST /v1/latents/score</code>")[2]
     assert "<td>solver</td><td>&#x27;euler&#x27; | &#x27;ab2&#x27; | &#x27;heun&#x27;</td><td>heun</td>" in score
-    assert "<td>steps</td><td>integer 0..4294967295</td><td>32</td>" in score
+    assert "<td>steps</td><td>integer 1..1000</td><td>32</td>" in score
+    assert "<td>points</td><td>integer 2..256</td>" in page
+    bounds = {"max_blocks": (1, 512 // BLOCK), "max_completion_tokens": (1, 512), "tokens (required)": (0, 299)}
+    for name, (least, most) in bounds.items():
+        assert re.search(rf"<td>{re.escape(name)}</td><td>(list of )?integer {least}[.][.]{most}</td>", page), name
+    assert not re.search(r"[.]{2}\d{10}|<td>\w+ -\d{10}", page), "a type's range says nothing of the model"
     gateway.fake.info_failure = Unavailable("away")
-    away = await start()
-    assert row.format("") in (await away.http.get("/docs")).text
+    page = (await (await start()).http.get("/docs")).text
+    assert row.format("") in page
+    assert "<td>max_blocks</td><td>integer 1..</td>" in page
 
 
 async def test_requests_are_counted_by_path_and_status_and_bytes_both_ways(gateway: Running):
