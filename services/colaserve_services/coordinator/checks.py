@@ -1,11 +1,11 @@
 """What a stage's answer must be. One that is not is the stage's fault: the call goes on elsewhere, the caller sees
 nothing of it."""
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
 from colaserve_services.bounds import LATENT
@@ -17,6 +17,7 @@ from colaserve_services.rpc import arrays
 KINDS: Final = ("not_finite", "shape", "ids", "count", "timing", "space", "model", "refused")
 _CLOCK_SLACK: Final = 60.0  # seconds that a stage's times may exceed the age of their call
 _FLOAT32: Final = types_pb2.DATA_TYPE_FLOAT32
+_LARGEST: Final = float(np.finfo(np.float32).max)
 _DTYPES: Final = {"float32": _FLOAT32, "float16": types_pb2.DATA_TYPE_FLOAT16}
 
 
@@ -44,7 +45,7 @@ def encodings(
         if encoding.HasField("log_variance") != with_variance:
             raise StageFault("shape", f"log_variance: expected {'one' if with_variance else 'none'}")
         if with_variance:
-            _tensor(encoding.log_variance, count, model, np.inf)
+            _tensor(encoding.log_variance, count, model, _LARGEST)
     _timing(response.timing, call)
 
 
@@ -87,7 +88,8 @@ def position_logprobs(found: types_pb2.Tensor, asked: decoder_pb2.OpenDecode, mo
     expected = element.itemsize * model.block_tokens * columns
     if list(found.shape) != shape or len(found.data) != expected or (columns and found.dtype != _DTYPES[element.name]):
         raise StageFault("shape", f"it sent log-probabilities of shape {list(found.shape)[:8]}, expected {shape}")
-    _finite("position_logprobs", np.frombuffer(found.data, element))
+    if not np.isfinite(np.frombuffer(found.data, element)).all():
+        raise StageFault("not_finite", "it sent position_logprobs that are not finite")
 
 
 def looked_up(asked: decoder_pb2.OpenDecode, model: Model) -> int:
@@ -115,8 +117,7 @@ def _tensor(values: types_pb2.Tensor, count: int, model: Model, most: float = LA
     whole = len(values.data) == 4 * count * model.latent_dim
     if values.dtype != _FLOAT32 or list(values.shape) != shape or not whole:
         raise StageFault("shape", f"it sent values of shape {list(values.shape)[:8]}, expected float32 {shape}")
-    sizes = np.abs(np.frombuffer(values.data, "<f4"))
-    if not (np.isfinite(sizes) & (sizes <= most)).all():
+    if not (np.abs(np.frombuffer(values.data, "<f4")) <= most).all():  # false for NaN too
         raise StageFault("not_finite", f"it sent values that are not finite, or beyond {LATENT.most}")
 
 
@@ -130,8 +131,8 @@ def _ids(ids: Iterable[int], model: Model) -> None:
         raise StageFault("ids", f"it sent an id outside the vocabulary of {model.vocab_size}")
 
 
-def _finite(name: str, numbers: Sequence[float] | NDArray[Any]) -> None:
-    if not np.isfinite(numbers).all():
+def _finite(name: str, numbers: Iterable[float]) -> None:
+    if not all(map(math.isfinite, numbers)):
         raise StageFault("not_finite", f"it sent {name} that are not finite")
 
 

@@ -109,6 +109,7 @@ class DecoderSession(Session[DecodedBlock]):
         self.pending: deque[Pending] = deque()  # what to decode, in order
         self.seen = set(job.history_ids)
         self.sampled = len(job.history_ids)
+        self.previews = False  # whether it has asked for one
         self.accepted = len(job.prefix)  # latent positions taken in so far
         self.prefix = list(job.prefix.split(B)) if len(job.prefix) else []  # to be in the cache before the next block
         self._taken: list[Tensor] = []  # blocks behind them that are in it
@@ -125,6 +126,7 @@ class DecoderSession(Session[DecodedBlock]):
         if self.accepted + B > self.capacity:
             raise InvalidRequest(name, f"position {self.accepted} is beyond the {self.capacity} latents reserved")
         self.accepted += 0 if provisional else B
+        self.previews |= provisional
         self.pending.append(Pending(latents, time.monotonic(), provisional))
         self._engine.wake()
         block = await self.outbox.get()
@@ -153,6 +155,10 @@ class DecoderSession(Session[DecodedBlock]):
 
     def ready(self) -> bool:
         return not self.finished and (self.remaining() > 0 or len(self.pending) > 0)
+
+    def awaits_preview(self) -> bool:
+        """Whether it has nothing else to compute."""
+        return not self.remaining() and self.pending[0].provisional
 
     def remaining(self) -> int:
         """Blocks of the prefix that are not in the cache."""
@@ -211,11 +217,24 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         super().__init__("decoder", model, shape, device, limits, observer, picked)
         self._end_ids = to_device(torch.tensor(sorted(end_ids), dtype=torch.int64), model.device)
         self._ids = shape.block_size * shape.patch_size  # of a block
+        self._held = False  # whether previews were left for the next look
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
         check_job(job, self.shape, self.limits)
         return self._admitted(DecoderSession(self, job, deadline))
+
+    def next_deadline(self) -> float | None:
+        return time.monotonic() if self._held else super().next_deadline()
+
+    def _ready(self) -> list[DecoderSession]:
+        """While nothing but previews is waited for, and not all that may come are there, they are left for the next
+        look, so that those of several sessions share a pass."""
+        ready = super()._ready()
+        lack = len(ready) < sum(session.previews for session in self._sessions.all)
+        hold = lack and not self._held and all(session.awaits_preview() for session in ready)
+        self._held = hold and len(ready) > 0
+        return [] if hold else ready
 
     def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""

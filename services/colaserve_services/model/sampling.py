@@ -67,8 +67,14 @@ def _sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     for k, members in groups.items():
         index = to_device(torch.tensor(members), logits.device)
         some = scores if len(members) == len(draws) else scores.index_select(0, index)
-        ids.index_copy_(0, index, _draw(some, [draws[i] for i in members], k) if k else some.argmax(dim=-1))
+        ids.index_copy_(0, index, _draw(some, [draws[i] for i in members], k) if k else _likeliest(some))
     return ids, logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """argmax over the last dimension; torch's takes a CPU 20 times as long as numpy's."""
+    on_cpu = scores.device.type == "cpu"
+    return torch.from_numpy(scores.numpy().argmax(axis=-1)) if on_cpu else scores.argmax(dim=-1)
 
 
 def penalise(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -58,7 +58,7 @@ class TextVAEBlock(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (self.config.num_heads, -1)) for t in (q, k, v))
-        q, k = (_rotate_halves(t, rotary, self.config.rope_full_precision, v.dtype) for t in (q, k))
+        q, k = _rotate_halves(torch.stack((q, k)), rotary, self.config.rope_full_precision, v.dtype)
         return self.attn_out_proj(attend(self.layer, q, k, v).flatten(-2))
 
     def _feed_forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.backend import Denoise, Denoised, Row
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.flow import SamplerSettings, solve
-from colaserve_services.prior.watch import Probes, Watch
+from colaserve_services.prior.watch import Probes, Watch, last_guided
 
 F = TypeVar("F")
 
@@ -187,6 +187,7 @@ class SamplingRun(Run[Written]):
         self._pinned_blocks = canvas.known.any(dim=1).tolist()
         self._given_blocks = canvas.known.all(dim=1).tolist()
         self._evaluations, self._step = solve(job.sampler), 0
+        self._probed = last_guided(job.sampler) if job.with_probes else None
         self._initial: Tensor | None = None  # latents of the block's first point, which the backend has not got yet
         self._fresh: Tensor | None = None  # noise that the current point's update adds
         self.preview: Tensor | None = None  # (B, d), x0 after the last step where it is to be shown
@@ -259,7 +260,7 @@ class SamplingRun(Run[Written]):
         self.block += 1
         if self.done:
             return
-        self._watch = Watch(self.settings, self.job.preview_every, self.job.with_probes, self.canvas.known[self.block])
+        self._watch = Watch(self.settings, self.job.preview_every, self._probed, self.canvas.known[self.block])
         if self._given_blocks[self.block]:
             self._complete(self.canvas.values[self.block])
             return

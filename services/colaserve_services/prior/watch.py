@@ -1,5 +1,6 @@
 """What is looked at while a block is written: previews, probes, and whether its remaining steps may be left out."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +20,23 @@ class Probes:
     disagreement: float | None
 
 
-def rms(values: Tensor | None) -> float | None:
-    """The root mean square of all elements."""
-    return None if values is None else values.square().mean().sqrt().item()
+def rms(values: Tensor) -> float:
+    """The root mean square of all elements, on the CPU."""
+    elements = values.numpy().ravel()  # a few: numpy takes a tenth of torch's time
+    return math.sqrt(float(elements @ elements) / elements.size)
+
+
+def last_guided(settings: SamplerSettings) -> int:
+    """The number of a block's last evaluation with guidance; -1: there is none."""
+    return max((i for i, each in enumerate(solve(settings)) if settings.guided(each.t)), default=-1)
 
 
 class Watch:
     """The evaluations of one block as they happen. Only what was asked for is copied from the device."""
 
-    def __init__(self, settings: SamplerSettings, preview_every: int, with_probes: bool, known: Tensor):
-        """`known`: (B,) bool, the positions that are pinned."""
-        self._settings, self._every, self._with_probes, self._open = settings, preview_every, with_probes, ~known
-        points = solve(settings) if with_probes else ()
-        self._last_guided = max((i for i, each in enumerate(points) if settings.guided(each.t)), default=-1)
+    def __init__(self, settings: SamplerSettings, preview_every: int, probed: int | None, known: Tensor):
+        """`probed`: for probes, the evaluation whose branches disagree; `known`: (B,) bool, the pinned positions."""
+        self._settings, self._every, self._probed, self._open = settings, preview_every, probed, ~known
         self._evaluations = 0
         self.step = 0  # steps made
         self.clean: Tensor | None = None  # x0 after the last step, on the CPU, where it was looked at
@@ -44,7 +49,7 @@ class Watch:
     @property
     def looks(self) -> bool:
         """Whether it may look at any evaluation."""
-        return self._every > 0 or self._with_probes or self._settings.stable_steps > 0
+        return self._every > 0 or self._probed is not None or self._settings.stable_steps > 0
 
     def unseen(self, ends_step: bool) -> None:
         """Count the next evaluation, of a block at which nobody looks."""
@@ -58,7 +63,7 @@ class Watch:
     def evaluated(self, ends_step: bool, result: Denoised) -> None:
         """Look at the next evaluation."""
         stops = self._settings.stable_steps > 0
-        if self._with_probes and result.branches and (stops or self._evaluations == self._last_guided):
+        if self._probed is not None and result.branches and (stops or self._evaluations == self._probed):
             conditional, unconditional = result.branches
             self._gap = conditional - unconditional
         self._evaluations, self.preview = self._evaluations + 1, None
@@ -66,7 +71,7 @@ class Watch:
             self.step += 1
             left = self._settings.steps - self.step
             shows = self._every > 0 and self.step % self._every == 0 and left > 0
-            if stops or shows or (self._with_probes and left <= 1):
+            if stops or shows or (self._probed is not None and left <= 1):
                 self._look(result.clean.to("cpu", torch.float32, copy=True))
             if shows and not self.is_stable:
                 self.preview = self.clean
@@ -83,7 +88,7 @@ class Watch:
 
     def probes(self, latents: Tensor, previous: Tensor | None) -> Probes:
         """Of the written block and the one before, (B, d) each."""
-        norm = rms(latents)
-        assert norm is not None
-        gap = None if self._gap is None else self._gap.cpu()[self._open]
-        return Probes(norm, None if previous is None else rms(latents - previous), rms(self._moved), rms(gap))
+        distance = None if previous is None else rms(latents - previous)
+        drift = None if self._moved is None else rms(self._moved)
+        gap = None if self._gap is None else rms(self._gap.cpu()[self._open])
+        return Probes(rms(latents), distance, drift, gap)

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from colaserve_services.decoder.engine import DecodedBlock, DecodeJob
+from colaserve_services.decoder.engine import DecodedBlock, DecodeJob, DecoderEngine, DecoderSession
+from colaserve_services.engine.device import DeviceThread
+from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import InvalidRequest
+from colaserve_services.model.checkpoint import Checkpoint
+from colaserve_services.model.loading import load
 from colaserve_services.model.sampling import SamplingSettings
 from tests.conftest import Golden
-from tests.services.engines.conftest import Engines, engines
+from tests.services.engines.conftest import CPU, Engines, engines
 from tests.services.engines.runs import freed, noise
 
 DRAWN = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3, repetition_penalty=3.0)
@@ -46,6 +51,40 @@ async def test_previews_get_the_draws_of_their_block_and_change_no_bit_of_what_f
         assert [block.token_ids for block in many[0]] == [block.token_ids for block in alone]
         assert [block.index for block in many[1]] == [0, 1, 2, 3, 4]
         await freed(stages)
+
+
+class Passes(EngineObserver):
+    def __init__(self) -> None:
+        self.sessions: list[int] = []  # of each pass
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        self.sessions.append(sessions)
+
+
+async def test_previews_of_several_sessions_wait_one_look_for_each_other(tiny: Golden) -> None:
+    checkpoint, passes, asked = Checkpoint.open(tiny.directory), Passes(), list[asyncio.Task[DecodedBlock]]()
+    model = load(checkpoint, "decoder", CPU, torch.float32)
+    decoder = DecoderEngine(model, checkpoint.shape, DeviceThread(), EngineLimits(max_context=64), passes)
+
+    async def look(*wanted: tuple[DecoderSession, bool]) -> bool:
+        """Ask for previews, or blocks, then look once."""
+        asked.extend(asyncio.create_task(session.decode(noise(4), preview)) for session, preview in wanted)
+        await asyncio.sleep(0)
+        with torch.inference_mode():
+            return decoder.step()
+
+    async with decoder.session(DecodeJob(noise(4))) as one, decoder.session(DecodeJob(noise(4, 1))) as other:
+        assert await look()  # the prefixes
+        assert await look((one, True)), "nobody else has asked for any"
+        assert await look((one, True), (other, True))
+        assert not await look((one, True))
+        assert decoder.next_deadline() is not None, "it looks again, also where nobody else has work"
+        assert await look((other, True))
+        assert not await look((one, True))
+        assert await look(), "a look, and no more"
+        assert await look((one, True), (other, False)), "blocks do not wait"
+        assert passes.sessions == [2, 1, 2, 2, 1, 2]
+        assert len(await asyncio.gather(*asked)) == 8
 
 
 async def test_a_preview_after_the_last_block_is_refused_by_name(tiny: Golden) -> None:

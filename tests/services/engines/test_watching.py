@@ -156,7 +156,7 @@ async def test_a_block_ends_after_steps_that_hardly_move_it_and_resumes_the_same
 
 def test_only_steps_in_a_row_count_and_only_open_positions() -> None:
     settings = SamplerSettings(steps=7, stable_steps=2, stable_distance=0.5)
-    watch, stable = Watch(settings, 0, with_probes=False, known=torch.tensor([True, False])), []
+    watch, stable = Watch(settings, 0, probed=None, known=torch.tensor([True, False])), []
     for known, open_ in ((0.0, 0.0), (9.0, 0.1), (0.0, 2.0), (9.0, 2.2), (0.0, 2.4)):
         clean = torch.tensor([[known] * 4, [open_] * 4])
         watch.evaluated(True, Denoised(clean, clean, clean))
