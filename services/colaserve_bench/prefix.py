@@ -80,7 +80,7 @@ async def _measured(
     """Each case so often on one system, which has nothing else to do; once before, to warm all up but the prefixes."""
     measured: list[Row] = []
     [system] = systems_of(options)
-    async with running(system) as target, connected(target, options["key"], options["timeout"]) as client:
+    async with running(system) as it, connected(it, options["key"], options["timeout"]) as client:
         info = await client.info()
         for case in cases:
             draw = random.Random(f"{options['seed']}/{case}")

@@ -3,11 +3,12 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from colaserve_bench.system import Running
 from colaserve_client import AsyncClient, ColaserveError, ModelInfo, Retry, Sampler
 from colaserve_services.errors import Unavailable
 
@@ -21,6 +22,7 @@ class Mix:
     prompt_tokens: Sequence[int]
     new_tokens: Sequence[int]
     sampler: Sampler = field(default_factory=Sampler)  # unset: the server's defaults
+    watched: Mapping[str, Any] = field(default_factory=dict)  # previews or probes that are asked for
 
     def requests(self, info: ModelInfo, seed: str) -> Iterator[Request]:
         """Endless; random prompts, so that no prefix cache knows one. None of them ends before its budget."""
@@ -28,7 +30,7 @@ class Mix:
         while True:
             prompt = draw.choices(usable, k=draw.choice(self.prompt_tokens))
             budget = draw.choice(self.new_tokens)
-            settings = {"sampler": self.sampler, "seed": draw.getrandbits(32), "ignore_end": True}
+            settings = {"sampler": self.sampler, "seed": draw.getrandbits(32), "ignore_end": True, **self.watched}
             yield {"prompt": prompt, "max_new_tokens": budget, **settings}
 
 
@@ -61,13 +63,13 @@ class Record:
 
 
 @asynccontextmanager
-async def connected(target: str, key: str | None, seconds: float) -> AsyncIterator[AsyncClient]:
+async def connected(system: Running, key: str | None, seconds: float) -> AsyncIterator[AsyncClient]:
     """A client that retries nothing, so that every error is seen. What ends the benchmark is Unavailable."""
     try:
-        async with AsyncClient(target, key=key, timeout=seconds, retry=Retry(attempts=1)) as client:
+        async with AsyncClient(system.target, key=key, timeout=seconds, retry=Retry(attempts=1)) as client:
             yield client
     except ColaserveError as error:
-        raise Unavailable(f"{target}: {type(error).__name__}: {error}") from error
+        raise Unavailable(f"{system.target}: {type(error).__name__}: {error}") from error
 
 
 async def send(client: AsyncClient, request: Request, record: Record) -> None:

@@ -62,7 +62,7 @@ async def stable(
     """What stopping blocks early saves, and how often their tokens were final by then."""
     prompts = spread([question.prompt for task in demo_tasks() for question in task.questions], questions)
     [system] = systems_of(options)
-    async with running(system) as target, connected(target, options["key"], options["timeout"]) as client:
+    async with running(system) as it, connected(it, options["key"], options["timeout"]) as client:
         blocks = [block async for block in _written(client, prompts, options["seed"])]
     say(f"{len(blocks)} blocks of {len(prompts)} with all previews")
     return Report(COLUMNS, table(blocks, stable_steps, stable_distance), ("stable_distance", "stable_steps"), NOTES)

@@ -50,6 +50,23 @@ class System:
     up_options: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Running:
+    """A system that runs; `session`: of the processes of one that was started, 0 for another."""
+
+    target: str
+    session: int = 0
+
+    def cpu_seconds(self) -> float:
+        """User and system time that its processes have taken (Linux; 0 elsewhere, and for a system of others)."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat") if self.session else ():
+            with contextlib.suppress(OSError):  # it has just ended
+                values = stat.read_text().rpartition(")")[2].split()  # from the third on, see proc(5)
+                ticks += sum(map(int, values[11:13])) if int(values[3]) == self.session else 0
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def systems_of(options: Mapping[str, Any]) -> list[System]:
     """Of TARGET_OPTIONS and --start: one, or both that can be started."""
     if (options["target"] is None) == (options["start"] is None):
@@ -73,10 +90,10 @@ def systems_of(options: Mapping[str, Any]) -> list[System]:
 
 
 @asynccontextmanager
-async def running(system: System) -> AsyncIterator[str]:
-    """The address of its coordinator. One of our own is started, waited for and stopped. Raises Unavailable."""
+async def running(system: System) -> AsyncIterator[Running]:
+    """One of our own is started, waited for and stopped. Raises Unavailable."""
     if system.target is not None:
-        yield system.target
+        yield Running(system.target)
         return
     with tempfile.TemporaryDirectory(prefix="colaserve-bench-") as folder:
         ports = Path(folder) / "ports.json"
@@ -88,7 +105,7 @@ async def running(system: System) -> AsyncIterator[str]:
             start_new_session=True,  # Ctrl-C reaches this process, which stops that one
         )  # fmt: skip
         try:
-            yield await asyncio.wait_for(_ready(process, ports), _START_SECONDS)
+            yield Running(await asyncio.wait_for(_ready(process, ports), _START_SECONDS), process.pid)
         except TimeoutError as error:
             raise Unavailable(f"colaserve up did not start within {_START_SECONDS:g} s") from error
         finally:

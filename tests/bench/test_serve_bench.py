@@ -129,7 +129,11 @@ def test_ratios_are_of_the_same_load_in_the_same_round() -> None:
         {"system": "one", "loop": "open", "load": 4.0, "blocks_per_second": 5.0},
         {"system": "split", "loop": "closed", "load": 4.0, "blocks_per_second": 8.1},
     ]
-    found = [with_ratios(row, rows, "one") for row in rows]
+    rows = [row | {"watched": "no"} for row in rows]
+    rows[1]["cpu_ms_per_block"] = 4.0
+    rows.append(rows[1] | {"watched": "probes", "cpu_ms_per_block": 5.0})
+    *found, watched = [with_ratios(row, rows, "one") for row in rows]
+    assert (watched["of_engine"], watched["of_first"], watched["cpu_of_unwatched"]) == (0.9, 1.0, 1.25)
     assert [row["of_engine"] for row in found] == [1.0, 0.9, None, pytest.approx(0.81)]
     assert [row["of_first"] for row in found] == [pytest.approx(10 / 9), 1.0, 1.0, pytest.approx(0.9)]
 
@@ -137,11 +141,14 @@ def test_ratios_are_of_the_same_load_in_the_same_round() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_started_system_is_measured_beside_the_engine_and_then_gone(run_bench: Callable[..., Any]) -> None:
-    options = ["--start=up", "--concurrency=2", "--rate=8", "--prompt-tokens=4,8", "--new-tokens=8"]
+    options = ["--start=up", "--concurrency=2", "--rate=8", "--prompt-tokens=4,8", "--new-tokens=8", "--watched"]
     result, report = run_bench("serve", *options)
     assert result.exit_code == 0, result.output
-    engine, closed, opened = report["rows"]
-    assert [row["system"] for row in report["rows"]] == [ENGINE, *["one process, 1 threads"] * 2]
+    engine, closed, previews, _, opened, *_ = report["rows"]
+    assert [row["system"] for row in report["rows"]] == [ENGINE, *["one process, 1 threads"] * 6]
+    assert previews["watched"] == "previews every 4 steps"
+    if sys.platform == "linux":
+        assert previews["cpu_of_unwatched"] == pytest.approx(previews["cpu_ms_per_block"] / closed["cpu_ms_per_block"])
     assert closed["errors"] is None
     assert opened["errors"] is None
     assert closed["of_engine"] == pytest.approx(closed["blocks_per_second"] / engine["blocks_per_second"])
