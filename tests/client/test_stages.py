@@ -66,7 +66,10 @@ def test_an_array_is_taken_wherever_latents_are(
     values = kind(LETTERS.values.tolist())
     assert client.decode_latents(values).text == "abcd"
     assert next(client.sample_latents(values, max_blocks=1)).index == 0
-    assert [point.text for point in client.interpolate("aaaa", values, points=2)] == ["aaaa", "abcd"]
+    points = client.interpolate("aaaa", values, points=2, interpolation="slerp", temperature=0.5)
+    assert [(point.weight, point.text) for point in points] == [(0, "aaaa"), (1, "abcd")]
+    asked = server.behaviour.requests[-1]
+    assert (asked.interpolation, asked.sampling.temperature) == (2, 0.5)
     with PriorClient(server.target) as prior, DecoderClient(server.target) as decoder:
         assert [block.index for block in prior.sample(values, max_blocks=1, seed=1)] == [0]
         with decoder.session(values) as session:
@@ -85,12 +88,6 @@ def test_sampled_latents_stream_and_cancel(client: Client, behaviour: Behaviour)
     eventually(lambda: behaviour.cancelled == 1)
 
 
-def test_interpolation_takes_texts_and_latents(client: Client, behaviour: Behaviour) -> None:
-    points = client.interpolate("aaaa", LETTERS, points=2, interpolation="slerp", sampling=Sampling(temperature=0.5))
-    assert [(point.weight, point.text) for point in points] == [(0, "aaaa"), (1, "abcd")]
-    assert behaviour.requests[-1].interpolation == 2
-
-
 def test_infill_keeps_texts_counts_holes_and_passes_a_salt(client: Client, behaviour: Behaviour) -> None:
     result = client.infill(["a", 2, "b", 1], seed=NoiseSeed(3, 4), sampler=Sampler(resamples=2))
     assert (result.text, result.seed, result.usage.completion_tokens) == ("a__b_", NoiseSeed(3, 4), 3)
@@ -101,7 +98,7 @@ def test_infill_keeps_texts_counts_holes_and_passes_a_salt(client: Client, behav
     assert behaviour.requests[-1].cache_salt == "ours"
 
 
-def test_info_describes_the_stage(client: Client) -> None:
+def test_info_describes_the_stage(client: Client, server: FakeServer) -> None:
     info = client.info()
     assert (info.name, info.space, info.end_ids, info.pad_id) == ("fake", SPACE, (0,), 1)
     assert info.default_sampler == Sampler(steps=16, guidance_scale=7, solver="euler")
@@ -109,16 +106,11 @@ def test_info_describes_the_stage(client: Client) -> None:
     assert info.stages[0].serving
     assert (info.server.running, info.server.waiting, info.limits.max_context) == (1, 2, 64)
     assert client.latent_info().has_variance is None
+    with EncoderClient(server.target) as encoder:
+        assert encoder.info().has_variance is True
 
 
 # The stages
-
-
-def test_the_encoder_encodes(server: FakeServer) -> None:
-    with EncoderClient(server.target) as encoder:
-        first, second = encoder.encode([[97, 98, 99, 100], [1]])
-        assert (first.latents, len(second.latents)) == (LETTERS, 1)
-        assert encoder.info().has_variance is True
 
 
 def test_a_seed_gives_its_noise() -> None:

@@ -51,12 +51,12 @@ def test_every_setting_of_the_table_has_another_value() -> None:
 
 def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tuple[type, Fields, dict[str, Fields]]]:
     """Method -> its request, a base, and for each field path a change to the base."""
-    holes = [{"text": ONE}, {"token_count": 12}, {"text": OTHER}]
+    holes = [{"text": ONE}, {"token_count": 8}, {"text": OTHER}]
     texts, all_of_them = {"texts": [ONE]}, {"sampler": SAMPLER, "sampling": SAMPLING, "seed": SEED}
     return {
         "Generate": (
             GenerateRequest,
-            {"prompt": ONE, "max_new_tokens": 14, "with_latents": True, "ignore_end": True, **base(**all_of_them)},
+            {"prompt": ONE, "max_new_tokens": 10, "with_latents": True, "ignore_end": True, **base(**all_of_them)},
             {
                 "prompt": {"prompt": OTHER},
                 "prompt_ids": {"prompt": "", "prompt_ids": {"ids": [77, 78, 79]}},
@@ -111,13 +111,13 @@ def walks(latents: types_pb2.Latents, other: types_pb2.Latents) -> dict[str, tup
             {"segments": holes, **base(**all_of_them)},
             {
                 "segments.text": {"segments": [{"text": OTHER}, *holes[1:]]},
-                "segments.token_count": {"segments": [holes[0], {"token_count": 9}, holes[2]]},
+                "segments.token_count": {"segments": [holes[0], {"token_count": 5}, holes[2]]},
                 **others(**all_of_them),
             },
         ),
         "Fork": (
             pb.ForkRequest,
-            {"text": ONE, "branches": [{}], "max_new_tokens": 14, "ignore_end": True, **base(**all_of_them)},
+            {"text": ONE, "branches": [{}], "max_new_tokens": 10, "ignore_end": True, **base(**all_of_them)},
             {
                 "text": {"text": OTHER},
                 "ids": {"ids": {"ids": [77, 78, 79]}},

@@ -1,10 +1,11 @@
 """A way to run the command line against the fake server."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -34,17 +35,11 @@ def run(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLASERVE_TARGET", server.target)
 
     def ran(*arguments: str, stdin: str | bytes | None = None, env: dict[str, str] | None = None) -> Ran:
-        results: list[int] = []
-        wrapper = _as_command(arguments, results)
-        result = CliRunner().invoke(wrapper, [], input=stdin, env=env)
+        codes: list[int] = []
+        command = click.Command("test", callback=lambda: codes.append(entry.main(list(map(str, arguments)))))
+        result = CliRunner().invoke(command, [], input=stdin, env=env)
         if result.exception is not None:
             raise result.exception
-        return Ran(results[0], result.stdout, result.stderr)
+        return Ran(codes[0], result.stdout, result.stderr)
 
     return ran
-
-
-def _as_command(arguments: Sequence[str], results: list[int]) -> Any:
-    import click
-
-    return click.Command("test", callback=lambda: results.append(entry.main(list(map(str, arguments)))))

@@ -135,28 +135,20 @@ async def test_a_session_that_cannot_start_is_ended_alone(tiny: Golden, fault: f
         await freed(stages)
 
 
-class Far:
+class Far(Network):
     """A network whose latents are finite, and so large that no stage would take them."""
 
-    def __init__(self, network: Any):
-        self._network = network
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-    def __call__(self, *given: Any) -> Any:
-        return self._network(*given)
-
-    def velocity(self, *given: Any) -> torch.Tensor:
-        return self._network.velocity(*given) * 1e6
+    def velocity(self, h: torch.Tensor) -> torch.Tensor:
+        return super().velocity(h) * 1e6
 
     def normalise(self, mean: torch.Tensor) -> torch.Tensor:
-        return self._network.normalise(mean) * 1e6
+        """Of the encoder."""
+        return self.__getattr__("normalise")(mean) * 1e6
 
 
 @pytest.mark.parametrize("stage", ["encoder", "prior"])
 async def test_latents_that_no_stage_would_take_end_their_session_alone(tiny: Golden, stage: str) -> None:
-    with engines(tiny.directory, network=Far) as stages:
+    with engines(tiny.directory, network=lambda network: Far(network, {})) as stages:
         engine = getattr(stages, stage)
         with pytest.raises(StepFailed, match=r"the latents.*beyond -10000 to 10000"):
             await ASK[stage](stages, 0, None)

@@ -50,8 +50,3 @@ def test_a_later_character_can_settle_for_the_later_occurrence():
     assert finder.push("xab") + finder.push("d") == "xa"
     assert (finder.hit.start, finder.ended) == (2, True)
     assert finder.push("more") == finder.flush() == ""
-
-
-def test_held_text_comes_at_the_end():
-    finder = StopStrings(["\n\nQ"])
-    assert (finder.push("answer\n\n"), finder.flush()) == ("answer", "\n\n")
