@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from array import array
 from functools import cache, partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -55,7 +56,7 @@ class StandIn(MetaPathFinder, Loader):
         pass
 
 
-os.environ |= {"TRITON_INTERPRET": "1"} if TOY else {}
+os.environ |= {"TRITON_INTERPRET": "1"} if TOY else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as roles
 sys.path[:0] = SOURCES
 sys.meta_path.insert(0, StandIn())
 
@@ -65,14 +66,20 @@ from colaserve_bench.engines import DeviceCalls, StepRecorder
 from colaserve_services.decoder.engine import DecoderEngine
 from colaserve_services.encoder.engine import EncoderEngine
 from colaserve_services.engine.device import DeviceThread
+from colaserve_services.model.backend import Denoise, Row, Update, cuda, reference
 from colaserve_services.model.backend.buckets import ROWS
 from colaserve_services.model.backend.pick import bucketed, pick
+from colaserve_services.model.backend.streams import CudaStream
 from colaserve_services.model.config import DiTConfig, TextVAEConfig
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import Linear
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 from colaserve_services.prior.engine import PriorEngine
 
+KINDS = (
+    ("prior", cuda.Prior, reference.Prior), ("decoder", cuda.Decoder, reference.Decoder),
+    ("encoder", cuda.Encoder, reference.Encoder),
+)  # fmt: skip
 NAME, DEVICE, OUT = sys.argv[1], torch.device(sys.argv[2]), Path(sys.argv[3]).resolve()
 DTYPE = torch.float32 if TOY else torch.bfloat16
 if not TOY:
@@ -80,12 +87,21 @@ if not TOY:
     torch.cuda.set_device(DEVICE)
 
 
-def say(what, value, unit="", predicted=None, most=None, least=None):
-    """One line: a figure with what was predicted, or with what it may be at most or must be at least."""
+def say(what, value, unit="", predicted=None, ceiling=None, most=None, least=None):
+    """One line: a figure with what was predicted and what the card allows, and what it may be at most or must be at
+    least."""
     ok = None
     if (most, least) != (None, None):
         ok = not math.isnan(value) and (most is None or value <= most) and (least is None or value >= least)
-    found = {"part": NAME, "what": what, "value": value, "unit": unit, "predicted": predicted, "ok": ok}
+    found = {
+        "part": NAME,
+        "what": what,
+        "value": value,
+        "unit": unit,
+        "predicted": predicted,
+        "ceiling": ceiling,
+        "ok": ok,
+    }
     found["limit"] = most if least is None else least
     print(json.dumps(found), flush=True)
     with open(OUT / "lines.jsonl", "a") as file:
@@ -111,6 +127,23 @@ def seconds(call, repeats=5):
     return best
 
 
+def launched(call):
+    """Seconds of the device for what a call launches: from a graph, since launching it takes longer."""
+    if TOY:
+        return seconds(call, 1)
+    stream = CudaStream(DEVICE, graphs=True)
+    stream.join()
+    with torch.inference_mode(), stream.on():
+        took = seconds(stream.captured(call), 20)
+    torch.cuda.empty_cache()  # of the graph
+    return took
+
+
+def each(call, given):
+    """Those of a call, over different arguments."""
+    return launched(lambda: [call(*some) for some in given]) / len(given)
+
+
 @cache
 def picked():
     """The backend for GPUs; on a CPU with the kernels' references in their place."""
@@ -125,9 +158,11 @@ def picked():
     return found
 
 
-def network(stage):
-    """Random weights of the released shape, made on the device."""
+def network(stage, layers=None):
+    """Random weights of the released shape, or fewer layers of it, made on the device."""
     dit, vae = {"block_size": 16}, {"block_size": 16}
+    if layers:
+        dit["num_layers"] = vae["encoder_num_blocks"] = vae["decoder_num_blocks"] = layers
     if TOY:
         dit |= {"txt_dim": 64, "emb_dim": 64, "heads": 2, "head_dim": 32, "num_layers": 2, "rope_dim": 24}
         vae |= {"vocab_size": 512, "encoder_num_blocks": 1, "decoder_num_blocks": 1, "dim": 64, "ffn_dim": 128}
@@ -142,6 +177,14 @@ def network(stage):
         if isinstance(module, Linear):
             module.pack()
     return model.eval()
+
+
+def rows_of(backend, k, context, t, first):
+    """A pass of k sessions at one time, over pages of any content."""
+    B, d = backend.sizes.block_size, backend.model.config.txt_in_channels
+    pages = [array("i", range(i * (context // B + 1), (i + 1) * (context // B + 1))) for i in range(k)]
+    z = torch.randn(k, B, d, generator=torch.Generator().manual_seed(1)) if first else [None] * k
+    return [Row(pages[i], context // B, z[i], t, Denoise(i, Update(1.0, -1 / 16), 7.0)) for i in range(k)]
 
 
 def predicted(k, context):
@@ -164,7 +207,8 @@ def predicted(k, context):
 
 
 def relative(got, expected):
-    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+    got, expected = got.float().cpu(), expected.float().cpu()
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 @contextlib.contextmanager

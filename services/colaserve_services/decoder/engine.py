@@ -215,7 +215,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
     ):
         """`end_ids`: those that end a text, for probes."""
         super().__init__("decoder", model, shape, device, limits, observer, picked)
-        self._end_ids = to_device(torch.tensor(sorted(end_ids), dtype=torch.int64), model.device)
+        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64)
         self._ids = shape.block_size * shape.patch_size  # of a block
         self._held = False  # whether previews were left for the next look
 
@@ -252,7 +252,8 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         wanted = [i for i, session in enumerate(answered) if session.job.with_probes]
         if wanted:
             index = to_device(torch.tensor(wanted), logits.device)
-            found.index_copy_(0, index, probes(logits.index_select(0, index), self._end_ids))
+            end_ids = to_device(self._end_ids, logits.device)  # on the stream that reads them
+            found.index_copy_(0, index, probes(logits.index_select(0, index), end_ids))
         return found
 
     def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Any]) -> list[_Answer | None]:

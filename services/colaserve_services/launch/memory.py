@@ -10,6 +10,7 @@ import torch
 
 from colaserve_client.reading import Unreadable, read_text
 from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.model.backend.buckets import KEYS
 
 GROUPS = Path("/sys/fs/cgroup")
 KEPT = 0.1  # of what is left, for what is not counted: fragmentation, workspaces of libraries
@@ -33,8 +34,10 @@ def _pass_bytes(stage: str, model: Any, limits: EngineLimits, block_size: int) -
     """Of the largest pass: a part of a context, both guidance branches of every session, and a decoder's logits."""
     sessions = limits.max_running * block_size
     width = model.kv_elements // (2 * max(1, len(model.blocks)))
+    # On a GPU attention holds a row for each split of the longest context, too.
+    held = ROWS_AT_ONCE + (limits.max_context // KEYS if model.device.type == "cuda" else 0)
     logits = sessions * model.config.patch_size * model.config.vocab_size if stage == "decoder" else 0
-    return 4 * ((limits.prefill_chunk + 2 * sessions) * ROWS_AT_ONCE * width + COPIES * logits)
+    return 4 * ((limits.prefill_chunk + 2 * sessions) * held * width + COPIES * logits)
 
 
 def _left(device: torch.device) -> int:

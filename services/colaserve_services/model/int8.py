@@ -12,7 +12,6 @@ from torch import Tensor
 
 from colaserve_services.model.backend import cpu_kernels
 from colaserve_services.model.cpu_features import has_vnni
-from colaserve_services.model.float8 import Scaled
 
 _ZERO = 128
 _LARGEST = 127
@@ -39,12 +38,11 @@ class Int8Weight:
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
 
-    def product(self, x: Tensor | Scaled, bias: Tensor | None, gelu: bool, dtype: torch.dtype) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype) -> Tensor:
         """x W^T + bias, then GELU (with tanh) if wanted: (..., in) float32 or bfloat16 to (..., out) in `dtype`.
 
         A row with a number that is not finite gives NaN.
         """
-        assert isinstance(x, Tensor), "rows with scales are for products of float8"
         rows, scale = cpu_kernels.quantize(x.reshape(-1, x.shape[-1]).contiguous())
         sums = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, _ZERO, self._packed, self._scale, self._zeros, None, 1.0, 0, dtype, "none", [], ""

@@ -17,13 +17,14 @@ from colaserve_services.model.int8 import Int8Weight
 # where values are bfloat16; the output has the dtype of the values.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-LinearActivation = Literal["none", "gelu", "gelu_tanh", "silu"]
+LinearActivation = Literal["none", "gelu", "gelu_tanh", "silu", "swiglu"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "swiglu": lambda x: F.silu(x.chunk(2, dim=-1)[1]) * x.chunk(2, dim=-1)[0],  # of a value and a gate: half as wide
 }
 _PACKED_FOR = 32  # rows
 _GELU_APART_FROM = 128  # rows: oneDNN's GELU behind a product by tiles takes half the product's time
@@ -46,18 +47,24 @@ class Linear(nn.Linear):
         self._quantized: Int8Weight | Float8Weight | None = None
         self._widens = self._in_epilogue = self._gelu_apart = False
 
-    def forward(self, x: Tensor | Scaled) -> Tensor:  # (..., in_features) -> (..., out_features)
+    def forward(self, x: Tensor | Scaled) -> Tensor | Scaled:  # type: ignore[override]
+        """(..., in_features) -> (..., out_features), or half of that."""
+        if isinstance(self._quantized, Float8Weight):
+            return self._quantized.product(x, self.bias, self.activation, self.weight.dtype)
+        assert isinstance(x, Tensor), "rows with scales are for products of float8"
         if self._quantized:
             gelu = self.activation == "gelu_tanh"
             product = self._quantized.product(x, self.bias, gelu, self.weight.dtype)
-            return product if gelu else _ACTIVATIONS[self.activation](product)
-        assert isinstance(x, Tensor), "rows with scales are for products of float8"
+            return product if gelu else ACTIVATIONS[self.activation](product)
         if self._packed is not None:
             x = x.to(self.weight.dtype)
             apart = self._gelu_apart and x.shape[:-1].numel() >= _GELU_APART_FROM
-            fused = _FUSED["none" if apart else self.activation]
+            behind = apart or self.activation not in _FUSED
+            fused = _FUSED["none" if behind else self.activation]
             product = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *fused)
-            return cpu_kernels.rescale(product, gelu=True) if apart else product
+            if apart:
+                return cpu_kernels.rescale(product, gelu=True)
+            return ACTIVATIONS[self.activation](product) if behind else product
         if self._widens:
             return self._widened(x)
         if not torch.is_grad_enabled():
@@ -66,7 +73,7 @@ class Linear(nn.Linear):
                 return torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True).unflatten(
                     0, x.shape[:-1]
                 )
-        return _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+        return ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
 
     def pack(self) -> None:
         """Choose the fastest way to multiply with a float32 or bfloat16 weight on this CPU, or GPU.
@@ -109,7 +116,7 @@ class Linear(nn.Linear):
         product = torch.cat([F.linear(x, piece) for piece in pieces], dim=-1)
         if self.bias is not None:
             product += self.bias
-        return _ACTIVATIONS[self.activation](product).bfloat16()
+        return ACTIVATIONS[self.activation](product).bfloat16()
 
 
 def padded_rows(rows: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -3,6 +3,8 @@
 Parameter names are those of cola_vae/model.safetensors. Rows may have any leading shape; `attend` mixes them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +14,6 @@ from colaserve_services.model.layers import (
     Attend,
     LayerNorm,
     Linear,
-    LinearActivation,
     block_causal_mask,
     masked_attention,
     padded_rows,
@@ -30,8 +31,6 @@ class TextVAEBlock(nn.Module):
     def __init__(self, config: TextVAEConfig, layer: int):
         super().__init__()
         dim, eps, bias = config.dim, config.layer_norm_eps, config.bias
-        gated = config.act == "swiglu"
-        activation: LinearActivation = "none" if config.act == "swiglu" else config.act
         self.config, self.layer = config, layer
         self.norm_attn = LayerNorm(dim, eps, elementwise_affine=config.layer_norm_affine)
         self.qkv_proj = Linear(dim, 3 * dim, bias=config.qk_bias)
@@ -40,15 +39,15 @@ class TextVAEBlock(nn.Module):
             self.k_norm = LayerNorm(dim, eps, elementwise_affine=config.qk_norm_affine)
         self.attn_out_proj = Linear(dim, dim, bias=bias)
         self.norm_ffn = LayerNorm(dim, eps)
-        self.ffn_proj = Linear(dim, config.ffn_dim, bias=bias, activation=activation)
-        self.ffn_out = Linear(config.ffn_dim // 2 if gated else config.ffn_dim, dim, bias=bias)
+        self.ffn_proj = Linear(dim, config.ffn_dim, bias=bias, activation=config.act)
+        self.ffn_out = Linear(config.ffn_dim // 2 if config.act == "swiglu" else config.ffn_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:  # x: (..., D)
         if self.config.post_norm:
             x = self.norm_attn(x) + self._attention(x, rotary, attend)
-            return x + self.norm_ffn(self._feed_forward(x))
+            return x + self.norm_ffn(self.ffn_out(self.ffn_proj(x)))
         x = x + self._attention(self.norm_attn(x), rotary, attend)
-        return x + self._feed_forward(self.norm_ffn(x))
+        return x + self.ffn_out(self.ffn_proj(self.norm_ffn(x)))
 
     def _attention(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         qkv = self.qkv_proj(x)
@@ -60,13 +59,6 @@ class TextVAEBlock(nn.Module):
         q, k, v = (t.unflatten(-1, (self.config.num_heads, -1)) for t in (q, k, v))
         q, k = _rotate_halves(torch.stack((q, k)), rotary, self.config.rope_full_precision, v.dtype)
         return self.attn_out_proj(attend(self.layer, q, k, v).flatten(-2))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.ffn_proj(x)
-        if self.config.act == "swiglu":
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
-        return self.ffn_out(hidden)
 
 
 def _rotate_halves(x: Tensor, rotary: Rotary, full_precision: bool, dtype: torch.dtype) -> Tensor:
@@ -84,7 +76,7 @@ class PatchEmbedder(Linear):
         super().__init__(dim * patch_size, dim)
         self.weight = nn.Parameter(self.weight.detach().view(dim, patch_size, dim).transpose(1, 2).contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # (..., P * D), token after token -> (..., D)
+    def forward(self, x: Any) -> Any:  # (..., P * D), token after token -> (..., D)
         if self.weight.ndim == 3:  # in training
             return F.linear(x, self._flat(), self.bias)
         return super().forward(x)

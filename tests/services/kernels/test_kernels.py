@@ -12,15 +12,16 @@ from torch import Tensor
 
 from colaserve_services.model.backend import ops
 from colaserve_services.model.backend.ops import BEGINS, KEEPS, PageShape, Rows, Storage
-from colaserve_services.model.float8 import FLOAT8, Scaled, quantized
+from colaserve_services.model.float8 import FLOAT8, GROUP, Scaled, quantized
+from colaserve_services.model.float8 import widened as widened_float8
 from colaserve_services.model.flow import SamplerSettings, solve
-from colaserve_services.model.layers import Linear
+from colaserve_services.model.layers import Linear, LinearActivation
 
 pytest.importorskip("triton")
 
 from colaserve_services.model import kernels
-from colaserve_services.model.kernels.adaln import residual_norm_reference, swiglu_reference
-from colaserve_services.model.kernels.fp8 import product_reference, quantize
+from colaserve_services.model.kernels.adaln import residual_norm_reference
+from colaserve_services.model.kernels.products import product_reference
 from colaserve_services.model.kernels.qkv import wide_qkv_reference
 from colaserve_services.model.kernels.registry import launches
 from colaserve_services.model.kernels.update import update_reference
@@ -100,7 +101,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 def widened(x: Tensor | Scaled) -> Tensor:
     """What a product reads; the interpreter cuts numbers off at float8 where torch rounds them."""
-    return x.rows.float() * x.scales[:, None] if isinstance(x, Scaled) else x
+    return widened_float8(x) if isinstance(x, Scaled) else x.float()
 
 
 def same_pages(got: Storage, expected: Storage, dtype: torch.dtype) -> bool:
@@ -183,7 +184,7 @@ def test_what_is_no_number_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT8])
 @pytest.mark.parametrize("dim", [48, 192])
-def test_residuals_norms_and_activations(dim: int, dtype: torch.dtype) -> None:
+def test_residuals_and_norms(dim: int, dtype: torch.dtype) -> None:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(dim))
     table, x, y = draw(5, 6, dim), 3 + draw(7, dim), draw(7, dim).to(FLOAT32 if dtype == FLOAT32 else BFLOAT16)
     index = torch.tensor([0, 3, 3, 1, 3, 4, 0]).int()  # pinned positions among others: row 0 is time 0's
@@ -203,8 +204,6 @@ def test_residuals_norms_and_activations(dim: int, dtype: torch.dtype) -> None:
         expected = residual_norm_reference(beside, y, *affine, 1e-6, dtype, of)
         assert difference(widened(got), widened(expected)) < BOUND[dtype]
         assert difference(mine, beside) < BOUND[FLOAT32]
-    got, expected = kernels.swiglu(y, dtype), swiglu_reference(y, dtype)
-    assert difference(widened(got), widened(expected)) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -233,23 +232,43 @@ def test_update(solver: str, shape: tuple[int, int], dtype: torch.dtype) -> None
         assert difference(got.nan_to_num(), expected.nan_to_num()) < BOUND[FLOAT32]
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 48, 16), (33, 528, 48), (130, 64, 144)])
-def test_products_of_float8(rows: int, inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "inputs", "hidden", "activation"),
+    [(3, 48, 144, "swiglu"), (33, 528, 48, "gelu"), (130, 64, 272, "gelu_tanh")],
+)
+def test_products_of_float8(rows: int, inputs: int, hidden: int, activation: LinearActivation) -> None:
+    """One with an activation, whose rows have a scale for each group, and the one behind it."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(rows))
-    x, bias = draw(rows, inputs).to(BFLOAT16), draw(outputs).to(BFLOAT16)
-    linear = Linear(inputs, outputs, activation="gelu_tanh")
-    linear.weight, linear.bias = torch.nn.Parameter(draw(outputs, inputs)), torch.nn.Parameter(bias)
-    weight, scales = quantized(linear.weight.detach())
-    linear.quantize(FLOAT8, BFLOAT16)
+    x = draw(rows, inputs).to(BFLOAT16)
+    one = Linear(inputs, (1 + (activation == "swiglu")) * hidden, activation=activation)
+    other = Linear(hidden, 32, bias=False)
+    weights = [quantized(linear.weight.detach()) for linear in (one, other)]
+    for linear in (one, other):
+        linear.quantize(FLOAT8, BFLOAT16)
     with torch.inference_mode():
         x[1] *= 10
         x[2, 5] = NAN
-        expected = product_reference(*quantized(x), weight, scales, bias, True, BFLOAT16)
-        some = torch.arange(rows) != 2
-        for found in (linear(x), linear(quantize(x))):
-            assert torch.equal(found.isnan(), expected.isnan())
-            assert difference(found[some], expected[some]) < BOUND[FLOAT8]
-            assert difference(found[1:2], expected[1:2]) < BOUND[FLOAT8]
+        some, given = torch.arange(rows) != 2, kernels.quantize(x)
+        assert difference(widened(given)[some], x[some]) < BOUND[FLOAT8]
+        found, expected = one(given), product_reference(*given, *weights[0], one.bias, activation, FLOAT8)
+        assert found.scales.shape == expected.scales.shape == (rows, -(-hidden // GROUP))
+        last, of_that = other(found), product_reference(*found, *weights[1], None, "none", BFLOAT16)
+        for got, wanted, bound in ((found, expected, BOUND[FLOAT8]), (last, of_that, BOUND[BFLOAT16])):
+            got, wanted = widened(got), widened(wanted)
+            assert torch.equal(got.isnan(), wanted.isnan())
+            assert difference(got[some], wanted[some]) < bound
+            assert difference(got[1:2], wanted[1:2]) < bound
+        assert torch.equal(other(one(x)).nan_to_num(), last.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "silu"])
+def test_products_with_what_cublas_does_not_compute(activation: LinearActivation, dtype: torch.dtype) -> None:
+    linear = Linear(36, 24, activation=activation).to(dtype)
+    x = torch.randn(19, 36, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.inference_mode():
+        expected = product_reference(x, None, linear.weight, None, linear.bias, activation, dtype)
+        assert difference(kernels.activated(linear, x), expected) < BOUND[dtype]
 
 
 def test_they_are_ops_that_graphs_and_shapes_can_be_made_of() -> None:
@@ -266,13 +285,12 @@ def test_they_are_ops_that_graphs_and_shapes_can_be_made_of() -> None:
         (ops_.attention, (memory, 1, k, *at, given.rows.n, given.rows.most, True)),
         (ops_.adaln, (x, x.clone(), *table.unbind(1), index, 1e-5, BFLOAT16)),
         (ops_.residual_norm, (x, x.clone(), None, None, 1e-5, FLOAT8, "x")),
-        (ops_.swiglu, (x, FLOAT8)),
         (ops_.float8_quantize, (x,)),
-        (ops_.float8_product, (*quantized(wide), *quantized(wide), None, False, BFLOAT16)),
+        (ops_.product, (*quantized(wide), *quantized(wide), None, "swiglu", FLOAT8)),
         (ops_.update, (z[0].clone(), z[:1].clone(), z, z.clone(), entries, *rest)),
     ]
     for op, arguments in calls:
         checks = ["test_faketensor", "test_schema"]
-        if op is ops_.float8_product:
+        if op is ops_.product:
             checks.remove("test_schema")  # which cannot multiply float8
         assert torch.library.opcheck(op, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")

@@ -220,8 +220,7 @@ class _VAE(_Bucketed, reference.VAE[Any]):
         q = kernels.wide_qkv(self.storage, number, block.qkv_proj(h), norms, eps, rows, config.clip_qkv)
         y = block.attn_out_proj(self._attention(self.storage, number, q, rows))
         h = kernels.residual_norm(x, y, *_affine(block.norm_attn), eps, dtype, "x")
-        hidden = block.ffn_proj(h)
-        y = block.ffn_out(kernels.swiglu(hidden, dtype) if config.act == "swiglu" else hidden)
+        y = block.ffn_out(kernels.activated(block.ffn_proj, h))
         return kernels.residual_norm(x, y, *_affine(block.norm_ffn), eps, dtype, "y")
 
 

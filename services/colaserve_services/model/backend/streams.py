@@ -106,10 +106,10 @@ class CudaStream(Stream):
         return _CudaEvent()
 
     def captured(self, body: Callable[[], T]) -> Callable[[], T]:
-        if not self._graphs:
-            return body
         body()  # compiles kernels and creates what libraries create on first use, which a capture does not allow
         self._stream.synchronize()
+        if not self._graphs:
+            return body
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:

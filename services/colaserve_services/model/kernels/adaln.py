@@ -1,4 +1,4 @@
-"""Residuals, norms and activations: what stands between a transformer's products, each one launch over positions."""
+"""Residuals and norms: what stands between a transformer's products, each one launch over positions."""
 
 from typing import Literal
 
@@ -108,31 +108,4 @@ def residual_norm(
         _residual_norm, (len(x),), x, y, weight, bias, out, scales if len(scales) else None, OF_X=of == "x", EPS=eps,
         D=D, TILE=tile, warps=warps_of(tile),
     )  # fmt: skip
-    return out, scales
-
-
-@triton.jit
-def _swiglu(x, out, scales, D: tl.constexpr, TILE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    value = tl.load(x + 2 * i * D + d, d < D, 0.0).to(tl.float32)
-    gate = tl.load(x + (2 * i + 1) * D + d, d < D, 0.0).to(tl.float32)
-    store_row(out, i * D + d, scales, i, gate * tl.sigmoid(gate) * value, d < D)
-
-
-def swiglu_reference(x: Tensor, dtype: torch.dtype) -> Tensor | Scaled:
-    value, gate = x.float().chunk(2, dim=-1)
-    return inputs_in(F.silu(gate) * value, dtype)
-
-
-@operation("swiglu", lambda x, dtype: (x, x.shape[1] // 2, dtype))
-def swiglu(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(R, 2 D) as values and gates to silu(gate) * value, (R, D) in `dtype`, computed in float32."""
-    assert x.is_contiguous(), "positions lie one after the other"
-    D = x.shape[1] // 2
-    out, scales = rows_for(x, D, dtype)
-    tile = padded(D) if len(scales) else min(1024, padded(D))  # a scale takes all of a row
-    launch(
-        _swiglu, (len(x), -(-D // tile)), x, out, scales if len(scales) else None, D=D, TILE=tile, warps=warps_of(tile)
-    )
     return out, scales

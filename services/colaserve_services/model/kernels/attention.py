@@ -130,7 +130,7 @@ def _attention_op(
     out = memory.new_empty(len(q), H * D)
     partial = rows * H * splits * n if splits > 1 else 0
     sums, weights = (torch.empty(partial, size, device=q.device) for size in (D, 2))
-    tile = _TILES[memory.dtype]
+    tile = max(16, _TILES[memory.dtype] * 128 // max(128, padded(D)))  # wider ones take more of shared memory
     sizes = {"N": n, "H": H, "D": D, "SPLIT": SPLIT, "CHANNELS": padded(D, 16)}
     launch(
         _attend, (splits, H, rows), q, memory[0, layer], memory[1, layer], tables, table, history, own, out, sums,

@@ -73,7 +73,8 @@ def _is_aligned(value: Tensor) -> bool:
 
 def dot_type(dtype: torch.dtype) -> Any:
     """Of what matrix units multiply. The interpreter has no products in bfloat16: it widens the numbers."""
-    return tl.bfloat16 if dtype == torch.bfloat16 and not _INTERPRETED else tl.float32
+    kinds = {torch.float8_e4m3fn: tl.float8e4nv} | ({} if _INTERPRETED else {torch.bfloat16: tl.bfloat16})
+    return kinds.get(dtype, tl.float32)
 
 
 def padded(size: int, least: int = 1) -> int:
