@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NotRequired, TypeVar
 import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import Field
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +21,8 @@ from colaserve_services.errors import Unavailable
 from colaserve_services.gateway.answer import json_response, side_by_side
 from colaserve_services.gateway.backend import Backend
 from colaserve_services.gateway.body import parse, parsed, read_body
-from colaserve_services.gateway.dialects.fields import Text
+from colaserve_services.gateway.dialects.fields import Strict, Text
+from colaserve_services.gateway.dialects.refusals import refuse_extras
 from colaserve_services.gateway.edge import record_of
 from colaserve_services.gateway.errors import invalid, with_own_names
 from colaserve_services.gateway.gateway import deadline
@@ -42,11 +43,7 @@ Parameters = dict[Text, bool | Whole | float | Text]
 T = TypeVar("T")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class InferInput(_Strict):
+class InferInput(Strict):
     """An input tensor."""
 
     name: Text
@@ -56,14 +53,14 @@ class InferInput(_Strict):
     data: list[Any] | None = Field(None, description="The elements, flat or by rows; none where they are binary.")
 
 
-class InferOutput(_Strict):
+class InferOutput(Strict):
     """An output that is wanted."""
 
     name: Text
     parameters: Parameters | None = Field(None, description="binary_data: whether it is to come behind the JSON.")
 
 
-class InferRequest(_Strict):
+class InferRequest(Strict):
     """POST /v2/models/{model}/infer."""
 
     id: Text | None = Field(None, description="Comes back.")
@@ -201,12 +198,8 @@ def _head_length(request: Request, whole: int) -> int:
 def _read(model: str, version: str, head: int, whole: bytes) -> tuple[pb.ModelInferRequest, Callable[[str], bool]]:
     """The request, and whether an output is to be binary."""
     tail = whole[head:]
-    try:
-        body = InferRequest.model_validate(parse(whole[:head], RootModel[dict[str, Any]]).root)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"])
-        raise invalid(where.removeprefix(".")[:200], fault["msg"]) from None
+    body = parse(whole[:head], InferRequest)
+    refuse_extras(body, allow_unknown=False)
     settings = dict(body.parameters or {})
     by_default = settings.pop("binary_data_output", False) is True
     request = pb.ModelInferRequest(model_name=model, model_version=version, id=body.id or "")
