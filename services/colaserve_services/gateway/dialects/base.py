@@ -49,8 +49,8 @@ class Dialect(ABC, Generic[Body]):
         return {}
 
     @abstractmethod
-    def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> Mapping[str, Any]:
-        """The whole answer; each choice is all of its messages merged."""
+    def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> Any:
+        """The whole answer, of the kind `whole`; each choice is all of its messages merged."""
 
     @abstractmethod
     def events(self, index: int, message: GenerateResponse) -> Iterator[bytes]:

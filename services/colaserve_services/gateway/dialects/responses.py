@@ -3,10 +3,9 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, StringConstraints
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from colaserve.v1 import types_pb2
 from colaserve.v1.generation_pb2 import GenerateResponse
@@ -72,41 +71,47 @@ class ResponsesRequest(GenerationFields):
         return self.user or ""
 
 
-class OutputText(TypedDict):
-    type: Literal["output_text"]
+class Answered(BaseModel):
+    """A part of a response. Fields with a default always have it, or are filled in as the response goes on."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
+
+class OutputText(Answered):
+    type: Literal["output_text"] = "output_text"
     text: str
-    annotations: list[Any]
-    logprobs: list[Any]
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
 
 
-class OutputMessage(TypedDict):
+class OutputMessage(Answered):
     id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
     status: Status
     content: list[OutputText]
 
 
-class ResponsesUsage(TypedDict):
+class ResponsesUsage(Answered):
     """The details count nothing here: they are 0."""
 
     input_tokens: int
-    input_tokens_details: dict[str, int]
+    input_tokens_details: dict[str, int] = {"cached_tokens": 0, "cache_write_tokens": 0}
     output_tokens: int
-    output_tokens_details: dict[str, int]
+    output_tokens_details: dict[str, int] = {"reasoning_tokens": 0}
     total_tokens: int
 
 
-class Response(TypedDict):
+class Response(Answered):
     """The answer to POST /v1/responses."""
 
     id: str
-    object: Literal["response"]
+    object: Literal["response"] = "response"
     created_at: int
-    completed_at: int | None
+    completed_at: int | None = None
     status: Status
-    error: dict[str, Any] | None
-    incomplete_details: dict[str, str] | None
+    error: dict[str, Any] | None = None
+    incomplete_details: dict[str, str] | None = None
     model: str
     instructions: str | None
     metadata: dict[str, str]
@@ -115,15 +120,15 @@ class Response(TypedDict):
     top_p: float
     user: str | None
     output: list[OutputMessage]
-    usage: ResponsesUsage | None
-    background: Literal[False]
-    parallel_tool_calls: Literal[False]
-    previous_response_id: None
-    store: Literal[False]
-    text: dict[str, Any]
-    tool_choice: Literal["none"]
-    tools: list[Any]
-    truncation: Literal["disabled"]
+    usage: ResponsesUsage | None = None
+    background: Literal[False] = False
+    parallel_tool_calls: Literal[False] = False
+    previous_response_id: None = None
+    store: Literal[False] = False
+    text: dict[str, Any] = {"format": {"type": "text"}}
+    tool_choice: Literal["none"] = "none"
+    tools: list[Any] = []
+    truncation: Literal["disabled"] = "disabled"
 
 
 class Responses(OneText[ResponsesRequest]):
@@ -147,7 +152,7 @@ class Responses(OneText[ResponsesRequest]):
     def names(self) -> Mapping[str, str]:
         return {"prompt": "input", "max_new_tokens": "max_output_tokens"}
 
-    def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> Mapping[str, Any]:
+    def answer(self, choices: Sequence[GenerateResponse], usage: Usage) -> Response:
         [message] = choices
         return self._ended(message, self.spoken(message.text), usage)
 
@@ -155,20 +160,20 @@ class Responses(OneText[ResponsesRequest]):
         response = self._response("in_progress", [])
         yield self._event("response.created", response=response)
         yield self._event("response.in_progress", response=response)
-        item = self._message("in_progress", "") | {"content": []}
+        item = OutputMessage(id=self._item, status="in_progress", content=[])
         yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._event("response.content_part.added", **self._place, part=_part(""))
+        yield self._event("response.content_part.added", **self._place, part=OutputText(text=""))
 
     def delta(self, text: str) -> bytes:
         return self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
 
     def last_events(self, last: Sequence[GenerateResponse], usage: Usage) -> Iterator[bytes]:
         whole = self._ended(last[0], self.text, usage)
-        [item] = whole["output"]
+        [item] = whole.output
         yield self._event("response.output_text.done", **self._place, text=self.text, logprobs=[])
-        yield self._event("response.content_part.done", **self._place, part=_part(self.text))
+        yield self._event("response.content_part.done", **self._place, part=item.content[0])
         yield self._event("response.output_item.done", output_index=0, item=item)
-        yield self._event(f"response.{whole['status']}", response=whole)
+        yield self._event(f"response.{whole.status}", response=whole)
 
     def failure(self, error: ApiError) -> bytes:
         code = _CODES.get(error.status, "server_error")
@@ -181,49 +186,31 @@ class Responses(OneText[ResponsesRequest]):
     def _ended(self, message: GenerateResponse, text: str, usage: Usage) -> Response:
         cut = message.finish_reason == types_pb2.FINISH_REASON_LENGTH
         status: Status = "incomplete" if cut else "completed"
-        used: ResponsesUsage = {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage["total_tokens"],
-        }
+        item = OutputMessage(id=self._item, status=status, content=[OutputText(text=text)])
+        used = ResponsesUsage(
+            input_tokens=usage["prompt_tokens"],
+            output_tokens=usage["completion_tokens"],
+            total_tokens=usage["total_tokens"],
+        )
         details = {"reason": "max_output_tokens"} if cut else None
-        return self._response(status, [self._message(status, text)], usage=used, incomplete_details=details)
-
-    def _message(self, status: Status, text: str) -> OutputMessage:
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": [_part(text)]}
+        return self._response(status, [item], usage=used, incomplete_details=details, completed_at=int(time.time()))
 
     def _response(self, status: Status, output: list[OutputMessage], **ended: Any) -> Response:
         body, defaults = self.body, self.info.default_sampling
-        settings: dict[str, float | None] = {name: getattr(body, name) for name in ("temperature", "top_p")}
-        given = {name: shortest(getattr(defaults, name)) if one is None else one for name, one in settings.items()}
-        response: Any = {
-            **dict.fromkeys(Response.__annotations__),
-            "id": f"resp_{self.request_id}",
-            "object": "response",
-            "created_at": self._created,
-            "status": status,
-            "model": self.info.model_name,
-            "instructions": body.instructions,
-            "metadata": body.metadata or {},
-            "max_output_tokens": body.max_output_tokens,
-            "user": body.user,
-            "output": output,
-            **given,
-            "background": False,
-            "parallel_tool_calls": False,
-            "store": False,
-            "tool_choice": "none",
-            "tools": [],
-            "text": {"format": {"type": "text"}},
-            "truncation": "disabled",
-            **ended,
+        given: dict[str, Any] = {
+            name: shortest(getattr(defaults, name)) if getattr(body, name) is None else getattr(body, name)
+            for name in ("temperature", "top_p")
         }
-        if "usage" in ended:
-            response["completed_at"] = int(time.time())
-        return cast(Response, response)
-
-
-def _part(text: str) -> OutputText:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return Response(
+            id=f"resp_{self.request_id}",
+            created_at=self._created,
+            status=status,
+            model=self.info.model_name,
+            instructions=body.instructions,
+            metadata=body.metadata or {},
+            max_output_tokens=body.max_output_tokens,
+            user=body.user,
+            output=output,
+            **given,
+            **ended,
+        )
