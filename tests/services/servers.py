@@ -53,8 +53,13 @@ async def served(
         await server.stop()
 
 
-async def refusal(call: Awaitable[Any]) -> Exception:
-    """Our error for the status that a call ends with."""
+async def failure(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    """The status that a call ends with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    return error_from_rpc(caught.value)
+    return caught.value
+
+
+async def refusal(call: Awaitable[Any]) -> Exception:
+    """Our error for that status."""
+    return error_from_rpc(await failure(call))

@@ -190,7 +190,7 @@ class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
                 latents = arrays.latents_from_message(request.preview if look else request.block, "block", D, SPACE)
                 whole = np.concatenate([past, latents])
                 assert len(whole) <= opening.max_latents
-                new = self.draw(whole, ids, opening.sampling.seed)
+                new = self.draw(whole, ids, opening.sampling)
                 here, block_index = targets[: len(new)], self.index(len(ids))
                 if not look:
                     past, ids, targets = whole, ids + new, targets[len(new) :]
@@ -211,11 +211,11 @@ class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
     def index(self, ids: int) -> int | None:
         return ids // (self.block_size * self.patch_size)
 
-    def draw(self, past: np.ndarray, ids: list[int], seed: int) -> list[int]:
+    def draw(self, past: np.ndarray, ids: list[int], sampling: types_pb2.Sampling) -> list[int]:
         count = self.block_size * self.patch_size
         if self.script is not None:
             return (self.script[len(ids) :] + [3] * count)[:count]
-        return [3 + digest(past.tobytes(), ids, seed, position) % (VOCAB - 3) for position in range(count)]
+        return [3 + digest(past.tobytes(), ids, sampling, position) % (VOCAB - 3) for position in range(count)]
 
     @staticmethod
     def top(id_: int, count: int) -> types_pb2.TopLogprobs:
@@ -226,5 +226,5 @@ class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
 class EchoDecoder(FakeDecoder):
     """Undoes FakeEncoder (P = 1): the ids are what the latents say."""
 
-    def draw(self, past: np.ndarray, ids: list[int], seed: int) -> list[int]:
+    def draw(self, past: np.ndarray, ids: list[int], sampling: types_pb2.Sampling) -> list[int]:
         return [int(row[0]) % VOCAB for row in past[-self.block_size :]]

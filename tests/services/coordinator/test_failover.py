@@ -3,13 +3,12 @@
 import asyncio
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
 import pytest
 from grpc import StatusCode
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from colaserve.v1 import latent_service_pb2, types_pb2
@@ -18,8 +17,6 @@ from colaserve_services.coordinator.admission import Ticket
 from colaserve_services.coordinator.failures import Attempts
 from colaserve_services.coordinator.infill import infill
 from colaserve_services.coordinator.latent_space import decode_latents
-from colaserve_services.coordinator.runs import PriorRun
-from colaserve_services.coordinator.stages import Model
 from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, Unavailable
 from tests.waiting import eventually
 
@@ -161,50 +158,24 @@ async def test_decoded_latents_keep_their_target_logprobs(world, after: int):
     assert list(again.target_logprobs) == [-1.0, -3.0] * 5
 
 
-async def test_an_infill_continues_over_known_blocks(make_world):
-    world = await make_world()
-    segments = [
-        latent_service_pb2.InfillSegment(text="abcdefg"),
-        latent_service_pb2.InfillSegment(token_count=3),
-        latent_service_pb2.InfillSegment(text="hijklmnopqrstuvwxyz"),
-        latent_service_pb2.InfillSegment(token_count=6),
-    ]
-    request = latent_service_pb2.InfillRequest(segments=segments, seed=SEED)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 19), st.integers(1, 9)), min_size=1, max_size=4),
+    after=st.integers(0, 6),
+    stage=st.sampled_from(["prior", "decoder"]),
+)
+async def test_an_infill_continues_over_known_blocks_whatever_its_holes(world, parts: Any, after: int, stage: str):
+    """A prior that is asked for other blocks than the rest of them writes others."""
+    request = latent_service_pb2.InfillRequest(seed=SEED)
+    for kept, hole in parts:
+        if kept:
+            request.segments.add(text="abcdefghijklmnopqrs"[:kept])
+        request.segments.add(token_count=hole)
     undisturbed = await world.ask(infill, request)
-    blocks = undisturbed.usage.blocks
-    for stage in (world.prior, world.decoder):
-        for after in range(blocks):
-            stage.faults = {len(stage.calls): (after, StatusCode.UNAVAILABLE)}
-            again = await world.ask(infill, request)
-            assert (again.text, again.token_ids) == (undisturbed.text, undisturbed.token_ids)
-
-
-@given(st.data())
-def test_a_resumed_request_always_fits_the_contract(data: st.DataObject):
-    """Whatever the holes: the leading known blocks of a resumed canvas are exactly context and written ones, or the
-    known blocks right after them are yielded without asking."""
-    length = data.draw(st.integers(1, 40))
-    flags = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
-    spans = [(i, i + 1) for i, is_open in enumerate(flags) if is_open]
-    given_run = SERVICES, Ticket(Call(), "prior"), latents(length)
-    run = PriorRun(*given_run, 1, SAMPLER, SEED, spans)
-    blocks = -(-length // 4) - run.context
-    if blocks < 1:
-        return
-    for done in range(1, blocks):
-        run = PriorRun(*given_run, blocks, SAMPLER, SEED, spans, written=[latents(4)] * done)
-        request = run.request()
-        border = (run.context + done) * 4
-        assert request.canvas.latents.values.shape[0] == max(border, length)
-        opened = {i for span in request.canvas.open for i in range(span.start, span.end)}
-        assert opened == {i for i in range(border, length) if flags[i]}
-        first_open = min([max(border, length), *opened])
-        assert first_open // 4 == run.context + done or run.is_known(done)
-
-
-def latents(count: int) -> types_pb2.Latents:
-    values = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=(count, 2), data=bytes(8 * count))
-    return types_pb2.Latents(values=values, space="s")
+    fake = getattr(world, stage)
+    fake.faults = {len(fake.calls): (after, StatusCode.UNAVAILABLE)}
+    again = await world.ask(infill, request)
+    assert (again.text, again.token_ids, again.usage) == (undisturbed.text, undisturbed.token_ids, undisturbed.usage)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +194,3 @@ async def test_a_stream_whose_connection_was_lost_counts_as_one_that_broke(world
         await attempts.failed(lost)
     with pytest.raises(Unavailable, match="the decoder is not available"):
         await attempts.failed(lost)
-
-
-SAMPLER = types_pb2.Sampler()
-MODEL = Model("s", 2, 4, 1, 1, 512, 0, 256, 2**20, has_variance=True)
-SERVICES: Any = SimpleNamespace(model=MODEL, admission=None)  # nothing is asked

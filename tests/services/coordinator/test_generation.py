@@ -4,7 +4,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colaserve.v1 import generation_pb2, types_pb2
@@ -274,6 +274,7 @@ async def test_blocks_and_tokens_are_counted(world):
     assert world.counted("tokens_total") == {("prompt",): prompt, ("completion",): 12}
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**62), st.integers(0, 9999))
 def test_a_derived_sampling_seed_is_a_function_of_the_noise_seed(base: int, sample: int):
     seed = types_pb2.NoiseSeed(base_seed=base, sample_id=sample)

@@ -33,7 +33,7 @@ async def worlds(make_world):
     return {patch_size: await make_world(patch_size=patch_size) for patch_size in (1, 2, 3)}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=15)
 @given(parts, st.sampled_from([1, 2, 3]))
 async def test_kept_text_comes_back_as_it_was_and_holes_have_the_tokens_asked_for(worlds, parts, patch_size):
     world = worlds[patch_size]

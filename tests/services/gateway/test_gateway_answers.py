@@ -118,16 +118,6 @@ async def test_a_logprob_prints_as_the_float32_that_it_is_and_as_json_can_say(
     assert choice["logprobs"]["top_logprobs"] == [{" ": printed}]
 
 
-async def test_completion_logprobs_report_where_each_token_begins(gateway: Running):
-    [choice] = (await gateway.complete(logprobs=1, max_tokens=3)).json()["choices"]
-    assert choice["logprobs"] == {
-        "tokens": [" ", "P", "a"],
-        "token_logprobs": [-0.5] * 3,
-        "top_logprobs": [{" ": -0.5}, {"P": -0.5}, {"a": -0.5}],
-        "text_offset": [0, 1, 2],
-    }
-
-
 @pytest.mark.parametrize(("prompt", "text"), [("Where?", "Where?"), ([87, 104], "Wh")])
 async def test_echo_begins_the_text_with_the_prompt(gateway: Running, prompt: object, text: str):
     assert (await gateway.complete(prompt, echo=True, max_tokens=4)).json()["choices"][0]["text"] == text + SAYS[:4]
@@ -161,11 +151,6 @@ async def test_an_echo_of_no_tokens_is_the_prompt_alone(gateway: Running, prompt
     assert answer["usage"] == {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
     assert not gateway.fake.seen
     assert (await gateway.complete("x", max_tokens=0)).json()["error"]["param"] == "max_tokens"
-
-
-async def test_a_stop_string_ends_the_text_before_it(gateway: Running):
-    [choice] = (await gateway.complete(stop=",")).json()["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (" Paris", "stop")
 
 
 async def test_the_served_model_is_listed_with_its_defaults(gateway: Running):

@@ -9,7 +9,6 @@ import logging
 import socket
 import ssl
 import time
-from pathlib import Path
 
 import httpx
 import pytest
@@ -135,9 +134,3 @@ async def test_only_clients_of_the_authority_are_served_and_none_once_it_is_repl
     await eventually(lambda: "read again" in caplog.text)
     with pytest.raises(httpx.HTTPError):
         await ask()
-
-
-async def test_a_missing_certificate_is_a_usage_error(tmp_path: Path):
-    app = create_app(LocalStub(FakeGeneration()), GatewaySettings())
-    with pytest.raises(UsageError, match=r"none\.pem"):
-        await serve(app, "127.0.0.1", 0, Tls(tmp_path / "none.pem", tmp_path / "none.key"))

@@ -5,21 +5,21 @@ from typing import Any
 
 import grpc
 import numpy as np
-import pytest
 
 from colaserve.v1 import latent_service_pb2
 from colaserve_services.inference import open_inference_pb2 as pb
 from colaserve_services.rpc import arrays
 from tests.services.inference.asking import asked, latents, outputs, raw, streaming, text
+from tests.services.inference.serving import served
+from tests.services.servers import failure
 from tests.services.systems import ids_of, recorded, system, text_of
 
 TEXT = "He looked at the river and then he said"
 
 
-async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value.code(), caught.value.details()
+async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
+    found = await failure(call)
+    return found.code(), found.details()
 
 
 async def test_generate_gives_the_ids_and_texts_that_generation_gives_whole_and_by_blocks(tiny):
@@ -99,7 +99,7 @@ async def test_metadata_name_what_each_model_takes_and_returns(tiny):
         assert (await it.inference.ServerLive(pb.ServerLiveRequest())).live
         assert (await it.inference.ServerReady(pb.ServerReadyRequest())).ready
         assert (await it.inference.ServerMetadata(pb.ServerMetadataRequest())).name == "colaserve"
-        unknown = await refusal(it.inference.ModelMetadata(pb.ModelMetadataRequest(name="generate", version="2")))
+        unknown = await refused(it.inference.ModelMetadata(pb.ModelMetadataRequest(name="generate", version="2")))
         assert unknown == (grpc.StatusCode.INVALID_ARGUMENT, "version: got '2', expected '1', or none")
 
 
@@ -138,10 +138,18 @@ def wrong() -> Iterator[tuple[str, pb.ModelInferRequest]]:
 async def test_what_cannot_be_served_is_refused_by_name_whole_and_in_a_stream(tiny):
     async with system(tiny, split=True) as it:
         for message, request in wrong():
-            code, said = await refusal(it.inference.ModelInfer(request))
+            code, said = await refused(it.inference.ModelInfer(request))
             other = "space" in message
             assert code is (grpc.StatusCode.FAILED_PRECONDITION if other else grpc.StatusCode.INVALID_ARGUMENT)
             assert message in said
         call = it.inference.ModelStreamInfer(iter([asked("generate"), asked("generate", text(TEXT))]))
-        code, said = await refusal(call.read())
+        code, said = await refused(call.read())
         assert (code, said[:7]) == (grpc.StatusCode.INVALID_ARGUMENT, "inputs:")
+
+
+async def test_a_stream_whose_caller_sends_nothing_more_is_ended():
+    stream = (await served(idle_seconds=0.05))[0].ModelStreamInfer()
+    await stream.write(pb.ModelInferRequest(model_name="prior"))
+    assert (await stream.read()).infer_response.outputs
+    code, said = await refused(stream.read())
+    assert (code, "no request came for 0.05 s" in said) == (grpc.StatusCode.UNAVAILABLE, True)

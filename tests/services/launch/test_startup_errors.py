@@ -69,7 +69,7 @@ DAMAGES = [  # more are in tests/services/model/test_checkpoint.py
     (one_value(VAE, "encoder.wte.weight", float("inf")), "'encoder.wte.weight' holds values that are not finite"),
     (too_large, "the decoder cannot serve with these weights"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-    (lambda folder: (folder / "generation_config.json").write_text('{"steps": 0}'), "steps"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"steps": 0}'), "generation_config.json: steps"),
 ]
 
 

@@ -49,6 +49,11 @@ async def running(settings=None, keys=None, ready=True):
         yield Running(**vars(it), servicer=servicer, stub=encoder_pb2_grpc.EncoderServiceStub(it.channel))
 
 
+async def encode(channel, wait_for_ready=True):
+    stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+    return await stub.Encode(ONE, wait_for_ready=wait_for_ready, timeout=30)
+
+
 async def shown_certificate(port, ca, host="127.0.0.1"):
     """The common name in the certificate that a server shows."""
     context = ssl.create_default_context(cafile=ca)

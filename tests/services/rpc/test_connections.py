@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
 import pytest
+from grpc import StatusCode
 
 from colaserve.v1 import encoder_pb2_grpc
 from colaserve_services.errors import UsageError
@@ -15,7 +16,8 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.channels import Stub, open_channel, resolve
 from colaserve_services.rpc.connections import Connection, Replicas
 from colaserve_services.rpc.settings import ChannelSettings, ServerSettings, Tls
-from tests.services.rpc.conftest import ONE, running
+from tests.services.rpc.conftest import ONE, encode, running
+from tests.services.servers import failure
 from tests.waiting import eventually
 
 SERVICE = "colaserve.v1.EncoderService"
@@ -54,7 +56,7 @@ async def test_calls_go_round_over_serving_replicas_only():
 async def test_services_are_called_past_a_proxy_of_the_environment(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     async with running() as replica, open_channel(f"localhost:{replica.port}", ChannelSettings(), SERVICE) as channel:
-        assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=30)
+        assert await encode(channel)
 
 
 async def test_a_connection_is_reached_when_a_replica_serves_and_not_waited_for_longer_than_asked():
@@ -66,8 +68,7 @@ async def test_a_connection_is_reached_when_a_replica_serves_and_not_waited_for_
         started = time.monotonic()
         await connection.reached(0.3)
         assert time.monotonic() - started >= 0.3
-        with pytest.raises(grpc.aio.AioRpcError):  # at once, whatever its deadline
-            await connection.stub.Encode(ONE, timeout=30)
+        await failure(connection.stub.Encode(ONE, timeout=30))  # at once, whatever its deadline
         waiting = asyncio.ensure_future(connection.reached(30))
         await asyncio.sleep(0.1)
         assert not waiting.done()
@@ -95,11 +96,9 @@ async def test_a_channel_verifies_the_server_and_shows_its_certificate(authority
     async with running(ServerSettings(tls=Tls(cert, key, authority.ca))) as it:
         settings = ChannelSettings(tls=Tls(mine, my_key, authority.ca))
         async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE, host="localhost") as channel:
-            await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, wait_for_ready=True, timeout=30)
+            await encode(channel)
         async with open_channel(f"127.0.0.1:{it.port}", settings, SERVICE, host="elsewhere") as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=30)
-            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert (await failure(encode(channel, wait_for_ready=False))).code() == StatusCode.UNAVAILABLE
 
 
 @asynccontextmanager
@@ -260,8 +259,7 @@ async def test_certificates_are_for_the_name_that_was_looked_up(authority, monke
             await each.stub.Encode(ONE, wait_for_ready=True, timeout=30)
         async with found(f"elsewhere.test:{it.port}", settings) as replicas:
             [each] = replicas
-            with pytest.raises(grpc.aio.AioRpcError):
-                await each.stub.Encode(ONE, timeout=10)
+            await failure(each.stub.Encode(ONE, timeout=10))
 
 
 @pytest.mark.parametrize("target", ["unix:/tmp/a", "unix:///tmp/a", "ipv4:127.0.0.1:1", "[::1]:5"])

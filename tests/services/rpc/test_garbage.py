@@ -5,18 +5,10 @@ import gc
 import grpc
 import pytest
 
-from colaserve_services.rpc.garbage import EVERY, Garbage
+from colaserve_services.rpc.garbage import EVERY
 from tests.services.rpc.conftest import ONE, running
 
 ENCODE = "/colaserve.v1.EncoderService/Encode"
-
-
-def test_the_collector_runs_each_time_so_many_bytes_have_come():
-    runs: list[int] = []
-    garbage = Garbage(every=100, collect=lambda: runs.append(1))
-    for size in (40, 50, 9, 1, 99, 1, 250):
-        garbage.received(size)
-    assert len(runs) == 3
 
 
 async def test_a_server_that_gets_large_messages_collects_what_they_leave():
@@ -35,5 +27,5 @@ async def test_a_server_that_gets_large_messages_collects_what_they_leave():
                     await raw(message)
         finally:
             gc.callbacks.remove(note)
-        assert len(collections) >= 2
+        assert len(collections) in (2, 3)  # Python's own may add one
         assert await it.stub.Encode(ONE)

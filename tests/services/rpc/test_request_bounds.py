@@ -5,6 +5,7 @@ import zlib
 
 import grpc
 import pytest
+from grpc import StatusCode
 
 from colaserve.v1 import encoder_pb2, generation_pb2, types_pb2
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, NotAuthenticated
@@ -12,7 +13,7 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.request_bounds import KIB, MIB, MOST_BYTES, RequestBounds
 from colaserve_services.rpc.settings import ServerSettings
 from tests.services.rpc.conftest import ONE, running
-from tests.services.servers import refusal
+from tests.services.servers import failure, refusal
 from tests.waiting import PATIENCE, eventually
 
 ENCODE = "/colaserve.v1.EncoderService/Encode"
@@ -113,10 +114,10 @@ async def test_too_long_a_request_is_refused_unread_and_the_server_lives_on():
 
 
 async def test_no_message_is_longer_than_the_servers_limit():
-    async with running() as it, grpc.aio.insecure_channel(f"127.0.0.1:{it.port}") as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(ENCODE)(bytes(MOST_BYTES + 1))
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    async with running() as it:
+        assert (
+            await failure(it.channel.unary_unary(ENCODE)(bytes(MOST_BYTES + 1)))
+        ).code() is StatusCode.RESOURCE_EXHAUSTED
         assert await it.stub.Encode(ONE)
 
 
@@ -126,10 +127,9 @@ async def test_no_message_is_longer_than_the_servers_limit():
 async def test_compressed_messages_are_refused_by_name(compression, name: str):
     async with running() as it:
         zeros = encoder_pb2.EncodeRequest(sequences=[{"ids": [0] * 100_000}])
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await it.stub.Encode(zeros, compression=compression)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert name.lower() in caught.value.details()
+        refused = await failure(it.stub.Encode(zeros, compression=compression))
+        assert refused.code() is StatusCode.UNIMPLEMENTED
+        assert name.lower() in refused.details()
         assert it.servicer.started == 0
 
 
@@ -163,9 +163,9 @@ async def test_a_connection_that_says_nothing_is_not_waited_for():
 
 async def test_metadata_beyond_16_kib_are_refused_and_the_server_lives_on():
     async with running() as it:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await it.stub.Encode(ONE, metadata=(("long", "x" * 20_000),))
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (
+            await failure(it.stub.Encode(ONE, metadata=(("long", "x" * 20_000),)))
+        ).code() is StatusCode.RESOURCE_EXHAUSTED
         assert await it.stub.Encode(ONE)
 
 

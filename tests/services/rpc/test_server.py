@@ -7,10 +7,11 @@ import time
 
 import grpc
 import pytest
+from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from colaserve.v1 import encoder_pb2, encoder_pb2_grpc
+from colaserve.v1 import encoder_pb2
 from colaserve_services.errors import InvalidRequest, NotAuthenticated, Overloaded, UsageError
 from colaserve_services.rpc import logs
 from colaserve_services.rpc.auth import Keys
@@ -18,8 +19,8 @@ from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import LogSettings, ServerSettings, Tls
 from colaserve_services.rpc.tls import channel_credentials, server_credentials
-from tests.services.rpc.conftest import ONE, running, shown_certificate
-from tests.services.servers import refusal
+from tests.services.rpc.conftest import ONE, encode, running, shown_certificate
+from tests.services.servers import failure, refusal
 from tests.waiting import PATIENCE, eventually
 
 SERVICE = "colaserve.v1.EncoderService"
@@ -39,9 +40,7 @@ async def test_health_is_per_service_and_turns_to_serving_after_the_warm_up():
         await it.server.serving()
         assert await health_of(it.channel) == SERVING
         assert await health_of(it.channel, SERVICE) == SERVING
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await health_of(it.channel, "colaserve.v1.PriorService")
-        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        assert (await failure(health_of(it.channel, "colaserve.v1.PriorService"))).code() == StatusCode.NOT_FOUND
 
 
 async def test_what_cannot_compute_is_neither_ready_nor_alive_until_it_can():
@@ -170,9 +169,7 @@ async def test_bytes_that_are_no_message_do_no_harm():
         for junk in (b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f"):
             error = await refusal(raw(junk))
             assert (type(error), error.field) == (InvalidRequest, "request")
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await it.channel.unary_unary(f"/{SERVICE}/Nothing")(b"")
-        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert (await failure(it.channel.unary_unary(f"/{SERVICE}/Nothing")(b""))).code() == StatusCode.UNIMPLEMENTED
         assert await it.stub.Encode(ONE)
 
 
@@ -204,7 +201,7 @@ async def refuses_connections(port: int) -> bool:
         try:
             await health_of(late)
         except grpc.aio.AioRpcError as error:
-            return error.code() is grpc.StatusCode.UNAVAILABLE
+            return error.code() is StatusCode.UNAVAILABLE
     return False
 
 
@@ -214,9 +211,7 @@ async def test_a_drain_cuts_calls_that_outlive_the_grace():
         call = asyncio.ensure_future(it.stub.Encode(ONE))
         await eventually(lambda: it.servicer.started == 1)
         await asyncio.wait_for(it.server.drain(), 5)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call
-        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert (await failure(call)).code() in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
 
 
 def test_a_callers_words_cannot_forge_a_line_of_text_nor_command_the_terminal():
@@ -263,7 +258,7 @@ async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_
         key.write_bytes((authority.folder / "other.key").read_bytes())
         assert await shown_certificate(it.port, authority.ca) == "third"
         async with secure(it.port, Tls(ca=authority.ca)) as channel:
-            assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
+            assert await encode(channel, wait_for_ready=False)
 
 
 async def test_mutual_tls_refuses_clients_without_a_certificate_of_the_authority(authority):
@@ -272,12 +267,10 @@ async def test_mutual_tls_refuses_clients_without_a_certificate_of_the_authority
     settings = ServerSettings(tls=Tls(cert, key, ca=authority.ca))
     async with running(settings) as it:
         async with secure(it.port, Tls(mine, my_key, authority.ca)) as channel:
-            assert await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
+            assert await encode(channel, wait_for_ready=False)
         async with secure(it.port, Tls(ca=authority.ca)) as channel:
-            with pytest.raises(grpc.aio.AioRpcError):
-                await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(ONE, timeout=5)
-        with pytest.raises(grpc.aio.AioRpcError):
-            await it.stub.Encode(ONE, timeout=2)  # plain text
+            await failure(encode(channel, wait_for_ready=False))
+        await failure(it.stub.Encode(ONE, timeout=2))  # plain text
 
 
 def test_certificates_that_do_not_fit_their_keys_are_one_clear_error(authority):

@@ -1,4 +1,4 @@
-"""The recorded numbers come out of the gRPC services: explicit noise, and seed with sample id."""
+"""The recorded numbers come out of the gRPC services: of explicit noise; of seeds see test_golden_generation.py."""
 
 import asyncio
 
@@ -27,24 +27,21 @@ async def test_every_recorded_generation_is_repeated(golden):
             prompts = encoder_pb2.EncodeRequest(sequences=[{"ids": sequence} for sequence in ids if sequence])
             encoded = iter((await served.encoder.Encode(prompts)).encodings if prompts.sequences else [])
             latents = [next(encoded).latents if sequence else types_pb2.Latents() for sequence in ids]
-            for explicit in (False, True):
-                runs = (run(served, golden, case, s, ids[s], latents[s], explicit) for s in range(len(ids)))
-                assert len(await asyncio.gather(*runs)) == len(case["tokens"])
+            runs = (run(served, golden, case, s, ids[s], latents[s]) for s in range(len(ids)))
+            assert len(await asyncio.gather(*runs)) == len(case["tokens"])
 
 
-async def run(served, golden, case, sample_id, ids, latents, explicit):
+async def run(served, golden, case, sample_id, ids, latents):
     B, P, name = served.shape.block_size, served.shape.patch_size, f"gen{case['index']}"
     params, recorded = case["params"], golden.tensors
     request = prior_pb2.SampleRequest(
         canvas={"latents": latents},
         max_blocks=case["n_blocks"],
         sampler={"steps": params["timestep_num"], "guidance_scale": params["guidance_scale"]},
+        noise=arrays.to_message(
+            torch.stack([recorded[f"{name}.noise.{b}"][sample_id] for b in range(case["n_blocks"])]).numpy()
+        ),
     )
-    if explicit:
-        noise = torch.stack([recorded[f"{name}.noise.{b}"][sample_id] for b in range(case["n_blocks"])])
-        request.noise.CopyFrom(arrays.to_message(noise.numpy()))
-    else:
-        request.seed.CopyFrom(types_pb2.NoiseSeed(base_seed=case["noise_base_seed"], sample_id=sample_id))
     given = values(latents) if ids else torch.zeros(0, served.shape.latent_dim)
     prefix = len(given) // B * B
     decode = served.decoder.Decode()

@@ -6,6 +6,7 @@ COLASERVE_FUZZ_REQUESTS=2000, with --timeout=0, sends so many to every service (
 import os
 
 import grpc
+import numpy as np
 import pytest
 from anyio.from_thread import start_blocking_portal
 from google.protobuf.descriptor import FieldDescriptor
@@ -13,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from colaserve.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc, prior_pb2, prior_pb2_grpc
+from colaserve_services.inference.models import MODELS
+from colaserve_services.inference.open_inference_pb2 import ModelInferRequest
 from tests.conftest import load_golden
+from tests.services.inference.asking import asked, latents, text
 from tests.services.systems import system
 from tests.services.test_every_field import merged, walks
 from tests.waiting import PATIENCE, wait_until
@@ -36,13 +40,24 @@ BYTES = st.sampled_from(
     [b"", b"\x00", b"\x00" * 64, b"\x00" * 256, b"\x00" * 512, b"\xff" * 256, b"\x00\x00\x80\x7f" * 64]
 )
 SCALARS = {
+    FieldDescriptor.TYPE_INT32: st.integers(-9, 9),
+    FieldDescriptor.TYPE_INT64: st.integers(0, 9) | st.sampled_from([-1, -(2**63), 2**63 - 1]),
     FieldDescriptor.TYPE_UINT32: NUMBERS,
     FieldDescriptor.TYPE_UINT64: LONGS,
     FieldDescriptor.TYPE_FLOAT: FLOATS,
+    FieldDescriptor.TYPE_DOUBLE: FLOATS,
     FieldDescriptor.TYPE_BOOL: st.booleans(),
     FieldDescriptor.TYPE_BYTES: BYTES,
     FieldDescriptor.TYPE_STRING: st.sampled_from(["", "0123456789abcdef", "x" * 3000, "\x00", "é\n"]),
     FieldDescriptor.TYPE_ENUM: st.integers(0, 5) | st.just(2**31 - 1),
+}
+PARAMETERS = st.sampled_from(["unknown", *sorted({name for model in MODELS.values() for name in model.parameters})])
+LATENTS = latents(np.zeros((4, 16), np.float32), typed=True)
+INFER = {
+    "generate": asked("generate", text("a"), max_new_tokens=4, steps=2),
+    "encoder": asked("encoder", text("a")),
+    "decoder": asked("decoder", LATENTS),
+    "prior": asked("prior", LATENTS, max_blocks=1, steps=2),
 }
 
 
@@ -66,6 +81,9 @@ def spoil(data, message, depth=0):
 
 def spoil_repeated(data, message, field, inner, depth):
     items = getattr(message, field.name)
+    if inner and field.message_type.GetOptions().map_entry:
+        spoil(data, items[data.draw(PARAMETERS)], depth + 1)
+        return
     if data.draw(st.booleans()):
         del items[:]
     for _ in range(data.draw(st.integers(0, 4))):
@@ -89,7 +107,7 @@ class Server:
         """Run a call of the coordinator to its end."""
 
         async def run():
-            services = self._running.generation, self._running.latents
+            services = self._running.generation, self._running.latents, self._running.inference
             call = next(getattr(each, method) for each in services if hasattr(each, method))(request, timeout=timeout)
             return [each async for each in call] if hasattr(call, "__aiter__") else await call
 
@@ -152,6 +170,8 @@ def test_nothing_malformed_harms_the_decoder(server):
             spoil(data, request)
         kept = data.draw(st.lists(st.sampled_from(requests), max_size=4)) if data.draw(st.booleans()) else requests
         answered(lambda: list(server.decoder.Decode(iter(kept), timeout=SECONDS)))
+        junk = server.channel.stream_stream("/colaserve.v1.DecoderService/Decode")
+        answered(lambda: list(junk(iter([data.draw(st.binary(max_size=200))] * 2), timeout=SECONDS)))
 
     send()
     assert len(list(server.decoder.Decode(iter(valid()), timeout=PATIENCE))) == 3
@@ -171,15 +191,15 @@ def test_nothing_malformed_harms_the_encoder(server):
 
 def test_nothing_malformed_harms_the_coordinator(server):
     """Neither generations nor what is asked of latents, from each request of the walk over every field."""
-    asked = walks(server.served.latents(7), server.served.latents(7, seed=1))
-    kind, base, _ = asked["Generate"]
+    walked = walks(server.served.latents(7), server.served.latents(7, seed=1))
+    kind, base, _ = walked["Generate"]
     undisturbed = server.ask("Generate", kind(**base), PATIENCE)
 
     @FUZZ
     @given(st.data())
     def send(data):
-        method = data.draw(st.sampled_from(sorted(asked)))
-        kind, base, changes = asked[method]
+        method = data.draw(st.sampled_from(sorted(walked)))
+        kind, base, changes = walked[method]
         request = kind(**merged(base, data.draw(st.sampled_from(list(changes.values())))))
         spoil(data, request)
         answered(lambda: server.ask(method, request, BRIEF))
@@ -187,3 +207,20 @@ def test_nothing_malformed_harms_the_coordinator(server):
     send()
     again = server.ask("Generate", kind(**base), PATIENCE)
     assert [each.token_ids for each in again] == [each.token_ids for each in undisturbed]
+
+
+def test_nothing_malformed_harms_the_open_inference_protocol(server):
+    """Whole or in a stream."""
+
+    @FUZZ
+    @given(st.data())
+    def send(data):
+        request = ModelInferRequest()
+        request.CopyFrom(INFER[data.draw(st.sampled_from(sorted(INFER)))])
+        spoil(data, request)
+        answered(lambda: server.ask("ModelInfer", request, BRIEF))
+        answered(lambda: server.ask("ModelStreamInfer", iter([request]), BRIEF))
+
+    send()
+    for right in INFER.values():
+        assert server.ask("ModelInfer", right, PATIENCE).outputs

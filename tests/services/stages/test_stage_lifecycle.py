@@ -48,7 +48,7 @@ async def test_a_broken_connection_frees_the_kv(tiny, stage):
 
 
 async def test_one_session_too_many_is_refused_at_once_with_a_hint_and_harms_nobody(tiny):
-    limits, long = EngineLimits(max_context=512, max_running=1), {"blocks": 60, "steps": 200}
+    limits, long = EngineLimits(max_context=512, max_running=1), {"blocks": 60, "steps": 50}
     async with serving(tiny, limits) as served:
         engine = served.stages.engines["prior"]
         undisturbed = await _two_blocks(served.prior.Sample(served.run(**long)))

@@ -7,7 +7,7 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import InvalidRequest, ModelMismatch
 from colaserve_services.rpc import arrays
 from tests.services.servers import refusal
-from tests.services.stages.serving import serving, tensor_of
+from tests.services.stages.serving import serving
 from tests.waiting import eventually
 
 NAN, HUGE = float("nan"), 2**32 - 1
@@ -222,15 +222,3 @@ async def test_encode_names_each_field_that_is_wrong(tiny):
             error = await refusal(served.encoder.Encode(encoder_pb2.EncodeRequest(**changes)))
             assert (type(error), getattr(error, "field", "")) == (InvalidRequest, field.strip()), str(error)
         assert await served.encoder.Encode(encoder_pb2.EncodeRequest(sequences=[{"ids": [1]}] * 256))
-
-
-async def test_half_precision_is_accepted(tiny):
-    async with serving(tiny) as served:
-        for dtype, name in ((torch.bfloat16, "DATA_TYPE_BFLOAT16"), (torch.float16, "DATA_TYPE_FLOAT16")):
-            values = torch.randn(B, D).to(dtype)
-            half = types_pb2.Tensor(dtype=name, shape=[B, D], data=values.view(torch.uint16).numpy().tobytes())
-            whole = arrays.to_message(values.float().numpy())
-            both = [sample_request({"canvas": canvas(message), "max_blocks": 1}) for message in (half, whole)]
-            (one,), (other,) = [[b.latents async for b in served.prior.Sample(r)] for r in both]
-            got, expected = (tensor_of(x.values) for x in (one, other))
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
