@@ -47,9 +47,13 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.python pyproject.toml client/pyproject.toml constraints.txt $(COMPILED)
-	@echo '==> installing colaserve and what it serves with ($(TORCH), about 1 GB; takes a minute or two). pip shows the progress:'
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@echo '==> installing $(TORCH) (about 1 GB; takes a minute or two). pip shows the progress:'
 	@$(PIP) install $(TORCH_FROM) $(TORCH)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml client/pyproject.toml constraints.txt $(COMPILED)
+	@echo '==> installing colaserve and what else it serves with'
 	@$(PIP) install --constraint constraints.txt --editable client --editable '.[serve]'
 	@test -x $(BIN)/colaserve || $(PIP) install --no-deps --force-reinstall --editable client  # an older colaserve took its command along
 	@test -e $(LIBRARY) || echo '==> the parts in C were not compiled (that takes Linux and a C compiler): it works, and is slower on CPUs'
