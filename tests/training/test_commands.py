@@ -144,17 +144,6 @@ def test_a_checkpoint_that_could_not_be_written_is_written_by_resuming(base, tmp
     Checkpoint.open(out)
 
 
-def test_a_share_of_the_rows_is_held_out_and_validates(base, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"river {k}" for k in range(100)))
-    output = run("prior", "--init", base, "--data", text, *TINY, "--steps", 2, "--check-every", 2, "--held-out", 0.1,
-                 "--out", tmp_path / "out")  # fmt: skip
-    assert "data: 100 rows" in output
-    assert "10 rows held out" in output
-    assert re.search(r"prior 2/2 .*validation \d", output)
-    assert output.count("  step 2: 'r") == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
