@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colaserve_services.model.dit import DiT
-from colaserve_services.model.layers import to_device
+from colaserve_services.model.layers import padded_rows, to_device
 
 _BUDGET_BYTES = 256 << 20
 
@@ -55,6 +55,8 @@ class ModulationTable:
 
     def _compute(self, times: list[float]) -> None:
         slots = [self._slot(t) for t in times]
+        spare = padded_rows(len(times), self._dit.dtype, self._device) - len(times)
+        times, slots = times + times[:1] * spare, slots + slots[:1] * spare
         index = to_device(torch.tensor(slots), self._device)
         e = self._dit.emb_in(to_device(torch.tensor(times, dtype=torch.float32), self._device))
         for layer, block in enumerate(self._dit.blocks):

@@ -16,7 +16,6 @@ from colaserve_services.model.layers import (
     Linear,
     block_causal_mask,
     masked_attention,
-    padded_rows,
     rotary_angles,
     rotary_frequencies,
     to_device,
@@ -117,10 +116,6 @@ class _Transformer(nn.Module):
     def kv_elements(self) -> int:
         """Of a latent's keys and values in all layers."""
         return 2 * len(self.blocks) * self.config.dim
-
-    def padding(self, rows: int) -> int:
-        """How many rows more a pass over so many is to have."""
-        return padded_rows(rows, self.dtype, self.device) - rows
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Of latent positions (...)."""

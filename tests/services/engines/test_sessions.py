@@ -12,6 +12,7 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.session import Session
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model import modulation
+from colaserve_services.model.cpu_features import packs
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.layers import padded_rows
 from colaserve_services.model.sampling import SamplingSettings
@@ -163,16 +164,18 @@ async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "padded"), [(1, 16), (16, 16), (100, 112), (130, 160), (513, 640), (640, 640)])
-def test_few_numbers_of_rows_reach_the_products_of_a_cpu_in_bfloat16(rows: int, padded: int) -> None:
-    assert padded_rows(rows, torch.bfloat16, torch.device("cpu")) == padded
-    assert padded_rows(rows, torch.float32, torch.device("cpu")) == rows
-    assert padded_rows(rows, torch.bfloat16, torch.device("cuda")) == rows
+@pytest.mark.parametrize(
+    ("rows", "padded", "steps"),
+    [(1, 16, ()), (100, 112, ()), (130, 160, ()), (640, 640, ()), (16, 16, (1, 16)), (17, 18, (1, 16))],
+)
+def test_few_numbers_of_rows_reach_the_products_of_onednn(rows: int, padded: int, steps: tuple[int, ...]) -> None:
+    assert padded_rows(rows, torch.bfloat16, torch.device("cpu"), *steps) == padded
+    assert padded_rows(rows, torch.float32, torch.device("cpu"), *steps) == (padded if packs(torch.float32) else rows)
+    assert padded_rows(rows, torch.bfloat16, torch.device("cuda"), *steps) == rows
 
 
-async def test_rows_that_round_a_pass_up_reach_no_result(tiny: Golden) -> None:
-    """bfloat16 on a CPU, where passes are padded, against float32, where none is; see docs/decisions.md for the prior's
-    distance, which must not explode here."""
+async def test_bfloat16_stays_near_float32(tiny: Golden) -> None:
+    """See docs/decisions.md for the prior's distance, which must not explode here."""
     sequences = [[5] * 3, list(range(3, 60)), [7], list(range(100, 180))]
     found = []
     for dtype in (torch.bfloat16, torch.float32):

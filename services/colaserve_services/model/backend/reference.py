@@ -22,12 +22,21 @@ from colaserve_services.model.backend.pages import Pages
 from colaserve_services.model.dit import TIME_SCALE, DiT, DiTBlock
 from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import guide, steer
-from colaserve_services.model.layers import Attend, Linear, rotary_angles, rotary_frequencies, to_device
+from colaserve_services.model.layers import (
+    Attend,
+    Linear,
+    padded_rows,
+    rotary_angles,
+    rotary_frequencies,
+    to_device,
+)
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 
 M = TypeVar("M", bound=DiT | TextVAEDecoder | TextVAEEncoder)
 V = TypeVar("V", bound=TextVAEDecoder | TextVAEEncoder)
+
+_BLOCKS = 1, 16  # the prior's steps of `padded_rows`, in blocks
 
 
 class Finished(NamedTuple):
@@ -94,6 +103,10 @@ class Paged(Generic[M]):
         own = np.concatenate((np.repeat(own, pieces), np.array(scratch, np.int32)))
         positions = (history[:, None] + np.arange(n)).ravel()
         return tables, table_of, history, own, positions.astype(np.int32)
+
+    def _lacking(self, rows: int, step: int = 16, parts: int = 8) -> int:
+        """See `padded_rows`."""
+        return padded_rows(rows, self.model.dtype, self.model.device, step, parts) - rows
 
     def _rotary(self, positions: Tensor) -> Tensor:
         return torch.empty(0)
@@ -162,7 +175,7 @@ class Steps(NamedTuple):
 
 
 class PriorPlan(NamedTuple):
-    """Rows of a pass: those asked for, then the unconditional ones."""
+    """Rows of a pass: those asked for, then the unconditional ones, then some that make their number a round one."""
 
     asked: int
     layout: Layout
@@ -197,6 +210,8 @@ class Prior(Paged[DiT]):
         device, B = self.model.device, self.sizes.block_size
         guided = [i for i, row in enumerate(rows) if row.guided]
         latents = [self._latents(row) for row in rows]
+        spare = self._lacking(len(rows) + len(guided), *_BLOCKS)
+        taken = [*range(len(rows)), *guided, *[0] * spare]
         zero, *times = self.table.rows([0.0, *(row.time for row in rows)])
         index = torch.tensor(times, dtype=torch.int32)[:, None].repeat(1, B)
         for i, row in enumerate(rows):
@@ -204,9 +219,9 @@ class Prior(Paged[DiT]):
                 index[i].masked_fill_(row.denoise.pinned.cpu(), zero)
         return PriorPlan(
             len(rows),
-            self._layout(rows, len(guided)),
-            torch.stack(latents + [latents[i] for i in guided]),
-            to_device(torch.cat((index, index[guided])) if guided else index, device),
+            self._layout(rows, len(guided), spare * B),
+            torch.stack([latents[i] for i in taken]),
+            to_device(index.index_select(0, torch.tensor(taken)), device),
             Steps.of(rows, (B, self.model.config.txt_in_channels), device),
         )
 
@@ -221,7 +236,8 @@ class Prior(Paged[DiT]):
         x, y, gate = self._transformed(plan.latents.flatten(0, 1), plan.layout.rows, index)
         if not plan.steps.rows:
             return Finished([None] * plan.asked)
-        points = [*plan.steps.rows, *range(plan.asked, len(plan.times))]
+        points = [*plan.steps.rows, *range(plan.asked, plan.asked + len(plan.steps.branches))]
+        points += [0] * self._lacking(len(points), *_BLOCKS)
         x, y, index = self._of(points, x), None if y is None else self._of(points, y), self._of(points, index)
         velocities = self._velocities(x, y, gate, index)
         denoised = iter(self._denoised(plan, velocities.unflatten(0, (len(points), -1))))
@@ -259,9 +275,9 @@ class Prior(Paged[DiT]):
     def _denoised(self, plan: PriorPlan, velocities: Tensor) -> list[Denoised]:
         """Guidance, the solver's update, and what is pinned, for all slots at once; the last thing that a pass does."""
         steps, count = plan.steps, len(plan.steps.rows)
-        v = velocities[:count]
+        v, unguided = velocities[:count], velocities[count : count + len(steps.branches)]
         if len(steps.guided):
-            guided = guide(v.index_select(0, steps.guided), velocities[count:], steps.scales)
+            guided = guide(v.index_select(0, steps.guided), unguided, steps.scales)
             v = v.index_copy(0, steps.guided, guided)
         z = torch.stack([plan.latents[i] for i in steps.rows])
         if steps.steering is not None:
@@ -277,7 +293,7 @@ class Prior(Paged[DiT]):
         self._z.index_copy_(0, steps.slots, new)
         self._previous.index_copy_(0, steps.slots, kept)
         branches: list[tuple[Tensor, Tensor] | None] = [None] * count
-        for i, unconditional in zip(steps.branches, velocities[count:], strict=True):
+        for i, unconditional in zip(steps.branches, unguided, strict=True):
             branches[i] = velocities[i], unconditional
         return [Denoised(*each) for each in zip(new, v, clean, branches, strict=True)]
 
@@ -308,7 +324,7 @@ class VAE(Paged[V]):
     def plan(self, rows: Sequence[Row]) -> VAEPlan:
         inputs = torch.cat([row.inputs for row in rows if row.inputs is not None])
         count = self.sizes.block_size * len(rows)  # of positions, each of one latent or of P ids
-        layout = self._layout(rows, padding=self.model.padding(count))
+        layout = self._layout(rows, padding=self._lacking(count))
         lacking = len(inputs) // count * len(layout.positions) - len(inputs)
         padded = F.pad(to_device(inputs, self.model.device), (*[0, 0] * (inputs.ndim - 1), 0, lacking))
         return VAEPlan(rows, layout, padded)
@@ -326,7 +342,7 @@ class Decoder(VAE[TextVAEDecoder]):
             return Finished([None] * len(plan.asked))
         rows = torch.tensor(wanted)[:, None] * B + torch.arange(B)
         hidden = hidden.index_select(0, to_device(rows.flatten(), model.device))
-        hidden = F.pad(hidden, (0, 0, 0, model.padding(len(hidden))))
+        hidden = F.pad(hidden, (0, 0, 0, self._lacking(len(hidden))))
         ids = B * model.config.patch_size
         logits = model.logits(hidden)[: len(wanted) * ids].view(len(wanted), ids, -1)
         found = iter(logits if then is None else zip(logits, *(each.cpu() for each in then(logits)), strict=True))
