@@ -326,7 +326,7 @@ class Admission:
                 return
             if self.waiting:
                 preempted = True
-                call.preempt()  # at each look: it may have been given a slot again
+                call.preempt(reading)  # at each look: it may have been given a slot again
             if preempted and time.monotonic() - since >= seconds:
                 error = Unavailable(f"not read for {seconds:g} s while others waited")
                 self._refusals.labels(COORDINATOR, "idle").inc()

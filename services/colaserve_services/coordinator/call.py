@@ -1,5 +1,6 @@
 """The call that work is done for: its deadline, its caller, when it came."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ class Call:
     waited: float = 0.0  # seconds in the queue
     admitted: bool = False  # a part of a call that was let in: it is never refused, and is queued without a time limit
     salt: str = ""  # of the stages' prefix caches
-    preempt: Callable[[], None] = lambda: None  # ends its sessions at the stages until it is read again
+    # ends its sessions at the stages until that is done: a response is being read
+    preempt: Callable[[asyncio.Future[None]], None] = lambda reading: None
     near: dict[str, str] | None = None  # by stage, address that its sessions are to go to; None: to any
 
     @classmethod

@@ -1,5 +1,6 @@
 """Several continuations of one prefix, which is encoded once, and whose KV the stages compute and hold once."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -40,9 +41,9 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
     calls = [replace(call, admitted=index > 0) for index in range(len(plans))]
     at_once = services.admission.left_to(call, AT_ONCE)
 
-    def preempt() -> None:
+    def preempt(reading: asyncio.Future[None]) -> None:
         for each in calls:
-            each.preempt()
+            each.preempt(reading)
 
     call.preempt = preempt
     streams = [_branch(services, replace(plan, latents=latents), each) for plan, each in zip(plans, calls, strict=True)]

@@ -58,7 +58,7 @@ class PriorRun:
         self.steps_saved = 0  # of the blocks that came
         self._preview_every, self._with_probes = preview_every, with_probes
         self._unread: Any = None  # the stream, while a block of it is handed over
-        self._gives_way = False  # after the block under way
+        self._reading: asyncio.Future[None] | None = None  # the run gives way after a block before it is done
 
     async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
         """Each written block, in order, and previews of the one under way."""
@@ -97,7 +97,8 @@ class PriorRun:
                 if self._unread is None:
                     return
                 self._unread = None
-                gives_way = self._gives_way or self._admission.outlasts(self._ticket)
+                unread = self._reading is not None and not self._reading.done()
+                gives_way = unread or self._admission.outlasts(self._ticket)
                 if len(self._written) < self._blocks and gives_way:
                     self._preempt()
                     return
@@ -114,16 +115,15 @@ class PriorRun:
             return False
         return True
 
-    def _preempt_unread(self) -> None:
+    def _preempt_unread(self, reading: asyncio.Future[None]) -> None:
+        self._reading = reading
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
             self._preempt()
-        else:
-            self._gives_way = True
 
     def _preempt(self) -> None:
-        self._gives_way = False
+        self._reading = None
         self._on_wait(True)
         self._admission.preempt(self._ticket)
 

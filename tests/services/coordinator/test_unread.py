@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
+from colaserve_services.coordinator import Call
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.errors import Unavailable
 from colaserve_services.rpc.local import LocalStub
@@ -106,3 +107,18 @@ async def test_over_the_wire_the_call_ends_and_nothing_is_kept_for_it(make_world
         assert isinstance(refused, Unavailable)
         assert "not read for" in str(refused)
         assert counted(it.metrics, "request_seconds_count")["LatentService", "SampleLatents", "UNAVAILABLE"] == 1
+
+
+@pytest.mark.parametrize("read", [False, True])
+async def test_a_run_gives_way_after_its_block_only_if_nobody_reads_by_then(make_world, read: bool):
+    world, call, reading = await make_world(), Call(), asyncio.get_running_loop().create_future()
+    world.prior.turns = asyncio.Semaphore(0)
+    writing = asyncio.create_task(world.generate(call, prompt="he looked", max_new_tokens=12, ignore_end=True))
+    await eventually(lambda: world.prior.running == 1)
+    call.preempt(reading)
+    if read:
+        reading.set_result(None)
+    for _ in range(10):
+        world.prior.turns.release()
+    assert (await writing)[-1].finish_reason
+    assert len(world.prior.calls) == (1 if read else 2)
