@@ -77,9 +77,12 @@ class EncoderSession(Session[Encoded]):
         return sum(sequence.remaining for sequence in self._left)
 
     def next_blocks(self, capacity: int) -> list[tuple[_Sequence, int]] | None:
-        """Whole sequences that fit one pass together, or the next chunk of a long one; None when they lack pages."""
+        """Whole sequences that fit one pass together, or the next chunk of a long one; None when they lack pages. None
+        are begun behind one whose leading blocks another call is about to have encoded."""
         pieces: list[tuple[_Sequence, int]] = []
         for sequence in self._left[::-1]:
+            if not sequence.pages and self._engine.awaits(sequence.keys, self):
+                break
             if not sequence.pages and not self._begin(sequence):
                 return pieces or None
             count = min(sequence.remaining, self._engine.most_blocks)
@@ -91,6 +94,11 @@ class EncoderSession(Session[Encoded]):
         if not pieces:
             self._hand_over_completed()
         return pieces
+
+    @property
+    def under_way(self) -> _Sequence | None:
+        """The sequence in whose middle it is."""
+        return self._left[-1] if self._left and self._left[-1].pages else None
 
     def _begin(self, sequence: _Sequence) -> bool:
         """Take over the leading blocks that were encoded before, whose latents' bytes are then the same, too."""
@@ -198,14 +206,22 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
         if max(ids) >= vocabulary or min(ids) < 0:
             raise InvalidRequest(f"sequences[{number}].ids", f"got an id of {max(ids)}, expected 0 to {vocabulary - 1}")
 
+    def awaits(self, keys: Sequence[bytes], session: EncoderSession) -> bool:
+        """Whether another session's next passes compute the first leading block that is not known yet."""
+        first = self.backend.pages.leading(keys)
+        others = (each.under_way for each in self._sessions.all if each is not session)
+        begun = [other.keys[first : first + 1] for other in others if other is not None]
+        return first < len(keys) and [keys[first]] in begun
+
     def _schedule(self, ready: list[EncoderSession]) -> list[_ScheduledSession]:
-        capacity, scheduled = self.most_blocks, []
+        capacity, scheduled, lacking = self.most_blocks, list[_ScheduledSession](), False
         for session in ready:
+            if lacking and session.under_way is None:  # it leaves another the pages that it lacks
+                continue
             pieces: list[tuple[_Sequence, int]] | None = []
             with self._alone(session):
                 pieces = session.next_blocks(capacity)
-            if pieces is None:  # later sessions leave it the pages that it lacks
-                break
+            lacking = lacking or pieces is None
             if pieces:
                 blocks = sum(count for _, count in pieces)
                 scheduled.append(_ScheduledSession(session, pieces, blocks * self.shape.block_size))

@@ -94,6 +94,14 @@ async def test_sessions_that_begin_alike_at_once_compute_and_hold_their_prefix_o
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+async def test_texts_that_begin_alike_at_once_are_encoded_once(tiny: Golden) -> None:
+    with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=16)) as stages:
+        found = await asyncio.gather(*(encode(stages, ids) for ids in (IDS, IDS, IDS[:40], IDS)))
+        await settled(stages)
+        assert sum(stages.encoder.observer.rows) == 72
+        assert all(torch.equal(each, found[0][: len(each)]) for each in found)
+
+
 async def test_who_waits_for_the_context_of_another_goes_on_when_that_one_leaves(tiny: Golden) -> None:
     limits = EngineLimits(max_context=512, prefill_chunk=4)
     with engines(tiny.directory, limits) as stages:
