@@ -30,6 +30,7 @@ S = TypeVar("S", bound="PriorSession[Any]")
 
 _ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
+_LONG_HISTORY = 2.0  # units that attending to a session's blocks costs: as much as its own two rows
 
 
 @dataclass(frozen=True)
@@ -245,21 +246,27 @@ class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
 
     def _schedule(self, ready: list[PriorSession[Any]]) -> list[_ScheduledSession]:
         """Every sampling session; contexts, and the points of sessions that score, share the budget that a pass has for
-        them, in the order of `ready`.
+        them, in the order of `ready`. So do sampling sessions that attend to much, where others attend to little: those
+        would wait for them at each step.
 
         While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
         time. The unit is a block of rows over no keys; each context gets a block at least while some budget is left.
         """
-        sampling, B = sum(session.remaining() <= 1 for session in ready), self.shape.block_size
-        budget = max(_CONTEXT_SHARE * 2 * sampling, self._least) if sampling else self.limits.prefill_chunk / B
+        B, histories = self.shape.block_size, [session.run.committed * self._key_cost for session in ready]
+        sampling = [history for session, history in zip(ready, histories, strict=True) if session.remaining() <= 1]
+        whole = max(_CONTEXT_SHARE * 2 * len(sampling), self._least) if sampling else self.limits.prefill_chunk / B
         fewest = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B)
-        scheduled = []
-        for session in ready:
+        shared = min(sampling, default=0.0) <= _LONG_HISTORY
+        budget, scheduled = whole, []
+        for session, history in zip(ready, histories, strict=True):
             wanted = count = session.remaining()
             if count > 1:
-                cost = 1 + session.run.committed * self._key_cost
-                count = min(count, max(fewest, int(budget / cost))) if budget > 0 else 0
-                budget -= count * cost
+                count = min(count, max(fewest, int(budget / (1 + history)))) if budget > 0 else 0
+                budget -= count * (1 + history)
+            elif shared and history > _LONG_HISTORY:
+                if budget < min(history, whole):
+                    continue
+                budget -= history
             if count or not wanted:
                 scheduled.append(_ScheduledSession.of(session, count))
         return scheduled

@@ -20,7 +20,7 @@ from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.runs import freed, job, noise, patiently, sample
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 
 async def test_a_passed_deadline_ends_a_run_and_frees_it(tiny: Golden) -> None:
@@ -215,6 +215,35 @@ async def test_a_short_context_does_not_wait_for_long_ones(tiny: Golden, stage: 
         before = len(passes)
         await ask(short)
         assert len(passes) <= before + 20  # the device's thread may be some ahead of this one
+        assert not any(other.done() for other in others)
+        await asyncio.gather(*others)
+        await freed(stages)
+
+
+async def test_texts_whose_kv_does_not_fit_at_once_are_encoded_one_after_the_other(tiny: Golden) -> None:
+    texts = [[first + number % 90 for number in range(120)] for first in (5, 100, 200)]
+    with engines(tiny.directory) as stages:
+        expected = [(await stages.encoder.encode([ids]))[0][0].latents for ids in texts]
+        room = 40 * stages.encoder.backend.page_bytes
+    with engines(tiny.directory, EngineLimits(max_context=512, kv_bytes=room, prefill_chunk=16)) as stages:
+        async with asyncio.timeout(PATIENCE):
+            found = await asyncio.gather(*(stages.encoder.encode([ids]) for ids in texts))
+        await freed(stages)
+    for (encoded, _), latents in zip(found, expected, strict=True):
+        torch.testing.assert_close(encoded[0].latents, latents, rtol=1e-4, atol=1e-4)
+
+
+async def test_runs_that_attend_to_much_take_turns_beside_one_that_attends_to_little(tiny: Golden) -> None:
+    settings, sessions = SamplerSettings(steps=50), list[int]()
+    with engines(tiny.directory, EngineLimits(max_context=1024, run_ahead=100)) as stages:
+        stages.prior.observer.stepped = lambda seconds, rows, count: sessions.append(count)  # type: ignore[method-assign]
+        long = [SampleJob(noise(960, 1), 8, sampler=settings, base_seed=seed) for seed in range(6)]
+        others = [asyncio.ensure_future(sample(stages, each)) for each in long]
+        await eventually(lambda: sessions[-3:] == [6] * 3)  # among themselves they share each pass
+        before = len(sessions)
+        await sample(stages, job(context=8, blocks=1, steps=50))
+        beside = sessions[before:]
+        assert sum(count < 6 for count in beside) >= 45
         assert not any(other.done() for other in others)
         await asyncio.gather(*others)
         await freed(stages)
