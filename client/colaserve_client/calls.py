@@ -122,7 +122,7 @@ class Attempts:
 class Call(Generic[T]):
     """A call with one answer, and what the other kinds have in common with it."""
 
-    _left_as = "the call was cancelled"
+    _left_as, _starts_at_once = "the call was cancelled", False
 
     def __init__(
         self, start: Callable[..., Any], request: Message, convert: Callable[[Any], T], attempts: Attempts
@@ -131,6 +131,8 @@ class Call(Generic[T]):
         self._received = self._ended = False
         self._left = asyncio.Event()
         self._call: Any = None  # of grpc.aio, while it is open
+        if self._starts_at_once:
+            self._call = start(request)
 
     @property
     def request_id(self) -> str:
@@ -202,13 +204,7 @@ def _is_cancelled() -> bool:
 class AsyncStream(Call[T]):
     """The answers of a call as they come. Leaving early (break, `aclose`, end of `async with`) cancels the call."""
 
-    _left_as = "the stream was left"
-
-    def __init__(
-        self, start: Callable[..., Any], request: Message, convert: Callable[[Any], T], attempts: Attempts
-    ) -> None:
-        super().__init__(start, request, convert, attempts)
-        self._call = start(request)
+    _left_as, _starts_at_once = "the stream was left", True
 
     def __aiter__(self) -> Self:
         return self
