@@ -220,8 +220,8 @@ async def decode_all(
     filled with zeros. The answers of all blocks in one, whose ids are those of the latents."""
     model, positions = services.model, rows.count(latents)
     blocks = model.blocks(positions)
-    filling = rows.zeros(blocks * model.block_size - positions, model.latent_dim, model.space)
-    whole = rows.join([latents, filling], model.latent_dim, model.space)
+    filling = blocks * model.block_size - positions
+    whole = rows.join([latents], model.latent_dim, model.space, filling)
     prefix, blocks = rows.take(whole, 0, context), blocks - context // model.block_size
     found, parts = decoder_pb2.DecodeResponse(), list[bytes]()
     async with DecoderRun(

@@ -21,14 +21,10 @@ def take(latents: types_pb2.Latents, start: int, end: int) -> types_pb2.Latents:
     return of(data, width, latents.space)
 
 
-def join(parts: Sequence[types_pb2.Latents], width: int, space: str) -> types_pb2.Latents:
-    """All rows of float32 latents, one after the other; `width` is d."""
-    return of(b"".join(part.values.data for part in parts), width, space)
-
-
-def zeros(rows: int, width: int, space: str) -> types_pb2.Latents:
-    """Rows of zeros."""
-    return of(bytes(rows * width * _BYTES), width, space)
+def join(parts: Sequence[types_pb2.Latents], width: int, space: str, zeros: int = 0) -> types_pb2.Latents:
+    """All rows of float32 latents, one after the other, and so many of zeros; `width` is d."""
+    data = [*(part.values.data for part in parts), bytes(zeros * width * _BYTES)]
+    return of(b"".join(data), width, space)
 
 
 def of(data: bytes, width: int, space: str) -> types_pb2.Latents:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,11 @@ from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 from colaserve_services.model.weights import WeightFolder
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
+Slots = dict[str, tuple[nn.Module, str]]  # module and attribute of the parameter that a stored tensor becomes
 STAGES = ("encoder", "prior", "decoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "float8": FLOAT8}  # of `load`
 
 _OF_LAYERS = re.compile(r"\bblocks\.\d+\.(?!ada\.)")  # the DiT's `ada` is computed once for each time
-
-
-class Slot(NamedTuple):
-    """The parameter that a stored tensor becomes."""
-
-    owner: nn.Module
-    attribute: str
 
 
 def load(
@@ -69,7 +63,7 @@ def check(checkpoint: Checkpoint) -> None:
         _empty(checkpoint, stage)
 
 
-def _empty(checkpoint: Checkpoint, stage: str) -> tuple[nn.Module, WeightFolder, dict[str, Slot]]:
+def _empty(checkpoint: Checkpoint, stage: str) -> tuple[nn.Module, WeightFolder, Slots]:
     """A network without values, the folder of its weights, and where each stored tensor belongs."""
     with torch.device("meta"), _NoInit():
         if stage == "prior":
@@ -80,7 +74,7 @@ def _empty(checkpoint: Checkpoint, stage: str) -> tuple[nn.Module, WeightFolder,
         return vae, checkpoint.vae, _slots(vae, checkpoint.vae, f"{stage}.")
 
 
-def _slots(model: nn.Module, folder: WeightFolder, prefix: str) -> dict[str, Slot]:
+def _slots(model: nn.Module, folder: WeightFolder, prefix: str) -> Slots:
     """Of every parameter by its stored name; all must be there with the expected shape, and no others."""
     slots = {}
     for path, module in model.named_modules():
@@ -94,7 +88,7 @@ def _slots(model: nn.Module, folder: WeightFolder, prefix: str) -> dict[str, Slo
                     f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}; "
                     f"config.json asks for {list(parameter.shape)}"
                 )
-            slots[name] = Slot(module, attribute)
+            slots[name] = module, attribute
     unknown = sorted(name for name in folder.entries if name.startswith(prefix) and name not in slots)
     if unknown:
         raise CheckpointError(f"{folder.folder}: tensor {unknown[0]!r} is not in the model of config.json")
