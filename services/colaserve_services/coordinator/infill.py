@@ -36,11 +36,6 @@ class Layout:
     context: int  # leading blocks that are known
     end: int  # blocks up to and with the last one that has a hole; none after it needs to run
 
-    @property
-    def holes(self) -> list[Segment]:
-        """The segments to be written."""
-        return [segment for segment in self.segments if segment.kept is None]
-
 
 async def infill(services: ServiceContext, request: pb.InfillRequest, call: Call) -> pb.InfillResponse:
     """LatentService.Infill."""
@@ -151,7 +146,7 @@ def _response(
         kept = services.tokenizer.before_end(hole)
         texts.append(join(services.tokenizer.detokenizer(ids[: segment.start]), kept))
         reasons.append(types_pb2.FINISH_REASON_LENGTH if kept == hole else types_pb2.FINISH_REASON_STOP)
-    filled = sum(segment.end - segment.start for segment in layout.holes)
+    filled = sum(each.end - each.start for each in layout.segments if each.kept is None)
     usage = types_pb2.Usage(
         prompt_tokens=len(ids) - filled,
         completion_tokens=filled,

@@ -172,11 +172,6 @@ class DecoderSession(Session[DecodedBlock]):
         elif scheduled.next is not None:
             self._taken.append(scheduled.next.latents)
 
-    def take_targets(self, count: int) -> Sequence[int]:
-        """Target ids of the block about to be answered."""
-        begin = self.sampled - len(self.job.history_ids)
-        return self.job.target_ids[begin : begin + count]
-
 
 @dataclass(frozen=True)
 class _ScheduledSession:
@@ -225,7 +220,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         return self._admitted(DecoderSession(self, job, deadline))
 
     def next_deadline(self) -> float | None:
-        return time.monotonic() if self._held else super().next_deadline()
+        return time.monotonic() if self._held and self._look_again is None else super().next_deadline()
 
     def _ready(self) -> list[DecoderSession]:
         """While nothing but previews is waited for, and not all that may come are there, they are left for the next
@@ -282,7 +277,8 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         """Hand one block's ids over, with what was asked for beside them."""
         job, ids, count = session.job, drawn.tolist(), len(drawn)
         _, arrived, provisional = session.pending.popleft()
-        targets = session.take_targets(count)
+        begin = session.sampled - len(job.history_ids)
+        targets = job.target_ids[begin : begin + count]
         looked_up = job.all_logprobs or len(job.logprob_ids) > 0
         every = logits.log_softmax(dim=-1) if targets or job.top_logprobs or looked_up else logits
         wanted = None if job.all_logprobs else job.logprob_ids

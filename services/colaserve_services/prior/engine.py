@@ -3,10 +3,8 @@
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.engine import Engine
@@ -14,15 +12,21 @@ from colaserve_services.engine.failures import NotFinite, OutOfBounds, check_lat
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.engine.passes import Running
-from colaserve_services.engine.session import Session, Timings
+from colaserve_services.engine.session import Session
 from colaserve_services.model.backend import Denoised, Pass, Row
 from colaserve_services.model.backend.pages import chain_keys
 from colaserve_services.model.backend.pick import Picked
 from colaserve_services.model.config import ModelShape
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import schedule
-from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, check_job, context_blocks
-from colaserve_services.prior.watch import Probes
+from colaserve_services.prior.sampling_run import (
+    Canvas,
+    SampledBlock,
+    SampleJob,
+    SamplingRun,
+    check_job,
+    context_blocks,
+)
 
 B = TypeVar("B")
 J = TypeVar("J", bound=SampleJob)
@@ -31,18 +35,6 @@ S = TypeVar("S", bound="PriorSession[Any]")
 _ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
 _LONG_HISTORY = 2.0  # units that attending to a session's blocks costs: as much as its own two rows
-
-
-@dataclass(frozen=True)
-class SampledBlock:
-    """A written block, or a preview of the one under way: latents (B, d), float32, on the CPU."""
-
-    index: int
-    latents: Tensor
-    timings: Timings | None  # None: a preview
-    step: int = 0  # steps of the block that were made
-    steps_saved: int = 0
-    probes: Probes | None = None
 
 
 class PriorSession(Session[B]):
@@ -140,22 +132,22 @@ class SamplingSession(PriorSession[SampledBlock]):
         self.deliver()
 
     def steady(self) -> bool:
-        return not self.run.watched
+        return not self.run.watch.looks
 
     def completed(self, index: int) -> SampledBlock:
         written = self.run.take_finished()
         check_latents(f"the latents of block {index}", written.latents)
         self._engine.observer.block(time.monotonic() - self._since, first=self.run.block == 1)
         self._engine.observer.tokens(0, len(written.latents))
-        return SampledBlock(index, written.latents, self.timings(self._since), *written[1:])
+        return replace(written, index=index, timings=self.timings(self._since))
 
     def show(self) -> None:
         """Hand over a preview, if there is one that another stage would take."""
-        run = self.run
-        if run.preview is not None:
+        watch = self.run.watch
+        if watch.preview is not None:
             with suppress(NotFinite, OutOfBounds):
-                check_latents("a preview", run.preview)
-                self.outbox.show(SampledBlock(self.job.first_block + run.block, run.preview, None, run.step))
+                check_latents("a preview", watch.preview)
+                self.outbox.show(SampledBlock(watch.preview, watch.step, index=self.job.first_block + self.run.block))
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from colaserve_services.bounds import SAMPLE_ID, SEED_END, block_seed, check
 from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.session import Timings
 from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.backend import Denoise, Denoised, Row
 from colaserve_services.model.config import ModelShape
@@ -129,13 +130,16 @@ def _check_seed(job: SampleJob) -> None:
         )
 
 
-class Written(NamedTuple):
-    """A block just completed."""
+@dataclass(frozen=True)
+class SampledBlock:
+    """A written block, or a preview of the one under way."""
 
-    latents: Tensor  # (B, d) on the CPU
-    step: int = 0  # steps made; 0: it was given
+    latents: Tensor  # (B, d) float32, on the CPU
+    step: int = 0  # steps of the block that were made; 0: it was given
     steps_saved: int = 0
     probes: Probes | None = None
+    index: int = 0
+    timings: Timings | None = None  # None: a preview
 
 
 class Run(Generic[F]):
@@ -179,7 +183,7 @@ class Run(Generic[F]):
         raise NotImplementedError
 
 
-class SamplingRun(Run[Written]):
+class SamplingRun(Run[SampledBlock]):
     """The state of a run between forward passes, but for the latents of the block under way: the backend has them."""
 
     def __init__(self, job: SampleJob, canvas: Canvas):
@@ -190,7 +194,6 @@ class SamplingRun(Run[Written]):
         self._probed = last_guided(job.sampler) if job.with_probes else None
         self._initial: Tensor | None = None  # latents of the block's first point, which the backend has not got yet
         self._fresh: Tensor | None = None  # noise that the current point's update adds
-        self.preview: Tensor | None = None  # (B, d), x0 after the last step where it is to be shown
         self._next_block()
 
     @property
@@ -202,11 +205,6 @@ class SamplingRun(Run[Written]):
     def remaining(self) -> int:
         """Blocks to commit before the current point."""
         return len(self.uncommitted)
-
-    @property
-    def step(self) -> int:
-        """Steps of the current block that were made."""
-        return self._watch.step
 
     @property
     def pinned(self) -> Tensor | None:
@@ -224,9 +222,9 @@ class SamplingRun(Run[Written]):
 
     def advance(self, result: Denoised) -> None:
         """The current point's velocity has done to the latents what it had to; move on to the next."""
-        watch = self._watch
+        watch = self.watch
         watch.evaluated(self._evaluations[self._step].ends_step, result)
-        self._step, self._initial, self.preview = self._step + 1, None, watch.preview
+        self._step, self._initial = self._step + 1, None
         if self._step == len(self._evaluations):
             self._complete(result.latents.to("cpu", torch.float32, copy=True))
         elif watch.is_stable:
@@ -235,32 +233,27 @@ class SamplingRun(Run[Written]):
         else:
             self._draw_fresh()
 
-    @property
-    def watched(self) -> bool:
-        """Whether the velocities of this block are looked at before it is written."""
-        return self._watch.looks
-
     def skip(self) -> bool:
         """Move on to the next point of an unwatched block before the current velocity is known; False at the last."""
         if self._step + 1 == len(self._evaluations):
             return False
-        self._watch.unseen(self._evaluations[self._step].ends_step)
+        self.watch.unseen(self._evaluations[self._step].ends_step)
         self._step, self._initial = self._step + 1, None
         self._draw_fresh()
         return True
 
     def _complete(self, latents: Tensor) -> None:
         previous = next(reversed(self.uncommitted or self._kept), None)
-        probes = self._watch.probes(latents, previous) if self.job.with_probes else None
-        made = self._watch.step
-        self.finished = Written(latents, made, self.settings.steps - made if made else 0, probes)
+        probes = self.watch.probes(latents, previous) if self.job.with_probes else None
+        made = self.watch.step
+        self.finished = SampledBlock(latents, made, self.settings.steps - made if made else 0, probes)
         self.uncommitted.append(latents)
 
     def _next_block(self) -> None:
         self.block += 1
         if self.done:
             return
-        self._watch = Watch(self.settings, self.job.preview_every, self._probed, self.canvas.known[self.block])
+        self.watch = Watch(self.settings, self.job.preview_every, self._probed, self.canvas.known[self.block])
         if self._given_blocks[self.block]:
             self._complete(self.canvas.values[self.block])
             return

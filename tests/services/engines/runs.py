@@ -9,8 +9,7 @@ import torch
 
 from colaserve_services.errors import Overloaded
 from colaserve_services.model.flow import SamplerSettings
-from colaserve_services.prior.engine import SampledBlock
-from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.prior.sampling_run import SampledBlock, SampleJob
 from tests.services.engines.conftest import Engines
 from tests.waiting import PATIENCE, eventually
 

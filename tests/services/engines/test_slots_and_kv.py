@@ -15,8 +15,7 @@ from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UsageError
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
-from colaserve_services.prior.engine import SampledBlock
-from colaserve_services.prior.sampling_run import SampleJob
+from colaserve_services.prior.sampling_run import SampledBlock, SampleJob
 from tests.conftest import Golden
 from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.runs import freed, job, noise, patiently, sample

@@ -18,7 +18,7 @@ from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.flow import SamplerSettings, Steering, schedule
 from colaserve_services.model.loading import load
-from colaserve_services.prior.sampling_run import Canvas, SampleJob, SamplingRun, Written
+from colaserve_services.prior.sampling_run import Canvas, SampledBlock, SampleJob, SamplingRun
 from colaserve_services.prior.watch import Watch
 from tests.conftest import Golden
 from tests.services.engines.conftest import CPU, engines
@@ -49,11 +49,11 @@ def prior(tiny: Golden) -> Iterator[Any]:
         )
 
 
-def watched(prior: Any, wanted: SampleJob, every: int = 1) -> tuple[list[Written], list[Preview]]:
+def watched(prior: Any, wanted: SampleJob, every: int = 1) -> tuple[list[SampledBlock], list[Preview]]:
     """A run that is looked at, pass by pass: its blocks, and all previews."""
     wanted = replace(wanted, preview_every=every, with_probes=True)
     run, pages = SamplingRun(wanted, Canvas.of(wanted, 4)), array("i", prior.pages.reserve(8))
-    blocks, previews = list[Written](), list[Preview]()
+    blocks, previews = list[SampledBlock](), list[Preview]()
     prior.prepare(schedule(wanted.sampler.steps))
     while True:
         while run.finished:
@@ -64,8 +64,8 @@ def watched(prior: Any, wanted: SampleJob, every: int = 1) -> tuple[list[Written
         *_, result = prior.run(prior.plan([*commits, *run.rows(0, pages, 1)])).results()
         run.commit(len(commits))
         run.advance(result)
-        if run.preview is not None:
-            previews.append(Preview(run.block, run.step, run.preview))
+        if run.watch.preview is not None:
+            previews.append(Preview(run.block, run.watch.step, run.watch.preview))
 
 
 @pytest.mark.parametrize("sampler", SOLVERS, ids=str)
