@@ -328,12 +328,9 @@ async def test_a_wrong_body_is_refused_with_its_fault(gateway: Running, content:
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
     assert error["message"].startswith(message)
     assert error["param"] or error["code"] == "invalid_json"
-
-
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
-async def test_a_body_is_sent_as_json(gateway: Running, content_type: str):
-    response = await gateway.http.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"content-type": content_type})
-    assert (response.status_code, response.json()["error"]["message"]) == (400, OBJECT)
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        other = await gateway.http.post(COMPLETIONS, content=content, headers={"content-type": kind})
+        assert (other.status_code, other.json()["error"]["message"]) == (400, OBJECT)
 
 
 async def test_browsers_may_call_where_their_origin_is_allowed_and_errors_reach_them(start, gateway: Running):

@@ -85,18 +85,7 @@ async def test_without_a_known_key_nothing_but_health_is_served(tmp_path):
         assert it.servicer.started == 2
 
 
-def test_keys_follow_their_file(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text("old\n")
-    keys = Keys(file=file)
-    assert keys.identify("Bearer old")
-    file.write_text("newer\n")
-    assert keys.identify("Bearer newer")
-    with pytest.raises(NotAuthenticated):
-        keys.identify("Bearer old")
-
-
-def test_a_key_file_that_cannot_be_read_or_holds_no_key_takes_no_keys_away(tmp_path, caplog):
+def test_keys_follow_their_file_and_one_that_cannot_be_read_or_holds_none_takes_none_away(tmp_path, caplog):
     file = tmp_path / "keys"
     file.write_text("old\n")
     keys = Keys(["fixed"], file)
@@ -108,6 +97,8 @@ def test_a_key_file_that_cannot_be_read_or_holds_no_key_takes_no_keys_away(tmp_p
     file.rmdir()
     file.write_text("newer\n")
     assert keys.identify("Bearer newer")
+    with pytest.raises(NotAuthenticated):
+        keys.identify("Bearer old")
     file.write_text("# none\n")
     assert keys.identify("Bearer newer")
     assert f"{file} holds no key" in caplog.text
