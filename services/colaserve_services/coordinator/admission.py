@@ -48,7 +48,7 @@ class Ticket:
     stage: str
     size: int = 0  # latents that it needs there
     first: bool = False  # the call does nothing before it has this one, and is refused when it waits too long
-    slow: bool = False  # its blocks take long, and it is preempted between them only: such hold half of the slots
+    slow: bool = False  # its blocks take long, and it is preempted between them only
     resuming: bool = False  # its run has made progress
     granted: asyncio.Future[None] | None = None  # set while it waits; done once it is launched
     running: bool = False
@@ -60,9 +60,9 @@ class Ticket:
     waited: float = 0.0  # seconds, of all its waits
 
     @property
-    def large(self) -> bool:
-        """Whether it lasts so long that short ones would notice if it took the last slot."""
-        return self.size > _LARGE
+    def share(self) -> float:
+        """Of the slots, what it and those with no greater share may hold at most, since others would wait for them."""
+        return 1 / 2 if self.slow else 7 / 8 if self.size > _LARGE else 1.0
 
     @property
     def begins(self) -> bool:
@@ -76,9 +76,7 @@ class _Queue:
 
     capacity: int  # what its replicas say that they take
     limit: int  # the same, or what it took when it refused one
-    running: int = 0
-    slow: int = 0  # of these
-    large: int = 0
+    shares: Counter[float] = field(default_factory=Counter)  # of those that run
     launched: int = 0  # since a slot was left to other coordinators
     waiting: list[Ticket] = field(default_factory=list)
     refused: list[Ticket] = field(default_factory=list)  # by the stage, and not taken since; some are tried again now
@@ -86,37 +84,36 @@ class _Queue:
     probe: Ticket | None = None  # a smaller one that is tried beyond the limit
     timer: asyncio.TimerHandle | None = None
 
+    @property
+    def running(self) -> int:
+        """How many run."""
+        return self.shares.total()
+
     def start(self, ticket: Ticket) -> None:
         """It runs now."""
         ticket.running, ticket.launched = True, time.monotonic()
         self.launched += 1
-        self._count(ticket, 1)
+        self.shares[ticket.share] += 1
 
     def stop(self, ticket: Ticket) -> None:
         """It runs no more."""
         ticket.running = False
-        self._count(ticket, -1)
+        self.shares[ticket.share] -= 1
         self.probe = None if self.probe is ticket else self.probe
 
-    def _count(self, ticket: Ticket, by: int) -> None:
-        self.running += by
-        self.slow += by * ticket.slow
-        self.large += by * ticket.large
-
     def holds_back(self, ticket: Ticket, beside: Ticket | None = None) -> bool:
-        """Whether it stays queued because its like hold all slots that they may: slow ones half, large ones 7/8.
-        `beside`: one that would end."""
-        slow, large = (self.slow - beside.slow, self.large - beside.large) if beside else (self.slow, self.large)
-        too_slow = ticket.slow and slow >= max(self.limit // 2, 1)
-        return too_slow or (ticket.large and large >= self.limit - self.limit // 8)
+        """Whether it stays queued because its like hold all slots that they may. `beside`: one that would end."""
+        held = sum(count for share, count in self.shares.items() if share <= ticket.share)
+        held -= beside is not None and beside.share <= ticket.share
+        return ticket.share < 1 and held >= max(math.ceil(ticket.share * self.limit), 1)
 
     def candidates(self) -> list[Ticket]:
         """Those that may be tried now."""
         if self.running >= self.limit and (self.too_large == math.inf or self.probe is not None):
             return []
-        here = [each for each in self.refused if each.granted is not None or not each.preempted]
-        due = (each for each in here if each.passed >= _PASSES and not self.holds_back(each))
-        overdue = [*due][:1]  # it may be on its way to the queue
+        here = (each for each in self.refused if each.granted is not None or not each.preempted)
+        # The first may be on its way to the queue.
+        overdue = [each for each in here if each.passed >= _PASSES and not self.holds_back(each)][:1]
         found = [ticket for ticket in overdue or self.waiting if ticket.granted is not None and not ticket.running]
         return [ticket for ticket in found if ticket.size < self.too_large and not self.holds_back(ticket)]
 
