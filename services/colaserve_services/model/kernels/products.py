@@ -24,7 +24,7 @@ _MOST_STAGES = 4
 # Up to so many rows: tiles of rows and columns, and warps. Few rows wait for the weights' bytes: small tiles of
 # columns, so that all of a card reads them.
 _TILES = ((16, (16, 16, 4)), (32, (32, 16, 4)), (128, (64, 64, 4)), (1 << 31, (128, 128, 8)))
-_TILE_OF_FLOAT32 = 32, 32, 4  # which matrix units do not multiply
+_TILE_OF_FLOAT32 = 32, 32, 8  # which matrix units do not multiply
 
 
 @triton.jit
