@@ -203,8 +203,7 @@ class Admission:
                 self._try_later(queue, 2 * self._limits.retry_seconds)
         elif ticket in queue.waiting:
             queue.waiting.remove(ticket)
-        if ticket in queue.refused:
-            queue.refused.remove(ticket)
+        queue.refused = [other for other in queue.refused if other is not ticket]
         self._dispatch()
 
     def outlasts(self, ticket: Ticket) -> bool:
@@ -228,8 +227,7 @@ class Admission:
         if ticket.taken or not ticket.running:
             return
         ticket.taken, queue = True, self._queues[ticket.stage]
-        if ticket in queue.refused:
-            queue.refused.remove(ticket)
+        queue.refused = [other for other in queue.refused if other is not ticket]
         for other in queue.refused:
             other.passed += other.call.arrived < ticket.call.arrived
         if queue.probe is ticket:
@@ -317,10 +315,7 @@ class Admission:
         """Wait until a response of the call is read. While it is not and others wait, its sessions are preempted; once
         that has lasted for `idle_seconds` this raises Unavailable, and the call ends."""
         seconds, since, preempted = self._limits.idle_seconds, time.monotonic(), False
-        while not reading.done():
-            await asyncio.wait([reading], timeout=min(_UNREAD_LOOK, seconds))
-            if reading.done():
-                return
+        while not (await asyncio.wait([reading], timeout=min(_UNREAD_LOOK, seconds)))[0]:
             if self.waiting:
                 preempted = True
                 call.preempt(reading)  # at each look: it may have been given a slot again

@@ -213,12 +213,6 @@ class Engine(Generic[S, T]):
         self.backend.pages.remember(keys, pages, beside)
         self.observer.prefix_cache(0, 0, self.backend.pages.known * self.backend.page_bytes)
 
-    def _remember_new(self, session: S) -> None:
-        complete = min(session.cached, len(session.keys))
-        if complete > session.remembered:
-            self.remember(session.keys[:complete], session.pages)
-            session.remembered = complete
-
     def _preempt(self, session: S) -> None:
         session.reserves = session.holds_kv = False
         session.holds_since = session.idle_since = math.inf
@@ -313,10 +307,13 @@ class Engine(Generic[S, T]):
                     self._hand_over(some, self._begun(some))
             return
         for each, result in zip(scheduled, results, strict=True):
-            if not each.session.finished:  # as all are when the engine turned out to be at fault
-                with self._alone(each.session):
+            session = each.session
+            if not session.finished:  # as all are when the engine turned out to be at fault
+                with self._alone(session):
                     self._take(each, result)
-                    self._remember_new(each.session)
+                    if (complete := min(session.cached, len(session.keys))) > session.remembered:
+                        self.remember(session.keys[:complete], session.pages)
+                        session.remembered = complete
 
     @contextmanager
     def _alone(self, session: S) -> Iterator[None]:

@@ -67,8 +67,12 @@ class RpcServer:
     def bind(self) -> int:
         """Take the port and return it. Raises UsageError when it is taken or a certificate cannot be read."""
         if self._port is None:
-            tls = self._settings.tls
-            self._port = self._bind(server_credentials(tls) if tls else None)
+            address, server = network.address(self._settings.host, self._settings.port), self._server
+            tls = server_credentials(self._settings.tls) if self._settings.tls else None
+            try:
+                self._port = server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise UsageError(f"--grpc-port: cannot listen on {address}; is the port taken?") from error
         return self._port
 
     async def start(self) -> int:
@@ -118,13 +122,6 @@ class RpcServer:
     async def _set_health(self, status: Any) -> None:
         for name in (*self._names, ""):
             await self._health.set(name, status)
-
-    def _bind(self, tls: grpc.ServerCredentials | None) -> int:
-        address = network.address(self._settings.host, self._settings.port)
-        try:
-            return self._server.add_secure_port(address, tls) if tls else self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise UsageError(f"--grpc-port: cannot listen on {address}; is the port taken?") from error
 
     def _stage(self) -> str:
         """What refusals are counted for: the coordinator where it is served, else the first stage."""

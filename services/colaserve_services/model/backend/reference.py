@@ -22,14 +22,7 @@ from colaserve_services.model.backend.pages import Pages
 from colaserve_services.model.dit import TIME_SCALE, DiT, DiTBlock
 from colaserve_services.model.float8 import FLOAT8
 from colaserve_services.model.flow import guide, steer
-from colaserve_services.model.layers import (
-    Attend,
-    Linear,
-    padded_rows,
-    rotary_angles,
-    rotary_frequencies,
-    to_device,
-)
+from colaserve_services.model.layers import Attend, Linear, padded_rows, rotary_angles, rotary_frequencies, to_device
 from colaserve_services.model.modulation import ModulationTable
 from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 
