@@ -36,6 +36,7 @@ from colaserve_services.model.sampling import (
 )
 from colaserve_services.model.text_vae import TextVAEDecoder
 
+_LOOKS = 3  # at most, that previews wait: between two looks the prior makes a step where it shares the device
 _BESIDE_BLOCKS = 64  # rows of prefixes in a pass that answers blocks
 
 
@@ -109,7 +110,7 @@ class DecoderSession(Session[DecodedBlock]):
         self.pending: deque[Pending] = deque()  # what to decode, in order
         self.seen = set(job.history_ids)
         self.sampled = len(job.history_ids)
-        self.previews = False  # whether it has asked for one
+        self.previews = False  # whether it asked for one last
         self.accepted = len(job.prefix)  # latent positions taken in so far
         self.prefix = list(job.prefix.split(B)) if len(job.prefix) else []  # to be in the cache before the next block
         self._taken: list[Tensor] = []  # blocks behind them that are in it
@@ -126,7 +127,7 @@ class DecoderSession(Session[DecodedBlock]):
         if self.accepted + B > self.capacity:
             raise InvalidRequest(name, f"position {self.accepted} is beyond the {self.capacity} latents reserved")
         self.accepted += 0 if provisional else B
-        self.previews |= provisional
+        self.previews = provisional
         self.pending.append(Pending(latents, time.monotonic(), provisional))
         self._engine.wake()
         block = await self.outbox.get()
@@ -212,7 +213,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         super().__init__("decoder", model, shape, device, limits, observer, picked)
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64)
         self._ids = shape.block_size * shape.patch_size  # of a block
-        self._held = False  # whether previews were left for the next look
+        self._held = 0  # looks in a row that left previews for the next
 
     def session(self, job: DecodeJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[DecoderSession]:
         """Hold a session while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
@@ -223,12 +224,12 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         return time.monotonic() if self._held and self._look_again is None else super().next_deadline()
 
     def _ready(self) -> list[DecoderSession]:
-        """While nothing but previews is waited for, and not all that may come are there, they are left for the next
-        look, so that those of several sessions share a pass."""
+        """While nothing but previews is waited for, and not all that may come are there, they are left for later looks,
+        so that those of several sessions share a pass, or that of a block."""
         ready = super()._ready()
-        lack = len(ready) < sum(session.previews for session in self._sessions.all)
-        hold = lack and not self._held and all(session.awaits_preview() for session in ready)
-        self._held = hold and len(ready) > 0
+        lack = 0 < len(ready) < sum(session.previews for session in self._sessions.all)
+        hold = lack and self._held < _LOOKS and all(session.awaits_preview() for session in ready)
+        self._held = self._held + 1 if hold else 0
         return [] if hold else ready
 
     def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
