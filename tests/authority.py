@@ -23,7 +23,7 @@ class Authority:
         """Write name.pem and name.key for these names; again with other contents when they are there."""
         key, request, cert = (self.folder / f"{name}.{end}" for end in ("key", "csr", "pem"))
         extension = self.folder / "san.cnf"
-        extension.write_text(f"subjectAltName={names}\n")
+        extension.write_text(f"subjectAltName={names}\nauthorityKeyIdentifier=keyid\n")
         _openssl("req", *KEY, key, "-out", request, "-subj", f"/CN={common_name}")
         signer = ("-CA", self.ca, "-CAkey", self.folder / "ca.key", "-CAcreateserial")
         _openssl("x509", "-req", "-in", request, *signer, "-out", cert, "-days", "2", "-extfile", extension)
@@ -47,5 +47,8 @@ def _openssl(*arguments: str | Path) -> None:
 def make_authority(folder: Path) -> Authority:
     folder.mkdir(exist_ok=True)
     made = Authority(folder)
-    _openssl("req", "-x509", *KEY, folder / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority")
+    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # which Python 3.13 asks for
+    _openssl(
+        "req", "-x509", *KEY, folder / "ca.key", "-out", made.ca, "-days", "2", "-subj", "/CN=test authority", *usage
+    )
     return made
