@@ -263,12 +263,13 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
 
     def _schedule(self, ready: list[DecoderSession]) -> list[_ScheduledSession]:
         B, scheduled = self.shape.block_size, []
-        capacity = self.limits.prefill_chunk // B
+        capacity = self.limits.prefill_chunk / B  # blocks that see none before them
         if not all(session.remaining() for session in ready):  # some blocks are waited for
-            capacity = min(capacity, -(-_BESIDE_BLOCKS // B))
+            capacity = min(capacity, _BESIDE_BLOCKS / B)
         for session in ready:
-            count = min(session.remaining(), max(0, capacity))
-            capacity -= count
+            cost = 1 + session.blocks * self.backend.key_cost
+            count = min(session.remaining(), max(1, int(capacity / cost))) if capacity > 0 else 0
+            capacity -= count * cost
             found = _ScheduledSession.of(session, count)
             if found.rows_of:
                 scheduled.append(found)

@@ -53,6 +53,10 @@ class _Sequence:
         """Blocks that are not encoded."""
         return len(self.blocks) - len(self.parts)
 
+    def cost(self, key_cost: float) -> float:
+        """Of the next block, attention to those before included; the unit is a block that sees none."""
+        return 1 + len(self.parts) * key_cost
+
 
 class EncoderSession(Session[Encoded]):
     """One call. Its sequences are encoded in their order, so only one of them is in its middle at a time; that one
@@ -76,21 +80,23 @@ class EncoderSession(Session[Encoded]):
     def remaining(self) -> int:
         return sum(sequence.remaining for sequence in self._left)
 
-    def next_blocks(self, capacity: int) -> list[tuple[_Sequence, int]] | None:
-        """Whole sequences that fit one pass together, or the next chunk of a long one; None when they lack pages. None
-        are begun behind one whose leading blocks another call is about to have encoded."""
+    def next_blocks(self, capacity: float) -> list[tuple[_Sequence, int]] | None:
+        """Whole sequences that one pass takes together, or the next chunk of a long one; None when they lack pages.
+        None are begun behind one whose leading blocks another call is about to have encoded."""
         pieces: list[tuple[_Sequence, int]] = []
+        whole, key_cost = self._engine.most_blocks, self._engine.backend.key_cost
         for sequence in self._left[::-1]:
             if not sequence.pages and self._engine.awaits(sequence.keys, self):
                 break
             if not sequence.pages and not self._begin(sequence):
                 return pieces or None
-            count = min(sequence.remaining, self._engine.most_blocks)
-            if count > capacity:
+            cost = min(sequence.cost(key_cost), whole)
+            count = min(sequence.remaining, int(whole / cost))
+            if count * cost > capacity:
                 break
             if count:
                 pieces.append((sequence, count))
-                capacity -= count
+                capacity -= count * cost
         if not pieces:
             self._hand_over_completed()
         return pieces
@@ -166,7 +172,7 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
     ):
         super().__init__("encoder", model, shape, device, limits, observer, picked)
         self.pad_id = pad_id
-        self.most_blocks = self.limits.prefill_chunk // shape.block_size  # of a pass
+        self.most_blocks = self.limits.prefill_chunk // shape.block_size  # of a pass, where they see few before them
         self.has_variance, self.scaling_factor = model.config.use_variation, model.config.scaling_factor
 
     async def encode(
@@ -214,7 +220,7 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
         return first < len(keys) and [keys[first]] in begun
 
     def _schedule(self, ready: list[EncoderSession]) -> list[_ScheduledSession]:
-        capacity, scheduled, lacking = self.most_blocks, list[_ScheduledSession](), False
+        capacity, scheduled, lacking = float(self.most_blocks), list[_ScheduledSession](), False
         for session in ready:
             if lacking and session.under_way is None:  # it leaves another the pages that it lacks
                 continue
@@ -223,9 +229,9 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
                 pieces = session.next_blocks(capacity)
             lacking = lacking or pieces is None
             if pieces:
-                blocks = sum(count for _, count in pieces)
-                scheduled.append(_ScheduledSession(session, pieces, blocks * self.shape.block_size))
-                capacity -= blocks
+                rows = sum(count for _, count in pieces) * self.shape.block_size
+                scheduled.append(_ScheduledSession(session, pieces, rows))
+                capacity -= sum(count * sequence.cost(self.backend.key_cost) for sequence, count in pieces)
         return scheduled
 
     def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:

@@ -64,6 +64,11 @@ class TextVAEConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's four matrices."""
+        return self.dim * (4 * self.dim + self.ffn_dim + self.ffn_dim // (2 if self.act == "swiglu" else 1))
+
 
 @dataclass(frozen=True)
 class DiTConfig:

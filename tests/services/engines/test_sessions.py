@@ -164,6 +164,23 @@ async def test_chunks_do_not_cut_blocks(tmp_path: Path, chunk: int) -> None:
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
+async def test_chunks_far_in_a_long_text_have_fewer_rows(tiny: Golden) -> None:
+    """They attend to more, so with as many rows they would keep others waiting longer."""
+    ids, (block, *_) = [5 + number % 90 for number in range(508)], torch.randn(1, 4, 16).unbind()
+    prefix, results = torch.randn(508, 16, generator=torch.Generator().manual_seed(0)), []
+    for chunk in (64, 512):
+        with engines(tiny.directory, EngineLimits(max_context=512, prefill_chunk=chunk)) as stages:
+            (encoded,), _ = await stages.encoder.encode([ids])
+            async with stages.decoder.session(DecodeJob(prefix, with_logits=True)) as session:
+                results.append((encoded.latents, (await session.decode(block)).logits))
+            for engine in (stages.encoder, stages.decoder) if chunk == 64 else ():
+                *chunks, _ = engine.observer.rows
+                assert chunks == sorted(chunks, reverse=True)
+                assert 64 == chunks[0] > 1.2 * chunks[-1]
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("rows", "padded", "steps"),
     [(1, 16, ()), (100, 112, ()), (130, 160, ()), (640, 640, ()), (16, 16, (1, 16)), (17, 18, (1, 16))],

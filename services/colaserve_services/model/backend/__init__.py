@@ -117,6 +117,7 @@ class Backend(Protocol[P]):
 
     pages: Pages
     page_bytes: int
+    key_cost: float  # of attending to one block, beside the products of a block's own rows
 
     def plan(self, rows: Sequence[Row]) -> P:
         """What a pass over these rows needs, on its way to the device."""

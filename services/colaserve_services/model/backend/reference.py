@@ -65,6 +65,9 @@ class Paged(Generic[M]):
         float8 = self._inputs == FLOAT8
         self._attention = self._kernels.float8_attention if float8 else self._kernels.attention
         self._row: int = model.config.block_size  # positions of a row
+        # Of attending to a block, beside a row's own products.
+        operations = 2 * sizes.block_size * heads * head_dim
+        self.key_cost = self._kernels.key_cost(model.dtype) * operations / model.config.layer_weights
         self.page_bytes: int = self._kernels.Storage.page_bytes(shape)
         self.pages = Pages(sizes.pages(self.page_bytes))
         self._spare = self.pages.count + sizes.slots  # a page whose content nobody reads
@@ -186,9 +189,6 @@ class Prior(Paged[DiT]):
         self.table = ModulationTable(model, model.device, sizes.slots + 2)
         angles = rotary_angles(torch.arange(sizes.max_context), rotary_frequencies(config.rope_dim, 10000.0))
         self._turns = torch.stack(angles, dim=1).to(model.device)
-        # Of attending to a block, beside a row's own products.
-        operations = 2 * config.block_size * config.heads * config.head_dim
-        self.key_cost = self._kernels.key_cost(model.dtype) * operations / config.layer_weights
         size = (sizes.slots + 1, config.block_size, config.txt_in_channels)
         self._z, self._previous = (torch.zeros(size, device=model.device) for _ in range(2))
 
