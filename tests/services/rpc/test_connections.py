@@ -256,10 +256,11 @@ async def test_certificates_are_for_the_name_that_was_looked_up(authority, monke
     async with running(ServerSettings(tls=Tls(cert, key))) as it:
         async with found(f"localhost:{it.port}", settings) as replicas:
             [each] = replicas
-            await each.stub.Encode(ONE, wait_for_ready=True, timeout=30)
+            answer = await each.stub.Encode(ONE, wait_for_ready=True, timeout=30)
+            assert len(answer.encodings) == 1
         async with found(f"elsewhere.test:{it.port}", settings) as replicas:
             [each] = replicas
-            await failure(each.stub.Encode(ONE, timeout=10))
+            assert (await failure(each.stub.Encode(ONE, timeout=10))).code() == StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("target", ["unix:/tmp/a", "unix:///tmp/a", "ipv4:127.0.0.1:1", "[::1]:5"])
