@@ -44,7 +44,8 @@ class Host:
         self.role, self.metrics, self.settings = role, Metrics(), settings
         self.stack = contextlib.AsyncExitStack()
         self.addresses: dict[str, Any] = {}  # by their kind; of several processes by their name, then by their kind
-        self.drains: list[Callable[[float], Awaitable[None]]] = []  # each is told how long to say not ready before
+        # One for each server; its argument is for how many seconds it reports not ready before it takes no more calls.
+        self.drains: list[Callable[[float], Awaitable[None]]] = []
         self.description = ""  # of the model; announced with the addresses
         self.started = time.monotonic()
         self._grpc: RpcServer | None = None
