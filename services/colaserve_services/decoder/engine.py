@@ -267,7 +267,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         if not all(session.remaining() for session in ready):  # some blocks are waited for
             capacity = min(capacity, _BESIDE_BLOCKS / B)
         for session in ready:
-            cost = 1 + session.blocks * self.backend.key_cost
+            cost = self.backend.cost(session.blocks)
             count = min(session.remaining(), max(1, int(capacity / cost))) if capacity > 0 else 0
             capacity -= count * cost
             found = _ScheduledSession.of(session, count)

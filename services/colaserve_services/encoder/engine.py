@@ -53,10 +53,6 @@ class _Sequence:
         """Blocks that are not encoded."""
         return len(self.blocks) - len(self.parts)
 
-    def cost(self, key_cost: float) -> float:
-        """Of the next block, attention to those before included; the unit is a block that sees none."""
-        return 1 + len(self.parts) * key_cost
-
 
 class EncoderSession(Session[Encoded]):
     """One call. Its sequences are encoded in their order, so only one of them is in its middle at a time; that one
@@ -80,17 +76,17 @@ class EncoderSession(Session[Encoded]):
     def remaining(self) -> int:
         return sum(sequence.remaining for sequence in self._left)
 
-    def next_blocks(self, capacity: float) -> list[tuple[_Sequence, int]] | None:
+    def next_blocks(self, capacity: float) -> tuple[list[tuple[_Sequence, int]] | None, float]:
         """Whole sequences that one pass takes together, or the next chunk of a long one; None when they lack pages.
-        None are begun behind one whose leading blocks another call is about to have encoded."""
+        None are begun behind one whose leading blocks another call is about to have encoded. And the capacity left."""
         pieces: list[tuple[_Sequence, int]] = []
-        whole, key_cost = self._engine.most_blocks, self._engine.backend.key_cost
+        whole = self._engine.most_blocks
         for sequence in self._left[::-1]:
             if not sequence.pages and self._engine.awaits(sequence.keys, self):
                 break
             if not sequence.pages and not self._begin(sequence):
-                return pieces or None
-            cost = min(sequence.cost(key_cost), whole)
+                return pieces or None, capacity
+            cost = min(self._engine.backend.cost(len(sequence.parts)), whole)
             count = min(sequence.remaining, int(whole / cost))
             if count * cost > capacity:
                 break
@@ -99,7 +95,7 @@ class EncoderSession(Session[Encoded]):
                 capacity -= count * cost
         if not pieces:
             self._hand_over_completed()
-        return pieces
+        return pieces, capacity
 
     @property
     def under_way(self) -> _Sequence | None:
@@ -226,12 +222,11 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
                 continue
             pieces: list[tuple[_Sequence, int]] | None = []
             with self._alone(session):
-                pieces = session.next_blocks(capacity)
+                pieces, capacity = session.next_blocks(capacity)
             lacking = lacking or pieces is None
             if pieces:
                 rows = sum(count for _, count in pieces) * self.shape.block_size
                 scheduled.append(_ScheduledSession(session, pieces, rows))
-                capacity -= sum(count * sequence.cost(self.backend.key_cost) for sequence, count in pieces)
         return scheduled
 
     def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:

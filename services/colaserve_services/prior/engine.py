@@ -34,7 +34,7 @@ S = TypeVar("S", bound="PriorSession[Any]")
 
 _ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
-_LONG_HISTORY = 2.0  # units that attending to a session's blocks costs: as much as its own two rows
+_LONG_COST = 3.0  # of a session's block that attends to so much that this costs as much as its own two rows
 
 
 class PriorSession(Session[B]):
@@ -192,7 +192,7 @@ class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
         picked: Picked | None = None,
     ):
         super().__init__("prior", model, shape, device, limits, observer, picked)
-        self._least, self._key_cost = self.picked.least_rows / shape.block_size, self.backend.key_cost
+        self._least = self.picked.least_rows / shape.block_size
 
     def session(self, job: SampleJob, *, deadline: float | None = None) -> AbstractAsyncContextManager[SamplingSession]:
         """Hold a run while inside the context. Raises `InvalidRequest` at once, `Overloaded` on entering."""
@@ -244,21 +244,21 @@ class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
         While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
         time. The unit is a block of rows over no keys; each context gets a block at least while some budget is left.
         """
-        B, histories = self.shape.block_size, [session.run.committed * self._key_cost for session in ready]
-        sampling = [history for session, history in zip(ready, histories, strict=True) if session.remaining() <= 1]
+        B, costs = self.shape.block_size, [self.backend.cost(session.run.committed) for session in ready]
+        sampling = [cost for session, cost in zip(ready, costs, strict=True) if session.remaining() <= 1]
         whole = max(_CONTEXT_SHARE * 2 * len(sampling), self._least) if sampling else self.limits.prefill_chunk / B
         fewest = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B)
-        shared = min(sampling, default=0.0) <= _LONG_HISTORY
+        shared = min(sampling, default=0.0) <= _LONG_COST
         budget, scheduled = whole, []
-        for session, history in zip(ready, histories, strict=True):
+        for session, cost in zip(ready, costs, strict=True):
             wanted = count = session.remaining()
             if count > 1:
-                count = min(count, max(fewest, int(budget / (1 + history)))) if budget > 0 else 0
-                budget -= count * (1 + history)
-            elif shared and history > _LONG_HISTORY:
-                if budget < min(history, whole):
+                count = min(count, max(fewest, int(budget / cost))) if budget > 0 else 0
+                budget -= count * cost
+            elif shared and cost > _LONG_COST:
+                if budget < min(cost - 1, whole):
                     continue
-                budget -= history
+                budget -= cost - 1
             if count or not wanted:
                 scheduled.append(_ScheduledSession.of(session, count))
         return scheduled

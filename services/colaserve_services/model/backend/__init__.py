@@ -117,7 +117,9 @@ class Backend(Protocol[P]):
 
     pages: Pages
     page_bytes: int
-    key_cost: float  # of attending to one block, beside the products of a block's own rows
+
+    def cost(self, before: int) -> float:
+        """Of a block that sees so many before it; the unit is one that sees none."""
 
     def plan(self, rows: Sequence[Row]) -> P:
         """What a pass over these rows needs, on its way to the device."""

@@ -65,9 +65,8 @@ class Paged(Generic[M]):
         float8 = self._inputs == FLOAT8
         self._attention = self._kernels.float8_attention if float8 else self._kernels.attention
         self._row: int = model.config.block_size  # positions of a row
-        # Of attending to a block, beside a row's own products.
-        operations = 2 * sizes.block_size * heads * head_dim
-        self.key_cost = self._kernels.key_cost(model.dtype) * operations / model.config.layer_weights
+        operations = 2 * sizes.block_size * heads * head_dim  # of attending to a block, beside a row's own products
+        self._key_cost = self._kernels.key_cost(model.dtype) * operations / model.config.layer_weights
         self.page_bytes: int = self._kernels.Storage.page_bytes(shape)
         self.pages = Pages(sizes.pages(self.page_bytes))
         self._spare = self.pages.count + sizes.slots  # a page whose content nobody reads
@@ -99,6 +98,10 @@ class Paged(Generic[M]):
         own = np.concatenate((np.repeat(own, pieces), np.array(scratch, np.int32)))
         positions = (history[:, None] + np.arange(n)).ravel()
         return tables, table_of, history, own, positions.astype(np.int32)
+
+    def cost(self, before: int) -> float:
+        """See `Backend`."""
+        return 1 + before * self._key_cost
 
     def _lacking(self, rows: int, step: int = 16, parts: int = 8) -> int:
         """See `padded_rows`."""
