@@ -59,12 +59,11 @@ class Linear(nn.Linear):
         if self._packed is not None:
             x = x.to(self.weight.dtype)
             apart = self._gelu_apart and x.shape[:-1].numel() >= _GELU_APART_FROM
-            behind = apart or self.activation not in _FUSED
-            fused = _FUSED["none" if behind else self.activation]
-            product = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *fused)
-            if apart:
-                return cpu_kernels.rescale(product, gelu=True)
-            return ACTIVATIONS[self.activation](product) if behind else product
+            fused = None if apart else _FUSED.get(self.activation)
+            product = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *(fused or _FUSED["none"]))
+            if fused:
+                return product
+            return cpu_kernels.rescale(product, gelu=True) if apart else ACTIVATIONS[self.activation](product)
         if self._widens:
             return self._widened(x)
         if not torch.is_grad_enabled():
