@@ -121,7 +121,9 @@ def _type(field: Mapping[str, Any], most: int | None) -> str:
         return " | ".join(repr(value) for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}), most)}"
+    if field.get("type") not in ("integer", "number"):
+        return str(field.get("type", "any"))
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
     low, high = None if low is not None and low <= -LARGE else low, most if high is None or high >= LARGE else high
     ends = ["" if end is None else str(end) if isinstance(end, int) else f"{end:.10g}" for end in (low, high)]
-    return f"{field.get('type', 'any')} {'..'.join(ends)}" if any(ends) else str(field.get("type", "any"))
+    return f"{field['type']} {'..'.join(ends)}" if any(ends) else str(field["type"])

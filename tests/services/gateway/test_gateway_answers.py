@@ -201,6 +201,7 @@ async def test_the_documents_page_shows_the_served_models_defaults_and_bounds_or
     bounds = {"max_blocks": (1, 512 // BLOCK), "max_completion_tokens": (1, 512), "tokens (required)": (0, 299)}
     for name, (least, most) in bounds.items():
         assert re.search(rf"<td>{re.escape(name)}</td><td>(list of )?integer {least}[.][.]{most}</td>", page), name
+    assert not re.search(r"string \d*[.]{2}", page), "a bound of ids is none of a text"
     assert not re.search(r"[.]{2}\d{10}|<td>\w+ -\d{10}", page), "a type's range says nothing of the model"
     gateway.fake.info_failure = Unavailable("away")
     page = (await (await start()).http.get("/docs")).text
