@@ -29,8 +29,6 @@ from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 M = TypeVar("M", bound=DiT | TextVAEDecoder | TextVAEEncoder)
 V = TypeVar("V", bound=TextVAEDecoder | TextVAEEncoder)
 
-_BLOCKS = 1, 16  # the prior's steps of `padded_rows`, in blocks
-
 
 class Finished(NamedTuple):
     """A pass that has run."""
@@ -54,6 +52,8 @@ class Layout(NamedTuple):
 
 class Paged(Generic[M]):
     """The pages, their storage, and the layout of rows. A block is one row of the prior, and B / Bv of a VAE."""
+
+    _rounding: tuple[int, ...] = ()  # of `padded_rows`, where it is another than usual
 
     def __init__(self, model: M, sizes: Sizes, layers: int, heads: int, head_dim: int, kernels: ModuleType = ops):
         """`kernels` has the functions of `ops`, and is used for pages that it takes."""
@@ -103,9 +103,9 @@ class Paged(Generic[M]):
         """See `Backend`."""
         return 1 + before * self._key_cost
 
-    def _lacking(self, rows: int, step: int = 16, parts: int = 8) -> int:
-        """See `padded_rows`."""
-        return padded_rows(rows, self.model.dtype, self.model.device, step, parts) - rows
+    def _lacking(self, rows: int) -> int:
+        """How many more `padded_rows` asks for."""
+        return padded_rows(rows, self.model.dtype, self.model.device, *self._rounding) - rows
 
     def _rotary(self, positions: Tensor) -> Tensor:
         return torch.empty(0)
@@ -186,6 +186,8 @@ class PriorPlan(NamedTuple):
 class Prior(Paged[DiT]):
     """Velocities of the flow, and what solvers do with them. The latents z of each slot stay on the device."""
 
+    _rounding = 1, 16  # rows are blocks
+
     def __init__(self, model: DiT, sizes: Sizes, kernels: ModuleType = ops):
         config = model.config
         super().__init__(model, sizes, config.num_layers, config.heads, config.head_dim, kernels)
@@ -206,7 +208,7 @@ class Prior(Paged[DiT]):
         device, B = self.model.device, self.sizes.block_size
         guided = [i for i, row in enumerate(rows) if row.guided]
         latents = [self._latents(row) for row in rows]
-        spare = self._lacking(len(rows) + len(guided), *_BLOCKS)
+        spare = self._lacking(len(rows) + len(guided))
         taken = [*range(len(rows)), *guided, *[0] * spare]
         zero, *times = self.table.rows([0.0, *(row.time for row in rows)])
         index = torch.tensor(times, dtype=torch.int32)[:, None].repeat(1, B)
@@ -233,7 +235,7 @@ class Prior(Paged[DiT]):
         if not plan.steps.rows:
             return Finished([None] * plan.asked)
         points = [*plan.steps.rows, *range(plan.asked, plan.asked + len(plan.steps.branches))]
-        points += [0] * self._lacking(len(points), *_BLOCKS)
+        points += [0] * self._lacking(len(points))
         x, y, index = self._of(points, x), None if y is None else self._of(points, y), self._of(points, index)
         velocities = self._velocities(x, y, gate, index)
         denoised = iter(self._denoised(plan, velocities.unflatten(0, (len(points), -1))))
