@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 from colaserve_client.channel import client_version
 from colaserve_client.cli import exits
 from colaserve_client.cli.output import printable
-from colaserve_client.cli.verbs import VERBS, Verb, missing_extra
+from colaserve_client.cli.verbs import VERBS, missing_extra
 
 _NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # of click 8.2 and later
 
@@ -33,7 +34,14 @@ class LazyGroup(click.Group):
             message = missing_extra(cmd_name, error)
             if message is None:
                 raise
-            return _unavailable(cmd_name, verb, message)
+
+            def refuse(arguments: Sequence[str]) -> None:
+                raise click.ClickException(message)
+
+            anything = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+            settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+            text = f"{verb.help}\n\nNot installed: {message}."
+            return click.Command(cmd_name, settings, refuse, [anything], help=text)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -51,17 +59,6 @@ class LazyGroup(click.Group):
             with formatter.section(section):
                 rows = [(name, verb.help) for name, verb in VERBS.items() if verb.section == section]
                 formatter.write_dl(rows)
-
-
-def _unavailable(name: str, verb: Verb, message: str) -> click.Command:
-    """Stands for a verb whose extra is not installed."""
-
-    def refuse(arguments: Sequence[str]) -> None:
-        raise click.ClickException(message)
-
-    anything = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
-    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return click.Command(name, settings, refuse, [anything], help=f"{verb.help}\n\nNot installed: {message}.")
 
 
 _EXAMPLES = """Continuous latent diffusion language models, served and used.
@@ -95,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _exit_code(cli.main(arguments, prog_name="colaserve", standalone_mode=False))
+        result = cli.main(arguments, prog_name="colaserve", standalone_mode=False)
+        return result if isinstance(result, int) else exits.OK  # a verb may return its exit code
     except Exception as error:
         return _explain(error, arguments)
 
@@ -112,13 +110,11 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _exit_code(result: Any) -> int:
-    """A verb may return its exit code."""
-    return result if isinstance(result, int) else exits.OK
-
-
 def _explain(error: Exception, arguments: Sequence[str]) -> int:
-    if _debug(arguments):
+    debug = "--debug" in arguments
+    with suppress(click.BadParameter):  # which was the error
+        debug = debug or click.BOOL.convert(os.environ.get("COLASERVE_DEBUG") or "0", None, None)
+    if debug:
         raise error
     if isinstance(error, ModuleNotFoundError):
         verb = next((argument for argument in arguments if argument in VERBS), "")
@@ -128,10 +124,3 @@ def _explain(error: Exception, arguments: Sequence[str]) -> int:
     elif line := exits.line_of(error):
         click.echo(f"colaserve: {printable(' '.join(line.split()))}", err=True)
     return exits.code_of(error)
-
-
-def _debug(arguments: Sequence[str]) -> bool:
-    try:
-        return "--debug" in arguments or bool(click.BOOL.convert(os.environ.get("COLASERVE_DEBUG") or "0", None, None))
-    except click.BadParameter:  # which was the error
-        return False

@@ -55,9 +55,9 @@ class SectionedCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; variables that it read once, and that nothing was given for, are named first."""
-        for parameter in self.params:
-            if isinstance(parameter, SectionedOption) and parameter.is_missed(ctx):
-                old = _variable(parameter)
+        for parameter in (each for each in self.params if isinstance(each, SectionedOption) and each.envvar is None):
+            given = ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+            if not given and os.environ.get(old := _variable(parameter)):
                 click.echo(f"colaserve: {old} is not read any more: give {longest(parameter)}", err=True)
         try:
             return super().invoke(ctx)
@@ -83,11 +83,6 @@ class SectionedOption(click.Option):
         self.section = section
         if self.name in VARIABLES:
             self.envvar, self.show_envvar = _variable(self), True
-
-    def is_missed(self, ctx: click.Context) -> bool:
-        """Whether only a variable that is not read any more says something about this option."""
-        given = ctx.get_parameter_source(self.name or "") == ParameterSource.COMMANDLINE
-        return self.envvar is None and not given and bool(os.environ.get(_variable(self)))
 
 
 def longest(option: click.Option) -> str:
@@ -181,22 +176,18 @@ def client_options(verb: Verb) -> Verb:
 
 def field_options(kind: type, section: str = "Options", without: Collection[str] = ()) -> list[Callable[[Verb], Verb]]:
     """An option for each field of a dataclass; the verb gets their values by their flat names."""
-    kept = (field for name, field in flat_fields(kind).items() if name not in without)
-    return [option(*_names(field), section=section, **_kind(field)) for field in kept]
+    return [_option_of(field, section) for name, field in flat_fields(kind).items() if name not in without]
 
 
-def _names(field: Field) -> tuple[str, str]:
-    return field.option or f"--{field.flat.replace('_', '-')}", field.flat
-
-
-def _kind(field: Field) -> dict[str, Any]:
+def _option_of(field: Field, section: str) -> Callable[[Verb], Verb]:
+    made: dict[str, Any] = {"type": field.kind, "help": field.help}
     if field.kind is bool:
-        return {"is_flag": True, "help": field.help}
-    if field.choices is not None:
-        return {"type": click.Choice(list(field.choices)), "help": field.doc}
-    if field.multiple:
-        return {"multiple": True, "help": field.help, "type": JsonFile() if is_dataclass(field.kind) else None}
-    return {"type": field.kind, "help": field.help}
+        made = {"is_flag": True, "help": field.help}
+    elif field.choices is not None:
+        made = {"type": click.Choice(list(field.choices)), "help": field.doc}
+    elif field.multiple:
+        made |= {"multiple": True, "type": JsonFile() if is_dataclass(field.kind) else None}
+    return option(field.option or f"--{field.flat.replace('_', '-')}", field.flat, section=section, **made)
 
 
 def taken(kind: type[T], values: dict[str, Any]) -> T:

@@ -84,6 +84,14 @@ def answer(value: Any, as_json: bool, shown: Callable[[], str]) -> None:
         echo(shown())
 
 
+def answer_each(
+    texts: Sequence[str], found: Sequence[Any], as_json: bool, headings: Sequence[str], rows: Sequence[Any], name: str
+) -> None:
+    """Print what a verb found of each text: for machines beside the text, called `name`, or a row each for people."""
+    each = [{name: text, **plain(one)} for text, one in zip(texts, found, strict=True)]
+    answer(each, as_json, lambda: table(headings, rows))
+
+
 def counted(count: int, noun: str) -> str:
     """1 token, 2 tokens."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,13 +1,13 @@
-"""`colaserve info` and `colaserve status`: what is served, and how the services are."""
+"""The verbs info, status (what is served, and how the services are) and completion (the script that a shell needs)."""
 
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
-from colaserve_client.about import ModelInfo, StageInfo
+from colaserve_client.about import StageInfo
 from colaserve_client.blocking import Client, DecoderClient, EncoderClient, PriorClient
 from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.types import Number
@@ -32,13 +32,10 @@ def info(*, client: Client, as_json: bool) -> None:
       colaserve info --json | python -m json.tool
     """
     found = client.info()
-    output.answer(found, as_json, lambda: output.pairs(_description(found)))
-
-
-def _description(found: ModelInfo) -> list[tuple[str, object]]:
-    model, sampler, sampling = found.model, found.default_sampler, found.default_sampling
+    model, sampler = found.model, found.default_sampler
     per_latent = output.counted(model.patch_size, "token")
-    return [
+    sampling = {name: value for name, value in output.plain(found.default_sampling).items() if value is not None}
+    rows: list[tuple[str, object]] = [
         ("model", found.name),
         *([("about", found.description)] if found.description else []),
         ("parameters", output.scaled(model.parameters, {"B": 10**9, "M": 10**6})),
@@ -46,21 +43,17 @@ def _description(found: ModelInfo) -> list[tuple[str, object]]:
         ("latents", f"{model.latent_dim} channels, blocks of {model.block_size}, {per_latent} each"),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("sampler", f"{sampler.steps} steps of {sampler.solver}, guidance {_short(sampler.guidance_scale)}"),
-        ("sampling", ", ".join(_settings(sampling))),
+        ("sampling", ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in sampling.items())),
         ("new tokens", f"{found.default_max_new_tokens} by default"),
         ("chat frame", repr(found.chat_frame) if found.chat_frame else "none"),
         ("longest context", f"{found.limits.max_context:,} latents"),
         ("version", found.server.version),
     ]
+    output.answer(found, as_json, lambda: output.pairs(rows))
 
 
 def _short(number: float | None) -> str:
     return "?" if number is None else f"{number:g}"
-
-
-def _settings(settings: Any) -> list[str]:
-    named = {name.replace("_", " "): value for name, value in output.plain(settings).items() if value is not None}
-    return [f"{name} {_short(value)}" for name, value in named.items()]
 
 
 @click.command(cls=options.SectionedCommand)
@@ -99,19 +92,15 @@ def status(*, server: options.Server, wait: float | None, as_json: bool) -> int:
 def _rows(client: Client, server: options.Server) -> Sequence[StageInfo]:
     """The coordinator and its stages; or the stages that run at the address."""
     serving = client.healthy()
-    try:
+    with suppress(NotSupported):
         found = client.info()
-    except NotSupported:
-        return _stage_rows(server, serving)
-    return [StageInfo("coordinator", client.target, serving, found.space, found.limits, found.server), *found.stages]
-
-
-def _stage_rows(server: options.Server, serving: bool) -> list[StageInfo]:
+        row = StageInfo("coordinator", client.target, serving, found.space, found.limits, found.server)
+        return [row, *found.stages]
     rows = []
     for name, kind in STAGES.items():
         with server.connect(kind) as stage, suppress(NotSupported):
-            found = stage.info()
-            rows.append(StageInfo(name, server.target, serving, found.space, found.limits, found.server))
+            about = stage.info()
+            rows.append(StageInfo(name, server.target, serving, about.space, about.limits, about.server))
     if not rows:
         raise NotSupported(f"{server.target} answers, but has no service of colaserve")
     return rows
@@ -132,3 +121,19 @@ def _cells(row: StageInfo) -> tuple[object, ...]:
         str(timedelta(seconds=int(server.uptime_seconds))),
         row.target,
     )
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print a script that completes verbs and options in your SHELL.
+
+    \b
+      eval "$(colaserve completion bash)"      # in ~/.bashrc
+      eval "$(colaserve completion zsh)"       # in ~/.zshrc
+      colaserve completion fish >~/.config/fish/completions/colaserve.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(context.find_root().command, {}, "colaserve", "_COLASERVE_COMPLETE").source())
