@@ -1,7 +1,5 @@
 """Random requests to the three engines, some of which make the networks fail: python -m tests.stress --seconds 300"""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random

@@ -1,7 +1,5 @@
 """Long runs of the harm in this folder, on one machine: python -m tests.chaos [OPTIONS] COMMAND"""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import tempfile

@@ -1,8 +1,6 @@
 """A fleet changes its checkpoint replica by replica while requests run, and before that its prior alone, as after
 fine-tuning it."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 from collections.abc import Sequence

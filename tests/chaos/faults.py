@@ -1,7 +1,5 @@
 """A proxy between coordinators and stages, which speak TLS, does harm while requests run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -1,7 +1,5 @@
 """Replicas are killed with SIGKILL again and again, while requests run."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

@@ -1,7 +1,5 @@
 """What the fleet is asked, over both roads: the client library to the coordinators, plain HTTP to a gateway."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

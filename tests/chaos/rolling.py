@@ -1,7 +1,5 @@
 """Every replica of every role is drained with SIGTERM and started again, one at a time, while requests run."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress

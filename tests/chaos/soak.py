@@ -1,7 +1,5 @@
 """A long time of requests, of which some are left early and some run out of time."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

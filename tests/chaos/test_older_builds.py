@@ -1,7 +1,5 @@
 """Processes of an older commit beside today's: a fleet is updated role by role, and its clients are updated last."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess

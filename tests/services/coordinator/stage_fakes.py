@@ -1,7 +1,5 @@
 """Tiny deterministic stages. What each answers depends on all of its requests, so a wrong resume shows."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable

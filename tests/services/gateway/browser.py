@@ -1,7 +1,5 @@
 """Debian's Chromium without a window, and what tests look at in a page."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """A gateway on a free port, in front of a fake GenerationService."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 

@@ -1,7 +1,5 @@
 """What tests hold of a gateway that runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """What is answered when all goes well."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

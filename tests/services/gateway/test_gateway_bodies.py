@@ -1,7 +1,5 @@
 """What a body may cost: it is read where one is taken, after the key, bounded, and checked to its first error."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -1,7 +1,5 @@
 """Clients of OpenAI's API, unmodified."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 
 import openai

@@ -1,7 +1,5 @@
 """Responses and messages, and what all dialects have in common."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

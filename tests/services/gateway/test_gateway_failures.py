@@ -1,7 +1,5 @@
 """What is answered when something goes wrong, and that nothing is left running."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

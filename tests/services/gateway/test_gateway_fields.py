@@ -1,7 +1,5 @@
 """Every field that a client may send has an effect on what is asked of the coordinator, or is refused by name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

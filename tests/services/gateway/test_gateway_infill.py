@@ -1,7 +1,5 @@
 """`suffix`: a hole between two texts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

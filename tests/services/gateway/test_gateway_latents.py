@@ -1,7 +1,5 @@
 """POST /v1/latents/...: LatentService as JSON, in front of a coordinator with fake stages."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """The page at /playground, used in a browser, in front of the bundled checkpoint."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import json

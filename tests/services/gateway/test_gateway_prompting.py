@@ -1,7 +1,5 @@
 """Messages to a prompt."""
 
-from __future__ import annotations
-
 import pytest
 
 from colaserve_services.gateway.dialects.chat import Message

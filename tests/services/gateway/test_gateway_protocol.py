@@ -1,7 +1,5 @@
 """HTTP itself: what is malformed, what does not come, what a client that left by half gets."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

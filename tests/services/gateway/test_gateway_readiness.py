@@ -1,7 +1,5 @@
 """The coordinator and its stages come and go: what the gateway says of itself, and what requests get meanwhile."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 

@@ -1,7 +1,5 @@
 """The HTTP server itself: sockets, TLS, going down."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json
