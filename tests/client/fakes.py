@@ -23,14 +23,11 @@ from colaserve.v1 import (
     prior_pb2_grpc,
     types_pb2,
 )
-from colaserve_client.arrays import tensor_from_array
+from tests import bytes_model
+from tests.bytes_model import BLOCK, PROBES, SPACE, TIMING, latents_of, spelt, text_of, texts_of, tops
 from tests.client.behaviour import Behaviour, Failure, invalid
 
-SPACE = "0123456789abcdef"
 STORY = b" there was a fox that wrote."
-BLOCK = 4
-PROBES = types_pb2.Probes(norm=1.5, entropy=0.1)
-TIMING = types_pb2.Timing(queue_us=1, compute_us=2)
 SHAPE = types_pb2.ModelShape(
     latent_dim=2, block_size=BLOCK, vae_block_size=BLOCK, patch_size=1, vocab_size=256, parameters=1000
 )
@@ -40,12 +37,6 @@ SERVER = types_pb2.ServerInfo(
 )
 
 
-def latents_of(ids: Any) -> types_pb2.Latents:
-    values = np.array([[token, 0.0] for token in ids], np.float32).reshape(-1, 2)
-    tensor = types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
-    return types_pb2.Latents(values=tensor, space=SPACE)
-
-
 def ids_of(latents: types_pb2.Latents, context: grpc.ServicerContext) -> list[int]:
     if latents.space not in ("", SPACE):
         Failure(grpc.StatusCode.FAILED_PRECONDITION, f"latents of space {latents.space}, expected {SPACE}").abort(
@@ -53,31 +44,6 @@ def ids_of(latents: types_pb2.Latents, context: grpc.ServicerContext) -> list[in
         )
     values = np.frombuffer(latents.values.data, np.float32).reshape(-1, 2)
     return [round(float(token)) for token in values[:, 0]]
-
-
-def text_of(ids: Any) -> str:
-    return bytes(ids).decode("utf-8", "replace")
-
-
-def texts_of(ids: Any) -> list[str]:
-    return [text_of([token]) for token in ids]
-
-
-def spelt(ids: Any) -> dict[str, Any]:
-    """Fields of most answers."""
-    return {"text": text_of(ids), "token_ids": ids, "tokens": texts_of(ids)}
-
-
-def seed_of(request: Any) -> types_pb2.NoiseSeed:
-    return request.seed if request.HasField("seed") else types_pb2.NoiseSeed(base_seed=1234)
-
-
-def tops(ids: Any, count: int, logprob: float = -0.5) -> list[types_pb2.TopLogprobs]:
-    return [
-        types_pb2.TopLogprobs(token_ids=[token] * count, logprobs=[logprob] * count, tokens=texts_of([token] * count))
-        for token in ids
-        if count
-    ]
 
 
 class Fake:
@@ -116,47 +82,8 @@ class Generation(Fake, generation_pb2_grpc.GenerationServiceServicer):
         self.behaviour.enter(request, context)
         if request.HasField("max_new_tokens") and request.max_new_tokens < 1:
             invalid("max_new_tokens", f"got {request.max_new_tokens}, expected 1 or more").abort(context)
-        yield from self.behaviour.messages(self._blocks(request), context)
-
-    def _blocks(self, request):
-        story, reason = STORY[: request.max_new_tokens or 32], types_pb2.FINISH_REASON_LENGTH
-        if len(story) < (request.max_new_tokens or 32):
-            reason = types_pb2.FINISH_REASON_STOP
-        for stop in request.stop:
-            if stop.encode() in story:
-                story, reason = story[: story.index(stop.encode())], types_pb2.FINISH_REASON_STOP
-        pieces = [story[start : start + BLOCK] for start in range(0, len(story), BLOCK)]
-        for index, piece in enumerate(pieces[:-1]):
-            yield from self._looks(request, index, piece)
-            yield self._block(request, piece)
-        yield from self._looks(request, len(pieces) - 1, pieces[-1])
-        last = self._block(request, pieces[-1])
-        last.finish_reason = reason
-        prompt_tokens = len(request.prompt.encode()) or len(request.prompt_ids.ids)
-        last.usage.CopyFrom(
-            types_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(story), blocks=len(pieces))
-        )
-        last.seed.CopyFrom(seed_of(request))
-        yield last
-
-    def _block(self, request, piece):
-        wanted = request.HasField("top_logprobs")
-        return generation_pb2.GenerateResponse(
-            **spelt(piece),
-            logprobs=[self.behaviour.logprob] * len(piece) if wanted else [],
-            top_logprobs=tops(piece, request.top_logprobs, self.behaviour.logprob - 0.25),
-            latents=latents_of(piece) if request.with_latents else None,
-            timing=TIMING,
-            probes=PROBES if request.with_probes else None,
-        )
-
-    def _looks(self, request, index, piece):
-        """Of a block of four steps: what is not certain yet is a question mark."""
-        for step in range(request.preview_every or 5, 4, request.preview_every or 5):
-            ids = piece[:step] + b"?" * len(piece[step:])
-            latents = latents_of(ids) if request.with_latents else None
-            preview = generation_pb2.Preview(block_index=index, step=step, text=text_of(ids), latents=latents)
-            yield generation_pb2.GenerateResponse(preview=preview, probes=PROBES if request.with_probes else None)
+        blocks = bytes_model.blocks_of(request, STORY.decode(), self.behaviour.logprob)
+        yield from self.behaviour.messages(blocks, context)
 
     def Tokenize(self, request, context):
         self.behaviour.enter(request, context)
@@ -195,13 +122,7 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
 
     def Logprobs(self, request, context):
         self.behaviour.enter(request, context)
-        ids = request.text.encode() or request.ids.ids or ids_of(request.latents, context)
-        return latent_service_pb2.LogprobsResponse(
-            **spelt(ids),
-            logprobs=[-0.25] * len(ids),
-            position_logprobs=tensor_from_array([[-0.5] * len(request.logprob_ids)] * len(ids)),
-            timing=TIMING,
-        )
+        return bytes_model.scored(request.text.encode() or request.ids.ids or ids_of(request.latents, context), request)
 
     def Score(self, request, context):
         self.behaviour.enter(request, context)
@@ -209,7 +130,7 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
             log_likelihood=-12.5,
             standard_error=0.25,
             evaluations=64 * (1 + 2 * request.probes),
-            seed=seed_of(request),
+            seed=bytes_model.seed_of(request),
             timing=TIMING,
         )
 
@@ -220,7 +141,7 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
                 block_index=index,
                 latents=latents_of(STORY[index * BLOCK :][:BLOCK]),
                 timing=TIMING,
-                seed=seed_of(request),
+                seed=bytes_model.seed_of(request),
                 provisional=provisional,
                 step=2 if provisional else 4,
                 probes=PROBES if request.with_probes else None,
@@ -232,17 +153,16 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
 
     def Fork(self, request, context):
         self.behaviour.enter(request, context)
-        answers = [self._branch(request, number) for number in range(len(request.branches))]
+        answers = [
+            [bytes_model.block_of_branch(number, index, block) for index, block in enumerate(blocks)]
+            for number in range(len(request.branches))
+            for blocks in [
+                bytes_model.blocks_of(bytes_model.branch_of(request, number), STORY.decode(), self.behaviour.logprob)
+            ]
+        ]
         yield from self.behaviour.messages(
             (block for turn in zip_longest(*answers) for block in turn if block), context
         )
-
-    def _branch(self, request, number):
-        branch, alone = request.branches[number], generation_pb2.GenerateRequest(with_latents=True)
-        alone.max_new_tokens = branch.max_new_tokens or request.max_new_tokens or 32
-        for index, block in enumerate(Generation(self.behaviour)._blocks(alone)):
-            fields = {field.name: value for field, value in block.ListFields()}
-            yield latent_service_pb2.ForkResponse(branch=number, block_index=index, **fields)
 
     def Embed(self, request, context):
         self.behaviour.enter(request, context)
@@ -268,15 +188,7 @@ class LatentSpace(Fake, latent_service_pb2_grpc.LatentServiceServicer):
 
     def Infill(self, request, context):
         self.behaviour.enter(request, context)
-        segments = [segment.text or "_" * segment.token_count for segment in request.segments]
-        return latent_service_pb2.InfillResponse(
-            **spelt("".join(segments).encode()),
-            segments=segments,
-            finish_reasons=[types_pb2.FINISH_REASON_LENGTH for segment in request.segments if segment.token_count],
-            usage=types_pb2.Usage(completion_tokens=sum(segment.token_count for segment in request.segments)),
-            seed=seed_of(request),
-            timing=TIMING,
-        )
+        return bytes_model.filled(request)
 
     def Reconstruct(self, request, context):
         self.behaviour.enter(request, context)

@@ -1,15 +1,21 @@
-"""Errors: every status has its type, the details arrive, and only what is safe is tried again."""
+"""Errors: every status has its type, details arrive, only what is safe is tried again. A malformed answer is the
+server's fault. A proxy of the environment is passed by on the way to this machine, and used to others."""
 
 import pickle
 import re
+import socket
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from colaserve_client import (
+    Cancelled,
     Client,
     ColaserveError,
     Connection,
@@ -30,8 +36,10 @@ from colaserve_client import (
     Tls,
     Unavailable,
 )
+from colaserve_client.cli.exits import line_of
 from tests.client.behaviour import Behaviour, Failure
 from tests.client.fakes import FakeServer, start_server
+from tests.client.test_stages import LETTERS
 from tests.waiting import wait_until as eventually
 
 Code = grpc.StatusCode
@@ -259,3 +267,95 @@ def test_what_cannot_be_sent_is_refused_by_name_before_it_is(
 
 def test_a_key_is_not_shown() -> None:
     assert "secret" not in repr(Client("localhost:1", key="secret").__dict__)
+
+
+def shorten_latents(answer: Any) -> None:
+    answer.latents.values.data = answer.latents.values.data[:-1]
+
+
+def shorten_encodings(answer: Any) -> None:
+    for encoding in answer.encodings:
+        shorten_latents(encoding)
+
+
+def drop_a_logprob(answer: Any) -> None:
+    del answer.logprobs[0]
+
+
+def test_one_malformed_answer_is_the_servers_fault(client: Client, server: FakeServer, behaviour: Behaviour) -> None:
+    behaviour.spoil = shorten_encodings
+    said = r"malformed answer: latents\.values: shape \(1, 2\) needs 8 bytes"
+    with EncoderClient(server.target) as encoder:
+        for call in (partial(client.encode_text, ["a"]), partial(encoder.encode, [[97]])):
+            with pytest.raises(ServerError, match=said) as bad:
+                call(request_id="mine")
+            assert bad.value.request_id == "mine"
+            assert not isinstance(bad.value, ValueError)
+
+
+def test_a_stream_with_a_malformed_answer_is_cancelled(client: Client, behaviour: Behaviour) -> None:
+    behaviour.spoil, behaviour.wait_after = shorten_latents, 1
+    stream = client.sample_latents(max_blocks=5, request_id="mine")
+    with pytest.raises(ServerError, match="malformed answer") as bad:
+        next(stream)
+    assert bad.value.request_id == "mine"
+    eventually(lambda: behaviour.cancelled == 1)
+    assert list(stream) == []
+
+
+def test_a_session_with_a_malformed_answer_is_closed(server: FakeServer, behaviour: Behaviour) -> None:
+    behaviour.spoil = drop_a_logprob
+    with DecoderClient(server.target) as decoder:
+        session = decoder.session()
+        with pytest.raises(ServerError, match="malformed answer") as bad:
+            session.decode(LETTERS)
+        assert bad.value.request_id == session.request_id
+        eventually(lambda: behaviour.running == 0)
+        with pytest.raises(Cancelled, match="session is closed"):
+            session.decode(LETTERS)
+
+
+def test_blocks_of_different_spaces_are_a_malformed_answer(client: Client, behaviour: Behaviour) -> None:
+    spaces = iter("abcdefgh")
+
+    def rename(answer: Any) -> None:
+        answer.latents.space = next(spaces) * 16
+
+    behaviour.spoil = rename
+    with pytest.raises(ServerError, match="latents of different spaces") as bad:
+        client.generate("a", with_latents=True, request_id="mine")
+    assert bad.value.request_id == "mine"
+
+
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost", "ipv4:127.0.0.1"])
+def test_servers_on_this_machine_are_reached_past_a_proxy(
+    server: FakeServer, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", NOBODY)
+    port = server.target.rpartition(":")[2]
+    with Client(f"{host}:{port}", retry=Retry(attempts=1), timeout=20) as client:
+        assert client.info().name
+
+
+def test_servers_elsewhere_are_reached_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def answer() -> None:
+            connection, _ = proxy.accept()
+            with connection:
+                asked.append(connection.recv(1000))
+                connection.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        client = Client("colaserve.example:50051", retry=Retry(attempts=1), timeout=20)
+        with client, pytest.raises(Unavailable) as caught:
+            client.info()
+        thread.join(20)
+    assert asked[0].startswith(b"CONNECT colaserve.example:50051 ")
+    assert "http_proxy is set" in line_of(caught.value)

@@ -1,6 +1,7 @@
 """One set of rules for text, lines and JSON, whoever reads them."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +30,12 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_newline_and_carriage_return_newline_alone_end_a_line(path: Path) -> None:
+def test_newline_and_carriage_return_newline_alone_end_a_line_and_texts_keep_them(path: Path) -> None:
     inside = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"
     found = list(read_lines(write(path, f"{inside}\r\n\nlast\r".encode())))
     assert found == [(1, inside), (2, ""), (3, "last\r")]
+    assert read_text(path) == f"{inside}\r\n\nlast\r"
+    assert list(read_json_lines(write(path, '{"a": "x\u2028y"}\r\n'.encode()))) == [(1, {"a": "x\u2028y"})]
 
 
 def test_byte_order_marks_are_skipped(path: Path) -> None:
@@ -42,17 +45,33 @@ def test_byte_order_marks_are_skipped(path: Path) -> None:
     assert [value for _, value in read_json_lines(write(path, MARK + b"{}\n\r\n{}"))] == [{}, {}]
 
 
-def test_text_keeps_its_line_ends(path: Path) -> None:
-    assert read_text(write(path, b"a\r\nb\n")) == "a\r\nb\n"
+def lines(path: Path) -> list[tuple[int, str]]:
+    return list(read_lines(path))
 
 
-@pytest.mark.parametrize("read", [read_text, lambda path: list(read_lines(path))])
-def test_what_is_not_utf8_is_refused_with_its_line(path: Path, read: object) -> None:
-    for half in (b"\xff", b"\xed\xa0\x80", "日".encode()[:2]):  # no UTF-8, half of a surrogate pair, a torn character
-        with pytest.raises(Unreadable, match=r"file:2: byte 0x\w\w is not UTF-8"):
-            read(write(path, b"good\nbad " + half + b" bad\n"))  # type: ignore[operator]
-    with pytest.raises(Unreadable, match="file: is UTF-16"):
-        read(write(path, "a".encode("utf-16")))  # type: ignore[operator]
+def records(path: Path) -> list[object]:
+    return list(read_json_lines(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "read", "message"),
+    [
+        *[(b"good\nbad " + half + b" bad\n", read, r"file:2: byte 0x\w\w is not UTF-8")
+          for half in (b"\xff", b"\xed\xa0\x80", "日".encode()[:2]) for read in (read_text, lines)],
+        *[("a".encode("utf-16"), read, "file: is UTF-16") for read in (read_text, lines)],
+        (None, read_text, "file: No such file"),
+        (None, lambda path: lines(path.parent), "Is a directory"),
+        (b"[]", read_json, r"file: expected a JSON object, got list$"),
+        (b"{}\n\nnull\n", records, r"file:3: expected a JSON object, got NoneType$"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_with_file_and_line(
+    path: Path, content: bytes | None, read: Callable[[Path], object], message: str
+) -> None:
+    if content is not None:
+        write(path, content)
+    with pytest.raises(Unreadable, match=message):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -82,21 +101,6 @@ def test_json_that_is_none_is_refused_with_file_and_line(text: str, message: str
 )
 def test_json_at_its_bounds_is_read(text: str) -> None:
     assert parse_json(text, "name") is not None
-
-
-def test_json_files_and_lines_hold_objects(path: Path) -> None:
-    with pytest.raises(Unreadable, match=r"file: expected a JSON object, got list$"):
-        read_json(write(path, b"[]"))
-    with pytest.raises(Unreadable, match=r"file:3: expected a JSON object, got NoneType$"):
-        list(read_json_lines(write(path, b"{}\n\nnull\n")))
-    assert list(read_json_lines(write(path, '{"a": "x\u2028y"}\r\n'.encode()))) == [(1, {"a": "x\u2028y"})]
-
-
-def test_a_missing_file_and_a_folder_are_named(path: Path) -> None:
-    with pytest.raises(Unreadable, match="file: No such file"):
-        read_text(path)
-    with pytest.raises(Unreadable, match="Is a directory"):
-        list(read_lines(path.parent))
 
 
 def test_standard_input_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:

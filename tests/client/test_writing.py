@@ -26,18 +26,17 @@ def test_a_reader_sees_the_old_content_or_the_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [0o600, 0o640, 0o666])
-def test_the_mode_stays(tmp_path: Path, bits: int) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
+def test_the_mode_and_a_second_name_stay(tmp_path: Path, bits: int) -> None:
+    path, plain = tmp_path / "file", tmp_path / "plain"
+    plain.write_text("")
+    write_file(path, "old, and longer")
+    assert mode(path) == mode(plain), "that of any new file"
     path.chmod(bits)
     write_file(path, b"new")
     assert (mode(path), path.read_bytes()) == (bits, b"new")
-
-
-def test_a_new_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("")
-    write_file(tmp_path / "file", "new")
-    assert mode(tmp_path / "file") == mode(tmp_path / "plain")
+    (tmp_path / "two").hardlink_to(path)
+    write_file(path, "newer")
+    assert ((tmp_path / "two").read_text(), path.samefile(tmp_path / "two")) == ("newer", True)
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
@@ -50,14 +49,6 @@ def test_links_are_followed(tmp_path: Path) -> None:
     write_file(dangling, "made")
     assert (link.is_symlink(), real.read_text()) == (True, "new")
     assert (dangling.is_symlink(), (tmp_path / "folder" / "new").read_text()) == (True, "made")
-
-
-def test_a_file_with_two_names_keeps_both(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_text("old, and longer")
-    two.hardlink_to(one)
-    write_file(one, "new")
-    assert (two.read_text(), one.samefile(two)) == ("new", True)
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:

@@ -5,10 +5,15 @@ here; inference.networking.k8s.io/v1 whole, in inference_pool.json.
 """
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
+
+from colaserve_services.rpc.metrics import Aliases, Metrics
+from tests.deploy.conftest import KUBERNETES, container_of
 
 POOL = json.loads(Path(__file__).with_name("inference_pool.json").read_text(encoding="utf-8"))
 
@@ -110,3 +115,37 @@ def test_a_pool_is_valid_by_its_published_schema_and_would_not_be_with_a_fault(r
 @pytest.mark.parametrize("spec", [{"secretname": "x"}, {"secretName": 3}, {"privateKey": {"size": "2048"}}])
 def test_the_check_sees_a_misspelt_field_and_another_type(spec):
     assert not set(fields(spec)) <= FIELDS["Certificate"]
+
+
+PICKER = KUBERNETES / "components" / "inference-gateway" / "endpoint-picker.yaml"
+
+
+def test_the_pool_holds_the_gateways_pods_under_the_label_that_the_picker_reads(rendered):
+    picker = yaml.safe_load(PICKER.read_text(encoding="utf-8"))
+    [engine] = next(one["parameters"]["engineConfigs"] for one in picker["plugins"] if "parameters" in one)
+    for pool in rendered.kind("InferencePool"):
+        gateway = rendered.deployments()["gateway"]
+        labels = gateway["spec"]["template"]["metadata"]["labels"]
+        assert pool["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert labels["llm-d.ai/engine-type"] == engine["name"] == "colaserve"
+        ports = [port["containerPort"] for port in container_of(gateway)["ports"] if port["name"] == "http"]
+        assert [port["number"] for port in pool["spec"]["targetPorts"]] == ports
+        assert rendered.settings()["COLASERVE_METRICS_ALIASES"] == "true"
+        [route] = rendered.kind("HTTPRoute")
+        assert route["spec"]["rules"][0]["backendRefs"][0]["name"] == pool["metadata"]["name"]
+
+
+def test_the_picker_names_plugins_that_it_has_and_metrics_that_a_gateway_has():
+    picker = yaml.safe_load(PICKER.read_text(encoding="utf-8"))
+    declared = {one["type"] for one in picker["plugins"]}
+    used = {one["pluginRef"] for profile in picker["schedulingProfiles"] for one in profile["plugins"]}
+    for source in picker["dataLayer"]["sources"]:
+        used |= {source["pluginRef"], *(one["pluginRef"] for one in source["extractors"])}
+    assert used == declared
+    metrics = Metrics()
+    labels = {name: set(names) for name, _, names, _ in metrics.table}
+    labels |= {family.name: set() for family in Aliases(metrics).collect()}
+    [engine] = next(one["parameters"]["engineConfigs"] for one in picker["plugins"] if "parameters" in one)
+    for spec in (value for name, value in engine.items() if name.endswith("Spec")):
+        name, chosen = re.fullmatch(r"([\w:]+)(?:{(.*)})?", spec).groups()
+        assert {one.partition("=")[0] for one in (chosen or "").split(",") if one} == labels[name]

@@ -1,4 +1,5 @@
-"""Dashboards, alerts and autoscalers ask for what the code exports; every alert is tested."""
+"""Dashboards, alerts, autoscalers and docs/operations.md ask for what the code exports; every alert is tested and
+has its entry in the runbook."""
 
 import re
 import runpy
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from colaserve_services.rpc.metrics import Metrics
-from tests.deploy.conftest import DEPLOY, KUBERNETES, STAGES, documents, queries
+from tests.deploy.conftest import DEPLOY, KUBERNETES, ROOT, STAGES, documents, queries
 
 ADDED = {"namespace", "instance", "job", "role", "le", "pod"}  # labels that Prometheus adds
 SERIES = {  # name to labels
@@ -76,3 +77,36 @@ def test_generated_files_are_what_their_sources_give():
     made = runpy.run_path(str(DEPLOY / "generate.py"))["files"]()
     stale = [path.name for path, text in made.items() if path.read_text(encoding="utf-8") != text]
     assert not stale, "run python deploy/generate.py"
+
+
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)[1]
+
+
+def test_every_alert_has_an_entry_in_the_runbook_and_none_is_left_over():
+    entries = re.findall(r"^### (Colaserve\w+)\n(\w+)\.", section("Runbook"), re.MULTILINE)
+    assert dict(entries) == {name: rule["labels"]["severity"] for name, rule in alerts().items()}
+    for name, rule in alerts().items():
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"
+        assert rule["labels"]["severity"] in {"page", "ticket"}
+
+
+def test_the_options_and_metrics_it_names_exist():
+    from colaserve_services.commands import COMMANDS
+
+    assert set(re.findall(r"\bcolaserve_\w+", PAGE)) <= SERIES.keys()
+    flags = {flag for command in COMMANDS.values() for option in command.params for flag in option.opts}
+    assert set(re.findall(r"`(--[a-z-]+)[^`]*`", PAGE)) - {"--help", "--revision", "--seconds"} <= flags
+
+
+def test_every_threat_names_a_file_of_tests_or_says_that_there_is_none():
+    threats = re.findall(r"^- (?:.+\n(?:  .+\n)*)", section("Security"), re.MULTILINE)
+    assert len(threats) > 20
+    for threat in (" ".join(threat.split()) for threat in threats):
+        last = re.search(r"\(([^()]*)\)$", threat)[1]
+        files = re.findall(r"`([\w/]+\.py)`", last)
+        assert files or last in {"not defended", "no test"}, threat
+        assert all((ROOT / "tests" / file).is_file() for file in files), threat

@@ -25,7 +25,7 @@ SAMPLER = {"steps": (4, 3), "guidance_scale": (3, 1.5), "solver": (types_pb2.SOL
 SAMPLING = {"temperature": (2.0, 0), "top_k": (0, 1), "top_p": (1.0, 0.01), "repetition_penalty": (1.0, 50),
             "seed": (1, 4)}  # fmt: skip
 SEED = {"base_seed": (5, 6), "sample_id": (0, 3)}
-WATCHED = {"preview_every"}  # see test_watching.py: previews come as far as there is time for them
+WATCHED = {"preview_every"}  # see test_golden_generation.py: previews come as far as there is time for them
 WHOLE = {"Latents", "Tensor", "TokenIds", "Steering"}  # messages that are one value
 
 Fields = dict[str, Any]
@@ -189,7 +189,7 @@ def test_the_walk_covers_every_method_and_field() -> None:
     found = walks(types_pb2.Latents(), types_pb2.Latents())
     assert {*found, "GetInfo"} == {"Generate", *(method.name for method in service.methods)}
     # See the test below; what a salt changes is time, see test_prefix_cache.py.
-    # Noise: see test_forks.py.
+    # Noise: see test_latent_calls.py.
     elsewhere = {"Generate": {"ignore_end", "print_special", *WATCHED}, "SampleLatents": WATCHED,
                  "Fork": {"ignore_end", "print_special", "branches.noise", *WATCHED}}  # fmt: skip
     salted = {"Generate", "Fork", "SampleLatents", "Infill", "Logprobs", "Score"}

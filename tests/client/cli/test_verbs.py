@@ -18,15 +18,12 @@ STORY_TEXT = STORY.decode()
 # generate
 
 
-def test_generate_prints_the_text(run: Run) -> None:
+def test_generate_prints_the_text_and_takes_one_that_begins_with_a_dash(run: Run, behaviour: Behaviour) -> None:
     done = run("generate", "Once")
     assert (done.code, done.out, done.err) == (0, STORY_TEXT + "\n", "")
     assert run("generate", "Once", "--echo").out == f"Once{STORY_TEXT}\n"
-
-
-def test_a_text_may_begin_with_a_dash_behind_two(run: Run, behaviour: Behaviour) -> None:
     assert run("generate", "--", "--echo").out == STORY_TEXT + "\n"
-    assert behaviour.requests[0].prompt == "--echo"
+    assert behaviour.requests[-1].prompt == "--echo"
 
 
 def test_generate_gives_machines_everything(run: Run) -> None:
@@ -201,14 +198,11 @@ def test_fork_prints_each_branch(run: Run, tmp_path: Path) -> None:
     assert "--top-logprobs and --probes are seen with --json only" in run("fork", "x", "--top-logprobs", "1").err
 
 
-def test_embed_prints_vectors(run: Run) -> None:
-    assert "3      2  111 0        'fox'" in run("embed", "fox").out
-    assert run("embed", "fox", "--pooling", "per_block", "--json").json[0]["values"] == [[111.0, 0.0]]
-
-
-def test_reconstruct_reports_how_faithful_it_is(run: Run) -> None:
+def test_reconstruct_reports_how_faithful_it_is_and_embed_prints_vectors(run: Run) -> None:
     assert "100.0%" in run("reconstruct", "abc").out
     assert run("reconstruct", "abc", "--json").json[0]["token_accuracy"] == 1
+    assert "3      2  111 0        'fox'" in run("embed", "fox").out
+    assert run("embed", "fox", "--pooling", "per_block", "--json").json[0]["values"] == [[111.0, 0.0]]
 
 
 def test_logprobs_of_a_text_or_of_latents(run: Run, tmp_path: Path) -> None:
@@ -280,14 +274,11 @@ def test_chat_puts_an_instruction_first_and_ends_with_its_input(run: Run, behavi
     assert done.err.count("/reset forgets") == 2
 
 
-def test_chat_ends_with_the_error_when_nobody_types(run: Run) -> None:
+@pytest.mark.parametrize(("typing", "code", "errors"), [(False, exits.USAGE, 1), (True, 0, 2)])
+def test_chat_ends_with_its_first_error_unless_someone_types(
+    run: Run, monkeypatch: pytest.MonkeyPatch, typing: bool, code: int, errors: int
+) -> None:
+    if typing:
+        monkeypatch.setattr(chat, "_interactive", lambda: True)
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
-    assert done.code == exits.USAGE
-    assert done.err.count("max-new-tokens: got 0, expected 1 or more") == 1
-
-
-def test_chat_continues_after_an_error_when_someone_types(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_interactive", lambda: True)
-    done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")
-    assert done.code == 0
-    assert done.err.count("max-new-tokens: got 0, expected 1 or more") == 2
+    assert (done.code, done.err.count("max-new-tokens: got 0, expected 1 or more")) == (code, errors)

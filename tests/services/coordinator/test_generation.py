@@ -201,6 +201,9 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(world, length: in
     assert caught.value.field == name
     assert all(str(number) in str(caught.value) for number in (length, budget, -(-(length + budget) // 4) * 4, 256))
     assert not world.encoder.calls
+    responses = await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 100), max_new_tokens=156, ignore_end=True)
+    assert len(ids_of(responses)) == 156, "what just fits is done"
+    assert world.prior.remaining == world.decoder.remaining == world.encoder.remaining == [None], "no deadline is made"
 
 
 async def test_a_default_budget_is_what_fits(make_world):
@@ -215,11 +218,6 @@ async def test_a_text_far_too_long_is_refused_without_tokenizing_it(world, monke
     monkeypatch.setattr(world.tokenizer, "encode_all", None)
     with pytest.raises(InvalidRequest, match=r"prompt: has \d+ tokens or more, at most 256 fit"):
         await world.generate(prompt="a" * 1_000_000)
-
-
-async def test_what_just_fits_is_done(world):
-    responses = await world.generate(prompt_ids=types_pb2.TokenIds(ids=[5] * 100), max_new_tokens=156, ignore_end=True)
-    assert len(ids_of(responses)) == 156
 
 
 async def test_the_prior_runs_ahead_while_the_decoder_works_and_is_cancelled_at_the_end(make_world, tokenizer):
@@ -261,11 +259,6 @@ async def test_a_deadline_reaches_each_stage_and_ends_the_call(world, stage: str
     await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
 
 
-async def test_without_a_deadline_none_is_passed_on(world):
-    await world.generate(prompt=PROMPT)
-    assert world.prior.remaining == world.decoder.remaining == world.encoder.remaining == [None]
-
-
 async def test_blocks_and_tokens_are_counted(world):
     responses = await world.generate(prompt=PROMPT, max_new_tokens=12, ignore_end=True)
     prompt = len(world.tokenizer.encode(PROMPT))
@@ -277,7 +270,6 @@ async def test_blocks_and_tokens_are_counted(world):
 @settings(max_examples=20)
 @given(st.integers(0, 2**62), st.integers(0, 9999))
 def test_a_derived_sampling_seed_is_a_function_of_the_noise_seed(base: int, sample: int):
-    seed = types_pb2.NoiseSeed(base_seed=base, sample_id=sample)
-    assert 0 <= sampling_seed(seed) < 2**63
-    assert sampling_seed(seed) == sampling_seed(types_pb2.NoiseSeed(base_seed=base, sample_id=sample))
-    assert sampling_seed(seed) != sampling_seed(types_pb2.NoiseSeed(base_seed=base + 1, sample_id=sample))
+    one, again, other = (types_pb2.NoiseSeed(base_seed=base + more, sample_id=sample) for more in (0, 0, 1))
+    assert 0 <= sampling_seed(one) == sampling_seed(again) < 2**63
+    assert sampling_seed(one) != sampling_seed(other)

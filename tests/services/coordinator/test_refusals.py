@@ -56,7 +56,7 @@ TEXTS: list[tuple[str, Fields]] = [
 ]
 # Call -> how the error begins, and what is wrong.
 WRONG: dict[str, list[tuple[str, Fields]]] = {
-    "generate": [
+    "generate": [  # settings have their ranges of one table, which the HTTP fields walk
         ("max_new_tokens: ", {"max_new_tokens": 0}),
         ("prompt_ids: ", {"prompt": "a", "prompt_ids": {"ids": [5]}}),
         ("prompt_ids: ", {"prompt_ids": {"ids": [512]}}),
@@ -67,22 +67,14 @@ WRONG: dict[str, list[tuple[str, Fields]]] = {
         ("top_logprobs: ", {"top_logprobs": 21}),
         ("preview_every: got 1001, expected 0 to 1000", {"preview_every": 1001}),
         ("sampler.steps: ", {"sampler": {"steps": 0}}),
-        ("sampler.steps: ", {"sampler": {"steps": 1001}}),
         ("sampler.guidance_scale: ", {"sampler": {"guidance_scale": float("nan")}}),
-        ("sampler.guidance_scale: ", {"sampler": {"guidance_scale": -1}}),
         ("sampler.solver: ", {"sampler": {"solver": 9}}),
-        ("sampler.guidance_start: ", {"sampler": {"guidance_start": 1.5}}),
         ("sampler.guidance_end: ", {"sampler": {"guidance_start": 0.2, "guidance_end": 0.3}}),
-        ("sampler.resamples: ", {"sampler": {"resamples": 101}}),
-        ("sampler.stable_steps: ", {"sampler": {"stable_steps": 1001, "stable_distance": 1}}),
         ("sampler.stable_distance: ", {"sampler": {"stable_distance": 1}}),
         ("sampler.stable_distance: ", {"sampler": {"stable_steps": 1, "stable_distance": 0}}),
         ("sampler.steering[0].scale: ", {"sampler": {"steering": [{"scale": 2000}]}}),
         ("sampling.temperature: ", {"sampling": {"temperature": float("inf")}}),
-        ("sampling.temperature: ", {"sampling": {"temperature": -0.1}}),
         ("sampling.top_p: ", {"sampling": {"top_p": 0}}),
-        ("sampling.top_p: ", {"sampling": {"top_p": 1.01}}),
-        ("sampling.repetition_penalty: ", {"sampling": {"repetition_penalty": 0}}),
         ("seed.sample_id: ", {"seed": {"sample_id": 10_000}}),
         ("seed.base_seed: ", {"seed": {"base_seed": 2**63}}),
         ("seed.base_seed: ", {"seed": {"base_seed": 2**63 - 1}, "max_new_tokens": 8}),

@@ -1,7 +1,7 @@
 """A stream that nobody reads gives its slot to those that wait; one that nobody waits for keeps it."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import grpc
@@ -9,8 +9,9 @@ import pytest
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
 from colaserve_services.coordinator import Call
+from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
-from colaserve_services.errors import Unavailable
+from colaserve_services.errors import Cancelled, Unavailable
 from colaserve_services.rpc.local import LocalStub
 from tests.services.coordinator.conftest import counted
 from tests.services.servers import UNREAD, refusal, served
@@ -122,3 +123,49 @@ async def test_a_run_gives_way_after_its_block_only_if_nobody_reads_by_then(make
         world.prior.turns.release()
     assert (await writing)[-1].finish_reason
     assert len(world.prior.calls) == (1 if read else 2)
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_an_error_too():
+    async def stream() -> AsyncGenerator[int, None]:
+        yield 0
+        raise asyncio.CancelledError  # as grpc.aio does when a call is cancelled on this side
+
+    async with ReadAhead(stream()) as ahead:
+        assert await ahead.next() == 0
+        with pytest.raises(Cancelled):
+            await asyncio.wait_for(ahead.next(), 5)
+
+
+async def test_who_is_cancelled_while_the_stream_closes_hears_of_it():
+    closing = asyncio.Event()
+
+    async def stream() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await asyncio.Event().wait()
+
+    async def leave() -> None:
+        async with ReadAhead(stream()) as ahead:
+            await ahead.next()
+
+    leaving = asyncio.create_task(leave())
+    await closing.wait()
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+
+
+async def test_passing_items_give_way_to_the_next_and_are_left_out_where_another_waits():
+    sent = []
+
+    async def stream():
+        for item in ("p1", "p2", "A", "p3", "B"):
+            sent.append(item)
+            yield item
+
+    async with ReadAhead(stream(), passing=lambda item: item.startswith("p")) as ahead:
+        await eventually(lambda: len(sent) == 5)
+        assert [await ahead.next(), await ahead.next(), ahead.received] == ["A", "B", 2]

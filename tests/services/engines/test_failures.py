@@ -17,6 +17,7 @@ from tests.services.engines import faults
 from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.faults import MARK_LATENT, MARK_TOKEN, Network, marked_ids, marked_job, marked_latents
 from tests.services.engines.runs import freed, job, noise, sample
+from tests.stress import stress
 from tests.waiting import eventually
 
 STAGES = ("encoder", "prior", "decoder")
@@ -175,3 +176,11 @@ def test_memory_that_ran_out_is_distinguished_from_other_errors() -> None:
         assert out_of_memory(error)
     for other in (RuntimeError("shapes do not fit"), OSError(2, "no such file"), ColaserveError("x")):
         assert not out_of_memory(other)
+
+
+async def test_requests_that_make_networks_fail_harm_no_others() -> None:
+    outcome = await stress(seconds=5, seed=1, hang=0.3)
+    assert outcome.wrong == []
+    innocent = sum(count for name, count in outcome.counts.items() if "as undisturbed" in name)
+    guilty = sum(count for name, count in outcome.counts.items() if "StepFailed" in name or "Overloaded" in name)
+    assert min(innocent, guilty) > 0

@@ -15,6 +15,7 @@ from colaserve_services.gateway.dialects.chat import Message
 from colaserve_services.gateway.dialects.fields import TextPart
 from colaserve_services.gateway.dialects.openai import StreamOptions
 from colaserve_services.gateway.dialects.refusals import UNSUPPORTED
+from colaserve_services.gateway.dialects.transcript import chat_prompt, turns_of
 from colaserve_services.gateway.settings import GatewaySettings
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import (
@@ -303,3 +304,26 @@ async def test_detokenize_refuses_what_is_no_list_of_ids(shared: Running, tokens
     response = await shared.http.post("/detokenize", json={"tokens": tokens})
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("tokens")
+
+
+SEVERAL = [("system", "Be short."), ("user", "Hi"), ("assistant", " Hello."), ("user", "Bye")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "frame", "prompt"),
+    [
+        ([("user", " as it is\n")], "", " as it is\n"),
+        ([("user", "Hi {prompt}")], "Q: {prompt}\nA:", "Q: Hi {prompt}\nA:"),
+        ([("user", [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])], "", "a b"),
+        ([("user", "x", "ann")], "not for {prompt}", "User (ann): x\nAssistant:"),
+        ([("system", "x")], "", "System: x\nAssistant:"),
+        ([("developer", "x")], "", "System: x\nAssistant:"),
+        ([("assistant", "x")], "", "Assistant: x\nAssistant:"),
+        (SEVERAL, "not for {prompt}", "System: Be short.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"),
+    ],
+)
+async def test_one_message_of_an_unnamed_user_is_the_prompt_and_others_make_a_transcript(
+    messages: list[tuple], frame: str, prompt: str
+):
+    made = [Message(**dict(zip(("role", "content", "name"), one, strict=False))) for one in messages]
+    assert chat_prompt(turns_of(made), frame) == prompt

@@ -20,7 +20,7 @@ from colaserve_services.inference.service import InferenceServicer
 from colaserve_services.rpc.local import LocalStub
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
-from tests.services.inference.serving import connected
+from tests.services.inference.asking import connected
 
 EXAMPLES = int(os.environ.get("COLASERVE_FUZZ_EXAMPLES", "20"))  # for each endpoint and mode
 

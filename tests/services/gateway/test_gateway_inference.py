@@ -15,7 +15,7 @@ from colaserve_services.rpc.auth import Keys
 from colaserve_services.rpc.local import LocalStub
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import running
-from tests.services.inference.serving import served
+from tests.services.inference.asking import served
 
 INFER = "/v2/models/{}/infer"
 HEADER = "inference-header-content-length"

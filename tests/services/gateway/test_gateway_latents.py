@@ -32,7 +32,7 @@ from colaserve_services.rpc.local import LocalStub
 from tests.services.coordinator.stage_fakes import SPACE, FakePrior
 from tests.services.gateway.fake_generation import FakeGeneration
 from tests.services.gateway.running_gateway import Running, events, running
-from tests.services.inference.serving import connected
+from tests.services.inference.asking import connected
 from tests.waiting import eventually
 
 PATH = "/v1/latents/{}"

@@ -1,10 +1,15 @@
-"""Requests of the Open Inference Protocol, and what an answer holds."""
+"""Requests of the Open Inference Protocol, what an answer holds, and the protocol over fake stages."""
 
 from typing import Any
 
 import numpy as np
 
+from colaserve_services.coordinator import Coordinator
 from colaserve_services.inference import open_inference_pb2 as pb
+from colaserve_services.inference.service import InferenceServicer
+from colaserve_services.rpc.local import LocalStub
+from tests.services.coordinator.conftest import fakes, over
+from tests.services.coordinator.stage_fakes import FakePrior
 
 
 def parameters(**values: Any) -> dict[str, pb.InferParameter]:
@@ -50,3 +55,17 @@ def outputs(response: pb.ModelInferResponse) -> dict[str, Any]:
 
     pairs = zip(response.outputs, response.raw_output_contents, strict=True)
     return {tensor.name: read(tensor, content) for tensor, content in pairs}
+
+
+async def connected(**limits: Any) -> tuple[Coordinator, FakePrior]:
+    """A coordinator, and the prior behind it."""
+    stages = fakes()
+    coordinator = over(stages, **limits)
+    await coordinator.connect()
+    return coordinator, stages["prior"]
+
+
+async def served(**limits: Any) -> tuple[Any, FakePrior]:
+    """A stub of the service, and the prior behind it."""
+    coordinator, prior = await connected(**limits)
+    return LocalStub(InferenceServicer(coordinator, lambda: True)), prior

@@ -9,8 +9,7 @@ import numpy as np
 from colaserve.v1 import latent_service_pb2
 from colaserve_services.inference import open_inference_pb2 as pb
 from colaserve_services.rpc import arrays
-from tests.services.inference.asking import asked, latents, outputs, raw, streaming, text
-from tests.services.inference.serving import served
+from tests.services.inference.asking import asked, latents, outputs, raw, served, streaming, text
 from tests.services.servers import failure
 from tests.services.systems import ids_of, recorded, system, text_of
 

@@ -94,6 +94,6 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": math.nan}, {"top_p": 0.0}, {"seed": -1}])
-def test_impossible_settings_are_refused_by_name(settings: dict) -> None:
+def test_impossible_sampling_is_refused_by_name(settings: dict) -> None:
     with pytest.raises(InvalidRequest, match=f"sampling.{next(iter(settings))}"):
         SamplingSettings(**settings)

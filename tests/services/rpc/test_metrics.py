@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
 
 import prometheus_client
@@ -14,6 +13,8 @@ from prometheus_client.registry import Collector
 from colaserve.v1.generation_pb2 import GenerationServiceGetInfoResponse
 from colaserve_services.errors import UsageError
 from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint, exposition
+
+GET = b"GET /metrics HTTP/1.1\r\n\r\n"
 
 
 def filled():
@@ -43,15 +44,11 @@ def test_the_exposition_is_clean_to_promtool():
 def test_the_endpoint_serves_what_is_counted_and_frees_its_port():
     metrics = Metrics()
     metrics.wasted_blocks.inc(3)
-    endpoint = MetricsEndpoint.start(metrics, "127.0.0.1", 0)
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics", timeout=5) as answer:
-            assert "colaserve_wasted_blocks_total 3.0" in answer.read().decode()
-        with pytest.raises(UsageError, match=f"--metrics-port.*{endpoint.port}"):
-            MetricsEndpoint.start(metrics, "127.0.0.1", endpoint.port)
-    finally:
-        endpoint.close()
-    MetricsEndpoint.start(metrics, "127.0.0.1", endpoint.port).close()
+    with endpoint(metrics) as port:
+        assert b"colaserve_wasted_blocks_total 3.0" in answer_to(port, GET)
+        with pytest.raises(UsageError, match=f"--metrics-port.*{port}"):
+            MetricsEndpoint.start(metrics, "127.0.0.1", port)
+    MetricsEndpoint.start(metrics, "127.0.0.1", port).close()
 
 
 def test_a_process_reports_its_cpu_seconds_memory_and_open_files_on_demand():
@@ -122,7 +119,7 @@ def test_many_silent_connections_cost_no_threads_and_keep_nobody_out():
         before = threading.active_count()
         for _ in range(50):
             silent.enter_context(socket.create_connection(("127.0.0.1", port)))
-        assert b"colaserve_build_info" in answer_to(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert b"colaserve_build_info" in answer_to(port, GET)
         assert threading.active_count() == before
 
 
@@ -158,7 +155,7 @@ def test_the_text_is_written_once_a_second_however_often_it_is_asked_for():
     with endpoint(metrics) as port:
         begun, before = time.monotonic(), len(noting.intervals)
         for _ in range(20):
-            answer_to(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+            answer_to(port, GET)
         assert len(noting.intervals) - before <= 2 + (time.monotonic() - begun)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import time
 
 import grpc
@@ -99,10 +100,15 @@ def test_keys_follow_their_file_and_one_that_cannot_be_read_or_holds_none_takes_
     assert keys.identify("Bearer newer")
     with pytest.raises(NotAuthenticated):
         keys.identify("Bearer old")
+    renamed = tmp_path / "renamed"  # as long, and as old
+    renamed.write_text("third\n")
+    os.utime(renamed, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    renamed.rename(file)
+    assert keys.identify("Bearer third")
     file.write_text("# none\n")
-    assert keys.identify("Bearer newer")
-    assert f"{file} holds no key" in caplog.text
-    assert keys.identify("Bearer fixed")
+    for key in ("third", "fixed"):
+        assert keys.identify(f"Bearer {key}")
+    assert caplog.text.count(f"{file} holds no key") == 1, "said once, however often it is looked at"
 
 
 def test_a_key_is_named_by_its_line_or_by_its_hash_and_may_hold_the_sign_of_comments(tmp_path):

@@ -1,12 +1,10 @@
-"""The recorded numbers come out of the gRPC services: of explicit noise; of seeds see test_golden_generation.py."""
-
-import asyncio
+"""What the gRPC services of encoder and decoder give is recorded; of whole generations see
+test_golden_generation.py."""
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
-from colaserve.v1 import decoder_pb2, encoder_pb2, prior_pb2, types_pb2
+from colaserve.v1 import decoder_pb2, encoder_pb2
 from colaserve_services.rpc import arrays
 from tests.services.stages.serving import serving, tensor_of
 
@@ -17,55 +15,6 @@ def relative(got, expected):
 
 def values(message):
     return tensor_of(message.values)
-
-
-async def test_every_recorded_generation_is_repeated(golden):
-    tokenizer = Tokenizer.from_file(str(golden.directory / "tokenizer.json"))
-    async with serving(golden) as served:
-        for case in golden.meta["cases"]:
-            ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in case["prompts"]]
-            prompts = encoder_pb2.EncodeRequest(sequences=[{"ids": sequence} for sequence in ids if sequence])
-            encoded = iter((await served.encoder.Encode(prompts)).encodings if prompts.sequences else [])
-            latents = [next(encoded).latents if sequence else types_pb2.Latents() for sequence in ids]
-            runs = (run(served, golden, case, s, ids[s], latents[s]) for s in range(len(ids)))
-            assert len(await asyncio.gather(*runs)) == len(case["tokens"])
-
-
-async def run(served, golden, case, sample_id, ids, latents):
-    B, P, name = served.shape.block_size, served.shape.patch_size, f"gen{case['index']}"
-    params, recorded = case["params"], golden.tensors
-    request = prior_pb2.SampleRequest(
-        canvas={"latents": latents},
-        max_blocks=case["n_blocks"],
-        sampler={"steps": params["timestep_num"], "guidance_scale": params["guidance_scale"]},
-        noise=arrays.to_message(
-            torch.stack([recorded[f"{name}.noise.{b}"][sample_id] for b in range(case["n_blocks"])]).numpy()
-        ),
-    )
-    given = values(latents) if ids else torch.zeros(0, served.shape.latent_dim)
-    prefix = len(given) // B * B
-    decode = served.decoder.Decode()
-    opening = {
-        "prefix": arrays.latents_to_message(given[:prefix].numpy(), served.space),
-        "sampling": {"repetition_penalty": params.get("repetition_penalty", 1.1)},
-        "max_latents": prefix + B * case["n_blocks"],
-    }
-    await decode.write(decoder_pb2.DecodeRequest(open=opening))
-    tokens, index = [], 0
-    async for block in served.prior.Sample(request):
-        assert block.block_index == index
-        assert block.latents.space == served.space
-        assert relative(values(block.latents), recorded[f"{name}.block_latents.{index}"][sample_id]) < 2e-5
-        await decode.write(decoder_pb2.DecodeRequest(block=block.latents))
-        answer = await decode.read()
-        assert answer.HasField("block_index")
-        assert answer.block_index == index
-        tokens += answer.token_ids
-        index += 1
-    await decode.done_writing()
-    assert index == case["n_blocks"]
-    dropped = len(ids) - prefix * P if len(given) % B else 0
-    assert tokens[dropped:] == case["tokens"][sample_id]
 
 
 @pytest.mark.parametrize("with_variance", [False, True])
