@@ -5,7 +5,6 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +14,7 @@ import torch
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.errors import ColaserveError, DeadlineExceeded, Overloaded, StepFailed
+from colaserve_services.errors import ColaserveError, Overloaded, StepFailed
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
@@ -50,47 +49,36 @@ class Outcome:
         return [*(f"{name:<44}{count:>7}" for name, count in sorted(self.counts.items())), *self.wrong]
 
 
-def encode(number: int, stages: Engines, kind: str | None) -> Callable[[], Awaitable[Answer]]:
+async def encode(number: int, stages: Engines, kind: str | None) -> Answer:
     rng = random.Random(number)
     ids = [rng.randrange(100, 400) for _ in range(rng.choice((1, 7, 30, 90)))]
-
-    async def ask() -> Answer:
-        (encoded,), _ = await stages.encoder.encode([marked_ids(ids, TOKENS[kind]) if kind else ids])
-        return encoded.latents.flatten().tolist()
-
-    return ask
+    (encoded,), _ = await stages.encoder.encode([marked_ids(ids, TOKENS[kind]) if kind else ids])
+    return encoded.latents.flatten().tolist()
 
 
-def write(number: int, stages: Engines, kind: str | None) -> Callable[[], Awaitable[Answer]]:
+async def write(number: int, stages: Engines, kind: str | None) -> Answer:
     rng = random.Random(number)
     sampler = SamplerSettings(
         steps=rng.choice((2, 3, 5)), guidance_scale=rng.choice((1.0, 3.0)), solver=rng.choice(("euler", "ab2", "heun")),
         resamples=rng.choice((1, 1, 2)),
     )  # fmt: skip
     job = SampleJob(noise(1 + 4 * rng.randrange(20), number), rng.choice((1, 2, 6)), sampler=sampler, base_seed=number)
-
-    async def ask() -> Answer:
-        async with stages.prior.session(marked_job(job, LATENTS[kind]) if kind else job) as session:
-            return [x async for block in session for x in block.latents.flatten().tolist()]
-
-    return ask
+    async with stages.prior.session(marked_job(job, LATENTS[kind]) if kind else job) as session:
+        return [x async for block in session for x in block.latents.flatten().tolist()]
 
 
-def decode(number: int, stages: Engines, kind: str | None) -> Callable[[], Awaitable[Answer]]:
+async def decode(number: int, stages: Engines, kind: str | None) -> Answer:
     rng = random.Random(number)
     prefix, count, largest = noise(4 * rng.randrange(20), number), rng.choice((1, 2, 6)), rng.random() < 0.2
     job = DecodeJob(prefix, SamplingSettings(seed=number), max_latents=256 if largest else len(prefix) + 4 * count)
-
-    async def ask() -> Answer:
-        ids: list[int] = []
-        async with stages.decoder.session(job) as session:
-            for block in range(count):
-                latents = noise(4, 1000 * number + block)
-                marked = kind is not None and block == count - 1
-                ids += (await session.decode(marked_latents(latents, LATENTS[kind]) if marked else latents)).token_ids  # type: ignore[index]
-        return ids
-
-    return ask
+    ids: list[int] = []
+    async with stages.decoder.session(job) as session:
+        for block in range(count):
+            latents = noise(4, 1000 * number + block)
+            if kind is not None and block == count - 1:
+                latents = marked_latents(latents, LATENTS[kind])
+            ids += (await session.decode(latents)).token_ids
+    return ids
 
 
 STAGES: Final = {"encoder": encode, "prior": write, "decoder": decode}
@@ -105,85 +93,65 @@ class Stress:
         self._undisturbed: dict[tuple[str, int], Answer] = {}
 
     async def run(self, seconds: float, callers: int) -> Outcome:
-        for stage in STAGES:
+        for stage, ask in STAGES.items():
             for number in range(REQUESTS):
-                self._undisturbed[stage, number] = await STAGES[stage](number, self._stages, None)()
-        for network in self._networks:
-            for kind, (fault, _) in FAILURES.items():
-                network.faults |= {LATENTS[kind]: fault, TOKENS[kind]: fault}
+                self._undisturbed[stage, number] = await ask(number, self._stages, None)
+        for kind, (fault, _) in FAILURES.items():
+            self._break(kind, fault)
         end = time.monotonic() + seconds
         await asyncio.gather(*(self._caller(end) for _ in range(callers)))
         await freed(self._stages)
         return self.outcome
 
+    def _break(self, kind: str, fault: Fault) -> None:
+        for network in self._networks:
+            network.faults |= {LATENTS[kind]: fault, TOKENS[kind]: fault}
+
     async def _caller(self, end: float) -> None:
         while time.monotonic() < end:
             stage, number, draw = self._rng.choice([*STAGES]), self._rng.randrange(REQUESTS), self._rng.random()
-            if draw < 0.15:
-                await self._guilty(stage, number, self._rng.choice([*FAILURES]))
-            elif draw < 0.17:
-                await self._hanging(stage, number)
-            elif draw < 0.3:
+            if 0.17 <= draw < 0.3:
                 await self._leaving(stage, number, self._rng.choice([None, *FAILURES]))
-            else:
-                await self._innocent(stage, number)
+                continue
+            kind = self._rng.choice([*FAILURES]) if draw < 0.15 else HANG if draw < 0.17 else None
+            if kind == HANG:  # it resumes when the network does
+                self._break(HANG, faults.hangs(self._hang))
+            await self._asked(stage, number, kind)
 
-    async def _innocent(self, stage: str, number: int) -> None:
+    async def _asked(self, stage: str, number: int, kind: str | None) -> None:
+        """Innocent requests end as undisturbed, guilty ones with their error, those that hung with a result."""
         try:
-            got = await self._patiently(STAGES[stage](number, self._stages, None))
+            got: Any = await self._patiently(stage, number, kind)
         except ColaserveError as error:
-            self._wrong(f"{stage} {number}: an innocent request ended with {error!r}")
-            return
-        same = self._same(got, self._undisturbed[stage, number])
-        self.outcome.counts[f"{stage}: innocent, as undisturbed"] += same
-        if not same:
-            self._wrong(f"{stage} {number}: an innocent request has other results")
-
-    async def _guilty(self, stage: str, number: int, kind: str) -> None:
-        expected = FAILURES[kind][1]
-        try:
-            await self._patiently(STAGES[stage](number, self._stages, kind))
-        except expected:
-            self.outcome.counts[f"{stage}: {kind}, {expected.__name__}"] += 1
-        except ColaserveError as error:
-            self._wrong(f"{stage} {number}: {kind} ended with {error!r}")
+            got = error
+        if kind in FAILURES:
+            expected = FAILURES[kind][1]
+            name, right = f"{kind}, {expected.__name__}", isinstance(got, expected)
         else:
-            self._wrong(f"{stage} {number}: {kind} did not end with an error")
-
-    async def _hanging(self, stage: str, number: int) -> None:
-        """It resumes when the network does."""
-        once = faults.hangs(self._hang)
-        for network in self._networks:
-            network.faults |= {LATENTS[HANG]: once, TOKENS[HANG]: once}
-        try:
-            await self._patiently(STAGES[stage](number, self._stages, HANG))
-        except ColaserveError as error:
-            self._wrong(f"{stage} {number}: hung, and ended with {error!r}")
-        else:
-            self.outcome.counts[f"{stage}: hung and resumed"] += 1
+            name = "hung and resumed" if kind else "innocent, as undisturbed"
+            right = not isinstance(got, ColaserveError) and (kind or self._same(got, self._undisturbed[stage, number]))
+        self.outcome.counts[f"{stage}: {name}"] += bool(right)
+        if not right:
+            ended = f"{got!r}" if isinstance(got, ColaserveError) else "other results"
+            self.outcome.wrong.append(f"{stage} {number}: expected {name}; it ended with {ended}")
 
     async def _leaving(self, stage: str, number: int, kind: str | None) -> None:
-        asking = asyncio.ensure_future(STAGES[stage](number, self._stages, kind)())
+        asking = asyncio.ensure_future(STAGES[stage](number, self._stages, kind))
         await asyncio.wait([asking], timeout=self._rng.random() * 0.1)
         asking.cancel()
         (ended,) = await asyncio.gather(asking, return_exceptions=True)
         left = isinstance(ended, asyncio.CancelledError)
         self.outcome.counts[f"{stage}: {'left' if left else 'was to leave, and ended before'}"] += 1
 
-    async def _patiently(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _patiently(self, stage: str, number: int, kind: str | None) -> Answer:
         """Ask again while the engine is full."""
         while True:
             try:
-                return await ask()
+                return await STAGES[stage](number, self._stages, kind)
             except Overloaded as error:
                 if "the device has no memory" in str(error):
                     raise
                 await asyncio.sleep(0.05)
-            except DeadlineExceeded as error:
-                raise AssertionError("no deadline was set") from error
-
-    def _wrong(self, text: str) -> None:
-        self.outcome.wrong.append(text)
 
     @staticmethod
     def _same(got: Answer, expected: Answer) -> bool:

@@ -33,9 +33,7 @@ def test_the_same_seed_writes_the_same_finite_weights_and_another_one_others(tin
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("bfloat16", 1e-2)])
-def test_shards_of_any_dtype_hold_what_one_file_would(
-    tiny_model: Path, tmp_path: Path, dtype: str, tolerance: float
-) -> None:
+def test_shards_of_any_dtype_hold_what_one_file_would(tiny_model, tmp_path, dtype, tolerance):
     make_checkpoint(dataclasses.replace(PRESETS["tiny"], shard_bytes=100_000), tmp_path / "sharded", dtype)
     assert len(list((tmp_path / "sharded").rglob("model-0000*.safetensors"))) >= 4
     whole, parts = (load(Checkpoint.open(d), "prior", CPU, torch.float32) for d in (tiny_model, tmp_path / "sharded"))

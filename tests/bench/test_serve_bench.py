@@ -4,7 +4,6 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,9 +158,7 @@ def test_a_started_system_is_measured_beside_the_engine_and_then_gone(run_bench:
 
 
 @pytest.mark.slow
-def test_a_running_system_is_measured_by_the_other_verbs(
-    run_bench: Callable[..., Any], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_running_system_is_measured_by_the_other_verbs(run_bench, tiny_model, tmp_path):
     with started(tmp_path, "up", *FREE_PORTS, model=tiny_model) as running:
 
         def rows_of(verb: str, *options: str) -> Any:

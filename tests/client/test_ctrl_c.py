@@ -43,9 +43,7 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
     ],
     ids=["generate", "stream", "batch"],
 )
-def test_ctrl_c_cancels_what_runs_and_the_client_continues(
-    client: Client, behaviour: Behaviour, call: Callable[[Client], object]
-) -> None:
+def test_ctrl_c_cancels_what_runs_and_the_client_continues(client, behaviour, call):
     behaviour.wait_after = 1
     with ctrl_c_when(lambda: behaviour.running == 1):
         call(client)

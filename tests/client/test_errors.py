@@ -6,7 +6,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,9 +61,7 @@ SAFE = (Code.UNAVAILABLE, Code.CANCELLED, Code.RESOURCE_EXHAUSTED)
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
-def test_every_status_has_its_error_and_only_what_is_safe_is_tried_again(
-    client: Client, behaviour: Behaviour, code: grpc.StatusCode
-) -> None:
+def test_every_status_has_its_error_and_only_what_is_safe_is_tried_again(client, behaviour, code):
     for call in (lambda: client.tokenize("a"), lambda: client.generate("a")):
         behaviour.calls = 0
         behaviour.failures.extend([Failure(code, "two\n lines")] * 4)
@@ -125,9 +122,7 @@ def test_a_stream_is_not_tried_again_after_its_first_message(client: Client, beh
     ],
     ids=["generate", "stream", "tokenize", "session"],
 )
-def test_the_deadline_ends_a_call_and_frees_the_server(
-    client: Client, behaviour: Behaviour, call: Callable[[Client], object], delay: float
-) -> None:
+def test_the_deadline_ends_a_call_and_frees_the_server(client, behaviour, call, delay):
     assert client.tokenize("a").ids  # connected
     behaviour.wait_after, behaviour.delay = 0, delay
     started = time.monotonic()
@@ -257,9 +252,7 @@ def test_messages_above_the_limit_are_an_error_of_their_own(server: FakeServer, 
         (lambda client: Tls(cert="cert.pem"), "tls"),
     ],
 )
-def test_what_cannot_be_sent_is_refused_by_name_before_it_is(
-    client: Client, behaviour: Behaviour, call: Callable[[Client], object], field: str
-) -> None:
+def test_what_cannot_be_sent_is_refused_by_name_before_it_is(client, behaviour, call, field):
     with pytest.raises(InvalidRequest, match=rf"^{re.escape(field)}: ") as caught:
         call(client)
     assert (caught.value.field, behaviour.calls) == (field, 0)
@@ -331,9 +324,7 @@ NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost", "ipv4:127.0.0.1"])
-def test_servers_on_this_machine_are_reached_past_a_proxy(
-    server: FakeServer, host: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_servers_on_this_machine_are_reached_past_a_proxy(server, host, monkeypatch):
     monkeypatch.setenv("http_proxy", NOBODY)
     port = server.target.rpartition(":")[2]
     with Client(f"{host}:{port}", retry=Retry(attempts=1), timeout=20) as client:

@@ -104,9 +104,7 @@ def test_a_client_that_was_used_before_a_fork_works_after_it(server: FakeServer,
 
 
 @pytest.mark.parametrize("used", ["once(shared)", "once(AsyncClient(target))", "asyncio.to_thread(text, client)"])
-def test_the_child_of_a_process_with_a_connected_asyncio_client_is_refused_at_once(
-    server: FakeServer, used: str
-) -> None:
+def test_the_child_of_a_process_with_a_connected_asyncio_client_is_refused_at_once(server, used):
     program = f"asyncio.run(once(shared)); in_child(lambda: asyncio.run({used}))"
     [said] = lines_of(program, server.target)
     assert said["child"] == "Unavailable"

@@ -126,9 +126,7 @@ def test_keywords_that_a_call_does_not_have_are_type_errors(client: Client) -> N
 
 
 @pytest.mark.parametrize("prompt", ["", "\0", "héllo 🎈 漢字", "<|endoftext|>"])
-def test_any_text_goes_through_unchanged_and_what_is_not_given_is_left_to_the_server(
-    client: Client, behaviour: Behaviour, prompt: str
-) -> None:
+def test_any_text_goes_through_unchanged_and_what_is_not_given_is_left_to_the_server(client, behaviour, prompt):
     client.generate(prompt)
     assert behaviour.requests[-1] == GenerateRequest(prompt=prompt)
 

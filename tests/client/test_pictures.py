@@ -100,9 +100,7 @@ def test_the_command_line_draws_a_file(tmp_path: Path, suffix: str, map_: list[s
         (np.ones(3), ["-o", "some.png"], "a: expected an array of shape (n, d), got shape (3,)"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, arguments: list[str], said: str
-) -> None:
+def test_what_cannot_be_drawn_is_said(tmp_path, capsys, content, arguments, said):
     source = tmp_path / "some.npz"
     if isinstance(content, bytes):
         source.write_bytes(content)

@@ -1,7 +1,6 @@
 """One set of rules for text, lines and JSON, whoever reads them."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,9 +64,7 @@ def records(path: Path) -> list[object]:
         (b"{}\n\nnull\n", records, r"file:3: expected a JSON object, got NoneType$"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_refused_with_file_and_line(
-    path: Path, content: bytes | None, read: Callable[[Path], object], message: str
-) -> None:
+def test_what_cannot_be_read_is_refused_with_file_and_line(path, content, read, message):
     if content is not None:
         write(path, content)
     with pytest.raises(Unreadable, match=message):

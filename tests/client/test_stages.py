@@ -3,7 +3,6 @@
 import asyncio
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
@@ -23,7 +22,6 @@ from colaserve_client import (
     EncoderClient,
     InvalidRequest,
     Latents,
-    LatentsLike,
     NoiseSeed,
     PriorClient,
     Retry,
@@ -61,9 +59,7 @@ def test_wherever_token_ids_come_their_texts_come(client: Client) -> None:
 
 
 @pytest.mark.parametrize("kind", [list, np.array, Latents])
-def test_an_array_is_taken_wherever_latents_are(
-    server: FakeServer, client: Client, kind: Callable[[list[list[float]]], LatentsLike]
-) -> None:
+def test_an_array_is_taken_wherever_latents_are(server, client, kind):
     values = kind(LETTERS.values.tolist())
     assert client.decode_latents(values).text == "abcd"
     assert next(client.sample_latents(values, max_blocks=1)).index == 0
@@ -168,9 +164,7 @@ def test_a_session_decodes_block_by_block(server: FakeServer, behaviour: Behavio
             session.decode(LETTERS)
 
 
-def test_a_session_that_failed_before_its_first_answer_is_opened_again(
-    server: FakeServer, behaviour: Behaviour
-) -> None:
+def test_a_session_that_failed_before_its_first_answer_is_opened_again(server, behaviour):
     behaviour.failures.extend([Failure(grpc.StatusCode.UNAVAILABLE), Failure(grpc.StatusCode.RESOURCE_EXHAUSTED)])
     with DecoderClient(server.target, retry=FAST) as decoder, decoder.session() as session:
         assert session.decode(LETTERS).token_ids == (97, 98, 99, 100)
@@ -187,9 +181,7 @@ def test_a_session_that_broke_later_is_not(server: FakeServer, behaviour: Behavi
 
 
 @pytest.mark.parametrize("pause", [0, 0.01, 0.05])
-async def test_a_session_reports_how_it_ended_though_its_loop_is_busy(
-    server: FakeServer, behaviour: Behaviour, pause: float
-) -> None:
+async def test_a_session_reports_how_it_ended_though_its_loop_is_busy(server, behaviour, pause):
     """grpc.aio forgets the status of a stream that ended while the loop did something else."""
     behaviour.failures.extend([Failure(grpc.StatusCode.INVALID_ARGUMENT, "no block", field="block")] * 100)
 

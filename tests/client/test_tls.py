@@ -1,7 +1,7 @@
 """Encrypted connections: the server's certificate is checked, and with mutual TLS the client's."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -57,9 +57,7 @@ def test_a_server_of_the_trusted_authority_is_talked_to(encrypted: FakeServer, c
     [lambda folder: Tls(folder / "other" / "ca.pem"), lambda folder: Tls(), lambda folder: None],
     ids=["another authority", "gRPC's own authorities", "none"],
 )
-def test_a_server_that_cannot_prove_itself_gets_nothing(
-    encrypted: FakeServer, certificates: Path, tls: Callable[[Path], Tls | None]
-) -> None:
+def test_a_server_that_cannot_prove_itself_gets_nothing(encrypted, certificates, tls):
     with Client(encrypted.target, tls=tls(certificates), retry=ONCE, timeout=10) as client, pytest.raises(Unavailable):
         client.generate("Once")
     assert encrypted.behaviour.calls == 0

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import jsonschema
-import pytest
 import yaml
 
 from colaserve_services.rpc.metrics import Aliases, Metrics
@@ -95,26 +94,10 @@ def test_certificates_are_for_what_their_role_does(rendered):
             assert usages == USAGES
 
 
-def test_a_pool_is_valid_by_its_published_schema_and_would_not_be_with_a_fault(rendered):
+def test_a_pool_is_valid_by_its_published_schema(rendered):
     for found in rendered.kind("InferencePool"):
         assert found["apiVersion"] == "inference.networking.k8s.io/v1"
-        good, picker = found["spec"], found["spec"]["endpointPickerRef"]
-        jsonschema.validate(good, POOL)
-        for wrong in (
-            {"targetPortNumber": 8000},
-            {"targetPorts": [{"number": "8000"}]},
-            {"targetPorts": []},
-            {"selector": {"matchLabels": {}}},
-            {"endpointPickerRef": {"name": picker["name"]}},
-            {"endpointPickerRef": {**picker, "failureMode": "Open"}},
-        ):
-            with pytest.raises(jsonschema.ValidationError):
-                jsonschema.validate(good | wrong, POOL)
-
-
-@pytest.mark.parametrize("spec", [{"secretname": "x"}, {"secretName": 3}, {"privateKey": {"size": "2048"}}])
-def test_the_check_sees_a_misspelt_field_and_another_type(spec):
-    assert not set(fields(spec)) <= FIELDS["Certificate"]
+        jsonschema.validate(found["spec"], POOL)
 
 
 PICKER = KUBERNETES / "components" / "inference-gateway" / "endpoint-picker.yaml"

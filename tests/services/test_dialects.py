@@ -132,9 +132,7 @@ CALLS: dict[str, Callable[[System], Any]] = {
 
 
 @pytest.mark.parametrize("way", [*BODIES, *CALLS])
-async def test_a_client_that_leaves_during_a_step_lets_at_most_one_more_run(
-    served: Served, way: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_client_that_leaves_during_a_step_lets_at_most_one_more_run(served, way, monkeypatch):
     engine, left, steps = served.it.stages.stages.engines["prior"], threading.Event(), list[int]()
 
     def stepped(seconds: float, rows: int, sessions: int) -> None:

@@ -80,9 +80,7 @@ def test_a_line_that_was_cut_off_is_asked_again(run: Run, files: tuple[Path, Pat
     assert behaviour.calls == 3
 
 
-def test_a_server_that_is_gone_ends_the_batch_and_keeps_what_was_done(
-    run: Run, files: tuple[Path, Path], behaviour: Behaviour
-) -> None:
+def test_a_server_that_is_gone_ends_the_batch_and_keeps_what_was_done(run, files, behaviour):
     write(files[0], [{"prompt": "a", "max_new_tokens": 4}, {"prompt": "b"}, {"prompt": "c"}])
     behaviour.fail_after = {1: Failure(grpc.StatusCode.UNAVAILABLE, "gone")}  # the first has one block, so it is done
     done = batch(run, files, "--concurrency", "1")
@@ -108,9 +106,7 @@ def test_a_server_that_is_gone_ends_the_batch_and_keeps_what_was_done(
         ([{"prompt": "a", "sample_id": 3}], "in.jsonl:1: sample_id tells samples of one seed apart"),
     ],
 )
-def test_a_wrong_line_is_named_before_anything_is_asked(
-    run: Run, files: tuple[Path, Path], behaviour: Behaviour, lines: list[Any], complaint: str
-) -> None:
+def test_a_wrong_line_is_named_before_anything_is_asked(run, files, behaviour, lines, complaint):
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     files[0].write_text(text, encoding="utf-8", errors="surrogateescape")
     done = batch(run, files)

@@ -64,9 +64,7 @@ def test_help_lists_every_verb_and_imports_none(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(("verb", "hint"), [("genrate", " Did you mean 'generate'?"), ("zzzz", "")])
-def test_an_unknown_verb_is_named_with_the_nearest_one(
-    verb: str, hint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_verb_is_named_with_the_nearest_one(verb, hint, capsys):
     assert main([verb]) == exits.USAGE
     assert capsys.readouterr().err == f"colaserve: No such command '{verb}'.{hint} (see colaserve --help)\n"
 
@@ -110,9 +108,7 @@ def test_the_version_is_shown_and_the_shell_gets_its_completions(capsys: pytest.
 
 
 @pytest.mark.parametrize(("status", "code"), CODES.items())
-def test_every_kind_of_failure_has_its_exit_code(
-    run: Run, behaviour: Behaviour, status: grpc.StatusCode, code: int
-) -> None:
+def test_every_kind_of_failure_has_its_exit_code(run, behaviour, status, code):
     behaviour.failures.append(Failure(status, "it failed"))
     done = run("info", "--tries", "1")
     assert done.code == code
@@ -144,9 +140,7 @@ def test_a_bug_is_one_line_unless_debugging(run: Run, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", SERVICE_VERBS)
-def test_a_verb_without_its_extra_says_what_to_install(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_verb_without_its_extra_says_what_to_install(name, monkeypatch, capsys):
     def missing(module: str) -> None:
         raise ModuleNotFoundError(f"No module named {module}", name="torch")
 
@@ -169,9 +163,7 @@ ORIGINS = {
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-def test_the_line_for_pip_names_where_it_was_installed_from(
-    origin: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_line_for_pip_names_where_it_was_installed_from(origin, monkeypatch, tmp_path):
     folder = tmp_path / "colaserve-9.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: colaserve\nVersion: 9\n")
@@ -205,9 +197,7 @@ def test_text_appears_before_the_generation_has_ended(server: FakeServer, behavi
 @pytest.mark.parametrize(
     "arguments", ["generate Once", "generate --input in.jsonl", "eval run questions.jsonl --output out"]
 )
-def test_ctrl_c_cancels_and_exits_with_130(
-    server: FakeServer, behaviour: Behaviour, arguments: str, tmp_path: Path
-) -> None:
+def test_ctrl_c_cancels_and_exits_with_130(server, behaviour, arguments, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' * 20)
     (tmp_path / "questions.jsonl").write_text('{"id": 1, "prompt": "a", "ground_truth": "b"}\n')
     behaviour.wait_after = 1

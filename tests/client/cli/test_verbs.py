@@ -275,9 +275,7 @@ def test_chat_puts_an_instruction_first_and_ends_with_its_input(run: Run, behavi
 
 
 @pytest.mark.parametrize(("typing", "code", "errors"), [(False, exits.USAGE, 1), (True, 0, 2)])
-def test_chat_ends_with_its_first_error_unless_someone_types(
-    run: Run, monkeypatch: pytest.MonkeyPatch, typing: bool, code: int, errors: int
-) -> None:
+def test_chat_ends_with_its_first_error_unless_someone_types(run, monkeypatch, typing, code, errors):
     if typing:
         monkeypatch.setattr(chat, "_interactive", lambda: True)
     done = run("chat", "--max-new-tokens", "0", stdin="hi\nho\n")

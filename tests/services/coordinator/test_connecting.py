@@ -71,9 +71,12 @@ async def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
         await over(fakes(), Tokenizer(library, 600, SpecialIds(2))).connect()
 
 
-async def test_before_connecting_calls_are_refused(tokenizer):
+async def test_calls_before_connecting_are_refused_and_served_ones_do_not_wait_for_ever(tokenizer):
     with pytest.raises(Unavailable, match="waits for its stages"):
         _ = over(fakes(), tokenizer).services
+    servicer = GenerationServicer(over(fakes(), tokenizer), connected_seconds=0.01)
+    with pytest.raises(Unavailable, match="waits for its stages"):
+        await servicer.Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT)
 
 
 async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
@@ -92,12 +95,6 @@ async def test_served_calls_that_come_before_connecting_wait_for_it(tokenizer):
     await coordinator.connect()
     assert (await early[0]).token_ids
     assert (await early[1]).space == (await early[2]).space
-
-
-async def test_served_calls_do_not_wait_for_ever_for_connecting(tokenizer):
-    servicer = GenerationServicer(over(fakes(), tokenizer), connected_seconds=0.01)
-    with pytest.raises(Unavailable, match="waits for its stages"):
-        await servicer.Tokenize(generation_pb2.TokenizeRequest(text="he"), CONTEXT)
 
 
 async def test_readiness_follows_the_stages(tokenizer):

@@ -184,12 +184,15 @@ async def test_logprobs_and_latents_come_only_when_asked_for_one_for_each_id(wor
     assert all(len(r.logprobs) == len(r.token_ids) and not r.top_logprobs for r in chosen)
 
 
-async def test_timing_of_the_last_message_is_of_the_whole_call(world):
-    responses = await world.generate(prompt=PROMPT, max_new_tokens=12)
-    blocks = len(responses)
+async def test_the_last_message_has_the_timing_of_the_call_whose_blocks_and_tokens_are_counted(world):
+    responses = await world.generate(prompt=PROMPT, max_new_tokens=12, ignore_end=True)
+    blocks, prompt = len(responses), len(world.tokenizer.encode(PROMPT))
     assert all(response.timing.compute_us == 220 for response in responses[:-1])
     assert responses[-1].timing.compute_us == 220 * blocks + 2
     assert responses[-1].timing.queue_us >= 110 * blocks + 1
+    assert world.counted("time_to_first_block_seconds_count") == {(): 1}
+    assert world.counted("inter_block_seconds_count") == {(): blocks - 1}
+    assert world.counted("tokens_total") == {("prompt",): prompt, ("completion",): 12}
 
 
 @pytest.mark.parametrize(
@@ -257,14 +260,6 @@ async def test_a_deadline_reaches_each_stage_and_ends_the_call(world, stage: str
     assert time.monotonic() - started < 10
     assert 0 < getattr(world, stage).remaining[0] <= 1
     await eventually(lambda: (world.prior.running, world.decoder.running) == (0, 0))
-
-
-async def test_blocks_and_tokens_are_counted(world):
-    responses = await world.generate(prompt=PROMPT, max_new_tokens=12, ignore_end=True)
-    prompt = len(world.tokenizer.encode(PROMPT))
-    assert world.counted("time_to_first_block_seconds_count") == {(): 1}
-    assert world.counted("inter_block_seconds_count") == {(): len(responses) - 1}
-    assert world.counted("tokens_total") == {("prompt",): prompt, ("completion",): 12}
 
 
 @settings(max_examples=20)

@@ -57,9 +57,7 @@ def close(got: list[Any], expected: list[Any]) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", [faults.raises, faults.raises_late, faults.not_finite, faults.lacks_memory])
-async def test_the_session_that_fails_is_ended_and_the_others_end_undisturbed(
-    tiny: Golden, stage: str, fault: faults.Fault
-) -> None:
+async def test_the_session_that_fails_is_ended_and_the_others_end_undisturbed(tiny, stage, fault):
     marks: dict[float | None, faults.Fault] = {MARK_LATENT: fault, MARK_TOKEN: fault}
     with engines(tiny.directory, network=lambda network: Network(network, marks)) as stages:
         engine, ask = getattr(stages, stage), ASK[stage]
@@ -79,9 +77,7 @@ async def test_the_session_that_fails_is_ended_and_the_others_end_undisturbed(
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", [faults.raises, faults.not_finite])
-async def test_an_engine_that_fails_at_its_warm_up_row_too_is_at_fault_until_it_computes_again(
-    tiny: Golden, stage: str, fault: faults.Fault
-) -> None:
+async def test_an_engine_that_fails_at_its_warm_up_row_too_is_at_fault_until_it_computes_again(tiny, stage, fault):
     everything: dict[float | None, faults.Fault] = {None: fault}
     with engines(tiny.directory, SOONER, network=lambda x: Network(x, everything)) as stages:
         engine, ask = getattr(stages, stage), ASK[stage]
@@ -111,9 +107,7 @@ async def test_a_caller_that_left_leaves_no_traceback(tiny: Golden, caplog: pyte
     assert [record for record in caplog.records if record.exc_info] == []
 
 
-async def test_a_failed_step_is_in_the_log_once_with_its_traceback(
-    tiny: Golden, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_failed_step_is_in_the_log_once_with_its_traceback(tiny, caplog):
     with engines(tiny.directory, network=lambda x: Network(x, {MARK_LATENT: faults.raises})) as stages:
         with pytest.raises(StepFailed, match="Broken"):
             await write(stages, 0, 1)

@@ -46,9 +46,7 @@ async def test_encoder_gives_the_recorded_latents(golden: Golden, picked: Picked
             assert relative(result.log_variance, golden.tensors[f"encode.logvar.{i}"]) < 3e-6
 
 
-async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_prefix(
-    golden: Golden, picked: Picked | None
-) -> None:
+async def test_decoder_gives_the_recorded_logits_block_by_block_and_after_a_prefix(golden, picked):
     with engines(golden.directory, EngineLimits(max_context=512, prefill_chunk=16), picked=picked) as stages:
         B, P = stages.decoder.shape.block_size, stages.decoder.shape.patch_size
         lengths = golden.tensors["decode.lengths"].tolist()

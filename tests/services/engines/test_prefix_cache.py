@@ -78,9 +78,7 @@ async def test_a_known_beginning_is_computed_once_for_equal_salts_and_changes_no
 
 
 @pytest.mark.parametrize(("stage", "rows", "pages"), [("prior", 20, 32), ("decoder", 4, 24)])
-async def test_sessions_that_begin_alike_at_once_compute_and_hold_their_prefix_once(
-    tiny: Golden, stage: str, rows: int, pages: int
-) -> None:
+async def test_sessions_that_begin_alike_at_once_compute_and_hold_their_prefix_once(tiny, stage, rows, pages):
     """16 blocks that are known to all; each of eight computes `rows` more, and holds as many pages as these take."""
     with engines(tiny.directory) as stages:
         alone = [await ASK[stage](stages, LATENTS, seed=seed) for seed in range(8)]
@@ -131,16 +129,6 @@ def known(pages: Pages, text: str) -> int:
     found, _ = pages.find(keys(text))
     pages.free(found)
     return len(found)
-
-
-def test_the_longest_known_beginning_is_found_and_its_pages_are_those_of_the_first() -> None:
-    pages = Pages(20)
-    remembered(pages, "abcd", "abx")
-    assert (pages.known, pages.held, pages.available) == (5, 0, 20)
-    assert [known(pages, text) for text in ("abcdef", "abxy", "ac", "b", "")] == [4, 3, 1, 0, 0]
-    (first, _), (second, _) = pages.find(keys("abcd")), pages.find(keys("abx"))
-    assert first[:2] == second[:2]
-    assert pages.held == 5
 
 
 def test_known_blocks_go_when_pages_are_needed_the_least_recently_found_first_and_ends_before_beginnings() -> None:

@@ -29,9 +29,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
-async def test_any_mix_of_runs_in_one_batch_gives_what_each_gives_alone(
-    tiny: Golden, dtype: torch.dtype, bound: float
-) -> None:
+async def test_any_mix_of_runs_in_one_batch_gives_what_each_gives_alone(tiny, dtype, bound):
     with engines(tiny.directory, dtype=dtype) as stages:
         alone = [await sample(stages, wanted) for wanted in MIXED]
         together = await asyncio.gather(*(sample(stages, wanted) for wanted in MIXED))

@@ -63,9 +63,7 @@ def known(clock: Clock, thread: threading.Thread, longest: int = 0) -> Watchdog:
     ("longest", "shape", "most"), [(0, None, 60), (10, None, 200), (0, "new", 600)],
     ids=["a minute", "twenty times the longest", "ten minutes where the shape is new"],
 )  # fmt: skip
-def test_a_step_may_last_so_long_and_no_longer(
-    clock: Clock, alive: threading.Thread, longest: int, shape: object, most: int
-) -> None:
+def test_a_step_may_last_so_long_and_no_longer(clock, alive, longest, shape, most):
     assert lasts(known(clock, alive, longest), clock, alive, most - 1, shape) is None
     reason = lasts(known(clock, alive, longest), clock, alive, most + 10, shape)
     assert f"has lasted {most + 1} s, longer than the {most} s it may" in reason

@@ -132,9 +132,7 @@ def movement(previews: list[Preview]) -> list[float]:
 
 
 @pytest.mark.parametrize("sampler", SOLVERS, ids=str)
-async def test_a_block_ends_after_steps_that_hardly_move_it_and_resumes_the_same(
-    tiny: Golden, prior: Any, sampler: dict[str, Any]
-) -> None:
+async def test_a_block_ends_after_steps_that_hardly_move_it_and_resumes_the_same(tiny, prior, sampler):
     wanted = job(steps=12, **sampler)
     _, previews = watched(prior, replace(wanted, max_blocks=1))
     moved = movement(previews)

@@ -85,9 +85,7 @@ async def test_chat_logprobs_have_each_tokens_text_and_bytes(gateway: Running):
 
 
 @pytest.mark.parametrize(("says", "content"), [("  two", " two"), (" ", ""), ("none", "none"), ("\n one", "\n one")])
-async def test_a_chat_leaves_out_the_first_space_alone_and_a_completion_nothing(
-    gateway: Running, says: str, content: str
-):
+async def test_a_chat_leaves_out_the_first_space_alone_and_a_completion_nothing(gateway, says, content):
     gateway.fake.says = says
     whole = (await gateway.chat(n=2, logprobs=True)).json()["choices"]
     assert [choice["message"]["content"] for choice in whole] == [content] * 2
@@ -112,9 +110,7 @@ async def test_a_token_that_is_part_of_a_character_is_called_by_its_id_and_begin
 
 
 @pytest.mark.parametrize(("logprob", "printed"), [(-math.inf, -9999.0), (-0.1, -0.1)])
-async def test_a_logprob_prints_as_the_float32_that_it_is_and_as_json_can_say(
-    gateway: Running, logprob: float, printed: float
-):
+async def test_a_logprob_prints_as_the_float32_that_it_is_and_as_json_can_say(gateway, logprob, printed):
     gateway.fake.logprob = logprob
     [choice] = (await gateway.complete(logprobs=0, max_tokens=1)).json()["choices"]
     assert choice["logprobs"]["token_logprobs"] == [printed]
@@ -130,9 +126,7 @@ async def test_echo_begins_the_text_with_the_prompt(gateway: Running, prompt: ob
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["hé", [104, 195, 169]])
-async def test_an_echo_with_logprobs_scores_the_prompt_and_goes_on_for_all_of_max_tokens(
-    gateway: Running, prompt: object, stream: bool
-):
+async def test_an_echo_with_logprobs_scores_the_prompt_and_goes_on_for_all_of_max_tokens(gateway, prompt, stream):
     response = await gateway.complete([prompt], echo=True, logprobs=1, max_tokens=2, stream=stream)
     answers = [answer["choices"][0] for answer in (events(response) if stream else [response.json()])]
     assert "".join(answer["text"] for answer in answers) == "hé P"
@@ -165,15 +159,12 @@ async def test_the_served_model_is_listed_with_its_defaults(gateway: Running):
     assert (await gateway.http.get("/v1/models/cola")).status_code == 404
 
 
-async def test_texts_are_tokenized_and_back(gateway: Running):
+async def test_texts_are_tokenized_and_back_and_messages_as_a_chat_frames_them(gateway: Running):
+    gateway.fake.chat_frame = "<{prompt}>"
     got = (await gateway.http.post("/tokenize", json={"prompt": "hé!", "return_token_strs": True})).json()
     assert got == {"count": 4, "max_model_len": 512, "tokens": [104, 195, 169, 33], "token_strs": ["h", "�", "�", "!"]}
     back = await gateway.http.post("/detokenize", json={"tokens": got["tokens"]})
     assert back.json() == {"prompt": "hé!"}
-
-
-async def test_messages_are_tokenized_as_a_chat_frames_them(gateway: Running):
-    gateway.fake.chat_frame = "<{prompt}>"
     got = await gateway.http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})
     assert got.json()["tokens"] == list(b"<a>")
     assert got.json()["token_strs"] is None

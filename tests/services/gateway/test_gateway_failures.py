@@ -44,15 +44,7 @@ BODY = {"model": "fake/cola", "prompt": "x", "stream": True, "max_tokens": 200}
         (RuntimeError("secret"), 500, "server_error", "internal_error", None),
     ],
 )
-async def test_what_fails_before_the_first_block_has_its_status(
-    gateway: Running,
-    failure: Exception,
-    status: int,
-    kind: str,
-    code: str,
-    header: tuple[str, str] | None,
-    stream: bool,
-):
+async def test_what_fails_before_the_first_block_has_its_status(gateway, failure, status, kind, code, header, stream):
     gateway.fake.failure = failure
     response = await gateway.chat(stream=stream)
     error = response.json()["error"]
@@ -75,9 +67,7 @@ async def test_what_fails_before_the_first_block_has_its_status(
         (COMPLETIONS, "top_logprobs", "logprobs"),
     ],
 )
-async def test_a_coordinators_refusal_names_the_field_as_the_client_does(
-    gateway: Running, path: str, field: str, param: str
-):
+async def test_a_coordinators_refusal_names_the_field_as_the_client_does(gateway, path, field, param):
     gateway.fake.failure = InvalidRequest(field, "got 3, expected less")
     response = await (gateway.chat if path == CHAT else gateway.complete)()
     assert response.json()["error"]["param"] == param
@@ -136,9 +126,7 @@ async def test_a_stream_that_is_not_read_while_others_wait_ends_with_an_error_ev
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-async def test_a_deadline_ends_the_generation_also_of_a_coordinator_that_forgets_it(
-    fake: FakeGeneration, forgets: bool
-):
+async def test_a_deadline_ends_the_generation_also_of_a_coordinator_that_forgets_it(fake, forgets):
     fake.gate = asyncio.Event()
     stub = coordinator_stub(LocalStub(fake), LocalStub(fake.infill))
     if forgets:

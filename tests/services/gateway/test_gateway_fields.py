@@ -132,9 +132,7 @@ async def test_every_field_of_the_published_schemas_is_honoured_or_has_its_row_o
     [(path, *made) for path, all_made in MADE.items() for made in all_made],
     ids=lambda value: str(value)[:40].strip(),
 )
-async def test_a_field_reaches_the_coordinator_and_nothing_else_does(
-    shared: Running, path: str, fields: dict[str, Any], addition: GenerateRequest
-):
+async def test_a_field_reaches_the_coordinator_and_nothing_else_does(shared, path, fields, addition):
     await check_asked(shared, path, fields, addition)
 
 
@@ -201,9 +199,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("path", "fields", "param"), WRONG, ids=lambda value: str(value)[:60])
-async def test_what_cannot_be_honoured_is_refused_by_name(
-    shared: Running, path: str, fields: dict[str, Any], param: str
-):
+async def test_what_cannot_be_honoured_is_refused_by_name(shared, path, fields, param):
     shared.fake.seen.clear()
     response = await ask(shared, path, **fields)
     assert response.status_code == 400, response.text
@@ -248,9 +244,7 @@ async def send(shared: Running, place: str, **extra: Any):
 
 
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in UNSUPPORTED for name in UNSUPPORTED[place]])
-async def test_an_unsupported_field_passes_where_it_asks_for_nothing_and_only_there(
-    shared: Running, place: str, name: str
-):
+async def test_an_unsupported_field_passes_where_it_asks_for_nothing_and_only_there(shared, place, name):
     neutral, why = UNSUPPORTED[place][name]
     for value in (None, *neutral):
         assert (await send(shared, place, **{name: value})).status_code == 200
@@ -322,8 +316,6 @@ SEVERAL = [("system", "Be short."), ("user", "Hi"), ("assistant", " Hello."), ("
         (SEVERAL, "not for {prompt}", "System: Be short.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"),
     ],
 )
-async def test_one_message_of_an_unnamed_user_is_the_prompt_and_others_make_a_transcript(
-    messages: list[tuple], frame: str, prompt: str
-):
+async def test_one_message_of_an_unnamed_user_is_the_prompt_and_others_make_a_transcript(messages, frame, prompt):
     made = [Message(**dict(zip(("role", "content", "name"), one, strict=False))) for one in messages]
     assert chat_prompt(turns_of(made), frame) == prompt

@@ -53,9 +53,7 @@ def document(url: str) -> BaseSchema:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
 @pytest.mark.parametrize(("path", "method"), operations())
-def test_no_request_is_answered_with_a_server_error(
-    document: BaseSchema, url: str, path: str, method: str, mode: GenerationMode
-):
+def test_no_request_is_answered_with_a_server_error(document, url, path, method, mode):
     @given(case=document[path][method].as_strategy(generation_mode=mode))
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def send(case: schemathesis.Case) -> None:

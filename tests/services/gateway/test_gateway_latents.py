@@ -180,9 +180,7 @@ async def test_a_run_is_a_stream_of_blocks_that_replays():
     ],
 )  # fmt: skip
 @pytest.mark.asyncio(loop_scope="module")
-async def test_what_cannot_be_served_is_a_400_that_names_the_field(
-    once: Running, name: str, fields: Any, param: str, said: str
-):
+async def test_what_cannot_be_served_is_a_400_that_names_the_field(once, name, fields, param, said):
     content = json.dumps(fields)  # httpx refuses NaN
     answer = await once.http.post(PATH.format(name), content=content, headers={"content-type": "application/json"})
     error = answer.json()["error"]

@@ -54,9 +54,7 @@ async def hurried(start) -> Running:
     ],
     ids=lambda value: str(value)[:30],
 )
-async def test_malformed_http_is_answered_in_the_documented_shape(
-    gateway: Running, request_bytes: bytes, status: int, code: str
-):
+async def test_malformed_http_is_answered_in_the_documented_shape(gateway, request_bytes, status, code):
     head, _, body = (await said(gateway, request_bytes)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status)
     assert b"x-request-id: " in head.lower()

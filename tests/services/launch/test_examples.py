@@ -162,13 +162,7 @@ def test_blocks_of_pages_succeed(block: tuple[Path, str, str], addresses: dict[s
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_scripts_succeed(
-    script: Path,
-    addresses: dict[str, str],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_scripts_succeed(script, addresses, folder, monkeypatch, capsys):
     monkeypatch.setenv("COLASERVE_TARGET", addresses["127.0.0.1:50051"])
     monkeypatch.setattr(sys, "argv", [str(script), *(["walk.png"] if script.stem == "walk" else [])])
     runpy.run_path(str(script), run_name="__main__")

@@ -31,12 +31,13 @@ OF_UP = """--model --device --dtype --threads --kv-bytes --max-context --max-run
     --cors-origins --allow-unknown-fields --request-seconds --log --otlp-endpoint --metrics-aliases"""
 
 
-def test_up_has_these_options_and_none_is_hidden():
+def test_up_has_these_options_and_none_is_hidden_and_all_commands_are_named():
     options = {
         name: [each for each in command.params if isinstance(each, click.Option)] for name, command in COMMANDS.items()
     }
     assert {each.opts[0] for each in options["up"]} == set(OF_UP.split())
     assert not any(each.hidden for found in options.values() for each in found)
+    assert set(COMMANDS) == set(ROLES)
 
 
 def test_every_option_is_also_a_variable_and_told_about():
@@ -53,13 +54,9 @@ def test_an_option_that_does_nothing_for_a_role_is_refused(role, option):
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_a_removed_name_says_what_replaced_it(name):
+def test_a_removed_name_and_its_variable_say_what_replaced_it_unless_it_is_the_clients(name):
     done = CliRunner().invoke(COMMANDS["up"], [f"--{name}=1"])
     assert (done.exit_code, done.stderr) == (2, f"Error: --{name} is gone: {REMOVED[name]}\n")
-
-
-@pytest.mark.parametrize("name", REMOVED)
-def test_so_does_a_removed_variable_which_is_not_the_clients(name):
     variable = "COLASERVE_" + name.upper().replace("-", "_")
     of_the_client = variable in {f"COLASERVE_{each.upper()}" for each in VARIABLES}
     with nullcontext() if of_the_client else pytest.raises(UsageError, match=f"{variable} is gone: "):
@@ -87,10 +84,6 @@ def test_importing_the_commands_imports_no_torch_and_no_server():
     code = f"import sys, colaserve_services.commands; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_all_commands_are_named():
-    assert set(COMMANDS) == set(ROLES)
 
 
 def settings_of(role, *arguments):
@@ -181,7 +174,7 @@ def test_threads_spin_only_briefly_in_every_mode_unless_set_otherwise(monkeypatc
             assert os.environ == {**waiting, "OMP_NUM_THREADS": "4"}
 
 
-def test_progress_without_a_terminal_is_a_log_line_now_and_then(caplog):
+def test_progress_without_a_terminal_is_a_log_line_now_and_then_with_sizes_for_eyes(caplog):
     now = [0.0]
     progress = Progress("reading", clock=lambda: now[0])
     with caplog.at_level("INFO"):
@@ -190,25 +183,18 @@ def test_progress_without_a_terminal_is_a_log_line_now_and_then(caplog):
             progress(second * 100_000_000, 1_100_000_000)
         progress.close()
     assert [record.getMessage() for record in caplog.records] == ["reading: 55% of 1.1 GB"]
-
-
-def test_sizes_are_for_eyes():
     assert [size(n) for n in (0, 999, 1500, 123_456_789, 7.3e9)] == ["0 B", "999 B", "1.5 kB", "123 MB", "7.3 GB"]
 
 
-def test_the_first_paragraph_of_the_card_is_the_description(tmp_path):
-    (tmp_path / "MODEL_CARD.md").write_text("# Name\n\n**It knows** sums\nand `names`.\n\nMore.\n")
-    assert description(tmp_path) == "It knows sums and names."
-    (tmp_path / "MODEL_CARD.md").write_text("x" * 5000)
-    assert description(tmp_path) == "x" * LONGEST_DESCRIPTION
-
-
-def test_no_card_or_one_that_is_no_text_is_no_description(tmp_path):
+def test_the_first_paragraph_of_the_card_is_the_description_and_what_is_no_text_is_none(tmp_path):
+    card = tmp_path / "MODEL_CARD.md"
     assert description(tmp_path) == ""
-    (tmp_path / "MODEL_CARD.md").write_bytes(b"\xff\xfe")
-    assert description(tmp_path) == ""
-
-
-def test_the_bundled_card_says_what_the_model_knows_and_what_it_does_not():
+    for content, said in (
+        (b"# Name\n\n**It knows** sums\nand `names`.\n\nMore.\n", "It knows sums and names."),
+        (b"x" * 5000, "x" * LONGEST_DESCRIPTION),
+        (b"\xff\xfe", ""),
+    ):
+        card.write_bytes(content)
+        assert description(tmp_path) == said
     assert "197 countries" in description(DEMO)
     assert "knows nothing else" in description(DEMO)

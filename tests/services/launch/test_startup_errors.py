@@ -158,18 +158,21 @@ def test_the_key_of_the_roles_is_checked(checkpoint, tmp_path, monkeypatch):
     assert "COLASERVE_ROLE_KEY has characters that HTTP cannot carry" in said
 
 
-def test_a_role_takes_no_device_of_another_one_and_none_that_is_not_there(checkpoint):
-    ports = ("--grpc-port=0", "--metrics-port=0")
-    done = invoked(COMMANDS["prior"], f"--model={checkpoint}", "--device=cuda:99", *ports)
-    assert "--device: " in line(done, 2)
-    done = invoked(COMMANDS["prior"], f"--model={checkpoint}", "--device=decoder=cpu", *ports)
-    assert "--device: names decoder, and this is the prior" in line(done, 2)
-
-
-def test_roles_ask_for_the_addresses_that_they_need(checkpoint):
-    ports = ("--grpc-port=0", "--metrics-port=0")
-    assert "--encoder" in line(invoked(COMMANDS["coordinator"], f"--model={checkpoint}", *ports), 2)
-    assert "--coordinator" in line(invoked(COMMANDS["gateway"], "--http-port=0", "--metrics-port=0"), 2)
+@pytest.mark.parametrize(
+    ("role", "option", "said"),
+    [
+        ("prior", "--device=cuda:99", "--device: "),
+        ("prior", "--device=decoder=cpu", "--device: names decoder, and this is the prior"),
+        ("coordinator", None, "--encoder"),
+        ("gateway", None, "--coordinator"),
+    ],
+)
+def test_a_role_takes_a_device_of_its_own_that_is_there_and_asks_for_the_addresses_it_needs(
+    role, option, said, checkpoint
+):
+    model = ["--grpc-port=0", f"--model={checkpoint}"] if role != "gateway" else ["--http-port=0"]
+    done = invoked(COMMANDS[role], *model, "--metrics-port=0", *filter(None, [option]))
+    assert said in line(done, 2)
 
 
 def test_a_model_that_does_not_fit_into_memory_is_one_line():

@@ -42,9 +42,7 @@ ROOTS = (math.sqrt(0.2) + math.sqrt(0.8)) ** -1
         ([0.5, 0.25, 0.15, 0.1], {"top_p": 0.5}, [2 / 3, 1 / 3, 0, 0]),  # the mass before a kept token is at most p
     ],
 )
-def test_draws_follow_the_distribution_that_temperature_top_k_and_top_p_leave(
-    probabilities: list[float], settings: dict, expected: list[float]
-) -> None:
+def test_draws_follow_the_distribution_that_temperature_top_k_and_top_p_leave(probabilities, settings, expected):
     all_of_it = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     assert draws(probabilities, SamplingSettings(**all_of_it | settings)) == pytest.approx(expected, abs=0.015)
 

@@ -113,12 +113,15 @@ async def test_too_long_a_request_is_refused_unread_and_the_server_lives_on():
         assert it.servicer.started == 1
 
 
-async def test_no_message_is_longer_than_the_servers_limit():
+async def test_messages_and_metadata_beyond_the_servers_limits_are_refused_and_it_lives_on():
     async with running() as it:
-        assert (
-            await failure(it.channel.unary_unary(ENCODE)(bytes(MOST_BYTES + 1)))
-        ).code() is StatusCode.RESOURCE_EXHAUSTED
-        assert await it.stub.Encode(ONE)
+        long = (
+            it.channel.unary_unary(ENCODE)(bytes(MOST_BYTES + 1)),
+            it.stub.Encode(ONE, metadata=(("a", "x" * 20_000),)),
+        )
+        for call in long:
+            assert (await failure(call)).code() is StatusCode.RESOURCE_EXHAUSTED
+            assert await it.stub.Encode(ONE)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +162,6 @@ async def test_a_connection_that_says_nothing_is_not_waited_for():
         await asyncio.wait_for(reader.read(), PATIENCE)
         assert reader.at_eof()
         writer.close()
-
-
-async def test_metadata_beyond_16_kib_are_refused_and_the_server_lives_on():
-    async with running() as it:
-        assert (
-            await failure(it.stub.Encode(ONE, metadata=(("long", "x" * 20_000),)))
-        ).code() is StatusCode.RESOURCE_EXHAUSTED
-        assert await it.stub.Encode(ONE)
 
 
 async def test_calls_that_send_nothing_take_no_slots():

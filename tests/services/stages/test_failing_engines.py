@@ -96,16 +96,6 @@ async def test_an_engine_at_fault_is_reported_and_so_is_its_recovery(tiny):
         await sample(served, False)
 
 
-async def test_an_engine_that_is_busy_is_not_at_fault(tiny):
-    reported = []
-    limits = EngineLimits(max_context=256, max_running=1)
-    async with serving(tiny, limits, failing=lambda *x: reported.append(x)) as served:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(4):
-                group.create_task(asyncio.wait([asyncio.ensure_future(sample(served, False))]))
-        assert reported == []
-
-
 async def test_a_run_that_breaks_one_device_after_another_ends_with_the_second(tiny):
     """Each device is lost for good once it has computed what breaks it, as a GPU's context is."""
 

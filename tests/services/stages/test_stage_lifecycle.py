@@ -49,7 +49,8 @@ async def test_a_broken_connection_frees_the_kv(tiny, stage):
 
 async def test_one_session_too_many_is_refused_at_once_with_a_hint_and_harms_nobody(tiny):
     limits, long = EngineLimits(max_context=512, max_running=1), {"blocks": 60, "steps": 50}
-    async with serving(tiny, limits) as served:
+    reported = []
+    async with serving(tiny, limits, failing=lambda *said: reported.append(said)) as served:
         engine = served.stages.engines["prior"]
         undisturbed = await _two_blocks(served.prior.Sample(served.run(**long)))
         await eventually(lambda: engine.load().running == 0)
@@ -58,6 +59,7 @@ async def test_one_session_too_many_is_refused_at_once_with_a_hint_and_harms_nob
         started = time.monotonic()
         error = await refusal(served.prior.Sample(served.run(blocks=1)).read())
         assert isinstance(error, Overloaded)
+        assert reported == [], "an engine that is busy is not at fault"
         assert str(error) == "1 sessions run, and there is no slot for another one"
         assert 0 < error.retry_after <= 60
         assert time.monotonic() - started < 15

@@ -122,16 +122,11 @@ def test_nothing_is_let_through_that_may_begin_a_stop_string_and_nothing_else_is
         assert len(held) == longest
 
 
-def test_an_earlier_occurrence_that_may_still_complete_is_waited_for():
+@pytest.mark.parametrize(("then", "out", "start"), [("c", "", 1), ("d", "a", 2)])
+def test_an_earlier_occurrence_is_waited_for_until_a_later_character_settles_which_it_is(then, out, start):
     finder = StopStrings(["b", "abc"])
     assert finder.push("xab") == "x"
     assert (finder.hit.start, finder.ended) == (2, False)
-    assert finder.push("c") == ""
-    assert (finder.hit.start, finder.hit.end, finder.ended) == (1, 4, True)
-
-
-def test_a_later_character_can_settle_for_the_later_occurrence():
-    finder = StopStrings(["b", "abc"])
-    assert finder.push("xab") + finder.push("d") == "xa"
-    assert (finder.hit.start, finder.ended) == (2, True)
+    assert finder.push(then) == out
+    assert (finder.hit.start, finder.hit.end, finder.ended) == (start, start + (3 if start == 1 else 1), True)
     assert finder.push("more") == finder.flush() == ""
