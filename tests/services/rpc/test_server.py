@@ -20,6 +20,7 @@ from colaserve_services.rpc.metrics import Metrics
 from colaserve_services.rpc.server import RpcServer
 from colaserve_services.rpc.settings import LogSettings, ServerSettings, Tls
 from colaserve_services.rpc.tls import channel_credentials, server_credentials
+from colaserve_services.rpc.watched_files import WatchedFiles
 from tests.services.rpc.conftest import ONE, encode, running, shown_certificate
 from tests.services.servers import failure, refusal
 from tests.waiting import PATIENCE, eventually
@@ -109,6 +110,20 @@ def test_keys_follow_their_file_and_one_that_cannot_be_read_or_holds_none_takes_
     for key in ("third", "fixed"):
         assert keys.identify(f"Bearer {key}")
     assert caplog.text.count(f"{file} holds no key") == 1, "said once, however often it is looked at"
+
+
+def test_watched_files_are_read_once_for_each_change_and_later_where_that_failed(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    watched = WatchedFiles(file)
+
+    def fail():
+        raise UsageError("no right to read it")
+
+    assert watched.read_again(file.read_text) is None
+    file.write_text("newer")
+    assert watched.read_again(fail) is None
+    assert [watched.read_again(file.read_text) for _ in range(2)] == ["newer", None]
 
 
 def test_a_key_is_named_by_its_line_or_by_its_hash_and_may_hold_the_sign_of_comments(tmp_path):
