@@ -143,9 +143,10 @@ class Edge(grpc.aio.ServerInterceptor):
     def _message(self, received: bytes, method: Method) -> Any:
         self._metrics.transfer_bytes.labels("in", method.service).inc(len(received))
         self._garbage.received(len(received))
-        self.bounds.check(method.name, received)
+        read = method.handler.request_deserializer  # the class's FromString
+        self.bounds.check(method.name, received, read.__self__.DESCRIPTOR)
         try:
-            return method.handler.request_deserializer(received)
+            return read(received)
         except DecodeError as error:
             raise InvalidRequest("request", f"{len(received)} bytes that are no request of {method.name}") from error
 

@@ -40,12 +40,12 @@ def _read(message: types_pb2.Steering, field: str, latent_dim: int) -> Probe:
         check(STEERING[name], f"{field}.{name}", value)
     if values["end"] >= values["start"]:
         raise InvalidRequest(f"{field}.end", f"got {message.end:g}, expected less than start ({values['start']:g})")
-    several = len(message.direction.shape) > 1
-    shape = (latent_dim, None) if several else (latent_dim,)
-    direction = arrays.from_message(message.direction, f"{field}.direction", shape).reshape(latent_dim, -1)
-    k = direction.shape[1]
-    if not 1 <= k <= _COLUMNS:
+    shape = message.direction.shape
+    k = shape[1] if len(shape) == 2 else 1
+    if not 1 <= k <= _COLUMNS:  # before anything is made of what is refused
         raise InvalidRequest(f"{field}.direction.shape", f"got {k} columns, expected 1 to {_COLUMNS}")
+    expected = (latent_dim, k) if len(shape) > 1 else (latent_dim,)
+    direction = arrays.from_message(message.direction, f"{field}.direction", expected).reshape(latent_dim, k)
     scale = np.full(k, message.scale, np.float32)
     columns = np.column_stack((direction.T, _bias(message, f"{field}.bias", k), scale))
     return Probe(columns, values["start"], values["end"])

@@ -5,6 +5,7 @@ import zlib
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from grpc import StatusCode
 
 from colaserve.v1 import encoder_pb2, generation_pb2, types_pb2
@@ -41,10 +42,10 @@ BOUNDS = {
 }
 
 
-def fault(method: str, message: bytes) -> str:
+def fault(method: str, message: bytes, kind: type[Message] = encoder_pb2.EncodeRequest) -> str:
     """What is said against a message; empty where it passes."""
     try:
-        RequestBounds(CONTEXT).check(method, message)
+        RequestBounds(CONTEXT).check(method, message, kind.DESCRIPTOR)
     except InvalidRequest as error:
         return str(error)
     return ""
@@ -52,7 +53,7 @@ def fault(method: str, message: bytes) -> str:
 
 @pytest.mark.parametrize(("method", "most"), BOUNDS.items())
 def test_each_method_has_its_bound(method: str, most: int):
-    assert not fault(method, b"\x0a\xff\xff\xff\x7f" + bytes(most - 5))  # one field
+    assert not fault(method, b"\x0a\xff\xff\xff\x7f" + bytes(most - 5), types_pb2.Tensor)  # one field
     too_long = fault(method, bytes(most + 1))
     assert too_long.startswith(f"request: got {most + 1} bytes, expected at most {most} for {method}")
 
@@ -62,10 +63,20 @@ def test_no_bound_exceeds_what_the_server_takes():
 
 
 def test_what_is_not_too_long_yet_has_too_many_parts_is_refused_before_it_is_read():
-    most_fields = {"Encode": 300, "EncodeText": 300, "Reconstruct": 300, "Infill": 16_384, "ModelInfer": 100}
+    most_fields = {"Encode": 1000, "EncodeText": 1000, "Reconstruct": 1000, "Infill": 16_384, "ModelInfer": 1000}
     for method, most in most_fields.items():
         assert not fault(method, b"\x0a\x00" * most)
         assert f"more than {most} fields" in fault(method, b"\x0a\x00" * (most + 1))
+
+
+def test_parts_of_parts_count_too():
+    def generation(probes: int) -> bytes:
+        sampler = types_pb2.Sampler(steering=[types_pb2.Steering()] * probes)
+        return generation_pb2.GenerateRequest(prompt="x", sampler=sampler).SerializeToString()
+
+    assert not fault("Generate", generation(16_382), generation_pb2.GenerateRequest)
+    assert "more than 16384 fields" in fault("Generate", generation(16_383), generation_pb2.GenerateRequest)
+    assert "more than 16384 fields" in fault("Generate", generation(1_000_000), generation_pb2.GenerateRequest)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +91,7 @@ def test_what_is_not_too_long_yet_has_too_many_parts_is_refused_before_it_is_rea
 )
 def test_what_a_client_sends_passes(message):
     method = type(message).__name__.removesuffix("Request")
-    assert not fault(method, message.SerializeToString())
+    assert not fault(method, message.SerializeToString(), type(message))
 
 
 @pytest.mark.parametrize(
