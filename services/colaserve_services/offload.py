@@ -35,4 +35,4 @@ class Offload:
             self._rested_at = time.monotonic() + self._rest * (time.thread_time() - begun)
 
 
-offload = Offload("offload")
+offload = Offload("offload", rest=1)

@@ -46,12 +46,12 @@ class ServiceContext:
         """Tokens that fill the longest context."""
         return self.model.max_context * self.model.patch_size
 
-    async def tokenize(self, text: str, field: str) -> list[int]:
+    async def tokenize(self, text: str, field: str) -> Sequence[int]:
         """Ids of a text. Raises InvalidRequest for one whose length alone shows that it cannot fit."""
         [ids] = await self.tokenize_all([text], [field])
         return ids
 
-    async def tokenize_all(self, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+    async def tokenize_all(self, texts: Sequence[str], fields: Sequence[str]) -> list[Sequence[int]]:
         """Ids of texts, as `tokenize`, however long they are together."""
         for text, field in zip(texts, fields, strict=True):
             if (fewest := self.tokenizer.fewest_tokens(text)) > self.most_tokens:
@@ -62,7 +62,7 @@ class ServiceContext:
             return self.tokenizer.encode_all(texts, fields)
         return await offload(self.tokenizer.encode_all, texts, fields)
 
-    def checked(self, ids: Sequence[int], field: str) -> list[int]:
+    def checked(self, ids: Sequence[int], field: str) -> Sequence[int]:
         """The ids, not too many and each inside the vocabulary; else InvalidRequest."""
         if len(ids) > self.most_tokens:
             raise InvalidRequest(field, f"got {len(ids)} ids, at most {self.most_tokens} fit (max_context)")

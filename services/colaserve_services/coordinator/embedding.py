@@ -1,7 +1,7 @@
 """Vectors that stand for texts: means of their latents."""
 
 import asyncio
-from array import array
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import numpy as np
@@ -23,7 +23,7 @@ async def embed(services: ServiceContext, request: pb.EmbedRequest, call: Call) 
         raise InvalidRequest("pooling", f"got {request.pooling}, expected mean (1), last_block (2) or per_block (3)")
     if request.texts and request.sequences:
         raise InvalidRequest("sequences", "got both texts and sequences, expected one of them")
-    ids = await (_checked(services, request) if request.sequences else tokenize_many(services, request.texts))
+    ids = _checked(services, request) if request.sequences else await tokenize_many(services, request.texts)
     blocks = sum(services.model.blocks(services.model.positions(len(one))) for one in ids)
     check_size(services, "texts", blocks if request.pooling == pb.POOLING_PER_BLOCK else len(ids))
     response, tokens = pb.EmbedResponse(), iter(ids)
@@ -47,11 +47,7 @@ def pooled(latents: FloatArray, pooling: int, block_size: int) -> FloatArray:
     return np.stack(blocks) if pooling == pb.POOLING_PER_BLOCK else blocks[-1]
 
 
-async def _checked(services: ServiceContext, request: pb.EmbedRequest) -> list["array[int]"]:
+def _checked(services: ServiceContext, request: pb.EmbedRequest) -> list[Sequence[int]]:
     if len(request.sequences) > MOST_TEXTS:
         raise InvalidRequest("sequences", f"got {len(request.sequences)} sequences, expected 1 to {MOST_TEXTS}")
-    found = list["array[int]"]()
-    for index, one in enumerate(request.sequences):
-        found.append(array("I", given_ids(services, one, f"sequences[{index}]")))
-        await asyncio.sleep(0)
-    return found
+    return [given_ids(services, one, f"sequences[{index}]") for index, one in enumerate(request.sequences)]

@@ -61,7 +61,7 @@ async def _ends(
     texts = {name: point.text for name, point in points.items() if _kind(point, name) == "text"}
     ids = await tokenize_whole(services, list(texts.values()), [f"{name}.text" for name in texts])
     longest = max(map(len, ids), default=0)
-    padded = [one + [services.tokenizer.special.pad] * (longest - len(one)) for one in ids]
+    padded = [[*one, *[services.tokenizer.special.pad] * (longest - len(one))] for one in ids]
     ends: dict[str, types_pb2.Latents] = {
         name: given_latents(services, point.latents, f"{name}.latents", least=1)
         for name, point in points.items()

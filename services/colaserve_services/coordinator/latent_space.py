@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Final
@@ -149,7 +148,7 @@ async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: 
     return response
 
 
-async def _given_text(services: ServiceContext, request: pb.LogprobsRequest) -> list[int]:
+async def _given_text(services: ServiceContext, request: pb.LogprobsRequest) -> Sequence[int]:
     """The ids of the text or the ids that are given; none where latents are."""
     if request.text:
         [ids] = await tokenize_whole(services, [request.text], ["text"])
@@ -247,19 +246,19 @@ def decode_sampling(services: ServiceContext, sampling: types_pb2.Sampling) -> t
     return resolve_sampling(sampling, services.defaults, 0, repetition_penalty=1.0)
 
 
-async def tokenize_many(services: ServiceContext, texts: Sequence[str]) -> list["array[int]"]:
-    """Ids of a request's `texts`, 1 to 256 of them, as `tokenize_whole`."""
+async def tokenize_many(services: ServiceContext, texts: Sequence[str]) -> list[Sequence[int]]:
+    """Ids of a request's `texts`, 1 to 256 of them, as `tokenize_whole`. A message holds them, four bytes each."""
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise InvalidRequest("texts", f"got {len(texts)} texts, expected 1 to {MOST_TEXTS}")
-    fields, found = [f"texts[{index}]" for index in range(len(texts))], list["array[int]"]()
+    fields, found = [f"texts[{index}]" for index in range(len(texts))], list[Sequence[int]]()
     for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
         some = slice(start, start + _TOKENIZED_AT_ONCE)
-        found += [array("I", ids) for ids in await tokenize_whole(services, texts[some], fields[some])]
+        found += [types_pb2.TokenIds(ids=ids).ids for ids in await tokenize_whole(services, texts[some], fields[some])]
         await asyncio.sleep(0)
     return found
 
 
-async def tokenize_whole(services: ServiceContext, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+async def tokenize_whole(services: ServiceContext, texts: Sequence[str], fields: Sequence[str]) -> list[Sequence[int]]:
     """Ids of texts of these fields, none empty, each within the context."""
     for text, field_ in zip(texts, fields, strict=True):
         if not text:
@@ -272,7 +271,7 @@ async def tokenize_whole(services: ServiceContext, texts: Sequence[str], fields:
     return found
 
 
-def given_ids(services: ServiceContext, sequence: types_pb2.TokenIds, field: str) -> list[int]:
+def given_ids(services: ServiceContext, sequence: types_pb2.TokenIds, field: str) -> Sequence[int]:
     """A caller's ids of a text, checked: one or more, within the context and the vocabulary."""
     if not sequence.ids:
         raise InvalidRequest(field, "got no ids, expected one or more")

@@ -112,7 +112,7 @@ def split_prompt(tokens: int, model: Model) -> tuple[int, int]:
     return context, tokens - context * model.patch_size if positions > context else 0
 
 
-async def _prompt_ids(services: ServiceContext, request: generation_pb2.GenerateRequest) -> list[int]:
+async def _prompt_ids(services: ServiceContext, request: generation_pb2.GenerateRequest) -> Sequence[int]:
     if not request.HasField("prompt_ids"):
         return await services.tokenize(request.prompt, "prompt")
     if request.prompt:

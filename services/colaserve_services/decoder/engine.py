@@ -116,7 +116,7 @@ class DecoderSession(Session[DecodedBlock]):
         self._taken: list[Tensor] = []  # blocks behind them that are in it
         self.blocks = 0  # in the cache
         if engine.limits.share_prefixes:
-            self.keys = chain_keys((block.numpy().tobytes() for block in self.prefix), job.cache_salt)
+            self.keys = chain_keys(job.prefix.numpy(), len(self.prefix), job.cache_salt)
 
     async def decode(self, latents: Tensor, provisional: bool = False) -> DecodedBlock:
         """Decode the next block, (B, d) float32, or a preview of it. Raises `InvalidRequest` when it exceeds the

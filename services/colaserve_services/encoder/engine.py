@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from colaserve_services.engine.device import DeviceThread
@@ -24,6 +26,7 @@ from colaserve_services.model.config import ModelShape
 from colaserve_services.model.text_vae import TextVAEEncoder
 
 MAX_SEQUENCES = 256
+_FOUND = 64  # blocks that were encoded before and are taken over in the time of encoding one
 
 Posterior = tuple[Tensor, Tensor | None]  # mean and log variance of some rows
 
@@ -39,12 +42,12 @@ class Encoded:
 class _Sequence:
     """One sequence of a call, padded to whole blocks."""
 
-    def __init__(self, engine: "EncoderEngine", ids: Sequence[int], salt: str):
+    def __init__(self, engine: "EncoderEngine", ids: NDArray[np.int64], salt: str):
         P, block = engine.shape.patch_size, engine.shape.patch_size * engine.shape.block_size
-        self.blocks = torch.tensor([*ids, *[engine.pad_id] * (-len(ids) % block)]).split(block)  # (B * P,) each
+        padded = np.pad(ids, (0, -len(ids) % block), constant_values=engine.pad_id)
+        self.blocks = torch.from_numpy(padded).view(-1, block)
         self.length = -(-len(ids) // P)
-        shared = engine.limits.share_prefixes
-        self.keys = chain_keys((each.numpy().tobytes() for each in self.blocks), salt) if shared else []
+        self.keys = chain_keys(padded, len(self.blocks), salt) if engine.limits.share_prefixes else []
         self.pages = array("i")  # one a block, from its first pass on
         self.parts: list[Posterior] = []  # of the blocks that are encoded
 
@@ -82,10 +85,12 @@ class EncoderSession(Session[Encoded]):
         pieces: list[tuple[_Sequence, int]] = []
         whole = self._engine.most_blocks
         for sequence in self._left[::-1]:
-            if not sequence.pages and self._engine.awaits(sequence.keys, self):
-                break
-            if not sequence.pages and not self._begin(sequence):
-                return pieces or None, capacity
+            if not sequence.pages:
+                if capacity <= 0 or self._engine.awaits(sequence.keys, self):
+                    break
+                if not self._begin(sequence):
+                    return pieces or None, capacity
+                capacity -= len(sequence.parts) / _FOUND
             cost = min(self._engine.backend.cost(len(sequence.parts)), whole)
             count = min(sequence.remaining, int(whole / cost))
             if count * cost > capacity:
@@ -119,7 +124,8 @@ class EncoderSession(Session[Encoded]):
     def take(self, parts: Sequence[tuple[_Sequence, list[Posterior]]]) -> None:
         """The posteriors of the blocks that `next_blocks` named."""
         for sequence, posteriors in parts:
-            check_finite("the posterior", *(value for posterior in posteriors for value in posterior))
+            means, logvars = zip(*posteriors, strict=True)
+            check_finite("the posterior", torch.cat(means), None if logvars[0] is None else torch.cat(logvars))
             sequence.parts += posteriors
         self._hand_over_completed()
 
@@ -183,8 +189,7 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
         arrived, padded = time.monotonic(), []
         self._check_call(sequences, with_variance)
         for number, ids in enumerate(sequences):
-            self._check(number, ids)
-            padded.append(_Sequence(self, ids, cache_salt))
+            padded.append(_Sequence(self, self._checked(number, ids), cache_salt))
             await asyncio.sleep(0)  # 256 long sequences take their time; other tasks run between them
         session = EncoderSession(self, padded, with_variance, deadline)
         async with self._admitted(session):
@@ -199,14 +204,17 @@ class EncoderEngine(Engine[EncoderSession, _ScheduledSession]):
         if with_variance and not self.has_variance:
             raise InvalidRequest("with_variance", "this checkpoint has no variance (use_variation is false)")
 
-    def _check(self, number: int, ids: Sequence[int]) -> None:
+    def _checked(self, number: int, ids: Sequence[int]) -> NDArray[np.int64]:
         longest, vocabulary = self.limits.max_context * self.shape.patch_size, self.shape.vocab_size
         if not 1 <= len(ids) <= longest:
             raise InvalidRequest(
                 f"sequences[{number}]", f"got {len(ids)} tokens, expected 1 to {longest} (max_context)"
             )
-        if max(ids) >= vocabulary or min(ids) < 0:
-            raise InvalidRequest(f"sequences[{number}].ids", f"got an id of {max(ids)}, expected 0 to {vocabulary - 1}")
+        found = np.array(ids, np.int64)  # of a message's ids a copy of their memory
+        if found.max() >= vocabulary or found.min() < 0:
+            what = f"got an id of {found.max()}, expected 0 to {vocabulary - 1}"
+            raise InvalidRequest(f"sequences[{number}].ids", what)
+        return found
 
     def awaits(self, keys: Sequence[bytes], session: EncoderSession) -> bool:
         """Whether another session's next passes compute the first leading block that is not known yet."""

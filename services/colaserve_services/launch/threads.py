@@ -6,6 +6,7 @@ import os
 # the operations of a step, short enough to leave the cores to others (docs/decisions.md, "Spin briefly").
 BRIEF = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 WAITING = (*BRIEF, "OMP_WAIT_POLICY")
+TOKENIZER = ("TOKENIZERS_PARALLELISM", "false")  # many texts leave the other cores to those that compute
 
 
 def settle(threads: int | None) -> None:
@@ -13,6 +14,7 @@ def settle(threads: int | None) -> None:
 
     What the operator has set stays: any variable about waiting settles all of them.
     """
+    os.environ.setdefault(*TOKENIZER)
     if not any(name in os.environ for name in WAITING):
         os.environ.update(BRIEF)
     if threads is not None:

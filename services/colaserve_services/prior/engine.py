@@ -47,8 +47,8 @@ class PriorSession(Session[B]):
         context = context_blocks(job, engine.shape.block_size)
         super().__init__(claim=context + 1, most=context + job.max_blocks, deadline=deadline, on_read=engine.wake)
         if engine.limits.share_prefixes:
-            blocks = job.latents[: context * engine.shape.block_size].split(engine.shape.block_size) if context else ()
-            self.keys = chain_keys((block.numpy().tobytes() for block in blocks), job.cache_salt)
+            known = job.latents[: context * engine.shape.block_size].numpy()
+            self.keys = chain_keys(known, context, job.cache_salt)
         self._wrote = False  # whether it wrote a block since it started last
         self._since = self.arrived  # when work on the current block became possible
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers.decoders import ByteLevel
 
@@ -43,12 +44,12 @@ class Tokenizer:
         )
         return cls(library, size, special)
 
-    def encode(self, text: str, field: str = "text") -> list[int]:
+    def encode(self, text: str, field: str = "text") -> Sequence[int]:
         """Ids of a text. Raises InvalidRequest for text that needs an id the model has not."""
         [ids] = self.encode_all([text], [field])
         return ids
 
-    def encode_all(self, texts: Sequence[str], fields: Sequence[str]) -> list[list[int]]:
+    def encode_all(self, texts: Sequence[str], fields: Sequence[str]) -> list[Sequence[int]]:
         """Ids of texts, as `encode`. Other threads run meanwhile (the library's call for one text holds the GIL)."""
         encodings = self._library.encode_batch(list(texts), add_special_tokens=False)
         return [self.checked(encoding.ids, field) for encoding, field in zip(encodings, fields, strict=True)]
@@ -57,15 +58,14 @@ class Tokenizer:
         """A number of tokens that the text has at least, found without tokenizing it."""
         return -(-len(text.encode()) // self._longest) if self._longest else 0
 
-    def checked(self, ids: Sequence[int], field: str) -> list[int]:
+    def checked(self, ids: Sequence[int], field: str) -> Sequence[int]:
         """The ids, each inside the vocabulary; else InvalidRequest."""
-        for index, id_ in enumerate(ids):
-            if not 0 <= id_ < self.vocab_size:
-                raise InvalidRequest(
-                    field,
-                    f"token id {id_} at {index} is outside of the vocabulary, expected 0 to {self.vocab_size - 1}",
-                )
-        return list(ids)
+        numbers = np.array(ids, np.int64)  # of a message's ids a copy of their memory
+        outside = np.flatnonzero((numbers < 0) | (numbers >= self.vocab_size))
+        if len(outside):
+            what = f"token id {numbers[outside[0]]} at {outside[0]} is outside of the vocabulary"
+            raise InvalidRequest(field, f"{what}, expected 0 to {self.vocab_size - 1}")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included; bytes that are no UTF-8 read as U+FFFD."""

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,7 +114,7 @@ async def test_who_waits_for_the_context_of_another_goes_on_when_that_one_leaves
 
 
 def keys(text: str) -> list[bytes]:
-    return chain_keys(letter.encode() for letter in text)
+    return chain_keys(np.frombuffer(text.encode(), np.uint8), len(text))
 
 
 def remembered(pages: Pages, *texts: str) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
 
-def chain_keys(blocks: Iterable[bytes], salt: str = "") -> list[bytes]:
-    """One key for each block that stands for it and all blocks before it; other salts give other keys."""
+
+def chain_keys(content: NDArray[Any], blocks: int, salt: str = "") -> list[bytes]:
+    """A key for each of an array's equal blocks that stands for it and those before; other salts give other keys."""
     digest, keys = hashlib.sha256(hashlib.sha256(salt.encode()).digest()), []
-    for block in blocks:
-        digest.update(block)
+    for block in content.reshape(blocks, -1) if blocks else ():
+        digest.update(block.data)
         keys.append(digest.digest())
     return keys
 
