@@ -17,8 +17,12 @@ log = logging.getLogger(__name__)
 class Worker(Protocol):
     """Something that the device thread works for."""
 
-    def step(self) -> bool:
-        """Do one bounded piece of work; False if there was none."""
+    def step(self, heavy: bool) -> bool:
+        """Do one bounded piece of work; False if there was none. `heavy`: also for those that need much of it."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether a step that has ended still computes on the device."""
 
     def next_deadline(self) -> float | None:
         """When (time.monotonic) a look is due even if nobody wakes the thread."""
@@ -29,6 +33,7 @@ class Worker(Protocol):
 
 class DeviceThread:
     """Shares its time among workers: a step for the one that had least of it, of equals for the one registered first.
+    Heavy work of all together has at most half of it while there is other work.
 
     Several threads that each compute with torch on a CPU fight through their OpenMP teams, so whatever roles live in a
     process, one thread computes for all of them. A team once made counts against the cores until its thread ends, also
@@ -51,6 +56,7 @@ class DeviceThread:
         self._workers: list[Worker] = []
         self._had: dict[Worker, float] = {}  # seconds of the device
         self._least = 0.0  # that a worker counts as having had: what the one served last had before
+        self._owed = 0.0  # seconds that other work has before more heavy work
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -77,6 +83,10 @@ class DeviceThread:
         """There may be work, or something to free. Any thread."""
         self._wake.set()
 
+    def took(self, seconds: float, heavy: float) -> None:
+        """So long did a pass take, of which this part was heavy work."""
+        self._owed = max(0.0, self._owed + (2 * heavy - 1) * seconds)
+
     def expect(self, shape: object) -> None:
         """What the running step computes now; see `Watchdog.expect`."""
         self._watchdog.expect(shape)
@@ -94,18 +104,23 @@ class DeviceThread:
 
     def _one_step(self) -> bool:
         """One step of one worker; False if none had work."""
-        for worker in sorted(self._workers, key=self._had.__getitem__):
-            began = time.monotonic()
-            if self._works(worker):
-                self._least = max(self._least, self._had[worker])
-                self._had[worker] = self._least + time.monotonic() - began
-                return True
+        for heavy in (False, True) if self._owed else (True,):
+            if heavy and self._owed:
+                if any(worker.computes for worker in self._workers):
+                    return False
+                self._owed = 0.0  # there is no other work
+            for worker in sorted(self._workers, key=self._had.__getitem__):
+                began = time.monotonic()
+                if self._works(worker, heavy):
+                    self._least = max(self._least, self._had[worker])
+                    self._had[worker] = self._least + time.monotonic() - began
+                    return True
         return False
 
-    def _works(self, worker: Worker) -> bool:
+    def _works(self, worker: Worker, heavy: bool) -> bool:
         with self._watchdog.step():
             try:
-                return worker.step()
+                return worker.step(heavy)
             except Exception as error:
                 if lost_device(error):
                     raise

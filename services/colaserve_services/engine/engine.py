@@ -13,7 +13,7 @@ from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.failures import NotFinite, brief, check_finite, lost_device, out_of_memory, traceback_of
 from colaserve_services.engine.limits import EngineLimits, Load
 from colaserve_services.engine.observer import EngineObserver
-from colaserve_services.engine.passes import BETWEEN_LOOKS, Running, ScheduledSession
+from colaserve_services.engine.passes import BETWEEN_LOOKS, Running, ScheduledSession, heavy_part
 from colaserve_services.engine.session import Session
 from colaserve_services.engine.sessions import Sessions
 from colaserve_services.errors import AT_FAULT, ColaserveError, DeadlineExceeded, Overloaded, StepFailed, Unavailable
@@ -25,6 +25,9 @@ T = TypeVar("T", bound=ScheduledSession)
 
 _log = logging.getLogger(__name__)
 
+# Heavy work is that of a session with more blocks to take in than writing one takes rows, or whose blocks attend to so
+# much that they cost so many times those that attend to none.
+_LONG, _MUCH = 32, 3.0
 _NO_MEMORY = "the device has no memory left for this session"
 
 
@@ -67,9 +70,13 @@ class Engine(Generic[S, T]):
 
     def chosen(self) -> dict[str, Any]:
         """What it computes with, and why; how many latents its KV cache holds."""
-        latents = self.kv_blocks * self.shape.block_size
-        kv = {"kv_latents": latents, "kv_bytes": self.limits.kv_bytes}
+        kv = {"kv_latents": self.kv_blocks * self.shape.block_size, "kv_bytes": self.limits.kv_bytes}
         return {"backend": self.picked.name, "why": self.picked.why, **kv}
+
+    @property
+    def computes(self) -> bool:
+        """Whether a pass runs."""
+        return len(self._running) > 0
 
     def wake(self) -> None:
         """A session may have become ready."""
@@ -123,34 +130,36 @@ class Engine(Generic[S, T]):
 
     # The device thread's loop.
 
-    def step(self) -> bool:
+    def step(self, heavy: bool) -> bool:
         """Let sessions leave and join, then start one forward pass for those that are ready. False while one runs."""
         before = len(self._running)
         if not self._landed():
-            return len(self._running) < before and self._launch(self._ahead(self._running[0]))
+            return len(self._running) < before and self._launch(self._ahead(self._running[0]), heavy)
         self._release_ended()
-        if self._look_again is not None and not self._works_again():
+        if not self._works_again():
             return False
         self._preempt_and_start()
-        if not self._launch(self._grown(self._ready())):
+        if not self._launch(self._grown(self._ready()), heavy):
             return False
         if self._landed():
             self._release_ended()
         else:
-            self._launch(self._ahead(self._running[0]))
+            self._launch(self._ahead(self._running[0]), heavy)
         return True
 
-    def _launch(self, ready: list[S]) -> bool:
+    def _launch(self, ready: list[S], heavy: bool) -> bool:
         """Start one forward pass for some of these; False if there are none."""
-        if not ready:
+        long = {each for each in ready if each.remaining() > _LONG or self.backend.cost(each.cached) > _MUCH}
+        if not (ready := [session for session in ready if heavy or session not in long]):
             return False
         started = time.monotonic()
         scheduled = self._schedule(sorted(ready, key=lambda session: (session.served, session.remaining())))
+        part = heavy_part(scheduled, long, self.backend.cost)
         self._passes += 1
         for each in scheduled:
             each.session.served = self._passes
         if scheduled := [each for each in scheduled if not each.session.finished]:
-            self._running.append(Running(scheduled, self._begun(scheduled), started))
+            self._running.append(Running(scheduled, self._begun(scheduled), started, part))
         return True
 
     def next_deadline(self) -> float | None:
@@ -178,7 +187,7 @@ class Engine(Generic[S, T]):
                 return
             session.slot = self._slots.pop()
             session.begin()
-        if any(self._awaits(session, other) for other in self._sessions.all):
+        if self._sessions.awaits_other(session):
             return
         keys, pages = session.keys, self.backend.pages
         found, beside = pages.find(keys)
@@ -193,15 +202,6 @@ class Engine(Generic[S, T]):
         self.looked_up(keys, len(found))
         session.remembered = len(found)
         session.start(len(found), beside)
-
-    def _awaits(self, session: S, other: S) -> bool:
-        """Whether the other's next passes compute the first leading block of a session that is not known yet."""
-        if not (other.holds_kv and other.wanted and other.ready()):
-            return False
-        keys, at = session.keys, other.cached
-        if other.keys[at : at + 1] == keys[at : at + 1]:  # so those before, which the other holds, are known
-            at += self.backend.pages.leading(keys[at:])
-        return at < len(keys) and other.keys[at : at + 1] == keys[at : at + 1]
 
     def looked_up(self, keys: Sequence[bytes], found: int) -> None:
         """A session begins with blocks of these keys, of which so many were known."""
@@ -269,8 +269,7 @@ class Engine(Generic[S, T]):
             self._slots.append(session.slot)
 
     def _report(self) -> None:
-        load = self.load()
-        if load != self._reported:
+        if (load := self.load()) != self._reported:
             self._reported = load
             self.observer.load(load.running, load.kv_bytes_used, self.limits.kv_bytes)
 
@@ -281,7 +280,9 @@ class Engine(Generic[S, T]):
         while self._running and self._running[0].over():
             running = self._running.pop(0)
             self._hand_over(running.scheduled, running.run)
-            self.observer.stepped(*running.figures())
+            seconds, rows, sessions = running.figures()
+            self._device.took(seconds, running.heavy)
+            self.observer.stepped(seconds, rows, sessions)
         return not self._running
 
     def _begun(self, scheduled: list[T]) -> Pass:
@@ -376,10 +377,10 @@ class Engine(Generic[S, T]):
             self._end(session, Unavailable(f"the engine is at fault: {brief(error)}"))
 
     def _works_again(self) -> bool:
-        """Whether an engine that was at fault computes its warm-up row; tried now and then."""
+        """Whether an engine computes its warm-up row, if it was at fault; tried now and then."""
         now = time.monotonic()
         if self._look_again is None or now < self._look_again:
-            return False
+            return self._look_again is None
         try:
             self._check_warm_up_row()
         except Exception:

@@ -1,6 +1,7 @@
 """A pass on its way: what sessions send through it, and whether it is over."""
 
 import time
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -22,6 +23,12 @@ class ScheduledSession(Protocol):
 T = TypeVar("T", bound=ScheduledSession)
 
 
+def heavy_part(scheduled: Sequence[ScheduledSession], heavy: Container[Any], cost: Callable[[int], float]) -> float:
+    """The part that these of its sessions have in a pass; `cost`: of a block behind so many."""
+    costs = [(each.rows * cost(each.session.cached), each.session in heavy) for each in scheduled]
+    return sum(one for one, is_heavy in costs if is_heavy) / max(sum(one for one, _ in costs), 1)
+
+
 @dataclass(frozen=True)
 class Running(Generic[T]):
     """A pass on the device, and whose it is."""
@@ -29,6 +36,7 @@ class Running(Generic[T]):
     scheduled: list[T]
     run: Pass
     started: float  # time.monotonic
+    heavy: float  # the part of it that is heavy work
 
     def over(self) -> bool:
         """Whether its results are to be taken now."""

@@ -95,6 +95,16 @@ class Sessions(Generic[S]):
                     session.reserves, session.passed, runs = True, 0, True
                     free -= needed
 
+    def awaits_other(self, session: S) -> bool:
+        """Whether another's next passes compute the session's first leading block that is not known yet."""
+        for other in (each for each in self.all if each.holds_kv and each.wanted and each.ready()):
+            keys, at = session.keys, other.cached
+            if other.keys[at : at + 1] == keys[at : at + 1]:  # so those before, which the other holds, are known
+                at += self._pages.leading(keys[at:])
+            if at < len(keys) and other.keys[at : at + 1] == keys[at : at + 1]:
+                return True
+        return False
+
     def to_preempt(self) -> S:
         """Who gives its pages back when a session that grows finds none: the youngest but for much smaller ones."""
         holding = [each for each in self.all if each.holds_kv]

@@ -34,7 +34,6 @@ S = TypeVar("S", bound="PriorSession[Any]")
 
 _ALONE_ROWS = 128  # of a context in a pass where nobody samples, at least: fewer would be slow
 _CONTEXT_SHARE = 0.9  # what contexts may cost in a pass beside sampling sessions, of what those cost
-_LONG_COST = 3.0  # of a session's block that attends to so much that this costs as much as its own two rows
 
 
 class PriorSession(Session[B]):
@@ -238,27 +237,20 @@ class PriorEngine(Engine[PriorSession[Any], _ScheduledSession]):
 
     def _schedule(self, ready: list[PriorSession[Any]]) -> list[_ScheduledSession]:
         """Every sampling session; contexts, and the points of sessions that score, share the budget that a pass has for
-        them, in the order of `ready`. So do sampling sessions that attend to much, where others attend to little: those
-        would wait for them at each step.
+        them, in the order of `ready`.
 
         While sessions sample, contexts may cost so little, attention included, that a pass takes less than twice its
         time. The unit is a block of rows over no keys; each context gets a block at least while some budget is left.
         """
-        B, costs = self.shape.block_size, [self.backend.cost(session.run.committed) for session in ready]
-        sampling = [cost for session, cost in zip(ready, costs, strict=True) if session.remaining() <= 1]
-        whole = max(_CONTEXT_SHARE * 2 * len(sampling), self._least) if sampling else self.limits.prefill_chunk / B
-        fewest = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B)
-        shared = min(sampling, default=0.0) <= _LONG_COST
-        budget, scheduled = whole, []
-        for session, cost in zip(ready, costs, strict=True):
+        B, sampling = self.shape.block_size, sum(session.remaining() <= 1 for session in ready)
+        budget = max(_CONTEXT_SHARE * 2 * sampling, self._least) if sampling else self.limits.prefill_chunk / B
+        fewest, scheduled = 1 if sampling else max(1, min(_ALONE_ROWS, self.limits.prefill_chunk) // B), []
+        for session in ready:
             wanted = count = session.remaining()
             if count > 1:
+                cost = self.backend.cost(session.run.committed)
                 count = min(count, max(fewest, int(budget / cost))) if budget > 0 else 0
                 budget -= count * cost
-            elif shared and cost > _LONG_COST:
-                if budget < min(cost - 1, whole):
-                    continue
-                budget -= cost - 1
             if count or not wanted:
                 scheduled.append(_ScheduledSession.of(session, count))
         return scheduled

@@ -232,7 +232,7 @@ async def test_texts_whose_kv_does_not_fit_at_once_are_encoded_one_after_the_oth
         torch.testing.assert_close(encoded[0].latents, latents, rtol=1e-4, atol=1e-4)
 
 
-async def test_runs_that_attend_to_much_take_turns_beside_one_that_attends_to_little(tiny: Golden) -> None:
+async def test_runs_that_attend_to_much_have_half_of_the_time_beside_one_that_attends_to_little(tiny: Golden) -> None:
     settings, sessions = SamplerSettings(steps=50), list[int]()
     with engines(tiny.directory, EngineLimits(max_context=1024, run_ahead=100)) as stages:
         stages.prior.observer.stepped = lambda seconds, rows, count: sessions.append(count)  # type: ignore[method-assign]
@@ -242,7 +242,7 @@ async def test_runs_that_attend_to_much_take_turns_beside_one_that_attends_to_li
         before = len(sessions)
         await sample(stages, job(context=8, blocks=1, steps=50))
         beside = sessions[before:]
-        assert sum(count < 6 for count in beside) >= 45
+        assert sum(count == 1 for count in beside) >= 25, "those take less time than the others"
         assert not any(other.done() for other in others)
         await asyncio.gather(*others)
         await freed(stages)

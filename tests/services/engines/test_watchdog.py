@@ -91,7 +91,9 @@ def test_time_in_which_the_process_was_stopped_does_not_count(clock: Clock, aliv
 class Dies:
     """A worker that fails, and fails at failing."""
 
-    def step(self) -> bool:
+    computes = False
+
+    def step(self, heavy: bool) -> bool:
         raise RuntimeError("no step")
 
     def next_deadline(self) -> float | None:
@@ -105,7 +107,9 @@ class Hangs(Dies):
     def __init__(self) -> None:
         self.over = threading.Event()
 
-    def step(self) -> bool:
+    computes = False
+
+    def step(self, heavy: bool) -> bool:
         return self.over.wait()
 
 
@@ -170,15 +174,19 @@ def test_the_process_ends_with_a_clear_last_line() -> None:
 class Busy:
     """Has so many steps to do, each of so many seconds."""
 
-    def __init__(self, name: str, seconds: float, steps: int, done: list[str]):
-        self.name, self.seconds, self.steps, self.done = name, seconds, steps, done
+    computes = False
+    device: DeviceThread
 
-    def step(self) -> bool:
-        if not self.steps:
+    def __init__(self, name: str, seconds: float, steps: int, done: list[str], heavy: float = 0.0):
+        self.name, self.seconds, self.steps, self.done, self.heavy = name, seconds, steps, done, heavy
+
+    def step(self, heavy: bool) -> bool:
+        if not self.steps or (self.heavy and not heavy):
             return False
         time.sleep(self.seconds)
         self.steps -= 1
         self.done.append(self.name)
+        self.device.took(self.seconds, self.heavy)
         return True
 
     def next_deadline(self) -> float | None:
@@ -192,6 +200,7 @@ def shared(*workers: Busy) -> Iterator[DeviceThread]:
     """Until they have nothing to do."""
     device = DeviceThread()
     for worker in workers:
+        worker.device = device
         device.register(worker)
     device.start()
     yield device
@@ -216,3 +225,14 @@ def test_what_a_worker_did_not_use_is_not_owed_to_it() -> None:
         device.wake()
     first = done.index("late")
     assert "always" in done[first : first + 4]
+
+
+def test_heavy_work_of_all_workers_has_half_of_the_time_while_there_is_other_work() -> None:
+    done: list[str] = []
+    heavy = (Busy(name, 0.05, 20, done, heavy=1.0) for name in ("long", "longer"))
+    with shared(*heavy, Busy("short", 0.01, 30, done)):
+        pass
+    beside = done[: len(done) - done[::-1].index("short")]
+    assert 3 <= len(beside) - beside.count("short") <= 9, "a third each would be 12"
+    assert beside.count("long") < 7, "they share it"
+    assert len(done) == 70, "heavy work goes on where it is all there is"
