@@ -5,7 +5,7 @@ import logging
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from colaserve_services.errors import DeadlineExceeded, InvalidRequest
 from colaserve_services.rpc import cancellation, requests, tracing
 from colaserve_services.rpc.auth import Keys, has_role_certificate, is_role_key
 from colaserve_services.rpc.call_limit import CallLimit
-from colaserve_services.rpc.errors import status_from_errors
+from colaserve_services.rpc.errors import end_with
 from colaserve_services.rpc.garbage import Garbage
 from colaserve_services.rpc.logs import access
 from colaserve_services.rpc.metrics import Metrics
@@ -25,6 +25,7 @@ from colaserve_services.rpc.request_bounds import RequestBounds
 
 UNGUARDED: Final = "/grpc.health.v1."  # probes show no key, are not counted and not logged
 FIRST_SECONDS: Final = 30.0  # that a call's first message may take to come
+RESET_SECONDS: Final = 0.005  # until a call without a message is answered: one that was reset is cancelled meanwhile
 # Callers of builds before December 2026 take only answers that end with a CRC-32, in a field that others skip. What
 # they send ends with one too, and TLS has made it unnecessary: it is not looked at.
 CHECKSUM: Final = ("x-colaserve-checksum", "crc32")
@@ -34,11 +35,12 @@ _NAMES: Final = {code.value[0]: code.name for code in StatusCode}
 
 @dataclass(frozen=True)
 class Method:
-    """A method of a service, and what serves it."""
+    """A method of a service, what serves it, and the gauge of its calls."""
 
     service: str  # without its package
     name: str
     handler: Any
+    running: Any
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -60,6 +62,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self._metrics, self._call_limit, self._keys, self._first_seconds = metrics, call_limit, keys, first_seconds
         self._role_key = role_key
         self.bounds, self._garbage = RequestBounds(), Garbage()
+        self._handlers: dict[str, Any] = {}  # by path
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -67,28 +70,47 @@ class Edge(grpc.aio.ServerInterceptor):
         """A handler of streams of bytes, whatever the method is: so the key is looked at before a message is read, the
         first message has a limited time to come, and each is checked before protobuf reads it. None for a method that
         is not implemented."""
-        handler = await continuation(handler_call_details)
         path: str = handler_call_details.method
+        if path in self._handlers:
+            return self._handlers[path]
+        handler = await continuation(handler_call_details)
         if handler is None or path.startswith(UNGUARDED):
             return handler
-        service, _, name = path.lstrip("/").rpartition("/")
-        method = Method(service.rpartition(".")[2], name, handler)
+        full, _, name = path.lstrip("/").rpartition("/")
+        service = full.rpartition(".")[2]
+        method = Method(service, name, handler, self._metrics.requests_in_progress.labels(service, name))
 
         async def serve(received: AsyncIterator[bytes], context: Any) -> None:
             await self._serve(method, received, context)
 
-        return grpc.stream_stream_rpc_method_handler(serve)
+        return self._handlers.setdefault(path, grpc.stream_stream_rpc_method_handler(serve))
 
     async def _serve(self, method: Method, received: AsyncIterator[bytes], context: Any) -> None:
-        await asyncio.sleep(0)  # a call that was reset at once ends here, at little cost
-        metadata = context.invocation_metadata()
+        """Authenticate the client; answer, or end with the status of what is raised; count, time and log."""
+        metadata, started, code, client, begun = context.invocation_metadata(), time.perf_counter(), "OK", "", False
         context.set_trailing_metadata(((requests.REQUEST_ID, requests.adopt(metadata)),))
+        method.running.inc()
         with tracing.serving(tracing.span_name(method.labels), metadata) as span:
-            async with self._recorded(method, context, span):
-                first = [await self._first(received, method)]  # a call without a message takes no slot
-                with self._call_limit.enter() if method.name not in requests.PROBES else nullcontext():
-                    request = self._request(first.pop(), received, method)  # its bytes go here
-                    await self._answer(request, method, context, span)
+            try:
+                try:
+                    client = self._client(context)
+                    first = [await self._first(received, method)]  # a call without a message takes no slot
+                    begun = True
+                    with self._call_limit.enter() if method.name not in requests.PROBES else nullcontext():
+                        request = self._request(first.pop(), received, method)  # its bytes go here
+                        await self._answer(request, method, context, span)
+                except Exception as error:
+                    if not begun:
+                        await asyncio.sleep(RESET_SECONDS)
+                    await end_with(error, context)
+            except BaseException as error:
+                code = _code(context, error)
+                raise
+            finally:
+                method.running.dec()
+                span.ended(code, failed=code not in ("OK", "CANCELLED"))
+                quiet = code == "OK" if method.name in requests.PROBES else code == "CANCELLED" and not begun
+                self._record(method, code, time.perf_counter() - started, client, quiet)
 
     async def _answer(self, request: Any, method: Method, context: Any, span: tracing.CallSpan) -> None:
         handler = method.handler
@@ -121,7 +143,9 @@ class Edge(grpc.aio.ServerInterceptor):
         """The first message, None where the stream ends without one."""
         try:
             async with asyncio.timeout(self._first_seconds):
-                return await anext(received, None)
+                if (message := await anext(received, None)) is None:
+                    await asyncio.sleep(RESET_SECONDS)
+                return message
         except TimeoutError as error:
             waited = f"no message of {method.name} came within {self._first_seconds:g} s"
             raise DeadlineExceeded(waited) from error
@@ -150,24 +174,6 @@ class Edge(grpc.aio.ServerInterceptor):
         except DecodeError as error:
             raise InvalidRequest("request", f"{len(received)} bytes that are no request of {method.name}") from error
 
-    @asynccontextmanager
-    async def _recorded(self, method: Method, context: Any, span: tracing.CallSpan) -> AsyncIterator[None]:
-        """Authenticate the client; answer with the status of what is raised; count, time and log."""
-        running = self._metrics.requests_in_progress.labels(*method.labels)
-        running.inc()
-        started, code, client = time.perf_counter(), "OK", ""
-        try:
-            async with status_from_errors(context):
-                client = self._client(context)
-                yield
-        except BaseException as error:
-            code = _code(context, error)
-            raise
-        finally:
-            running.dec()
-            span.ended(code, failed=code not in ("OK", "CANCELLED"))
-            self._record(method, code, time.perf_counter() - started, client)
-
     def _client(self, context: Any) -> str:
         """Who calls: the name of its key, else its address. A role may say for whom it calls."""
         metadata, address = context.invocation_metadata(), str(context.peer()).rpartition(":")[0]
@@ -178,11 +184,10 @@ class Edge(grpc.aio.ServerInterceptor):
             requests.adopt_caller(metadata)
         return address if key is None else key
 
-    def _record(self, method: Method, code: str, seconds: float, client: str) -> None:
+    def _record(self, method: Method, code: str, seconds: float, client: str, quiet: bool) -> None:
         self._metrics.request_seconds.labels(*method.labels, code).observe(seconds)
         fields = {"service": method.service, "method": method.name, "code": code, "seconds": round(seconds, 4)}
-        level = logging.DEBUG if method.name in requests.PROBES and code == "OK" else logging.INFO
-        access.log(level, "call", extra={"fields": fields | {"client": client}})
+        access.log(logging.DEBUG if quiet else logging.INFO, "call", extra={"fields": fields | {"client": client}})
 
 
 def _code(context: Any, error: BaseException) -> str:

@@ -3,9 +3,7 @@
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -81,26 +79,22 @@ def error_from_rpc(error: Any) -> ColaserveError:
     return ColaserveError(f"{code.name}: {text}")
 
 
-@asynccontextmanager
-async def status_from_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Answer the call with the status of whatever is raised inside: the only place where errors become statuses.
+async def end_with(error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+    """End the call with the status of this error: the only place where errors become statuses.
 
-    Cancellation and a status that was set already pass. An unknown exception becomes INTERNAL with the request id; its
-    traceback is logged and not sent.
+    A status that was set already passes. An unknown exception becomes INTERNAL with the request id; its traceback is
+    logged and not sent.
     """
+    if isinstance(error, (grpc.aio.AbortError, grpc.aio.UsageError)):
+        raise error
+    status = rpc_error(error)
+    _forget_frames(error)
     try:
-        yield
-    except (grpc.aio.AbortError, grpc.aio.UsageError):
-        raise
-    except Exception as error:
-        status = rpc_error(error)
-        _forget_frames(error)
-        try:
-            async with asyncio.timeout(STATUS_SECONDS):
-                await context.abort(status.code(), status.details() or "", tuple(status.trailing_metadata()))
-        except TimeoutError:  # the status is queued behind responses that are not read: the handler ends without it
-            raise asyncio.CancelledError from error
-        raise AssertionError("abort returned") from error
+        async with asyncio.timeout(STATUS_SECONDS):
+            await context.abort(status.code(), status.details() or "", tuple(status.trailing_metadata()))
+    except TimeoutError:  # the status is queued behind responses that are not read: the handler ends without it
+        raise asyncio.CancelledError from error
+    raise AssertionError("abort returned") from error
 
 
 def rpc_error(error: Exception) -> AioRpcError:

@@ -1,6 +1,7 @@
 """What a request may cost before it is accepted is bounded by its bytes on the wire."""
 
 import asyncio
+import logging
 import zlib
 
 import grpc
@@ -175,17 +176,22 @@ async def test_a_connection_that_says_nothing_is_not_waited_for():
         writer.close()
 
 
-async def test_calls_that_send_nothing_take_no_slots():
+async def test_calls_that_send_nothing_take_no_slots_and_are_counted_but_not_logged_once_given_up(caplog):
+    caplog.set_level(logging.INFO, "colaserve_services.access")
     async with running(ServerSettings(max_calls=1)) as it:
-        silent = [opened(it.channel) for _ in range(5)]
+        silent = [opened(it.channel) for _ in range(20)]
         labels = {"service": "EncoderService", "method": "Encode"}
-        await eventually(
-            lambda: it.metrics.registry.get_sample_value("colaserve_requests_in_progress", labels) == len(silent)
-        )
+        value = it.metrics.registry.get_sample_value
+        await eventually(lambda: value("colaserve_requests_in_progress", labels) == len(silent))
         assert await it.stub.Encode(ONE)
         for call in silent:
             call.cancel()
         await asyncio.gather(*silent, return_exceptions=True)
+        await eventually(lambda: value("colaserve_requests_in_progress", labels) == 0)
+        given_up = value("colaserve_request_seconds_count", labels | {"code": "CANCELLED"})
+        lines = [record for record in caplog.records if record.name == "colaserve_services.access"]
+        assert given_up  # the others' end came before their cancellation
+        assert len(lines) == 1 + len(silent) - given_up
 
 
 async def test_a_call_that_ends_without_its_message_is_refused():
