@@ -110,6 +110,8 @@ class StepRecorder(EngineObserver):
 class DeviceCalls:
     """Runs functions on the device thread between steps, where their OpenMP team is the engines' own: a `Worker`."""
 
+    computes = False
+
     def __init__(self, device: DeviceThread):
         self._device = device
         self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -125,7 +127,7 @@ class DeviceCalls:
         self._device.wake()
         return future
 
-    def step(self) -> bool:
+    def step(self, heavy: bool) -> bool:
         if not self._queue:
             return False
         future, function = self._queue.popleft()
