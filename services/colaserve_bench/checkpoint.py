@@ -23,7 +23,7 @@ from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import rotary_frequencies
 from colaserve_services.model.loading import DTYPES
 from colaserve_services.model.text_vae import TextVAE
-from colaserve_services.text.special_ids import END_OF_TEXT, IM_END, PAD, RELEASE_IDS
+from colaserve_services.text.tokenizer import END_OF_TEXT, IM_END, PAD, RELEASE_IDS
 from colaserve_training.release import FIXED, write_json
 
 _NEVER = -1e4  # bias of the special ids: a benchmark's text does not end by chance
@@ -77,26 +77,21 @@ def make_checkpoint(preset: Preset, directory: Path, dtype: str = "float32", see
     if free < needed:
         raise UsageError(f"{directory}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
     for name, config in (("dit", preset.dit), ("vae", preset.vae)):
-        folder = directory / "cola_dlm" / f"cola_{name}"
+        folder, own = directory / "cola_dlm" / f"cola_{name}", tensors[name]
         folder.mkdir(parents=True)
-        _write_weights(folder, tensors[name], preset, seed)
+        split = split_torch_state_dict_into_shards(  # as many files as it takes; without values so far
+            own, filename_pattern="model{suffix}.safetensors", max_shard_size=preset.shard_bytes
+        )
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(folder / "model.safetensors.index.json", index)
+        for file, names in split.filename_to_tensors.items():
+            values = {each: _values(each, own[each].shape, preset, seed).to(own[each].dtype) for each in names}
+            save_file(values, folder / file, metadata={"format": "pt"})
         kind = {key: FIXED[name][key] for key in ("architectures", "model_type")}
         write_json(folder / "config.json", {**kind, **asdict(config), "dtype": dtype})
     write_tokenizer(directory / "tokenizer.json", preset.vae.vocab_size, preset.special_ids)
     return sum(tensor.numel() for tensor in every)
-
-
-def _write_weights(folder: Path, tensors: dict[str, Tensor], preset: Preset, seed: int) -> None:
-    """As many files as it takes; `tensors` have shapes and dtypes but no values."""
-    split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=preset.shard_bytes
-    )
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-    for file, names in split.filename_to_tensors.items():
-        values = {name: _values(name, tensors[name].shape, preset, seed).to(tensors[name].dtype) for name in names}
-        save_file(values, folder / file, metadata={"format": "pt"})
 
 
 def _values(name: str, shape: torch.Size, preset: Preset, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from colaserve_services.model.dit import DiT
 from colaserve_services.model.layers import Linear
 from colaserve_services.model.text_vae import PatchEmbedder, TextVAE
 from colaserve_services.model.weights import WeightFolder
-from colaserve_services.text.special_ids import SpecialIds
+from colaserve_services.text.tokenizer import SpecialIds
 from colaserve_training.state import stored_states
 from colaserve_training.tokenizer import OWN_IDS, save_tokenizer, write_tokenizer_config
 

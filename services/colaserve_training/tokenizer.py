@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
-from colaserve_services.text.special_ids import SpecialIds
+from colaserve_services.text.tokenizer import SpecialIds
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|pad|>")
 END_ID, IM_END_ID, PAD_ID = range(3)
