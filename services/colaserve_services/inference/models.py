@@ -9,19 +9,37 @@ from typing import Any, Final
 import numpy as np
 
 from colaserve.v1 import generation_pb2, latent_service_pb2, types_pb2
-from colaserve_services.bounds import FINISH_REASONS, Fields
+from colaserve_client.fields import Field, fields_of, flat_fields
+from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
+from colaserve_services.bounds import COUNTS, FINISH_REASONS, SAMPLER, SAMPLING, Fields, wire
 from colaserve_services.coordinator import generation, latent_space
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext
 from colaserve_services.errors import InvalidRequest, require
 from colaserve_services.inference import open_inference_pb2 as pb
-from colaserve_services.inference import parameters
-from colaserve_services.inference.parameters import read_parameters
 from colaserve_services.inference.tensors import Spec, add_output, read_inputs
 
 VERSION: Final = "1"
 LONGEST_ID: Final = 256  # characters
 STREAMING: Final = Spec("streaming", "BOOL", optional=True)
+# Parameters are settings of the one table, by their flat names.
+WRITING: Final = ("max_new_tokens", "ignore_end", "print_special", "cache_salt")  # as GenerateRequest has them
+_NOISE: Final = {name: field for name, field in flat_fields(NoiseSeed, Sampler).items() if not field.multiple}
+_DRAWS: Final = flat_fields(Sampling)
+_TEXT: Final = {name: fields_of(GenerationRequest)[name] for name in (*WRITING, "stop")}
+_SPACE: Final = {"space": Field("Fingerprint of the latents' space; empty: not checked.")}
+
+GENERATE: Final[Fields] = {**_NOISE, **_DRAWS, **_TEXT}
+DECODE: Final[Fields] = {**_DRAWS, **_SPACE}
+SAMPLE: Final[Fields] = {
+    **_NOISE,
+    **_SPACE,
+    "cache_salt": _TEXT["cache_salt"],
+    "max_blocks": COUNTS["SampleLatentsRequest.max_blocks"],
+}
+IGNORED: Final = "triton_enable_empty_final_response"  # how Triton's clients ask for what every stream has here
+_KINDS: Final[Mapping[type, tuple[type, ...]]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+_WORDS: Final = {bool: "a bool", int: "an int64 or uint64", float: "a number", str: "a string"}
 # The coordinator's names of what a request calls otherwise; the first that begins a field's name counts.
 _NAMES: Final = {
     "prompt": "text_input",
@@ -67,16 +85,45 @@ class InferenceModel:
         )
 
 
+def read_parameters(request: pb.ModelInferRequest, table: Fields) -> dict[str, Any]:
+    """The values by name. InvalidRequest names one that is unknown or has a value that it cannot have."""
+    given = {}
+    for name, parameter in request.parameters.items():
+        field, choice = f"parameters.{name[:80]}", parameter.WhichOneof("parameter_choice")
+        if name == IGNORED:
+            continue
+        known = table.get(name)
+        if known is None:
+            raise InvalidRequest(field, f"is unknown, expected {', '.join(table) or 'none'}")
+        value = getattr(parameter, choice) if choice else None
+        require(type(value) in _KINDS[known.kind], field, brief(value), _WORDS[known.kind])
+        if fault := known.fault(value):
+            raise InvalidRequest(field, fault)
+        given[name] = value
+    require("sample_id" not in given or "seed" in given, "parameters.sample_id", "it alone", "seed beside it")
+    return given
+
+
+def _noise_seed(given: Mapping[str, Any]) -> types_pb2.NoiseSeed | None:
+    """None: to be drawn."""
+    base_seed = given.get("seed")
+    return None if base_seed is None else types_pb2.NoiseSeed(base_seed=base_seed, sample_id=given.get("sample_id", 0))
+
+
+def _of(table: Fields, given: Mapping[str, Any]) -> dict[str, Any]:
+    return wire(table, {name: given.get(field.flat) for name, field in table.items()})
+
+
 async def _generate(
     services: ServiceContext, inputs: Mapping[str, Any], given: Mapping[str, Any], call: Call
 ) -> AsyncGenerator[Part, None]:
     request = generation_pb2.GenerateRequest(
         prompt=inputs["text_input"],
         stop=[given["stop"]] if "stop" in given else (),
-        sampler=parameters.sampler(given),
-        sampling=parameters.sampling(given),
-        seed=parameters.seed(given),
-        **{name: given[name] for name in parameters.WRITING if name in given},
+        sampler=types_pb2.Sampler(**_of(SAMPLER, given)),
+        sampling=types_pb2.Sampling(**_of(SAMPLING, given)),
+        seed=_noise_seed(given),
+        **{name: given[name] for name in WRITING if name in given},
     )
     async with aclosing(generation.generate(services, request, call)) as responses:
         async for response in responses:
@@ -102,7 +149,9 @@ async def _decode(
     services: ServiceContext, inputs: Mapping[str, Any], given: Mapping[str, Any], call: Call
 ) -> AsyncGenerator[Part, None]:
     latents = types_pb2.Latents(values=inputs["latents"], space=given.get("space", ""))
-    request = latent_service_pb2.DecodeLatentsRequest(latents=latents, sampling=parameters.sampling(given))
+    request = latent_service_pb2.DecodeLatentsRequest(
+        latents=latents, sampling=types_pb2.Sampling(**_of(SAMPLING, given))
+    )
     response = await latent_space.decode_latents(services, request, call)
     yield Part({"text_output": response.text.encode()})
 
@@ -114,8 +163,8 @@ async def _sample(
     request = latent_service_pb2.SampleLatentsRequest(
         prefix=prefix,
         max_blocks=given.get("max_blocks", 1),
-        sampler=parameters.sampler(given),
-        seed=parameters.seed(given),
+        sampler=types_pb2.Sampler(**_of(SAMPLER, given)),
+        seed=_noise_seed(given),
         cache_salt=given.get("cache_salt", ""),
     )
     written = 0
@@ -131,14 +180,12 @@ MODELS: Final[Mapping[str, InferenceModel]] = {
     "generate": InferenceModel(
         [Spec("text_input", "BYTES"), STREAMING],
         [Spec("text_output", "BYTES"), Spec("finish_reason", "BYTES"), Spec("token_ids", "UINT32")],
-        parameters.GENERATE,
+        GENERATE,
         _generate,
     ),
-    "encoder": InferenceModel([Spec("text_input", "BYTES")], [Spec("latents", "FP32")], parameters.NONE, _encode),
-    "decoder": InferenceModel([Spec("latents", "FP32")], [Spec("text_output", "BYTES")], parameters.DECODE, _decode),
-    "prior": InferenceModel(
-        [Spec("latents", "FP32", optional=True)], [Spec("latents", "FP32")], parameters.SAMPLE, _sample
-    ),
+    "encoder": InferenceModel([Spec("text_input", "BYTES")], [Spec("latents", "FP32")], {}, _encode),
+    "decoder": InferenceModel([Spec("latents", "FP32")], [Spec("text_output", "BYTES")], DECODE, _decode),
+    "prior": InferenceModel([Spec("latents", "FP32", optional=True)], [Spec("latents", "FP32")], SAMPLE, _sample),
 }
 
 
