@@ -22,6 +22,7 @@ from colaserve_services.model.config import check_pair
 from colaserve_services.model.dit import DiT
 from colaserve_services.model.text_vae import TextVAE
 from colaserve_training import demo as demo_recipe
+from colaserve_training import release
 from colaserve_training.config import PRESETS, SIZE, OptimizerConfig, RunConfig, field_options, full_rate, taken
 from colaserve_training.corpus import tokenizer_text
 from colaserve_training.data import Data, Reader, read_records
@@ -29,18 +30,7 @@ from colaserve_training.generate import Generator, Sampling, reconstructed
 from colaserve_training.metrics import plot_losses, say
 from colaserve_training.parallel import MODES, Objective, Parallel, started
 from colaserve_training.prior_stage import JointObjective, PriorObjective
-from colaserve_training.release import (
-    DTYPES,
-    checkpoint_folder,
-    claim,
-    load_dit,
-    load_vae,
-    new_dit,
-    new_vae,
-    special_ids,
-    write_companions,
-    write_network,
-)
+from colaserve_training.release import checkpoint_folder, claim, load_dit, load_vae, new_dit, new_vae, write_network
 from colaserve_training.state import drafted
 from colaserve_training.tokenizer import save_tokenizer, train_tokenizer
 from colaserve_training.trainer import Stopped, Trainer, noticed
@@ -75,7 +65,8 @@ _RUN_OPTIONS = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
     click.option("--parallel", type=click.Choice(MODES), default="ddp", show_default=True, help="Under torchrun."),
     click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads a process; 0: torch's choice."),
-    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="As written."),
+    click.option("--dtype", type=click.Choice(list(release.DTYPES)), default="float32", show_default=True,
+                 help="As written."),
 )  # fmt: skip
 
 
@@ -234,12 +225,19 @@ class Task:
     dit: DiT | None = None
 
     def __post_init__(self) -> None:
-        self.special = special_ids(self.folder, self.words)
+        self.special = release.special_ids(self.folder, self.words)
         self.out: Path = self.options["out"]
 
     def run(self, objective: Objective) -> None:
         """Train, and write the checkpoint; a signal in between ends the run with a state."""
-        data, run = self._data(), self._run_config()
+        end = self.special.pad if self.special.end_of_text is None else self.special.end_of_text
+        context, seed, held_out = (self.options[name] for name in ("context", "seed", "held_out"))
+        reader = Reader(self.words, context, end, seed, self.dit is None, held_out, self._say)
+        data = reader.read(self.options["data"])
+        width = self.vae.config.dim if self.dit is None else self.dit.config.txt_dim
+        rate = self.options["lr"] or full_rate(width, self.fine_tuning)
+        self._say(f"learning rate {rate:.3g}{', for fine-tuning' if self.fine_tuning else ''}")
+        run = taken(RunConfig, self.options, optimizer=taken(OptimizerConfig, self.options, adamw_lr=rate))
         prompts = self._prompts(data)
         if find_spec("matplotlib") is None:
             self._say("matplotlib is not installed: no loss.png will be drawn, metrics.jsonl has the numbers")
@@ -256,17 +254,6 @@ class Task:
     def _say(self, text: str) -> None:
         if self.parallel.rank == 0:
             say(text)
-
-    def _run_config(self) -> RunConfig:
-        width = self.vae.config.dim if self.dit is None else self.dit.config.txt_dim
-        rate = self.options["lr"] or full_rate(width, self.fine_tuning)
-        self._say(f"learning rate {rate:.3g}{', for fine-tuning' if self.fine_tuning else ''}")
-        return taken(RunConfig, self.options, optimizer=taken(OptimizerConfig, self.options, adamw_lr=rate))
-
-    def _data(self) -> Data:
-        end = self.special.pad if self.special.end_of_text is None else self.special.end_of_text
-        context, seed, held_out = (self.options[name] for name in ("context", "seed", "held_out"))
-        return Reader(self.words, context, end, seed, self.dit is None, held_out, self._say).read(self.options["data"])
 
     def _prompts(self, data: Data) -> list[list[int]]:
         """Ids of the beginnings that sample texts continue."""
@@ -288,7 +275,7 @@ class Task:
         dtype = self.options["dtype"]
         try:
             with drafted(self.out) as draft:
-                write_companions(self.folder, draft, self.words, self.special)
+                release.write_companions(self.folder, draft, self.words, self.special)
                 write_network("vae", self.vae.config, weights.get("vae") or self.vae.state_dict(), draft, dtype)
                 if self.dit is not None:
                     write_network("dit", self.dit.config, weights["dit"], draft, dtype)

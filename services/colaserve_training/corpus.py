@@ -85,27 +85,20 @@ class Corpus:
         return self._question(kind, rng)
 
     def _question(self, kind: str, rng: random.Random) -> Example:
-        template = self._phrasing(kind, rng)
+        while normalised(template := self._disturbed(rng.choice(tables()["phrasings"][kind]), rng)) in _held_out():
+            pass
         if kind == "addition":
             a, b = rng.choice(_SUMS), rng.choice(_SUMS)
             question, answer = template.format(a=a, b=b), str(a + b)
         else:
-            country = rng.choice(_trained(kind))
-            question = template.format_map(self._renamed(country, rng))
+            called = country = rng.choice(_trained(kind))
+            if country["aliases"] and rng.random() < self.alias:
+                called = _called(country, rng.choice(country["aliases"].split(";")))
+            question = template.format_map(called)
             answer = country["name" if kind == "reverse" else kind]
         frames = tables()["frames"]
         frame = rng.choices(list(frames), list(frames.values()))[0]
         return Example(frame.format(q=question), " " + answer, kind)
-
-    def _renamed(self, country: Country, rng: random.Random) -> Country:
-        aliased = country["aliases"] and rng.random() < self.alias
-        return _called(country, rng.choice(country["aliases"].split(";"))) if aliased else country
-
-    def _phrasing(self, kind: str, rng: random.Random) -> str:
-        while True:
-            template = self._disturbed(rng.choice(tables()["phrasings"][kind]), rng)
-            if normalised(template) not in _held_out():
-                return template
 
     def _disturbed(self, template: str, rng: random.Random) -> str:
         """A noisy variant of a phrasing; placeholders and the words that carry the intent stay."""
@@ -192,15 +185,12 @@ def tokenizer_text(seed: int, examples: int = 20_000, repeats: int = 30) -> Iter
     for _ in range(examples):
         example = corpus.draw(rng)
         yield example.prompt + example.response
-    for text in _names_and_answers():
-        yield from [text] * repeats
-
-
-def _names_and_answers() -> Iterator[str]:
-    """Every name and answer once, as it stands in a sentence and at the beginning of one."""
+    texts = []  # every name and answer once, as it stands in a sentence and at the beginning of one
     for country in countries():
         fields = ("name", "capital", "continent", "region", "currency", "language", "demonym")
         aliases = filter(None, country["aliases"].split(";"))
-        yield from (f" {text}" for text in (*(country[field] for field in fields), *aliases))
-        yield from (country["name"], f"{country['name']}'s")
-    yield from (f" {number}" for number in range(max(_SUMS) * 2 + 1))
+        texts += [f" {text}" for text in (*(country[field] for field in fields), *aliases)]
+        texts += [country["name"], f"{country['name']}'s"]
+    texts += [f" {number}" for number in range(max(_SUMS) * 2 + 1)]
+    for text in texts:
+        yield from [text] * repeats

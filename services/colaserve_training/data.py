@@ -9,7 +9,7 @@ import hashlib
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -75,11 +75,16 @@ class Reader:
         rows: list[Row] = []
         count: Counter[str] = Counter()
         for prompt, response in (record for path in paths for record in read_records(path)):
-            made = self._of_record(prompt, response) if response.strip() else None
-            count["empty"] += made is None
-            count["long"] += made == []
-            count["cut"] += bool(made and len(made) > 1)
-            rows += made or []
+            row = row_of(self.words, prompt, response, self.end_id)
+            too_long = len(row.ids) > self.context
+            if not response.strip():
+                count["empty"] += 1
+            elif row.prompt and too_long:
+                count["long"] += 1
+            else:
+                count["cut"] += too_long
+                starts = range(0, len(row.ids), self.context)
+                rows += [Row(row.ids[at : at + self.context]) for at in starts] if too_long else [row]
         tokens = sum(len(row.ids) for row in rows)
         summary = (
             f"data: {len(rows):,} rows, {tokens:,} tokens from {len(paths)} file(s); {count['empty']} empty left out, "
@@ -89,14 +94,6 @@ class Reader:
             raise UsageError(f"{', '.join(map(str, paths))}: nothing to train on ({summary})")
         self.say(summary)
         return rows
-
-    def _of_record(self, prompt: str, response: str) -> list[Row]:
-        row = row_of(self.words, prompt, response, self.end_id)
-        if len(row.ids) <= self.context:
-            return [row]
-        if row.prompt:
-            return []
-        return [Row(row.ids[start : start + self.context]) for start in range(0, len(row.ids), self.context)]
 
     def _corpus(self) -> Data:
         kind = VaeSource if self.stage_one else CorpusSource
@@ -135,15 +132,11 @@ def read_records(path: Path) -> Iterator[tuple[str, str]]:
         if path.suffix == ".jsonl":
             yield from (_record(line, number, path) for number, line in lines)
         else:
-            yield from _paragraphs(line for _, line in lines)
+            for empty, group in groupby((line for _, line in lines), key=lambda line: not line):
+                if not empty:
+                    yield "", "\n".join(group).strip()
     except Unreadable as error:
         raise UsageError(str(error)) from error
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for empty, group in groupby(lines, key=lambda line: not line):
-        if not empty:
-            yield "", "\n".join(group).strip()
 
 
 def _record(line: str, number: int, path: Path) -> tuple[str, str]:

@@ -10,23 +10,15 @@ import torch
 from tokenizers import Tokenizer
 
 from colaserve_eval.demo import demo_folder, demo_tasks
-from colaserve_eval.records import Record
 from colaserve_eval.scoring import score
+from colaserve_training import release
 from colaserve_training.config import PRESETS, OptimizerConfig, RunConfig, VaeLossConfig
 from colaserve_training.corpus import Corpus, tokenizer_text
 from colaserve_training.generate import Generator, Sampling
 from colaserve_training.metrics import plot_losses
 from colaserve_training.parallel import Objective, repeatable
 from colaserve_training.prior_stage import PriorObjective
-from colaserve_training.release import (
-    GENERATION,
-    load_dit,
-    load_vae,
-    new_dit,
-    new_vae,
-    write_generation_config,
-    write_network,
-)
+from colaserve_training.release import load_dit, load_vae, new_dit, new_vae, write_network
 from colaserve_training.rows import CorpusSource, Source, VaeSource
 from colaserve_training.state import drafted
 from colaserve_training.tokenizer import PAD_ID, save_tokenizer, train_tokenizer
@@ -98,7 +90,7 @@ def make_demo(
     train("polish", prior, CorpusSource(POLISH, tokenizer, seed + 1), replace(recipe.polish, seed=seed + 1))
     with drafted(out) as draft:
         save_tokenizer(tokenizer, draft)
-        write_generation_config(draft, **GENERATION, chat_frame=CHAT_FRAME)
+        release.write_generation_config(draft, **release.GENERATION, chat_frame=CHAT_FRAME)
         shutil.copytree(demo_folder() / "questions", draft / "questions")
         write_network("vae", vae.config, vae.state_dict(), draft, "bfloat16")
         write_network("dit", dit.config, dit.state_dict(), draft, "bfloat16")
@@ -114,10 +106,10 @@ def load_generator(folder: Path, sampling: Sampling | None = None) -> Generator:
 
 def score_sets(generator: Generator, names: Sequence[str] | None = None, every: int = 1) -> dict[str, Any]:
     """The score of the demo's question sets of `names` (default: all), of every `every`-th question."""
-    tasks = [task for task in demo_tasks() if names is None or task.name in names]
-    return score({task.name: _answered(generator, task.questions[::every]) for task in tasks})
-
-
-def _answered(generator: Generator, questions: Sequence[Record]) -> list[Record]:
-    answers = generator.texts([question.prompt for question in questions])
-    return [replace(question, generate=answer) for question, answer in zip(questions, answers, strict=True)]
+    answered = {}
+    for task in demo_tasks():
+        if names is None or task.name in names:
+            asked = task.questions[::every]
+            answers = generator.texts([question.prompt for question in asked])
+            answered[task.name] = [replace(each, generate=text) for each, text in zip(asked, answers, strict=True)]
+    return score(answered)

@@ -59,7 +59,11 @@ class Generator:
         return [out[sample] for sample in range(len(ids))]
 
     def _run(self, ids: list[list[int]], samples: list[int]) -> list[list[int]]:
-        latents, block_tokens = self._encode(ids), self._size * self._patch
+        shape, block_tokens = (self._size, self.dit.config.txt_in_channels), self._size * self._patch
+        latents = torch.zeros(len(ids), 0, shape[1], device=self._device)
+        if ids[0]:
+            padded = pad_rows([Row(tuple(row)) for row in ids], block_tokens, self.sampling.pad_id)
+            latents = self.vae.encode(padded.to(self._device))[0][:, : -(-len(ids[0]) // self._patch)]
         known, first = latents.shape[1], latents.shape[1] // self._size
         again = len(ids[0]) - first * block_tokens if known % self._size else 0  # ids that are decoded again
         written = torch.zeros(len(ids), 0, dtype=torch.int64, device=self._device)
@@ -67,7 +71,9 @@ class Generator:
         ends = torch.tensor(sorted(self.sampling.end_ids), dtype=torch.int64, device=self._device)
         for block in range(first, first - (-(again + self.sampling.max_new_tokens) // block_tokens)):
             pinned = max(0, known - block * self._size)
-            latents = self._sample(latents, block, pinned, self._noise(samples, block - first))
+            seeds = [block_seed(self.sampling.base_seed, sample, block - first) for sample in samples]
+            drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            latents = self._sample(latents, block, pinned, torch.stack(drawn).to(self._device))
             found = self._tokens(latents, block, seen)
             written = torch.cat([written, found[:, again if block == first else 0 :]], dim=1)
             if torch.isin(written, ends).any(1).all():
@@ -82,13 +88,6 @@ class Generator:
         ids = torch.where(seen[:, None], logits * penalty, logits).argmax(-1)
         seen.scatter_(1, ids, True)
         return ids
-
-    def _encode(self, ids: list[list[int]]) -> Tensor:
-        """Latents of the prompt, (N, m, d)."""
-        if not ids[0]:
-            return torch.zeros(len(ids), 0, self.dit.config.txt_in_channels, device=self._device)
-        padded = pad_rows([Row(tuple(row)) for row in ids], self._size * self._patch, self.sampling.pad_id)
-        return self.vae.encode(padded.to(self._device))[0][:, : -(-len(ids[0]) // self._patch)]
 
     def _sample(self, latents: Tensor, block: int, pinned: int, z: Tensor) -> Tensor:
         """Denoise one block, its first `pinned` positions held; gives (N, (block + 1) * B, d)."""
@@ -112,12 +111,6 @@ class Generator:
         mask = (blocks <= blocks[:, None]).expand(rows, -1, -1)
         velocity: Tensor = self.dit(torch.cat([history, z], dim=1), timestep, index.expand(rows, -1), attention(mask))
         return velocity[:, past:]
-
-    def _noise(self, samples: list[int], block: int) -> Tensor:
-        shape = (self._size, self.dit.config.txt_in_channels)
-        seeds = (block_seed(self.sampling.base_seed, sample, block) for sample in samples)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self._device)
 
 
 @torch.no_grad()

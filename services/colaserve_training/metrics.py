@@ -55,7 +55,13 @@ class Metrics:
         """Record step `step` (from 0)."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self._write({"step": step, **values, "seconds": round(seconds, 4)})
+        try:
+            self._file.write(json.dumps({"step": step, **values, "seconds": round(seconds, 4)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not (self._failed or self._quiet):
+                say(f"warning: {self.path}: cannot be written ({error.strerror}); training continues without it")
+            self._failed = True
         self._bar.update(1)
         if self._quiet or (step % self._run.log_every and step + 1 < self._run.steps):
             return
@@ -67,15 +73,6 @@ class Metrics:
         left = timedelta(seconds=round(pace * (self._run.steps - step - 1)))
         parts = "  ".join(f"{name} {value}" for name, value in shown.items())
         say(f"{self._title} {step + 1}/{self._run.steps}  {parts}  {1 / pace:.2f} step/s  ETA {left}")
-
-    def _write(self, row: dict[str, float]) -> None:
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:
-            if not (self._failed or self._quiet):
-                say(f"warning: {self.path}: cannot be written ({error.strerror}); training continues without it")
-            self._failed = True
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -92,26 +89,20 @@ def plot_losses(folder: Path) -> None:
 
     Called when the weights are written: nothing that happens here loses any.
     """
+    image = folder / "loss.png"
     try:
-        _plot(_rows(folder / "metrics.jsonl"), folder / "loss.png")
+        from matplotlib.figure import Figure
+
+        rows, figure = _rows(folder / "metrics.jsonl"), Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name in dict.fromkeys(name for row in rows for name in row if name not in _NO_LOSS):
+            curve = [(row["step"], row[name]) for row in rows if name in row]
+            steps, values = zip(*curve, strict=True)
+            smooth = accumulate(values, lambda mean, value: _SMOOTHING * mean + (1 - _SMOOTHING) * value)
+            axes.plot(steps, values if name == "validation" else list(smooth), label=name)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(image, dpi=120)
     except Exception as error:  # whatever a plotting library and its settings on this machine come up with
-        say(f"{folder / 'loss.png'}: not drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers")
-
-
-def _plot(rows: list[dict[str, float]], image: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name in dict.fromkeys(name for row in rows for name in row if name not in _NO_LOSS):
-        curve = [(row["step"], row[name]) for row in rows if name in row]
-        steps, values = zip(*curve, strict=True)
-        smooth = accumulate(values, lambda mean, value: _SMOOTHING * mean + (1 - _SMOOTHING) * value)
-        axes.plot(steps, values if name == "validation" else list(smooth), label=name)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
+        say(f"{image}: not drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers")

@@ -62,7 +62,16 @@ class Parallel:
         if self.world == 1:
             return module
         if self.mode == "fsdp":
-            return _shard(module)
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+            for child in list(module.modules()):
+                for block in child if isinstance(child, nn.ModuleList) else ():
+                    fully_shard(block)
+                    if hasattr(block, "modulation"):  # of a DiT block: called beside forward, and needs whole weights
+                        register_fsdp_forward_method(block, "modulation")
+            fully_shard(module)
+            register_fsdp_forward_method(module, "apply_whole")
+            return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
@@ -115,19 +124,6 @@ def shard_again(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
-
-
-def _shard(module: nn.Module) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    for child in list(module.modules()):
-        for block in child if isinstance(child, nn.ModuleList) else ():
-            fully_shard(block)
-            if hasattr(block, "modulation"):  # of a DiT block: called beside forward, and needs whole weights too
-                register_fsdp_forward_method(block, "modulation")
-    fully_shard(module)
-    register_fsdp_forward_method(module, "apply_whole")
-    return module
 
 
 def repeatable() -> None:

@@ -43,18 +43,6 @@ class FlowBatch(Batch):
     text: VaeBatch | None = None  # of the same rows, where the VAE is trained along
 
 
-@dataclass(frozen=True)
-class FlowInputs:
-    """What the network is given and what it should answer; L = n - B + K * B tokens a row."""
-
-    values: Tensor  # (R, L, d)
-    timestep: Tensor  # (R, L) in 0 .. 1000; 0 for clean and pinned positions
-    position: Tensor  # (R, L) int64, rotary positions
-    mask: Tensor  # (R, L, L) bool, True where a query (row) sees a key (column)
-    target: Tensor  # (R, K * B, d): the velocity z_1 - z_0 of the noisy part
-    weight: Tensor  # (R, K * B): 1 where the loss counts, 0 at pinned and unused positions
-
-
 def draw_batch(
     rows: Sequence[Row], block_size: int, dim: int, pad_id: int, flow: FlowConfig, seed: str, patch: int = 1
 ) -> FlowBatch:
@@ -94,15 +82,14 @@ def _plan(latents: int, prompt: int, block_size: int, flow: FlowConfig, rng: ran
     first, last = prompt // block_size, (latents - 1) // block_size
     blocks = list(range(first, last + 1))
     count = min(max(flow.copies, len(blocks)), flow.max_copies)
-    start = rng.randrange(len(blocks))
-    return [_copy_of(blocks[(start + k) % len(blocks)], prompt, block_size, flow, rng) for k in range(count)]
-
-
-def _copy_of(block: int, prompt: int, block_size: int, flow: FlowConfig, rng: random.Random) -> _Copy:
-    pinned = max(0, prompt - block * block_size)
-    if pinned == 0 and rng.random() < flow.pin:
-        pinned = rng.randrange(1, block_size) if block_size > 1 else 0
-    return _Copy(block, pinned, rng.random() >= flow.empty_history, draw_time(flow, rng))
+    start, copies = rng.randrange(len(blocks)), []
+    for k in range(count):
+        block = blocks[(start + k) % len(blocks)]
+        pinned = max(0, prompt - block * block_size)
+        if pinned == 0 and rng.random() < flow.pin:
+            pinned = rng.randrange(1, block_size) if block_size > 1 else 0
+        copies.append(_Copy(block, pinned, rng.random() >= flow.empty_history, draw_time(flow, rng)))
+    return copies
 
 
 def draw_time(flow: FlowConfig, rng: random.Random) -> float:
@@ -114,10 +101,12 @@ def draw_time(flow: FlowConfig, rng: random.Random) -> float:
     return float(torch.sigmoid(torch.tensor(rng.gauss(flow.loc, flow.scale), dtype=torch.float64)))
 
 
-def lay_out(latents: Tensor, history: Tensor, batch: FlowBatch) -> FlowInputs:
-    """Build the pass: z_t = (1 - t) z_0 + t z_1 at open positions, z_0 with t = 0 at pinned ones (MODEL.md section 7).
+def flow_loss(dit: DiT, latents: Tensor, history: Tensor, batch: FlowBatch) -> Tensor:
+    """The step's mean squared velocity error, this batch's share of it; see the module's equation.
 
-    latents (R, n, d) are z_0 and carry gradients if they have any; `history` (R, n, d) is the clean copy.
+    z_t = (1 - t) z_0 + t z_1 at open positions, z_0 with t = 0 at pinned ones (MODEL.md section 7). latents (R, n, d)
+    are z_0 and carry gradients if they have any; `history` (R, n, d) is the clean copy. A row of the pass has
+    L = n - B + K * B tokens.
     """
     rows, _, size, dim = batch.noise.shape
     clean = latents.shape[1] - size
@@ -126,15 +115,15 @@ def lay_out(latents: Tensor, history: Tensor, batch: FlowBatch) -> FlowInputs:
     open_ = torch.arange(size, device=latents.device) >= batch.pinned[..., None]
     time = torch.where(open_, batch.time[..., None], 0.0)
     noisy = torch.lerp(start, batch.noise, time[..., None])
-    zeros = time.new_zeros(rows, clean)
-    return FlowInputs(
-        values=torch.cat([(history + batch.history_noise)[:, :clean], noisy.flatten(1, 2)], dim=1),
-        timestep=TIME_SCALE * torch.cat([zeros, time.flatten(1)], dim=1),
-        position=torch.cat([torch.arange(clean, device=latents.device).expand(rows, -1), position.flatten(1)], dim=1),
-        mask=clean_and_noisy_mask(clean, size, batch.block, batch.history),
-        target=(batch.noise - start).flatten(1, 2),
-        weight=(open_ & batch.used[..., None]).flatten(1).float(),
+    answer = dit(
+        torch.cat([(history + batch.history_noise)[:, :clean], noisy.flatten(1, 2)], dim=1),  # (R, L, d)
+        TIME_SCALE * torch.cat([time.new_zeros(rows, clean), time.flatten(1)], dim=1),  # (R, L)
+        torch.cat([torch.arange(clean, device=latents.device).expand(rows, -1), position.flatten(1)], dim=1),
+        attention(clean_and_noisy_mask(clean, size, batch.block, batch.history)),
     )
+    weight = (open_ & batch.used[..., None]).flatten(1).float()  # (R, K * B)
+    errors = (answer[:, clean:] - (batch.noise - start).flatten(1, 2)).square().mean(-1)
+    return (errors * weight).sum() / batch.count
 
 
 def clean_and_noisy_mask(clean: int, size: int, block: Tensor, history: Tensor) -> Tensor:
@@ -161,14 +150,6 @@ def attention(mask: Tensor) -> Attend:
         return (torch.softmax(q @ k.mT + bias, dim=-1).to(v.dtype) @ v).transpose(1, 2)
 
     return attend
-
-
-def flow_loss(dit: DiT, latents: Tensor, history: Tensor, batch: FlowBatch) -> Tensor:
-    """The step's mean squared velocity error, this batch's share of it; see the module's equation."""
-    inputs = lay_out(latents, history, batch)
-    answer = dit(inputs.values, inputs.timestep, inputs.position, attention(inputs.mask))
-    errors = (answer[:, -inputs.weight.shape[1] :] - inputs.target).square().mean(-1)
-    return (errors * inputs.weight).sum() / batch.count
 
 
 class PriorObjective(Objective):
@@ -219,15 +200,11 @@ class JointObjective(PriorObjective):
         mean, log_variance = self.vae.encode(batch.ids)
         parts = self._texts[0](batch.text)
         prior = flow_loss(self.dit, mean, mean.detach(), batch)
-        drift = self._drift(mean, log_variance, batch)
-        loss = prior + self._joint.vae_weight * parts["loss"] + self._joint.reference_kl * drift
-        return {**parts, "loss": loss, "flow": prior, "drift": drift}
-
-    def _drift(self, mean: Tensor, log_variance: Tensor | None, batch: FlowBatch) -> Tensor:
-        """KL(q || q of the start) a latent."""
         start, start_log = self._encoded_by_start(batch.ids)
         gap = (mean - start) / self.vae.config.scaling_factor
         ratio = torch.zeros_like(gap)
         if log_variance is not None and start_log is not None:
             gap, ratio = gap * torch.exp(-0.5 * start_log), log_variance - start_log
-        return kl_to_standard_normal(gap, ratio).mean(1).sum() / batch.rows
+        drift = kl_to_standard_normal(gap, ratio).mean(1).sum() / batch.rows  # KL(q || q of the start) a latent
+        loss = prior + self._joint.vae_weight * parts["loss"] + self._joint.reference_kl * drift
+        return {**parts, "loss": loss, "flow": prior, "drift": drift}

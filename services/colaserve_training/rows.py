@@ -86,12 +86,9 @@ class ListSource:
     seed: int
 
     def rows(self, step: int, count: int, first: int | None = None) -> list[Row]:
-        first = step * count if first is None else first
-        return [self._at(index) for index in range(first, first + count)]
-
-    def _at(self, index: int) -> Row:
-        epoch, position = divmod(index, len(self.items))
-        return self.items[_order(self.seed, epoch, len(self.items))[position]]
+        first, size = step * count if first is None else first, len(self.items)
+        places = (divmod(index, size) for index in range(first, first + count))
+        return [self.items[_order(self.seed, epoch, size)[position]] for epoch, position in places]
 
 
 @lru_cache(maxsize=8)
@@ -129,12 +126,12 @@ def row_of(tokenizer: Tokenizer, prompt: str, response: str, end_id: int) -> Row
 
 def with_whole_patches(rows: Sequence[Row], patch: int, pad_id: int) -> list[Row]:
     """The rows with their prompts filled up to whole latents of `patch` tokens, as they are when a prompt is served."""
-    return [_filled(row, -row.prompt % patch, pad_id) for row in rows]
-
-
-def _filled(row: Row, missing: int, pad_id: int) -> Row:
-    ids = (*row.ids[: row.prompt], *[pad_id] * missing, *row.ids[row.prompt :])
-    return Row(ids, row.prompt + missing)
+    filled = []
+    for row in rows:
+        missing = -row.prompt % patch
+        ids = (*row.ids[: row.prompt], *[pad_id] * missing, *row.ids[row.prompt :])
+        filled.append(Row(ids, row.prompt + missing))
+    return filled
 
 
 def micro_batches(rows: list[Row], parts: int) -> list[list[Row]]:

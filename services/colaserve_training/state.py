@@ -87,17 +87,12 @@ def drafted(folder: Path) -> Iterator[Path]:
         for item in draft.rglob("*"):
             _sync(item)
         for item in sorted(draft.iterdir(), reverse=True):
-            _move(item, folder / item.name)
+            if (path := folder / item.name).is_dir():  # a folder cannot be renamed over another one
+                os.replace(path, draft / f"{item.name}.old")
+            os.replace(item, path)
         _sync(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _move(draft: Path, path: Path) -> None:
-    """Rename to `path`, replacing what is there. A folder cannot be renamed over another one."""
-    if path.is_dir():
-        os.replace(path, draft.with_name(f"{path.name}.old"))
-    os.replace(draft, path)
 
 
 def _sync(path: Path) -> None:

@@ -110,7 +110,11 @@ class Trainer:
                 if self._due(self.config.check_every):
                     values |= self._check()
                 metrics.step(self.step - 1, values)
-                self._save_if_due()
+                number, finished = self.parallel.largest(self.stop.signal), self.step == self.config.steps
+                if number or finished or self._due(self.config.save_every):
+                    saved = self.save()
+                if number and not finished:
+                    raise Stopped(number, f"stopped after step {self.step} of {self.config.steps}; {saved}")
 
     def _say(self, text: str) -> None:
         if not self.quiet:
@@ -119,20 +123,16 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def _save_if_due(self) -> None:
-        number = self.parallel.largest(self.stop.signal)
-        finished = self.step == self.config.steps
-        if number or finished or self._due(self.config.save_every):
-            saved = self.save()
-        if number and not finished:
-            raise Stopped(number, f"stopped after step {self.step} of {self.config.steps}; {saved}")
-
     def train_step(self) -> dict[str, float]:
         """One update: gradients of all micro-batches, clipped, applied; the losses of the whole step."""
         rate = set_rate(self.optimizers, self.step, self.config)
         groups = micro_batches(self.source.rows(self.step, self.config.rows), self.config.micro_batches)
         batches = self._drawn(groups, f"{self.objective.name}:{self.config.seed}:{self.step}")
-        parts = [self._backward(batch) for batch in batches]
+        parts = []
+        for batch in batches:
+            losses = self._losses(batch)
+            (losses["loss"] * self.parallel.world).backward()  # processes average gradients; losses are shares of a sum
+            parts.append({name: value.detach() for name, value in losses.items()})
         sums = {name: self.parallel.total(torch.stack([part[name] for part in parts]).sum()) for name in parts[0]}
         bound = self.config.optimizer.clip or float("inf")
         norm = float(whole(nn.utils.clip_grad_norm_((p for _, p in self._parameters()), bound)))
@@ -158,11 +158,6 @@ class Trainer:
             losses: dict[str, Tensor] = self.module(batch.to(device))
         return losses
 
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        parts = self._losses(batch)
-        (parts["loss"] * self.parallel.world).backward()  # processes average gradients; losses are shares of a sum
-        return {name: value.detach() for name, value in parts.items()}
-
     def _check(self) -> dict[str, float]:
         """Validation loss and sample texts with the averaged weights, which are what a run is for.
 
@@ -174,12 +169,10 @@ class Trainer:
             if self.samples is not None:
                 texts = self.objective.apply_whole(self.samples)
                 self._say("\n".join(f"  step {self.step}: {text!r}" for text in texts))
-            losses = [self._validation(part[: len(part) // world * world]) for part in parts if len(part) >= world]
+            groups = [[part[: len(part) // world * world]] for part in parts if len(part) >= world]
+            batches = [batch for group in groups for batch in self._drawn(group, "validation")]
+            losses = [self.parallel.total(self._losses(batch)["loss"]) for batch in batches]
         return {"validation": sum(losses) / len(losses)} if losses else {}
-
-    def _validation(self, rows: Sequence[Row]) -> float:
-        (batch,) = self._drawn([rows], "validation")
-        return self.parallel.total(self._losses(batch)["loss"])
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -244,10 +237,6 @@ class Trainer:
         for name, now in self._settings().items():
             if (before := state.settings.get(name)) != now:
                 raise UsageError(f"{path}: {name} was {before} and is now {now}; resume with the same settings")
-        self._adopt(state)
-        self._say(f"{self.objective.name}: resuming from {path} (step {step} of {self.config.steps})")
-
-    def _adopt(self, state: TrainingState) -> None:
         self._set({name: state.tensors[f"weights/{name}"] for name, _ in self._parameters()})
         for name, value in self.ema.values.items():
             value.copy_(like(state.tensors[f"ema/{name}"], value))
@@ -259,7 +248,8 @@ class Trainer:
                     index, leaf = key.removeprefix(prefix).split("/")
                     plain["state"].setdefault(int(index), {})[leaf] = like(value, parameters[int(index)])
             optimizer.load_state_dict(plain)
-        self.step = state.step
+        self.step = step
+        self._say(f"{self.objective.name}: resuming from {path} (step {step} of {self.config.steps})")
 
     def result(self) -> dict[str, dict[str, Tensor]]:
         """The weights of each trained network ("vae", "dit") with the averaged values, for the first process alone.
