@@ -6,12 +6,10 @@ from pathlib import Path
 import click
 
 from colaserve_bench.checkpoint import PRESETS, make_checkpoint
-from colaserve_bench.engine import engine, solvers
+from colaserve_bench.engine import engine, solvers, stall
 from colaserve_bench.load import load
-from colaserve_bench.prefix import fork, prefix
+from colaserve_bench.savings import fork, prefix, stable
 from colaserve_bench.serve import serve
-from colaserve_bench.stable import stable
-from colaserve_bench.stall import stall
 from colaserve_bench.verbs import FOLDER
 from colaserve_services.launch.options import run_or_explain
 

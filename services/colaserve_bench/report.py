@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,10 +72,13 @@ class Report:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code. The load average shows whether something else was computing."""
-    cpu, flags = _cpu()
+    text = ""
+    with suppress(OSError):  # Linux has it
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     return {
-        "cpu": cpu,
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
+        "cpu": cpu.get("model name", platform.processor()),
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in cpu.get("flags", "").split()],
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -86,16 +90,6 @@ def machine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
-
-
-def _cpu() -> tuple[str, set[str]]:
-    """Model name and flags from Linux's /proc; elsewhere what Python knows."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor(), set()
-    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    return values.get("model name", platform.processor()), set(values.get("flags", "").split())
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -111,16 +105,10 @@ def medians(rounds: Iterable[Row], keys: Sequence[str]) -> list[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rounds:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [
-        {
-            name: value if name in keys else _median([row.get(name) for row in group])
-            for name, value in group[-1].items()
-            if name != "round"
-        }
-        for group in groups.values()
-    ]
-
-
-def _median(values: list[Any]) -> Any:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return statistics.median(numbers) if numbers and len(numbers) == len(values) else values[-1]
+    found = [{name: value for name, value in group[-1].items() if name != "round"} for group in groups.values()]
+    for row, group in zip(found, groups.values(), strict=True):
+        for name in row.keys() - keys:
+            values: list[Any] = [each.get(name) for each in group]
+            if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+                row[name] = statistics.median(values)
+    return found

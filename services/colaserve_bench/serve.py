@@ -12,8 +12,17 @@ import click
 
 from colaserve_bench.engine import measure_engine
 from colaserve_bench.report import Column, Report, Row, percentile
-from colaserve_bench.requests import Mix, Record, closed_loop, connected, open_loop
-from colaserve_bench.system import TARGET_OPTIONS, Running, running, systems_of
+from colaserve_bench.system import (
+    TARGET_OPTIONS,
+    Mix,
+    Record,
+    Running,
+    closed_loop,
+    connected,
+    open_loop,
+    running,
+    systems_of,
+)
 from colaserve_bench.verbs import SAMPLER_OPTIONS, benchmark, in_own_process, numbers, rounds, say
 from colaserve_client import AsyncClient, Sampler
 from colaserve_services.model.checkpoint import Checkpoint

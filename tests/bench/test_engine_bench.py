@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from colaserve_bench.engines import Engines, StepRecorder
-from colaserve_bench.peak import CALLS, Peak, product_flops
-from colaserve_bench.stall import describe
+from colaserve_bench.engine import describe
+from colaserve_bench.engines import CALLS, Engines, Peak, StepRecorder, product_flops
 from colaserve_services.errors import UsageError
 from colaserve_services.model.checkpoint import Checkpoint
 

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from colaserve_bench.commands import bench
 from colaserve_bench.report import Column, Report, percentile
-from colaserve_bench.requests import Mix, Record, closed_loop, open_loop
+from colaserve_bench.savings import Formed, table
 from colaserve_bench.serve import ENGINE, summarise, with_ratios
-from colaserve_bench.stable import Formed, table
+from colaserve_bench.system import Mix, Record, closed_loop, open_loop
 from colaserve_client import ServerError
 from tests.services.launch.processes import FREE_PORTS, started
 
