@@ -6,7 +6,7 @@ import click
 import pytest
 import yaml
 
-from colaserve_services.launch import threads
+from colaserve_services.launch import settings as launch_settings
 from colaserve_services.launch.options import sections_of
 from colaserve_services.launch.settings import ROLES as SETTINGS
 from colaserve_services.pull import pull
@@ -103,8 +103,8 @@ def test_the_compose_file_gives_each_role_options_that_it_has():
         flags = {flag for option in known(role).values() for flag in option.opts}
         assert {argument.split("=")[0] for argument in arguments if argument.startswith("--")} <= flags
         for name, value in services[role]["environment"].items():
-            if name in threads.WAITING:
-                assert value == threads.BRIEF[name]  # as under `up --split`
+            if name in launch_settings.WAITING:
+                assert value == launch_settings.BRIEF[name]  # as under `up --split`
                 continue
             assert name in known(role), f"{role}: {name}"
             filled = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", value)

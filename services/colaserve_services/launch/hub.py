@@ -3,14 +3,17 @@
 import logging
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from colaserve_services.errors import CheckpointError, Unavailable, UsageError
-from colaserve_services.launch.progress import Progress, size
+from colaserve_services.rpc import logs
 
 # What is served, and what a reader of the folder wants beside it. Pickles are never fetched.
 WANTED = [
@@ -18,6 +21,8 @@ WANTED = [
       for name in ("config.json", "model*.safetensors", "model.safetensors.index.json")),
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "MODEL_CARD.md", "LICENSE*", "README.md",
 ]  # fmt: skip
+QUIET_SECONDS = 2.0  # nothing is said about what is done sooner
+LINE_SECONDS = 5.0  # between two log lines about progress
 _ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(.+))?")
 
 _log = logging.getLogger(__name__)
@@ -87,7 +92,10 @@ def fetch(wanted: HubId, directory: Path | None = None, check_only: bool = False
     folder = directory or snapshots / commit
     _log.info("%s is %s: %d files, %s", wanted, commit, len(sizes), size(sum(sizes.values())))
     if not check_only:
-        _check_space(sizes, folder)
+        missing = sum(nbytes for name, nbytes in sizes.items() if not (folder / name).is_file())
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if missing > (free := shutil.disk_usage(there).free):
+            raise UsageError(f"{there} has space for {size(free)}, {size(missing)} are to be fetched")
         with _hub_errors(wanted):
             for name in sizes:  # in this thread, not in a pool that the end of the process would wait for
                 hf_hub_download(repository, name, revision=commit, local_dir=directory, tqdm_class=Progress)
@@ -96,18 +104,10 @@ def fetch(wanted: HubId, directory: Path | None = None, check_only: bool = False
     _log.info("comparing every file with the Hub's checksum")
     with _hub_errors(wanted):
         compared = api.verify_repo_checksums(repository, revision=commit, local_dir=folder)
-    _check(folder, sizes, compared.missing_paths, {mismatch["path"] for mismatch in compared.mismatches})
-    if directory is None and not check_only:  # only what was compared is found in the cache by this revision's name
-        with _hub_errors(wanted):
-            api.resolve_revision(repository, revision=revision)
-    return folder
-
-
-def _check(folder: Path, names: Iterable[str], missing: Collection[str], differing: Collection[str]) -> None:
-    """Raise CheckpointError for the first file that is missing or not the Hub's, or lacks a tensor."""
-    for name in names:
+    differing = {mismatch["path"] for mismatch in compared.mismatches}
+    for name in sizes:
         path = folder / name
-        if name in missing:
+        if name in compared.missing_paths:
             raise CheckpointError(f"{path}: missing; pull again")
         if name in differing:
             path = path.resolve()  # in the cache, a file elsewhere
@@ -116,14 +116,10 @@ def _check(folder: Path, names: Iterable[str], missing: Collection[str], differi
     from colaserve_services.model.checkpoint import Checkpoint
 
     loading.check(Checkpoint.open(folder))
-
-
-def _check_space(sizes: Mapping[str, int], folder: Path) -> None:
-    missing = sum(nbytes for name, nbytes in sizes.items() if not (folder / name).is_file())
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if missing > free:
-        raise UsageError(f"{there} has space for {size(free)}, {size(missing)} are to be fetched")
+    if directory is None and not check_only:  # only what was compared is found in the cache by this revision's name
+        with _hub_errors(wanted):
+            api.resolve_revision(repository, revision=revision)
+    return folder
 
 
 @contextmanager
@@ -148,3 +144,37 @@ def _hub_errors(wanted: HubId) -> Iterator[None]:
             raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise Unavailable(f"the Hub cannot be reached for {repository}: {why}; run it again to go on") from error
+
+
+class Progress(tqdm):
+    """Called with (bytes done, bytes in all), or updated as a tqdm bar by a library that makes it."""
+
+    def __init__(self, desc: str = "", clock: Callable[[], float] = time.monotonic, **given: Any):
+        self._what, self._clock, self._said = desc, clock, clock()
+        off = True if logs.are_json() else None  # None: off where there is no terminal
+        given |= {"unit": "B", "unit_scale": True, "delay": QUIET_SECONDS, "leave": False, "disable": off}
+        super().__init__(desc=desc, **given)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = total
+        self.update(done - self.n)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """So many bytes more."""
+        if not self.disable:
+            return super().update(n)
+        self.n += n or 0
+        now, total = self._clock(), self.total or 0
+        if now - self._said > LINE_SECONDS:
+            self._said, share = now, round(self.n / max(total, 1), 2)
+            _log.info("%s: %d%% of %s", self._what, 100 * share, size(total), extra={"fields": {"share": share}})
+        return None
+
+
+def size(count: float) -> str:
+    """Bytes for eyes: 512 B, 3.1 MB, 7.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -45,16 +45,11 @@ def _left(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * (1 - KEPT))
-    machine = _available()
+    kib = _number(Path("/proc/meminfo"), "MemAvailable:")
+    # Where this is no Linux: half of what is there at all.
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if kib is None else kib << 10
     limited = container_left(GROUPS, Path("/proc/self/cgroup"))
     return int(machine * OF_A_MACHINE) if limited is None else int(min(limited, machine) * (1 - KEPT))
-
-
-def _available() -> int:
-    kib = _number(Path("/proc/meminfo"), "MemAvailable:")
-    if kib is None:  # no Linux: half of what is there at all
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return kib << 10
 
 
 def container_left(groups: Path, own: Path) -> int | None:

@@ -6,9 +6,9 @@ The command line wins over the variable, the variable over the default.
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -16,7 +16,6 @@ import click
 
 from colaserve_client.cli.types import Number, Text, Trimmed, TrimmedPath
 from colaserve_services.errors import ColaserveError, UsageError
-from colaserve_services.launch.removed import check_removed
 from colaserve_services.rpc.settings import LogSettings, Tls
 
 STAGES: Final = ("encoder", "prior", "decoder")
@@ -121,40 +120,30 @@ class TlsFolder(TrimmedPath):
         return Tls(cert, key, ca)
 
 
-@dataclass(frozen=True)
-class Option:
-    """What is known of a field that is an option."""
-
-    help: str
-    kind: click.ParamType[Any]
-    shown: str  # in place of the default; empty: the default
-
-
 def option(default: Any, text: str, kind: click.ParamType[Any] = TEXT, shown: str = "") -> Any:
-    """A dataclass field that is an option."""
+    """A dataclass field that is an option; `shown` stands in its help in place of the default."""
     made: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**made, metadata={"option": Option(text, kind, shown)})
+    return field(**made, metadata={"help": text, "kind": kind, "shown": shown})
 
 
 def sections_of(settings: type) -> dict[str, list[click.Option]]:
     """The options of a role's settings, by what the dataclasses that they are made of say of themselves."""
-    parts = {part: [each for each in fields(part) if each.name in part.__annotations__] for part in _parts(settings)}
-    return {part.__doc__ or "": [_option(each) for each in found] for part, found in parts.items()}
-
-
-def _parts(settings: type) -> list[type]:
-    return [part for part in settings.__mro__ if part is not object and part.__annotations__]
+    parts = [part for part in settings.__mro__ if part is not object and part.__annotations__]
+    return {
+        part.__doc__ or "": [_option(each) for each in fields(part) if each.name in part.__annotations__]
+        for part in parts
+    }
 
 
 def _option(spec: Any) -> click.Option:
-    known: Option = spec.metadata["option"]
+    known = spec.metadata
     more: dict[str, Any] = {"is_flag": True, "default": False, "show_default": False}
     if not isinstance(spec.default, bool):
         default = spec.default if isinstance(spec.default, int | float | str) else None
-        more = {"type": known.kind, "default": default, "show_default": known.shown or default not in (None, "")}
+        more = {"type": known["kind"], "default": default, "show_default": known["shown"] or default not in (None, "")}
     variable = "COLASERVE_" + spec.name.upper()
     return click.Option(
-        ["--" + spec.name.replace("_", "-")], help=known.help, envvar=variable, show_envvar=True, **more
+        ["--" + spec.name.replace("_", "-")], help=known["help"], envvar=variable, show_envvar=True, **more
     )
 
 
@@ -166,10 +155,10 @@ class RoleCommand(click.Command, Generic[S]):
 
     def __init__(self, name: str, settings: type[S], work: Callable[[S, Mapping[str, str]], None], text: str):
         self.sections = sections_of(settings)
-        options = [each for section in self.sections.values() for each in section]
+        self._own = [each for section in self.sections.values() for each in section]
         # `colaserve up MODEL` is `colaserve up --model MODEL`
         arguments = [click.Argument(["checkpoint"], type=MODEL, required=False, metavar="[MODEL]")] * (name == "up")
-        super().__init__(name, params=[*arguments, *options], help=text, callback=self._run)
+        super().__init__(name, params=[*arguments, *self._own], help=text, callback=self._run)
         self._settings, self._work = settings, work
         self._said: dict[str, str] = {}
 
@@ -183,12 +172,8 @@ class RoleCommand(click.Command, Generic[S]):
             run_or_explain(lambda: check_removed(args, os.environ))
             said: dict[str, Any]
             said, _, _ = self.make_parser(ctx).parse_args(list(args))
-            names = {each.name: each.envvar for section in self.sections.values() for each in section}
-            self._said = {
-                str(names[name]): value if isinstance(value, str) else "1"
-                for name, value in said.items()
-                if name in names
-            }
+            given = {str(each.envvar): said[each.name] for each in self._own if each.name in said}
+            self._said = {name: value if isinstance(value, str) else "1" for name, value in given.items()}
             left = super().parse_args(ctx, args)
             if model := ctx.params.pop("checkpoint", None):
                 if "model" in said:
@@ -205,14 +190,13 @@ class RoleCommand(click.Command, Generic[S]):
     def _errors(self, log: str) -> AbstractContextManager[None]:
         if log.partition(":")[0] != "json":
             return nullcontext()
-        from colaserve_services.launch.announcements import errors_as_json
+        from colaserve_services.launch.process import errors_as_json
 
         return errors_as_json("colaserve" if self.name == "up" else self.name or "")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section after the other; what belongs to none comes first."""
-        own = [each for section in self.sections.values() for each in section]
-        others = [each for each in self.get_params(ctx) if each not in own]
+        others = [each for each in self.get_params(ctx) if each not in self._own]
         sections: dict[str, Sequence[click.Parameter]] = {"Options": others, **self.sections}
         for title, parameters in sections.items():
             with formatter.section(title):
@@ -236,3 +220,54 @@ def run_or_explain(work: Callable[[], None]) -> None:
         work()
     except ColaserveError as error:
         raise (_Misuse if isinstance(error, UsageError) else click.ClickException)(str(error)) from error
+
+
+# Options of earlier versions, each also a variable: what replaced it, so that no setting is ignored silently.
+
+_DEFAULTS: Final = "say it in a JSON file, in the form of generation_config.json, and name that with --defaults"
+_TLS: Final = "put tls.crt, tls.key and, for mutual TLS, ca.crt into a folder and name that with --tls"
+_HTTP_TLS: Final = "put tls.crt, tls.key and, to verify clients, ca.crt into a folder and name that with --http-tls"
+_FIXED: Final = "its value is right for everybody now, and fixed"
+_CALLERS: Final = "bound the calls of one caller with the coordinator's --max-per-caller"
+
+REMOVED: Final[Mapping[str, str]] = {
+    "api-keys": "write the keys into a file, one a line, and name that with --api-keys-file",
+    "attempts": _FIXED,
+    **dict.fromkeys(
+        ("chat-frame", "guidance-end", "guidance-scale", "guidance-start", "max-new-tokens", "repetition-penalty",
+         "resamples", "solver", "steps", "temperature", "top-k", "top-p"),
+        _DEFAULTS,
+    ),
+    "health-port": "probes ask the metrics port: GET /live and GET /ready, without TLS and keys",
+    **dict.fromkeys(("http-tls-cert", "http-tls-key", "http-tls-client-ca"), _HTTP_TLS),
+    "keepalive-seconds": _FIXED,
+    "log-format": "write --log FORMAT",
+    "log-level": "write --log FORMAT:LEVEL",
+    "max-body-bytes": _FIXED,
+    "max-calls": "bound the calls at work with the coordinator's --max-generations",
+    **dict.fromkeys(("max-calls-per-client", "max-rate-per-client"), _CALLERS),
+    "max-choices": _FIXED,
+    "max-concurrent-streams": _FIXED,
+    "max-connection-age": "it is 120 s everywhere",
+    "max-message-bytes": _FIXED,
+    "max-per-key": "it is called --max-per-caller",
+    "max-queued": "it is twice --max-generations",
+    **dict.fromkeys(("max-waiting", "max-waiting-work"), "sessions wait in the coordinator: see --queue-seconds"),
+    "prefill-chunk": _FIXED,
+    "prefix-cache-bytes": "it lives in what sessions leave of --kv-bytes",
+    **dict.fromkeys(("tls-ca", "tls-cert", "tls-client-ca", "tls-client-cert", "tls-client-key", "tls-key"), _TLS),
+    "tls-server-name": "certificates name the hosts that are called",
+    "upstream-key": "set the variable COLASERVE_ROLE_KEY at the gateway and at the coordinator",
+}  # fmt: skip
+_OF_THE_CLIENT: Final = {"tls-ca", "tls-client-cert", "tls-client-key"}  # whose variables these are still
+
+
+def check_removed(arguments: Iterable[str], environment: Mapping[str, str]) -> None:
+    """Raise UsageError for the first option or variable that is gone; it says what replaced it."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    for name, instead in REMOVED.items():
+        variable = "COLASERVE_" + name.upper().replace("-", "_")
+        if f"--{name}" in given:
+            raise UsageError(f"--{name} is gone: {instead}")
+        if environment.get(variable) and name not in _OF_THE_CLIENT:
+            raise UsageError(f"{variable} is gone: {instead}")

@@ -6,22 +6,22 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
+import click
 import grpc
 
 from colaserve_client.reading import Unreadable, read_text
 from colaserve_client.writing import write_file
 from colaserve_services.errors import UsageError
-from colaserve_services.launch.announcements import announce, flush_or_drop
 from colaserve_services.launch.settings import Process
-from colaserve_services.launch.signals import Signals
 from colaserve_services.rpc import logs, tracing
 from colaserve_services.rpc.garbage import keep_what_is_there
 from colaserve_services.rpc.metrics import Aliases, Metrics, MetricsEndpoint
@@ -35,6 +35,38 @@ EXIT_WITH_PARENT = "COLASERVE_EXIT_WITH_PARENT"  # set: end when standard input 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+
+class Signals:
+    """SIGTERM, SIGHUP and SIGINT as they come, none lost. Made inside of an event loop, which it is for.
+
+    SIGHUP, which a closing terminal sends, stays ignored where the process was started so, as by nohup.
+    """
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[int] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number in (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))):
+            loop.add_signal_handler(number, self._queue.put_nowait, number)
+
+    async def next(self) -> int:
+        """The next one."""
+        return await self._queue.get()
+
+    async def ended(self, work: Awaitable[None]) -> int | None:
+        """Do the work. The signal that ended it; None when it came to its own end. Raises what the work raises."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.next())
+        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        number = stop.result() if stop.done() else None
+        if number is not None and task.done():
+            self._queue.put_nowait(number)  # for what comes next
+            number = None
+        for pending in (task, stop):
+            pending.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return number
 
 
 class Host:
@@ -121,7 +153,11 @@ class Host:
             await self._grpc.serving(self._behind_ready)
         text = f"{self.role} ready after {time.monotonic() - self.started:.1f} s: {_shown(self.addresses)}"
         self.publish()
-        announce(self.role, self.settings.log.format == "json", text, self.description, addresses=self.addresses)
+        line = "\n".join(filter(None, (text, self.description)))
+        if self.settings.log.format == "json":
+            said = {"description": self.description} if self.description else {}
+            line = _json(self.role, logging.INFO, text.splitlines()[0], {"addresses": self.addresses, **said})
+        _print(sys.stdout, line)
 
     async def drain(self, drain_seconds: float) -> None:
         """Not ready; wait; let what runs end within the grace."""
@@ -148,26 +184,31 @@ def run(role: str, settings: Process, assemble: Assemble) -> None:
     logs.configure(settings.log, role)
     if os.environ.pop(EXIT_WITH_PARENT, ""):
         threading.Thread(target=_end_with_stdin, daemon=True, name="parent-watch").start()
+
+    async def serve() -> None:
+        keep_grpc()
+        signals, host = Signals(), Host(role, settings)
+        async with host.stack:
+            if await signals.ended(assemble(host)) or await signals.ended(host.ready()):
+                return
+            number = await signals.next()
+            await signals.ended(host.drain(settings.drain_seconds if number != signal.SIGINT else 0.0))
+
     try:
-        asyncio.run(_run(Host(role, settings), assemble))
+        asyncio.run(serve())
     finally:
-        flush_or_drop()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # what a full disk does not take is dropped: else the exit code would be another
+                with contextlib.suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def keep_grpc() -> None:
     """Keep grpc.aio's poller for the life of this process: giving it up, which the garbage collector does with the last
     channel or server, waits for ever where an operation never ended. Called inside of an event loop."""
     grpc.aio.init_grpc_aio()
-
-
-async def _run(host: Host, assemble: Assemble) -> None:
-    keep_grpc()
-    signals = Signals()
-    async with host.stack:
-        if await signals.ended(assemble(host)) or await signals.ended(host.ready()):
-            return
-        number = await signals.next()
-        await signals.ended(host.drain(host.settings.drain_seconds if number != signal.SIGINT else 0.0))
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
@@ -194,19 +235,16 @@ def _end_with_stdin() -> None:
 def check_ports(settings: Process) -> None:
     """Raise one UsageError that names every port that cannot be listened on. 0 takes a free one."""
     ports = {name: getattr(settings, f"{name}_port", 0) for name in ("grpc", "http", "metrics")}
+    host, faults = settings.host, []
     with contextlib.ExitStack() as held:  # until all were looked at, so that a port given twice is found
-        faults = [_fault(held, name, settings.host, port) for name, port in ports.items() if port]
-    if found := [fault for fault in faults if fault]:
-        raise UsageError("; ".join(found))
-
-
-def _fault(held: contextlib.ExitStack, name: str, host: str, port: int) -> str:
-    """What is wrong with one; empty when it can be listened on."""
-    try:
-        held.enter_context(contextlib.closing(listen(host, port)))
-    except OSError as error:
-        return f"--{name}-port: cannot listen on {address(host, port)}: {error.strerror or error}"
-    return ""
+        for name, port in ports.items():
+            try:
+                if port:
+                    held.enter_context(contextlib.closing(listen(host, port)))
+            except OSError as error:
+                faults.append(f"--{name}-port: cannot listen on {address(host, port)}: {error.strerror or error}")
+    if faults:
+        raise UsageError("; ".join(faults))
 
 
 def description(directory: Path) -> str:
@@ -218,3 +256,31 @@ def description(directory: Path) -> str:
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     first = next((part for part in paragraphs if part and not part.startswith("#")), "")
     return first.replace("*", "").replace("`", "")[:LONGEST_DESCRIPTION]
+
+
+# What a process says beside its log: where it serves, and why it ends. A full disk behind it stops nothing.
+
+
+@contextlib.contextmanager
+def errors_as_json(role: str) -> Iterator[None]:
+    """An error that ends the command is one JSON object on standard error, with the exit code that it has."""
+    try:
+        yield
+    except click.ClickException as error:
+        _print(sys.stderr, _json(role, logging.ERROR, error.format_message()))
+        raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        _print(sys.stderr, _json(role, logging.CRITICAL, str(error), exc_info=sys.exc_info()))
+        raise SystemExit(1) from error
+
+
+def _print(stream: TextIO, line: str) -> None:
+    with contextlib.suppress(OSError):
+        stream.write(line + "\n")
+        stream.flush()
+
+
+def _json(role: str, level: int, message: str, fields: Any = None, exc_info: Any = None) -> str:
+    record = logging.LogRecord("colaserve_services.launch", level, "", 0, message, None, exc_info)
+    record.fields = fields
+    return logs.JsonFormatter(role).format(record)

@@ -18,30 +18,22 @@ from colaserve.v1.latent_service_pb2_grpc import LatentServiceStub
 from colaserve.v1.prior_pb2_grpc import PriorServiceStub
 from colaserve_services.coordinator import Coordinator, CoordinatorLimits, Defaults, Stages
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
+from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import CheckpointError, UsageError
 from colaserve_services.gateway.backend import coordinator_stub
 from colaserve_services.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from colaserve_services.inference.service import InferenceServicer
-from colaserve_services.launch import threads
-from colaserve_services.launch.children import Child, reachable
+from colaserve_services.launch import settings as of_roles
 from colaserve_services.launch.options import STAGES
 from colaserve_services.launch.process import Host, check_ports, description, in_thread, run
 from colaserve_services.launch.settings import (
-    ROLE_KEY,
     CoordinatorSettings,
-    DecoderSettings,
-    EncoderSettings,
     GatewaySettings,
-    Model,
-    PriorSettings,
     StageSettings,
     UpSettings,
-    check_stages,
     check_tls,
-    engine_limits,
-    target,
 )
-from colaserve_services.launch.split import Launcher, unless_one_ends
+from colaserve_services.launch.split import Child, Launcher, reachable, unless_one_ends
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.generation_config import GenerationDefaults, read_generation_config
 from colaserve_services.rpc.connections import Connection, Replicas
@@ -62,12 +54,13 @@ STUBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def run_stages(names: tuple[str, ...], settings: EncoderSettings | PriorSettings | DecoderSettings) -> None:
+def run_stages(names: tuple[str, ...], settings: StageSettings) -> None:
     """Stages in one process: of "encoder", "prior" and "decoder"."""
     check_ports(settings)
     check_tls(settings)
-    check_stages(settings, names)
-    threads.settle(settings.threads)
+    if others := [name for name in settings.device if name in STAGES and name not in names]:
+        raise UsageError(f"--device: names {', '.join(others)}, and this is the {' and '.join(names)}")
+    of_roles.settle_threads(settings.threads)
     if any(settings.device_of(name) != "cpu" for name in names):  # read when torch is imported
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -85,7 +78,7 @@ def run_stages(names: tuple[str, ...], settings: EncoderSettings | PriorSettings
 def run_coordinator(settings: CoordinatorSettings) -> None:
     """GenerationService and LatentService over stages elsewhere."""
     check_ports(settings)
-    targets = {stage: target(getattr(settings, stage), stage) for stage in STAGES}
+    targets = {stage: of_roles.target(getattr(settings, stage), stage) for stage in STAGES}
 
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
@@ -102,7 +95,7 @@ def run_apart(settings: UpSettings, said: Mapping[str, str], groups: Sequence[tu
     check_ports(settings)
     check_tls(settings)
     launcher = Launcher(settings, said)
-    os.environ[ROLE_KEY] = launcher.key
+    os.environ[of_roles.ROLE_KEY] = launcher.key
 
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
@@ -138,12 +131,14 @@ async def _children(host: Host, launcher: Launcher, groups: Sequence[tuple[str, 
 
 async def _elsewhere(host: Host, settings: CoordinatorSettings | UpSettings, targets: Mapping[str, str]) -> Stages:
     """Stages in other processes."""
-    changed = asyncio.Event()
-    replicas = {
-        name: await _replicas(host, f"{name.title()}Service", target, settings.channel, changed.set)
-        for name, target in targets.items()
-    }
-    return Stages(**replicas, changed=changed, targets=targets)
+    changed, found = asyncio.Event(), {}
+    for name, target in targets.items():
+        service = f"{name.title()}Service"
+        found[name] = Replicas(STUBS[service], target, settings.channel, f"{PACKAGE}.{service}", changed.set)
+        host.stack.push_async_callback(found[name].close)
+        await found[name].find()
+        found[name].follow()
+    return Stages(**found, changed=changed, targets=targets)
 
 
 async def _serve_text(
@@ -160,12 +155,14 @@ async def _serve_text(
 def run_gateway(settings: GatewaySettings) -> None:
     """OpenAI's HTTP in front of coordinators elsewhere."""
     check_ports(settings)
-    coordinators = target(settings.coordinator, "coordinator")
+    coordinators, service = of_roles.target(settings.coordinator, "coordinator"), "GenerationService"
 
     async def assemble(host: Host) -> None:
         await host.open_ports(None)
         # the other services, too, on the same channel
-        coordinator = _connection(host, "GenerationService", coordinators, settings.channel)
+        coordinator = Connection(STUBS[service], coordinators, settings.channel, f"{PACKAGE}.{service}")
+        host.stack.push_async_callback(coordinator.close)
+        coordinator.follow()
         host.metrics.coordinator = _asking(coordinator)
         await _gateway(host, settings, coordinator.stub, coordinator.reached)
 
@@ -176,7 +173,7 @@ def run_all(settings: UpSettings) -> None:
     """Everything in this process: the stages are called without sockets, one gRPC port serves all six services."""
     check_ports(settings)
     check_tls(settings)
-    threads.settle(settings.threads)
+    of_roles.settle_threads(settings.threads)
 
     async def assemble(host: Host) -> None:
         await host.open_ports(settings.server(settings.grpc_port))
@@ -196,7 +193,7 @@ def run_all(settings: UpSettings) -> None:
     run("colaserve", settings, assemble)
 
 
-async def _checkpoint(settings: Model) -> Checkpoint:
+async def _checkpoint(settings: of_roles.Model) -> Checkpoint:
     return await in_thread(lambda: Checkpoint.open(settings.folder()))
 
 
@@ -217,7 +214,7 @@ def _asking(coordinator: Connection) -> Callable[[], Any]:
     return ask
 
 
-def _context_bytes(settings: Model, checkpoint: Checkpoint) -> int:
+def _context_bytes(settings: of_roles.Model, checkpoint: Checkpoint) -> int:
     """What the latents of the longest context take as float32."""
     return settings.max_context * checkpoint.shape.latent_dim * 4
 
@@ -238,8 +235,15 @@ async def _stages(
     def load() -> "RunningStages":
         from colaserve_services.launch.stages import load_stages
 
+        limits = EngineLimits(
+            max_context=settings.max_context,
+            max_running=settings.max_running,
+            kv_bytes=settings.kv_bytes,
+            run_ahead=getattr(settings, "run_ahead", 2),
+            idle_seconds=getattr(settings, "idle_seconds", 60.0),
+        )
         compute = {stage: (settings.device_of(stage), settings.dtype) for stage in names}
-        return load_stages(checkpoint, compute, engine_limits(settings), host.metrics, failing)
+        return load_stages(checkpoint, compute, limits, host.metrics, failing)
 
     stages = await in_thread(load)
     host.stack.callback(stages.stop)
@@ -258,7 +262,14 @@ def _coordinator(
         idle_seconds=settings.idle_seconds,
     )
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.shape.vocab_size, checkpoint.defaults)
-    own, file = checkpoint.defaults, _defaults_file(settings.defaults)
+    own, path = checkpoint.defaults, settings.defaults
+    try:
+        file = GenerationDefaults() if path is None else read_generation_config(path)
+    except CheckpointError as error:
+        raise UsageError(f"--defaults: {error}") from error
+    for name in ("pad_token_id", "eos_token_id", "im_end_token_id"):  # the stages need them too
+        if getattr(file, name) is not None:
+            raise UsageError(f"--defaults: {path}: {name} belongs into the checkpoint's generation_config.json")
     defaults = Defaults.of(file.chat_frame or own.chat_frame, **{**own.requests, **file.requests})
     name = settings.served_model_name or checkpoint.name
     about = description(checkpoint.directory)
@@ -271,17 +282,6 @@ def _servicers(coordinator: Coordinator, host: Host) -> tuple[object, ...]:
     return GenerationServicer(coordinator), LatentServicer(coordinator), inference
 
 
-def _defaults_file(path: Path | None) -> GenerationDefaults:
-    try:
-        found = GenerationDefaults() if path is None else read_generation_config(path)
-    except CheckpointError as error:
-        raise UsageError(f"--defaults: {error}") from error
-    for name in ("pad_token_id", "eos_token_id", "im_end_token_id"):  # the stages need them too
-        if getattr(found, name) is not None:
-            raise UsageError(f"--defaults: {path}: {name} belongs into the checkpoint's generation_config.json")
-    return found
-
-
 async def _connect(host: Host, coordinator: Coordinator) -> None:
     """Wait for the stages; from then on health follows theirs."""
     await coordinator.connect()
@@ -289,36 +289,16 @@ async def _connect(host: Host, coordinator: Coordinator) -> None:
     host.stack.callback(watch.cancel)
 
 
-def _connection(host: Host, service: str, target: str, channel: Any) -> Connection:
-    """To a service elsewhere; closed at the end."""
-    connection = Connection(STUBS[service], target, channel, f"{PACKAGE}.{service}")
-    host.stack.push_async_callback(connection.close)
-    connection.follow()
-    return connection
-
-
-async def _replicas(
-    host: Host, service: str, target: str, channel: Any, began_to_serve: Callable[[], None]
-) -> Replicas:
-    """The replicas of a service elsewhere; closed at the end."""
-    replicas = Replicas(STUBS[service], target, channel, f"{PACKAGE}.{service}", began_to_serve)
-    host.stack.push_async_callback(replicas.close)
-    await replicas.find()
-    replicas.follow()
-    return replicas
-
-
 async def _gateway(host: Host, settings: GatewaySettings | UpSettings, stub: Any, reach: Any = None) -> None:
     from colaserve_services.gateway import settings as gateway
     from colaserve_services.gateway.app import create_app
     from colaserve_services.gateway.server import serve
 
-    bounds = gateway.Bounds(request_seconds=settings.request_seconds, unread_seconds=settings.idle_seconds)
     made = gateway.GatewaySettings(
         keys=settings.keys,
         cors_origins=tuple(origin for origin in settings.cors_origins.split(",") if origin),
         allow_unknown_fields=settings.allow_unknown_fields,
-        bounds=bounds,
+        bounds=gateway.Bounds(request_seconds=settings.request_seconds, unread_seconds=settings.idle_seconds),
     )
     app = create_app(stub, made, host.metrics, reach)
     tls = settings.http_tls and settings.http_tls.of_server

@@ -1,44 +1,26 @@
 """The settings of each role: frozen dataclasses, made of sections, whose fields are its options (options.py)."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import UsageError
+from colaserve_services.launch import options
 from colaserve_services.launch.hub import checkpoint_folder
-from colaserve_services.launch.options import (
-    COUNT,
-    DTYPES,
-    FILE,
-    MODEL,
-    PORT,
-    POSITIVE,
-    SECONDS,
-    SOME_SECONDS,
-    STAGES,
-    TRIMMED,
-    Parsed,
-    TlsFolder,
-    byte_budget,
-    devices,
-    log_settings,
-    option,
-    replicas,
-)
+from colaserve_services.launch.options import STAGES, option
 from colaserve_services.rpc.auth import Keys, checked
-from colaserve_services.rpc.settings import (
-    ChannelSettings,
-    LogSettings,
-    ServerSettings,
-    Tls,
-)
+from colaserve_services.rpc.settings import ChannelSettings, LogSettings, ServerSettings, Tls
 
 DEMO = Path(__file__).parent.parent / "demo"
 ROLE_KEY = "COLASERVE_ROLE_KEY"  # a variable alone, since a command line is seen by all
+# How long OpenMP threads spin before they sleep, on machines that do other work too: long enough for the gaps between
+# the operations of a step, short enough to leave the cores to others (docs/decisions.md, "Spin briefly").
+BRIEF = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+WAITING = (*BRIEF, "OMP_WAIT_POLICY")
+TOKENIZER = ("TOKENIZERS_PARALLELISM", "false")  # many texts leave the other cores to those that compute
 _ADDRESS = "host:port, dns:///host:port or a list with commas"
 
 
@@ -48,7 +30,10 @@ class Processes:
 
     split: bool = option(False, "Run each role in a process of its own; one that dies is started again.")
     replicas: Mapping[str, int] = option(
-        dict, "With --split: processes of a stage, as in prior=2.", Parsed("STAGE=N,..", replicas), "1 each"
+        dict,
+        "With --split: processes of a stage, as in prior=2.",
+        options.Parsed("STAGE=N,..", options.replicas),
+        "1 each",
     )
 
 
@@ -59,10 +44,10 @@ class Model:
     model: str = option(
         "",
         "Folder with cola_dlm/ and tokenizer.json, or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
-        MODEL,
+        options.MODEL,
         "the bundled checkpoint",
     )
-    max_context: int = option(8192, "Latents of one session, prompt and generation together.", POSITIVE)
+    max_context: int = option(8192, "Latents of one session, prompt and generation together.", options.POSITIVE)
 
     def folder(self) -> Path:
         """The checkpoint's folder, fetched from the Hub if need be; blocks. Raises UsageError, Unavailable and
@@ -82,14 +67,14 @@ class Compute:
         lambda: {"": "cpu"},
         "Where the networks run: cpu, cuda or cuda:N; of one stage as in prior=cuda:1. With a GPU, up runs the stages "
         "of each one in a process of their own.",
-        Parsed("[STAGE=]DEVICE,..", devices),
+        options.Parsed("[STAGE=]DEVICE,..", options.devices),
         "cpu",
     )
     dtype: str = option(
         "auto",
         "Compute dtype; auto is float32 on a CPU and bfloat16 on CUDA. int8, on a CPU, and float8, on a GPU: the "
         "matrices of the prior's and the decoder's layers.",
-        DTYPES,
+        options.DTYPES,
     )
     threads: int | None = option(
         None, "CPU threads that compute in one process.", click.IntRange(1, 4096), "OMP_NUM_THREADS, else all cores"
@@ -107,11 +92,11 @@ class Engine:
     max_running: int = option(
         32,
         "Sessions of one stage that share forward passes; others wait in the coordinator.",
-        POSITIVE,
+        options.POSITIVE,
     )
     kv_bytes: int = option(
         0, "Bytes of one stage's KV cache, or auto: what memory leaves after weights and the largest pass.",
-        Parsed("BYTES", byte_budget), "auto",
+        options.Parsed("BYTES", options.byte_budget), "auto",
     )  # fmt: skip
 
 
@@ -119,7 +104,7 @@ class Engine:
 class RunAhead:
     """Prior"""
 
-    run_ahead: int = option(2, "Blocks that the prior writes before they are read.", POSITIVE)
+    run_ahead: int = option(2, "Blocks that the prior writes before they are read.", options.POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +115,7 @@ class Idle:
         60.0,
         "A session with nothing to compute for so long, and a stream that was not read for so long, is evicted when "
         "others are queued.",
-        SOME_SECONDS,
+        options.SOME_SECONDS,
     )
 
 
@@ -138,9 +123,9 @@ class Idle:
 class Stages:
     """Stages"""
 
-    encoder: str = option("", f"Address of the encoder: {_ADDRESS}.", TRIMMED)
-    prior: str = option("", f"Address of the prior: {_ADDRESS}.", TRIMMED)
-    decoder: str = option("", f"Address of the decoder: {_ADDRESS}.", TRIMMED)
+    encoder: str = option("", f"Address of the encoder: {_ADDRESS}.", options.TRIMMED)
+    prior: str = option("", f"Address of the prior: {_ADDRESS}.", options.TRIMMED)
+    decoder: str = option("", f"Address of the decoder: {_ADDRESS}.", options.TRIMMED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +133,17 @@ class Requests:
     """Requests"""
 
     defaults: Path | None = option(
-        None, "JSON file of what requests leave unset, in the form of generation_config.json, which it overrules.", FILE
+        None,
+        "JSON file of what requests leave unset, in the form of generation_config.json, which it overrules.",
+        options.FILE,
     )
     served_model_name: str = option("", "Name clients ask for.", shown="the Hub's, else the folder's")
     max_generations: int = option(
-        256, "Calls that the coordinator works on at once; twice as many may be queued.", POSITIVE
+        256, "Calls that the coordinator works on at once; twice as many may be queued.", options.POSITIVE
     )
-    queue_seconds: float = option(30.0, "A call that was queued for so long is refused.", SECONDS)
+    queue_seconds: float = option(30.0, "A call that was queued for so long is refused.", options.SECONDS)
     max_per_caller: int = option(
-        0, "Calls of one caller (key, else address) at once, queued ones included; 0: no limit.", COUNT
+        0, "Calls of one caller (key, else address) at once, queued ones included; 0: no limit.", options.COUNT
     )
 
 
@@ -164,59 +151,61 @@ class Requests:
 class Upstream:
     """Upstream"""
 
-    coordinator: str = option("", f"Address of the coordinators: {_ADDRESS}.", TRIMMED)
+    coordinator: str = option("", f"Address of the coordinators: {_ADDRESS}.", options.TRIMMED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Http:
     """HTTP"""
 
-    http_port: int = option(8000, "HTTP port; 0 takes a free one.", PORT)
+    http_port: int = option(8000, "HTTP port; 0 takes a free one.", options.PORT)
     http_tls: Tls | None = option(
         None, "Folder with tls.crt and tls.key of the HTTP port; with ca.crt, clients must show a certificate of it.",
-        TlsFolder(),
+        options.TlsFolder(),
     )  # fmt: skip
-    cors_origins: str = option("", "Browsers' origins that may call, with commas; * for all.", TRIMMED)
+    cors_origins: str = option("", "Browsers' origins that may call, with commas; * for all.", options.TRIMMED)
     allow_unknown_fields: bool = option(False, "Ignore JSON fields that nobody knows instead of refusing them.")
-    request_seconds: float = option(600.0, "Longest deadline of an HTTP request.", SOME_SECONDS)
+    request_seconds: float = option(600.0, "Longest deadline of an HTTP request.", options.SOME_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grpc:
     """gRPC"""
 
-    grpc_port: int = option(50051, "gRPC port; 0 takes a free one.", PORT)
+    grpc_port: int = option(50051, "gRPC port; 0 takes a free one.", options.PORT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
     """Process"""
 
-    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4.", TRIMMED)
-    metrics_port: int = option(9090, "Prometheus port, which answers probes too; 0 takes a free one.", PORT)
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all of IPv4.", options.TRIMMED)
+    metrics_port: int = option(9090, "Prometheus port, which answers probes too; 0 takes a free one.", options.PORT)
     metrics_aliases: bool = option(False, "Also the vllm: names that inference gateways read.")
     tls: Tls | None = option(
         None,
         "Folder with tls.crt and tls.key of this process, for gRPC; with ca.crt, the other side of each connection "
         "must show a certificate of it.",
-        TlsFolder(),
+        options.TlsFolder(),
     )
     api_keys_file: Path | None = option(
-        None, "File of bearer keys, KEY or NAME KEY a line; read again when it changes.", FILE
+        None, "File of bearer keys, KEY or NAME KEY a line; read again when it changes.", options.FILE
     )
-    ports_file: Path | None = option(None, "Write the ports in use to this file, as JSON.", FILE)
+    ports_file: Path | None = option(None, "Write the ports in use to this file, as JSON.", options.FILE)
     drain_seconds: float = option(
-        2.0, "After SIGTERM: wait so long, not ready, until balancers look elsewhere.", SECONDS
+        2.0, "After SIGTERM: wait so long, not ready, until balancers look elsewhere.", options.SECONDS
     )
-    grace_seconds: float = option(30.0, "After that: time for running calls to end.", SECONDS)
+    grace_seconds: float = option(30.0, "After that: time for running calls to end.", options.SECONDS)
     log: LogSettings = option(
         LogSettings(),
         "Log lines: auto (text on a terminal, else JSON), json or text; from debug, info, warning or error on.",
-        Parsed("FORMAT[:LEVEL]", log_settings),
+        options.Parsed("FORMAT[:LEVEL]", options.log_settings),
         "auto:info",
     )
     otlp_endpoint: str | None = option(
-        None, "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs the trace extra.", TRIMMED
+        None,
+        "Send OpenTelemetry traces to this OTLP/gRPC collector, http://host:4317; needs the trace extra.",
+        options.TRIMMED,
     )
 
     @property
@@ -284,17 +273,6 @@ ROLES: Mapping[str, type[Process]] = {
 StageSettings = EncoderSettings | PriorSettings | DecoderSettings | UpSettings
 
 
-def engine_limits(settings: StageSettings) -> EngineLimits:
-    """Limits of each engine."""
-    return EngineLimits(
-        max_context=settings.max_context,
-        max_running=settings.max_running,
-        kv_bytes=settings.kv_bytes,
-        run_ahead=getattr(settings, "run_ahead", 2),
-        idle_seconds=getattr(settings, "idle_seconds", 60.0),
-    )
-
-
 def role_key() -> str:
     """The key that roles show each other; empty: none."""
     return checked(os.environ[ROLE_KEY], ROLE_KEY) if os.environ.get(ROLE_KEY) else ""
@@ -313,7 +291,13 @@ def check_tls(settings: Process) -> None:
         raise UsageError("--tls: the folder has ca.crt alone; this process needs tls.crt and tls.key, too")
 
 
-def check_stages(settings: Compute, stages: Sequence[str]) -> None:
-    """Raise UsageError for a device of a stage that this process does not run."""
-    if others := [name for name in settings.device if name in STAGES and name not in stages]:
-        raise UsageError(f"--device: names {', '.join(others)}, and this is the {' and '.join(stages)}")
+def settle_threads(threads: int | None) -> None:
+    """Let torch, not imported yet, use so many threads, that spin briefly; None leaves its choice, or OMP_NUM_THREADS.
+
+    What the operator has set stays: any variable about waiting settles all of them.
+    """
+    os.environ.setdefault(*TOKENIZER)
+    if not any(name in os.environ for name in WAITING):
+        os.environ.update(BRIEF)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)

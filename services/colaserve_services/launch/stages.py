@@ -19,10 +19,10 @@ from colaserve_services.encoder.service import EncoderService
 from colaserve_services.engine.device import DeviceThread
 from colaserve_services.engine.failures import has_to_fit
 from colaserve_services.engine.limits import EngineLimits
+from colaserve_services.engine.observer import EngineObserver
 from colaserve_services.errors import CheckpointError, InvalidRequest, StepFailed, Unavailable, UsageError
+from colaserve_services.launch.hub import Progress
 from colaserve_services.launch.memory import budgets
-from colaserve_services.launch.observers import EngineMetrics, Failing
-from colaserve_services.launch.progress import Progress
 from colaserve_services.model import float8, int8, loading
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import lacks_bfloat16
@@ -39,9 +39,61 @@ from colaserve_services.text import Tokenizer
 LEAST_CAPABILITY = (8, 0)  # before it bfloat16 is emulated
 STAGES = ("encoder", "decoder", "prior")  # the device thread's turns: short steps first
 
+Failing = Callable[[str, bool], None]  # a stage, and whether its engine is at fault
 _Settings = TypeVar("_Settings", SamplerSettings, SamplingSettings)
 
+_SLOW = "this CPU has no bfloat16 in hardware: weights take half the memory, and steps more time than in float32"
 _log = logging.getLogger(__name__)
+
+
+class EngineMetrics(EngineObserver):
+    """Of one engine; `stage` is its label. Called on the device thread; prometheus_client's locks are short."""
+
+    def __init__(self, metrics: Metrics, stage: str, failing: Failing = lambda *_: None):
+        self._refused, self._stage, self._failing = metrics.refused, stage, failing
+        self._running = metrics.running.labels(stage)
+        self._rows, self._step = metrics.batch_rows.labels(stage), metrics.step_seconds.labels(stage)
+        self._kv, self._budget = metrics.kv_bytes.labels(stage), metrics.kv_budget_bytes.labels(stage)
+        self._utilization = metrics.kv_utilization.labels(stage)
+        self._first, self._next = metrics.engine_first_block.labels(stage), metrics.engine_inter_block.labels(stage)
+        self._in, self._out = metrics.engine_tokens.labels("in", stage), metrics.engine_tokens.labels("out", stage)
+        self._hits, self._misses = metrics.prefix_hits.labels(stage), metrics.prefix_misses.labels(stage)
+        self._held = metrics.prefix_bytes.labels(stage)
+        self._step_failures, self._preemptions = metrics.step_failures.labels(stage), metrics.preemptions.labels(stage)
+
+    def stepped(self, seconds: float, rows: int, sessions: int) -> None:
+        self._step.observe(seconds)
+        self._rows.observe(rows)
+
+    def load(self, running: int, kv_bytes: int, kv_budget: int) -> None:
+        self._running.set(running)
+        self._kv.set(kv_bytes)
+        self._budget.set(kv_budget)
+        self._utilization.set(kv_bytes / kv_budget if kv_budget else 0.0)
+
+    def block(self, seconds: float, first: bool) -> None:
+        (self._first if first else self._next).observe(seconds)
+
+    def tokens(self, count_in: int, count_out: int) -> None:
+        self._in.inc(count_in)
+        self._out.inc(count_out)
+
+    def prefix_cache(self, hits: int, misses: int, bytes_held: int) -> None:
+        self._hits.inc(hits)
+        self._misses.inc(misses)
+        self._held.set(bytes_held)
+
+    def preempted(self) -> None:
+        self._preemptions.inc()
+
+    def step_failed(self) -> None:
+        self._step_failures.inc()
+
+    def failing(self, failing: bool) -> None:
+        self._failing(self._stage, failing)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(self._stage, reason).inc()
 
 
 @dataclass
@@ -59,7 +111,7 @@ class RunningStages:
         """
         for stage, engine in self.engines.items():
             try:
-                await _WARM_UPS[stage](engine)
+                await _warm_up(engine)
             except (Unavailable, StepFailed) as error:
                 raise CheckpointError(f"the {stage} cannot serve with these weights: {error}") from error
 
@@ -82,9 +134,16 @@ def load_stages(
     device thread when an engine is at fault, and when it computes again. `network` wraps those that the engines compute
     with.
     """
-    picked = {stage: _picked(stage, *names) for stage, names in compute.items()}
+    picked = {}
+    for stage, (device_name, dtype_name) in compute.items():
+        device = pick_device(device_name)
+        dtype = pick_dtype(dtype_name, device)
+        picked[stage] = device, loading.dtype_beside(dtype) if stage == "encoder" else dtype
     for device, dtype in dict.fromkeys(picked.values()):
-        _prepare(device, dtype)
+        if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        if device.type == "cpu" and dtype == torch.bfloat16 and (reason := lacks_bfloat16()):
+            _log.warning(_SLOW, extra={"fields": {"reason": reason}})
     gpus = [device for device, _ in picked.values() if device.type == "cuda"]  # one a process: see launch/split.py
     thread = DeviceThread(begin=lambda: _enter(gpus))
     _enter(gpus)
@@ -98,14 +157,14 @@ def load_stages(
         observer = EngineMetrics(metrics, stage, failing)
         own = replace(limits, kv_bytes=auto.get(stage, limits.kv_bytes))
         with has_to_fit(f"the {stage}", device):
-            engines[stage] = engine = _engine(stage, network(model), checkpoint, thread, own, observer)
+            engine, serve = _stage(stage, network(model), checkpoint, thread, own, observer)
         block_tokens = engine.shape.block_size * engine.shape.patch_size
         metrics.kv_blocks.labels(stage, str(block_tokens)).set(engine.kv_blocks)
         _log.info("backend chosen", extra={"fields": {"stage": stage, **engine.chosen()}})
         weights, kind = checkpoint.weights_of(stage), str(dtype).removeprefix("torch.")
         backend = f"{engine.picked.name}: {engine.picked.why}"
         identity = Identity(checkpoint.space, weights, str(device), kind, MAX_MESSAGE_BYTES, backend)
-        services[stage] = _service(stage, engines[stage], identity, checkpoint)
+        engines[stage], services[stage] = engine, serve(identity)
     thread.start()
     return RunningStages(engines, services, thread)
 
@@ -114,16 +173,6 @@ def _enter(gpus: Sequence[torch.device]) -> None:
     """Of a thread: what it launches without saying where goes to the process's GPU, not to the first of the machine."""
     for device in gpus:
         torch.cuda.set_device(device)
-
-
-def _prepare(device: torch.device, dtype: torch.dtype) -> None:
-    if device.type == "cuda":  # it would plan anew for every length of keys, which grow with each block
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if device.type == "cpu" and dtype == torch.bfloat16 and (reason := lacks_bfloat16()):
-        _log.warning(
-            "this CPU has no bfloat16 in hardware: weights take half the memory, and steps more time than in float32",
-            extra={"fields": {"reason": reason}},
-        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -153,12 +202,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return loading.DTYPES[name]
 
 
-def _picked(stage: str, device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
-    device = pick_device(device_name)
-    dtype = pick_dtype(dtype_name, device)
-    return device, loading.dtype_beside(dtype) if stage == "encoder" else dtype
-
-
 def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, metrics: Metrics) -> nn.Module:
     progress, started = Progress(f"reading the {stage}"), time.monotonic()
     try:
@@ -173,24 +216,20 @@ def _load(stage: str, checkpoint: Checkpoint, device: torch.device, dtype: torch
     return model
 
 
-def _engine(
+def _stage(
     stage: str, model: Any, checkpoint: Checkpoint, thread: DeviceThread, limits: EngineLimits, observer: EngineMetrics
-) -> Any:
+) -> tuple[Any, Callable[[Identity], Any]]:
+    """A stage's engine, and what makes its service."""
     shape = checkpoint.shape_of(stage)
     if stage == "prior":
-        return PriorEngine(model, shape, thread, limits, observer)
+        prior = PriorEngine(model, shape, thread, limits, observer)
+        return prior, lambda identity: PriorService(prior, identity, _defaults(SamplerSettings, checkpoint))
     special = Tokenizer.open(checkpoint.tokenizer_path, shape.vocab_size, checkpoint.defaults).special
     if stage == "encoder":
-        return EncoderEngine(model, shape, thread, limits, special.pad, observer)
-    return DecoderEngine(model, shape, thread, limits, observer, end_ids=special.end)
-
-
-def _service(stage: str, engine: Any, identity: Identity, checkpoint: Checkpoint) -> Any:
-    if stage == "encoder":
-        return EncoderService(engine, identity)
-    if stage == "prior":
-        return PriorService(engine, identity, _defaults(SamplerSettings, checkpoint))
-    return DecoderService(engine, identity, _defaults(SamplingSettings, checkpoint))
+        encoder = EncoderEngine(model, shape, thread, limits, special.pad, observer)
+        return encoder, lambda identity: EncoderService(encoder, identity)
+    decoder = DecoderEngine(model, shape, thread, limits, observer, end_ids=special.end)
+    return decoder, lambda identity: DecoderService(decoder, identity, _defaults(SamplingSettings, checkpoint))
 
 
 def _defaults(kind: type[_Settings], checkpoint: Checkpoint) -> _Settings:
@@ -202,28 +241,16 @@ def _defaults(kind: type[_Settings], checkpoint: Checkpoint) -> _Settings:
         raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from error
 
 
-async def _warm_encoder(engine: EncoderEngine) -> None:
-    await engine.encode([[0]])
-
-
-async def _warm_prior(engine: PriorEngine) -> None:
-    blocks = min(2, engine.limits.max_context // engine.shape.block_size)
-    job = SampleJob(
-        torch.zeros(0, engine.shape.latent_dim), max_blocks=blocks, sampler=SamplerSettings(steps=2), base_seed=0
-    )
-    async with engine.session(job) as session:
+async def _warm_up(engine: EncoderEngine | PriorEngine | DecoderEngine) -> None:
+    if isinstance(engine, EncoderEngine):
+        await engine.encode([[0]])
+        return
+    B, nothing = engine.shape.block_size, torch.zeros(0, engine.shape.latent_dim)
+    if isinstance(engine, DecoderEngine):
+        async with engine.session(DecodeJob(nothing, max_latents=B)) as decoding:
+            await decoding.decode(torch.zeros(B, engine.shape.latent_dim))
+        return
+    blocks = min(2, engine.limits.max_context // B)
+    async with engine.session(SampleJob(nothing, blocks, sampler=SamplerSettings(steps=2), base_seed=0)) as session:
         async for _ in session:
             pass
-
-
-async def _warm_decoder(engine: DecoderEngine) -> None:
-    B, d = engine.shape.block_size, engine.shape.latent_dim
-    async with engine.session(DecodeJob(torch.zeros(0, d), max_latents=B)) as session:
-        await session.decode(torch.zeros(B, d))
-
-
-_WARM_UPS: dict[str, Callable[[Any], Any]] = {
-    "encoder": _warm_encoder,
-    "prior": _warm_prior,
-    "decoder": _warm_decoder,
-}

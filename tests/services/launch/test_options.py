@@ -13,11 +13,10 @@ from click.testing import CliRunner
 from colaserve_client.cli.options import VARIABLES
 from colaserve_services.commands import COMMANDS
 from colaserve_services.errors import UsageError
-from colaserve_services.launch import threads
-from colaserve_services.launch.options import STAGES, RoleCommand, sections_of
+from colaserve_services.launch import settings as launch_settings
+from colaserve_services.launch.hub import Progress, size
+from colaserve_services.launch.options import REMOVED, STAGES, RoleCommand, check_removed, sections_of
 from colaserve_services.launch.process import LONGEST_DESCRIPTION, description
-from colaserve_services.launch.progress import Progress, size
-from colaserve_services.launch.removed import REMOVED, check_removed
 from colaserve_services.launch.settings import DEMO, ROLES
 from colaserve_services.launch.split import Children, groups
 from colaserve_services.rpc.settings import LogSettings, Tls
@@ -169,9 +168,9 @@ def test_threads_spin_only_briefly_in_every_mode_unless_set_otherwise(monkeypatc
     for variable, value in ((None, None), ("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "7")):
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", {variable: value} if variable else {})
-            threads.settle(4)
+            launch_settings.settle_threads(4)
             waiting = {variable: value} if variable else {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
-            assert os.environ == {**waiting, "OMP_NUM_THREADS": "4"}
+            assert os.environ == {**waiting, "OMP_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def test_progress_without_a_terminal_is_a_log_line_now_and_then_with_sizes_for_eyes(caplog):

@@ -126,8 +126,8 @@ def mutual_tls(authority):
 
 
 IMPATIENT = """
-from colaserve_services.launch import children
-children.REACH_SECONDS = 1.0
+from colaserve_services.launch import split
+split.REACH_SECONDS = 1.0
 import colaserve_services.launch.__main__
 """
 

@@ -14,10 +14,9 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from colaserve_services.launch.children import Child, Liveness
-from colaserve_services.launch.process import Host, keep_grpc
+from colaserve_services.launch.process import Host, Signals, keep_grpc
 from colaserve_services.launch.settings import Process
-from colaserve_services.launch.signals import Signals
+from colaserve_services.launch.split import Child, Liveness
 from colaserve_services.rpc.settings import ChannelSettings, ServerSettings
 from tests.conftest import GOLDEN
 from tests.services.launch.processes import QUIET
