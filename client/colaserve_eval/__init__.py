@@ -1,6 +1,6 @@
 """Evaluation over gRPC: ask a served model recorded questions, score the answers, compare settings.
 
-`records.py` reads and writes the jsonl files, `templates.py` makes prompts of raw records, `runner.py` asks into a
-`folder.py`, `scoring.py` judges, `sweep.py` compares settings, `vae.py` measures the latent space,
-`report.py` shows, `commands.py` is the command line. docs/evaluation.md explains them.
+`records.py` has the jsonl files and the folder of a run, `templates.py` makes prompts of raw records, `runner.py` asks,
+`scoring.py` judges, `measures.py` looks at likelihood and the latent space, `report.py` compares settings and shows,
+`commands.py` is the command line. docs/evaluation.md explains them.
 """

@@ -2,40 +2,29 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from colaserve_client.cli.options import (
-    SectionedCommand,
-    Server,
-    json_option,
-    option,
-    sampler_options,
-    sampling_options,
-    scoring_options,
-    server_options,
-)
+from colaserve_client.cli import options
+from colaserve_client.cli.options import Server, option
 from colaserve_client.cli.output import answer, echo, plain, table
 from colaserve_client.cli.types import Listed
 from colaserve_client.client import AsyncClient
-from colaserve_client.settings import SOLVERS, GenerationRequest, Sampler, Sampling, Scoring, Solver
+from colaserve_client.settings import SOLVERS, GenerationRequest, Sampler, Scoring, Solver
+from colaserve_eval import records
+from colaserve_eval import report as reports
 from colaserve_eval.demo import demo_tasks, held_out_texts
-from colaserve_eval.folder import RunFolder, Speed, Task, read_outputs, read_settings
-from colaserve_eval.likelihood import measure as measure_likelihood
-from colaserve_eval.records import EvalError, Record, read_records, write_object
-from colaserve_eval.report import figures_table, new_figure, plot_sweep, write_report
+from colaserve_eval.measures import VAE_FILE, measure_likelihood, measure_round_trips, read_texts
+from colaserve_eval.records import EvalError, Record, RunFolder, Speed, Task
 from colaserve_eval.runner import run_tasks
 from colaserve_eval.scoring import score, score_table
-from colaserve_eval.sweep import PLOT_FILE, grid, sweep_table, write_sweep
 from colaserve_eval.templates import load_template, read_raw_questions, shipped_templates
-from colaserve_eval.vae import VAE_FILE, measure, read_texts
 
 T = TypeVar("T")
 FIRST_CONTACT = 20.0  # seconds until a server that does not answer at all is given up
@@ -61,41 +50,45 @@ class Asking:
     server: Server
 
 
-def asking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """FILES and all options but the sampler's of a verb that asks questions; the command gets `asking`."""
+def _asking(values: dict[str, Any]) -> Asking:
+    files, demo, template = values.pop("files"), values.pop("demo"), values.pop("template")
+    if demo == bool(files) or (demo and template):
+        raise click.UsageError("give question files, with or without --template, or --demo alone")
+    patterns, limit = values.pop("only"), values.pop("limit")
+    tasks = demo_tasks() if demo else _read_tasks(files, template)
+    for pattern in patterns:
+        if not any(fnmatchcase(task.name, pattern) for task in tasks):
+            raise EvalError(f"--only {pattern}: fits none of {', '.join(task.name for task in tasks)}")
+    chosen = [
+        Task(task.name, spread(task.questions, limit))
+        for task in tasks
+        if not patterns or any(fnmatchcase(task.name, pattern) for pattern in patterns)
+    ]
+    names = ("max_new_tokens", "sampling", "seed", "stop")
+    generation = GenerationRequest("", **{name: values.pop(name) for name in names})
+    return Asking(chosen, values.pop("output"), generation, values.pop("concurrency"), values.pop("server"))
 
-    @click.argument("files", nargs=-1, type=FILE)
-    @click.option("--demo", is_flag=True, help="Ask the bundled demo checkpoint's own question sets.")
-    @click.option(
+
+asking_options = options.grouped("asking", (  # FILES, and all options but the sampler's of a verb that asks questions
+    click.argument("files", nargs=-1, type=FILE),
+    click.option("--demo", is_flag=True, help="Ask the bundled demo checkpoint's own question sets."),
+    click.option(
         "--template",
         help="Make the prompts of raw records by this template: a TOML file, or one of "
         f"{', '.join(shipped_templates())}. Without it FILES hold whole prompts.",
-    )
-    @click.option("--only", multiple=True, help="Only the tasks that this pattern fits (*, ?); may be repeated.")
-    @click.option("--limit", type=click.IntRange(1), help="At most so many questions of each task, evenly spread.")
-    @click.option(
+    ),
+    click.option("--only", multiple=True, help="Only the tasks that this pattern fits (*, ?); may be repeated."),
+    click.option("--limit", type=click.IntRange(1), help="At most so many questions of each task, evenly spread."),
+    click.option(
         "--output", required=True, type=FOLDER, help="Folder for the answers; an unfinished run is continued."
-    )
-    @option("--max-new-tokens", type=click.IntRange(1), help="Length at most.  [default: the server's]")
-    @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
-    @click.option("--stop", multiple=True, help="End an answer before this string; may be repeated.")
-    @sampling_options
-    @concurrency_option
-    @server_options
-    @wraps(command)
-    def wrapped(
-        files: Sequence[Path], demo: bool, template: str | None, only: Sequence[str], limit: int | None,
-        output: Path, max_new_tokens: int | None, seed: int, stop: tuple[str, ...], sampling: Sampling,
-        concurrency: int, server: Server, **others: Any,
-    ) -> Any:  # fmt: skip
-        if demo == bool(files) or (demo and template):
-            raise click.UsageError("give question files, with or without --template, or --demo alone")
-        tasks = _chosen(demo_tasks() if demo else _read_tasks(files, template), only)
-        limited = [Task(task.name, spread(task.questions, limit)) for task in tasks]
-        generation = GenerationRequest("", max_new_tokens, sampling=sampling, seed=seed, stop=stop)
-        return command(asking=Asking(limited, output, generation, concurrency, server), **others)
-
-    return wrapped
+    ),
+    option("--max-new-tokens", type=click.IntRange(1), help="Length at most.  [default: the server's]"),
+    option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise."),
+    click.option("--stop", multiple=True, help="End an answer before this string; may be repeated."),
+    options.sampling_options,
+    concurrency_option,
+    options.server_options,
+), _asking)  # fmt: skip
 
 
 def connected(server: Server) -> AbstractAsyncContextManager[AsyncClient]:
@@ -107,7 +100,7 @@ def connected(server: Server) -> AbstractAsyncContextManager[AsyncClient]:
 
 
 class _Verbs(click.Group):
-    command_class = SectionedCommand
+    command_class = options.SectionedCommand
 
 
 @click.group("eval", cls=_Verbs)
@@ -117,8 +110,8 @@ def evaluate() -> None:
 
 @evaluate.command(short_help="Ask questions and write the answers down.")
 @asking_options
-@sampler_options
-@json_option
+@options.sampler_options
+@options.json_option
 def run(asking: Asking, sampler: Sampler, as_json: bool) -> None:
     """Ask every question of FILES, jsonl with the fields id, prompt, ground_truth and, where there are some, choices.
 
@@ -139,7 +132,7 @@ def run(asking: Asking, sampler: Sampler, as_json: bool) -> None:
 
 @evaluate.command("score", short_help="Judge the answers.")
 @click.argument("folder", type=FOLDER)
-@json_option
+@options.json_option
 def score_command(folder: Path, as_json: bool) -> None:
     """Judge the outputs in FOLDER, a <task>.jsonl for each task, by the published rules.
 
@@ -160,7 +153,7 @@ def score_command(folder: Path, as_json: bool) -> None:
     help=f"Rules: {', '.join(SOLVERS)}.",
 )  # fmt: skip
 @click.option("--no-plots", is_flag=True, help="Do without the PNG, which needs matplotlib.")
-@json_option
+@options.json_option
 def sweep_command(
     asking: Asking, scales: Sequence[float], steps: Sequence[int], solvers: Sequence[Solver], no_plots: bool,
     as_json: bool,
@@ -171,13 +164,13 @@ def sweep_command(
     server gave at this concurrency, and depends on the machine and on what else it does).
     """
     if not no_plots:
-        new_figure()
-    runs = grid(asking.output, scales, steps, solvers)
+        reports.new_figure()
+    runs = reports.grid(asking.output, scales, steps, solvers)
     _ask(asking, runs)
-    points = write_sweep(asking.output, runs)
+    points = reports.write_sweep(asking.output, runs)
     if not no_plots:
-        plot_sweep(points, asking.output / PLOT_FILE)
-    answer({"points": points}, as_json, lambda: table(*sweep_table(points)))
+        reports.plot_sweep(points, asking.output / reports.PLOT_FILE)
+    answer({"points": points}, as_json, lambda: table(*reports.sweep_table(points)))
 
 
 @evaluate.command(short_help="Write a Markdown page with plots.")
@@ -187,7 +180,7 @@ def sweep_command(
 def report(folder: Path, output: Path | None, no_plots: bool) -> None:
     """Write a Markdown page about what run, sweep and vae left in FOLDER, with plots beside it."""
     path = output or folder / "report.md"
-    write_report(folder, path, plots=not no_plots)
+    reports.write_report(folder, path, plots=not no_plots)
     echo(str(path))
 
 
@@ -197,8 +190,8 @@ def report(folder: Path, output: Path | None, no_plots: bool) -> None:
 @click.option("--limit", type=click.IntRange(1), help="At most so many texts, evenly spread.")
 @click.option("--output", type=FOLDER, help=f"Also write the figures to {VAE_FILE} in this folder.")
 @concurrency_option
-@server_options
-@json_option
+@options.server_options
+@options.json_option
 def vae(
     file: Path | None, demo: bool, limit: int | None, output: Path | None, concurrency: int, server: Server,
     as_json: bool,
@@ -215,23 +208,23 @@ def vae(
     async def main() -> dict[str, Any]:
         async with connected(server) as client:
             with _progress(len(texts), "round trips") as bar:
-                return await measure(client, texts, concurrency, bar.update)
+                return await measure_round_trips(client, texts, concurrency, bar.update)
 
     figures = asyncio.run(main())
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        write_object(output / VAE_FILE, figures)
-    answer(figures, as_json, lambda: table(*figures_table(figures)))
+        records.write_object(output / VAE_FILE, figures)
+    answer(figures, as_json, lambda: table(*reports.figures_table(figures)))
 
 
 @evaluate.command("likelihood", short_help="Tell right answers from wrong ones by likelihood.")
 @click.argument("file", type=FILE)
 @click.option("--limit", type=click.IntRange(1), help="At most so many questions, evenly spread.")
 @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of wrong answers, draws and probes.")
-@scoring_options
+@options.scoring_options
 @concurrency_option
-@server_options
-@json_option
+@options.server_options
+@options.json_option
 def likelihood_command(
     file: Path, limit: int | None, seed: int, scoring: Scoring, concurrency: int, server: Server, as_json: bool
 ) -> None:
@@ -240,8 +233,8 @@ def likelihood_command(
     auc is the probability that a right answer scores above a wrong one; paired, above that of the same question. A
     question is left out when no other answer in FILE has as many tokens as its own, which left_out names.
     """
-    records = read_records(file)
-    questions, answers = spread(records, limit), [record.ground_truth for record in records]
+    found = records.read_records(file)
+    questions, answers = spread(found, limit), [record.ground_truth for record in found]
 
     async def main() -> dict[str, Any]:
         async with connected(server) as client:
@@ -249,7 +242,7 @@ def likelihood_command(
                 return await measure_likelihood(client, questions, answers, scoring, seed, concurrency, bar.update)
 
     figures = asyncio.run(main())
-    answer(figures, as_json, lambda: table(*figures_table(figures)))
+    answer(figures, as_json, lambda: table(*reports.figures_table(figures)))
 
 
 async def identity(client: AsyncClient) -> dict[str, Any]:
@@ -302,11 +295,11 @@ def _progress(length: int, label: str) -> Any:
 
 def _show_score(folder: Path, as_json: bool, whole: bool) -> None:
     """The score of a folder. Raises EvalError when answers failed or, if `whole`, are missing."""
-    tasks = read_outputs(folder)
+    tasks = records.read_outputs(folder)
     figures = score(tasks)
     answer(figures, as_json, lambda: table(*score_table(figures)))
     failed = sum(output.error is not None for outputs in tasks.values() for output in outputs)
-    asked = read_settings(folder).get("tasks", {}) if whole else {}
+    asked = records.read_settings(folder).get("tasks", {}) if whole else {}
     missing = sum(int(task["questions"]) - len(tasks.get(name, ())) for name, task in asked.items())
     problems = [f"{failed} answers failed"] * (failed > 0) + [f"{missing} are missing"] * (missing > 0)
     if problems:
@@ -326,12 +319,5 @@ def _read_tasks(files: Sequence[Path], template: str | None) -> list[Task]:
     for file in files:
         if file.stem in tasks:
             raise EvalError(f"{file}: a file named {file.stem} is given already; tasks are named after their files")
-        tasks[file.stem] = Task(file.stem, read_raw_questions(file, loaded) if loaded else read_records(file))
+        tasks[file.stem] = Task(file.stem, read_raw_questions(file, loaded) if loaded else records.read_records(file))
     return list(tasks.values())
-
-
-def _chosen(tasks: Sequence[Task], patterns: Sequence[str]) -> list[Task]:
-    for pattern in patterns:
-        if not any(fnmatchcase(task.name, pattern) for task in tasks):
-            raise EvalError(f"--only {pattern}: fits none of {', '.join(task.name for task in tasks)}")
-    return [task for task in tasks if not patterns or any(fnmatchcase(task.name, pattern) for pattern in patterns)]

@@ -6,8 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from colaserve_client.reading import read_lines
-from colaserve_eval.folder import Task
-from colaserve_eval.records import EvalError, read_records
+from colaserve_eval.records import EvalError, Task, read_records
 
 SERVICES = "colaserve_services"
 TRAINED, HELD_OUT = "_trained_phrasings", "_held_out_phrasings"  # how the names of sets end

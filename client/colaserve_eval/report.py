@@ -1,22 +1,84 @@
-"""One Markdown page about a folder: the score of its run, its sweep, the quality of its latent space; and its plots.
+"""The same questions under many sampler settings, accuracy against what it costs; and one Markdown page about a folder:
+the score of its run, its sweep, the quality of its latent space; and its plots.
 
 matplotlib is an optional extra and is loaded only here, when a plot is asked for.
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from colaserve_client.cli.verbs import pip_line
+from colaserve_client.settings import Sampler, Solver
 from colaserve_client.writing import write_file
-from colaserve_eval.folder import SETTINGS_FILE, read_outputs, read_settings, read_speed
-from colaserve_eval.records import EvalError, Record, read_object
+from colaserve_eval import records
+from colaserve_eval.measures import VAE_FILE
+from colaserve_eval.records import EvalError
 from colaserve_eval.scoring import Table, cut_answer, is_correct, score, score_table
-from colaserve_eval.sweep import PLOT_FILE, SWEEP_FILE, Points, read_sweep, sweep_table
-from colaserve_eval.vae import VAE_FILE
 
+SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
+Points = Sequence[Mapping[str, Any]]  # as in sweep.json
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 120  # wrong answers shown a task, and of each text
 MARKERS, LINES = {"euler": "o", "ab2": "s", "heun": "^"}, {"euler": "-", "ab2": "--", "heun": ":"}
+
+
+def grid(folder: Path, scales: Iterable[float], steps: Iterable[int], solvers: Iterable[Solver]) -> dict[Path, Sampler]:
+    """Every combination once, and the folder of its run below `folder`."""
+    combinations = dict.fromkeys(product(scales, steps, solvers))
+    return {
+        folder / f"g{scale:g}-s{count}-{solver}": Sampler(count, scale, solver) for scale, count, solver in combinations
+    }
+
+
+def passes_per_block(sampler: Sampler) -> int:
+    """How often the prior's network sees a block that is being written.
+
+    Euler and AB2 evaluate it once a step, Heun twice (once in the last step). Guidance takes two rows an evaluation,
+    with and without history; a scale of 1 switches it off. (The first block after an empty prefix takes one row at any
+    scale; that is not counted off here.)
+    """
+    assert sampler.steps is not None
+    evaluations = 2 * sampler.steps - 1 if sampler.solver == "heun" else sampler.steps
+    return evaluations * (1 if sampler.guidance_scale == 1 else 2)
+
+
+def write_sweep(folder: Path, runs: Mapping[Path, Sampler]) -> Points:
+    """The points of finished runs, which are written down too."""
+    points = []
+    for path, sampler in runs.items():
+        tasks, passes = records.read_outputs(path), passes_per_block(sampler)
+        blocks = [output.usage["blocks"] for outputs in tasks.values() for output in outputs if output.usage]
+        costs = {
+            "passes_per_block": passes,
+            "passes_per_answer": round(passes * sum(blocks) / max(1, len(blocks)), 2),
+            "tokens_per_second": round(records.read_speed(path).tokens_per_second, 2),
+        }
+        settings = {name: getattr(sampler, name) for name in ("guidance_scale", "steps", "solver")}
+        points.append({**settings, **costs, **score(tasks)})
+    records.write_object(folder / SWEEP_FILE, {"points": points})
+    return points
+
+
+def sweep_table(points: Points) -> Table:
+    """A row a point."""
+    tasks = list(points[0]["tasks"])
+    costs = ["guidance", "steps", "solver", "passes/block", "passes/answer", "tokens/s"]
+    rows = [
+        [
+            f"{point['guidance_scale']:g}",
+            str(point["steps"]),
+            point["solver"],
+            str(point["passes_per_block"]),
+            f"{point['passes_per_answer']:.1f}",
+            f"{point['tokens_per_second']:.1f}",
+            *(f"{point['tasks'][task]['accuracy']:.2f}" for task in tasks),
+            f"{point['average']:.2f}",
+        ]
+        for point in points
+    ]
+    return [*costs, *tasks, "average"], rows
 
 
 def write_report(folder: Path, path: Path, plots: bool = True) -> None:
@@ -28,13 +90,15 @@ def write_report(folder: Path, path: Path, plots: bool = True) -> None:
     if any(folder.glob("*.jsonl")):
         sections += _score_sections(folder, path.parent if plots else None)
     if (folder / SWEEP_FILE).exists():
-        points = read_sweep(folder)
+        points = records.read_object(folder / SWEEP_FILE).get("points")
+        if not isinstance(points, list):
+            raise EvalError(f"{folder / SWEEP_FILE}: points: expected a list, got {type(points).__name__}")
         sections += ["## Sampler settings", markdown_table(sweep_table(points))]
         if plots:
             plot_sweep(points, path.parent / PLOT_FILE)
             sections.append(f"![Accuracy against passes of the network and against tokens/s]({PLOT_FILE})")
     if (folder / VAE_FILE).exists():
-        table = markdown_table(figures_table(read_object(folder / VAE_FILE)))
+        table = markdown_table(figures_table(records.read_object(folder / VAE_FILE)))
         sections += ["## Round trip through the latent space", table]
     if not sections:
         raise EvalError(f"{folder}: holds neither outputs nor {SWEEP_FILE} nor {VAE_FILE}")
@@ -54,15 +118,15 @@ def figures_table(figures: dict[str, Any]) -> Table:
 
 
 def _title(folder: Path) -> str:
-    for run in (folder, *sorted(path.parent for path in folder.glob(f"*/{SETTINGS_FILE}"))):
-        if name := read_settings(run).get("model", {}).get("name"):
+    for run in (folder, *sorted(path.parent for path in folder.glob(f"*/{records.SETTINGS_FILE}"))):
+        if name := records.read_settings(run).get("model", {}).get("name"):
             return str(name)
     return folder.resolve().name
 
 
 def _score_sections(folder: Path, plots: Path | None) -> list[str]:
-    tasks = read_outputs(folder)
-    figures, settings, speed = score(tasks), read_settings(folder), read_speed(folder)
+    tasks = records.read_outputs(folder)
+    figures, settings, speed = score(tasks), records.read_settings(folder), records.read_speed(folder)
     sections = ["## Score", markdown_table(score_table(figures))]
     if plots:
         plot_score(figures, plots / "score.png")
@@ -75,17 +139,16 @@ def _score_sections(folder: Path, plots: Path | None) -> list[str]:
             rate = f"{speed.tokens_per_second:.1f} tokens/s"
             sections.append(f"{speed.completion_tokens} tokens in {speed.seconds:.0f} s: {rate}.")
     for task, outputs in tasks.items():
-        if wrong := [_wrong_answer(output) for output in outputs if not is_correct(task, output)][:EXAMPLES]:
+        wrong = []  # cells, cut and on one line
+        for output in [each for each in outputs if not is_correct(task, each)][:EXAMPLES]:
+            asked, answered = "…" + output.prompt[-EXAMPLE_CHARACTERS:], output.error or cut_answer(output.generate)
+            texts = (str(output.id), asked, answered, output.ground_truth)
+            cells = (" ".join(text.replace("`", "'").split())[: EXAMPLE_CHARACTERS + 1] for text in texts)
+            wrong.append([f"`{cell}`" for cell in cells])
+        if wrong:
             table = markdown_table((["id", "asked", "answered", "expected"], wrong))
             sections.append(f"## Wrong answers: {task}\n\n{table}")
     return sections
-
-
-def _wrong_answer(output: Record) -> list[str]:
-    """Its cells, cut and on one line."""
-    asked, answered = "…" + output.prompt[-EXAMPLE_CHARACTERS:], output.error or cut_answer(output.generate)
-    texts = (str(output.id), asked, answered, output.ground_truth)
-    return [f"`{' '.join(text.replace('`', chr(39)).split())[: EXAMPLE_CHARACTERS + 1]}`" for text in texts]
 
 
 def plot_sweep(points: Points, path: Path) -> None:

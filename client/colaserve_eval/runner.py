@@ -10,8 +10,7 @@ from colaserve_client.cli.output import plain
 from colaserve_client.client import AsyncClient
 from colaserve_client.errors import ColaserveError, Overloaded
 from colaserve_client.settings import GenerationRequest, NoiseSeed
-from colaserve_eval.folder import RunFolder, Speed, Task
-from colaserve_eval.records import EvalError, Record
+from colaserve_eval.records import EvalError, Record, RunFolder, Speed, Task
 
 T = TypeVar("T")
 OVERLOAD_PAUSE = 1.0  # seconds before an overloaded server is asked again, where it gave no hint

@@ -60,7 +60,14 @@ class Template:
         needed = (_placeholders(self.prompt) | _placeholders(self.answer)) - {"options"}
         _placeholders(self.option)
         for number, example in enumerate(self.examples, start=1):
-            _check_example(f"example {number}", example, needed)
+            if not isinstance(example, dict):
+                raise ValueError(f"examples: expected tables, [[examples]], got {example!r}")
+            for name, value in example.items():
+                if not (_are_texts(value) if name == "choices" else isinstance(value, str | int | float)):
+                    expected = "text (choices: a list of texts)"
+                    raise ValueError(f"example {number}: {name}: expected {expected}, got {value!r}")
+            if missing := needed - example.keys():
+                raise ValueError(f"example {number}: {sorted(missing)[0]!r} is missing")
 
     def question(self, record: Mapping[str, Any], number: int) -> Record:
         """The question of a raw record, the `number`th of its file. Raises ValueError naming the missing key."""
@@ -147,16 +154,6 @@ def read_raw_questions(path: Path, template: Template) -> list[Record]:
     """The questions of a jsonl file of raw records. Raises EvalError naming file and line."""
     numbers = count()
     return read_records(path, lambda record: template.question(record, next(numbers)))
-
-
-def _check_example(where: str, example: Any, needed: set[str]) -> None:
-    if not isinstance(example, dict):
-        raise ValueError(f"examples: expected tables, [[examples]], got {example!r}")
-    for name, value in example.items():
-        if not (_are_texts(value) if name == "choices" else isinstance(value, str | int | float)):
-            raise ValueError(f"{where}: {name}: expected text (choices: a list of texts), got {value!r}")
-    if missing := needed - example.keys():
-        raise ValueError(f"{where}: {sorted(missing)[0]!r} is missing")
 
 
 def _are_texts(value: Any) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from colaserve.v1 import types_pb2
 from colaserve_client.settings import Scoring
-from colaserve_eval.likelihood import measure
+from colaserve_eval.measures import measure_likelihood
 from colaserve_eval.records import EvalError, Record
 from tests.client.eval.conftest import read_lines, run_eval
 
@@ -88,7 +88,7 @@ async def test_figures_are_those_of_the_scores() -> None:
     client, questions = Knows(), [Record(id=n, prompt=name, ground_truth=name) for n, name in enumerate(ANSWERS)]
     alone = Record(id=5, prompt="Where?", ground_truth="Zanzibar")
     scoring = Scoring(samples=0, probes=2)
-    asked = partial(measure, client, scoring=scoring, seed=3, concurrency=2, shown=done.append)  # type: ignore[arg-type]
+    asked = partial(measure_likelihood, client, scoring=scoring, seed=3, concurrency=2, shown=done.append)  # type: ignore[arg-type]
     found = await asked([*questions, alone], [*ANSWERS, "Zanzibar"])
     figures = {"auc": 0.9, "paired": 0.8, "right": 1.8, "wrong": 1.0, "standard_error": 0.5}
     assert found == {"questions": 5, "left_out": ["Zanzibar"], **figures}

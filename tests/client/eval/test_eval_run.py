@@ -6,8 +6,7 @@ import json
 import pytest
 
 from colaserve_client.settings import GenerationRequest, Sampler
-from colaserve_eval.folder import RunFolder, Task
-from colaserve_eval.records import EvalError, Record
+from colaserve_eval.records import EvalError, Record, RunFolder, Task
 from colaserve_eval.runner import run_tasks, work_through
 from tests.client.eval.conftest import FakeClient, read_lines
 

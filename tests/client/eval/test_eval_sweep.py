@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from colaserve_client.settings import Sampler
-from colaserve_eval.sweep import grid, passes_per_block
+from colaserve_eval.report import grid, passes_per_block
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from colaserve_eval.demo import held_out_texts
-from colaserve_eval.vae import BATCH_CHARACTERS, BATCH_TEXTS, batched
+from colaserve_eval.measures import BATCH_CHARACTERS, BATCH_TEXTS, batched
 
 
 def test_accuracy_and_bits_are_means_over_tokens_of_all_texts(colaserve_eval, tmp_path):
