@@ -18,6 +18,7 @@ from colaserve_client.about import ModelShape as ModelShape
 from colaserve_client.about import ServerInfo as ServerInfo
 from colaserve_client.about import ServiceInfo as ServiceInfo
 from colaserve_client.about import StageInfo as StageInfo
+from colaserve_client.base import client_version as _version
 from colaserve_client.blocking import Client as Client
 from colaserve_client.blocking import DecoderClient as DecoderClient
 from colaserve_client.blocking import DecodeSession as DecodeSession
@@ -26,7 +27,6 @@ from colaserve_client.blocking import PriorClient as PriorClient
 from colaserve_client.blocking import Stream as Stream
 from colaserve_client.calls import AsyncDecodeSession as AsyncDecodeSession
 from colaserve_client.calls import AsyncStream as AsyncStream
-from colaserve_client.channel import client_version as _version
 from colaserve_client.client import AsyncClient as AsyncClient
 from colaserve_client.errors import Cancelled as Cancelled
 from colaserve_client.errors import ColaserveError as ColaserveError

@@ -5,7 +5,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from numbers import Real
 from typing import Any, Generic, Self, TypeVar
@@ -16,18 +16,8 @@ from google.protobuf import message_factory
 from google.protobuf.message import Message
 
 from colaserve.v1 import decoder_pb2, encoder_pb2, generation_pb2, latent_service_pb2, prior_pb2
-from colaserve_client.errors import (
-    STEP_FAILED,
-    Cancelled,
-    DeadlineExceeded,
-    Details,
-    ModelMismatch,
-    Overloaded,
-    ServerError,
-    Unavailable,
-    error_from_rpc,
-    invalid,
-)
+from colaserve_client import errors
+from colaserve_client.errors import Cancelled, DeadlineExceeded, Details, Overloaded, ServerError, Unavailable, invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.loop import LOOP
 from colaserve_client.results import DecodedBlock
@@ -44,20 +34,15 @@ _EOF: Any = getattr(grpc.aio, "EOF")  # noqa: B009 - type stubs do not know it
 _LOST, _ROUNDS = "Internal error from Core", 3
 
 
-def _methods() -> Iterator[tuple[str, tuple[str, type[Message]]]]:
-    for module in (generation_pb2, latent_service_pb2, encoder_pb2, prior_pb2, decoder_pb2):
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                response = message_factory.GetMessageClass(method.output_type)
-                yield method.input_type.full_name, (f"/{service.full_name}/{method.name}", response)
-
-
-_METHODS = dict(_methods())  # by the name of the request, since no two methods take the same one
-
-
-def method_of(request: Message) -> tuple[str, type[Message]]:
-    """The path of the method that takes this request, and the type of its response."""
-    return _METHODS[request.DESCRIPTOR.full_name]
+METHODS: Mapping[str, tuple[str, type[Message]]] = {  # path and type of the response by the name of the request
+    method.input_type.full_name: (
+        f"/{service.full_name}/{method.name}",
+        message_factory.GetMessageClass(method.output_type),
+    )
+    for module in (generation_pb2, latent_service_pb2, encoder_pb2, prior_pb2, decoder_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 
 
 def checked_timeout(timeout: float | None) -> float | None:
@@ -71,7 +56,7 @@ def converted(convert: Callable[[S], T], answer: S, request_id: str) -> T:
     """What `convert` makes of an answer; `ServerError` when the answer is malformed."""
     try:
         return convert(answer)
-    except (ModelMismatch, ValueError) as error:  # as it would be the caller's fault in a request
+    except (errors.ModelMismatch, ValueError) as error:  # as it would be the caller's fault in a request
         raise ServerError(f"malformed answer: {error}", Details(request_id=request_id)) from error
 
 
@@ -103,11 +88,11 @@ class Attempts:
         `started`: something of the answer has come already, so that a new attempt would not be the same call.
         """
         failure = failure.with_traceback(None)  # its frames would keep the call, and with it the channel
-        error = error_from_rpc(failure, self.request_id)
+        error = errors.error_from_rpc(failure, self.request_id)
         if isinstance(error, DeadlineExceeded) and self._timeout is not None:
             error = DeadlineExceeded(f"not done within the timeout of {self._timeout:g} s ({error})", error.details)
         self._failures += 1
-        again = isinstance(error, Unavailable | Overloaded) and error.details.reason != STEP_FAILED
+        again = isinstance(error, Unavailable | Overloaded) and error.details.reason != errors.STEP_FAILED
         if started or not again or self._failures >= self._retry.attempts:
             raise error from failure
         hint = error.retry_after if isinstance(error, Overloaded) else None
@@ -156,18 +141,16 @@ class Call(Generic[T]):
                 except grpc.aio.AioRpcError as failure:
                     self._call = None
                     if not self._left.is_set():
-                        await self._pause(failure)
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(self._attempts.pause(failure, started=self._received)):
+                                await self._left.wait()
         except BaseException as error:
             self._end()
-            if _is_cancelled() or not isinstance(error, asyncio.CancelledError):
+            task = asyncio.current_task()  # unless it is cancelled itself, a CancelledError in it comes of its call
+            if (task is not None and task.cancelling() > 0) or not isinstance(error, asyncio.CancelledError):
                 raise
         self._ended = True
         raise Cancelled(self._left_as, Details(request_id=self.request_id))
-
-    async def _pause(self, failure: grpc.aio.AioRpcError) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._attempts.pause(failure, started=self._received)):
-                await self._left.wait()
 
     def _leave(self, reason: str = "") -> None:
         """Cancel the call; whoever waits for an answer gets `Cancelled`."""
@@ -185,20 +168,11 @@ class Call(Generic[T]):
             self._call.cancel()
             self._call = None
 
-    def _is_open(self) -> bool:
-        return self._call is not None
-
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._end()
-
-
-def _is_cancelled() -> bool:
-    """Whether this task is cancelled; else a CancelledError in it comes of its call, which was cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class AsyncStream(Call[T]):
@@ -249,17 +223,18 @@ class AsyncDecodeSession(Call[DecodedBlock]):
 
     async def _ask(self, request: decoder_pb2.DecodeRequest) -> DecodedBlock:
         """The answer to a request; the first one opens the session, which has no answer."""
-        return await self._tried(lambda: self._write_and_read(request))
 
-    async def _write_and_read(self, request: decoder_pb2.DecodeRequest) -> DecodedBlock:
-        if self._call is None:
-            self._call = self._start()
-            await self._write(self._request)
-        await self._write(request)
-        answer = await self._call.read()
-        if answer is _EOF:
-            raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
-        return self._taken(answer)
+        async def attempt() -> DecodedBlock:
+            if self._call is None:
+                self._call = self._start()
+                await self._write(self._request)
+            await self._write(request)
+            answer = await self._call.read()
+            if answer is _EOF:
+                raise ServerError("the session ended without an answer", Details(request_id=self.request_id))
+            return self._taken(answer)
+
+        return await self._tried(attempt)
 
     async def _write(self, request: Message) -> None:
         for _ in range(_ROUNDS):

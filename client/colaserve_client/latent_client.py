@@ -6,26 +6,14 @@ from typing import Unpack
 import numpy as np
 
 from colaserve.v1 import latent_service_pb2 as pb
+from colaserve_client import results
 from colaserve_client.about import ServiceInfo
 from colaserve_client.base import AsyncBaseClient
 from colaserve_client.calls import AsyncStream, converted
 from colaserve_client.errors import Details, ServerError, invalid
 from colaserve_client.latents import Latents, LatentsLike
 from colaserve_client.messages import build, of_kind, one, request, several
-from colaserve_client.results import (
-    BranchBlock,
-    DecodedLatents,
-    Embedding,
-    GenerationChunk,
-    GenerationResult,
-    InfillResult,
-    InterpolationPoint,
-    LatentBlock,
-    Logprobs,
-    Reconstruction,
-    Score,
-    TextEncoding,
-)
+from colaserve_client.results import BranchBlock, GenerationChunk, GenerationResult, LatentBlock, TextEncoding
 from colaserve_client.settings import (
     Branch,
     CallFields,
@@ -65,7 +53,7 @@ class AsyncLatentClient(AsyncBaseClient):
         message = request(pb.EncodeTextRequest, call, texts=texts, with_variance=with_variance)
         return await self._unary(message, several(TextEncoding, "encodings"), call)
 
-    async def decode_latents(self, latents: LatentsLike, **settings: Unpack[DecodeFields]) -> DecodedLatents:
+    async def decode_latents(self, latents: LatentsLike, **settings: Unpack[DecodeFields]) -> results.DecodedLatents:
         """Latents to text.
 
         Args:
@@ -80,7 +68,7 @@ class AsyncLatentClient(AsyncBaseClient):
         'fox'
         """
         message = request(pb.DecodeLatentsRequest, settings, latents=Latents.of(latents))
-        return await self._unary(message, one(DecodedLatents), settings)
+        return await self._unary(message, one(results.DecodedLatents), settings)
 
     def sample_latents(
         self, prefix: LatentsLike | None = None, *, max_blocks: int, **settings: Unpack[SampleFields]
@@ -105,7 +93,7 @@ class AsyncLatentClient(AsyncBaseClient):
         points: int = 5,
         interpolation: Interpolation | None = None,
         **settings: Unpack[SamplingFields],
-    ) -> list[InterpolationPoint]:
+    ) -> list[results.InterpolationPoint]:
         """Walk between two texts or latents and decode 2 to 256 points of the way, both ends included.
 
         interpolation: "slerp" (the default: along the great circle) or "lerp" (along the straight line).
@@ -115,9 +103,9 @@ class AsyncLatentClient(AsyncBaseClient):
         """
         ends = {"start": _endpoint(start, "start"), "end": _endpoint(end, "end")}
         message = request(pb.InterpolateRequest, settings, **ends, points=points, interpolation=interpolation)
-        return await self._unary(message, several(InterpolationPoint, "points"), settings)
+        return await self._unary(message, several(results.InterpolationPoint, "points"), settings)
 
-    async def infill(self, segments: Sequence[str | int], **settings: Unpack[WritingFields]) -> InfillResult:
+    async def infill(self, segments: Sequence[str | int], **settings: Unpack[WritingFields]) -> results.InfillResult:
         """Write the holes of a text. A string is kept byte for byte, a number is a hole of so many tokens.
 
         A hole sees what is left of it and what is in its own block. `cache_salt` as in `generate`.
@@ -126,10 +114,16 @@ class AsyncLatentClient(AsyncBaseClient):
         >>> result.text, result.segments
         ('My name is ___.', ('My name is ', '___', '.'))
         """
-        message = request(pb.InfillRequest, settings, segments=_segments(segments))
-        return await self._unary(message, one(InfillResult), settings)
+        if isinstance(segments, str):
+            raise invalid("segments", "expected a list of texts and hole sizes, got one text without a hole")
+        made = []
+        for index, each in enumerate(segments):
+            field = "text" if isinstance(each, str) else "token_count"
+            made.append(build(pb.InfillSegment, {field: each}, f"segments[{index}]."))
+        message = request(pb.InfillRequest, settings, segments=made)
+        return await self._unary(message, one(results.InfillResult), settings)
 
-    async def reconstruct(self, texts: Sequence[str], **call: Unpack[CallFields]) -> list[Reconstruction]:
+    async def reconstruct(self, texts: Sequence[str], **call: Unpack[CallFields]) -> list[results.Reconstruction]:
         """Texts (1 to 256, none empty) to latents and back: how faithful the latent space is.
 
         >>> [reconstruction] = await client.reconstruct(["fox"])
@@ -137,7 +131,7 @@ class AsyncLatentClient(AsyncBaseClient):
         ('fox', 1.0)
         """
         message = request(pb.ReconstructRequest, call, texts=texts)
-        return await self._unary(message, several(Reconstruction, "reconstructions"), call)
+        return await self._unary(message, several(results.Reconstruction, "reconstructions"), call)
 
     def fork(
         self,
@@ -193,7 +187,7 @@ class AsyncLatentClient(AsyncBaseClient):
         pooling: Pooling | None = None,
         normalize: bool = False,
         **call: Unpack[CallFields],
-    ) -> list[Embedding]:
+    ) -> list[results.Embedding]:
         """A vector for each text: a mean of its latents.
 
         Args:
@@ -207,7 +201,7 @@ class AsyncLatentClient(AsyncBaseClient):
         as_ids = not isinstance(texts, str) and any(not isinstance(text, str) for text in texts)
         given = {"sequences" if as_ids else "texts": texts}
         message = request(pb.EmbedRequest, call, **given, pooling=pooling, normalize=normalize)
-        return await self._unary(message, several(Embedding, "embeddings"), call)
+        return await self._unary(message, several(results.Embedding, "embeddings"), call)
 
     async def logprobs(
         self,
@@ -215,7 +209,7 @@ class AsyncLatentClient(AsyncBaseClient):
         *,
         latents: LatentsLike | None = None,
         **settings: Unpack[LogprobsFields],
-    ) -> Logprobs:
+    ) -> results.Logprobs:
         """Log-probabilities of a text's tokens as the model reconstructs it, or of the likeliest tokens of latents.
 
         Each block is decoded with those before it. Log-probabilities are log-softmax of the raw logits. This says how
@@ -237,9 +231,9 @@ class AsyncLatentClient(AsyncBaseClient):
         """
         texts, ids = (text, None) if isinstance(text, str) else (None, text)
         message = request(pb.LogprobsRequest, settings, text=texts, ids=ids, latents=latents)
-        return await self._unary(message, one(Logprobs), settings)
+        return await self._unary(message, one(results.Logprobs), settings)
 
-    async def score(self, text: str, prefix: str = "", **settings: Unpack[ScoringFields]) -> Score:
+    async def score(self, text: str, prefix: str = "", **settings: Unpack[ScoringFields]) -> results.Score:
         """How likely the model finds a text after a prefix: a lower bound of its log-likelihood, in nats.
 
         The decoder's term and the posterior's entropy are exact for each draw of latents; the prior's log density is
@@ -259,26 +253,13 @@ class AsyncLatentClient(AsyncBaseClient):
         (-12.5, 0.25, 2112)
         """
         message = request(pb.LatentServiceScoreRequest, settings, text=text, prefix=prefix)
-        return await self._unary(message, one(Score), settings)
+        return await self._unary(message, one(results.Score), settings)
 
 
 def _endpoint(point: str | LatentsLike, field: str) -> pb.Endpoint:
     if isinstance(point, str):
         return build(pb.Endpoint, {"text": point}, f"{field}.")
     return build(pb.Endpoint, {"latents": Latents.of(point, field)})
-
-
-def _segments(segments: Sequence[str | int]) -> list[pb.InfillSegment]:
-    if isinstance(segments, str):
-        raise invalid("segments", "expected a list of texts and hole sizes, got one text without a hole")
-    return [
-        build(
-            pb.InfillSegment,
-            {"text" if isinstance(segment, str) else "token_count": segment},
-            f"segments[{index}].",
-        )
-        for index, segment in enumerate(segments)
-    ]
 
 
 def generation_result(chunks: Sequence[GenerationChunk], request_id: str) -> GenerationResult:

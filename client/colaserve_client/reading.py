@@ -59,7 +59,8 @@ def read_lines(path: str | PathLike[str], *, whole: bool = False) -> Iterator[tu
             for number, line in enumerate(file, 1):
                 if whole and not line.endswith(b"\n"):
                     return
-                yield number, _decode(_without_end(line), name, number).removeprefix(MARK)
+                line = line[:-2] if line.endswith(b"\r\n") else line.removesuffix(b"\n")
+                yield number, _decode(line, name, number).removeprefix(MARK)
     except OSError as error:
         raise Unreadable(f"{name}: {error.strerror or error}") from error
 
@@ -88,7 +89,12 @@ def parse_json(text: str, name: str, first_line: int = 1) -> Any:
     def constant(word: str) -> NoReturn:
         refuse(_outside_strings(text, word), f"not JSON: {word} is no number there,")
 
-    _check_depth(text, refuse)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        depth = 0
+        for found in _STRING_OR_BRACKET.finditer(text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if depth > MAX_DEPTH:
+                refuse(found.start(), f"JSON is nested more than {MAX_DEPTH} levels deep")
     try:
         value = json.loads(text, parse_constant=constant)
     except json.JSONDecodeError as error:
@@ -109,10 +115,6 @@ def standard_input() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def _without_end(line: bytes) -> bytes:
-    return line[:-2] if line.endswith(b"\r\n") else line.removesuffix(b"\n")
-
-
 def _decode(data: bytes, name: str, first_line: int) -> str:
     if first_line == 1 and data.startswith(_WIDE_MARKS):
         raise Unreadable(f"{name}: is UTF-16 or UTF-32; convert it to UTF-8 first")
@@ -122,16 +124,6 @@ def _decode(data: bytes, name: str, first_line: int) -> str:
         line = first_line + data.count(b"\n", 0, error.start)
         byte = data[error.start]
         raise Unreadable(f"{name}:{line}: byte 0x{byte:02x} is not UTF-8; convert it to UTF-8 first") from error
-
-
-def _check_depth(text: str, refuse: Any) -> None:
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
-    depth = 0
-    for found in _STRING_OR_BRACKET.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
-        if depth > MAX_DEPTH:
-            refuse(found.start(), f"JSON is nested more than {MAX_DEPTH} levels deep")
 
 
 def _outside_strings(text: str, pattern: str) -> int:

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from colaserve_client.cli import options
-from colaserve_client.cli.options import Server, option
+from colaserve_client.cli.options import Listed, Server, option
 from colaserve_client.cli.output import answer, echo, plain, table
-from colaserve_client.cli.types import Listed
 from colaserve_client.client import AsyncClient
 from colaserve_client.settings import SOLVERS, GenerationRequest, Sampler, Scoring, Solver
 from colaserve_eval import records

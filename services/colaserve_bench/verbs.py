@@ -13,7 +13,7 @@ import click
 
 from colaserve_bench.engines import Compute
 from colaserve_bench.report import Report
-from colaserve_client.cli.types import Listed
+from colaserve_client.cli.options import Listed
 from colaserve_services.errors import UsageError
 from colaserve_services.launch.options import run_or_explain
 from colaserve_services.model.flow import SamplerSettings

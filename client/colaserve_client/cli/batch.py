@@ -14,7 +14,6 @@ from colaserve_client.cli import exits, output
 from colaserve_client.errors import InvalidRequest, NotAuthenticated, Unavailable
 from colaserve_client.fields import fields_of, flat_fields
 from colaserve_client.reading import Unreadable, name_of, parse_json, read_json_lines, read_lines
-from colaserve_client.results import GenerationOutcome
 from colaserve_client.settings import GenerationRequest, NoiseSeed, Sampler, Sampling
 from colaserve_client.writing import named, write_file
 
@@ -23,14 +22,9 @@ KNOWN = {"id", "prompt", *flat_fields(GenerationRequest, Sampler, Sampling, Nois
 
 
 def run_batch(
-    client: Client,
-    input_file: Path,
-    output_file: Path | None,
-    defaults: GenerationRequest,
-    *,
-    concurrency: int,
+    client: Client, input_file: Path, output_file: Path | None, defaults: GenerationRequest, *, concurrency: int,
     resume: bool,
-) -> int:
+) -> int:  # fmt: skip
     """Answer every line; return the exit code."""
     if output_file is not None and output_file.exists() and input_file.exists() and output_file.samefile(input_file):
         raise click.UsageError(f"--input and --output are both {output_file}: give the answers a file of their own")
@@ -39,7 +33,13 @@ def run_batch(
     if unknown := done - items.keys():
         raise click.UsageError(f"--output has answers to ids that --input lacks, such as {min(map(str, unknown))}")
     waiting = {name: request for name, request in items.items() if name not in done}
-    with _opened(output_file) as out, _progress(len(items), len(done), output_file) as bar:
+    # A bar on standard error; none when the answers themselves are on the terminal.
+    hidden = sys.stderr is None or (output_file is None and sys.stdout.isatty())
+    bar: Any = click.progressbar(
+        length=len(items), label="prompts", file=sys.stderr, show_pos=True, show_eta=True, hidden=hidden
+    )
+    bar.update(len(done))
+    with _opened(output_file) as out, bar:
         failed = _answer(client, waiting, concurrency, out, bar)
     if failed:
         click.echo(f"{failed} of {len(waiting)} failed and have an error instead; --resume tries them again.", err=True)
@@ -53,20 +53,16 @@ def _answer(
     failed = 0
     with closing(client.generate_many(waiting.values(), concurrency=concurrency)) as outcomes:
         for name, outcome in zip(waiting, outcomes, strict=True):
-            if isinstance(outcome.error, Unavailable | NotAuthenticated):  # every other line would fail as well
-                raise outcome.error
-            output.print_json({"id": name, "prompt": outcome.request.prompt, **_answer_of(outcome)}, out)
-            failed += outcome.error is not None
+            error, answer = outcome.error, output.plain(outcome.result)
+            if isinstance(error, Unavailable | NotAuthenticated):  # every other line would fail as well
+                raise error
+            if error is not None:
+                field = {"field": error.field} if isinstance(error, InvalidRequest) and error.field else {}
+                answer = {"error": {"type": type(error).__name__, "message": str(error), **field}}
+            output.print_json({"id": name, "prompt": outcome.request.prompt, **answer}, out)
+            failed += error is not None
             bar.update(1)
     return failed
-
-
-def _answer_of(outcome: GenerationOutcome) -> dict[str, Any]:
-    error = outcome.error
-    if error is None:
-        return dict(output.plain(outcome.result))
-    field = {"field": error.field} if isinstance(error, InvalidRequest) and error.field else {}
-    return {"error": {"type": type(error).__name__, "message": str(error), **field}}
 
 
 # Input
@@ -126,12 +122,7 @@ def _answered(path: Path | None, resume: bool) -> set[ItemId]:
         return set()
     if not resume:
         raise click.UsageError(f"{path} exists already: --resume continues it, or remove it")
-    kept = list(_good_lines(path))
-    write_file(path, "".join(f"{text}\n" for _, text in kept))
-    return {name for name, _ in kept}
-
-
-def _good_lines(path: Path) -> Iterator[tuple[ItemId, str]]:
+    done, kept = set[ItemId](), []
     for number, text in read_lines(path, whole=True):
         try:
             line = parse_json(text, str(path), number)
@@ -141,7 +132,10 @@ def _good_lines(path: Path) -> Iterator[tuple[ItemId, str]]:
         except (Unreadable, TypeError, KeyError) as error:
             raise click.UsageError(f"{path}:{number}: no answer of a batch; is --output the right file?") from error
         if "error" not in line:
-            yield name, text
+            done.add(name)
+            kept.append(f"{text}\n")
+    write_file(path, "".join(kept))
+    return done
 
 
 @contextmanager
@@ -151,13 +145,3 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         return
     with named(path), path.open("a", encoding="utf-8", newline="\n") as file:
         yield file
-
-
-def _progress(total: int, done: int, output_file: Path | None) -> Any:
-    """A bar on standard error; none when the answers themselves are on the terminal."""
-    hidden = sys.stderr is None or (output_file is None and sys.stdout.isatty())
-    bar: Any = click.progressbar(
-        length=total, label="prompts", file=sys.stderr, show_pos=True, show_eta=True, hidden=hidden
-    )
-    bar.update(done)
-    return bar

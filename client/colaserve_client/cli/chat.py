@@ -34,14 +34,9 @@ def chat_prompt(turns: Sequence[Turn], frame: str) -> str:
 @options.seed_options
 @options.client_options
 def chat(
-    *,
-    client: Client,
-    system: str | None,
-    max_new_tokens: int | None,
-    sampler: Sampler,
-    sampling: Sampling,
+    *, client: Client, system: str | None, max_new_tokens: int | None, sampler: Sampler, sampling: Sampling,
     seed: NoiseSeed | None,
-) -> None:
+) -> None:  # fmt: skip
     """Talk with the model.
 
     The first message is put into the checkpoint's chat frame, where it has one; a longer conversation becomes a

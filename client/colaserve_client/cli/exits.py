@@ -7,14 +7,8 @@ from collections.abc import Mapping
 
 import click
 
-from colaserve_client.errors import (
-    ColaserveError,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotAuthenticated,
-    Overloaded,
-    Unavailable,
-)
+from colaserve_client import errors
+from colaserve_client.errors import ColaserveError, InvalidRequest, NotAuthenticated, Unavailable
 from colaserve_client.reading import Unreadable
 
 OK, ERROR, USAGE, UNAVAILABLE, DEADLINE, NOT_AUTHENTICATED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -31,9 +25,9 @@ MEANINGS: Mapping[int, str] = {
 
 _CODE_BY_ERROR: Mapping[type[ColaserveError], int] = {
     InvalidRequest: USAGE,
-    Overloaded: UNAVAILABLE,
+    errors.Overloaded: UNAVAILABLE,
     Unavailable: UNAVAILABLE,
-    DeadlineExceeded: DEADLINE,
+    errors.DeadlineExceeded: DEADLINE,
     NotAuthenticated: NOT_AUTHENTICATED,
     Unreadable: USAGE,
 }

@@ -11,7 +11,6 @@ import click
 from colaserve_client.blocking import Client
 from colaserve_client.cli import exits, options, output
 from colaserve_client.cli.batch import run_batch
-from colaserve_client.cli.screen import Screen
 from colaserve_client.latent_client import generation_result
 from colaserve_client.latents import Latents
 from colaserve_client.reading import read_text, standard_input
@@ -101,7 +100,7 @@ def read_prompt_file(file: Path) -> str:
 def _write(client: Client, request: GenerationRequest, echo: bool) -> GenerationResult:
     """Generate and print block by block."""
     chunks = []
-    with client.stream(**vars(request)) as stream, Screen() as screen:
+    with client.stream(**vars(request)) as stream, output.Screen() as screen:
         if echo:
             screen.write(str(request.prompt))
         for chunk in stream:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from colaserve_client.channel import client_version
+from colaserve_client.base import client_version
 from colaserve_client.cli import exits
 from colaserve_client.cli.output import printable
 from colaserve_client.cli.verbs import VERBS, missing_extra

@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 from colaserve_client.about import StageInfo
 from colaserve_client.blocking import Client, DecoderClient, EncoderClient, PriorClient
 from colaserve_client.cli import exits, options, output
-from colaserve_client.cli.types import Number
+from colaserve_client.cli.options import Number
 from colaserve_client.errors import NotSupported
 
 STAGES: dict[str, type[EncoderClient] | type[PriorClient] | type[DecoderClient]] = {

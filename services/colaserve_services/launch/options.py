@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import click
 
-from colaserve_client.cli.types import Number, Text, Trimmed, TrimmedPath
+from colaserve_client.cli.options import Number, Text, Trimmed, TrimmedPath
 from colaserve_services.errors import ColaserveError, UsageError
 from colaserve_services.rpc.settings import LogSettings, Tls
 
