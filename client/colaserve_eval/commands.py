@@ -54,7 +54,11 @@ def _asking(values: dict[str, Any]) -> Asking:
     if demo == bool(files) or (demo and template):
         raise click.UsageError("give question files, with or without --template, or --demo alone")
     patterns, limit = values.pop("only"), values.pop("limit")
-    tasks = demo_tasks() if demo else _read_tasks(files, template)
+    loaded, tasks = load_template(template) if template else None, demo_tasks() if demo else []
+    for file in files:
+        if any(task.name == file.stem for task in tasks):
+            raise EvalError(f"{file}: a file named {file.stem} is given already; tasks are named after their files")
+        tasks.append(Task(file.stem, read_raw_questions(file, loaded) if loaded else records.read_records(file)))
     for pattern in patterns:
         if not any(fnmatchcase(task.name, pattern) for task in tasks):
             raise EvalError(f"--only {pattern}: fits none of {', '.join(task.name for task in tasks)}")
@@ -309,14 +313,3 @@ def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
     """At most `limit` items, evenly spread over all, the first among them."""
     count = len(items)
     return items if limit is None or limit >= count else [items[at * count // limit] for at in range(limit)]
-
-
-def _read_tasks(files: Sequence[Path], template: str | None) -> list[Task]:
-    """A task a file, named after it. Raises EvalError when two files would be the same task."""
-    loaded = load_template(template) if template else None
-    tasks: dict[str, Task] = {}
-    for file in files:
-        if file.stem in tasks:
-            raise EvalError(f"{file}: a file named {file.stem} is given already; tasks are named after their files")
-        tasks[file.stem] = Task(file.stem, read_raw_questions(file, loaded) if loaded else records.read_records(file))
-    return list(tasks.values())

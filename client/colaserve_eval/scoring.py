@@ -81,19 +81,11 @@ def answer_segment(answer: str) -> str:
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
     """The letter ("A" for the first choice) that a text names, by letter or by content; None when it names none."""
-    return _named_letter(text, ascii_uppercase[: len(choices)]) or _letter_by_content(text, choices)
-
-
-def _named_letter(text: str, letters: str) -> str | None:
-    bare = _BARE_LETTER.fullmatch(text)
+    letters, bare = ascii_uppercase[: len(choices)], _BARE_LETTER.fullmatch(text)
     bracketed = _BRACKETED_LETTER.findall(text) if len(text) <= SHORT_TEXT else []
     for found in ([bare[1]] if bare else [], _NAMED_LETTER.findall(text), bracketed):
         if found and found[-1].upper() in letters:
             return str(found[-1].upper())
-    return None
-
-
-def _letter_by_content(text: str, choices: Sequence[str]) -> str | None:
     whole, rest = normalise(text), normalise(_LEAD_IN.sub("", text, count=1))
     options = [normalise(choice) for choice in choices]
     for candidate in (whole, rest):

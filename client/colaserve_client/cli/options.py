@@ -34,7 +34,6 @@ class Number(click.FloatRange):
     """A finite number within its range; Python reads NaN and infinity as numbers too."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
         if not math.isfinite(number := click.FLOAT.convert(value, param, ctx)):
             self.fail(f"{value} is no finite number.", param, ctx)
         return super().convert(number, param, ctx)
@@ -44,7 +43,6 @@ class Text(click.types.StringParamType):
     """A text that can be sent: bytes of the command line or of a variable that are no UTF-8 are refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The text."""
         text = super().convert(value, param, ctx)
         try:
             text.encode("utf-8")
@@ -57,7 +55,6 @@ class Trimmed(Text):
     """A text without the blanks around it: an address, a name or a key."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The text."""
         return super().convert(value, param, ctx).strip()
 
 
@@ -65,7 +62,6 @@ class TrimmedPath(click.Path):
     """A path without the blanks around it, which a variable or a mounted secret may bring along."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
         return super().convert(value.strip() if isinstance(value, str) else value, param, ctx)
 
 
@@ -75,7 +71,6 @@ class JsonFile(Text):
     name = "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The object."""
         return read_json(super().convert(value, param, ctx))
 
 
@@ -88,7 +83,6 @@ class Listed(Text):
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The values."""
         text = super().convert(value, param, ctx)
         return [self._kind.convert(item.strip(), param, ctx) for item in text.split(",")]
 
@@ -111,7 +105,7 @@ class SectionedCommand(click.Command):
     """A command whose help shows its options section by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:

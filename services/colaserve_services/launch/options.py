@@ -6,7 +6,7 @@ The command line wins over the variable, the variable over the default.
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import field, fields
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import click
 
-from colaserve_client.cli.options import Number, Text, Trimmed, TrimmedPath
+from colaserve_client.cli.options import Number, SectionedCommand, SectionedOption, Text, Trimmed, TrimmedPath
 from colaserve_services.errors import ColaserveError, UsageError
 from colaserve_services.rpc.settings import LogSettings, Tls
 
@@ -46,7 +46,6 @@ class Parsed(Trimmed):
         self.name, self._read = name, read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value."""
         if not isinstance(value, str):  # the default
             return value
         try:
@@ -112,7 +111,6 @@ class TlsFolder(TrimmedPath):
         super().__init__(path_type=Path, file_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The files."""
         folder = Path(os.fspath(super().convert(value, param, ctx)))
         cert, key, ca = (file if (file := folder / name).is_file() else None for name in TLS_NAMES)
         if (cert is None) != (key is None) or (cert is None and ca is None):
@@ -130,24 +128,25 @@ def sections_of(settings: type) -> dict[str, list[click.Option]]:
     """The options of a role's settings, by what the dataclasses that they are made of say of themselves."""
     parts = [part for part in settings.__mro__ if part is not object and part.__annotations__]
     return {
-        part.__doc__ or "": [_option(each) for each in fields(part) if each.name in part.__annotations__]
+        part.__doc__ or "": [
+            _option(each, part.__doc__ or "") for each in fields(part) if each.name in part.__annotations__
+        ]
         for part in parts
     }
 
 
-def _option(spec: Any) -> click.Option:
+def _option(spec: Any, section: str) -> click.Option:
     known = spec.metadata
     more: dict[str, Any] = {"is_flag": True, "default": False, "show_default": False}
     if not isinstance(spec.default, bool):
         default = spec.default if isinstance(spec.default, int | float | str) else None
         more = {"type": known["kind"], "default": default, "show_default": known["shown"] or default not in (None, "")}
     variable = "COLASERVE_" + spec.name.upper()
-    return click.Option(
-        ["--" + spec.name.replace("_", "-")], help=known["help"], envvar=variable, show_envvar=True, **more
-    )
+    more |= {"help": known["help"], "envvar": variable, "show_envvar": True, "section": section}
+    return SectionedOption(["--" + spec.name.replace("_", "-")], **more)
 
 
-class RoleCommand(click.Command, Generic[S]):
+class RoleCommand(SectionedCommand, Generic[S]):
     """A command that makes a role's settings of its options. With --log json the error that ends it is JSON too.
 
     `work` gets the settings, and what the command line says as variables that would say the same.
@@ -193,14 +192,6 @@ class RoleCommand(click.Command, Generic[S]):
         from colaserve_services.launch.process import errors_as_json
 
         return errors_as_json("colaserve" if self.name == "up" else self.name or "")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section after the other; what belongs to none comes first."""
-        others = [each for each in self.get_params(ctx) if each not in self._own]
-        sections: dict[str, Sequence[click.Parameter]] = {"Options": others, **self.sections}
-        for title, parameters in sections.items():
-            with formatter.section(title):
-                formatter.write_dl([record for each in parameters if (record := each.get_help_record(ctx))])
 
 
 def _given(args: list[str], name: str) -> str:
