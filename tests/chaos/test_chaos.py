@@ -25,8 +25,8 @@ async def harmed(tmp_path_factory):
 
 async def test_no_request_is_lost_or_changed_when_replicas_are_killed(harmed):
     fleet, _ = harmed
-    tally, killer = await kill_under_load(fleet, SOME, concurrency=6, period=2.0, kills=4)
-    assert killer.killed.total() >= 4
+    tally, killer = await kill_under_load(fleet, SOME, concurrency=6, period=2.0, kills=3)
+    assert killer.killed.total() >= 3
     assert (tally.failed, tally.wrong) == ([], [])
     for replica in fleet.all:
         await replica.until_serving()

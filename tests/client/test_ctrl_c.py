@@ -22,7 +22,7 @@ def ctrl_c_when(holds: Callable[[], bool]) -> Iterator[None]:
 
     def send() -> None:
         eventually(holds)
-        time.sleep(0.3)  # the main thread waits by now
+        time.sleep(0.1)  # the main thread waits by now
         sent.append(time.monotonic())
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # no wait of the main thread is interrupted by it
 

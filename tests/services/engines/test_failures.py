@@ -173,7 +173,7 @@ def test_memory_that_ran_out_is_distinguished_from_other_errors() -> None:
 
 
 async def test_requests_that_make_networks_fail_harm_no_others() -> None:
-    outcome = await stress(seconds=5, seed=1, hang=0.3)
+    outcome = await stress(seconds=3, seed=1, hang=0.3)
     assert outcome.wrong == []
     innocent = sum(count for name, count in outcome.counts.items() if "as undisturbed" in name)
     guilty = sum(count for name, count in outcome.counts.items() if "StepFailed" in name or "Overloaded" in name)

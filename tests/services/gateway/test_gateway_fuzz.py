@@ -1,5 +1,7 @@
 """Requests made of the OpenAPI document, and against it: no answer is a server error, none is outside the document."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager

@@ -43,6 +43,9 @@ def long_stream(channel, steps=10):
     return generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=120)
 
 
+SHORT = {"OTEL_EXPORTER_OTLP_TIMEOUT": "1"}  # seconds that a collector is asked for
+
+
 def ignore():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -54,7 +57,9 @@ def test_fused_and_split_give_the_same_tokens_and_lose_nothing_when_they_end(tmp
     defaults = f"--defaults={tmp_path / 'defaults.json'}"
     harmed = ("--grace-seconds=120", "--otlp-endpoint=http://127.0.0.1:9")
     with (
-        started(tmp_path, "up", *FREE_PORTS, *harmed, defaults, log=Path("/dev/full"), preexec_fn=ignore) as fused,
+        started(
+            tmp_path, "up", *FREE_PORTS, *harmed, defaults, log=Path("/dev/full"), env=SHORT, preexec_fn=ignore
+        ) as fused,
         grpc.insecure_channel(fused.target) as channel,
     ):
         tokens, text = generate(fused.target), post(fused.http)
@@ -112,17 +117,12 @@ def check_keys(split, tokens, text):
         assert KEY not in " ".join(child.cmdline())
 
 
-def test_roles_and_replicas_trust_each_other_by_tls(tmp_path, authority):
-    with started(tmp_path, "up", "--split", "--replicas=prior=2", *FREE_PORTS, *mutual_tls(authority)) as split:
-        assert set(split.ports) == {"encoder", "prior-0", "prior-1", "decoder", "coordinator", "gateway"}
+def test_roles_trust_each_other_by_tls(tmp_path, authority):
+    with started(tmp_path, "up", "--split", *FREE_PORTS, f"--tls={authority.issue_folder('service')}") as split:
         assert post(split.http)
         with pytest.raises(grpc.RpcError) as refused:
             generate(split.target)
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-
-
-def mutual_tls(authority):
-    return (f"--tls={authority.issue_folder('service')}",)
 
 
 IMPATIENT = """
@@ -155,6 +155,7 @@ def test_what_dies_is_started_again_and_streams_lose_nothing(tmp_path):
         started(tmp_path, "up", "--split", "--replicas=prior=2", *FREE_PORTS, env=away) as split,
         grpc.insecure_channel(split.target) as channel,
     ):
+        assert set(split.ports) == {"encoder", "prior-0", "prior-1", "decoder", "coordinator", "gateway"}
         family, tokens = [(role_of(child), child) for child in split.children()], generate(split.target)
         whole = [id_ for response in long_stream(channel) for id_ in response.token_ids]
         stream = long_stream(channel)
@@ -243,8 +244,8 @@ def test_the_coordinator_is_ready_as_long_as_its_stages_answer(tmp_path):
             folder.mkdir()
             return stack.enter_context(started(folder, role, *ports, *more))
 
-        encoder, prior, decoder = threads.map(start, ("encoder", "prior", "decoder"))
-        targets = [f"--encoder={encoder.target}", f"--prior={prior.target}", f"--decoder={decoder.target}"]
+        both, prior = threads.map(start, ("encoder+decoder", "prior"))
+        targets = [f"--encoder={both.target}", f"--prior={prior.target}", f"--decoder={both.target}"]
         coordinator = start("coordinator", *targets)
         tokens = generate(coordinator.target)
         with grpc.insecure_channel(coordinator.target) as channel:
