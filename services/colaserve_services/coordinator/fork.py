@@ -15,7 +15,7 @@ from colaserve_services.coordinator import rows
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.defaults import resolve_seed
-from colaserve_services.coordinator.generation import Response, is_preview, write
+from colaserve_services.coordinator.generation import Response, are_previews, write
 from colaserve_services.coordinator.latent_space import given_latents
 from colaserve_services.coordinator.plan import Plan, check_stops, plan_behind
 from colaserve_services.coordinator.read_ahead import merged
@@ -27,7 +27,9 @@ AT_ONCE: Final = 16
 _FIELD_BY_FIELD: Final = ("sampler", "sampling")
 
 
-async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) -> AsyncGenerator[pb.ForkResponse, None]:
+async def fork(
+    services: ServiceContext, request: pb.ForkRequest, call: Call
+) -> AsyncGenerator[list[pb.ForkResponse], None]:
     """LatentService.Fork. Each branch is a generation of its own; all go to the same replicas."""
     services.admission.check(call, "prior")
     call.use_salt(request.cache_salt)
@@ -48,16 +50,16 @@ async def fork(services: ServiceContext, request: pb.ForkRequest, call: Call) ->
     call.preempt = preempt
     streams = [_branch(services, replace(plan, latents=latents), each) for plan, each in zip(plans, calls, strict=True)]
     written = [0] * len(plans)  # blocks of each
-    async with aclosing(merged(streams, at_once, is_preview)) as responses:
-        async for branch, response in responses:
-            if response.finish_reason:
-                add_timing(response.timing, timing)
-            fields = {field.name: value for field, value in response.ListFields()}
-            yield pb.ForkResponse(branch=branch, block_index=written[branch], **fields)
-            written[branch] += not is_preview(response)
+    async with aclosing(merged(streams, at_once, are_previews)) as found:
+        async for branch, responses in found:
+            if responses[-1].finish_reason:
+                add_timing(responses[-1].timing, timing)
+            every = [{field.name: value for field, value in response.ListFields()} for response in responses]
+            yield [pb.ForkResponse(branch=branch, block_index=written[branch], **fields) for fields in every]
+            written[branch] += not are_previews(responses)
 
 
-async def _branch(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[Response, None]:
+async def _branch(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[list[Response], None]:
     """Write a branch. It is queued as if its call had just come, so it does not overtake calls that came before."""
     call.arrived = time.monotonic()
     async with aclosing(write(services, plan, call)) as responses:

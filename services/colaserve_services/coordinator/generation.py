@@ -1,8 +1,9 @@
 """The heartbeat: text -> ids -> latents, then block by block: noise -> latents -> ids -> text."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from operator import attrgetter, methodcaller
+from contextlib import aclosing, suppress
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -21,13 +22,20 @@ from colaserve_services.rpc.errors import grpc_code
 from colaserve_services.text import Tokenizer
 
 Response = generation_pb2.GenerateResponse
-is_preview = methodcaller("HasField", "preview")  # of a response: a slow reader may miss it
+Looks = list[prior_pb2.SampleResponse]
+_TOGETHER = 0.05  # seconds in which previews come that are decoded together
+_MOST_TOGETHER = 8
+
+
+def are_previews(responses: Sequence[Any]) -> bool:
+    """Which a slow reader may miss."""
+    return bool(responses[0].HasField("preview"))
 
 
 async def generate(
     services: ServiceContext, request: generation_pb2.GenerateRequest, call: Call
-) -> AsyncGenerator[Response, None]:
-    """Continue a prompt, a response a block, and previews between them."""
+) -> AsyncGenerator[list[Response], None]:
+    """Continue a prompt, a response a block, and previews between them: those that come together."""
     services.admission.check(call, "prior")
     call.use_salt(request.cache_salt)
     async with aclosing(write(services, await plan_generation(services, request), call)) as responses:
@@ -35,9 +43,9 @@ async def generate(
             yield response
 
 
-async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[Response, None]:
-    """Write what is planned, a response a block. All that the stages hold for it is freed before the last response, and
-    when the iteration is left early."""
+async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenerator[list[Response], None]:
+    """Write what is planned, a response a block, or previews that come together. All that the stages hold for it is
+    freed before the last response, and when the iteration is left early."""
     watch = _Watch(services, call, plan)
     size, slow = plan.positions(services.model), is_slow(plan.sampler)
     async with watch, services.admission.slot(call, "prior", size, slow=slow) as ticket:
@@ -56,12 +64,11 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
         )  # fmt: skip
         prior = ReadAhead(_with_written(run.blocks(), plan.written), passing=attrgetter("provisional"))
         try:
-            async with prior, decoder:
-                while True:
-                    block = await prior.next()
-                    if block.provisional:
-                        if look := await decoder.preview(block.latents):
-                            yield _preview(plan, block, look, writer)
+            async with prior, decoder, aclosing(_together(prior)) as found:
+                async for looks, block in found:
+                    if looks and (shown := await decoder.previews([look.latents for look in looks])):
+                        yield [_preview(plan, *pair, writer) for pair in zip(looks, shown, strict=True)]
+                    if block is None:
                         continue
                     decoded = await decoder.decode(block.latents)
                     piece = writer.read(decoded)
@@ -69,13 +76,33 @@ async def write(services: ServiceContext, plan: Plan, call: Call) -> AsyncGenera
                     watch.block(response)
                     if writer.finish_reason:
                         break
-                    yield response
+                    yield [response]
         finally:
             watch.ended(writer, prior.received, run.steps_saved)
     end = Response(finish_reason=writer.finish_reason, usage=watch.usage, timing=watch.total, seed=plan.seed)
     response.MergeFrom(end)
     response.MergeFrom(Response(stop_string=writer.stop_string, choices=writer.scores))
-    yield response
+    yield [response]
+
+
+async def _together(
+    prior: ReadAhead[prior_pb2.SampleResponse],
+) -> AsyncGenerator[tuple[Looks, prior_pb2.SampleResponse | None], None]:
+    """Each block, and the previews before it that come so close together that nobody could see them apart: they share
+    a pass of the decoder, which takes as long as a step of a small prior. Slow ones wait for nothing."""
+    clock = asyncio.get_running_loop().time
+    before = clock()
+    while True:
+        looks, item, now = Looks(), await prior.next(), clock()
+        if item.provisional:
+            looks.append(item)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(now + _TOGETHER if now < before + _TOGETHER else now):
+                    while item.provisional and len(looks) < _MOST_TOGETHER:
+                        item = await prior.next()
+                        looks += [item] if item.provisional else []
+        before = clock()
+        yield looks, None if item.provisional else item
 
 
 async def _with_written(

@@ -71,7 +71,7 @@ async def decode_latents(
 
 async def sample_latents(
     services: ServiceContext, request: pb.SampleLatentsRequest, call: Call
-) -> AsyncGenerator[pb.SampleLatentsResponse, None]:
+) -> AsyncGenerator[list[pb.SampleLatentsResponse], None]:
     """LatentService.SampleLatents."""
     call.use_salt(request.cache_salt)
     prefix = given_latents(services, request.prefix, "prefix", least=0)
@@ -91,7 +91,7 @@ async def sample_latents(
             async for block in blocks:
                 services.metrics.watch_probes(block.probes)
                 found = {field.name: value for field, value in block.ListFields()}
-                yield pb.SampleLatentsResponse(**found, seed=seed)
+                yield [pb.SampleLatentsResponse(**found, seed=seed)]
 
 
 async def reconstruct(services: ServiceContext, request: pb.ReconstructRequest, call: Call) -> pb.ReconstructResponse:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MANY_PASSES: Final = 256  # some seconds where many runs share them
 
 Span = tuple[int, int]
+T = TypeVar("T")
 
 
 class PriorRun:
@@ -226,21 +227,21 @@ class DecoderRun:
         self._preview_lost = False
         return response
 
-    async def preview(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse | None:
-        """What the next block would become with these latents. None where the stage does not answer: the block finds
-        out why, and until it has come nothing is asked for again."""
+    async def previews(self, latents: Sequence[types_pb2.Latents]) -> list[decoder_pb2.DecodeResponse]:
+        """What the next block would become with each of these latents. Nothing where the stage does not answer: the
+        block finds out why, and until it has come nothing is asked for again."""
         if self._preview_lost:
-            return None
+            return []
+        joined = rows.join(latents, self._model.latent_dim, self._model.space)
+        request = decoder_pb2.DecodeRequest(preview=joined)
         try:
-            return await self._undisturbed(self._exchange(decoder_pb2.DecodeRequest(preview=latents)))
+            return await self._undisturbed(self._exchange(request, len(latents)))
         except STAGE_ERRORS:
             self._preview_lost = True
             self._cancel()
-            return None
+            return []
 
-    async def _undisturbed(
-        self, answering: Coroutine[Any, Any, decoder_pb2.DecodeResponse]
-    ) -> decoder_pb2.DecodeResponse:
+    async def _undisturbed(self, answering: Coroutine[Any, Any, T]) -> T:
         """The answer; the session is let go after it at the earliest."""
         self._decoding = True
         try:
@@ -264,7 +265,7 @@ class DecoderRun:
     async def _answered(self, latents: types_pb2.Latents) -> decoder_pb2.DecodeResponse:
         while True:
             try:
-                response = await self._exchange(decoder_pb2.DecodeRequest(block=latents))
+                [response] = await self._exchange(decoder_pb2.DecodeRequest(block=latents))
             except STAGE_ERRORS as error:
                 self._cancel()
                 await self._attempts.failed(error)
@@ -287,20 +288,24 @@ class DecoderRun:
         request.MergeFrom(self._lookup)
         return request
 
-    async def _exchange(self, request: decoder_pb2.DecodeRequest) -> decoder_pb2.DecodeResponse:
+    async def _exchange(self, request: decoder_pb2.DecodeRequest, count: int = 1) -> list[decoder_pb2.DecodeResponse]:
+        """So many answers to a request."""
         try:
             if self._call is None:
                 await self._open()
             await self._call.write(request)
         except asyncio.InvalidStateError as error:  # it ended before: read tells how
             await self._read_end(error)
-        response = await self._call.read()
-        if response is grpc.aio.EOF:
-            raise StageFault("count", "it ended its stream before the last block")
-        if response.provisional != request.HasField("preview"):
-            raise StageFault("count", "it took a preview for a block, or a block for a preview")
-        self._check(response)
-        return response
+        responses = []
+        for _ in range(count):
+            response = await self._call.read()
+            if response is grpc.aio.EOF:
+                raise StageFault("count", "it ended its stream before the last block")
+            if response.provisional != request.HasField("preview"):
+                raise StageFault("count", "it took a preview for a block, or a block for a preview")
+            self._check(response)
+            responses.append(response)
+        return responses
 
     async def _open(self) -> None:
         stub = await self._attempts.stub()

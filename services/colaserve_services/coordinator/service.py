@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
-from operator import attrgetter
 from typing import Any, Final
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
@@ -36,8 +35,8 @@ def _unary(work: Callable[[ServiceContext, Any, Call], Awaitable[Any]]) -> Any:
 
 
 def _streaming(
-    work: Callable[[ServiceContext, Any, Call], AsyncGenerator[Any, None]],
-    is_preview: Callable[[Any], bool],
+    work: Callable[[ServiceContext, Any, Call], AsyncGenerator[list[Any], None]],
+    are_previews: Callable[[list[Any]], bool] = generation.are_previews,
 ) -> Any:
     """The call's end, however it comes, frees what it holds in the stages; so does a reader who stays away. A slow one
     misses previews."""
@@ -45,9 +44,10 @@ def _streaming(
     async def serve(self: Servicer, request: Any, context: Any) -> AsyncIterator[Any]:
         services, call = (await self.connected()).services, Call.of(context)
         responses = work(services, request, call)
-        async with ReadAhead(responses, partial(services.admission.read_in_time, call), is_preview) as ahead:
-            async for response in ahead:
-                yield response
+        async with ReadAhead(responses, partial(services.admission.read_in_time, call), are_previews) as ahead:
+            async for together in ahead:
+                for response in together:
+                    yield response
 
     return serve
 
@@ -76,7 +76,7 @@ async def detokenize(
 class GenerationServicer(Servicer, generation_pb2_grpc.GenerationServiceServicer):
     """Text in, text out."""
 
-    Generate = _streaming(generation.generate, generation.is_preview)
+    Generate = _streaming(generation.generate)
     Tokenize = _unary(tokenize)
     Detokenize = _unary(detokenize)
 
@@ -92,12 +92,12 @@ class LatentServicer(Servicer, latent_service_pb2_grpc.LatentServiceServicer):
 
     EncodeText = _unary(latent_space.encode_text)
     DecodeLatents = _unary(latent_space.decode_latents)
-    SampleLatents = _streaming(latent_space.sample_latents, attrgetter("provisional"))
+    SampleLatents = _streaming(latent_space.sample_latents, lambda together: together[0].provisional)
     Interpolate = _unary(interpolation.interpolate)
     Infill = _unary(infill.infill)
     Reconstruct = _unary(latent_space.reconstruct)
     Logprobs = _unary(latent_space.logprobs)
-    Fork = _streaming(fork.fork, generation.is_preview)
+    Fork = _streaming(fork.fork)
     Embed = _unary(embedding.embed)
     Score = _unary(scoring.score)
 

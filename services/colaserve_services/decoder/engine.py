@@ -118,21 +118,29 @@ class DecoderSession(Session[DecodedBlock]):
         if engine.limits.share_prefixes:
             self.keys = chain_keys(job.prefix.numpy(), len(self.prefix), job.cache_salt)
 
-    async def decode(self, latents: Tensor, provisional: bool = False) -> DecodedBlock:
-        """Decode the next block, (B, d) float32, or a preview of it. Raises `InvalidRequest` when it exceeds the
-        reservation."""
-        B, d, name = self._engine.shape.block_size, self._engine.shape.latent_dim, "preview" if provisional else "block"
-        if latents.shape != (B, d):
-            raise InvalidRequest(name, f"got shape {list(latents.shape)}, expected {[B, d]}")
+    async def decode(self, latents: Tensor) -> DecodedBlock:
+        """Decode the next block, (B, d) float32. Raises `InvalidRequest` when it exceeds the reservation."""
+        [block] = await self._decoded([latents], "block")
+        return block
+
+    async def preview(self, latents: Tensor) -> list[DecodedBlock]:
+        """As `decode`, of each of the given previews of the next block, (n * B, d) float32. They leave no trace."""
+        return await self._decoded(latents.split(self._engine.shape.block_size), "preview")
+
+    async def _decoded(self, blocks: Sequence[Tensor], name: str) -> list[DecodedBlock]:
+        B, d, provisional = self._engine.shape.block_size, self._engine.shape.latent_dim, name == "preview"
+        for latents in blocks:
+            if latents.shape != (B, d):
+                raise InvalidRequest(name, f"got shape {list(latents.shape)}, expected {[B, d]}")
         if self.accepted + B > self.capacity:
             raise InvalidRequest(name, f"position {self.accepted} is beyond the {self.capacity} latents reserved")
         self.accepted += 0 if provisional else B
         self.previews = provisional
-        self.pending.append(Pending(latents, time.monotonic(), provisional))
+        self.pending += [Pending(latents, time.monotonic(), provisional) for latents in blocks]
         self._engine.wake()
-        block = await self.outbox.get()
-        assert block is not None, "this outbox only fails or gives blocks"
-        return block
+        answers = [await self.outbox.get() for _ in blocks]
+        assert None not in answers, "this outbox only fails or gives blocks"
+        return answers  # type: ignore[return-value]
 
     @property
     def cached(self) -> int:
@@ -145,7 +153,12 @@ class DecoderSession(Session[DecodedBlock]):
         self.blocks = known
 
     def lacking(self) -> int:
-        return max(self.blocks, len(self.prefix)) + (len(self.pending) > 0) - len(self.pages)
+        return max(self.blocks, len(self.prefix)) + self.answerable - len(self.pages)
+
+    @property
+    def answerable(self) -> int:
+        """What the pass that has taken the prefix in may answer: a block, or as many previews as it may have pages."""
+        return min(len(self.pending), self.most - max(self.blocks, len(self.prefix)))
 
     def preemptible(self) -> bool:
         return len(self._taken) > 0 or not self.ready()
@@ -166,31 +179,32 @@ class DecoderSession(Session[DecodedBlock]):
         return max(0, len(self.prefix) - self.blocks)
 
     def advance(self, scheduled: "_ScheduledSession") -> None:
-        """What a pass took of it is in the cache. The next block is written over a preview, whose page is its own."""
-        self.blocks += len(scheduled.rows_of)
-        if scheduled.next is not None and scheduled.next.provisional:
-            self.blocks -= 1
-        elif scheduled.next is not None:
-            self._taken.append(scheduled.next.latents)
+        """What a pass took of it is in the cache. The next blocks are written over previews."""
+        self.blocks += len(scheduled.rows_of) - len(scheduled.answered)
+        if scheduled.answered and not scheduled.answered[0].provisional:
+            self.blocks += 1
+            self._taken.append(scheduled.answered[0].latents)
 
 
 @dataclass(frozen=True)
 class _ScheduledSession:
-    """What one session sends through a pass: blocks of its prefix, then, once that is in, its next block or preview."""
+    """What one session sends through a pass: blocks of its prefix, then, once that is in, its next block, or previews
+    of that: each as if it were the only one, on the page of the block or, if there are more, of one to come."""
 
     session: DecoderSession
     rows_of: list[Row]
-    next: Pending | None
+    answered: list[Pending]
     rows: int  # positions
 
     @classmethod
     def of(cls, session: DecoderSession, count: int) -> "_ScheduledSession":
         blocks, first = session.prefix[session.blocks : session.blocks + count], session.blocks
         rows = [Row(session.pages, first + i, latents, wanted=False) for i, latents in enumerate(blocks)]
-        pending = session.pending[0] if count == session.remaining() and session.pending else None
-        if pending is not None:
-            rows.append(Row(session.pages, first + count, pending.latents))
-        return cls(session, rows, pending, sum(len(row.inputs) for row in rows if row.inputs is not None))
+        answered = list(session.pending)[: session.answerable] if count == session.remaining() else []
+        at, pages = first + count, session.pages
+        for i, each in enumerate(answered):
+            rows.append(Row(pages[:at] + pages[at + i : at + i + 1] if i else pages, at, each.latents))
+        return cls(session, rows, answered, sum(len(row.inputs) for row in rows if row.inputs is not None))
 
 
 _Answer = tuple[Tensor, Tensor, Tensor, Tensor]  # of a block: logits (B * P, V), ids, log-probabilities, probes
@@ -234,7 +248,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
 
     def _begin(self, scheduled: list[_ScheduledSession]) -> Pass:
         """The heartbeat: prefixes and blocks through the decoder, then ids for the blocks."""
-        answered = [each.session for each in scheduled if each.next is not None]
+        answered = [each.session for each in scheduled for _ in each.answered]
         draws = [Draw(each.job.sampling, each.seen, each.sampled // self._ids) for each in answered]
 
         def then(logits: Tensor) -> Sequence[Tensor]:
@@ -252,14 +266,15 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
             found.index_copy_(0, index, probes(logits.index_select(0, index), end_ids))
         return found
 
-    def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Any]) -> list[_Answer | None]:
+    def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Any]) -> list[list[_Answer]]:
         answers = iter(found)
-        return [[next(answers) for _ in each.rows_of][-1] for each in scheduled]
+        every = [[next(answers) for _ in each.rows_of] for each in scheduled]
+        return [[answer for answer in some if answer is not None] for some in every]
 
-    def _take(self, scheduled: _ScheduledSession, result: _Answer | None) -> None:
+    def _take(self, scheduled: _ScheduledSession, result: list[_Answer]) -> None:
         scheduled.session.advance(scheduled)
-        if result is not None:
-            self._answer(scheduled.session, *result)
+        for answer in result:
+            self._answer(scheduled.session, *answer)
 
     def _schedule(self, ready: list[DecoderSession]) -> list[_ScheduledSession]:
         B, scheduled = self.shape.block_size, []

@@ -14,6 +14,8 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.rpc import about, arrays, cancellation
 
+_MOST_PREVIEWS = 16  # of a block, in one request
+
 
 class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
     """Serves one engine."""
@@ -37,8 +39,11 @@ class DecoderService(decoder_pb2_grpc.DecoderServiceServicer):
                 if kind not in ("block", "preview"):
                     what = "every later request must set `block` or `preview`"
                     raise InvalidRequest("request", f"a Decode stream is opened once; {what}")
-                latents = self._latents(getattr(request, kind), kind, self._engine.shape.block_size)
-                yield _message(await session.decode(latents, kind == "preview"))
+                message, size = getattr(request, kind), self._engine.shape.block_size
+                most = _MOST_PREVIEWS if kind == "preview" else 1
+                latents = self._latents(message, kind, size * min(max(1, sum(message.values.shape[:1]) // size), most))
+                for each in [await session.decode(latents)] if kind == "block" else await session.preview(latents):
+                    yield _message(each)
 
     async def GetInfo(
         self, request: decoder_pb2.DecoderServiceGetInfoRequest, context: Any

@@ -126,7 +126,7 @@ async def _generate(
         **{name: given[name] for name in WRITING if name in given},
     )
     async with aclosing(generation.generate(services, request, call)) as responses:
-        async for response in responses:
+        async for [response] in responses:
             reason, usage = FINISH_REASONS.get(response.finish_reason, ""), response.usage
             counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
             outputs = {
@@ -169,7 +169,7 @@ async def _sample(
     )
     written = 0
     async with aclosing(latent_space.sample_latents(services, request, call)) as responses:
-        async for response in responses:
+        async for [response] in responses:
             written, latents = written + 1, response.latents
             last = written == request.max_blocks
             ends = {"space": latents.space} | _seed(response.seed) if last else {}

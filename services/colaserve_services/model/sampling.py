@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,17 +80,17 @@ def _likeliest(scores: Tensor) -> Tensor:
 
 def penalise(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Scores of the seen ids divided by the penalty, or times it when negative: (K, n, V)."""
-    ids = [[] if draw.settings.repetition_penalty == 1 else list(draw.seen) for draw in draws]
+    penalties = np.array([draw.settings.repetition_penalty for draw in draws], np.float32)
+    ids = [draw.seen if draw.settings.repetition_penalty != 1 else () for draw in draws]
     counts = [len(each) for each in ids]
     if not any(counts):
         return logits
-    penalties = torch.tensor([draw.settings.repetition_penalty for draw in draws])
     of, seen, penalty = (
-        to_device(values, logits.device)
+        to_device(torch.from_numpy(values), logits.device)
         for values in (
-            torch.arange(len(draws)).repeat_interleave(torch.tensor(counts)),
-            torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64),
-            penalties.repeat_interleave(torch.tensor(counts))[:, None],
+            np.repeat(np.arange(len(draws)), counts),
+            np.fromiter(chain.from_iterable(ids), np.int64, sum(counts)),
+            np.repeat(penalties, counts)[:, None],
         )
     )
     scores = logits.clone()

@@ -1,4 +1,5 @@
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,14 @@ def counted(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
+async def one_by_one(answer: AsyncGenerator[list[T], None]) -> AsyncGenerator[T, None]:
+    """What a call streams, message by message."""
+    async with aclosing(answer):
+        async for together in answer:
+            for message in together:
+                yield message
+
+
 class World:
     """A coordinator over fake stages."""
 
@@ -33,8 +42,9 @@ class World:
         self.tokenizer = coordinator.services.tokenizer
 
     def ask(self, work: Callable[..., T], request: Any, call: Call | None = None) -> T:
-        """One of the coordinator's calls, such as `generate` or `infill`."""
-        return work(self.coordinator.services, request, call or Call())
+        """One of the coordinator's calls, such as `generate` or `infill`; what it streams, message by message."""
+        answer = work(self.coordinator.services, request, call or Call())
+        return one_by_one(answer) if isinstance(answer, AsyncGenerator) else answer
 
     async def generate(self, call: Call | None = None, **fields: Any) -> list[generation_pb2.GenerateResponse]:
         return [response async for response in self.ask(generate, generation_pb2.GenerateRequest(**fields), call)]

@@ -166,6 +166,10 @@ class FakePrior(Fake, prior_pb2_grpc.PriorServiceServicer):
 class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
     script: list[int] | None = None  # ids of the whole run; else they depend on everything
 
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.requests: list[str] = []  # what each asked for, and how many blocks
+
     async def GetInfo(self, request: Any, context: Any) -> Any:
         return self.info(decoder_pb2.DecoderServiceGetInfoResponse)
 
@@ -186,25 +190,31 @@ class FakeDecoder(Fake, decoder_pb2_grpc.DecoderServiceServicer):
                 number += 1
                 look = request.HasField("preview")
                 latents = arrays.latents_from_message(request.preview if look else request.block, "block", D, SPACE)
-                whole = np.concatenate([past, latents])
-                assert len(whole) <= opening.max_latents
-                new = self.draw(whole, ids, opening.sampling)
-                here, block_index = targets[: len(new)], self.index(len(ids))
+                assert look or len(latents) == self.block_size
+                self.requests.append(f"{request.WhichOneof('request')} {len(latents) // self.block_size}")
+                for one in np.split(latents, len(latents) // self.block_size):
+                    whole = np.concatenate([past, one])
+                    assert len(whole) <= opening.max_latents
+                    new = self.draw(whole, ids, opening.sampling)
+                    yield self.spoiled(self.answer(opening, new, targets, self.index(len(ids)), look), call)
                 if not look:
                     past, ids, targets = whole, ids + new, targets[len(new) :]
-                response = decoder_pb2.DecodeResponse(
-                    token_ids=new,
-                    logprobs=[-id_ / 100 for id_ in new],
-                    top_logprobs=[self.top(id_, opening.top_logprobs) for id_ in new] if opening.top_logprobs else (),
-                    target_logprobs=[-1.0 if ours == theirs else -3.0 for ours, theirs in zip(new, here, strict=False)],
-                    timing=types_pb2.Timing(queue_us=100, compute_us=200),
-                    block_index=block_index,
-                    provisional=look,
-                    probes=types_pb2.Probes(entropy=1.5, end_probability=0.25) if opening.with_probes else None,
-                )
-                yield self.spoiled(response, call)
         finally:
             self.running -= 1
+
+    def answer(
+        self, opening: decoder_pb2.OpenDecode, new: list[int], targets: list[int], index: int | None, look: bool
+    ) -> decoder_pb2.DecodeResponse:
+        return decoder_pb2.DecodeResponse(
+            token_ids=new,
+            logprobs=[-id_ / 100 for id_ in new],
+            top_logprobs=[self.top(id_, opening.top_logprobs) for id_ in new] if opening.top_logprobs else (),
+            target_logprobs=[-1.0 if ours == theirs else -3.0 for ours, theirs in zip(new, targets, strict=False)],
+            timing=types_pb2.Timing(queue_us=100, compute_us=200),
+            block_index=index,
+            provisional=look,
+            probes=types_pb2.Probes(entropy=1.5, end_probability=0.25) if opening.with_probes else None,
+        )
 
     def index(self, ids: int) -> int | None:
         return ids // (self.block_size * self.patch_size)

@@ -306,7 +306,7 @@ async def test_coordinators_in_front_of_one_full_stage_keep_their_calls_and_fail
 
     async def ask(coordinator: Coordinator) -> Any:
         request = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=8, ignore_end=True)
-        return [response async for response in generate(coordinator.services, request, Call())][-1]
+        return [response async for [response] in generate(coordinator.services, request, Call())][-1]
 
     stages["prior"].gate.clear()
     asked = [asyncio.create_task(ask(coordinator)) for _ in range(8) for coordinator in coordinators]

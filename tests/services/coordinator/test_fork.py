@@ -49,7 +49,7 @@ def alone(index: int) -> generation_pb2.GenerateRequest:
 async def answers(services: Any, request: pb.ForkRequest) -> list[list[pb.ForkResponse]]:
     """Those of each branch."""
     found: list[list[pb.ForkResponse]] = [[] for _ in request.branches]
-    async for response in fork(services, request, Call()):
+    async for [response] in fork(services, request, Call()):
         found[response.branch].append(response)
     for branch in found:
         assert [response.block_index for response in branch] == list(range(len(branch)))
@@ -114,7 +114,7 @@ async def test_all_branches_go_to_one_replica_and_to_another_when_that_ends(toke
 
 async def test_branches_run_side_by_side_and_leaving_frees_them_all(world):
     world.decoder.gate.clear()
-    responses = fork(world.coordinator.services, pb.ForkRequest(branches=[{}] * MOST_BRANCHES, **SHARED), Call())
+    responses = world.ask(fork, pb.ForkRequest(branches=[{}] * MOST_BRANCHES, **SHARED))
     async with aclosing(responses):
         first = asyncio.ensure_future(anext(responses))
         await eventually(lambda: world.decoder.running == AT_ONCE)

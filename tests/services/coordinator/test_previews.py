@@ -49,6 +49,17 @@ async def test_previews_come_between_blocks_with_their_text_and_change_nothing(w
     assert len({look.preview.text for look in looks(watched)}) == 2 * len(plain)
 
 
+async def test_previews_that_come_close_together_are_decoded_together_and_all_shown(world):
+    world.prior.turns, found = asyncio.Semaphore(3), []
+    async for response in world.ask(generate, generation_pb2.GenerateRequest(**REQUEST, preview_every=2)):
+        found.append(response)
+        if not response.HasField("preview"):  # then both previews of the next block come, and that block
+            [world.prior.turns.release() for _ in range(3)]
+    steps = [look.preview.step for look in looks(found)]
+    assert steps == [2, 4] * len(blocks(found))
+    assert world.decoder.requests == ["preview 2", "block 1"] * len(blocks(found))
+
+
 async def test_probes_of_both_stages_come_together_and_are_counted(world):
     plain = await world.generate(**REQUEST)
     assert not any(response.HasField("probes") for response in plain)

@@ -49,7 +49,7 @@ class Fleet:
 
     async def generate(self) -> list[generation_pb2.GenerateResponse]:
         request = generation_pb2.GenerateRequest(**REQUEST)
-        return [response async for response in generate(self.coordinator.services, request, Call())]
+        return [response async for [response] in generate(self.coordinator.services, request, Call())]
 
     def faults(self) -> dict[tuple[str, ...], float]:
         return counted(self.coordinator.services.metrics, "stage_faults_total")

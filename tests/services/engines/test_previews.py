@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ async def decoded(stages: Engines, looks: Sequence[torch.Tensor], seed: int = 0)
     async with stages.decoder.session(wanted) as session:
         for start in range(8, 28, 4):
             block = latents[start : start + 4]
-            last = [await session.decode(each, True) for each in [*looks, *([block] if looks else [])]][-1:]
+            last = (await session.preview(torch.cat([*looks, block])))[-1:] if looks else []
             answers.append(await session.decode(block))
             for preview in last:
                 assert preview.provisional
@@ -53,6 +54,23 @@ async def test_previews_get_the_draws_of_their_block_and_change_no_bit_of_what_f
         await freed(stages)
 
 
+@pytest.mark.parametrize("reserved", [12, 64])
+async def test_several_previews_of_a_block_are_what_each_is_alone(tiny: Golden, reserved: int) -> None:
+    with engines(tiny.directory) as stages:
+        shown, prefix = [noise(4, 90 + i) for i in range(3)], noise(8)
+        wanted = DecodeJob(prefix, sampling=DRAWN, with_logits=True, max_latents=reserved)
+        async with stages.decoder.session(wanted) as session:  # 12: there is a page for one at a time
+            together = await session.preview(torch.cat(shown))
+            for look, preview in zip(shown, together, strict=True):
+                [alone] = await session.preview(look)
+                assert (preview.token_ids, preview.index) == (alone.token_ids, 0)
+                torch.testing.assert_close(preview.logits, alone.logits)
+            block = await session.decode(shown[1])
+            assert block.token_ids == together[1].token_ids
+        assert len({tuple(preview.token_ids) for preview in together}) == 3
+        await freed(stages)
+
+
 class Passes(EngineObserver):
     def __init__(self) -> None:
         self.sessions: list[int] = []  # of each pass
@@ -62,13 +80,16 @@ class Passes(EngineObserver):
 
 
 async def test_previews_of_several_sessions_wait_some_looks_for_each_other(tiny: Golden) -> None:
-    checkpoint, passes, asked = Checkpoint.open(tiny.directory), Passes(), list[asyncio.Task[DecodedBlock]]()
+    checkpoint, passes, asked = Checkpoint.open(tiny.directory), Passes(), list[asyncio.Task[Any]]()
     model = load(checkpoint, "decoder", CPU, torch.float32)
     decoder = DecoderEngine(model, checkpoint.shape, DeviceThread(), EngineLimits(max_context=64), passes)
 
     async def look(*wanted: tuple[DecoderSession, bool]) -> bool:
         """Ask for previews, or blocks, then look once."""
-        asked.extend(asyncio.create_task(session.decode(noise(4), preview)) for session, preview in wanted)
+        asked.extend(
+            asyncio.create_task(session.preview(noise(4)) if preview else session.decode(noise(4)))
+            for session, preview in wanted
+        )
         await asyncio.sleep(0)
         with torch.inference_mode():
             return decoder.step(heavy=True)
@@ -91,9 +112,9 @@ async def test_a_preview_after_the_last_block_is_refused_by_name(tiny: Golden) -
         async with stages.decoder.session(DecodeJob(noise(4), max_latents=8)) as session:
             await session.decode(noise(4))
             with pytest.raises(InvalidRequest, match=r"^preview: position 8 is beyond the 8 latents reserved"):
-                await session.decode(noise(4), True)
+                await session.preview(noise(4))
             with pytest.raises(InvalidRequest, match=r"^preview: got shape \[3, 16\], expected \[4, 16\]"):
-                await session.decode(noise(3), True)
+                await session.preview(noise(3))
 
 
 async def test_probes_are_those_of_the_raw_logits(tiny: Golden) -> None:

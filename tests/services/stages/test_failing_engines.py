@@ -118,7 +118,8 @@ async def test_a_run_that_breaks_one_device_after_another_ends_with_the_second(t
         at_fault = [await _at_fault(each) for each in fleet]
         assert sorted(at_fault) == [False, True, True]
         request.prefix.CopyFrom(first.latents(5))
-        assert (await anext(sample_latents(coordinator.services, request, Call()))).block_index == 0
+        [written] = await anext(sample_latents(coordinator.services, request, Call()))
+        assert written.block_index == 0
 
 
 async def _at_fault(served):

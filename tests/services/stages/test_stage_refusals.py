@@ -191,7 +191,7 @@ DECODE = {
     "block.values.data": [{"open": {}}, {"block": {"values": tensor(B, D, value=NAN)}}],
     "block": [{"open": {"max_latents": 4}}, BLOCK, BLOCK],
     "request     ": [PREVIEW],
-    "preview.values.shape": [{"open": {}}, {"preview": {"values": tensor(3, D)}}],
+    "preview.values.shape": [{"open": {}}, {"preview": {"values": tensor(17 * B, D)}}],
     "preview.values.data": [{"open": {}}, {"preview": {"values": tensor(B, D, value=NAN)}}],
     "preview": [{"open": {"max_latents": 4}}, PREVIEW, BLOCK, PREVIEW],
 }
