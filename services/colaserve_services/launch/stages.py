@@ -5,7 +5,7 @@ The only part of the launcher that needs torch; imported when a stage is started
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -144,7 +144,7 @@ def load_stages(
             torch.backends.cuda.enable_cudnn_sdp(False)
         if device.type == "cpu" and dtype == torch.bfloat16 and (reason := lacks_bfloat16()):
             _log.warning(_SLOW, extra={"fields": {"reason": reason}})
-    gpus = [device for device, _ in picked.values() if device.type == "cuda"]  # one a process: see launch/split.py
+    gpus = {device for device, _ in picked.values() if device.type == "cuda"}  # one a process: see launch/split.py
     thread = DeviceThread(begin=lambda: _enter(gpus))
     _enter(gpus)
     engines, services = {}, {}
@@ -169,7 +169,7 @@ def load_stages(
     return RunningStages(engines, services, thread)
 
 
-def _enter(gpus: Sequence[torch.device]) -> None:
+def _enter(gpus: Collection[torch.device]) -> None:
     """Of a thread: what it launches without saying where goes to the process's GPU, not to the first of the machine."""
     for device in gpus:
         torch.cuda.set_device(device)

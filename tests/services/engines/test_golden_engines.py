@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from colaserve_services.decoder.engine import DecodeJob
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.model.backend.pick import Picked, bucketed, plain
+from colaserve_services.model.backend import cuda
+from colaserve_services.model.backend.pick import Picked, plain
 from colaserve_services.model.flow import SamplerSettings
 from colaserve_services.model.sampling import SamplingSettings
 from colaserve_services.prior.sampling_run import SampleJob
 from tests.conftest import Golden
-from tests.services.engines.conftest import CPU, Engines, engines
+from tests.services.engines.conftest import Engines, engines
 from tests.services.engines.runs import sample
+from tests.services.fake_gpus import Replayed
 from tests.services.kernel_references import on_cpu
 
 
@@ -72,11 +75,16 @@ async def test_generation_gives_the_recorded_blocks_and_tokens(golden: Golden, p
 
 
 async def test_kernels_for_gpus_interpreted_give_the_recorded_blocks_and_tokens(tiny: Golden) -> None:
+    """Once they are captured, as a CUDA graph: Python's part of a pass does not run again."""
     pytest.importorskip("triton")
     from colaserve_services.model import kernels
 
-    with engines(tiny.directory, EngineLimits(max_context=64, max_running=1), picked=bucketed(kernels, CPU)) as stages:
+    stream = Replayed()
+    kinds = [partial(kind, kernels=kernels, on=stream) for kind in (cuda.Prior, cuda.Decoder, cuda.Encoder)]
+    limits, picked = EngineLimits(max_context=64, max_running=1), Picked("cuda", "", 32, *kinds)
+    with engines(tiny.directory, limits, picked=picked) as stages:
         await check_generation(stages, tiny, tiny.meta["cases"][1] | {"n_blocks": 1}, 0, ("seed",))
+    assert stream.events == 2 * stream.replays + len(kinds)
 
 
 async def check_generation(stages: Engines, golden: Golden, case: dict, sample_id: int, sources: Sequence[str]) -> None:

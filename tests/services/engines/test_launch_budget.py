@@ -29,6 +29,7 @@ from colaserve_services.model.text_vae import TextVAEDecoder, TextVAEEncoder
 from tests.conftest import Golden
 from tests.services.engines.conftest import CPU, Engines, engines
 from tests.services.engines.runs import freed, job, noise, sample
+from tests.services.fake_gpus import Replayed
 from tests.services.kernel_references import references
 from tests.services.model.checkpoints import write_checkpoint
 
@@ -71,7 +72,7 @@ def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     from colaserve_services.model import kernels
     from colaserve_services.model.kernels.registry import recording
 
-    def made(stage: str, layers: int, dtype: torch.dtype = torch.float32) -> Any:
+    def made(stage: str, layers: int, dtype: torch.dtype = torch.float32, on: Stream | None = None) -> Any:
         vae = {"encoder_num_blocks": layers, "decoder_num_blocks": layers}
         folder: Path = tmp_path_factory.mktemp("checkpoint")
         checkpoint = Checkpoint.open(write_checkpoint(folder, vae, {"num_layers": layers, "heads": 4}))
@@ -81,7 +82,7 @@ def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
             model = load(checkpoint, stage, CPU, dtype)
         else:  # with weights as they are on a GPU, not packed
             model = network(checkpoint.vae_config).requires_grad_(False)
-        return kind(model, Sizes(1 << 22, SESSIONS, B, 512), kernels)
+        return kind(model, Sizes(1 << 22, SESSIONS, B, 512), kernels, on)
 
     with recording(), torch.no_grad():
         yield made
@@ -111,6 +112,7 @@ def sampled(count: int) -> Callable[[Tensor], Sequence[Tensor]]:
     return lambda logits: sample_blocks(logits, draws)
 
 
+@torch.inference_mode()
 def launched(backend: Any, stage: str, sessions: int, seed: int = 0) -> Launches:
     from colaserve_services.model.kernels.registry import launches
 
@@ -146,6 +148,18 @@ def test_passes_of_one_size_do_the_same_on_the_same_memory(backends: Callable[[s
     assert any(backend.storage.memory.data_ptr() in addresses for _, addresses in found[0].found)
     last = found[0].names.index("aten::cat") if stage == "decoder" else None  # then come logits, as many as are wanted
     assert found[0].found[:last] == found[1].found[:last]
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "encoder"])
+def test_a_pass_is_one_graph_between_two_events(backends: Callable[..., Any], stage: str) -> None:
+    on = Replayed()
+    backend = backends(stage, 1, on=on)
+    before = on.replays, on.events
+    backend.run(backend.plan(rows(backend, stage, 9)), *([sampled(9)] if stage == "decoder" else ())).results()
+    assert (on.replays, on.events) == (before[0] + 1, before[1] + 2)
+    left = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for found in on.left for each in found}
+    if stage == "decoder":  # those of the released one would hold 0.4 GB in a memory for each graph
+        assert len(on.left) > 1 == len(left)
 
 
 class Looked(Stream):

@@ -3,10 +3,12 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.launch.memory import budgets, container_left
+from tests.services.fake_gpus import Gpus
 
 GB = 1 << 30
 
@@ -41,10 +43,10 @@ def test_version_1_says_by_a_number_that_there_is_no_limit(tmp_path: Path) -> No
     assert container_left(tmp_path / "none", tmp_path / "none") is None
 
 
-def network(kv_elements: int) -> SimpleNamespace:
+def network(kv_elements: int, device: str = "cpu") -> SimpleNamespace:
     config = SimpleNamespace(patch_size=1, vocab_size=100)
     return SimpleNamespace(
-        device=torch.device("cpu"), dtype=torch.float32, kv_elements=kv_elements, blocks=[0], config=config
+        device=torch.device(device), dtype=torch.float32, kv_elements=kv_elements, blocks=[0], config=config
     )
 
 
@@ -59,3 +61,11 @@ def test_what_a_pass_takes_is_not_for_kv() -> None:
         budgets({"prior": network(1000)}, EngineLimits(max_running=running), 16)["prior"] for running in (1, 8000)
     )
     assert few - many > GB // 2
+
+
+def test_a_tenth_of_what_is_free_on_a_gpu_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for free in (10 * GB, 20 * GB):
+        Gpus(monkeypatch, [(9, 0)], current=0, free=free)
+        found.append(budgets({"prior": network(1000, "cuda:0")}, EngineLimits(), 16)["prior"])
+    assert abs(found[1] - found[0] - 9 * GB) < 4000

@@ -196,9 +196,8 @@ class _VAE(_Bucketed, reference.VAE[Any]):
                 inputs[i] = row.inputs.numpy().reshape(inputs[i].shape)
         inputs[len(rows) :] = 0
         wanted = [i for i, row in enumerate(rows) if row.wanted]
-        host["wanted"][:] = 0
-        host["wanted"][: len(wanted)] = wanted
-        return self._buckets.filled(rows, size, number, longest)
+        host["wanted"][:] = (*wanted, *[0] * (size - len(wanted)))
+        return self._buckets.filled(rows, size, number, longest, "wanted")
 
     def _transformed(self, x: Tensor, rows: Rows) -> Tensor:
         """(R, D) through all layers, float32."""
@@ -232,13 +231,14 @@ class Decoder(_VAE, reference.Decoder):
     """Latents to logits."""
 
     def _shapes(self, rows: int) -> Shapes:
-        B, d = self.sizes.block_size, self.model.config.latent_dim
-        return {**super()._shapes(rows), "inputs": (_F32, (rows * B, d)), "wanted": (_I32, (rows,))}
+        B, config = self.sizes.block_size, self.model.config
+        given = {**super()._shapes(rows), "inputs": (_F32, (rows * B, config.latent_dim)), "wanted": (_I32, (rows,))}
+        return {**given, "hidden": (_F32, (rows, B, config.dim))}  # what graphs leave; with one each it would be 0.4 GB
 
     def _body(self, bucket: Bucket, fields: dict[str, Tensor]) -> Sequence[Tensor]:
         rows = self._rows(bucket, fields, self._turns)
-        hidden = self._transformed(self.model.in_layer(fields["inputs"]), rows)
-        return [hidden.unflatten(0, (bucket.rows, -1)).index_select(0, fields["wanted"])]
+        hidden = self._transformed(self.model.in_layer(fields["inputs"]), rows).unflatten(0, (bucket.rows, -1))
+        return [torch.index_select(hidden, 0, fields["wanted"], out=fields["hidden"])]
 
     def run(self, plan: Plan, then: Then | None = None) -> UnderWay:  # type: ignore[override]
         stream, ids = self._buckets.stream, self.sizes.block_size * self.model.config.patch_size
