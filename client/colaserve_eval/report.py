@@ -102,7 +102,10 @@ def write_report(folder: Path, path: Path, plots: bool = True) -> None:
         sections += ["## Round trip through the latent space", table]
     if not sections:
         raise EvalError(f"{folder}: holds neither outputs nor {SWEEP_FILE} nor {VAE_FILE}")
-    write_file(path, "\n\n".join([f"# Evaluation of {_title(folder)}", *sections]) + "\n")
+    runs = (folder, *sorted(found.parent for found in folder.glob(f"*/{records.SETTINGS_FILE}")))
+    names = (records.read_settings(run).get("model", {}).get("name") for run in runs)
+    title = next(filter(None, names), folder.resolve().name)
+    write_file(path, "\n\n".join([f"# Evaluation of {title}", *sections]) + "\n")
 
 
 def markdown_table(table: Table) -> str:
@@ -115,13 +118,6 @@ def markdown_table(table: Table) -> str:
 def figures_table(figures: dict[str, Any]) -> Table:
     """A row a figure."""
     return ["figure", "value"], [[name, str(value)] for name, value in figures.items()]
-
-
-def _title(folder: Path) -> str:
-    for run in (folder, *sorted(path.parent for path in folder.glob(f"*/{records.SETTINGS_FILE}"))):
-        if name := records.read_settings(run).get("model", {}).get("name"):
-            return str(name)
-    return folder.resolve().name
 
 
 def _score_sections(folder: Path, plots: Path | None) -> list[str]:

@@ -230,21 +230,20 @@ def plot(*, file: Path, output_file: Path, name: str | None, as_map: bool) -> No
     """
     if output_file.suffix.lower() not in _PICTURES:
         raise click.UsageError(f"--output: got {output_file}, expected a name that ends with {', '.join(_PICTURES)}")
-    latents = _load_arrays(file) if file.suffix in (".npz", ".npy") else load_latents(file)
+    if file.suffix in (".npz", ".npy"):
+        try:
+            with open(file, "rb") as opened:
+                loaded: Any = np.load(opened, allow_pickle=False)
+                arrays = dict(loaded) if hasattr(loaded, "files") else {"latents": loaded}
+        except (ValueError, OSError, BadZipFile) as error:
+            raise invalid("path", f"{file} has no arrays of numbers: {error}") from error
+        latents = {each: Latents.of(array, each) for each, array in arrays.items()}
+    else:
+        latents = load_latents(file)
     found = _chosen(latents, file, name)
     content = BytesIO()
     _figure(found, as_map).savefig(content, format=output_file.suffix[1:].lower(), dpi=120)
     write_file(output_file, content.getvalue())
-
-
-def _load_arrays(file: Path) -> dict[str, Latents]:
-    try:
-        with open(file, "rb") as opened:
-            loaded: Any = np.load(opened, allow_pickle=False)
-            arrays = dict(loaded) if hasattr(loaded, "files") else {"latents": loaded}
-    except (ValueError, OSError, BadZipFile) as error:
-        raise invalid("path", f"{file} has no arrays of numbers: {error}") from error
-    return {name: Latents.of(array, name) for name, array in arrays.items()}
 
 
 def _figure(latents: dict[str, Latents], as_map: bool) -> Any:

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -101,7 +100,13 @@ def run_apart(settings: UpSettings, said: Mapping[str, str], groups: Sequence[tu
         await host.open_ports(settings.server(settings.grpc_port))
         checkpoint = await _checkpoint(settings)
         host.description = description(checkpoint.directory)
-        children = await _children(host, launcher, groups, checkpoint.directory)
+        children = [launcher.stages(group) for group in groups]
+        for child in children:
+            child.arguments.append(f"--model={checkpoint.directory}")
+            host.stack.push_async_callback(child.stop, signal.SIGTERM)
+        await unless_one_ends(children, _start(children))
+        for child in children:
+            host.stack.callback(asyncio.ensure_future(child.keep_running()).cancel)
         by_group = zip(children, groups, strict=True)
         targets = {stage: reachable(child.addresses["grpc"]) for child, stages in by_group for stage in stages}
         servicers = await _serve_text(host, settings, checkpoint, await _elsewhere(host, settings, targets))
@@ -112,21 +117,10 @@ def run_apart(settings: UpSettings, said: Mapping[str, str], groups: Sequence[tu
     run("colaserve", settings, assemble)
 
 
-async def _children(host: Host, launcher: Launcher, groups: Sequence[tuple[str, ...]], model: Path) -> list[Child]:
-    """A process for each group of stages, which serves when this returns and is started again when it ends."""
-    children = [launcher.stages(group) for group in groups]
-    for child in children:
-        child.arguments.append(f"--model={model}")
-        host.stack.push_async_callback(child.stop, signal.SIGTERM)
-
-    async def start() -> None:
-        await asyncio.gather(*(child.start() for child in children))
-        await asyncio.gather(*(child.serving() for child in children))
-
-    await unless_one_ends(children, start())
-    for child in children:
-        host.stack.callback(asyncio.ensure_future(child.keep_running()).cancel)
-    return children
+async def _start(children: Sequence[Child]) -> None:
+    """Start processes and return when all serve."""
+    await asyncio.gather(*(child.start() for child in children))
+    await asyncio.gather(*(child.serving() for child in children))
 
 
 async def _elsewhere(host: Host, settings: CoordinatorSettings | UpSettings, targets: Mapping[str, str]) -> Stages:
