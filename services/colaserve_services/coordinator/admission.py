@@ -266,6 +266,8 @@ class Admission:
             queue.waiting.remove(ticket)
             if queue.running >= queue.limit:
                 queue.probe = ticket
+            if ticket.preempted:  # others need not wait until the stage takes it
+                queue.refused.remove(ticket)
             queue.start(ticket)
             if ticket.begins:
                 self._working[ticket.call.caller] += 1

@@ -59,7 +59,7 @@ class PriorRun:
         self.steps_saved = 0  # of the blocks that came
         self._preview_every, self._with_probes = preview_every, with_probes
         self._unread: Any = None  # the stream, while a block of it is handed over
-        self._reading: asyncio.Future[None] | None = None  # the run gives way after a block before it is done
+        self._reading: asyncio.Future[None] | None = None  # before it is done, the run gives way after a block
 
     async def blocks(self) -> AsyncGenerator[prior_pb2.SampleResponse, None]:
         """Each written block, in order, and previews of the one under way."""
@@ -69,6 +69,8 @@ class PriorRun:
                 if self._written and self.is_known(len(self._written)):  # a replica would take it for context
                     yield self._keep(self._known_block(len(self._written)))
                     continue
+                if self._reading is not None:
+                    await asyncio.wait([self._reading])  # not in the queue meanwhile
                 try:
                     async with aclosing(self._stream()) as stream:
                         async for response in stream:
@@ -124,7 +126,6 @@ class PriorRun:
             self._preempt()
 
     def _preempt(self) -> None:
-        self._reading = None
         self._on_wait(True)
         self._admission.preempt(self._ticket)
 

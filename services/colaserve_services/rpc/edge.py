@@ -76,8 +76,7 @@ class Edge(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or path.startswith(UNGUARDED):
             return handler
-        full, _, name = path.lstrip("/").rpartition("/")
-        service = full.rpartition(".")[2]
+        *_, service, name = path.replace("/", ".").split(".")
         method = Method(service, name, handler, self._metrics.requests_in_progress.labels(service, name))
 
         async def serve(received: AsyncIterator[bytes], context: Any) -> None:
@@ -100,8 +99,7 @@ class Edge(grpc.aio.ServerInterceptor):
                         request = self._request(first.pop(), received, method)  # its bytes go here
                         await self._answer(request, method, context, span)
                 except Exception as error:
-                    if not begun:
-                        await asyncio.sleep(RESET_SECONDS)
+                    await asyncio.sleep(0 if begun else RESET_SECONDS)
                     await end_with(error, context)
             except BaseException as error:
                 code = _code(context, error)

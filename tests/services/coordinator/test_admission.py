@@ -15,7 +15,7 @@ from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.rpc.metrics import Metrics
 from tests.services.coordinator.conftest import counted, fakes, over
 from tests.services.coordinator.stage_fakes import FakePrior
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 
 def admission(capacity: int = 0, metrics: Metrics | None = None, **limits: Any) -> Admission:
@@ -156,6 +156,18 @@ async def test_large_sessions_leave_an_eighth_of_the_slots_to_others():
     await settle()
     assert at_work(large)[7:] == [True, False]
     await end(*large, *small)
+
+
+async def test_others_start_beside_a_preempted_run_before_the_stage_has_taken_it_again():
+    gate = admission(2)
+    async with gate.slot(Call(), "prior") as preempted:
+        gate.preempt(preempted)
+        for _ in range(16):
+            async with gate.slot(Call(), "prior") as later:
+                gate.taken(later)
+        await gate.enter(preempted)
+        async with asyncio.timeout(PATIENCE), gate.slot(Call(), "prior"):
+            assert preempted.running
 
 
 async def test_no_run_is_preempted_for_one_that_its_like_keep_waiting():

@@ -121,8 +121,13 @@ async def test_a_run_gives_way_after_its_block_only_if_nobody_reads_by_then(make
         reading.set_result(None)
     for _ in range(10):
         world.prior.turns.release()
+    if not read:
+        await eventually(lambda: world.prior.running == 0)
+        assert (await world.generate(prompt="he", max_new_tokens=4))[-1].finish_reason
+        assert len(world.prior.calls) == 2  # it is not queued before its reader is back
+        reading.set_result(None)
     assert (await writing)[-1].finish_reason
-    assert len(world.prior.calls) == (1 if read else 2)
+    assert len(world.prior.calls) == (1 if read else 3)
 
 
 async def test_a_cancellation_that_nobody_asked_for_is_an_error_too():
