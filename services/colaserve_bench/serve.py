@@ -85,7 +85,7 @@ NOTES = (
     click.option(
         "--slo-next", type=float, default=1.0, show_default=True, help="Objective: mean seconds between blocks."
     ),
-    quick={"rounds": 1, "warmup": 0.5, "duration": 2.0},
+    quick={"rounds": 1, "warmup": 0.25, "duration": 1.0},
 )
 async def serve(concurrency: Sequence[int], rate: Sequence[float] | None, rounds: int, **options: Any) -> Report:
     """A running system under load, as its clients see it; or systems of our own, compared.
