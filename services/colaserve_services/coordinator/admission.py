@@ -25,6 +25,8 @@ from colaserve_services.rpc import cancellation
 from colaserve_services.rpc.metrics import Metrics
 
 COORDINATOR: Final = "coordinator"  # the queue of calls that no stage is the bottleneck of
+_LARGE_ANSWERS: Final = "large_answers"  # the queue of those that each gather very many bytes: one at a time
+_MANY_BYTES = 8 * 1024 * 1024
 
 _PASSES: Final = 16  # later sessions that a stage may take before one that it refused
 _SHARE: Final = 16  # sessions launched at a full stage, until a slot is left to other coordinators for a moment
@@ -38,6 +40,11 @@ _MUCH_SMALLER = 4  # times, what a session that has had its slice is preempted f
 _LARGE = 1024  # latents; larger sessions leave an eighth of a stage's slots to others
 
 _log = logging.getLogger(__name__)
+
+
+def queue_for(answer_bytes: int) -> str:
+    """The queue of a call whose answer is of that size."""
+    return _LARGE_ANSWERS if answer_bytes > _MANY_BYTES else COORDINATOR
 
 
 @dataclass(eq=False)
@@ -125,11 +132,12 @@ class Admission:
         """`shared`: other coordinators may call the same stages."""
         self._limits, self._refusals, self._shared = limits, metrics.refused, shared
         self._queues = {name: _Queue(limits.max_running, limits.max_running) for name in (*NAMES, COORDINATOR)}
+        self._queues[_LARGE_ANSWERS] = _Queue(1, 1)
         self._present: Counter[str] = Counter()  # calls by caller, waiting ones included
         self._working: Counter[str] = Counter()  # those that have begun
         self._pace = 1.0  # seconds between two calls that end, were all slots taken; running mean
         self._measured = 0  # calls it is the mean of
-        self._depths = {name: metrics.queue_depth.labels(name) for name in self._queues}
+        self._depths = {name: metrics.queue_depth.labels(name) for name in (*NAMES, COORDINATOR)}
         self._gauge = metrics.running.labels(COORDINATOR)
 
     @property
@@ -208,8 +216,8 @@ class Admission:
 
     def outlasts(self, ticket: Ticket) -> bool:
         """Whether a session should be preempted: it has had its slice, and a much smaller one waits for a slot."""
-        if time.monotonic() - ticket.launched < self._limits.slice_seconds:
-            return False
+        if time.monotonic() - ticket.launched < self._limits.slice_seconds * min(ticket.size / _LARGE, 1):
+            return False  # a small one is soon where it was
         queue = self._queues[ticket.stage]
         waiting = (other for other in queue.waiting if not (other.preempted or queue.holds_back(other, ticket)))
         return any(_MUCH_SMALLER * other.size <= ticket.size for other in waiting)
@@ -295,6 +303,7 @@ class Admission:
 
     def _report(self) -> None:
         waiting = {name: len(queue.waiting) for name, queue in self._queues.items()}
+        waiting[COORDINATOR] += waiting.pop(_LARGE_ANSWERS)
         if self.running >= self._limits.max_running:  # more coordinators are lacking, not more of a stage
             for name in NAMES:
                 begins = sum(ticket.begins for ticket in self._queues[name].waiting)

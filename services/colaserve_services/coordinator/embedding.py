@@ -8,6 +8,7 @@ import numpy as np
 
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve_client.arrays import unit
+from colaserve_services.coordinator.admission import queue_for
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing
 from colaserve_services.coordinator.latent_space import MOST_TEXTS, check_size, given_ids, tokenize_many
@@ -25,9 +26,9 @@ async def embed(services: ServiceContext, request: pb.EmbedRequest, call: Call) 
         raise InvalidRequest("sequences", "got both texts and sequences, expected one of them")
     ids = _checked(services, request) if request.sequences else await tokenize_many(services, request.texts)
     blocks = sum(services.model.blocks(services.model.positions(len(one))) for one in ids)
-    check_size(services, "texts", blocks if request.pooling == pb.POOLING_PER_BLOCK else len(ids))
+    size = check_size(services, "texts", blocks if request.pooling == pb.POOLING_PER_BLOCK else len(ids))
     response, tokens = pb.EmbedResponse(), iter(ids)
-    async with services.admission.slot(call), aclosing(services.encoded(ids, call)) as parts:
+    async with services.admission.slot(call, queue_for(size)), aclosing(services.encoded(ids, call)) as parts:
         async for part in parts:  # 256 long texts have some 100 MB of latents
             add_timing(response.timing, part.timing)
             for encoding in part.encodings:

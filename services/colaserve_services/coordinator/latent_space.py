@@ -10,6 +10,7 @@ from colaserve.v1 import decoder_pb2, types_pb2
 from colaserve.v1 import latent_service_pb2 as pb
 from colaserve_services.bounds import COUNTS, PREVIEW_EVERY, TOP_LOGPROBS, check
 from colaserve_services.coordinator import checks, rows
+from colaserve_services.coordinator.admission import queue_for
 from colaserve_services.coordinator.call import Call
 from colaserve_services.coordinator.context import ServiceContext, add_timing, side_by_side
 from colaserve_services.coordinator.defaults import resolve_sampler, resolve_sampling, resolve_seed
@@ -30,8 +31,8 @@ async def encode_text(services: ServiceContext, request: pb.EncodeTextRequest, c
         raise InvalidRequest("with_variance", "this checkpoint's encoder has no variance (use_variation is false)")
     ids = await tokenize_many(services, request.texts)
     positions = sum(services.model.positions(len(one)) for one in ids)
-    check_size(services, "texts", positions * (2 if request.with_variance else 1))
-    async with services.admission.slot(call):
+    size = check_size(services, "texts", positions * (2 if request.with_variance else 1))
+    async with services.admission.slot(call, queue_for(size)):
         answer = await services.encode(ids, call, request.with_variance)
     response = pb.EncodeTextResponse(timing=answer.timing)
     for encoding, tokens in zip(answer.encodings, ids, strict=True):
@@ -126,14 +127,16 @@ async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: 
     if request.HasField("latents"):
         latents = given_latents(services, request.latents, "latents", least=1)
     count = rows.count(latents) * services.model.patch_size if latents else len(ids)
-    lookup, timing = _lookup(services, request, count), types_pb2.Timing()
+    (lookup, size), looked_up, timing = _lookup(services, request, count), list[bytes](), types_pb2.Timing()
     sampling = decode_sampling(services, types_pb2.Sampling(temperature=0))
-    async with services.admission.slot(call):
+    async with services.admission.slot(call, queue_for(size)):
         if latents is None:
             answer = await services.encode([ids], call)
             latents, timing = answer.encodings[0].latents, answer.timing
         top = request.top_logprobs
-        decoded = await decode_all(services, latents, sampling, call, top, ids, patient=True, lookup=lookup)
+        decoded = await decode_all(
+            services, latents, sampling, call, top, ids, patient=True, lookup=lookup, looked_up=looked_up
+        )
     ids = ids or list(decoded.token_ids)
     response = pb.LogprobsResponse(
         **services.tokenizer.shown(ids),
@@ -143,7 +146,7 @@ async def logprobs(services: ServiceContext, request: pb.LogprobsRequest, call: 
         timing=add_timing(timing, decoded.timing),
     )
     if checks.looked_up(lookup, services.model):
-        response.position_logprobs.CopyFrom(_first_rows(decoded.position_logprobs, len(ids)))
+        _put_first_rows(response.position_logprobs, decoded.position_logprobs, looked_up, len(ids))
     _name_likely(services, response)
     return response
 
@@ -156,8 +159,8 @@ async def _given_text(services: ServiceContext, request: pb.LogprobsRequest) -> 
     return given_ids(services, request.ids, "ids") if request.HasField("ids") else []
 
 
-def _lookup(services: ServiceContext, request: pb.LogprobsRequest, count: int) -> decoder_pb2.OpenDecode:
-    """What the decoder looks up at each of `count` token positions."""
+def _lookup(services: ServiceContext, request: pb.LogprobsRequest, count: int) -> tuple[decoder_pb2.OpenDecode, int]:
+    """What the decoder looks up at each of `count` token positions, and how many bytes that is."""
     model, ids = services.model, request.logprob_ids
     if request.all_logprobs and ids:
         raise InvalidRequest("all_logprobs", "got logprob_ids too, expected one of both")
@@ -169,22 +172,28 @@ def _lookup(services: ServiceContext, request: pb.LogprobsRequest, count: int) -
         all_logprobs=request.all_logprobs,
         logprobs_dtype=request.logprobs_dtype,
     )
-    check_lookup(model, found, "all_logprobs" if request.all_logprobs else "logprob_ids", count, element.itemsize)
-    return found
+    field = "all_logprobs" if request.all_logprobs else "logprob_ids"
+    return found, check_lookup(model, found, field, count, element.itemsize)
 
 
-def check_lookup(model: Model, lookup: decoder_pb2.OpenDecode, field: str, count: int, element_bytes: int) -> None:
-    """InvalidRequest when the values of `count` token positions, or those of a block, are larger than a message."""
+def check_lookup(model: Model, lookup: decoder_pb2.OpenDecode, field: str, count: int, element_bytes: int) -> int:
+    """Bytes of the values of `count` token positions, or those of a block; InvalidRequest when they are larger than a
+    message."""
     ids, positions = checks.looked_up(lookup, model), max(count, model.block_tokens)
     needed, most = positions * ids * element_bytes, model.max_message_bytes * 15 // 16  # the rest is for all else
     if needed > most:
         what = f"{ids} ids at {positions} positions are {needed} bytes in one message, at most {most} fit"
         raise InvalidRequest(field, f"{what}; ask for fewer, or in float16")
+    return needed
 
 
-def _first_rows(values: types_pb2.Tensor, count: int) -> types_pb2.Tensor:
-    size = len(values.data) // values.shape[0]
-    return types_pb2.Tensor(dtype=values.dtype, shape=[count, values.shape[1]], data=values.data[: count * size])
+def _put_first_rows(into: types_pb2.Tensor, last: types_pb2.Tensor, parts: list[bytes], count: int) -> None:
+    """The first `count` rows of the blocks' values, whose last is `last`. They are many megabytes: the parts go."""
+    into.dtype, into.shape[:] = last.dtype, [count, last.shape[1]]
+    values = b"".join(parts)
+    rows_in_all = len(parts) * last.shape[0]
+    parts.clear()
+    into.data = values[: len(values) // rows_in_all * count]
 
 
 def _name_likely(services: ServiceContext, response: pb.DecodeLatentsResponse | pb.LogprobsResponse) -> None:
@@ -215,28 +224,29 @@ async def decode_all(
     targets: Sequence[int] = (),
     patient: bool = False,
     lookup: decoder_pb2.OpenDecode | None = None,
+    looked_up: list[bytes] | None = None,
     context: int = 0,
 ) -> decoder_pb2.DecodeResponse:
     """Decode latents (n, d), float32, behind the first `context` of them, which are whole blocks; the last block is
-    filled with zeros. The answers of all blocks in one, whose ids are those of the latents."""
+    filled with zeros. The answers of all blocks in one, whose ids are those of the latents; of position_logprobs it
+    has the last block's, and `looked_up` gets the data of all."""
     model, positions = services.model, rows.count(latents)
     blocks = model.blocks(positions)
     filling = blocks * model.block_size - positions
     whole = rows.join([latents], model.latent_dim, model.space, filling)
     prefix, blocks = rows.take(whole, 0, context), blocks - context // model.block_size
-    found, parts = decoder_pb2.DecodeResponse(), list[bytes]()
+    found = decoder_pb2.DecodeResponse()
     async with DecoderRun(
         services, call, prefix, blocks, sampling, top_logprobs, targets, patient, lookup=lookup
     ) as decoder:
         for start in range(context, rows.count(whole), model.block_size):
             answer = await decoder.decode(rows.take(whole, start, start + model.block_size))
-            parts.append(answer.position_logprobs.data)
+            if looked_up is not None:
+                looked_up.append(answer.position_logprobs.data)
+            answer.position_logprobs.ClearField("data")  # a message keeps the memory of all that it ever had
             add_timing(answer.timing, found.timing)
             found.ClearField("position_logprobs")
             found.MergeFrom(answer)
-    if found.position_logprobs.shape:
-        found.position_logprobs.shape[0] = blocks * model.block_tokens
-        found.position_logprobs.data = b"".join(parts)
     del found.token_ids[(positions - context) * model.patch_size :]
     return found
 
@@ -296,8 +306,9 @@ def check_fits(services: ServiceContext, field: str, positions: int) -> None:
         raise InvalidRequest(field, f"needs {positions} latent positions, at most {most} fit (max_context)")
 
 
-def check_size(services: ServiceContext, field: str, positions: int) -> None:
-    """InvalidRequest when the answer would be larger than a message may be."""
+def check_size(services: ServiceContext, field: str, positions: int) -> int:
+    """Bytes of so many latents; InvalidRequest when an answer with them would be larger than a message may be."""
     needed, most = positions * services.model.latent_dim * _FLOAT_BYTES, services.model.max_message_bytes
     if needed > most:
         raise InvalidRequest(field, f"needs {needed} bytes of latents in one answer, at most {most} fit; ask for fewer")
+    return needed

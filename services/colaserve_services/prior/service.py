@@ -1,5 +1,6 @@
 """PriorService: a canvas to its written blocks. Translates and delegates to the engine, which checks the job."""
 
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
@@ -107,8 +108,10 @@ class PriorService(prior_pb2_grpc.PriorServiceServicer):
 
     def _sampler(self, message: types_pb2.Sampler) -> SamplerSettings:
         values = sampler_values(message, vars(self._defaults))
-        probes = steering.read(values["steering"], "sampler.steering", self._engine.shape.latent_dim)
-        values["steering"] = tuple(Steering(torch.from_numpy(each.columns), each.start, each.end) for each in probes)
+        windows = defaultdict[tuple[float, float], list[Tensor]](list)  # a run joins those of a step at each step
+        for each in steering.read(values["steering"], "sampler.steering", self._engine.shape.latent_dim):
+            windows[each.start, each.end].append(torch.from_numpy(each.columns))
+        values["steering"] = tuple(Steering(torch.cat(columns), *window) for window, columns in windows.items())
         return SamplerSettings(**values)
 
     def _noise(self, request: prior_pb2.SampleRequest) -> Tensor | None:

@@ -9,7 +9,7 @@ import pytest
 
 from colaserve.v1 import generation_pb2
 from colaserve_services.coordinator import Call, Coordinator, CoordinatorLimits
-from colaserve_services.coordinator.admission import Admission, Ticket
+from colaserve_services.coordinator.admission import Admission, Ticket, queue_for
 from colaserve_services.coordinator.generation import generate
 from colaserve_services.errors import DeadlineExceeded, Overloaded
 from colaserve_services.rpc.metrics import Metrics
@@ -168,6 +168,28 @@ async def test_others_start_beside_a_preempted_run_before_the_stage_has_taken_it
         await gate.enter(preempted)
         async with asyncio.timeout(PATIENCE), gate.slot(Call(), "prior"):
             assert preempted.running
+
+
+async def test_answers_of_many_megabytes_are_gathered_one_at_a_time():
+    gate = admission()
+    large, small = ([Worker(gate, stage=queue_for(size)) for _ in range(2)] for size in (9 << 20, 1 << 20))
+    await settle()
+    assert (at_work(large), at_work(small), gate.waiting) == ([True, False], [True, True], 1)
+    await end(large[0])
+    await settle()
+    assert large[1].working.is_set()
+    await end(*large, *small)
+
+
+@pytest.mark.parametrize(("size", "gives_way"), [(64, True), (1024, False), (8192, False)])
+async def test_the_slice_of_a_small_run_is_shorter(size: int, gives_way: bool):
+    gate = admission(1, slice_seconds=PATIENCE)
+    async with gate.slot(Call(), "prior", size) as run:
+        run.launched -= PATIENCE / 8
+        waiting = Worker(gate, stage="prior", size=4)
+        await settle()
+        assert gate.outlasts(run) is gives_way
+        await end(waiting)
 
 
 async def test_no_run_is_preempted_for_one_that_its_like_keep_waiting():
