@@ -15,6 +15,7 @@ LIBRARY = Path(__file__).with_name("_cpu_kernels.so")
 KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16", "AMX-BF16")  # as cpu_kernels.c numbers them
 _KEY_COST = 1.6  # of an operation of attention, in those of a product
 _TILED_KEY_COST = 6.5  # where both are computed by tiles: attention waits for memory
+_KEPT = {-2: 64 << 20, -3: 32 << 20}  # bytes, of glibc's M_TOP_PAD and M_MMAP_THRESHOLD: its most
 _CHANNELS = 16  # a head's are padded to a multiple
 _MOST_DIM, _MOST_POSITIONS = 256, 64
 
@@ -64,13 +65,7 @@ class _Rescale(ctypes.Structure):
     ]  # fmt: skip
 
 
-_STRUCTURES = {
-    "adaln": _Adaln,
-    "qkv": _Qkv,
-    "attention": _Attention,
-    "quantize": _Quantize,
-    "rescale": _Rescale,
-}
+_STRUCTURES = {"adaln": _Adaln, "qkv": _Qkv, "attention": _Attention, "quantize": _Quantize, "rescale": _Rescale}
 
 
 @cache
@@ -123,11 +118,21 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Have malloc keep 64 MiB of what a thread frees. Otherwise passes give their buffers back to the system and get
+    others, to be faulted in page by page, at each product."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for parameter, size in _KEPT.items():
+            mallopt(parameter, size)
+
+
 class Storage:
     """Keys and values of all layers by page; made once, never moved. cpu_kernels.c says how a page is laid out."""
 
     def __init__(self, shape: PageShape, pages: int, device: torch.device):
         assert takes(shape), "asked before"
+        _keep_freed_memory()
         self.positions, self.heads, self.head_dim = shape.positions, shape.heads, shape.head_dim
         size = (shape.layers, pages, shape.heads, 2, shape.positions * _padded(shape.head_dim))
         self.memory = torch.empty(size, dtype=shape.dtype, device=device)
@@ -162,15 +167,9 @@ def _type(dtype: torch.dtype) -> int:
 
 
 def adaln(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    index: Tensor,
-    eps: float,
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, index: Tensor, eps: float,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """x += gate y, in place; then LayerNorm without affine, times scale, plus shift: (R, D) in `dtype`.
 
     x (R, D) float32; y (R, D) in `dtype`; gate, scale and shift are rows (K, D) of a table, `index` (R,) int32 the row
