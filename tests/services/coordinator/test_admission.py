@@ -172,24 +172,12 @@ async def test_others_start_beside_a_preempted_run_before_the_stage_has_taken_it
 
 async def test_answers_of_many_megabytes_are_gathered_one_at_a_time():
     gate = admission()
-    large, small = ([Worker(gate, stage=queue_for(size)) for _ in range(2)] for size in (9 << 20, 1 << 20))
+    workers = [Worker(gate, stage=queue_for(size << 20)) for size in (9, 9, 1)]
     await settle()
-    assert (at_work(large), at_work(small), gate.waiting) == ([True, False], [True, True], 1)
-    await end(large[0])
-    await settle()
-    assert large[1].working.is_set()
-    await end(*large, *small)
-
-
-@pytest.mark.parametrize(("size", "gives_way"), [(64, True), (1024, False), (8192, False)])
-async def test_the_slice_of_a_small_run_is_shorter(size: int, gives_way: bool):
-    gate = admission(1, slice_seconds=PATIENCE)
-    async with gate.slot(Call(), "prior", size) as run:
-        run.launched -= PATIENCE / 8
-        waiting = Worker(gate, stage="prior", size=4)
-        await settle()
-        assert gate.outlasts(run) is gives_way
-        await end(waiting)
+    assert (at_work(workers), gate.waiting) == ([True, False, True], 1)
+    await end(workers[0])
+    await workers[1].working.wait()
+    await end(*workers)
 
 
 async def test_no_run_is_preempted_for_one_that_its_like_keep_waiting():

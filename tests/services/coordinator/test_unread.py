@@ -1,4 +1,5 @@
-"""A stream that nobody reads gives its slot to those that wait; one that nobody waits for keeps it."""
+"""A stream that nobody reads gives its slot to those that wait; one that nobody waits for keeps it. One that is read
+keeps it for a while, the shorter the smaller it is."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -8,14 +9,16 @@ import grpc
 import pytest
 
 from colaserve.v1 import generation_pb2, generation_pb2_grpc, latent_service_pb2, latent_service_pb2_grpc
-from colaserve_services.coordinator import Call
+from colaserve_services.coordinator import Call, CoordinatorLimits
+from colaserve_services.coordinator.admission import Admission, Ticket
 from colaserve_services.coordinator.read_ahead import ReadAhead
 from colaserve_services.coordinator.service import GenerationServicer, LatentServicer
 from colaserve_services.errors import Cancelled, Unavailable
 from colaserve_services.rpc.local import LocalStub
+from colaserve_services.rpc.metrics import Metrics
 from tests.services.coordinator.conftest import counted
 from tests.services.servers import UNREAD, refusal, served
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 LONG = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=200, ignore_end=True)
 SHORT = generation_pb2.GenerateRequest(prompt="he looked", max_new_tokens=4, ignore_end=True)
@@ -128,6 +131,17 @@ async def test_a_run_gives_way_after_its_block_only_if_nobody_reads_by_then(make
         reading.set_result(None)
     assert (await writing)[-1].finish_reason
     assert len(world.prior.calls) == (1 if read else 3)
+
+
+async def test_a_run_of_few_latents_keeps_its_slot_for_less_time_than_one_of_many():
+    gate = Admission(CoordinatorLimits(slice_seconds=PATIENCE), Metrics())
+    gate.follow({"prior": 2})
+    async with gate.slot(Call(), "prior", 64) as few, gate.slot(Call(), "prior", 1024) as many:
+        few.launched = many.launched = few.launched - PATIENCE / 8
+        smaller = asyncio.create_task(gate.enter(Ticket(Call(), "prior", 4)))
+        await eventually(lambda: gate.waiting)
+        assert (gate.outlasts(few), gate.outlasts(many)) == (True, False)
+    await smaller
 
 
 async def test_a_cancellation_that_nobody_asked_for_is_an_error_too():
