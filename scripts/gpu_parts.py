@@ -4,19 +4,16 @@
 import asyncio
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 import time
 from array import array
 from functools import partial
 from itertools import chain, product, starmap
 from unittest.mock import Mock
 
+from gpu_programs import compiled, sanitizer, up
 from gpu_setup import (
-    ATTENTION, BANDWIDTH, DEVICE, DTYPE, FLOPS, GOALS, KINDS, LACKING, NAME, OUT, ROOT, SOURCES, TOY, each, engines,
-    launched, network, picked, predicted, relative, rows_of, say, seconds, wait, written,
+    ATTENTION, BANDWIDTH, DEVICE, DTYPE, FLOPS, GOALS, KINDS, NAME, OUT, ROOT, TOY, each, engines,
+    launched, network, picked, predicted, relative, rows_of, say, seconds, tried, wait, written,
 )  # fmt: skip
 
 # isort: split
@@ -48,13 +45,13 @@ def parity():
     if not TOY:
         said += [torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.version.cuda]
     say("versions", " ".join(map(str, said)))
-    attention_against_float64()
+    tried(attention_against_float64)
     for dtype, most in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
         for name in ("tiny_b4", "tiny_b4_vae1", "tiny_b16_scaled"):
-            golden(name, dtype, most)
-    float8_against_torch()
-    for stage, kind, plain in KINDS:
-        against_torch(stage, kind, plain)
+            tried(golden, name, dtype, most)
+    tried(float8_against_torch)
+    for number in range(len(KINDS)):
+        tried(against_torch, number)
 
 
 def small():
@@ -65,19 +62,6 @@ def small():
         on = Stream(DEVICE) if TOY else CudaStream(DEVICE, graphs=False)
         apart = self_check.disagreement(picked().prior.args[0], on, dtype)
         say(f"self-check in {dtype}: {apart or 'agrees'}", float(apart is None), least=1.0)
-
-
-def sanitizer():
-    """`small` where each access to memory is checked; the allocator keeps none back that would hide one."""
-    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    if tool is None or TOY:
-        say("left out: compute-sanitizer is not installed, or there is no GPU", None)
-        return
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for kind in ("memcheck", "racecheck"):
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "small", str(DEVICE), OUT]
-        code = subprocess.run(command, env=environment).returncode  # noqa: S603
-        say(f"compute-sanitizer, {kind}: exit code", code, most=0)
 
 
 def paged(shape, histories):
@@ -122,8 +106,9 @@ def float8_against_torch():
 
 
 @torch.inference_mode()
-def against_torch(stage, kind, plain):
+def against_torch(number):
     """A layer of the released size: a sequence of more keys than one split, all its blocks in a pass."""
+    stage, kind, plain = KINDS[number]
     model, blocks, B = network(stage, 1), 18, 16
     sizes, found = Sizes(1 << 30, 1, B, B * blocks), []
     inputs = torch.randint(500, (blocks, B)) if stage == "encoder" else torch.randn(blocks, B, 16)
@@ -214,23 +199,30 @@ def passes(backend, count, context):
 
 
 def graphs():
-    found, context = [], 64 if TOY else 512
+    found = []
     for with_graphs in (True, False):
-        began = time.perf_counter()
-        with torch.inference_mode():
-            backend = prior_of(Stream(DEVICE) if TOY else CudaStream(DEVICE, graphs=with_graphs), 8, context)
-            say(f"start with graphs {with_graphs}", time.perf_counter() - began, "s")
-            backend.prepare([1000.0, 500.0])
-            wait()
-            if not TOY:
-                torch.cuda.set_sync_debug_mode("error")
-            found.append(passes(backend, 4 if TOY else 50, context))
-            if not TOY:
-                torch.cuda.set_sync_debug_mode("default")
-            say(f"nothing waited, graphs {with_graphs}", 1.0, least=1.0)
-            some = [backend.run(backend.plan(rows_of(backend, k, context, 500.0, True))).results() for k in (1, 4, 8)]
-            say("a row in other passes", max(relative(each[0].velocity, some[0][0].velocity) for each in some))
-    say("graph against eager, largest difference", (found[0] - found[1]).abs().max().item(), most=0.0)
+        tried(passes_with, with_graphs, found)
+    one, other = found
+    say("graph against eager, largest difference", (one - other).abs().max().item(), most=0.0)
+
+
+@torch.inference_mode()
+def passes_with(with_graphs, found):
+    context, began = 64 if TOY else 512, time.perf_counter()
+    backend = prior_of(Stream(DEVICE) if TOY else CudaStream(DEVICE, graphs=with_graphs), 8, context)
+    say(f"start with graphs {with_graphs}", time.perf_counter() - began, "s")
+    backend.prepare([1000.0, 500.0])
+    wait()
+    if not TOY:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        found.append(passes(backend, 4 if TOY else 50, context))
+    finally:
+        if not TOY:
+            torch.cuda.set_sync_debug_mode("default")
+    say(f"nothing waited, graphs {with_graphs}", 1.0, least=1.0)
+    some = [backend.run(backend.plan(rows_of(backend, k, context, 500.0, True))).results() for k in (1, 4, 8)]
+    say("a row in other passes", max(relative(each[0].velocity, some[0][0].velocity) for each in some))
 
 
 def ceilings():
@@ -239,21 +231,26 @@ def ceilings():
     say("copy", 2 * size / seconds(lambda: other.copy_(one), 5) / 1e9, "GB/s", predicted=BANDWIDTH / 1e9)
     D = 64 if TOY else 2048
     for name, out, inner in (("qkv", 3 * D, D), ("out", D, D), ("mlp in", 4 * D, D), ("mlp out", D, 4 * D)):
-        weights = [(torch.randn(out, inner, device=DEVICE, dtype=DTYPE),) for _ in range(8)]  # more than a cache
-        rest = (None, "gelu_tanh", float8.FLOAT8) if name == "mlp in" else (None, "none", DTYPE)
-        quantized = [(*float8.quantized(*weight), *rest) for weight in weights[: 1 if TOY else 8]]
-        for rows in ROWS[:: 8 if TOY else 3]:
-            x = torch.randn(16 * rows, inner, device=DEVICE, dtype=DTYPE)
-            took = each(partial(torch.nn.functional.linear, x), weights)
-            floor = max(2 * 16 * rows * out * inner / FLOPS, 2 * out * inner / BANDWIDTH)
-            say(f"{name}, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6)
-            if rows == 1 if TOY else not float8.missing(DEVICE):
-                read = kernels.quantize(x)
-                if name == "mlp out":  # what a product with an activation writes
-                    read = read._replace(scales=read.scales[:, None].repeat(1, -(-inner // float8.GROUP)))
-                took = each(partial(kernels.product, *read), quantized)
-                say(f"{name} in float8, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6 / 2)
-    attention_alone()
+        tried(products, name, out, inner)
+    tried(attention_alone)
+
+
+def products(name, out, inner):
+    """Of one of a layer's four, by rows of a pass."""
+    weights = [(torch.randn(out, inner, device=DEVICE, dtype=DTYPE),) for _ in range(8)]  # more than a cache
+    rest = (None, "gelu_tanh", float8.FLOAT8) if name == "mlp in" else (None, "none", DTYPE)
+    quantized = [(*float8.quantized(*weight), *rest) for weight in weights[: 1 if TOY else 8]]
+    for rows in ROWS[:: 8 if TOY else 3]:
+        x = torch.randn(16 * rows, inner, device=DEVICE, dtype=DTYPE)
+        took = each(partial(torch.nn.functional.linear, x), weights)
+        floor = max(2 * 16 * rows * out * inner / FLOPS, 2 * out * inner / BANDWIDTH)
+        say(f"{name}, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6)
+        if rows == 1 if TOY else not float8.missing(DEVICE):
+            read = kernels.quantize(x)
+            if name == "mlp out":  # what a product with an activation writes
+                read = read._replace(scales=read.scales[:, None].repeat(1, -(-inner // float8.GROUP)))
+            took = each(partial(kernels.product, *read), quantized)
+            say(f"{name} in float8, {16 * rows} rows", took * 1e6, "us", predicted=floor * 1e6 / 2)
 
 
 def engine():
@@ -264,20 +261,28 @@ def engine():
     with engines({"prior": network("prior")}, ModelShape(16, 16, 16, 1, 512), limits) as made:
         say("the engine starts", time.perf_counter() - began, "s")
         for seed, (context, k) in enumerate(product(contexts, loads)):
-            what, goal = f"{k} sessions, context {context}", GOALS.get(k) if context == 512 else None
-            try:
-                asyncio.run(run(made, Load(k, 32, 2), 2 * seed))  # warm-up
-                got = asyncio.run(run(made, Load(k, context, 5), 2 * seed + 1))
-            except Overloaded as error:  # a smaller card
-                say(f"{what}: left out, {error}", None)
-                continue
-            tokens, (expected, step, _, floor) = got["tokens_per_second"], predicted(k, context)
-            figures = {"predicted": expected, "ceiling": k / floor, "least": None if TOY else goal}
-            say(f"{what}: tokens a second", tokens, **figures)
-            say(f"{what}: step", got["step_ms_p50"], "ms", predicted=step * 1e3, ceiling=floor * 1e3)
-        asyncio.run(without_memory(made.prior))
+            tried(loaded, k, context, made, seed)
+        tried(memory_runs_out, made)
     if not TOY:
         say("memory, most", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+
+
+def loaded(k, context, made, seed):
+    """An engine by its sessions."""
+    what, goal = f"{k} sessions, context {context}", GOALS.get(k) if context == 512 else None
+    try:
+        asyncio.run(run(made, Load(k, 32, 2), 2 * seed))  # warm-up
+        got = asyncio.run(run(made, Load(k, context, 5), 2 * seed + 1))
+    except Overloaded as error:  # a smaller card
+        say(f"{what}: left out, {error}", None)
+        return
+    tokens, (expected, step, _, floor) = got["tokens_per_second"], predicted(k, context)
+    say(f"{what}: tokens a second", tokens, predicted=expected, ceiling=k / floor, least=None if TOY else goal)
+    say(f"{what}: step", got["step_ms_p50"], "ms", predicted=step * 1e3, ceiling=floor * 1e3)
+
+
+def memory_runs_out(made):
+    asyncio.run(without_memory(made.prior))
 
 
 async def without_memory(prior):
@@ -335,44 +340,16 @@ def stage_pass(backend, stage, count):
 
 
 def stages():
-    slots = 4 if TOY else 64
-    for (stage, kind, _), counts in zip(KINDS[1:], ((1, 16, 64), (1, 32, 256)), strict=True):
-        with torch.inference_mode():
-            backend = kind(network(stage), Sizes(4 << 30, slots, 16, 128), picked().prior.args[0])
-            for count in counts[: 1 if TOY else 3]:
-                say(f"{stage}, a pass of {count} blocks", stage_pass(backend, stage, count), "ms")
+    for number, counts in ((1, (1, 16, 64)), (2, (1, 32, 256))):
+        tried(stage_of, number, counts[: 1 if TOY else 3])
 
 
-def up():
-    """The bundled model behind all services: callers over HTTP."""
-    if LACKING:
-        say(f"left out: {', '.join(sorted(LACKING))} not installed", None)
-        return
-    ports, environment = OUT / "ports.json", os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)}
-    ports.unlink(missing_ok=True)
-    options = f"up --device {DEVICE} --grpc-port 0 --http-port 0 --metrics-port 0 --max-running 128 --ports-file"
-    command, began = [sys.executable, "-m", "colaserve_services.launch", *options.split(), ports], time.perf_counter()
-    server = subprocess.Popen(command, env=environment)  # noqa: S603
-    try:
-        while not ports.exists() and server.poll() is None and time.perf_counter() - began < 120:
-            time.sleep(0.1)
-        address = json.loads(ports.read_text())["grpc"]
-        say("up is ready", time.perf_counter() - began, "s")
-        for callers in (1, 4) if TOY else (32, 128):
-            say(f"{callers} callers: tokens a second", asyncio.run(called(address, callers, 32 if TOY else 256)))
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-async def called(address, callers, tokens):
-    from colaserve_client import AsyncClient
-
-    async with AsyncClient(address) as client:
-        began = time.perf_counter()
-        ask = partial(client.generate, max_new_tokens=tokens, ignore_end=True)
-        found = await asyncio.gather(*(ask(f"Question: what is {i} and {i}? Answer:") for i in range(callers)))
-        return sum(len(each.token_ids) for each in found) / (time.perf_counter() - began)
+@torch.inference_mode()
+def stage_of(number, counts):
+    stage, kind, _ = KINDS[number]
+    backend = kind(network(stage), Sizes(4 << 30, 4 if TOY else 64, 16, 128), picked().prior.args[0])
+    for count in counts:
+        say(f"{stage}, a pass of {count} blocks", stage_pass(backend, stage, count), "ms")
 
 
 def profile():
@@ -387,7 +364,8 @@ def profile():
             say(f"trace_{k}.json.gz", None)
 
 
-PARTS = {part.__name__: part for part in (parity, small, graphs, engine, sanitizer, ceilings, stages, up, profile)}
+OF_ALL = compiled, parity, small, graphs, engine, ceilings, stages, up, profile, sanitizer
+PARTS = {part.__name__: part for part in OF_ALL}
 
 if __name__ == "__main__":
     PARTS[NAME]()

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from array import array
 from functools import cache, partial
 from importlib.abc import Loader, MetaPathFinder
@@ -87,10 +88,9 @@ if not TOY:
     torch.cuda.set_device(DEVICE)
 
 
-def say(what, value, unit="", predicted=None, ceiling=None, most=None, least=None):
+def say(what, value, unit="", predicted=None, ceiling=None, most=None, least=None, ok=None):
     """One line: a figure with what was predicted and what the card allows, and what it may be at most or must be at
     least."""
-    ok = None
     if (most, least) != (None, None):
         ok = not math.isnan(value) and (most is None or value <= most) and (least is None or value >= least)
     found = {
@@ -106,6 +106,17 @@ def say(what, value, unit="", predicted=None, ceiling=None, most=None, least=Non
     print(json.dumps(found), flush=True)
     with open(OUT / "lines.jsonl", "a") as file:
         file.write(json.dumps(found) + "\n")
+
+
+def tried(call, *given):
+    """Do it: what it raises is a line, and others go on; after a CUDA error they raise the same."""
+    try:
+        call(*given)
+    except Exception as error:
+        traceback.print_exc()
+        shown = (str(each) for each in given if isinstance(each, str | int | torch.dtype))
+        what = " ".join((call.__name__, *shown))
+        say(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300], None, ok=False)
 
 
 def wait():
