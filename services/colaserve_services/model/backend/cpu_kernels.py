@@ -15,7 +15,6 @@ LIBRARY = Path(__file__).with_name("_cpu_kernels.so")
 KINDS = ("plain", "AVX2", "AVX-512", "AVX512-BF16", "AMX-BF16")  # as cpu_kernels.c numbers them
 _KEY_COST = 1.6  # of an operation of attention, in those of a product
 _TILED_KEY_COST = 6.5  # where both are computed by tiles: attention waits for memory
-_KEPT = {-2: 64 << 20, -3: 32 << 20}  # bytes, of glibc's M_TOP_PAD and M_MMAP_THRESHOLD: its most
 _CHANNELS = 16  # a head's are padded to a multiple
 _MOST_DIM, _MOST_POSITIONS = 256, 64
 
@@ -118,21 +117,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-@cache
-def _keep_freed_memory() -> None:
-    """Have malloc keep 64 MiB of what a thread frees. Otherwise passes give their buffers back to the system and get
-    others, to be faulted in page by page, at each product."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for parameter, size in _KEPT.items():
-            mallopt(parameter, size)
-
-
 class Storage:
     """Keys and values of all layers by page; made once, never moved. cpu_kernels.c says how a page is laid out."""
 
     def __init__(self, shape: PageShape, pages: int, device: torch.device):
         assert takes(shape), "asked before"
-        _keep_freed_memory()
         self.positions, self.heads, self.head_dim = shape.positions, shape.heads, shape.head_dim
         size = (shape.layers, pages, shape.heads, 2, shape.positions * _padded(shape.head_dim))
         self.memory = torch.empty(size, dtype=shape.dtype, device=device)
