@@ -77,7 +77,6 @@ class DeviceThread:
         self._wake.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
-        self._watchdog.stop()
 
     def wake(self) -> None:
         """There may be work, or something to free. Any thread."""
@@ -99,6 +98,7 @@ class DeviceThread:
                 self._wake.clear()
                 if not self._one_step():
                     self._wake.wait(self._patience())
+            self._watchdog.stop()  # from here on it may be gone
         except BaseException:  # the watchdog sees that the thread is gone
             log.exception("the device thread dies")
 
