@@ -55,6 +55,7 @@ SAID = {  # by the scripts of examples/
     "fork": "from its first two blocks: ",
     "generate": "capital of Japan? Answer: Tokyo",
     "halt_early": "of the steps left out, the same text",
+    "search": "bag of words: first 81.0% right",
     "steer": "Brazil' Europe",
     "walk": "1.000  The capital of Japan is Tokyo.",
 }
