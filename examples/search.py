@@ -47,7 +47,9 @@ def bag_of_words(texts: list[str], documents: int) -> Vectors:
     counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
     frequency = Counter(word for each in counts[:documents] for word in each)
     weights = {word: np.log(documents / count) for word, count in frequency.items()}
-    found: Vectors = np.array([[each[word] * weight for word, weight in weights.items()] for each in counts], np.float32)
+    found: Vectors = np.array(
+        [[each[word] * weight for word, weight in weights.items()] for each in counts], np.float32
+    )
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     return found
 
