@@ -91,7 +91,10 @@ def _cpu_for_gpu(value: Any) -> Any:
 class Gpus:
     """What torch.cuda knows of them, and was asked for."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], current: int, free: int):
+    def __init__(
+        self, patch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], current: int, free: int, graph: int = 0
+    ):
+        """`graph`: bytes that each takes for good."""
         self.chosen: list[tuple[str, int]] = []  # by a thread: its name, the GPU
         self.priorities: list[int] = []  # of streams
         self.captured = 0  # graphs
@@ -102,7 +105,7 @@ class Gpus:
             "set_device": lambda device: self.chosen.append((threading.current_thread().name, device.index)),
             "get_device_capability": lambda device: capabilities[device.index],
             "get_device_name": lambda device: f"GPU {device.index}",
-            "mem_get_info": lambda device: (free, free),
+            "mem_get_info": lambda device: (free - graph * self.captured, free),
             "graph_pool_handle": lambda: (0, 0),
             "current_stream": lambda device: None,
             "stream": lambda stream: nullcontext(),

@@ -1,8 +1,9 @@
 """`--kv-bytes auto`: KV caches get what memory leaves after the weights and the largest pass, in equal contexts."""
 
+import gc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,65 @@ import torch
 
 from colaserve_client.reading import Unreadable, read_text
 from colaserve_services.engine.limits import EngineLimits
-from colaserve_services.model.backend.buckets import KEYS
+from colaserve_services.model.backend import Sizes
 
 GROUPS = Path("/sys/fs/cgroup")
-KEPT = 0.1  # of what is left, for what is not counted: fragmentation, workspaces of libraries
-OF_A_MACHINE = 0.5  # of what is available where no limit is set: other processes need memory, too
-ROWS_AT_ONCE = 16  # rows of a layer's width, in float32, that a pass holds for each position at its peak
-COPIES = 3  # of logits, in float32
+_KEPT = 0.1  # of what is left, for what is not counted: fragmentation, workspaces of libraries
+_OF_A_MACHINE = 0.5  # of what is available where no limit is set: other processes need memory, too
+_ROWS_AT_ONCE = 16  # rows of a layer's width, in float32, that a pass holds for each position at its peak
+_LOGITS = 3  # copies of them in float32, for all sessions at once
 
 
-def budgets(models: Mapping[str, Any], limits: EngineLimits, block_size: int) -> dict[str, int]:
-    """Bytes for the KV cache of each stage with its loaded network; stages on one device hold equally many latents."""
+def budgets(
+    models: Mapping[str, Any], limits: EngineLimits, block_size: int, make: Callable[[str, Any, Sizes], object]
+) -> dict[str, int]:
+    """Bytes for the KV cache of each stage with its loaded network; stages on one device hold equally many latents.
+    `make` a stage's backend with these sizes, which on a GPU computes every size of a pass."""
     found: dict[str, int] = {}
     for device in {model.device for model in models.values()}:
         here = {stage: model for stage, model in models.items() if model.device == device}
-        free = _left(device) - sum(_pass_bytes(stage, model, limits, block_size) for stage, model in here.items())
         latent = {stage: model.kv_elements * model.dtype.itemsize for stage, model in here.items()}
-        found |= {stage: max(0, free) * size // max(1, sum(latent.values())) for stage, size in latent.items()}
+        sizes = {
+            stage: Sizes(size * block_size, limits.max_running, block_size, limits.max_context)
+            for stage, size in latent.items()
+        }
+        free, passes = _left(device), sum(_pass_bytes(model, limits, block_size) for model in here.values())
+        if device.type == "cuda":
+            passes = max(passes, _taken(device, (make(stage, model, sizes[stage]) for stage, model in here.items())))
+        if "decoder" in here:
+            config = here["decoder"].config
+            passes += 4 * _LOGITS * limits.max_running * block_size * config.patch_size * config.vocab_size
+        found |= {stage: max(0, free - passes) * size // max(1, sum(latent.values())) for stage, size in latent.items()}
     return found
 
 
-def _pass_bytes(stage: str, model: Any, limits: EngineLimits, block_size: int) -> int:
-    """Of the largest pass: a part of a context, both guidance branches of every session, and a decoder's logits."""
-    sessions = limits.max_running * block_size
+def _pass_bytes(model: Any, limits: EngineLimits, block_size: int) -> int:
+    """Of the largest pass by estimate: a part of a context, and both guidance branches of every session."""
     width = model.kv_elements // (2 * max(1, len(model.blocks)))
-    # On a GPU attention holds a row for each split of the longest context, too.
-    held = ROWS_AT_ONCE + (limits.max_context // KEYS if model.device.type == "cuda" else 0)
-    logits = sessions * model.config.patch_size * model.config.vocab_size if stage == "decoder" else 0
-    return 4 * ((limits.prefill_chunk + 2 * sessions) * held * width + COPIES * logits)
+    return 4 * (limits.prefill_chunk + 2 * limits.max_running * block_size) * _ROWS_AT_ONCE * width
+
+
+def _taken(device: torch.device, backends: Iterator[object]) -> int:
+    """Bytes of a GPU that making backends takes, whose graphs keep the memory of their passes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    made = list(backends)
+    left, _ = torch.cuda.mem_get_info(device)
+    del made
+    gc.collect()
+    torch.cuda.empty_cache()
+    return free - left
 
 
 def _left(device: torch.device) -> int:
     """Bytes that this process may still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * (1 - KEPT))
+        return int(free * (1 - _KEPT))
     kib = _number(Path("/proc/meminfo"), "MemAvailable:")
     # Where this is no Linux: half of what is there at all.
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if kib is None else kib << 10
     limited = container_left(GROUPS, Path("/proc/self/cgroup"))
-    return int(machine * OF_A_MACHINE) if limited is None else int(min(limited, machine) * (1 - KEPT))
+    return int(machine * _OF_A_MACHINE) if limited is None else int(min(limited, machine) * (1 - _KEPT))
 
 
 def container_left(groups: Path, own: Path) -> int | None:

@@ -24,6 +24,8 @@ from colaserve_services.errors import CheckpointError, InvalidRequest, StepFaile
 from colaserve_services.launch.hub import Progress
 from colaserve_services.launch.memory import budgets
 from colaserve_services.model import float8, int8, loading
+from colaserve_services.model.backend import Sizes
+from colaserve_services.model.backend.pick import pick
 from colaserve_services.model.checkpoint import Checkpoint
 from colaserve_services.model.cpu_features import lacks_bfloat16
 from colaserve_services.model.flow import SamplerSettings
@@ -151,7 +153,7 @@ def load_stages(
     models: dict[str, Any] = {}
     for stage in (stage for stage in STAGES if stage in picked):
         models[stage] = _load(stage, checkpoint, *picked[stage], metrics)
-    auto = {} if limits.kv_bytes else budgets(models, limits, checkpoint.shape.block_size)
+    auto = {} if limits.kv_bytes else budgets(models, limits, checkpoint.shape.block_size, _backend)
     for stage, model in models.items():
         device, dtype = picked[stage]
         observer = EngineMetrics(metrics, stage, failing)
@@ -167,6 +169,11 @@ def load_stages(
         engines[stage], services[stage] = engine, serve(identity)
     thread.start()
     return RunningStages(engines, services, thread)
+
+
+def _backend(stage: str, model: Any, sizes: Sizes) -> object:
+    with has_to_fit(f"the {stage}", model.device):
+        return getattr(pick(model.device, model.dtype), stage)(model, sizes)
 
 
 def _enter(gpus: Collection[torch.device]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from colaserve_services.engine.limits import EngineLimits
 from colaserve_services.errors import UsageError
+from colaserve_services.launch.memory import budgets
 from colaserve_services.launch.stages import load_stages, pick_device, pick_dtype
 from colaserve_services.model.backend import Sizes
 from colaserve_services.model.backend.pick import bucketed
@@ -73,6 +74,22 @@ def test_the_decoder_does_not_wait_for_the_prior(monkeypatch: pytest.MonkeyPatch
         picked.encoder(model, Sizes(1 << 20, 1, 4, 64))
     assert gpus.priorities[:3] == [0, -1, -1]
     assert [*found, gpus.captured] == [4, 8, 12, 12]
+
+
+def test_kv_gets_what_the_graphs_of_all_passes_leave(monkeypatch: pytest.MonkeyPatch, tiny: Golden) -> None:
+    free, graph = 1 << 30, 8 << 20
+    gpus = Gpus(monkeypatch, [(9, 0)], current=0, free=free, graph=graph)
+    device, checkpoint = torch.device("cuda", 0), Checkpoint.open(tiny.directory)
+    with gpus.here(0):
+        picked = bucketed(references(), device)
+        models = {stage: load(checkpoint, stage, device, torch.float32) for stage in ("prior", "decoder", "encoder")}
+        found = budgets(
+            models, EngineLimits(max_running=1, max_context=64), 4, lambda stage, *of: getattr(picked, stage)(*of)
+        )
+    config = models["decoder"].config
+    logits = 3 * 4 * 4 * config.patch_size * config.vocab_size
+    assert gpus.captured == 12
+    assert abs(sum(found.values()) - (0.9 * free - 12 * graph - logits)) < 4
 
 
 @pytest.mark.slow
