@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -28,11 +28,10 @@ from colaserve_services.model.layers import to_device
 from colaserve_services.model.sampling import (
     Draw,
     SamplingSettings,
-    chosen_logprobs,
+    listed,
     position_logprobs,
     probes,
     sample_blocks,
-    top_logprobs,
 )
 from colaserve_services.model.text_vae import TextVAEDecoder
 
@@ -142,6 +141,11 @@ class DecoderSession(Session[DecodedBlock]):
         assert None not in answers, "this outbox only fails or gives blocks"
         return answers  # type: ignore[return-value]
 
+    def targets(self, count: int) -> Sequence[int]:
+        """Those of the next block of so many ids."""
+        begin = self.sampled - len(self.job.history_ids)
+        return self.job.target_ids[begin : begin + count]
+
     @property
     def cached(self) -> int:
         return self.blocks
@@ -207,7 +211,7 @@ class _ScheduledSession:
         return cls(session, rows, answered, sum(len(row.inputs) for row in rows if row.inputs is not None))
 
 
-_Answer = tuple[Tensor, Tensor, Tensor, Tensor]  # of a block: logits (B * P, V), ids, log-probabilities, probes
+_Answer = tuple[Tensor, ...]  # of a block: logits (B * P, V), ids, log-probabilities, probes, and what is listed
 
 
 class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
@@ -252,7 +256,7 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
         draws = [Draw(each.job.sampling, each.seen, each.sampled // self._ids) for each in answered]
 
         def then(logits: Tensor) -> Sequence[Tensor]:
-            return *sample_blocks(logits, draws), self._probes(logits, answered)
+            return *sample_blocks(logits, draws), self._probes(logits, answered), *self._listed(logits, answered)
 
         return self.backend.run(self.backend.plan([row for each in scheduled for row in each.rows_of]), then)
 
@@ -265,6 +269,27 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
             end_ids = to_device(self._end_ids, logits.device)  # on the stream that reads them
             found.index_copy_(0, index, probes(logits.index_select(0, index), end_ids))
         return found
+
+    def _listed(self, logits: Tensor, answered: list[DecoderSession]) -> Sequence[Tensor]:
+        """Log-probabilities of targets and of the most likely ids, and these ids; nothing where nobody asks. Who asks
+        for equally many shares a call, since among equal ones which come first depends on how many are asked for."""
+        asking = defaultdict[int, list[int]](list)
+        for i, session in enumerate(answered):
+            if session.job.top_logprobs or session.targets(self._ids):
+                asking[min(session.job.top_logprobs, logits.shape[-1])].append(i)
+        if not asking:
+            return ()
+        values = logits.new_zeros(*logits.shape[:2], 1 + max(asking))
+        ids = torch.zeros(*logits.shape[:2], max(asking), dtype=torch.int64, device=logits.device)
+        for count, members in asking.items():
+            index = to_device(torch.tensor(members), logits.device)
+            targets = torch.zeros(len(members), self._ids, dtype=torch.int64)
+            for row, i in zip(targets, members, strict=True):
+                own = answered[i].targets(self._ids)
+                row[: len(own)] = torch.tensor(own, dtype=torch.int64)
+            some, likely = listed(logits.index_select(0, index), count, to_device(targets, logits.device))
+            values[index, :, : 1 + count], ids[index, :, :count] = some, likely
+        return values, ids
 
     def _results(self, scheduled: list[_ScheduledSession], found: Sequence[Any]) -> list[list[_Answer]]:
         answers = iter(found)
@@ -290,25 +315,28 @@ class DecoderEngine(Engine[DecoderSession, _ScheduledSession]):
                 scheduled.append(found)
         return scheduled
 
-    def _answer(self, session: DecoderSession, logits: Tensor, drawn: Tensor, logprobs: Tensor, probed: Tensor) -> None:
+    def _answer(
+        self, session: DecoderSession, logits: Tensor, drawn: Tensor, logprobs: Tensor, probed: Tensor, *lists: Tensor
+    ) -> None:
         """Hand one block's ids over, with what was asked for beside them."""
         job, ids, count = session.job, drawn.tolist(), len(drawn)
         _, arrived, provisional = session.pending.popleft()
-        begin = session.sampled - len(job.history_ids)
-        targets = job.target_ids[begin : begin + count]
+        targets, top = len(session.targets(count)), job.top_logprobs
+        values, likely = (each.tolist() for each in lists) if targets or top else ((), ())
         looked_up = job.all_logprobs or len(job.logprob_ids) > 0
-        every = logits.log_softmax(dim=-1) if targets or job.top_logprobs or looked_up else logits
         wanted = None if job.all_logprobs else job.logprob_ids
         block = DecodedBlock(
             index=session.sampled // count,
             provisional=provisional,
             token_ids=ids,
             logprobs=logprobs.tolist(),
-            top=top_logprobs(every, job.top_logprobs) if job.top_logprobs else [],
+            top=[(best[:top], some[1 : 1 + top]) for best, some in zip(likely, values, strict=True)] if top else [],
             logits=logits.to("cpu", copy=True) if job.with_logits else None,
-            target_logprobs=chosen_logprobs(every, targets),
+            target_logprobs=[some[0] for some in values[:targets]],
             probes=TokenProbes(*probed.tolist()) if job.with_probes else None,
-            position_logprobs=position_logprobs(every, wanted, job.logprobs_dtype) if looked_up else None,
+            position_logprobs=(
+                position_logprobs(logits.log_softmax(dim=-1), wanted, job.logprobs_dtype) if looked_up else None
+            ),
             timings=session.timings(arrived),
         )
         block.check_finite()

@@ -50,12 +50,17 @@ def sample_blocks(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor
     What is drawn for a block does not depend on the others. Launches as many kernels for one block as for all that
     have one top_k, and waits for nothing.
     """
-    count = max(1, _AT_ONCE.get(logits.device.type, _AT_ONCE_ELSEWHERE) // logits[0].numel())
+    count = _at_once(logits)
     parts = [_sample(some, draws[i * count :][:count]) for i, some in enumerate(logits.split(count))]
     if len(parts) == 1:
         return parts[0]
     ids, logprobs = zip(*parts, strict=True)
     return torch.cat(ids), torch.cat(logprobs)
+
+
+def _at_once(logits: Tensor) -> int:
+    """Blocks."""
+    return max(1, _AT_ONCE.get(logits.device.type, _AT_ONCE_ELSEWHERE) // logits[0].numel())
 
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
@@ -145,15 +150,14 @@ def position_logprobs(logprobs: Tensor, ids: Sequence[int] | None, dtype: torch.
     return logprobs.clamp_min(torch.finfo(dtype).min).to("cpu", dtype, copy=True)
 
 
-def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[list[int], list[float]]]:
-    """The `count` most likely ids of each position with their log-probabilities, best first; (n, V) -> n pairs."""
-    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
-    return list(zip(ids.tolist(), values.tolist(), strict=True))
-
-
-def chosen_logprobs(logprobs: Tensor, ids: Sequence[int]) -> list[float]:
-    """Log-probability of ids[i] at position i, for the first len(ids) positions of (n, V)."""
-    if not ids:
-        return []  # without waiting for the device
-    index = to_device(torch.tensor(ids, dtype=torch.int64), logprobs.device)
-    return [float(x) for x in logprobs[: len(ids)].gather(1, index[:, None])[:, 0].tolist()]
+def listed(logits: Tensor, count: int, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, n, 1 + count) log-probabilities at the positions of (K, n, V): of the targets, (K, n) ids, and of the most
+    likely ids, best first; and these, (K, n, count)."""
+    found = []
+    at_once = _at_once(logits)
+    for some, ids in zip(logits.split(at_once), targets.split(at_once), strict=True):
+        logprobs = some.log_softmax(dim=-1)
+        values, likely = logprobs.topk(count, dim=-1)
+        found.append((torch.cat((logprobs.gather(-1, ids[..., None]), values), dim=-1), likely))
+    every, likely = zip(*found, strict=True)
+    return torch.cat(every), torch.cat(likely)

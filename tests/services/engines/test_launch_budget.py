@@ -190,12 +190,13 @@ async def test_nothing_of_an_engine_waits_for_the_device(tiny: Golden) -> None:
 
     async def ask(stages: Engines) -> Any:
         async with stages.decoder.session(decoding) as decoder:
-            ids = [(await decoder.decode(noise(4, i))).token_ids for i in range(3)]
+            decoded = [await decoder.decode(noise(4, i)) for i in range(3)]
         encoded, _ = await stages.encoder.encode([range(30), range(3)])
         blocks = await asyncio.gather(*(sample(stages, job(i, blocks=3)) for i in range(3)))
+        ids = [(block.token_ids, block.top, block.target_logprobs) for block in decoded]
         return ids, [x.latents.tolist() for x in encoded], [[x.latents.tolist() for x in run] for run in blocks]
 
-    decoding = DecodeJob(noise(8), SamplingSettings(temperature=0.7, seed=3))
+    decoding = DecodeJob(noise(8), SamplingSettings(temperature=0.7, seed=3), top_logprobs=3, target_ids=[4, 5])
     makers = [partial(kind, kernels=kernels, on=on) for kind in (cuda.Prior, cuda.Decoder, cuda.Encoder)]
     plain = [partial(kind, kernels=kernels) for kind in (cuda.Prior, cuda.Decoder, cuda.Encoder)]
     found = []

@@ -23,9 +23,13 @@ DRAWN = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3, repetition
 
 
 async def decoded(stages: Engines, looks: Sequence[torch.Tensor], seed: int = 0) -> list[DecodedBlock]:
-    """Five blocks after a prefix, before each of them previews: `looks`, and the block itself."""
+    """Five blocks after a prefix, before each of them previews: `looks`, and the block itself. Targets end in the
+    second block; how many likely ids are listed depends on the seed."""
     latents, answers = noise(28, seed), []
-    wanted = DecodeJob(latents[:8], sampling=DRAWN, with_logits=True, with_probes=True, max_latents=28)
+    wanted = DecodeJob(
+        latents[:8], sampling=DRAWN, with_logits=True, with_probes=True, max_latents=28,
+        top_logprobs=seed, target_ids=range(3, 3 + 6 * seed),
+    )  # fmt: skip
     async with stages.decoder.session(wanted) as session:
         for start in range(8, 28, 4):
             block = latents[start : start + 4]
@@ -39,7 +43,9 @@ async def decoded(stages: Engines, looks: Sequence[torch.Tensor], seed: int = 0)
 
 
 def same(a: DecodedBlock, b: DecodedBlock) -> bool:
-    everything = [(each.index, each.token_ids, each.logprobs, each.top, each.probes) for each in (a, b)]
+    everything = [
+        (each.index, each.token_ids, each.logprobs, each.top, each.target_logprobs, each.probes) for each in (a, b)
+    ]
     return everything[0] == everything[1] and torch.equal(a.logits, b.logits)
 
 
@@ -51,6 +57,13 @@ async def test_previews_get_the_draws_of_their_block_and_change_no_bit_of_what_f
         many = await asyncio.gather(*(decoded(stages, [noise(4, 90)] * (seed % 2), seed) for seed in range(4)))
         assert [block.token_ids for block in many[0]] == [block.token_ids for block in alone]
         assert [block.index for block in many[1]] == [0, 1, 2, 3, 4]
+        for seed, blocks in enumerate(many):
+            listed = [ids for block in blocks for ids, _ in block.top]
+            assert all(len(ids) == seed for ids in listed)
+            logprobs = torch.cat([block.logits for block in blocks]).log_softmax(-1)
+            targets = [value for block in blocks for value in block.target_logprobs]
+            torch.testing.assert_close(targets, [logprobs[i, 3 + i].item() for i in range(6 * seed)])
+            assert [ids[0] for ids in listed] == (logprobs.argmax(-1).tolist() if seed else [])
         await freed(stages)
 
 

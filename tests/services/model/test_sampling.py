@@ -9,10 +9,9 @@ from colaserve_services.errors import InvalidRequest
 from colaserve_services.model.sampling import (
     Draw,
     SamplingSettings,
-    chosen_logprobs,
+    listed,
     penalise,
     sample_blocks,
-    top_logprobs,
     uniform,
 )
 
@@ -73,7 +72,10 @@ def test_each_of_many_blocks_gets_what_it_gets_alone() -> None:
         (alone,), (chosen,) = sample_blocks(logits[i : i + 1], [draw])
         assert ids[i].tolist() == alone.tolist()
         assert logprobs[i].tolist() == chosen.tolist()
-        assert logprobs[i].tolist() == chosen_logprobs(logits[i].log_softmax(-1), alone.tolist())
+        every, likely = listed(logits[i : i + 1], 3, ids[i : i + 1])
+        assert logprobs[i].tolist() == every[0, :, 0].tolist()
+        assert every[0].equal(listed(logits, 3, ids)[0][i])
+        assert likely[0, :, 0].equal(logits[i].argmax(-1))
 
 
 def test_uniform_numbers_are_uniform() -> None:
@@ -85,10 +87,13 @@ def test_uniform_numbers_are_uniform() -> None:
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
-    logprobs = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]).log_softmax(-1)
-    assert chosen_logprobs(logprobs, [2, 1]) == pytest.approx([logprobs[0, 2].item(), logprobs[1, 1].item()])
-    assert chosen_logprobs(logprobs, [0]) == pytest.approx([logprobs[0, 0].item()])
-    assert [ids for ids, _ in top_logprobs(logprobs, 2)] == [[2, 1], [0, 2]]
+    logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+    logprobs = logits.log_softmax(-1)
+    values, ids = listed(logits[None], 2, torch.tensor([[2, 1]]))
+    assert values[0, :, 0].equal(logprobs[[0, 1], [2, 1]])
+    assert values[0, :, 1:].equal(logprobs.sort(descending=True).values[:, :2])
+    assert ids.tolist() == [[[2, 1], [0, 2]]]
+    assert listed(logits[None], 0, torch.tensor([[0, 0]]))[1].shape == (1, 2, 0)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": math.nan}, {"top_p": 0.0}, {"seed": -1}])
