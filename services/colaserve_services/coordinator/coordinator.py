@@ -125,7 +125,8 @@ class Coordinator:
 
     async def generation_info(self) -> generation_pb2.GenerationServiceGetInfoResponse:
         """GenerationService.GetInfo; the stages as the last look found them."""
-        model = self.services.model
+        model, sampling = self.services.model, resolve_sampling(types_pb2.Sampling(), self._defaults, 0)
+        sampling.ClearField("seed")  # an unset one is derived from the run's noise seed, so a default has none
         return generation_pb2.GenerationServiceGetInfoResponse(
             model_name=self.model_name,
             model=shape_message(model),
@@ -133,7 +134,7 @@ class Coordinator:
             limits=self._limit_message(),
             server=self._server_message(),
             default_sampler=resolve_sampler(types_pb2.Sampler(), self._defaults, 0),
-            default_sampling=_without_seed(resolve_sampling(types_pb2.Sampling(), self._defaults, 0)),
+            default_sampling=sampling,
             default_max_new_tokens=self._defaults.max_new_tokens,
             chat_frame=self._defaults.chat_frame,
             end_ids=sorted(self._tokenizer.special.end),
@@ -172,9 +173,3 @@ async def _set_within(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
-
-
-def _without_seed(sampling: types_pb2.Sampling) -> types_pb2.Sampling:
-    """An unset seed means one derived from the run's noise seed, so a default has none."""
-    sampling.ClearField("seed")
-    return sampling

@@ -50,7 +50,8 @@ class HealthMonitor:
         while True:
             await self.look()
             if self._settled(space):
-                return self._chosen(space or self._commonest_space())
+                spaces = Counter(info.space for info in self.infos if info.space)
+                return self._chosen(space or next((each for each, _ in spaces.most_common(1)), ""))
             for pool in self.pools.values():
                 if refusal := pool.refusal():
                     raise Unavailable(f"{pool.stage} at {pool.target} answers {refusal}")
@@ -87,10 +88,6 @@ class HealthMonitor:
             pool.all_answered or any(info.space == (space or info.space) for info in pool.infos)
             for pool in self.pools.values()
         )
-
-    def _commonest_space(self) -> str:
-        found = Counter(info.space for info in self.infos if info.space)
-        return found.most_common(1)[0][0] if found else ""
 
     def _chosen(self, space: str) -> dict[str, Any]:
         return {

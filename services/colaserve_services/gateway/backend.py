@@ -65,7 +65,9 @@ class Backend:
         """The messages of a call of a method, one unless it is `streaming`. `deadline` in time.monotonic() seconds.
         Closing the iterator cancels the call."""
         await self._reach()
-        call = getattr(self._stub, method)(request, **_until(deadline))
+        call = getattr(self._stub, method)(
+            request, timeout=max(deadline - time.monotonic(), 0.001), metadata=outgoing_metadata()
+        )
         try:
             if streaming:
                 async for message in call:
@@ -187,11 +189,6 @@ def _of_branch(message: ForkResponse, with_latents: bool) -> pb.GenerateResponse
         if response.HasField("preview"):
             response.preview.ClearField("latents")
     return response
-
-
-def _until(deadline: float) -> dict[str, Any]:
-    """The timeout and the metadata of a call."""
-    return {"timeout": max(deadline - time.monotonic(), 0.001), "metadata": outgoing_metadata()}
 
 
 class TokenTexts:

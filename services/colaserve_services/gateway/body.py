@@ -44,7 +44,8 @@ async def checked_body(request: Request, model: type[M], bounds: Bounds) -> M:
 async def json_body(request: Request, parse: Callable[[bytes], T], bounds: Bounds) -> T:
     """What `parse` makes of a body of JSON. ApiError as for `checked_body`."""
     body = await read_body(request, bounds)
-    if not _is_json(request.headers.get("content-type", "")):
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(\S+\+)?json", kind):
         raise _no_json("must be a JSON object, sent with content-type application/json")
     if (packed := request.headers.get("content-encoding", "identity")).lower() != "identity":
         raise invalid("content-encoding", f"got {packed[:_SHOWN]!r}, expected none: bodies are sent as they are")
@@ -110,10 +111,6 @@ def _check_parts(text: str) -> None:
 
 def _count(text: str, signs: str) -> int:
     return sum(map(text.count, signs))
-
-
-def _is_json(content_type: str) -> bool:
-    return re.fullmatch(r"application/(\S+\+)?json", content_type.partition(";")[0].strip().lower()) is not None
 
 
 def _no_json(what: str) -> ApiError:

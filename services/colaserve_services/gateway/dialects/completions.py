@@ -165,7 +165,8 @@ class Completions(ChoiceDialect[CompletionRequest]):
         return choice | self.guided(message)
 
     def deltas(self, index: int, message: GenerateResponse) -> Iterator[Mapping[str, Any]]:
-        more = _of_block(message)
+        asked = (name for name in ("preview", "probes", "latents") if message.HasField(name))
+        more = {name: plain(getattr(message, name), as_lists=False) for name in asked}
         if message.text or message.logprobs or message.finish_reason or more:
             yield {**self.choice(index, message), **more}
 
@@ -199,12 +200,6 @@ class Completions(ChoiceDialect[CompletionRequest]):
                 request.ids.CopyFrom(prompt.prompt_ids)
             return await backend.logprobs(request, deadline)
         return GenerateResponse(text=(await backend.detokenize(ids)).text if ids else prompt.prompt)
-
-
-def _of_block(message: GenerateResponse) -> dict[str, Any]:
-    """The fields that a choice has when the client asked for previews, probes or latents."""
-    parts = ("preview", "probes", "latents")
-    return {name: plain(getattr(message, name), as_lists=False) for name in parts if message.HasField(name)}
 
 
 def _completion_logprobs(message: GenerateResponse) -> CompletionLogprobs:
