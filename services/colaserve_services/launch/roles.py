@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -229,13 +230,8 @@ async def _stages(
     def load() -> "RunningStages":
         from colaserve_services.launch.stages import load_stages
 
-        limits = EngineLimits(
-            max_context=settings.max_context,
-            max_running=settings.max_running,
-            kv_bytes=settings.kv_bytes,
-            run_ahead=getattr(settings, "run_ahead", 2),
-            idle_seconds=getattr(settings, "idle_seconds", 60.0),
-        )
+        given = (each.name for each in fields(EngineLimits) if hasattr(settings, each.name))
+        limits = EngineLimits(**{name: getattr(settings, name) for name in given})
         compute = {stage: (settings.device_of(stage), settings.dtype) for stage in names}
         return load_stages(checkpoint, compute, limits, host.metrics, failing)
 
