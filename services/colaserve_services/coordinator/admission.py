@@ -25,7 +25,7 @@ from colaserve_services.rpc import cancellation
 from colaserve_services.rpc.metrics import Metrics
 
 COORDINATOR: Final = "coordinator"  # the queue of calls that no stage is the bottleneck of
-_LARGE_ANSWERS: Final = "large_answers"  # the queue of those that each gather very many bytes: one at a time
+_LARGE_ANSWERS: Final = "large answers"  # the queue of those that each gather very many bytes: one at a time
 _MANY_BYTES = 8 * 1024 * 1024
 
 _PASSES: Final = 16  # later sessions that a stage may take before one that it refused
