@@ -29,13 +29,12 @@ def budgets(
     for device in {model.device for model in models.values()}:
         here = {stage: model for stage, model in models.items() if model.device == device}
         latent = {stage: model.kv_elements * model.dtype.itemsize for stage, model in here.items()}
-        sizes = {
-            stage: Sizes(size * block_size, limits.max_running, block_size, limits.max_context)
-            for stage, size in latent.items()
-        }
         free, passes = _left(device), sum(_pass_bytes(model, limits, block_size) for model in here.values())
         if device.type == "cuda":
-            passes = max(passes, _taken(device, (make(stage, model, sizes[stage]) for stage, model in here.items())))
+            page = {stage: size * block_size for stage, size in latent.items()}
+            sizes = limits.max_running, block_size, limits.max_context
+            made = (make(stage, model, Sizes(page[stage], *sizes)) for stage, model in here.items())
+            passes = max(passes, _taken(device, made))
         if "decoder" in here:
             config = here["decoder"].config
             passes += 4 * _LOGITS * limits.max_running * block_size * config.patch_size * config.vocab_size
